@@ -1,0 +1,1 @@
+"""The store: sharded Zarr with provenance, numpy and zarr alone."""

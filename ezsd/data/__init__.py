@@ -1,0 +1,1 @@
+"""Datasets: annotations as typed records, the training dataset, the embedded benchmark."""

@@ -1,0 +1,1 @@
+"""The fused RoI-align, projection and cosine operators."""

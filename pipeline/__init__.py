@@ -1,0 +1,1 @@
+"""The work: files, processes, devices, time."""
