@@ -1,0 +1,199 @@
+"""Files that are whole or absent: checksummed writes, fsync, rename, the build lock, failpoints."""
+
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.schema import StoreError
+
+FAILPOINTS: tuple[str, ...] = (
+    "plan.half_written",
+    "plan.before_rename",
+    "plan.after_rename",
+    "whole.half_written",
+    "whole.before_rename",
+    "whole.after_rename",
+    "block.half_written",
+    "block.before_rename",
+    "block.after_rename",
+    "shard.half_written",
+    "shard.before_rename",
+    "shard.after_rename",
+    "record.before_rename",
+    "record.after_rename",
+    "metadata.before_rename",
+    "metadata.after_rename",
+    "commit.before_rename",
+    "commit.after_rename",
+    "journal.half_removed",
+    "journal.removed",
+)
+"""Places where a test can have the process killed, in the order a build reaches them."""
+
+_hits: dict[str, int] = {}
+
+
+def failpoint(name: str) -> None:
+    """Kill this process if EZSD_FAILPOINT asks for it: `name`, or `name:3` for the third time it is reached."""
+    wanted = os.environ.get("EZSD_FAILPOINT")
+    if not wanted:
+        return
+    _hits[name] = _hits.get(name, 0) + 1
+    target, _, hit = wanted.partition(":")
+    if target == name and _hits[name] == int(hit or 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """Size in bytes and sha256 (hexadecimal) of one file."""
+
+    size: int
+    sha256: str
+
+
+def write_new(path: Path, parts: Iterable[bytes | memoryview], *, point: str | None = None) -> FileDigest:
+    """Write a new file and flush it to the disk.
+
+    `point` names a failpoint `POINT.half_written`, reached after each part.
+    """
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += len(part)
+            if point:
+                failpoint(f"{point}.half_written")
+        file.flush()
+        os.fsync(file.fileno())
+    return FileDigest(size, digest.hexdigest())
+
+
+def file_digest(path: Path) -> FileDigest:
+    """Size and sha256 of a file on disk."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileDigest(file.tell(), digest.hexdigest())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's list of names to the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folders(path: Path) -> None:
+    """Create a folder and its parents, each flushed to the disk; existing ones are left alone."""
+    if path.is_dir():
+        return
+    make_folders(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_folder(path.parent)
+
+
+def rename(source: Path, target: Path, *, point: str, sync: bool = True) -> None:
+    """Move a finished file or folder to its place; nothing in between is ever visible.
+
+    Without `sync` the move may still be lost with the machine's power: the caller flushes the folder later.
+    """
+    failpoint(f"{point}.before_rename")
+    source.rename(target)
+    if sync:
+        sync_folder(target.parent)
+    failpoint(f"{point}.after_rename")
+
+
+def write_atomic(path: Path, data: bytes, *, scratch: Path, point: str, sync: bool = True) -> FileDigest:
+    """Write a small file so that `path` holds its old or its new bytes, never a part.
+
+    Args:
+        path: the file; its folder is made.
+        data: all of its bytes.
+        scratch: a folder on the same disk, to prepare the file in.
+        point: prefix of the failpoints passed on the way.
+        sync: see `rename`.
+    """
+    make_folders(path.parent)
+    temporary = scratch_name(scratch, path.name)
+    try:
+        digest = write_new(temporary, [data])
+        rename(temporary, path, point=point, sync=sync)
+    finally:
+        discard(temporary)
+    return digest
+
+
+def scratch_name(scratch: Path, label: str) -> Path:
+    """A name below `scratch` that no other process uses."""
+    return scratch / f"{label}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+_held: set[tuple[int, str]] = set()
+
+
+class BuildLock:
+    """Exclusive right to build in one folder; the system frees it when the process ends, however it ends.
+
+    A record lock (not flock): worker processes forked by the builder must not keep it alive after the builder's death.
+    Such locks do not exclude the own process, so what this process holds is remembered beside them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Take the lock file `path`.
+
+        Raises:
+            StoreError: another builder has it.
+        """
+        self._path = path
+        self._key = (os.getpid(), str(path.resolve()))
+        if self._key in _held:
+            raise self._busy()
+        while not self._try():
+            pass
+        _held.add(self._key)
+
+    def _try(self) -> bool:
+        """Lock the file; False when its last owner removed it meanwhile, and the lock is on nothing."""
+        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            os.close(self._handle)
+            raise self._busy() from error
+        try:
+            if os.fstat(self._handle).st_ino == self._path.stat().st_ino:
+                return True
+        except FileNotFoundError:
+            pass
+        os.close(self._handle)
+        return False
+
+    def _busy(self) -> StoreError:
+        return StoreError(
+            f"{self._path.parent}: another process is building this store; wait for it to end, "
+            "or choose another --out folder"
+        )
+
+    def release(self) -> None:
+        """Give the lock back; a second call does nothing."""
+        if self._key in _held and self._key[0] == os.getpid():
+            _held.discard(self._key)
+            os.close(self._handle)

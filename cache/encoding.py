@@ -1,0 +1,116 @@
+"""Zarr v3 on the byte level: array and group metadata, and shards written as a stream.
+
+The bytes are ours, not a library version's: the same rows give the same file wherever and whenever they are written,
+and a shard needs no more memory than one block. Any Zarr v3 reader opens the result.
+"""
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from cache.manifest import JSON, canonical_json
+from cache.schema import ArraySpec
+
+_ABSENT = 2**64 - 1
+"""Marks an inner chunk that a shard does not hold: those beyond the end of the array."""
+
+
+def _crc32c_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+_CRC32C = _crc32c_table()
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli), as Zarr's index checksum wants it. Slow: for indexes of some kilobytes."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _CRC32C[(crc ^ byte) & 0xFF] ^ crc >> 8
+    return crc ^ 0xFFFFFFFF
+
+
+def fill_value(dtype: str) -> float | int:
+    """What pads the last chunk, and what a reader would see where data are missing: never a plausible value."""
+    return float("nan") if np.dtype(dtype).kind == "f" else -1
+
+
+def array_metadata(spec: ArraySpec) -> dict[str, JSON]:
+    """The `zarr.json` of an array."""
+    trailing = list(spec.shape[1:])
+    little: JSON = {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding: dict[str, JSON] = {
+        "chunk_shape": [spec.chunk_rows, *trailing],
+        "codecs": [little],
+        "index_codecs": [little, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(spec.shape),
+        "data_type": np.dtype(spec.dtype).name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [spec.shard_rows, *trailing]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": "NaN" if np.dtype(spec.dtype).kind == "f" else -1,
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": {},
+        "storage_transformers": [],
+    }
+
+
+def group_metadata(attributes: Mapping[str, JSON]) -> dict[str, JSON]:
+    """The `zarr.json` of a group."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def root_metadata(attributes: Mapping[str, JSON], nodes: Mapping[str, JSON]) -> dict[str, JSON]:
+    """The `zarr.json` of the store: a group that carries a copy of all metadata below it.
+
+    One read then opens the whole store, and a reader that lists members does not trip over our other files.
+    """
+    consolidated: JSON = {"kind": "inline", "must_understand": False, "metadata": nodes}
+    return {**group_metadata(attributes), "consolidated_metadata": consolidated}
+
+
+def metadata_bytes(metadata: Mapping[str, JSON]) -> bytes:
+    """A `zarr.json` as it lies on disk."""
+    return (canonical_json(metadata) + "\n").encode()
+
+
+def shard_parts(spec: ArraySpec, index: int, rows: Iterable[memoryview]) -> Iterator[bytes | memoryview]:
+    """The bytes of shard `index`, in order: rows, padding of the last chunk, chunk index with its checksum.
+
+    Args:
+        spec: the array.
+        index: which of its shards.
+        rows: the bytes of exactly the shard's rows, in any number of pieces.
+    """
+    start, stop = spec.shard_range(index)
+    yield from rows
+    missing = -(stop - start) % spec.chunk_rows
+    yield np.full((missing, *spec.shape[1:]), fill_value(spec.dtype), spec.dtype).tobytes()
+    yield _shard_index(spec, stop - start)
+
+
+def _shard_index(spec: ArraySpec, rows: int) -> bytes:
+    chunk_bytes = spec.chunk_rows * spec.row_bytes
+    entries = np.full((spec.shard_rows // spec.chunk_rows, 2), _ABSENT, "<u8")
+    present = -(-rows // spec.chunk_rows)
+    entries[:present, 0] = np.arange(present, dtype="<u8") * chunk_bytes
+    entries[:present, 1] = chunk_bytes
+    data = entries.tobytes()
+    return data + struct.pack("<I", crc32c(data))
+
+
+def shard_bytes_on_disk(spec: ArraySpec, index: int) -> int:
+    """Size of shard `index` as a file, in bytes."""
+    start, stop = spec.shard_range(index)
+    chunks = -(-(stop - start) // spec.chunk_rows)
+    return chunks * spec.chunk_rows * spec.row_bytes + 16 * (spec.shard_rows // spec.chunk_rows) + 4

@@ -1,0 +1,172 @@
+"""The build's journal: finished pieces of work, each a folder that is whole or absent.
+
+An entry is `data.raw` (arrays one after another, little-endian, C order, each on a 64-byte boundary) and `entry.json`
+(their names, shapes and CRC-32, some attributes, sealed with a checksum of itself). Entries are prepared in
+`journal/tmp`, flushed and renamed: what a killed process leaves behind is in `journal/tmp` and nowhere else.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cache.durable import discard, make_folders, rename, scratch_name, sync_folder, write_new
+from cache.manifest import JSON, seal, unseal
+from cache.schema import StoreError
+
+_ALIGNMENT = 64
+
+JOURNAL = "journal"
+
+
+def journal_folder(store: Path) -> Path:
+    """Where the journal of the store at `store` lies."""
+    return store / JOURNAL
+
+
+def scratch_folder(store: Path) -> Path:
+    """Where unfinished work lies; whatever is here when a build starts belongs to nobody."""
+    return store / JOURNAL / "tmp"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished piece of work, as its `entry.json` describes it."""
+
+    folder: Path
+    arrays: Mapping[str, Mapping[str, Any]]
+    attributes: Mapping[str, Any]
+    bytes_: int
+
+    @classmethod
+    def read(cls, folder: Path) -> "Entry":
+        """Read the description of an entry, not its data.
+
+        Raises:
+            StoreError: there is no such entry, or its description is damaged.
+        """
+        file = folder / "entry.json"
+        try:
+            record = unseal(file.read_bytes(), str(file))
+        except OSError as error:
+            raise StoreError(
+                f"{folder}: no finished journal entry here ({error.strerror}); run the build again"
+            ) from error
+        return cls(folder, record["arrays"], record["attributes"], record["bytes"])
+
+    @property
+    def sized(self) -> bool:
+        """Whether the data file has the size it was written with; the cheap check."""
+        try:
+            return (self.folder / "data.raw").stat().st_size == self.bytes_
+        except OSError:
+            return False
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One array, memory-mapped and read-only, after its checksum was compared.
+
+        Raises:
+            StoreError: the data are not those that were written.
+        """
+        place = self.arrays[name]
+        shape, dtype = tuple(place["shape"]), np.dtype(place["dtype"])
+        if not self.sized:
+            raise StoreError(f"{self.folder}: data.raw is missing or not {self.bytes_} bytes long; run the build again")
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        rows = np.memmap(self.folder / "data.raw", dtype, "r", place["offset"], shape)
+        if zlib.crc32(raw_bytes(rows)) != place["crc32"]:
+            raise StoreError(f"{self.folder}: the array {name} does not match its checksum; the file is damaged")
+        return rows
+
+    def same_as(self, other: "Entry") -> bool:
+        """Whether both describe the same arrays, bit for bit, and the same attributes."""
+        return self.arrays == other.arrays and self.attributes == other.attributes
+
+
+def raw_bytes(rows: NDArray[Any]) -> memoryview:
+    """The bytes of a C-ordered array, without a copy."""
+    return rows.reshape(-1).view(np.uint8).data
+
+
+def _layout(arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Any], int]:
+    """Where each array goes in data.raw, and the length of the file in bytes."""
+    places: dict[str, Any] = {}
+    end = 0
+    for name, rows in arrays.items():
+        offset = -(-end // _ALIGNMENT) * _ALIGNMENT
+        places[name] = {
+            "dtype": rows.dtype.str,
+            "shape": list(rows.shape),
+            "offset": offset,
+            "crc32": zlib.crc32(raw_bytes(rows)),
+        }
+        end = offset + rows.nbytes
+    return places, end
+
+
+def _parts(arrays: Mapping[str, NDArray[Any]], places: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
+    end = 0
+    for name, rows in arrays.items():
+        yield bytes(places[name]["offset"] - end)
+        yield raw_bytes(rows)
+        end = places[name]["offset"] + rows.nbytes
+
+
+def write_entry(
+    store: Path, name: str, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JSON], *, point: str
+) -> None:
+    """Write one entry, all of it or nothing. Where two workers write the same entry, the first one counts.
+
+    Args:
+        store: the store's folder.
+        name: the entry's folder name.
+        arrays: little-endian and C-ordered, see `little_endian`.
+        attributes: JSON that describes the entry.
+        point: prefix of the failpoints passed on the way.
+    """
+    target, temporary = journal_folder(store) / name, scratch_name(scratch_folder(store), name)
+    make_folders(temporary)
+    try:
+        places, end = _layout(arrays)
+        write_new(temporary / "data.raw", _parts(arrays, places), point=point)
+        record = seal({"arrays": places, "attributes": attributes, "bytes": end})
+        write_new(temporary / "entry.json", [record])
+        sync_folder(temporary)
+        _rename_entry(temporary, target, point)
+    finally:
+        discard(temporary)
+
+
+def _rename_entry(temporary: Path, target: Path, point: str) -> None:
+    try:
+        rename(temporary, target, point=point)
+    except OSError:
+        # Another worker finished the same entry first: a folder that is not empty is never replaced.
+        if not intact(target):
+            raise
+
+
+def intact(folder: Path) -> bool:
+    """Whether a finished entry lies here, by its description and size."""
+    try:
+        return Entry.read(folder).sized
+    except StoreError:
+        return False
+
+
+def set_aside(store: Path, name: str) -> None:
+    """Take a damaged entry out of the journal, so that the next run computes it again."""
+    target = journal_folder(store) / name
+    if target.exists():
+        make_folders(scratch_folder(store))
+        target.rename(scratch_name(scratch_folder(store), f"damaged-{name}"))
+
+
+def little_endian(values: ArrayLike, dtype: str) -> NDArray[Any]:
+    """The array in the byte order and memory order of the journal."""
+    return np.ascontiguousarray(values, dtype=dtype)

@@ -1,0 +1,78 @@
+"""The commit mark: the last file a build writes, which says that the store is complete and what it consists of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.durable import FileDigest
+from cache.manifest import JSON, parse_json, seal, unseal
+from cache.schema import FORMAT_VERSION, require_supported
+
+COMMIT = "COMMIT.json"
+MANIFEST = "manifest.json"
+ENVIRONMENT = "environment.json"
+LOG = "build.log"
+LOCK = ".lock"
+UNLISTED = (COMMIT, ENVIRONMENT, LOG, LOCK)
+"""Files that COMMIT.json does not list: itself, and what may differ between equal stores."""
+
+
+@dataclass(frozen=True)
+class CommitMark:
+    """What `COMMIT.json` says: the store is complete, and consists of exactly these files."""
+
+    manifest_digest: str
+    images_digest: str
+    embed_dim: int
+    files: Mapping[str, FileDigest]
+
+    def to_bytes(self) -> bytes:
+        """The mark as it lies on disk."""
+        files: JSON = {name: {"size": at.size, "sha256": at.sha256} for name, at in self.files.items()}
+        return seal(
+            {
+                "format_version": FORMAT_VERSION,
+                "manifest_digest": self.manifest_digest,
+                "images_digest": self.images_digest,
+                "embed_dim": self.embed_dim,
+                "files": files,
+            }
+        )
+
+
+def read_mark(store: Path) -> CommitMark | None:
+    """The commit mark of a store, or None when it has none.
+
+    Raises:
+        StoreError: the mark is damaged, or of another format version.
+    """
+    file = store / COMMIT
+    try:
+        data = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    # A future format may seal itself otherwise: the version is looked at first.
+    version = parse_json(data, str(file))
+    require_supported(version.get("format_version"), str(store))
+    record = unseal(data, str(file))
+    files = {name: FileDigest(at["size"], at["sha256"]) for name, at in record["files"].items()}
+    return CommitMark(record["manifest_digest"], record["images_digest"], record["embed_dim"], files)
+
+
+def relative_files(folder: Path) -> list[str]:
+    """Every file below a folder, relative to it, with forward slashes, sorted."""
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+
+
+def size_problems(store: Path, mark: CommitMark) -> list[str]:
+    """The quick check: one line for each listed file that is missing or not as long as it was."""
+    problems = []
+    for name, expected in mark.files.items():
+        try:
+            size = (store / name).stat().st_size
+        except OSError as error:
+            problems.append(f"{store / name}: cannot be read ({error.strerror})")
+            continue
+        if size != expected.size:
+            problems.append(f"{store / name}: is {size} bytes long, expected {expected.size}")
+    return problems

@@ -1,0 +1,156 @@
+"""What a store holds: products, fields, array geometry, errors. Written down once.
+
+Conventions of every array: little-endian; rows of one image lie together, images in the order of `images/id`;
+boxes are x1, y1, x2, y2 in pixels of the original image; embeddings have unit length.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT_VERSION = 1
+"""Changes only together with a migration, or a clear refusal of the older stores."""
+
+SHARD_BYTES = 256 * 2**20
+"""Largest size of one shard's rows, in bytes; a shard is what one commit task writes."""
+
+UNIT_TOLERANCE = 1e-3
+"""Largest |length - 1| of an embedding. Rounding to float16 alone moves the length by up to 5e-4."""
+
+EMBED = -1
+"""Stands for the embedding width D in a field's trailing shape."""
+
+
+class StoreError(ValueError):
+    """A store, or something given to one, is not as it must be."""
+
+
+class StoreIncomplete(StoreError):
+    """The store has no commit mark yet: its build was interrupted or still runs."""
+
+
+class StoreMismatch(StoreError):
+    """The store was made from something else than what is wanted now."""
+
+
+class StoreKeyError(StoreError, KeyError):
+    """The store has no image with this id."""
+
+    # KeyError shows the repr of its message; a sentence must stay a sentence.
+    __str__ = ValueError.__str__
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One column of a product: `dtype` as numpy spells it, `trailing` the shape of one row."""
+
+    name: str
+    dtype: str
+    trailing: tuple[int, ...] = ()
+
+    def row_shape(self, embed_dim: int) -> tuple[int, ...]:
+        """Shape of one row when embeddings have `embed_dim` numbers."""
+        return tuple(embed_dim if size == EMBED else size for size in self.trailing)
+
+
+_BOX = Field("box", "<f4", (4,))
+_SCORE = Field("score", "<f4")
+_CLASS = Field("class_index", "<i4")
+_EMBEDDING = Field("embedding", "<f2", (EMBED,))
+
+RAGGED: Mapping[str, tuple[Field, ...]] = MappingProxyType(
+    {
+        "proposals": (_BOX, _SCORE),
+        "regions": (_BOX, _SCORE, Field("confidence", "<f4"), _CLASS, _EMBEDDING),
+        "ground_truth": (_BOX, _CLASS, Field("annotation_id", "<i8"), _EMBEDDING),
+    }
+)
+"""Products with any number of rows per image, zero included."""
+
+WHOLE: Mapping[str, Field] = MappingProxyType(
+    {"teacher": Field("values", "<f4"), "text": Field("embedding", "<f4", (EMBED,))}
+)
+"""Products that belong to the whole store: one small array each, with JSON attributes."""
+
+IMAGES: tuple[Field, ...] = (Field("id", "<i8"), Field("width", "<i4"), Field("height", "<i4"))
+OFFSET = Field("offset", "<i8")
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedRows:
+    """Rows of one product for one block of images.
+
+    counts: rows of each image, int32 (images,). fields: one array per column, (sum of counts, ...),
+    rows of the first image first.
+    """
+
+    counts: NDArray[np.int32]
+    fields: Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Block:
+    """Images `start` to `stop` (exclusive) of the image list: what one build task computes."""
+
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """Name and geometry of one stored array; axis 0 alone is chunked and sharded."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunk_rows: int
+    shard_rows: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return _row_bytes(self.dtype, self.shape[1:])
+
+    @property
+    def shards(self) -> int:
+        """Number of shard files."""
+        return -(-self.shape[0] // self.shard_rows)
+
+    def shard_range(self, index: int) -> tuple[int, int]:
+        """First and last (exclusive) row of shard `index`."""
+        start = index * self.shard_rows
+        return start, min(start + self.shard_rows, self.shape[0])
+
+    def shard_file(self, index: int) -> str:
+        """Path of shard `index` inside the store, with forward slashes."""
+        return "/".join([self.name, "c", str(index), *["0"] * (len(self.shape) - 1)])
+
+
+def array_spec(name: str, dtype: str, shape: tuple[int, ...], *, shard_bytes: int) -> ArraySpec:
+    """Geometry of an array: a function of its shape and `shard_bytes` alone, so every build agrees.
+
+    Chunks hold 256 rows, or 4096 where a row is under 64 bytes: 256 scores would be a chunk of 1 KiB, and the
+    index of a shard as long as a tenth of its data. A small array is one shard just large enough.
+    """
+    row_bytes = _row_bytes(dtype, shape[1:])
+    chunk_rows = 256 if row_bytes >= 64 else 4096
+    most_chunks = max(1, shard_bytes // (row_bytes * chunk_rows))
+    needed_chunks = max(1, -(-shape[0] // chunk_rows))
+    return ArraySpec(name, dtype, shape, chunk_rows, chunk_rows * min(most_chunks, needed_chunks))
+
+
+def _row_bytes(dtype: str, trailing: tuple[int, ...]) -> int:
+    return int(np.dtype(dtype).itemsize * np.prod(trailing, dtype=np.int64))
+
+
+def require_supported(found: object, where: str) -> None:
+    """Refuse a store written in a format this code cannot read faithfully."""
+    if found != FORMAT_VERSION:
+        raise StoreError(
+            f"{where}: store format {found!r}, this version reads format {FORMAT_VERSION}; "
+            "build the store anew in another folder, or use the version that wrote it"
+        )

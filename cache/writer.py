@@ -1,0 +1,300 @@
+"""The builder of a store: plan, journal, commit. Killed anywhere, it goes on where it was."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cache.checks import check_whole
+from cache.commit import Committer, Finisher, remove_journal
+from cache.durable import BuildLock, discard, make_folders, write_atomic
+from cache.journal import Entry, intact, journal_folder, little_endian, scratch_folder, set_aside, write_entry
+from cache.manifest import JSON, Manifest, canonical_json
+from cache.mark import ENVIRONMENT, LOCK, LOG, MANIFEST, CommitMark, read_mark, size_problems
+from cache.plan import (
+    ANOTHER_FOLDER,
+    Plan,
+    block_done,
+    geometry_differences,
+    plan_folder,
+    read_block,
+    read_plan,
+    refuse,
+)
+from cache.schema import SHARD_BYTES, WHOLE, Block, StoreError, StoreIncomplete
+from cache.shards import ShardTask, recorded
+
+
+class StoreWriter:
+    """The single builder of one store; a context manager, since it holds the build lock.
+
+    Its steps: `write_whole` for teacher and text, `write_block` for each of `pending()`, `commit_shard` for each of
+    `commit_tasks()`, `finish()`. Blocks and shards may be written by other processes, in any order.
+    """
+
+    def __init__(self, plan: Plan, lock: BuildLock | None) -> None:
+        """Use `StoreWriter.open`; without a lock the store is complete."""
+        self._plan = plan
+        self._lock = lock
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        manifest: Manifest,
+        *,
+        image_ids: ArrayLike,
+        widths: ArrayLike,
+        heights: ArrayLike,
+        embed_dim: int,
+        block_images: int,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> Self:
+        """Create the store, or go on with it: an unfinished or complete one with this manifest and these images.
+
+        Args:
+            path: the store's folder; absent, empty, or the same store.
+            manifest: everything that shapes the bytes.
+            image_ids: whole numbers, each once, (n,).
+            widths: of the images in pixels, (n,).
+            heights: of the images in pixels, (n,).
+            embed_dim: D, the width of the embeddings.
+            block_images: images per block, the unit of work that survives a kill.
+            shard_bytes: about how large a shard of the finished store may be.
+
+        Raises:
+            StoreMismatch: a store made from something else lies there; names the differences.
+            StoreError: another builder is at work, the folder holds other things, or the images make no sense.
+        """
+        store = Path(path).absolute()
+        wanted = Plan(
+            store=store,
+            manifest=manifest,
+            image_ids=_whole_numbers(image_ids, "<i8"),
+            widths=_whole_numbers(widths, "<i4"),
+            heights=_whole_numbers(heights, "<i4"),
+            embed_dim=int(embed_dim),
+            block_images=int(block_images),
+            shard_bytes=int(shard_bytes),
+        )
+        mark = read_mark(store)
+        if mark is not None:
+            return cls._complete(wanted, mark)
+        _require_own(store)
+        make_folders(store)
+        lock = BuildLock(store / LOCK)
+        try:
+            return cls._start(wanted, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def _start(cls, wanted: Plan, lock: BuildLock) -> Self:
+        # The store may have been completed between the first look and the lock.
+        mark = read_mark(wanted.store)
+        if mark is not None:
+            lock.release()
+            return cls._complete(wanted, mark)
+        discard(scratch_folder(wanted.store))
+        make_folders(scratch_folder(wanted.store))
+        if not plan_folder(wanted.store).is_dir():
+            wanted.write()
+        plan = read_plan(wanted.store)
+        plan.require_same(wanted)
+        return cls(plan, lock)
+
+    @classmethod
+    def _complete(cls, wanted: Plan, mark: CommitMark) -> Self:
+        store = wanted.store
+        file = store / MANIFEST
+        differences = Manifest.from_json(_read(file), str(file)).differences(wanted.manifest)
+        stored = {"images_digest": mark.images_digest, "embed_dim": mark.embed_dim}
+        refuse(store, differences + geometry_differences(stored, wanted), cure=ANOTHER_FOLDER)
+        problems = size_problems(store, mark)
+        if problems:
+            raise StoreError(f"{problems[0]}; the store is damaged: restore it, or remove it and build it again")
+        if journal_folder(store).exists() or (store / LOCK).exists():
+            lock = BuildLock(store / LOCK)
+            try:
+                remove_journal(store)
+            finally:
+                lock.release()
+        return cls(wanted, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the build lock back; what is journaled stays."""
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._plan.store
+
+    @property
+    def log_path(self) -> Path:
+        """Where a build may keep its log; not part of what is compared or checked."""
+        return self.path / LOG
+
+    @property
+    def complete(self) -> bool:
+        """Whether the store is committed: then there is nothing left to do."""
+        return self._lock is None
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks, finished or not: consecutive slices of the image list."""
+        return list(self._plan.blocks)
+
+    def pending(self) -> list[Block]:
+        """The blocks that are still to be written."""
+        return [] if self.complete else [block for block in self.blocks if not block_done(self._plan, block.index)]
+
+    def has_whole(self, product: str) -> bool:
+        """Whether `teacher` or `text` is written already."""
+        return self.complete or intact(self._whole_folder(product))
+
+    def write_whole(self, product: str, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JSON]) -> None:
+        """Write `teacher` or `text`, all of it or nothing; the same contents a second time are accepted.
+
+        Args:
+            product: `teacher` (array `values`, (K,) float32) or `text` (array `embedding`, (C, D) float32).
+            arrays: by name.
+            attributes: a JSON object; for `text` it holds `names`, the C class names.
+
+        Raises:
+            StoreError: contents that must not get into a store, or others than those written before.
+        """
+        check_whole(product, arrays, attributes, embed_dim=self._plan.embed_dim)
+        self._require_unfinished(f"write {product}")
+        name, field = self._whole_folder(product).name, WHOLE[product]
+        rows = {field.name: little_endian(arrays[field.name], field.dtype)}
+        described: dict[str, JSON] = {"plan": self._plan.digest, "user": attributes}
+        canonical_json(described, product)
+        if self.has_whole(product):
+            before, after = self.read_whole(product), (rows, attributes)
+            if _fingerprint(*before) != _fingerprint(*after):
+                raise StoreError(f"{self.path}: {product} was written before, with other contents; use read_whole")
+            return
+        set_aside(self.path, name)
+        write_entry(self.path, name, rows, described, point="whole")
+
+    def read_whole(self, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """The arrays and attributes of `teacher` or `text`, also from a complete store.
+
+        Raises:
+            StoreIncomplete: it was not written yet.
+        """
+        field = WHOLE[product]
+        if self.complete:
+            from cache.reader import Store
+
+            return Store(self.path).read_whole(product)
+        entry = self._whole(product)
+        return {field.name: np.array(entry.array(field.name))}, dict(entry.attributes["user"])
+
+    def _whole_folder(self, product: str) -> Path:
+        if product not in WHOLE:
+            raise StoreError(f"{product!r} is not a whole product; there are {', '.join(WHOLE)}")
+        return journal_folder(self.path) / f"whole-{product}"
+
+    def _whole(self, product: str) -> Entry:
+        folder = self._whole_folder(product)
+        if not folder.is_dir():
+            raise StoreIncomplete(f"{self.path}: {product} was not written yet; use write_whole first")
+        entry = Entry.read(folder)
+        if entry.attributes["plan"] != self._plan.digest:
+            raise StoreError(f"{folder}: belongs to another build; remove this folder and run the build again")
+        return entry
+
+    def commit_tasks(self) -> list[ShardTask]:
+        """The shards that are still to be written, one picklable task each; for `commit_shard`, anywhere.
+
+        Raises:
+            StoreIncomplete: some blocks are missing.
+        """
+        if self.complete:
+            return []
+        return [task for task in self._committer().tasks() if recorded(self.path, task) is None]
+
+    def _committer(self) -> Committer:
+        missing = self.pending()
+        if missing:
+            done = len(self.blocks) - len(missing)
+            raise StoreIncomplete(f"{self.path}: {done} of {len(self.blocks)} blocks are done; write the rest first")
+        return Committer(self._plan, [read_block(self._plan, block.index) for block in self.blocks])
+
+    def finish(self) -> None:
+        """Write what is left and the commit mark, and remove the journal. The store is complete afterwards.
+
+        Raises:
+            StoreIncomplete: blocks, shards, teacher or text are missing.
+        """
+        if self.complete:
+            return
+        committer = self._committer()
+        digests = {task.file: recorded(self.path, task) for task in committer.tasks()}
+        files = {name: digest for name, digest in digests.items() if digest is not None}
+        if len(files) < len(digests):
+            raise StoreIncomplete(
+                f"{self.path}: {len(files)} of {len(digests)} shards are written; commit the rest first"
+            )
+        Finisher(committer, files).finish({product: self._whole(product) for product in WHOLE})
+        self.close()
+        self._lock = None
+
+    def write_environment(self, environment: Mapping[str, JSON]) -> None:
+        """Record who built this, where and with what (`environment.json`); neither compared nor checked later."""
+        self._require_unfinished("write the environment")
+        text = canonical_json(environment, "environment") + "\n"
+        scratch = scratch_folder(self.path)
+        write_atomic(self.path / ENVIRONMENT, text.encode(), scratch=scratch, point="metadata")
+
+    def _require_unfinished(self, action: str) -> None:
+        if self.complete:
+            raise StoreError(f"{self.path}: the store is complete; cannot {action} any more")
+
+
+def _fingerprint(arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JSON]) -> tuple[object, ...]:
+    return canonical_json(attributes), *((name, rows.shape, rows.tobytes()) for name, rows in sorted(arrays.items()))
+
+
+def _whole_numbers(values: ArrayLike, dtype: str) -> NDArray[Any]:
+    found = np.asarray(values)
+    numbers = little_endian(found if found.dtype.kind in "iu" else [], dtype)
+    if found.size and not np.array_equal(numbers, found):
+        raise StoreError(f"images: ids, widths and heights must be whole numbers within {np.dtype(dtype).name}")
+    return numbers
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error
+
+
+def _require_own(store: Path) -> None:
+    """Refuse a folder that holds something else than a store being built."""
+    if store.exists() and not store.is_dir():
+        raise StoreError(f"{store}: is a file; choose another --out folder")
+    if plan_folder(store).is_dir() or not store.is_dir():
+        return
+    # A build killed before its plan leaves these at most.
+    own = {LOCK, LOG, ENVIRONMENT, journal_folder(store).name}
+    foreign = sorted(file.name for file in store.iterdir() if file.name not in own)
+    if foreign:
+        raise StoreError(f"{store}: holds {foreign[0]!r} but no store; choose an empty or new --out folder")

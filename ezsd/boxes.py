@@ -1,0 +1,103 @@
+"""The box convention of the whole project, and the geometry that follows from it.
+
+A box is four float32 numbers x1, y1, x2, y2 in pixels of the original image, with
+0 <= x1 < x2 <= W and 0 <= y1 < y2 <= H: corners, not centres; continuous coordinates, so the
+width is x2 - x1 without the "+ 1" of whole-pixel conventions; the origin is the upper left
+corner of the upper left pixel. Only code that rescales images (the dataset, the detector) sees
+boxes in other pixels, and says so.
+
+All functions take boxes in the last dimension, (..., 4), leave their input alone, and accept
+zero boxes.
+"""
+
+import torch
+from torch import Tensor
+
+
+def xywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """Turn corner-and-extent boxes, as COCO files hold them, into corner boxes.
+
+    Args:
+        boxes: left, top, width, height, (..., 4).
+
+    Returns:
+        left, top, right, bottom, (..., 4).
+    """
+    corner, extent = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([corner, corner + extent], dim=-1)
+
+
+def clip(boxes: Tensor, width: float, height: float) -> Tensor:
+    """Move every corner to the nearest point of the image.
+
+    Args:
+        boxes: xyxy, (..., 4).
+        width: extent of the image in the pixels of `boxes`.
+        height: the same, downwards.
+
+    Returns:
+        Boxes inside [0, width] x [0, height]. One that lay outside has no area left: dropping
+        it is the caller's decision.
+    """
+    x = boxes[..., 0::2].clamp(0, width)
+    y = boxes[..., 1::2].clamp(0, height)
+    return torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Area in square pixels, (...); zero for a box whose corners are swapped."""
+    extent = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
+    return extent[..., 0] * extent[..., 1]
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of every box of `a` with every box of `b`.
+
+    Args:
+        a: xyxy, (A, 4), any float dtype; computed in float32 at least.
+        b: xyxy, (B, 4), in the same pixels.
+
+    Returns:
+        (A, B), values in [0, 1]. Boxes without area overlap nothing: 0, never NaN.
+    """
+    # Areas of photographs overflow float16 (65 504 is only 256 x 256) and coarsen in bfloat16.
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = a.to(dtype), b.to(dtype)
+    upper_left = torch.maximum(a[:, None, :2], b[None, :, :2])  # (A, B, 2)
+    lower_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])  # (A, B, 2)
+    shared = area(torch.cat([upper_left, lower_right], dim=-1))
+    union = area(a)[:, None] + area(b)[None, :] - shared
+    return torch.where(shared > 0, shared / union, torch.zeros_like(shared))
+
+
+def flip_horizontal(boxes: Tensor, width: float) -> Tensor:
+    """Mirror boxes left to right, as the image of that width is mirrored.
+
+    Args:
+        boxes: xyxy, (..., 4).
+        width: extent of the image in the pixels of `boxes`.
+
+    Returns:
+        xyxy, (..., 4); the left edge of the result is the mirrored right edge.
+    """
+    x1, y1, x2, y2 = boxes.unbind(dim=-1)
+    return torch.stack([width - x2, y1, width - x1, y2], dim=-1)
+
+
+def scale(boxes: Tensor, sx: float, sy: float) -> Tensor:
+    """Follow an image that is resized by `sx` to the right and `sy` downwards.
+
+    Args:
+        boxes: xyxy, (..., 4).
+        sx: new width / old width, > 0.
+        sy: new height / old height, > 0.
+
+    Returns:
+        xyxy in the new pixels, (..., 4).
+
+    Raises:
+        ValueError: a factor is not positive.
+    """
+    if not (sx > 0 and sy > 0):
+        raise ValueError(f"scale factors must be > 0, got {sx} and {sy}")
+    return boxes * boxes.new_tensor([sx, sy, sx, sy])

@@ -1,0 +1,61 @@
+"""The one crop function of all stages: what a teacher sees of a box."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float) -> Tensor:
+    """Cut boxes out of one image as square crops of a teacher's input size.
+
+    Each box is enlarged about its centre, rounded outwards, clamped to the image, put in the middle of a black square
+    as wide as its longer side, and resampled with an antialiased bicubic filter.
+
+    Args:
+        image: (3, H, W) uint8 RGB.
+        boxes: (R, 4) xyxy in the image's pixels; see `ezsd.boxes`.
+        size: side of the crops, pixels.
+        ratio: enlargement, 1.0 for the bare box.
+
+    Returns:
+        (R, 3, size, size) uint8 on the image's device.
+    """
+    # The channels-last view is what makes uint8 resampling quick on CPU.
+    pixels = image[None].contiguous(memory_format=torch.channels_last)
+    out = torch.empty((len(boxes), 3, size, size), dtype=torch.uint8, device=image.device)
+    for row, window in enumerate(crop_windows(boxes, ratio=ratio, width=image.shape[2], height=image.shape[1])):
+        out[row] = _resample(pixels, window, size)
+    return out
+
+
+def crop_windows(boxes: Tensor, *, ratio: float, width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """Whole-pixel windows (x0, y0, x1, y1), half-open, never empty, of enlarged and clamped boxes."""
+    centre = (boxes[:, :2].double() + boxes[:, 2:].double()) / 2
+    half = (boxes[:, 2:].double() - boxes[:, :2].double()) * ratio / 2
+    windows = []
+    for x0, y0, x1, y1 in torch.cat([centre - half, centre + half], 1).tolist():
+        left, top = min(max(math.floor(x0), 0), width - 1), min(max(math.floor(y0), 0), height - 1)
+        right, bottom = min(max(math.ceil(x1), left + 1), width), min(max(math.ceil(y1), top + 1), height)
+        windows.append((left, top, right, bottom))
+    return windows
+
+
+def _resample(pixels: Tensor, window: tuple[int, int, int, int], size: int) -> Tensor:
+    left, top, right, bottom = window
+    crop = pixels[:, :, top:bottom, left:right]
+    wide, high = right - left, bottom - top
+    if wide != high:
+        side = max(wide, high)
+        x, y = (side - wide) // 2, (side - high) // 2
+        crop = F.pad(crop, (x, side - wide - x, y, side - high - y))
+    if crop.shape[-1] == size:
+        return crop[0]
+    if pixels.device.type == "cpu":
+        return F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+    # Only the CPU resamples bytes; bicubic overshoot has to be cut off by hand elsewhere.
+    smooth = F.interpolate(crop.float(), (size, size), mode="bicubic", antialias=True)[0]
+    return smooth.round().clamp(0, 255).to(torch.uint8)

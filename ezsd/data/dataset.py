@@ -1,0 +1,211 @@
+"""Training samples: an image, its base boxes and its cached regions, resized and flipped together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ezsd.boxes import flip_horizontal, scale
+from ezsd.detector.model import Batch
+
+PAD_MULTIPLE = 32
+"""Batches are padded to a multiple of this, so that every pyramid level has whole cells."""
+
+
+class GroundTruth(Protocol):
+    """Base objects of one image, as a cache holds them."""
+
+    @property
+    def box(self) -> NDArray[np.float32]:
+        """(N, 4) xyxy, original-image pixels."""
+        ...
+
+    @property
+    def class_index(self) -> NDArray[np.int32]:
+        """(N,)."""
+        ...
+
+    @property
+    def embedding(self) -> NDArray[np.float16]:
+        """Unit teacher embeddings, (N, D)."""
+        ...
+
+
+class Regions(Protocol):
+    """Distillation regions of one image, as a cache holds them."""
+
+    @property
+    def box(self) -> NDArray[np.float32]:
+        """(K, 4) xyxy, original-image pixels, best first."""
+        ...
+
+    @property
+    def confidence(self) -> NDArray[np.float32]:
+        """(K,) in (0, 1]."""
+        ...
+
+    @property
+    def embedding(self) -> NDArray[np.float16]:
+        """Unit teacher embeddings, (K, D)."""
+        ...
+
+
+class GroundTruthSource(Protocol):
+    """Anything that returns the base objects of an image."""
+
+    def __getitem__(self, image_id: int, /) -> GroundTruth: ...
+
+
+class RegionSource(Protocol):
+    """Anything that returns the cached regions of an image."""
+
+    def __getitem__(self, image_id: int, /) -> Regions: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One image ready for batching; boxes in its resized pixels."""
+
+    image: Tensor
+    """(3, H, W) uint8."""
+    boxes: Tensor
+    """Base ground truth (N, 4)."""
+    labels: Tensor
+    """(N,) int64."""
+    region_boxes: Tensor
+    """Base ground truth first, then drawn regions, (N + K, 4)."""
+    region_target: Tensor
+    """(N + K, D) float16."""
+    region_confidence: Tensor
+    """1 for ground truth, (N + K,) float32."""
+
+
+class DetectionDataset(torch.utils.data.Dataset[Sample]):
+    """Samples by (epoch, position): what is drawn depends on these two and the seed, on no worker and no order.
+
+    Args:
+        image_ids: the training images.
+        read_image: image id to (3, H, W) uint8 pixels at original size.
+        ground_truth: base objects by image id.
+        regions: cached regions by image id.
+        regions_per_image: drawn without replacement, confidence-blind.
+        short_side: resize limit, pixels; 0 keeps the size.
+        long_side: see there.
+        seed: of flips and draws.
+    """
+
+    def __init__(
+        self,
+        image_ids: Sequence[int],
+        read_image: Callable[[int], Tensor],
+        ground_truth: GroundTruthSource,
+        regions: RegionSource,
+        *,
+        regions_per_image: int,
+        short_side: int,
+        long_side: int,
+        seed: int,
+    ) -> None:
+        self.image_ids = image_ids
+        self.read_image = read_image
+        self.ground_truth = ground_truth
+        self.regions = regions
+        self.regions_per_image = regions_per_image
+        self.short_side = short_side
+        self.long_side = long_side
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, position = key
+        image_id = self.image_ids[position]
+        rng = np.random.default_rng([self.seed, epoch, image_id])
+        truth, regions = self.ground_truth[image_id], self.regions[image_id]
+        drawn = np.sort(rng.permutation(len(regions.box))[: self.regions_per_image])
+        pixels = self.read_image(image_id)
+        image, sx, sy = resize(pixels, short_side=self.short_side, long_side=self.long_side)
+        boxes = scale(torch.from_numpy(truth.box.copy()), sx, sy)
+        region_boxes = torch.cat([boxes, scale(torch.from_numpy(regions.box[drawn]), sx, sy)])
+        # The target stays that of the unflipped crop: CLIP hardly notices a mirror.
+        if rng.random() < 0.5:
+            image = image.flip(2)
+            boxes = flip_horizontal(boxes, image.shape[2])
+            region_boxes = flip_horizontal(region_boxes, image.shape[2])
+        return Sample(
+            image=image,
+            boxes=boxes,
+            labels=torch.from_numpy(truth.class_index.astype(np.int64)),
+            region_boxes=region_boxes,
+            region_target=torch.from_numpy(np.concatenate([truth.embedding, regions.embedding[drawn]])),
+            region_confidence=torch.cat(
+                [torch.ones(len(boxes)), torch.from_numpy(regions.confidence[drawn].astype(np.float32))]
+            ),
+        )
+
+
+def resize(image: Tensor, *, short_side: int, long_side: int) -> tuple[Tensor, float, float]:
+    """Fit an image (3, H, W) uint8 into short_side x long_side, ratio kept; returns it and the x and y factors."""
+    height, width = image.shape[1:]
+    if short_side == 0:
+        return image, 1.0, 1.0
+    factor = min(short_side / min(height, width), long_side / max(height, width))
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    smaller = F.interpolate(image[None].contiguous(), size, mode="bilinear", antialias=True)[0]
+    return smaller, size[1] / width, size[0] / height
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Pad images at the right and bottom to a common size and concatenate the regions."""
+    counts = torch.tensor([len(s.region_boxes) for s in samples])
+    images, sizes = pad_images([s.image for s in samples])
+    return Batch(
+        images=images,
+        sizes=sizes,
+        boxes=[s.boxes for s in samples],
+        labels=[s.labels for s in samples],
+        region_boxes=torch.cat([s.region_boxes for s in samples]),
+        region_image=torch.repeat_interleave(torch.arange(len(samples)), counts),
+        region_target=torch.cat([s.region_target for s in samples]),
+        region_confidence=torch.cat([s.region_confidence for s in samples]),
+    )
+
+
+def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """uint8 images (3, H, W) to one float batch (B, 3, H', W') in [0, 1], and their (height, width)."""
+    sizes = [(int(i.shape[1]), int(i.shape[2])) for i in images]
+    height = -(-max(s[0] for s in sizes) // PAD_MULTIPLE) * PAD_MULTIPLE
+    width = -(-max(s[1] for s in sizes) // PAD_MULTIPLE) * PAD_MULTIPLE
+    out = torch.zeros(len(images), 3, height, width)
+    for row, image in zip(out, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image / 255
+    return out, sizes
+
+
+def epoch_order(
+    images: int, *, per_step: int, first_step: int, steps: int, seed: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Batches of (epoch, position) from `first_step` up to `steps`: every image once per epoch, reshuffled.
+
+    A batch may span two epochs; none is cut short.
+    """
+    for step in range(first_step, steps):
+        batch = []
+        for drawn in range(step * per_step, (step + 1) * per_step):
+            epoch, place = divmod(drawn, images)
+            batch.append((epoch, int(_permutation(images, seed, epoch)[place])))
+        yield batch
+
+
+@lru_cache(maxsize=2)
+def _permutation(images: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, 1, epoch]).permutation(images)

@@ -1,0 +1,163 @@
+"""What is pooled from where: checked arguments and the pyramid level of a box."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# torchvision adds this to the (fractional) level before rounding down, so that a box of exactly the
+# canonical size does not fall to the finer level by one rounding error of float32.
+LEVEL_SLACK = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooling:
+    """Feature maps and the sampling grid laid over every box."""
+
+    maps: tuple[Tensor, ...]
+    """Pyramid levels, finest first, each (B, C, H, W); every level halves the scale of the one before."""
+    scale: float
+    """Map cells per input pixel on the finest level."""
+    threshold: float
+    """Box area (square pixels) from which the second level is used; the next ones start at 4x, 16x, ... of it."""
+    bins: int
+    """P: bins per box side."""
+    samples: int
+    """S: sampling points per bin side."""
+
+    @property
+    def images(self) -> int:
+        """B, the images in the batch."""
+        return self.maps[0].shape[0]
+
+    @property
+    def channels(self) -> int:
+        """C, the channels of every map."""
+        return self.maps[0].shape[1]
+
+    def level_of(self, boxes: Tensor) -> Tensor:
+        """Index of the map that each box (R, 4) is pooled from: (R,) int64.
+
+        Areas are compared with thresholds, which needs no logarithm and is exact at powers of two.
+        An inverted or NaN box belongs to the finest level.
+        """
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        level = torch.zeros_like(area, dtype=torch.int64)
+        for coarser in range(len(self.maps) - 1):
+            level += area >= self.threshold * 4.0**coarser
+        return level
+
+
+def make_pooling(
+    features: Tensor | Sequence[Tensor],
+    spatial_scale: float | Sequence[float],
+    *,
+    output_size: int,
+    sampling_ratio: int,
+    canonical_size: float,
+    canonical_level: int,
+) -> Pooling:
+    """Check the maps and their scales and derive the level thresholds.
+
+    Raises:
+        ValueError: maps, scales or sampling grid are not what `ezsd.kernels` asks for; the message says which.
+    """
+    maps = (features,) if isinstance(features, Tensor) else tuple(features)
+    if isinstance(features, Tensor) != isinstance(spatial_scale, (int, float)):
+        raise ValueError("spatial_scale must be a number for one map and a list, one per level, for a list of maps")
+    scales = (float(spatial_scale),) if isinstance(spatial_scale, (int, float)) else tuple(map(float, spatial_scale))
+    _check_maps(maps)
+    _check_scales(scales, levels=len(maps))
+    if output_size < 1:
+        raise ValueError(f"output_size must be >= 1, got {output_size}")
+    if sampling_ratio < 1:
+        raise ValueError(f"sampling_ratio must be >= 1, got {sampling_ratio}: the adaptive grid is not offered")
+    if canonical_size <= 0:
+        raise ValueError(f"canonical_size must be > 0 pixels, got {canonical_size}")
+    finest = round(-math.log2(scales[0]))
+    threshold = canonical_size**2 * 4.0 ** (finest + 1 - canonical_level - LEVEL_SLACK)
+    return Pooling(maps=maps, scale=scales[0], threshold=threshold, bins=output_size, samples=sampling_ratio)
+
+
+def _check_maps(maps: tuple[Tensor, ...]) -> None:
+    if not maps:
+        raise ValueError("features must hold at least one map")
+    first = maps[0]
+    for level, feature in enumerate(maps):
+        if feature.ndim != 4 or not feature.is_floating_point():
+            raise ValueError(
+                f"level {level}: expected a floating map (B, C, H, W), got {feature.dtype} {tuple(feature.shape)}"
+            )
+        if min(feature.shape[2:]) < 1:
+            raise ValueError(f"level {level}: the map has no cells, its shape is {tuple(feature.shape)}")
+        if feature.shape[:2] != first.shape[:2] or feature.dtype != first.dtype or feature.device != first.device:
+            raise ValueError(
+                f"level {level}: every map must share B, C, dtype and device; got {tuple(feature.shape)} "
+                f"{feature.dtype} {feature.device} beside {tuple(first.shape)} {first.dtype} {first.device}"
+            )
+
+
+def _check_scales(scales: tuple[float, ...], *, levels: int) -> None:
+    if len(scales) != levels:
+        raise ValueError(f"expected {levels} spatial scales, one per level, got {len(scales)}")
+    if not all(math.isfinite(scale) and scale > 0 for scale in scales):
+        raise ValueError(f"spatial_scale must be > 0 cells per pixel, got {scales}")
+    if levels == 1:
+        return
+    expected = tuple(scales[0] / 2**level for level in range(levels))
+    if scales != expected or math.frexp(scales[0])[0] != 0.5:
+        raise ValueError(f"the scales of a pyramid must be powers of two, each half of the one before, got {scales}")
+
+
+def check_boxes(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> None:
+    """Check shapes and dtypes of the boxes; on the CPU also that every image index exists.
+
+    Raises:
+        ValueError: with the argument, what was expected and what was found.
+    """
+    regions = boxes.shape[0] if boxes.ndim else -1
+    if boxes.shape != (regions, 4) or not boxes.is_floating_point():
+        raise ValueError(f"boxes must be floating (R, 4) xyxy pixels, got {boxes.dtype} {tuple(boxes.shape)}")
+    if image_index.shape != (regions,) or image_index.dtype != torch.int64:
+        raise ValueError(f"image_index must be int64 ({regions},), got {image_index.dtype} {tuple(image_index.shape)}")
+    device = pooling.maps[0].device
+    if boxes.device != device or image_index.device != device:
+        raise ValueError(f"features are on {device}, boxes on {boxes.device}, image_index on {image_index.device}")
+    # Reading the values would stall a GPU's queue; there the kernels guard every read and answer NaN.
+    if device.type == "cpu" and regions and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in torch.aminmax(image_index))
+        if low < 0 or high >= pooling.images:
+            raise ValueError(f"image_index spans {low} to {high}, but the batch has {pooling.images} images")
+
+
+def check_head(pooling: Pooling, projection: Tensor | None, bias: Tensor | None) -> None:
+    """Check that the projection takes the pooled bins, channels innermost.
+
+    Raises:
+        ValueError: with the argument, what was expected and what was found.
+    """
+    width = pooling.bins**2 * pooling.channels
+    if projection is None:
+        if pooling.bins != 1:
+            raise ValueError(f"output_size={pooling.bins} needs a projection (D, {width}); None is for output_size=1")
+        if bias is not None:
+            raise ValueError("a bias needs a projection")
+        return
+    if projection.ndim != 2 or projection.shape[1] != width:
+        raise ValueError(f"projection must be (D, {width}) = (D, P*P*C), got {tuple(projection.shape)}")
+    if bias is not None and bias.shape != projection.shape[:1]:
+        raise ValueError(f"bias must be ({projection.shape[0]},), got {tuple(bias.shape)}")
+
+
+def check_targets(target: Tensor, weight: Tensor, *, regions: int, dim: int) -> None:
+    """Check shapes and dtypes of the distillation targets.
+
+    Raises:
+        ValueError: with the argument, what was expected and what was found.
+    """
+    if target.shape != (regions, dim) or not target.is_floating_point():
+        raise ValueError(f"target must be floating ({regions}, {dim}), got {target.dtype} {tuple(target.shape)}")
+    if weight.shape != (regions,) or not weight.is_floating_point():
+        raise ValueError(f"weight must be floating ({regions},), got {weight.dtype} {tuple(weight.shape)}")

@@ -1,0 +1,185 @@
+"""The specification: every operator in plain torch, float32 inside (float64 for float64 maps).
+
+Nothing here is tuned. Per axis, bin i of a box averages S bilinear samples, which makes its value a weighted sum of
+the map's rows with weights a_i(y), and likewise c_j(x) along the columns:
+
+    pooled[i, j, :] = sum_y sum_x a_i(y) c_j(x) F[y, x, :]                            (docs/kernel.md, eq. 2)
+
+The Triton kernels compute the same sum; torchvision.ops.roi_align(aligned=True) is equal to it.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ezsd.kernels.geometry import Pooling, check_boxes, check_head, check_targets, make_pooling
+
+Metric = Literal["cosine", "l1"]
+
+
+def roi_align(
+    features: Tensor | Sequence[Tensor],
+    boxes: Tensor,
+    image_index: Tensor,
+    *,
+    spatial_scale: float | Sequence[float],
+    output_size: int = 7,
+    sampling_ratio: int = 2,
+    canonical_size: float = 224,
+    canonical_level: int = 4,
+) -> Tensor:
+    """Pool boxes into (R, C, P, P); arguments as in `ezsd.kernels.roi_align`."""
+    pooling = make_pooling(
+        features,
+        spatial_scale,
+        output_size=output_size,
+        sampling_ratio=sampling_ratio,
+        canonical_size=canonical_size,
+        canonical_level=canonical_level,
+    )
+    check_boxes(pooling, boxes, image_index)
+    return pool(pooling, boxes, image_index).permute(0, 3, 1, 2).to(pooling.maps[0].dtype)
+
+
+def roi_embed(
+    features: Tensor | Sequence[Tensor],
+    boxes: Tensor,
+    image_index: Tensor,
+    *,
+    spatial_scale: float | Sequence[float],
+    output_size: int = 7,
+    sampling_ratio: int = 2,
+    projection: Tensor | None = None,
+    bias: Tensor | None = None,
+    canonical_size: float = 224,
+    canonical_level: int = 4,
+) -> Tensor:
+    """Embed boxes as unit vectors (R, D); arguments as in `ezsd.kernels.roi_embed`."""
+    pooling = make_pooling(
+        features,
+        spatial_scale,
+        output_size=output_size,
+        sampling_ratio=sampling_ratio,
+        canonical_size=canonical_size,
+        canonical_level=canonical_level,
+    )
+    check_boxes(pooling, boxes, image_index)
+    return unit(embed(pooling, boxes, image_index, projection, bias))
+
+
+def roi_align_cosine(
+    features: Tensor | Sequence[Tensor],
+    boxes: Tensor,
+    image_index: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    *,
+    spatial_scale: float | Sequence[float],
+    output_size: int = 7,
+    sampling_ratio: int = 2,
+    projection: Tensor | None = None,
+    bias: Tensor | None = None,
+    metric: Metric = "cosine",
+    canonical_size: float = 224,
+    canonical_level: int = 4,
+) -> Tensor:
+    """Compare boxes with their targets; arguments as in `ezsd.kernels.roi_align_cosine`."""
+    pooling = make_pooling(
+        features,
+        spatial_scale,
+        output_size=output_size,
+        sampling_ratio=sampling_ratio,
+        canonical_size=canonical_size,
+        canonical_level=canonical_level,
+    )
+    check_boxes(pooling, boxes, image_index)
+    embedding = embed(pooling, boxes, image_index, projection, bias)
+    check_targets(target, weight, regions=embedding.shape[0], dim=embedding.shape[1])
+    return weighted_mean(distances(embedding, target, metric), weight)
+
+
+def pool(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Tensor:
+    """Equation 2 for every box on the level it belongs to: (R, P, P, C)."""
+    level_of = pooling.level_of(boxes)
+    pooled = boxes.new_zeros(())
+    for level, feature in enumerate(pooling.maps):
+        dtype = torch.float64 if feature.dtype == torch.float64 else torch.float32
+        x1, y1, x2, y2 = (boxes.to(dtype) * (pooling.scale / 2**level) - 0.5).unbind(1)
+        rows = axis_weights(y1, y2, size=feature.shape[2], bins=pooling.bins, samples=pooling.samples)
+        columns = axis_weights(x1, x2, size=feature.shape[3], bins=pooling.bins, samples=pooling.samples)
+        mine = (level_of == level)[:, None, None]
+        product: Tensor = torch.einsum("riy,rcyx,rjx->rijc", rows * mine, feature.to(dtype)[image_index], columns)
+        pooled = pooled.to(dtype) + product
+    return pooled
+
+
+def axis_weights(start: Tensor, stop: Tensor, *, size: int, bins: int, samples: int) -> Tensor:
+    """How much each cell of one axis contributes to each bin: (R, bins, size).
+
+    Args:
+        start: first edge of each box along the axis, (R,), in cells minus 0.5 (cell k has its centre at k).
+        stop: last edge, (R,), same unit.
+        size: cells along the axis.
+        bins: P.
+        samples: S, sampling points per bin.
+
+    A sample beyond [-1, size] counts as 0; one in the margin is moved to the border cell.
+    """
+    step = torch.arange(bins * samples, dtype=start.dtype, device=start.device)
+    sample = start[:, None] + (step + 0.5) / (bins * samples) * (stop - start)[:, None]  # (R, P*S)
+    inside = (sample >= -1) & (sample <= size)
+    cell = torch.arange(size, dtype=start.dtype, device=start.device)
+    tap = (1 - (sample.clamp(0, size - 1)[:, :, None] - cell).abs()).clamp(min=0)  # (R, P*S, size)
+    return (tap * inside[:, :, None]).view(-1, bins, samples, size).mean(2)
+
+
+def embed(
+    pooling: Pooling, boxes: Tensor, image_index: Tensor, projection: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Pool, then project: (R, D), not normalised."""
+    check_head(pooling, projection, bias)
+    return project(pool(pooling, boxes, image_index), projection, bias)
+
+
+def project(pooled: Tensor, projection: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Apply a projection (D, P*P*C) to pooled boxes (R, P, P, C) in their dtype; None is the identity."""
+    pooled = pooled.flatten(1)
+    if projection is None:
+        return pooled
+    return functional.linear(pooled, projection.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype))
+
+
+def unit(vector: Tensor) -> Tensor:
+    """Scale rows to unit length in float32 or better; a zero row stays zero and gets no gradient."""
+    vector = vector.to(torch.promote_types(vector.dtype, torch.float32))
+    squared = vector.square().sum(1, keepdim=True)
+    # The inner `where` keeps the root away from 0, whose derivative would turn the masked gradient into NaN.
+    zero = squared == 0
+    return vector * torch.where(zero, 0, torch.where(zero, 1, squared).rsqrt())
+
+
+def distances(embedding: Tensor, target: Tensor, metric: Metric) -> Tensor:
+    """1 - cosine, or the L1 distance of the unit vectors, per row: (R,).
+
+    A row whose embedding or target is zero has distance 0 and no gradient.
+    """
+    student = unit(embedding)
+    teacher = unit(target.detach().to(student.dtype))
+    known = student.any(1) & teacher.any(1)
+    if metric == "cosine":
+        distance = 1 - (student * teacher).sum(1)
+    elif metric == "l1":
+        distance = (student - teacher).abs().sum(1)
+    else:
+        raise ValueError(f'metric must be "cosine" or "l1", got {metric!r}')
+    return torch.where(known, distance, 0)
+
+
+def weighted_mean(distance: Tensor, weight: Tensor) -> Tensor:
+    """sum(w d) / sum(w), a scalar; 0 with zero gradient where sum(w) is 0."""
+    weight = weight.detach().to(distance.dtype)
+    total = weight.sum()
+    return (weight * distance).sum() / torch.where(total == 0, 1, total)

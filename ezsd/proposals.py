@@ -1,0 +1,178 @@
+"""CLIP proposals: anchors scored by how sure the teacher is of a name, filtered against base boxes.
+
+Every number is the method's (EZSD, arXiv 2303.12145): score log C - H over the names, class-agnostic suppression at
+IoU 0.7, and only what overlaps no base box. Base boxes alone are used; this module never meets a novel one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from ezsd.boxes import iou
+
+Score = Literal["entropy", "novel"]
+
+
+def faithful_anchors(
+    width: int,
+    height: int,
+    *,
+    sizes: Sequence[float] = (32, 64, 128, 256, 512),
+    ratios: Sequence[float] = (0.5, 1.0, 2.0),
+    stride: int = 32,
+    short_side: int = 800,
+    long_side: int = 1333,
+) -> Tensor:
+    """The method's grid: anchors of five sizes and three ratios at every 32 px of the resized image.
+
+    The image is thought of as resized to fit `long_side` x `short_side` (ratio kept) and padded to a multiple of the
+    stride; centres lie at multiples of the stride from 0. A 640 x 480 image has 12,750 anchors.
+
+    Args:
+        width: of the original image, pixels.
+        height: likewise.
+        sizes: square roots of the anchors' areas, resized-image pixels.
+        ratios: height over width.
+        stride: between centres, resized-image pixels.
+        short_side: limit of the resized image's shorter side, pixels.
+        long_side: limit of its longer side, pixels.
+
+    Returns:
+        (A, 4) xyxy, float32, original-image pixels, clamped to the image; some may be thin.
+    """
+    scale = min(long_side / max(width, height), short_side / min(width, height))
+    columns = math.ceil(round(width * scale) / stride)
+    rows = math.ceil(round(height * scale) / stride)
+    shapes = _shapes(sizes, ratios)
+    y, x = torch.meshgrid(torch.arange(rows) * stride, torch.arange(columns) * stride, indexing="ij")
+    centres = torch.stack([x, y], -1).reshape(-1, 1, 2).double()
+    boxes = torch.cat([centres - shapes / 2, centres + shapes / 2], -1).reshape(-1, 4) / scale
+    limit = torch.tensor([width, height, width, height], dtype=torch.float64)
+    return torch.minimum(boxes.clamp(min=0), limit).float()
+
+
+def sliding_anchors(
+    width: int, height: int, *, sizes: Sequence[float], ratios: Sequence[float], stride: float
+) -> Tensor:
+    """Windows that lie inside the image and whose spacing grows with their size.
+
+    Args:
+        width: of the image, pixels.
+        height: likewise.
+        sizes: square roots of the windows' areas, image pixels.
+        ratios: height over width.
+        stride: between neighbours, as a share of the window's own side (0.35 = 65 % overlap).
+
+    Returns:
+        (A, 4) xyxy, float32, image pixels. A window larger than the image is cut to it.
+    """
+    windows = []
+    for w, h in _shapes(sizes, ratios).reshape(-1, 2).tolist():
+        wide, high = min(w, width), min(h, height)
+        x = torch.linspace(0, width - wide, 1 + round((width - wide) / (stride * wide)), dtype=torch.float64)
+        y = torch.linspace(0, height - high, 1 + round((height - high) / (stride * high)), dtype=torch.float64)
+        corner = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
+        windows.append(torch.cat([corner, corner + torch.tensor([wide, high])], 1))
+    return torch.cat(windows).float()
+
+
+def _shapes(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """(1, len(sizes) * len(ratios), 2): width and height; the ratio h / w keeps the area."""
+    return torch.tensor([[[s / math.sqrt(r), s * math.sqrt(r)] for s in sizes for r in ratios]], dtype=torch.float64)
+
+
+def name_probabilities(embedding: Tensor, text: Tensor, *, logit_scale: float) -> Tensor:
+    """Softmax over names (R, C), float32, of unit embeddings (R, D) against unit text rows (C, D)."""
+    return (logit_scale * embedding.float() @ text.float().T).softmax(1)
+
+
+def entropy_score(probability: Tensor) -> Tensor:
+    """Certainty log C - H(p) per row (R,), in nats: 0 for a uniform guess, log C for certainty."""
+    surprise = torch.xlogy(probability, probability).sum(1)
+    return math.log(probability.shape[1]) + surprise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """What scoring and filtering kept of one image's anchors."""
+
+    proposal: Tensor
+    """Anchor positions after suppression, best first, (P,) int64."""
+    proposal_score: Tensor
+    """Their scores, (P,) float32."""
+    region: Tensor
+    """Anchor positions of the regions to distil, best first, (K,) int64."""
+    region_score: Tensor
+    """(K,) float32."""
+    confidence: Tensor
+    """Highest name probability of each region, (K,) float32 in (0, 1]."""
+    class_index: Tensor
+    """Which name that is, (K,) int64, a position in base + novel names."""
+
+
+def select_regions(
+    anchors: Tensor,
+    embedding: Tensor,
+    text: Tensor,
+    base_boxes: Tensor,
+    *,
+    base_count: int,
+    background: Tensor | None,
+    logit_scale: float,
+    score: Score,
+    nms_iou: float,
+    keep_proposals: int,
+    base_iou: float,
+    drop_base_guesses: bool,
+    keep_regions: int,
+) -> Selection:
+    """Score an image's anchors, suppress, and keep the regions that may hold unseen objects.
+
+    Args:
+        anchors: (A, 4) xyxy, original-image pixels.
+        embedding: unit crop embeddings, (A, D).
+        text: unit text rows of base names, then novel names, (C, D).
+        base_boxes: BASE ground truth of the image, (N, 4).
+        base_count: how many of the text rows are base names.
+        background: unit text row of a background prompt, (D,), or None. With it a crop of nothing has a name to go to.
+        logit_scale: multiplier of cosines before the softmax.
+        score: "entropy" is log C - H over the names (times the probability that it is no background, if there is a
+            prompt for it); "novel" is the probability of all novel names together.
+        nms_iou: suppression threshold.
+        keep_proposals: how many to keep after suppression.
+        base_iou: regions that overlap a base box this much or more are dropped.
+        drop_base_guesses: drop regions whose likeliest name is a base one.
+        keep_regions: how many regions to keep.
+
+    Source: EZSD, section on CLIP proposals.
+    """
+    names = name_probabilities(embedding, text, logit_scale=logit_scale)
+    present = torch.ones(len(anchors))
+    if background is not None:
+        table = torch.cat([text, background[None]])
+        present = 1 - name_probabilities(embedding, table, logit_scale=logit_scale)[:, -1]
+    value = entropy_score(names) if score == "entropy" else names[:, base_count:].sum(1)
+    value = value * present
+    kept = nms(anchors, value, nms_iou)[:keep_proposals]
+    clear = torch.ones(len(kept), dtype=torch.bool)
+    if len(base_boxes):
+        clear = iou(anchors[kept], base_boxes).amax(1) < base_iou
+    confidence, guess = names[kept].max(1)
+    if drop_base_guesses:
+        clear &= guess >= base_count
+    rows = torch.nonzero(clear)[:keep_regions, 0]
+    return Selection(
+        proposal=kept,
+        proposal_score=value[kept],
+        region=kept[rows],
+        region_score=value[kept][rows],
+        confidence=(confidence * present[kept])[rows],
+        class_index=guess[rows],
+    )

@@ -1,0 +1,164 @@
+"""Class names: the base and novel split, prompts, and the way from a name to a position.
+
+A class is its name. A class index is a position in a table of names which travels with whatever
+holds the index (a store, a checkpoint, `Split.names`); dataset ids and file order mean nothing.
+Names are compared exactly, and a name that is not known is an error which offers the nearest one.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+class VocabularyError(ValueError):
+    """A class name is unknown, doubled, empty or missing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """Which classes have boxes in training (base) and which are only ever named (novel).
+
+    Raises:
+        VocabularyError: no base class, an empty name, or a name that occurs twice.
+    """
+
+    base: tuple[str, ...]
+    """Classes with training boxes; their indices are 0 .. len(base) - 1."""
+    novel: tuple[str, ...]
+    """Classes without any training box; their indices follow. May be empty."""
+
+    def __post_init__(self) -> None:
+        _refuse_untyped("base", self.base)
+        _refuse_untyped("novel", self.novel)
+        if not self.base:
+            raise VocabularyError("a split needs at least one base class, got none")
+        both = sorted(set(self.base) & set(self.novel))
+        if both:
+            raise VocabularyError(f"class {both[0]!r} is base and novel at once; it must be one of them")
+        _positions(self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, base then novel: the one order of classes, (C,)."""
+        return self.base + self.novel
+
+    def index(self, name: str) -> int:
+        """Position of `name` in `names`.
+
+        Raises:
+            VocabularyError: the name is in neither part of the split.
+        """
+        return resolve([name], self.names)[0]
+
+
+def prompts(names: Sequence[str], template: str = "a photo of a {}") -> tuple[str, ...]:
+    """Put every name into the template.
+
+    Args:
+        names: class names, (C,).
+        template: a text with one pair of braces where the name goes.
+
+    Returns:
+        The prompts, (C,), in the order of `names`.
+
+    Raises:
+        VocabularyError: the template does not have exactly one `{}`.
+    """
+    if template.count("{}") != 1:
+        raise VocabularyError(f"a prompt template needs '{{}}' once, where the name goes; got {template!r}")
+    # Not str.format: braces elsewhere in a template or a name are ordinary characters.
+    return tuple(template.replace("{}", name) for name in names)
+
+
+def resolve(names: Iterable[str], known: Sequence[str]) -> tuple[int, ...]:
+    """Look names up in a table.
+
+    Args:
+        names: the wanted names, in the wanted order.
+        known: the table, (C,), without doubles.
+
+    Returns:
+        For each wanted name its position in `known`.
+
+    Raises:
+        VocabularyError: a name is unknown (the message offers the nearest), or occurs twice in
+            `names` or in `known`.
+    """
+    table = _positions(known)
+    wanted = _positions(names)
+    for name in wanted:
+        if name not in table:
+            raise VocabularyError(f"unknown class {name!r}; {suggest(name, known)}")
+    return tuple(table[name] for name in wanted)
+
+
+def parse_classes(text: str) -> tuple[str, ...]:
+    """Read a comma-separated list of names, as a command line has it.
+
+    Args:
+        text: for example "dog, traffic light"; blanks around a name do not count.
+
+    Returns:
+        The names in the order given, at least one.
+
+    Raises:
+        VocabularyError: a name between the commas is empty, or occurs twice.
+    """
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise VocabularyError(f"expected class names with a comma between them, found an empty name in {text!r}")
+    _positions(names)
+    return names
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """Say what a name not in the table may have meant, as the second half of an error.
+
+    Args:
+        name: a name that is not in `known`.
+        known: the table, (C,).
+
+    Returns:
+        A question with the nearest name, or the beginning of the table if none is near.
+    """
+    # Upper case is the commonest slip, and costs a short name most of its similarity.
+    by_lower = {other.lower(): other for other in known}
+    near = get_close_matches(name.lower(), list(by_lower), n=1)
+    if near:
+        return f"did you mean {by_lower[near[0]]!r}?"
+    shown = ", ".join(repr(other) for other in known[:5])
+    return f"known are {shown}" + (f" and {len(known) - 5} more" if len(known) > 5 else "")
+
+
+def _positions(names: Iterable[str]) -> dict[str, int]:
+    """Map each name to its position; a double or an empty name is an error."""
+    table: dict[str, int] = {}
+    for position, name in enumerate(names):
+        if not name.strip():
+            raise VocabularyError(f"the class name at position {position} is empty")
+        if name in table:
+            raise VocabularyError(f"class {name!r} occurs twice, at positions {table[name]} and {position}")
+        table[name] = position
+    return table
+
+
+def _refuse_untyped(part: str, names: object) -> None:
+    """Refuse a text or a list where a tuple of names belongs: a text would fall apart into letters."""
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise VocabularyError(f"{part} must be a tuple of texts, got {names!r}")
+
+
+# The 48 / 17 zero-shot split of COCO, each part in the order of COCO's category ids. The 15
+# remaining classes of COCO are in neither part: never supervised, never evaluated.
+COCO_SPLIT = Split(
+    base=parse_classes(
+        "person, bicycle, car, motorcycle, train, truck, boat, bench, bird, horse, sheep, bear, zebra, giraffe, "
+        "backpack, handbag, suitcase, frisbee, skis, kite, surfboard, bottle, fork, spoon, bowl, banana, apple, "
+        "sandwich, orange, broccoli, carrot, pizza, donut, chair, bed, toilet, tv, laptop, mouse, remote, microwave, "
+        "oven, toaster, refrigerator, book, clock, vase, toothbrush"
+    ),
+    novel=parse_classes(
+        "airplane, bus, cat, dog, cow, elephant, umbrella, tie, snowboard, skateboard, cup, knife, cake, couch, "
+        "keyboard, sink, scissors"
+    ),
+)

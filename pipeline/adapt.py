@@ -1,0 +1,135 @@
+"""Stage one, first half: crops of base objects for re-normalisation, and how well it went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ezsd.adapt import crop_accuracy, flatten, tune_layer_norms
+from ezsd.crops import crop_boxes
+from ezsd.data.annotations import Annotations
+from ezsd.teacher import Teacher
+from pipeline.config import AdaptConfig
+from pipeline.datasets import read_dataset_image
+from pipeline.progress import Progress
+
+# Crops of small benchmarks are kept; those of large ones are made again when their image comes up.
+_MEMO_BYTES = 2**30
+
+
+class CropSource:
+    """Crops of an annotation record's boxes, image by image."""
+
+    def __init__(self, annotations: Annotations, root: Path, *, size: int, ratio: float) -> None:
+        self.annotations = annotations
+        self.root = root
+        self.size = size
+        self.ratio = ratio
+        self._memo: dict[int, Tensor] = {}
+        self._memo_bytes = 0
+
+    def image(self, position: int) -> tuple[Tensor, Tensor]:
+        """Crops (R, 3, S, S) uint8 of one image's boxes, and their classes (R,) int64."""
+        rows = self.annotations.rows(position)
+        label = torch.from_numpy(self.annotations.class_index[rows].astype(np.int64))
+        if position in self._memo:
+            return self._memo[position], label
+        record = self.annotations.images[position]
+        pixels = read_dataset_image(self.root, record.file_name, record.width, record.height)
+        boxes = torch.from_numpy(self.annotations.box[rows])
+        crops = crop_boxes(pixels, boxes, size=self.size, ratio=self.ratio)
+        if self._memo_bytes + crops.numel() <= _MEMO_BYTES:
+            self._memo[position] = crops
+            self._memo_bytes += crops.numel()
+        return crops, label
+
+    def batches(self, positions: Iterable[int], *, crops: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Crops (up to `crops`, 3, S, S), float in [0, 1], and classes of the given images in order."""
+        pixels: list[Tensor] = []
+        labels: list[Tensor] = []
+        held = 0
+        for position in positions:
+            image_pixels, image_labels = self.image(position)
+            pixels.append(image_pixels)
+            labels.append(image_labels)
+            held += len(image_labels)
+            while held >= crops:
+                all_pixels, all_labels = torch.cat(pixels), torch.cat(labels)
+                yield all_pixels[:crops].float() / 255, all_labels[:crops]
+                pixels, labels, held = [all_pixels[crops:]], [all_labels[crops:]], held - crops
+        if held:
+            yield torch.cat(pixels).float() / 255, torch.cat(labels)
+
+    def endless(self, positions: Sequence[int], *, crops: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Full batches for ever, images reshuffled each round."""
+        rng = np.random.default_rng([seed, 1])
+
+        def rounds() -> Iterator[int]:
+            while True:
+                yield from rng.permutation(positions).tolist()
+
+        return self.batches(rounds(), crops=crops)
+
+
+def adapt_teacher(
+    teacher: Teacher, annotations: Annotations, root: Path, *, config: AdaptConfig, crop_ratio: float, seed: int
+) -> tuple[NDArray[np.float32], dict[str, object]]:
+    """Tune the teacher's LayerNorms in place on base crops of the training images.
+
+    Args:
+        teacher: tuned in place.
+        annotations: BASE boxes of the training split.
+        root: image folder.
+        config: see `AdaptConfig`.
+        crop_ratio: enlargement of boxes, as in the later stages.
+        seed: of the held-out choice and the shuffling.
+
+    Returns:
+        The tuned values (K,), and attributes for the store: parameter table, steps, base accuracy before and after on
+        the held-out images.
+
+    Raises:
+        ValueError: there are too few base boxes to hold some out.
+    """
+    source = CropSource(annotations, root, size=teacher.input_size, ratio=crop_ratio)
+    with_boxes = np.unique(annotations.image_index)
+    held = max(1, round(len(with_boxes) * config.held_out))
+    if len(with_boxes) <= held:
+        raise ValueError(f"re-normalisation needs base boxes in at least 2 images, found them in {len(with_boxes)}")
+    order = np.random.default_rng([seed, 0]).permutation(with_boxes)
+    tuned_on, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
+
+    def accuracy() -> float:
+        right = crop_accuracy(teacher, source.batches(held_out, crops=config.crops), annotations.names)
+        return float(right.float().mean())
+
+    parameters = teacher.layer_norms()
+    before = accuracy()
+    steps = config.steps if parameters else 0
+    if steps:
+        batches = source.endless(tuned_on, crops=config.crops, seed=seed)
+        losses = tune_layer_norms(
+            teacher,
+            batches,
+            annotations.names,
+            loss=config.loss,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            clip_norm=config.clip_norm,
+        )
+        with Progress("adapt", steps, unit="step") as progress:
+            for _, value in zip(range(steps), losses, strict=False):
+                progress.advance(note=f"loss {value:.3f}")
+    values, table = flatten(parameters)
+    return values, {
+        "parameters": table,
+        "steps": steps,
+        "held_out_crops": int(np.isin(annotations.image_index, held_out).sum()),
+        "base_accuracy_before": before,
+        "base_accuracy_after": accuracy() if steps else before,
+    }

@@ -1,0 +1,115 @@
+"""Between the command line and the work: defaults, device names, tables, and which errors are the user's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from cache import Store, StoreError, info
+from ezsd.data.annotations import AnnotationError
+from ezsd.kernels import BackendError
+from ezsd.teacher import TeacherError
+from ezsd.vocabulary import VocabularyError, parse_classes
+from pipeline.config import Config, ConfigError, load_preset
+from pipeline.datasets import Dataset, DatasetError, find_dataset
+from pipeline.runs import RunError
+from pipeline.shapes import write_shapes
+
+__all__ = ["parse_classes"]
+
+USER_ERRORS = (
+    AnnotationError,
+    BackendError,
+    ConfigError,
+    DatasetError,
+    FloatingPointError,
+    OSError,
+    RunError,
+    StoreError,
+    TeacherError,
+    VocabularyError,
+)
+"""Shown as one line; anything else is a bug."""
+
+
+def resolve_device(name: str) -> str:
+    """Resolve a device name; "auto" takes a GPU if there is one. ConfigError for one that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ConfigError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu"
+        )
+    return name
+
+
+def build_config(preset: str, overrides: Sequence[str], *, teacher: str | None, weights: str | None) -> Config:
+    """The configuration of a cache build; `--teacher` and `--weights` go over the preset's own."""
+    config = load_preset(preset, overrides)
+    if teacher is not None:
+        # Another teacher's weights would never fit.
+        chosen = dataclasses.replace(config.teacher, name=teacher, weights=weights)
+        config = dataclasses.replace(config, teacher=chosen)
+    elif weights is not None:
+        config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=weights))
+    return config
+
+
+def train_config(cache: Path, preset: str | None, overrides: Sequence[str]) -> Config:
+    """The configuration of a training: by default the preset of the store's dataset."""
+    if preset is None:
+        fields = Store(cache).manifest.fields["dataset"]
+        assert isinstance(fields, dict)
+        preset = str(fields["name"])
+    return load_preset(preset, overrides)
+
+
+def dataset_at(name: str, root: Path | None) -> Dataset:
+    """A dataset by name; `shapes` is drawn into data/shapes when no folder is given and none is there."""
+    dataset = find_dataset(name, root or Path("data") / name)
+    if name == "shapes" and root is None and not dataset.root.exists():
+        write_shapes(dataset.root)
+    return dataset.require()
+
+
+def describe_store(path: Path) -> str:
+    """What `ezsd cache info` prints."""
+    found = info(path)
+    return json.dumps(dataclasses.asdict(found), indent=1, default=str)
+
+
+def score_table(scores: Mapping[str, Mapping[str, float | None]]) -> str:
+    """AP50 per run; generalised unless it says otherwise."""
+    width = max(len(name) for name in [*scores, "AP50"])
+    lines = [f"{'AP50':<{width}}   base  novel    all  novel names only"]
+    for name, row in scores.items():
+        values = [_percent(row[group]) for group in ("base", "novel", "all", "novel_only")]
+        lines.append(f"{name:<{width}}  {values[0]:>5}  {values[1]:>5}  {values[2]:>5}  {values[3]:>16}")
+    return "\n".join(lines)
+
+
+def crop_table(crops: Mapping[str, object]) -> str:
+    """Crop accuracy of the teacher before and after re-normalisation."""
+    lines = ["crop accuracy     base  novel"]
+    for name in ("raw", "re_normalised"):
+        row = crops[name]
+        assert isinstance(row, Mapping)
+        lines.append(f"{name:<16} {_percent(row['base']):>5}  {_percent(row['novel']):>5}")
+    return "\n".join(lines)
+
+
+def seconds_table(seconds: Mapping[str, float]) -> str:
+    """Time per stage."""
+    total = sum(seconds.values())
+    return "\n".join(f"{stage:<16} {spent:7.1f} s" for stage, spent in [*seconds.items(), ("total", total)])
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

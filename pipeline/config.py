@@ -1,0 +1,324 @@
+"""Configuration: frozen dataclasses, whole presets in TOML, `--set section.key=value`."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from importlib.resources import files
+from typing import Any, Literal
+
+from ezsd.adapt import AdaptLoss
+from ezsd.detector.backbone import BACKBONES
+from ezsd.kernels import Backend
+from ezsd.proposals import Score
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or has an impossible value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherConfig:
+    """Which teacher, and how it is asked."""
+
+    name: str
+    """An open_clip model, "tiny-shapes", or "plugin:package.module:factory"."""
+    weights: str | None = None
+    """An open_clip tag or a local file."""
+    template: str = "a photo of a {}"
+    """Prompt; "{}" is the class name."""
+    background: str | None = None
+    """A name for a crop of nothing, put into the template; none leaves background to the entropy alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptConfig:
+    """Re-normalisation of the teacher's LayerNorms on base crops."""
+
+    steps: int
+    """Optimiser steps; 0 keeps the teacher as it is."""
+    crops: int
+    """Crops per step."""
+    learning_rate: float
+    """Of AdamW, constant."""
+    loss: AdaptLoss
+    """"bce" (the reference's) or "softmax_ce"."""
+    weight_decay: float = 1e-4
+    """Of AdamW."""
+    clip_norm: float = 0.1
+    """Largest gradient norm."""
+    held_out: float = 0.1
+    """Share of images whose base crops only measure accuracy."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, f"adapt.steps must be >= 0, got {self.steps}")
+        _require(self.crops > 0, f"adapt.crops must be > 0, got {self.crops}")
+        _require(0 < self.held_out < 1, f"adapt.held_out must lie between 0 and 1, got {self.held_out}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposalConfig:
+    """Where to look, and what to keep."""
+
+    grid: Literal["faithful", "sliding"]
+    """"faithful" is the method's grid on the 1333 x 800 image; "sliding" windows lie inside the original image."""
+    sizes: tuple[float, ...]
+    """Square roots of anchor areas: pixels of the resized image (faithful) or of the image (sliding)."""
+    ratios: tuple[float, ...]
+    """Height over width."""
+    stride: float
+    """Pixels of the resized image (faithful), or share of the window's side (sliding)."""
+    crop_ratio: float
+    """Enlargement of a box before it is cropped; the same for scoring and embedding."""
+    score: Score
+    """"entropy" is log C - H over the names; "novel" the probability of the novel names."""
+    nms_iou: float = 0.7
+    """Suppression threshold, all names together."""
+    keep: int = 1000
+    """Proposals kept per image after suppression."""
+    base_iou: float = 0.3
+    """Regions overlapping a base box this much are dropped."""
+    drop_base_guesses: bool = True
+    """Drop regions whose likeliest name is a base one."""
+    regions: int = 300
+    """Regions kept per image."""
+
+    def __post_init__(self) -> None:
+        _require(self.stride > 0, f"proposals.stride must be > 0, got {self.stride}")
+        _require(all(s > 0 for s in self.sizes), f"proposals.sizes must be > 0, got {self.sizes}")
+        _require(self.crop_ratio >= 1, f"proposals.crop_ratio must be >= 1, got {self.crop_ratio}")
+        _require(0 < self.nms_iou <= 1, f"proposals.nms_iou must lie in (0, 1], got {self.nms_iou}")
+        _require(self.regions > 0, f"proposals.regions must be > 0, got {self.regions}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildConfig:
+    """How stage one goes about its work; changes no embedding but by the batch's make-up."""
+
+    seed: int = 0
+    """Of everything random in stage one."""
+    block_images: int = 64
+    """Images per block: one task, one journal entry. Batches never cross a block."""
+    batch: int = 256
+    """Crops per encoder call."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The detector."""
+
+    backbone: str
+    """"tiny" or a torchvision ResNet."""
+    channels: int
+    """Width of the pyramid."""
+    rpn_sizes: tuple[int, ...]
+    """Proposal network's anchor size per level, input pixels; ratios 1/2, 1, 2."""
+    rpn_proposals: int
+    """Boxes per image that the proposal network hands on."""
+    pool_size: int
+    """Bins per side of RoI-align."""
+    canonical_size: int
+    """Side of a box, pixels, that belongs on the level of stride 2 ** canonical_level."""
+    canonical_level: int
+    """See there."""
+    tower_depth: int
+    """Convolutions before the pooling."""
+    box_hidden: int
+    """Width of the box regressor's hidden layer."""
+    temperature: float
+    """Start of the learned multiplier of cosines."""
+    semantic_boxes: bool = True
+    """Whether the box regressor knows the class."""
+    sampled_regions: int = 512
+    """Regions per image that the box head learns from."""
+    positive_share: float = 0.25
+    """At most this share of them on objects."""
+
+    def __post_init__(self) -> None:
+        _require(self.backbone in BACKBONES, f"model.backbone {self.backbone!r} is not one of {', '.join(BACKBONES)}")
+        _require(self.temperature > 0, f"model.temperature must be > 0, got {self.temperature}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    """Weights of the objective."""
+
+    distillation: float
+    """Of the cosine distillation; 0 trains without the cached regions."""
+    rpn: float = 1.0
+    """Of the proposal network's two terms."""
+    classification: float = 1.0
+    """Of the cross-entropy."""
+    box: float = 1.0
+    """Of the box regression."""
+
+    def __post_init__(self) -> None:
+        _require(self.distillation >= 0, f"loss.distillation must be >= 0, got {self.distillation}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int
+    """Optimiser steps."""
+    images: int
+    """Images per step."""
+    optimiser: Literal["adamw", "sgd"]
+    """SGD has momentum 0.9."""
+    learning_rate: float
+    """At its height."""
+    weight_decay: float
+    """Not on the temperature, background row, biases and norms."""
+    short_side: int
+    """Images are resized to fit short_side x long_side, ratio kept; 0 keeps them as they are."""
+    long_side: int
+    """See there."""
+    warmup: int = 0
+    """Steps of linear warm-up, then cosine decay to zero."""
+    clip_norm: float = 10.0
+    """Largest gradient norm."""
+    regions: int = 200
+    """Cached regions drawn per image and step, without replacement; base ground truth comes on top."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    loader_workers: int = 0
+    """Processes that read images; 0 reads in the training process."""
+    seed: int = 0
+    """Of weights, sampling and augmentation."""
+    backend: Backend = "auto"
+    """Kernel backend."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0, f"train.steps must be > 0, got {self.steps}")
+        _require(self.images > 0, f"train.images must be > 0, got {self.images}")
+        _require(self.checkpoint_every > 0, f"train.checkpoint_every must be > 0, got {self.checkpoint_every}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Inference settings of the evaluation."""
+
+    score_floor: float = 0.001
+    """Detections below it are dropped."""
+    nms_iou: float = 0.5
+    """Suppression within a class."""
+    keep: int = 100
+    """Most detections per image; pycocotools looks at 100."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One whole experiment."""
+
+    teacher: TeacherConfig
+    adapt: AdaptConfig
+    proposals: ProposalConfig
+    model: ModelConfig
+    loss: LossConfig
+    train: TrainConfig
+    build: BuildConfig = field(default_factory=BuildConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def preset_names() -> list[str]:
+    """Presets that the package ships."""
+    return sorted(p.name.removesuffix(".toml") for p in files("pipeline.presets").iterdir() if p.name.endswith(".toml"))
+
+
+def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
+    """Read a shipped preset and apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: unknown preset, section or key (with the nearest one), or a value that does not fit.
+    """
+    if name not in preset_names():
+        raise ConfigError(f"no preset {name!r}; choose one of {', '.join(preset_names())}")
+    tables = tomllib.loads((files("pipeline.presets") / f"{name}.toml").read_text())
+    for override in overrides:
+        _apply(tables, override)
+    return from_tables(tables, where=f"preset {name}")
+
+
+def from_tables(tables: dict[str, dict[str, object]], *, where: str) -> Config:
+    """Build a configuration from nested tables; every unknown or missing key is an error."""
+    hints = typing.get_type_hints(Config)
+    _refuse_unknown(tables, list(hints), where)
+    sections: dict[str, Any] = {n: _section(hints[n], tables.get(n, {}), f"{where}, [{n}]") for n in hints}
+    return Config(**sections)
+
+
+def to_tables(config: Config) -> dict[str, dict[str, object]]:
+    """The inverse of `from_tables`, as JSON-able values."""
+    return {
+        name: {key: list(v) if isinstance(v, tuple) else v for key, v in table.items()}
+        for name, table in dataclasses.asdict(config).items()
+    }
+
+
+def _apply(tables: dict[str, dict[str, object]], override: str) -> None:
+    path, equals, text = override.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not equals or not dot:
+        raise ConfigError(f"--set {override}: expected section.key=value, for example train.steps=500")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        # A bare word is a string: `--set model.backbone=tiny` needs no quotes.
+        value = text.strip()
+    tables.setdefault(section, {})[key] = value
+
+
+def _refuse_unknown(table: Iterable[str], known: list[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _section(cls: type, table: dict[str, object], where: str) -> object:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: expected a table of settings, found {table!r}")
+    hints = typing.get_type_hints(cls)
+    _refuse_unknown(table, list(hints), where)
+    for entry in fields(cls):
+        required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if required and entry.name not in table:
+            raise ConfigError(f"{where}: {entry.name} is missing")
+    return cls(**{key: _convert(value, hints[key], f"{where} {key}") for key, value in table.items()})
+
+
+def _convert(value: object, wanted: object, where: str) -> object:
+    """Check a TOML value against a field's type; integers serve as floats, lists become tuples."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{where}: expected one of {', '.join(map(str, arguments))}, found {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: expected a list, found {value!r}")
+        return tuple(_convert(v, arguments[0], where) for v in value)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if (
+        not isinstance(wanted, type)
+        or not isinstance(value, wanted)
+        or (isinstance(value, bool) and wanted is not bool)
+    ):
+        name = wanted.__name__ if isinstance(wanted, type) else str(wanted)
+        raise ConfigError(f"{where}: expected {name}, found {value!r}")
+    return value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

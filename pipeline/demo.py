@@ -1,0 +1,96 @@
+"""`ezsd demo`: the whole of it on the embedded benchmark, in minutes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.build import BuildRequest, build_cache
+from pipeline.config import load_preset
+from pipeline.datasets import find_dataset
+from pipeline.evaluate import evaluate_crops, evaluate_run, headline
+from pipeline.report import write_report
+from pipeline.runs import Run
+from pipeline.shapes import write_shapes
+
+log = logging.getLogger("ezsd")
+
+ARMS = {"distilled": (), "plain": ("loss.distillation=0",)}
+"""The two runs of the demo: they differ in this one setting."""
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What the demo prints."""
+
+    scores: dict[str, dict[str, float | None]]
+    """AP50 by arm and group."""
+    seconds: dict[str, float]
+    """By stage."""
+    report: Path
+
+
+def run_demo(out: Path, *, seed: int, device: str, overrides: tuple[str, ...] = ()) -> DemoResult:
+    """Make `shapes`, build the cache, train with and without distillation, evaluate, report.
+
+    Everything lands below `out`; a second call goes on where the first was stopped.
+    """
+    seconds: dict[str, float] = {}
+    clock = _Clock(seconds)
+    data, store = out / "data", out / "cache"
+    write_shapes(data, seed=seed)
+    clock.lap("shapes")
+    config = load_preset("shapes", overrides)
+    built = build_cache(BuildRequest(dataset=find_dataset("shapes", data), config=config, out=store, device=device))
+    seconds |= {f"cache: {stage}": spent for stage, spent in built.seconds.items()}
+    clock.restart()
+    train_arms(out, store, seed=seed, device=device, overrides=overrides)
+    clock.lap("train both")
+    scores = {}
+    for arm in ARMS:
+        run = Run.open(out / "runs" / arm)
+        scores[arm] = headline(evaluate_run(run, data_root=data, device=device))
+    evaluate_crops(Run.open(out / "runs/distilled"), data_root=data, device=device)
+    clock.lap("evaluate both")
+    report = write_report(Run.open(out / "runs/distilled"), data_root=data, compare=[Run.open(out / "runs/plain")])
+    clock.lap("report")
+    return DemoResult(scores, seconds, report)
+
+
+def train_arms(out: Path, store: Path, *, seed: int, device: str, overrides: tuple[str, ...]) -> None:
+    """Train both arms: side by side with one thread each on a CPU, one after the other on a GPU."""
+    waiting = [_command(out, store, arm, seed, device, (*overrides, *extra)) for arm, extra in ARMS.items()]
+    # Contended cores make multi-threaded sums collapse: one thread per process, one process per core.
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})
+    together = 2 if device == "cpu" and (os.cpu_count() or 1) > 1 else 1
+    for start in range(0, len(waiting), together):
+        processes = [subprocess.Popen(c, env=environment) for c in waiting[start : start + together]]
+        codes = [p.wait() for p in processes]
+        if any(codes):
+            raise RuntimeError(f"training stopped with exit codes {codes}; its message stands above")
+
+
+def _command(out: Path, store: Path, arm: str, seed: int, device: str, overrides: tuple[str, ...]) -> list[str]:
+    command = [sys.executable, "-m", "cli", "train", "--cache", str(store), "--run", str(out / "runs" / arm)]
+    command += ["--device", device, "--set", f"train.seed={seed}"]
+    for override in overrides:
+        command += ["--set", override]
+    return command
+
+
+class _Clock:
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+        self.restart()
+
+    def restart(self) -> None:
+        self.began = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        self.seconds[stage] = time.perf_counter() - self.began
+        self.restart()

@@ -1,0 +1,72 @@
+"""Progress of long work: a rich bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from types import TracebackType
+
+log = logging.getLogger("ezsd")
+LINE_EVERY_SECONDS = 15.0
+
+
+class Progress:
+    """Counts steps of a stage and shows rate and time left.
+
+    Args:
+        stage: its name.
+        total: steps in all.
+        unit: what a step is, singular.
+        done: steps that an earlier run finished; they do not count into the rate.
+    """
+
+    def __init__(self, stage: str, total: int, *, unit: str, done: int = 0) -> None:
+        self.stage, self.total, self.unit, self.done = stage, total, unit, done
+        self._start_done = done
+        self._note = ""
+        self._bar: object | None = None
+
+    def __enter__(self) -> Progress:
+        self._began = self._last_line = time.monotonic()
+        if sys.stderr.isatty():
+            # Imported here: a log file needs no bar.
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            bar.start()
+            self._task = bar.add_task(self.stage, total=self.total, completed=self.done, note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        from rich.progress import Progress as Bar
+
+        if isinstance(self._bar, Bar):
+            self._bar.stop()
+        elif kind is None:
+            self._line()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Count steps; `note` is a short status such as a loss."""
+        self.done += steps
+        self._note = note
+        if self._bar is not None:
+            from rich.progress import Progress as Bar
+
+            assert isinstance(self._bar, Bar)
+            self._bar.update(self._task, completed=self.done, note=note)
+        elif time.monotonic() - self._last_line > LINE_EVERY_SECONDS:
+            self._line()
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        seconds = max(self._last_line - self._began, 1e-9)
+        rate = (self.done - self._start_done) / seconds
+        left = f", {(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else ""
+        note = f", {self._note}" if self._note else ""
+        log.info("%s: %d/%d %ss, %.1f/s%s%s", self.stage, self.done, self.total, self.unit, rate, left, note)

@@ -1,0 +1,129 @@
+"""Small synthetic stores: an image's rows follow from its id alone, so any order of work must give the same bytes."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from cache import Manifest, RaggedRows, StoreWriter, commit_shard, write_block
+
+IDS = [70, 3, 11, 900000000001, 5, 42, 8, 9, 10, 77, 12]
+WIDTHS = [64, 50, 64, 640, 64, 33, 64, 64, 64, 64, 64]
+HEIGHTS = [48, 50, 48, 480, 48, 44, 48, 48, 48, 48, 48]
+DIM = 32
+# Images 8 and 9 fill a block of their own with no rows at all.
+EMPTY = {5, 8, 9}
+MANIFEST = {
+    "seed": 3,
+    "teacher": {"name": "fake", "sha256": "ab" * 32},
+    "proposals": {"nms_iou": 0.7, "sizes": [32, 64]},
+}
+NAMES = ["circle", "star", "Ünïcode"]
+WHOLES = {
+    "teacher": ({"values": np.linspace(-1, 1, 37, dtype="f4")}, {"parameters": [["ln.weight", [37]]], "accuracy": 0.5}),
+    "text": ({"embedding": np.eye(3, DIM, dtype="f4")}, {"names": NAMES, "prompts": ["a photo of a {}"]}),
+}
+# One chunk of embeddings per shard: several shards without many rows.
+SHARD_BYTES = 256 * DIM * 2
+
+
+def image_rows(image_id, width, height, *, most=150, empty=EMPTY):
+    """All columns of one image, by product and field."""
+    random = np.random.default_rng(image_id)
+    rows = {}
+    for product in ("proposals", "regions", "ground_truth"):
+        n = 0 if image_id in empty else int(random.integers(1, most))
+        first = random.random((n, 2), dtype="f4") * 0.5 * np.array([width, height], "f4")
+        box = np.concatenate([first, first + np.array([width, height], "f4") * np.float32(0.25)], axis=1)
+        vectors = random.standard_normal((n, DIM), dtype="f4")
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        columns = {
+            "box": box,
+            "score": random.random(n, dtype="f4"),
+            "confidence": random.random(n, dtype="f4"),
+            "class_index": random.integers(0, 3, n, dtype="i4"),
+            "annotation_id": random.integers(0, 2**40, n, dtype="i8"),
+            "embedding": vectors.astype("f2"),
+        }
+        rows[product] = {name: columns[name] for name in FIELDS[product]}
+    return rows
+
+
+FIELDS = {
+    "proposals": ("box", "score"),
+    "regions": ("box", "score", "confidence", "class_index", "embedding"),
+    "ground_truth": ("box", "class_index", "annotation_id", "embedding"),
+}
+
+
+def block_rows(block, **options):
+    """The products of one block, as `write_block` wants them."""
+    sizes = list(zip(IDS, WIDTHS, HEIGHTS, strict=True))[block.start : block.stop]
+    images = [image_rows(*size, **options) for size in sizes]
+    return {
+        product: RaggedRows(
+            counts=np.array([len(rows[product]["box"]) for rows in images], "i4"),
+            fields={name: np.concatenate([rows[product][name] for rows in images]) for name in names},
+        )
+        for product, names in FIELDS.items()
+    }
+
+
+def open_writer(path, **changes):
+    """A writer on the synthetic images; `changes` override its arguments."""
+    arguments = {
+        "manifest": Manifest(MANIFEST),
+        "image_ids": IDS,
+        "widths": WIDTHS,
+        "heights": HEIGHTS,
+        "embed_dim": DIM,
+        "block_images": 2,
+        "shard_bytes": SHARD_BYTES,
+    }
+    return StoreWriter.open(path, **{**arguments, **changes})
+
+
+def write_wholes(writer):
+    """Teacher and text, unless they are there."""
+    for product, (arrays, attributes) in WHOLES.items():
+        if not writer.has_whole(product):
+            writer.write_whole(product, arrays, attributes)
+
+
+def write_one(path, block):
+    """Compute and write one block, in whatever process this is called."""
+    write_block(path, block, block_rows(block))
+
+
+def read_embedding(store, image_id):
+    """What a reading worker sees, as bytes."""
+    return store.regions[image_id].embedding.tobytes()
+
+
+def build(path, *, arrange=list, rows=block_rows, **changes):
+    """Build or go on with a store in one process; `arrange` orders blocks and shards."""
+    with open_writer(path, **changes) as writer:
+        if not writer.complete:
+            writer.write_environment({"host": str(path)})
+            write_wholes(writer)
+        for block in arrange(writer.pending()):
+            write_block(path, block, rows(block))
+        for task in arrange(writer.commit_tasks()):
+            commit_shard(path, task)
+        writer.finish()
+    return Path(path)
+
+
+def contents(path):
+    """Digest of every file that must be equal in equal stores."""
+    return {
+        file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(Path(path).rglob("*"))
+        if file.is_file() and file.name not in ("environment.json", "build.log")
+    }
+
+
+if __name__ == "__main__":
+    import sys
+
+    build(sys.argv[1])

@@ -1,0 +1,72 @@
+"""A reader written from docs/store-format.md alone: neither Zarr nor this package."""
+
+import hashlib
+import json
+import struct
+
+import numpy as np
+import pytest
+import storekit
+
+
+def rows_of_array(folder):
+    """All rows of an array, shard by shard, checking each index on the way."""
+    metadata = json.loads((folder / "zarr.json").read_text())
+    shape, dtype = metadata["shape"], np.dtype(metadata["data_type"])
+    per_shard = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+    per_chunk = metadata["codecs"][0]["configuration"]["chunk_shape"][0]
+    row_bytes = dtype.itemsize * int(np.prod(shape[1:], dtype=int))
+    assert per_chunk == (256 if row_bytes >= 64 else 4096)
+    parts = [np.empty((0, *shape[1:]), dtype)]
+    for shard, start in enumerate(range(0, shape[0], per_shard)):
+        data = (folder / "/".join(["c", str(shard), *["0"] * (len(shape) - 1)])).read_bytes()
+        count = min(per_shard, shape[0] - start)
+        chunks, present = per_shard // per_chunk, -(-count // per_chunk)
+        index = struct.unpack(f"<{2 * chunks}Q", data[-16 * chunks - 4 : -4])
+        for chunk in range(chunks):
+            wanted = (chunk * per_chunk * row_bytes, per_chunk * row_bytes) if chunk < present else (2**64 - 1,) * 2
+            assert index[2 * chunk : 2 * chunk + 2] == wanted
+        assert len(data) == present * per_chunk * row_bytes + 16 * chunks + 4
+        stored = np.frombuffer(data[: present * per_chunk * row_bytes], dtype.newbyteorder("<")).reshape(-1, *shape[1:])
+        padding = stored[count:]
+        assert np.isnan(padding).all() if dtype.kind == "f" else (padding == -1).all()
+        parts.append(stored[:count])
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("product", storekit.FIELDS)
+def test_the_document_is_enough_to_read_every_row(finished, product):
+    offset = rows_of_array(finished / product / "offset")
+    columns = {field: rows_of_array(finished / product / field) for field in storekit.FIELDS[product]}
+    for place, image in enumerate(zip(storekit.IDS, storekit.WIDTHS, storekit.HEIGHTS, strict=True)):
+        for field, expected in storekit.image_rows(*image)[product].items():
+            np.testing.assert_array_equal(columns[field][offset[place] : offset[place + 1]], expected)
+
+
+def test_the_document_is_enough_to_check_a_store(finished):
+    def canonical(value):
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    text = (finished / "COMMIT.json").read_text()
+    mark = json.loads(text)
+    assert text == canonical(mark) + "\n"
+    assert mark.pop("sha256") == hashlib.sha256(canonical(mark).encode()).hexdigest()
+    assert (mark["format_version"], mark["embed_dim"]) == (1, storekit.DIM)
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert mark["manifest_digest"] == hashlib.sha256(canonical(manifest).encode()).hexdigest()
+    columns = [rows_of_array(finished / "images" / name).tobytes() for name in ("id", "width", "height")]
+    assert mark["images_digest"] == hashlib.sha256(b"".join(columns)).hexdigest()
+    found = {file.relative_to(finished).as_posix() for file in finished.rglob("*") if file.is_file()}
+    assert found == set(mark["files"]) | {"COMMIT.json", "environment.json"}
+    for name, listed in mark["files"].items():
+        data = (finished / name).read_bytes()
+        assert listed == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_the_root_group_carries_the_metadata_below_it(finished):
+    root = json.loads((finished / "zarr.json").read_text())
+    for name, metadata in root["consolidated_metadata"]["metadata"].items():
+        assert metadata == json.loads((finished / name / "zarr.json").read_text())
+    said = root["attributes"]["ezsd_store"]
+    assert said["rows"]["regions"] == len(rows_of_array(finished / "regions/box"))
+    assert said["images"] == len(storekit.IDS)

@@ -1,0 +1,401 @@
+"""Teachers: unit embeddings, a fingerprint of contents, and one clear refusal for whatever is unfit."""
+
+import os
+import pickle
+import socket
+import textwrap
+from importlib.resources import files
+
+import huggingface_hub.constants
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ezsd.data.shapes import SHAPES_SPLIT, picture
+from ezsd.teacher import Teacher, TeacherError, load_teacher, state_digest
+
+TEMPLATE = "a photo of a {}"
+
+
+def refusal(name, weights, match):
+    """The one line in which a teacher is refused."""
+    with pytest.raises(TeacherError, match=match) as caught:
+        load_teacher(name, None if weights is None else str(weights), template=TEMPLATE)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert isinstance(caught.value, ValueError)
+    return message
+
+
+def crops(count=5, size=16):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(4))
+
+
+def test_embeddings_are_of_unit_length(small_teacher):
+    image, text = small_teacher.encode_image(crops()), small_teacher.encode_text(["circle", "square"])
+    for rows, count in ((image, 5), (text, 2)):
+        assert rows.shape == (count, small_teacher.embed_dim)
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(count))
+
+
+def test_pixels_are_normalised_as_the_model_expects(small_teacher, small_clip):
+    model = open_clip.create_model(small_clip.name, pretrained=None)
+    model.load_state_dict(small_clip.state)
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
+    with torch.no_grad():
+        expected = model.eval().encode_image((crops() - mean) / std, normalize=True)
+    torch.testing.assert_close(small_teacher.encode_image(crops()), expected)
+
+
+def test_names_are_put_into_the_template(small_teacher):
+    tokens = open_clip.get_tokenizer(small_teacher.name)(["a photo of a circle", "a photo of a bar"])
+    expected = small_teacher.encode_text_tokens(tokens)
+    assert torch.equal(small_teacher.encode_text(["circle", "bar"]), expected)
+    assert not torch.allclose(expected[0], expected[1])
+
+
+def test_a_teacher_says_what_it_is(small_teacher, small_clip):
+    assert isinstance(small_teacher, Teacher)
+    assert small_teacher.name == small_clip.name
+    assert (small_teacher.embed_dim, small_teacher.input_size) == (24, 16)
+    assert small_teacher.logit_scale == pytest.approx(small_clip.state["logit_scale"].exp().item())
+
+
+def test_a_loaded_teacher_is_frozen_and_in_evaluation_mode(small_teacher):
+    assert not any(p.requires_grad for p in small_teacher.model.parameters())
+    assert not any(m.training for m in small_teacher.model.modules())
+
+
+def test_layer_norms_are_those_of_both_towers(small_teacher):
+    parameters = small_teacher.layer_norms()
+    own = dict(small_teacher.model.named_parameters())
+    assert set(parameters) == {name for name in own if "ln_" in name}
+    assert all(parameters[name] is own[name] for name in parameters)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_fingerprint_does_not_depend_on_file_or_format(small_teacher, small_clip, tmp_path, suffix, wrapped):
+    path = tmp_path / f"elsewhere{suffix}"
+    if suffix == ".safetensors":
+        # Training loops add this prefix.
+        save_file({f"module.{k}" if wrapped else k: v for k, v in small_clip.state.items()}, path)
+    else:
+        torch.save({"state_dict": small_clip.state} if wrapped else small_clip.state, path)
+    other = load_teacher(small_clip.name, str(path), template=TEMPLATE)
+    assert other.fingerprint() == small_teacher.fingerprint()
+    assert torch.equal(other.encode_image(crops()), small_teacher.encode_image(crops()))
+
+
+def test_the_fingerprint_tells_other_weights_and_prompts_apart(small_teacher, small_clip, tmp_path):
+    path = tmp_path / "other.safetensors"
+    state = {name: value.clone() for name, value in small_clip.state.items()}
+    state["visual.proj"][0, 0] += 1e-3
+    save_file(state, path)
+    own = small_teacher.fingerprint()
+    other_weights = load_teacher(small_clip.name, str(path), template=TEMPLATE).fingerprint()
+    other_prompt = load_teacher(small_clip.name, str(small_clip.file), template="a {}").fingerprint()
+    assert {k for k in own if own[k] != other_weights[k]} == {"weights_sha256"}
+    assert {k for k in own if own[k] != other_prompt[k]} == {"template"}
+
+
+def test_the_fingerprint_is_of_the_weights_before_tuning(small_teacher):
+    before = small_teacher.fingerprint()
+    for parameter in small_teacher.layer_norms().values():
+        parameter.data.add_(1)
+    assert small_teacher.fingerprint() == before
+
+
+def test_a_state_digest_sees_names_shapes_dtypes_and_values_and_no_order():
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1.5)}
+    same = {"b": torch.tensor(1.5), "a": torch.arange(6.0).reshape(3, 2).T.contiguous().T.reshape(2, 3)}
+    assert state_digest(same) == state_digest(state)
+    others = [
+        {"a": state["a"], "c": state["b"]},
+        {"a": state["a"].reshape(3, 2), "b": state["b"]},
+        {"a": state["a"].double(), "b": state["b"]},
+        {"a": state["a"], "b": torch.tensor(-1.5)},
+        {"a": state["a"]},
+    ]
+    assert len({state_digest(one) for one in [state, *others]}) == 6
+
+
+# The shipped teacher.
+
+
+def test_the_shipped_teacher_knows_clean_pictures(tiny_shapes):
+    names = [*SHAPES_SPLIT.names, "background"]
+    drawn = [picture(seed=77, index=i) for i in range(100)]
+    pixels = torch.stack([torch.from_numpy(d[0]).permute(2, 0, 1) for d in drawn]) / 255
+    guess = (tiny_shapes.encode_image(pixels) @ tiny_shapes.encode_text(names).T).argmax(1)
+    right = [names[i] == d[3] for i, d in zip(guess.tolist(), drawn, strict=True)]
+    assert sum(right) >= 95
+
+
+def test_the_shipped_teacher_is_a_small_open_clip_model(tiny_shapes):
+    assert isinstance(tiny_shapes.model, open_clip.CLIP)
+    assert (tiny_shapes.name, tiny_shapes.embed_dim, tiny_shapes.input_size) == ("tiny-shapes", 128, 32)
+    with files("ezsd.weights").joinpath("tiny-shapes.safetensors").open("rb") as file:
+        assert file.seek(0, os.SEEK_END) <= 3_000_000
+
+
+@pytest.mark.parametrize("name", ["cat", "circle with a hat", "Kreis"])
+def test_the_shipped_teacher_refuses_a_word_it_has_no_rows_for(tiny_shapes, name):
+    with pytest.raises(TeacherError, match=f"no weights for a word of '{name}'.*another --teacher"):
+        tiny_shapes.encode_text(["circle", name])
+
+
+def test_the_shipped_teacher_refuses_a_template_with_unknown_words():
+    teacher = load_teacher("tiny-shapes", None, template="a photo of a {}")
+    with pytest.raises(TeacherError, match="no weights for a word"):
+        teacher.encode_text(["circle"])
+
+
+def test_shipped_rows_that_no_caption_used_are_zero(tiny_shapes):
+    shipped = load_file(files("ezsd.weights").joinpath("tiny-shapes.safetensors"))
+    table = tiny_shapes.model.token_embedding.weight
+    used = torch.zeros(len(table), dtype=torch.bool)
+    used[shipped["token_embedding.ids"]] = True
+    assert torch.equal(table[used], shipped["token_embedding.rows"].float())
+    assert (table[~used] == 0).all()
+
+
+# Refusals.
+
+
+def test_an_unknown_model_is_refused():
+    refusal("ViT-B-33", "openai", r"^--teacher ViT-B-33: no such open_clip model")
+
+
+def test_an_open_clip_model_needs_weights():
+    refusal("ViT-B-32", None, r"^--teacher ViT-B-32 needs --weights: a tag such as openai, or a local")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin"])
+def test_a_missing_file_is_refused_by_its_path(tmp_path, suffix):
+    path = tmp_path / f"absent{suffix}"
+    assert refusal("ViT-B-32", path, "no such file").startswith(f"--weights {path}")
+
+
+def test_a_missing_file_for_the_shipped_teacher_is_refused_by_its_path(tmp_path):
+    path = tmp_path / "absent.safetensors"
+    assert str(path) in refusal("tiny-shapes", path, "No such file")
+
+
+def test_an_unknown_tag_is_refused():
+    refusal("ViT-B-32", "opnai", "has no weights tagged 'opnai'")
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "cure"),
+    [
+        ("ViT-B-32", "openai", "expect QuickGELU, the model has GELU.*use --teacher ViT-B-32-quickgelu"),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "has no weights tagged|use --teacher ViT-B-32$"),
+    ],
+)
+def test_an_activation_that_the_weights_do_not_expect_is_refused(name, tag, cure):
+    refusal(name, tag, cure)
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """No cached download, no connection, and a hub client that knows so and does not try for a minute."""
+
+    def unreachable(*_, **__):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(socket.socket, "connect", unreachable)
+
+
+def test_a_tag_without_a_network_is_refused_with_the_way_round(no_network):
+    message = refusal("ViT-B-32-quickgelu", "openai", "Without a network, download .* --weights FILE$")
+    assert message.startswith("--teacher ViT-B-32-quickgelu --weights openai: ")
+
+
+def test_a_tag_without_a_network_logs_nothing_beside_the_error(no_network, caplog):
+    refusal("ViT-B-32-quickgelu", "openai", "Without a network")
+    assert [record.getMessage() for record in caplog.records] == []
+
+
+def test_a_hub_model_without_a_network_is_refused(no_network):
+    refusal("hf-hub:nobody/nothing", None, "nobody/nothing.*Without a network")
+
+
+def half(path):
+    content = path.read_bytes()
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda _: b"not weights" * 20, half], ids=["empty", "junk", "half"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_damaged_file_is_refused_by_its_path(small_clip, tmp_path, suffix, damage):
+    whole, path = tmp_path / f"whole{suffix}", tmp_path / f"damaged{suffix}"
+    save_file(small_clip.state, whole) if suffix == ".safetensors" else torch.save(small_clip.state, whole)
+    path.write_bytes(damage(whole))
+    assert refusal(small_clip.name, path, "not loadable").startswith(f"--weights {path}: ")
+
+
+@pytest.mark.parametrize("change", ["shape", "missing", "extra"])
+def test_weights_of_another_model_are_refused_by_the_tensor_that_differs(small_clip, tmp_path, change):
+    state = {name: value.clone() for name, value in small_clip.state.items()}
+    if change == "extra":
+        state["visual.another"] = torch.zeros(2)
+    elif change == "missing":
+        del state["visual.proj"]
+    else:
+        state["visual.proj"] = torch.zeros(3, 3)
+    path = tmp_path / "other.safetensors"
+    save_file(state, path)
+    refusal(small_clip.name, path, "visual.another" if change == "extra" else "visual.proj")
+
+
+@pytest.mark.parametrize("content", [{}, torch.zeros(3), [1, 2]], ids=["no tensors", "a tensor", "a list"])
+def test_a_file_that_holds_no_state_is_refused(small_clip, tmp_path, content):
+    path = tmp_path / "strange.pt"
+    torch.save(content, path)
+    refusal(small_clip.name, path, "not loadable")
+
+
+def test_a_folder_is_refused(small_clip, tmp_path):
+    refusal(small_clip.name, tmp_path, "Is a directory")
+
+
+def test_weights_of_another_width_are_refused_for_the_shipped_teacher(small_clip):
+    refusal("tiny-shapes", small_clip.file, "not loadable")
+
+
+def test_a_compact_file_that_lacks_tensors_is_refused(small_clip, tmp_path):
+    path = tmp_path / "compact.safetensors"
+    save_file({"token_embedding.ids": torch.tensor([1]), "token_embedding.rows": torch.zeros(1, 16)}, path)
+    refusal(small_clip.name, path, r"weights lack \S+ and \d+ more")
+
+
+class Payload:
+    """Pickled code: unpickling it writes a file."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (str(self.target), "w")
+
+
+@pytest.fixture(params=["archive", "beside true weights", "bare pickle"])
+def pickled_code(request, small_clip, tmp_path):
+    """A weights file whose unpickling would write `tmp_path / "written"`."""
+    path, payload = tmp_path / "code.pt", Payload(tmp_path / "written")
+    if request.param == "bare pickle":
+        path.write_bytes(pickle.dumps({"visual.proj": payload}, protocol=2))
+    else:
+        torch.save({"x": payload} if request.param == "archive" else {**small_clip.state, "x": payload}, path)
+    return path
+
+
+def test_the_payload_would_write_its_file(pickled_code):
+    torch.load(pickled_code, weights_only=False)
+    assert (pickled_code.parent / "written").exists()
+
+
+def test_pickled_code_is_never_run(pickled_code, small_clip):
+    with pytest.raises(Exception, match=r".+"):
+        load_teacher(small_clip.name, str(pickled_code), template=TEMPLATE)
+    assert not (pickled_code.parent / "written").exists()
+
+
+def test_pickled_code_is_refused_in_one_line(pickled_code, small_clip):
+    assert str(pickled_code) in refusal(small_clip.name, pickled_code, "without pickled code")
+
+
+# Plug-ins.
+
+
+WORKING = """
+import torch
+import torch.nn.functional as F
+
+class Own:
+    name, embed_dim, input_size, logit_scale = "own", 3, 4, 50.0
+
+    def __init__(self, device):
+        self.device = device
+
+    def encode_image(self, pixels):
+        return F.normalize(pixels.mean((2, 3)), dim=1)
+
+    def encode_text(self, names):
+        return torch.eye(3)[: len(names)]
+
+    def layer_norms(self):
+        return {}
+
+    def fingerprint(self):
+        return {"name": self.name}
+
+def factory(device):
+    return Own(device)
+
+class Half:
+    name, embed_dim = "half", 3
+
+    def encode_image(self, pixels):
+        return pixels
+
+def half(device):
+    return Half()
+
+def without_device():
+    return Own("cpu")
+"""
+
+
+@pytest.fixture
+def plugins(tmp_path, monkeypatch):
+    """A folder on the path with working and broken plug-ins."""
+    for name, source in {
+        "plugin_for_tests": WORKING,
+        "plugin_needs_more": "import a_package_that_nobody_has",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
+        monkeypatch.delitem(__import__("sys").modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_plugin_is_a_teacher(plugins):
+    teacher = load_teacher("plugin:plugin_for_tests:factory", None, template=TEMPLATE, device=torch.device("cpu"))
+    assert isinstance(teacher, Teacher)
+    assert (teacher.name, teacher.embed_dim, teacher.device) == ("own", 3, "cpu")
+    torch.testing.assert_close(teacher.encode_image(crops(size=4)).norm(dim=1), torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("plugin:plugin_for_tests", "expected plugin:package.module:factory"),
+        ("plugin:plugin_for_tests:factory:more", "expected plugin:package.module:factory"),
+        ("plugin:no_such_module:factory", "No module named 'no_such_module'; is its folder on PYTHONPATH"),
+        ("plugin:plugin_for_tests:absent", "has no attribute 'absent'"),
+        ("plugin:plugin_needs_more:factory", "No module named 'a_package_that_nobody_has'"),
+        ("plugin::factory", "plugin::factory"),
+        ("plugin:.relative:factory", "plugin:.relative:factory"),
+    ],
+)
+def test_a_plugin_that_cannot_be_found_is_refused(plugins, name, message):
+    assert refusal(name, None, message).startswith(f"--teacher {name}")
+
+
+def test_a_plugin_that_makes_half_a_teacher_is_refused_by_what_is_missing(plugins):
+    message = refusal("plugin:plugin_for_tests:half", None, "is no Teacher")
+    missing = ["input_size", "logit_scale", "encode_text", "layer_norms", "fingerprint"]
+    assert message.endswith("it lacks " + ", ".join(missing))
+
+
+@pytest.mark.parametrize("factory", ["without_device", "__name__"])
+def test_a_factory_that_cannot_be_called_with_a_device_is_refused(plugins, factory):
+    refusal(f"plugin:plugin_for_tests:{factory}", None, f"^--teacher plugin:plugin_for_tests:{factory}")

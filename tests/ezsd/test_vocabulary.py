@@ -1,0 +1,83 @@
+"""Names decide: splits, prompts and look-ups refuse what is doubled, unknown or empty."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ezsd.vocabulary import COCO_SPLIT, Split, VocabularyError, parse_classes, prompts, resolve
+
+
+def test_coco_split_has_48_base_and_17_novel_names():
+    assert (len(COCO_SPLIT.base), len(COCO_SPLIT.novel), len(set(COCO_SPLIT.names))) == (48, 17, 65)
+    assert COCO_SPLIT.names[:2] == ("person", "bicycle")
+    assert COCO_SPLIT.names[48:50] == ("airplane", "bus")
+
+
+def test_class_indices_are_base_then_novel():
+    split = Split(base=("cat", "dog"), novel=("cow",))
+    assert [split.index(name) for name in ("cat", "dog", "cow")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("base", "novel", "message"),
+    [
+        ((), ("cow",), "at least one base"),
+        (("cat", "cat"), (), "'cat' occurs twice"),
+        (("cat",), ("cow", "cow"), "'cow' occurs twice"),
+        (("cat", "cow"), ("cow",), "'cow' is base and novel"),
+        (("cat", " "), (), "position 1 is empty"),
+        ("cat", (), "base must be a tuple"),
+        (("cat",), ["cow"], "novel must be a tuple"),
+        (("cat", 3), (), "base must be a tuple"),
+    ],
+)
+def test_a_wrong_split_is_refused(base, novel, message):
+    with pytest.raises(VocabularyError, match=message):
+        Split(base=base, novel=novel)
+
+
+def test_an_unknown_name_offers_the_nearest():
+    with pytest.raises(VocabularyError, match="unknown class 'zebar'; did you mean 'zebra'"):
+        COCO_SPLIT.index("zebar")
+    with pytest.raises(VocabularyError, match="did you mean 'tv'"):
+        COCO_SPLIT.index("TV")
+
+
+def test_a_name_like_no_other_shows_the_table():
+    with pytest.raises(VocabularyError, match="known are 'cat', 'dog'"):
+        resolve(["xylophone"], ["cat", "dog"])
+
+
+def test_resolve_keeps_the_wanted_order_and_refuses_doubles():
+    assert resolve(["cow", "cat"], ["cat", "dog", "cow"]) == (2, 0)
+    with pytest.raises(VocabularyError, match="'cat' occurs twice"):
+        resolve(["cat", "cat"], ["cat"])
+    with pytest.raises(VocabularyError, match="'cat' occurs twice"):
+        resolve(["cat"], ["cat", "cat"])
+
+
+def test_prompts_fill_the_template_literally():
+    assert prompts(["cat"]) == ("a photo of a cat",)
+    assert prompts(["{odd}"], "{a} {} {b}") == ("{a} {odd} {b}",)
+
+
+@pytest.mark.parametrize("template", ["a photo", "{} and {}", ""])
+def test_prompts_need_one_place_for_the_name(template):
+    with pytest.raises(VocabularyError, match="once, where the name goes"):
+        prompts(["cat"], template)
+
+
+@given(st.lists(st.text("abc -", min_size=1).map(str.strip).filter(bool), min_size=1, unique=True))
+def test_parse_classes_reads_what_was_joined(names):
+    assert parse_classes(" , ".join(names)) == tuple(names)
+
+
+@pytest.mark.parametrize("text", ["", " ", "cat,", "cat,,dog"])
+def test_parse_classes_refuses_empty_names(text):
+    with pytest.raises(VocabularyError, match="empty name"):
+        parse_classes(text)
+
+
+def test_parse_classes_refuses_doubles():
+    with pytest.raises(VocabularyError, match="'cat' occurs twice"):
+        parse_classes("cat, dog, cat")

@@ -1,0 +1,102 @@
+"""Run by test_kernel_triton.py in a process of its own: every kernel we ship, compiled for GPUs we do not have."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ezsd.kernels import triton_distance, triton_pool
+from ezsd.kernels.geometry import Pooling
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+POINTERS = {"boxes": "*fp32", "image_index": "*i64", "order": "*i64", "begins": "*i64", "keys": "*i32"}
+POINTERS |= {"distance": "*fp32", "distance_grad": "*fp32", "target": "*fp16"}
+INTEGERS = re.compile(r"(height|width|first)\d|images|regions|size")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+pytestmark = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton ships no cuobjdump")
+
+
+def compile_kernel(kernel, settings, *, dtype, capability):
+    options = {name: settings[name] for name in OPTIONS if name in settings}
+    constants = {name: value for name, value in settings.items() if name not in OPTIONS}
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif INTEGERS.fullmatch(name):
+            signature[name] = "i32"
+        elif name in ("scale", "threshold"):
+            signature[name] = "fp32"
+        else:
+            signature[name] = POINTERS.get(name, f"*{NAMES[dtype]}")
+    # Torch aligns its tensors, and the launcher tells the compiler so.
+    aligned = [(place,) for place, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
+    source = ASTSource(kernel, signature, constants, attrs={place: [["tt.divisibility", 16]] for place in aligned})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled, folder):
+    """Registers and stack bytes per thread, as the assembler reports them."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    report = subprocess.run([CUOBJDUMP, "-res-usage", binary], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    return int(found[1]), int(found[2])
+
+
+def make_pooling(dtype, bins):
+    maps = tuple(torch.empty(16, 256, 8 >> level, 8 >> level, dtype=dtype, device="meta") for level in range(4))
+    return Pooling(maps=maps, scale=0.25, threshold=1.0, bins=bins, samples=2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bins", "capability"),
+    [
+        (torch.bfloat16, 7, 80),
+        (torch.bfloat16, 7, 90),
+        (torch.bfloat16, 1, 90),
+        (torch.float16, 7, 90),
+        (torch.float32, 7, 80),
+        (torch.float32, 7, 90),
+    ],
+)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_pooling_fits_the_machine(direction, dtype, bins, capability, tmp_path):
+    pooling = make_pooling(dtype, bins)
+    if direction == "forward":
+        launch, settings = triton_pool.FORWARD[dtype], triton_pool.forward_settings(pooling)
+        compiled = compile_kernel(triton_pool.pool_forward_kernel, settings, dtype=dtype, capability=capability)
+    else:
+        launch, settings = triton_pool.BACKWARD[dtype], triton_pool.backward_settings(pooling)
+        compiled = compile_kernel(triton_pool.pool_backward_kernel, settings, dtype=dtype, capability=capability)
+    registers, stack = resources(compiled, tmp_path)
+    assert registers <= launch.max_registers
+    assert stack <= launch.max_stack
+    assert compiled.metadata.shared <= launch.max_shared
+    if dtype != torch.float32:
+        assert re.search(r"wgmma\.mma_async|mma\.sync", compiled.asm["ptx"]), "the product must use tensor cores"
+
+
+@pytest.mark.parametrize("l1", [False, True])
+@pytest.mark.parametrize("name", ["distance_forward_kernel", "distance_backward_kernel"])
+def test_distances_fit_the_machine(name, l1, tmp_path):
+    settings = {"L1": l1, "BLOCK": 512, "num_warps": triton_distance.WARPS, "enable_fp_fusion": False}
+    compiled = compile_kernel(getattr(triton_distance, name), settings, dtype=torch.bfloat16, capability=90)
+    registers, stack = resources(compiled, tmp_path)
+    assert registers <= triton_distance.MAX_REGISTERS
+    assert stack == 0
+
+
+def test_keys_fit_the_machine(tmp_path):
+    settings = {"LEVELS": 4, "BLOCK": triton_pool.KEYS, "enable_fp_fusion": False}
+    compiled = compile_kernel(triton_pool.box_keys_kernel, settings, dtype=torch.float32, capability=90)
+    registers, stack = resources(compiled, tmp_path)
+    assert registers <= triton_pool.KEYS_MAX_REGISTERS
+    assert stack == 0

@@ -1,0 +1,169 @@
+"""Run by test_kernel_triton.py in a process of its own: the kernels under Triton's interpreter, on CPU tensors.
+
+The interpreter is a loop over numpy operations, hence float32 and tiny shapes.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch.testing import assert_close
+
+from ezsd import kernels
+from ezsd.kernels import fused, reference, triton_pool
+from tests.kernels import kernel_problems
+from tests.kernels.kernel_problems import run_align, run_loss
+
+# Sums of a few hundred float32 terms of size one; sample positions are rounded to float32 as well.
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+
+make_problem = partial(kernel_problems.make_problem, sizes=kernel_problems.TINY)
+
+
+@triton.jit
+def counting_kernel(count, limit):
+    for _ in range(tl.load(limit)):
+        tl.store(count, tl.load(count) + 1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter_can_loop():
+    """Triton 3.6's interpreter cannot loop up to a loaded number under NumPy 2.5; its compiler can."""
+    count = torch.zeros(1, dtype=torch.int32)
+    try:
+        counting_kernel[(1,)](count, torch.full((1,), 3, dtype=torch.int32))
+    except Exception as error:
+        pytest.skip(f"this Triton's interpreter cannot run loops with this NumPy: {error}")
+    assert count.item() == 3
+
+
+@pytest.fixture(autouse=True)
+def _outputs_begin_as_nan():
+    """Deterministic mode fills every tensor that torch.empty makes with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(problem, **options):
+    expected = run_loss(reference.roi_align_cosine, problem, **options)
+    found = run_loss(kernels.roi_align_cosine, problem.to(torch.float32), backend="triton", **options)
+    assert_close([value.double() for value in found], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(("bins", "channels", "levels"), [(1, 70, 1), (5, 9, 2), (7, 5, 4), (9, 5, 5)])
+def test_pooling_equals_the_reference(bins, channels, levels):
+    problem = make_problem(regions=5, bins=bins, channels=channels, levels=min(levels, 4))
+    if levels == 5:
+        coarsest = torch.ones(2, channels, 1, 1, dtype=torch.float64)
+        problem = replace(problem, maps=(*problem.maps, coarsest), boxes=problem.boxes * 3)
+    found = run_align(kernels.roi_align, problem.to(torch.float32), backend="triton")
+    expected = run_align(reference.roi_align, problem)
+    assert_close([value.double() for value in found], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l1"])
+@pytest.mark.parametrize(("bins", "channels", "dim", "levels"), [(1, 63, 9, 1), (5, 6, 63, 4)])
+def test_loss_equals_the_reference(metric, bins, channels, dim, levels):
+    check(make_problem(regions=5, bins=bins, channels=channels, dim=dim, levels=levels), metric=metric)
+
+
+@pytest.mark.parametrize("regions", [0, 1])
+def test_few_or_no_boxes(regions):
+    check(make_problem(regions=regions, bins=5, levels=2))
+
+
+def test_more_boxes_on_a_map_than_one_scan_holds(monkeypatch):
+    monkeypatch.setattr(triton_pool, "SCAN", 8)
+    monkeypatch.setattr(triton_pool, "KEYS", 16)
+    check(make_problem(regions=30, bins=1, channels=5))
+
+
+def test_an_image_without_boxes_gets_a_zero_gradient():
+    problem = make_problem(regions=5, bins=2, channels=5, levels=2)
+    problem.image_index.fill_(1)
+    check(problem)
+
+
+def test_channels_are_pooled_without_a_projection():
+    check(make_problem(regions=7, bins=1, channels=17, head=False))
+
+
+def test_weights_that_sum_to_zero():
+    problem = make_problem(regions=5, bins=1, channels=5)
+    problem.weight.zero_()
+    check(problem)
+
+
+def test_embeddings_equal_the_reference():
+    problem = make_problem(regions=5, bins=2, channels=5, levels=2)
+    positional, named = problem.to(torch.float32).pooling
+    head = {"projection": problem.projection, "bias": problem.bias}
+    expected = reference.roi_embed(*problem.pooling[0], **named, **head)
+    assert_close(kernels.roi_embed(*positional, **named, **head, backend="triton").double(), expected, **TOLERANCE)
+
+
+def test_inputs_may_be_strided_views_and_targets_half():
+    problem = make_problem(regions=5, bins=2, channels=5).to(torch.float32)
+    target = problem.target.half()
+    expected = run_loss(kernels.roi_align_cosine, replace(problem, target=target), backend="triton")
+    strided = replace(
+        problem,
+        maps=tuple(torch.stack([feature, feature], dim=-1)[..., 0] for feature in problem.maps),
+        boxes=problem.boxes.T.contiguous().T,
+        target=target.T.contiguous().T,
+        projection=problem.projection.T.contiguous().T,
+    )
+    # The projection's product may sum a transposed matrix in another order.
+    assert_close(run_loss(kernels.roi_align_cosine, strided, backend="triton"), expected, **TOLERANCE)
+
+
+def test_ten_runs_are_bit_equal():
+    problem = make_problem(regions=4, bins=1, channels=5).to(torch.float32)
+    first = run_loss(kernels.roi_align_cosine, problem, backend="triton")
+    for _ in range(9):
+        assert_close(run_loss(kernels.roi_align_cosine, problem, backend="triton"), first, rtol=0, atol=0)
+
+
+def test_nan_in_a_target_reaches_the_loss_and_the_gradient():
+    for metric in ("cosine", "l1"):
+        problem = make_problem(regions=2, bins=1, channels=5).to(torch.float32)
+        problem.target[1, 0] = torch.nan
+        loss, map_grad, *_ = run_loss(kernels.roi_align_cosine, problem, backend="triton", metric=metric)
+        assert loss.isnan()
+        assert map_grad.isnan().any()
+
+
+def test_an_image_that_does_not_exist_is_nan_and_touches_no_map():
+    problem = make_problem(regions=3, bins=1, channels=5).to(torch.float32)
+    feature = problem.maps[0].requires_grad_()
+    # The public operator refuses this on a CPU; on a GPU it cannot look.
+    pooling = triton_pool.Pooling(maps=(feature,), scale=0.25, threshold=1.0, bins=1, samples=2)
+    pooled = fused.pool(pooling, problem.boxes, torch.tensor([0, 2, -1]))
+    assert pooled[0].isfinite().all()
+    assert pooled[1:].isnan().all()
+    pooled.sum().backward()
+    assert feature.grad[1].count_nonzero() == 0
+
+
+def test_operators_are_registered_for_autograd_and_tracing():
+    problem = make_problem(regions=3, bins=2, channels=3, levels=2).to(torch.float32)
+    maps = [feature.contiguous(memory_format=torch.channels_last).requires_grad_() for feature in problem.maps]
+    pool_arguments = (maps, problem.boxes, problem.image_index, 0.25, 900.0, 2, 2)
+    # The remaining check, dispatch under aot_autograd, stumbles over lists of leaves; the next test stands in for it.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(fused._pool, pool_arguments, test_utils=checks)
+    embedding = torch.randn(3, 9).requires_grad_()
+    torch.library.opcheck(fused._distances, (embedding, problem.target, "cosine"), test_utils=checks)
+
+
+def test_one_graph_holds_the_whole_loss():
+    problem = make_problem(regions=3, bins=2, channels=3, levels=2).to(torch.float32)
+    expected = run_loss(kernels.roi_align_cosine, problem, backend="triton")
+    compiled = torch.compile(kernels.roi_align_cosine, backend="aot_eager", fullgraph=True)
+    assert_close(run_loss(compiled, problem, backend="triton"), expected)

@@ -1,0 +1,128 @@
+"""Random pooling problems with every kind of box, shared by the kernel tests."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional
+from torchvision.ops import roi_align
+from torchvision.ops.poolers import LevelMapper
+
+SIZES = ((21, 18), (11, 9), (5, 5), (3, 2))
+"""Rows and columns of the maps at strides 4, 8, 16, 32; no multiple of a block."""
+TINY = ((11, 9), (5, 5), (3, 2), (2, 1))
+"""The same for an image of half the side, for the interpreter."""
+IMAGES = 2
+CANONICAL = {"canonical_size": 32, "canonical_level": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    maps: tuple
+    boxes: torch.Tensor
+    image_index: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+    projection: torch.Tensor | None
+    bias: torch.Tensor | None
+    bins: int
+
+    def to(self, dtype):
+        def cast(tensor):
+            return None if tensor is None else tensor.to(dtype)
+
+        return replace(
+            self,
+            maps=tuple(map(cast, self.maps)),
+            boxes=cast(self.boxes),
+            target=cast(self.target),
+            weight=cast(self.weight),
+            projection=cast(self.projection),
+            bias=cast(self.bias),
+        )
+
+    @property
+    def pooling(self):
+        features = self.maps[0] if len(self.maps) == 1 else list(self.maps)
+        scale = 0.25 if len(self.maps) == 1 else [0.25 / 2**level for level in range(len(self.maps))]
+        arguments = {"spatial_scale": scale, "output_size": self.bins, "sampling_ratio": 2, **CANONICAL}
+        return (features, self.boxes, self.image_index), arguments
+
+    @property
+    def leaves(self):
+        return [tensor for tensor in (*self.maps, self.projection, self.bias) if tensor is not None]
+
+
+def make_problem(*, regions, bins=7, channels=20, dim=9, levels=1, seed=0, head=True, sizes=SIZES):
+    """Boxes in float32 precision, from a pixel to the whole image, some partly and some wholly outside."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    corner = torch.rand(regions, 2, generator=random) * 110 - 20
+    side = torch.rand(regions, 2, generator=random) ** 2 * 90 + 1
+    boxes = torch.cat([corner, corner + side], dim=1) * sizes[0][0] / SIZES[0][0]
+    boxes[3:4] = torch.tensor([500.0, 500.0, 540.0, 530.0])
+    weight = torch.rand(regions, generator=random, dtype=torch.float64)
+    weight[2:3] = 0
+    target = normal(regions, dim if head else channels)
+    target[4:5] = 0
+    return Problem(
+        maps=tuple(normal(IMAGES, channels, height, width) for height, width in sizes[:levels]),
+        boxes=boxes.double(),
+        image_index=torch.randint(0, IMAGES, (regions,), generator=random),
+        target=target,
+        weight=weight,
+        projection=normal(dim, bins * bins * channels) / bins if head else None,
+        bias=normal(dim) if head else None,
+        bins=bins,
+    )
+
+
+def run_align(align, problem, **options):
+    """The pooled boxes, and the gradients of a random sum of them with respect to the maps."""
+    problem = replace(problem, maps=tuple(feature.detach().requires_grad_() for feature in problem.maps))
+    positional, named = problem.pooling
+    pooled = align(*positional, **named, **options)
+    pull = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (pooled * pull.to(pooled.dtype)).sum().backward()
+    return [pooled.detach(), *(feature.grad for feature in problem.maps)]
+
+
+def run_loss(loss, problem, **options):
+    """The loss, and its gradients with respect to the maps, the projection and the bias."""
+    leaves = [leaf.detach().requires_grad_() for leaf in problem.leaves]
+    count = len(problem.maps)
+    projection, bias = leaves[count:] or (None, None)
+    problem = replace(problem, maps=tuple(leaves[:count]), projection=projection, bias=bias)
+    positional, named = problem.pooling
+    head = {"projection": projection, "bias": bias}
+    value = loss(*positional, problem.target, problem.weight, **named, **head, **options)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def torchvision_align(features, boxes, image_index, *, spatial_scale, output_size, sampling_ratio, **canonical):
+    """The usual way, as an oracle: one RoIAlign per level, and torchvision's own level rule."""
+    if isinstance(features, torch.Tensor):
+        features, spatial_scale = [features], [spatial_scale]
+    mapper = LevelMapper(2, 1 + len(features), canonical["canonical_size"], canonical["canonical_level"])
+    levels = mapper([boxes]) if len(features) > 1 else torch.zeros_like(image_index)
+    rois = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)
+    pooled = boxes.new_zeros(len(boxes), features[0].shape[1], output_size, output_size)
+    for level, (feature, scale) in enumerate(zip(features, spatial_scale, strict=True)):
+        mine = torch.where(levels == level)[0]
+        part = roi_align(feature, rois[mine], output_size, scale, sampling_ratio, aligned=True)
+        pooled = pooled.index_copy(0, mine, part)
+    return pooled
+
+
+def torchvision_loss(features, boxes, image_index, target, weight, *, projection, bias, metric="cosine", **pooling):
+    """The loss over torchvision's pooling, in torch's own words; no row may be zero except with a zero weight."""
+    pooled = torchvision_align(features, boxes, image_index, **pooling).permute(0, 2, 3, 1).flatten(1)
+    embedding = pooled if projection is None else functional.linear(pooled, projection, bias)
+    if metric == "cosine":
+        distance = 1 - functional.cosine_similarity(embedding, target)
+    else:
+        distance = (functional.normalize(embedding) - functional.normalize(target)).abs().sum(1)
+    distance = torch.where((target == 0).all(1), 0, distance)
+    return (weight * distance).sum() / weight.sum()

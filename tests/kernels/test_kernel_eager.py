@@ -1,0 +1,175 @@
+import importlib.util
+import logging
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ezsd import kernels
+from ezsd.kernels import backend as backend_module
+from ezsd.kernels import eager, reference
+from tests.kernels.kernel_problems import CANONICAL, make_problem, run_align, run_loss
+
+# float64: sums of a few hundred terms of size one. float32: the same, and sample positions rounded differently.
+TOLERANCE = {torch.float64: {"rtol": 1e-11, "atol": 1e-11}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
+
+
+@pytest.fixture(params=["products", "taps"])
+def way(request, monkeypatch):
+    """Force one of the two ways to pool, which are otherwise chosen by the size of the map."""
+    monkeypatch.setattr(eager, "PRODUCT_LIMIT", float("inf") if request.param == "products" else 0)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("regions", "bins", "levels"), [(0, 7, 1), (1, 5, 4), (7, 1, 1), (100, 7, 4)])
+def test_pooling_equals_the_reference(dtype, regions, bins, levels):
+    problem = make_problem(regions=regions, bins=bins, channels=63, levels=levels)
+    expected = run_align(reference.roi_align, problem)
+    found = run_align(kernels.roi_align, problem.to(dtype), backend="eager")
+    assert all(value.dtype == dtype for value in found)
+    assert_close([value.double() for value in found], expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("metric", ["cosine", "l1"])
+@pytest.mark.parametrize(
+    ("regions", "bins", "levels", "dim"), [(0, 5, 4, 9), (1, 7, 1, 63), (40, 5, 4, 63), (40, 1, 1, 9)]
+)
+def test_loss_equals_the_reference(metric, regions, bins, levels, dim):
+    problem = make_problem(regions=regions, bins=bins, channels=10, dim=dim, levels=levels)
+    expected = run_loss(reference.roi_align_cosine, problem, metric=metric)
+    found = run_loss(kernels.roi_align_cosine, problem, metric=metric, backend="eager")
+    assert_close(found, expected, **TOLERANCE[torch.float64])
+
+
+@pytest.mark.usefixtures("way")
+def test_embeddings_keep_the_order_of_the_boxes():
+    problem = make_problem(regions=30, bins=5, levels=4)
+    positional, named = problem.pooling
+    head = {"projection": problem.projection, "bias": problem.bias}
+    found = kernels.roi_embed(*positional, **named, **head)
+    assert_close(found, reference.roi_embed(*positional, **named, **head), **TOLERANCE[torch.float64])
+
+
+def test_no_projection_means_the_pooled_channels():
+    problem = make_problem(regions=12, bins=1, channels=8, levels=2, head=False)
+    expected = run_loss(reference.roi_align_cosine, problem)
+    assert_close(run_loss(kernels.roi_align_cosine, problem), expected, **TOLERANCE[torch.float64])
+
+
+def test_inputs_may_be_strided_views():
+    problem = make_problem(regions=12, bins=5, levels=2)
+    expected = run_loss(kernels.roi_align_cosine, problem)
+    for leaf in (*problem.maps, problem.boxes, problem.target, problem.projection):
+        spread = torch.full((*leaf.shape[:-1], 2 * leaf.shape[-1]), torch.nan, dtype=leaf.dtype)
+        spread[..., ::2] = leaf
+        leaf.set_(spread[..., ::2])
+        assert not leaf.is_contiguous()
+    assert_close(run_loss(kernels.roi_align_cosine, problem), expected, **TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_maps_of_16_bits_are_summed_in_float32(dtype):
+    problem = make_problem(regions=12, bins=5, levels=2).to(torch.float32)
+    maps = tuple(feature.to(dtype) for feature in problem.maps)
+    narrow = run_loss(kernels.roi_align_cosine, problem.__class__(**{**vars(problem), "maps": maps}))
+    wide = run_loss(
+        kernels.roi_align_cosine, problem.__class__(**{**vars(problem), "maps": tuple(m.float() for m in maps)})
+    )
+    assert narrow[0].dtype == torch.float32
+    assert_close(narrow[0], wide[0])
+    assert_close(narrow[1], wide[1].to(dtype))
+
+
+def test_ten_runs_are_bit_equal():
+    problem = make_problem(regions=50, bins=5, levels=4).to(torch.float32)
+    first = run_loss(kernels.roi_align_cosine, problem)
+    for _ in range(9):
+        assert_close(run_loss(kernels.roi_align_cosine, problem), first, rtol=0, atol=0)
+
+
+def test_half_precision_targets_are_normalised_inside():
+    problem = make_problem(regions=12, bins=1).to(torch.float32)
+    half = problem.__class__(**{**vars(problem), "target": (problem.target * 3).half()})
+    assert_close(
+        run_loss(kernels.roi_align_cosine, half)[0], run_loss(kernels.roi_align_cosine, problem)[0], rtol=1e-3, atol=0
+    )
+
+
+def call(**changes):
+    problem = make_problem(regions=3, bins=2, channels=4, dim=5).to(torch.float32)
+    (features, boxes, image_index), named = problem.pooling
+    arguments = {"features": features, "boxes": boxes, "image_index": image_index, "target": problem.target}
+    arguments |= {"weight": problem.weight, "projection": problem.projection, "bias": problem.bias, **named}
+    return kernels.roi_align_cosine(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": []}, "must be a number for one map"),
+        ({"features": [], "spatial_scale": []}, "at least one map"),
+        ({"features": torch.zeros(2, 4, 8)}, r"level 0: expected a floating map \(B, C, H, W\)"),
+        ({"features": torch.zeros(2, 4, 0, 8)}, "no cells"),
+        ({"features": [torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 4, 4)], "spatial_scale": [0.5, 0.25]}, "level 1"),
+        ({"features": [torch.zeros(2, 4, 8, 8)] * 2, "spatial_scale": [0.5]}, "expected 2 spatial scales"),
+        ({"features": [torch.zeros(2, 4, 8, 8)] * 2, "spatial_scale": [0.5, 0.2]}, "half of the one before"),
+        ({"spatial_scale": 0.0}, "spatial_scale must be > 0"),
+        ({"output_size": 0}, "output_size must be >= 1"),
+        ({"sampling_ratio": 0}, "sampling_ratio must be >= 1"),
+        ({"canonical_size": 0}, "canonical_size must be > 0"),
+        ({"boxes": torch.zeros(3, 5)}, r"boxes must be floating \(R, 4\)"),
+        ({"boxes": torch.zeros(3, 4, dtype=torch.int64)}, r"boxes must be floating \(R, 4\)"),
+        ({"image_index": torch.zeros(3)}, "image_index must be int64"),
+        ({"image_index": torch.tensor([0, 2, 0])}, "spans 0 to 2, but the batch has 2 images"),
+        ({"projection": torch.zeros(5, 4)}, r"projection must be \(D, 16\)"),
+        ({"projection": None}, "needs a projection"),
+        ({"projection": None, "output_size": 1}, "a bias needs a projection"),
+        ({"bias": torch.zeros(4)}, r"bias must be \(5,\)"),
+        ({"target": torch.zeros(3, 4)}, r"target must be floating \(3, 5\)"),
+        ({"weight": torch.zeros(2)}, r"weight must be floating \(3,\)"),
+        ({"metric": "l2"}, 'metric must be "cosine" or "l1"'),
+        ({"backend": "cuda"}, "backend must be one of auto, eager, triton"),
+    ],
+)
+def test_a_wrong_argument_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_triton_on_a_cpu_is_an_error_unless_interpreted(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(kernels.BackendError, match="cannot run here"):
+        call(backend="triton")
+
+
+def test_everything_but_triton_works_without_triton(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert call().isfinite()
+    with pytest.raises(kernels.BackendError, match="triton is not installed"):
+        call(backend="triton")
+
+
+def test_float64_and_deep_pyramids_are_left_to_eager(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert "float64" in backend_module.triton_obstacle((torch.zeros(1, 1, 1, 1, dtype=torch.float64),))
+    assert "6 levels" in backend_module.triton_obstacle((torch.zeros(1, 1, 1, 1),) * 6)
+    assert backend_module.triton_obstacle((torch.zeros(1, 1, 1, 1),)) is None
+
+
+def test_auto_says_once_what_it_took(caplog):
+    backend_module._announce.cache_clear()
+    with caplog.at_level(logging.INFO, logger="ezsd.kernels"):
+        call()
+        call()
+    assert [record.message.split(",")[0] for record in caplog.records] == ["RoI operators: backend auto took eager"]
+
+
+def test_canonical_arguments_are_torchvisions_by_default():
+    problem = make_problem(regions=20, bins=1, levels=4)
+    positional, named = problem.pooling
+    plain = {name: value for name, value in named.items() if name not in CANONICAL}
+    explicit = kernels.roi_align(*positional, **plain, canonical_size=224, canonical_level=4)
+    assert_close(kernels.roi_align(*positional, **plain), explicit, rtol=0, atol=0)

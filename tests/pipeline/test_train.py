@@ -1,0 +1,164 @@
+"""Stage two as a whole: reproducible, resumable, and deaf to what it must not use."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from cache import StoreIncomplete
+from pipeline.config import ConfigError
+from pipeline.evaluate import evaluate_run, headline, load_trained
+from pipeline.runs import Run, RunError
+from pipeline.train import TrainRequest, learning_rate, train
+
+
+def curve(run):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in run.read_metrics()]
+
+
+def state(run):
+    return run.finished().model()
+
+
+def test_the_same_seed_gives_the_same_curve_and_weights(shapes_run, shapes_store, quick_config, tmp_path):
+    again = train(TrainRequest(cache=shapes_store, run=tmp_path / "again", config=quick_config))
+    assert curve(again) == curve(shapes_run)
+    for name, value in state(again).items():
+        assert torch.equal(value, state(shapes_run)[name]), name
+
+
+def test_another_seed_gives_another_curve(shapes_run, shapes_store, with_settings, tmp_path):
+    other = train(TrainRequest(cache=shapes_store, run=tmp_path / "other", config=with_settings(train={"seed": 1})))
+    assert curve(other) != curve(shapes_run)
+
+
+def test_stop_and_resume_is_bit_for_bit_an_unbroken_run(shapes_run, shapes_store, quick_config, tmp_path, monkeypatch):
+    """Killed after the checkpoint of step 4 of 6 with a torn metrics line, then resumed."""
+    folder = tmp_path / "stopped"
+    shutil.copytree(shapes_run.folder, folder)
+    shutil.rmtree(folder / "checkpoints/step-00000006")
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 7, "lo')
+    resumed = train(TrainRequest(cache=shapes_store, run=folder, config=quick_config))
+    assert curve(resumed) == curve(shapes_run)
+    for name, value in state(resumed).items():
+        assert torch.equal(value, state(shapes_run)[name]), name
+    for name, value in resumed.finished().optimiser().items():
+        assert torch.equal(value, shapes_run.finished().optimiser()[name]), name
+
+
+def test_a_torn_checkpoint_is_passed_over(shapes_run, tmp_path):
+    folder = tmp_path / "torn"
+    shutil.copytree(shapes_run.folder, folder)
+    weights = folder / "checkpoints/step-00000006/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    run = Run.open(folder)
+    latest = run.latest()
+    assert latest is not None
+    assert latest.step == 4
+    with pytest.raises(RunError, match="step 4 of 6"):
+        run.finished()
+
+
+def test_without_distillation_the_cached_regions_do_not_matter(shapes_store, with_settings, tmp_path):
+    first, second = with_settings(loss={"distillation": 0.0}), with_settings(loss={"distillation": 0.0})
+    first = type(first)(**{**_fields(first), "train": _replace(first.train, regions=1, steps=2)})
+    second = type(second)(**{**_fields(second), "train": _replace(second.train, regions=20, steps=2)})
+    a = train(TrainRequest(cache=shapes_store, run=tmp_path / "a", config=first))
+    b = train(TrainRequest(cache=shapes_store, run=tmp_path / "b", config=second))
+    assert curve(a) == curve(b)
+    assert "distillation" not in curve(a)[0]
+
+
+def _fields(config):
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def _replace(section, **values):
+    import dataclasses
+
+    return dataclasses.replace(section, **values)
+
+
+def test_distillation_changes_the_detector(shapes_run, shapes_store, with_settings, tmp_path):
+    plain = train(
+        TrainRequest(cache=shapes_store, run=tmp_path / "plain", config=with_settings(loss={"distillation": 0.0}))
+    )
+    assert not torch.equal(state(plain)["projection.weight"], state(shapes_run)["projection.weight"])
+
+
+def test_a_run_folder_of_another_configuration_is_refused_by_name(shapes_run, shapes_store, with_settings):
+    other = with_settings(loss={"distillation": 0.25})
+    with pytest.raises(RunError, match=r"config\.loss\.distillation: 0\.5 there, 0\.25 wanted"):
+        train(TrainRequest(cache=shapes_store, run=shapes_run.folder, config=other))
+
+
+def test_an_unfinished_store_is_refused(shapes_store, quick_config, tmp_path):
+    unfinished = tmp_path / "store"
+    shutil.copytree(shapes_store, unfinished)
+    (unfinished / "COMMIT.json").unlink()
+    with pytest.raises((StoreIncomplete, ValueError)):
+        train(TrainRequest(cache=unfinished, run=tmp_path / "run", config=quick_config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_data_root_is_named(shapes_store, quick_config, tmp_path):
+    moved = tmp_path / "store"
+    shutil.copytree(shapes_store, moved)
+    environment = json.loads((moved / "environment.json").read_text())
+    (moved / "environment.json").write_text(json.dumps(environment | {"data_root": "/gone/away"}))
+    with pytest.raises(ValueError, match="/gone/away.*--data-root"):
+        train(TrainRequest(cache=moved, run=tmp_path / "run", config=quick_config))
+
+
+def test_backbone_weights_that_run_code_are_refused(shapes_store, with_settings, tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    request = TrainRequest(
+        cache=shapes_store,
+        run=tmp_path / "run",
+        config=with_settings(),
+        backbone_weights=tmp_path / "evil.pth",
+    )
+    with pytest.raises(ConfigError, match=r"evil\.pth"):
+        train(request)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_parts(shapes_store, with_settings, tmp_path):
+    wild = with_settings(train={"learning_rate": 1e30, "clip_norm": 1e30, "warmup": 0})
+    with pytest.raises(FloatingPointError, match="step .*parts.*classification"):
+        train(TrainRequest(cache=shapes_store, run=tmp_path / "wild", config=wild))
+
+
+def test_learning_rate_warms_up_and_decays(quick_config):
+    rates = [learning_rate(step, quick_config.train) for step in range(quick_config.train.steps)]
+    assert rates[0] == pytest.approx(quick_config.train.learning_rate / 2)
+    assert max(rates) == pytest.approx(quick_config.train.learning_rate)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_evaluation_is_the_same_on_a_re_run(shapes_run):
+    before = (shapes_run.folder / "eval.json").read_bytes()
+    evaluate_run(shapes_run, data_root=None, device="cpu")
+    assert (shapes_run.folder / "eval.json").read_bytes() == before
+
+
+def test_evaluation_reports_both_label_spaces(shapes_run):
+    result = json.loads((shapes_run.folder / "eval.json").read_text())
+    scores = headline(result)
+    assert set(scores) == {"base", "novel", "all", "novel_only"}
+    assert result["novel_only"]["names"] == list(load_trained(shapes_run, "cpu").names[14:])
+
+
+def test_crop_accuracy_lives_in_the_run(shapes_run):
+    crops = json.loads((shapes_run.folder / "crops.json").read_text())
+    assert crops["crops"]["novel"] > 0
+    # A clean-picture model knows far more than chance (1 in 20) of these crops.
+    assert crops["raw"]["base"] > 0.2

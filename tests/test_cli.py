@@ -1,0 +1,141 @@
+"""The command line as a user meets it: in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def ezsd(*arguments, cwd=None, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        timeout=240,
+        check=False,
+    )
+
+
+def assert_one_clear_line(result, *words):
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    if lines[0].startswith("Usage"):
+        # Typer's own refusals: usage, then what is wrong.
+        lines = [line for line in lines if "Usage" not in line]
+    else:
+        assert len(lines) == 1, result.stderr
+        assert lines[0].startswith("ezsd: ")
+    for word in words:
+        assert word in " ".join(lines), result.stderr
+
+
+def test_help_loads_neither_torch_nor_zarr():
+    code = "import sys, cli; cli.app(['--help'], standalone_mode=False); print(sorted(sys.modules), file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "Teach an object detector" in result.stdout
+    for heavy in ("torch", "zarr", "numpy", "open_clip", "matplotlib", "dask"):
+        assert f"'{heavy}'" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["cache", "build", "--dataset", "coco", "--data-root", "nowhere"], ["nowhere", "instances_train2017.json"]),
+        (["cache", "build", "--dataset", "cocoa"], ["cocoa", "shapes"]),
+        (["cache", "build", "--dataset", "shapes", "--set", "proposals.sises=[3]"], ["sises", "sizes"]),
+        (["cache", "build", "--dataset", "shapes", "--set", "train"], ["section.key=value"]),
+        (["cache", "build", "--dataset", "shapes", "--set", "train.steps=many"], ["steps", "many", "int"]),
+        (["cache", "build", "--dataset", "shapes", "--device", "tpu"], ["tpu", "cuda"]),
+        (["cache", "build", "--datset", "shapes"], ["--datset"]),
+        (["cache", "info", "nowhere"], ["nowhere"]),
+        (["train", "--cache", "nowhere"], ["nowhere"]),
+        (["eval", "--run", "nowhere"], ["nowhere", "run.json"]),
+        (["report", "--run", "nowhere"], ["nowhere", "run.json"]),
+        (["detect", "nowhere.png", "--run", "nowhere", "--classes", "ring"], ["nowhere"]),
+    ],
+)
+def test_misuse_is_one_clear_line(arguments, words, tmp_path):
+    assert_one_clear_line(ezsd(*arguments, cwd=tmp_path), *words)
+    assert list(tmp_path.iterdir()) in ([], [tmp_path / "data"])
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path):
+    result = ezsd("cache", "build", "--dataset", "shapes", "--device", "cuda:99", cwd=tmp_path)
+    assert_one_clear_line(result, "cuda:99", "--device cpu")
+
+
+def test_data_shapes_refuses_a_folder_that_is_something_else(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    assert_one_clear_line(ezsd("data", "shapes", "--out", tmp_path / "mine"), "mine", "choose another")
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+def test_cache_info_tells_rows_and_teacher(shapes_store):
+    result = ezsd("cache", "info", shapes_store)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["complete"] is True
+    assert found["images"] == 12
+    assert "tiny-shapes" in result.stdout
+
+
+def test_detect_finds_named_classes_and_draws_them(shapes_run, shapes_root, tmp_path):
+    image = shapes_root / "val/000001.png"
+    drawn = tmp_path / "drawn.png"
+    result = ezsd(
+        "detect", image, "--run", shapes_run.folder, "--classes", "ring,bar", "--threshold", 0, "--out", drawn
+    )
+    assert result.returncode == 0, result.stderr
+    names = {line.split()[1] for line in result.stdout.splitlines()}
+    assert names <= {"ring", "bar"}
+    assert names
+    with Image.open(drawn) as picture:
+        assert picture.width >= 128
+
+
+def test_detect_refuses_what_is_no_image(shapes_run, tmp_path):
+    (tmp_path / "notes.png").write_text("not an image")
+    result = ezsd("detect", tmp_path / "notes.png", "--run", shapes_run.folder, "--classes", "ring")
+    assert_one_clear_line(result, "notes.png", "no image")
+
+
+def test_detect_refuses_a_class_that_the_teacher_has_no_words_for(shapes_run, shapes_root):
+    image = shapes_root / "val/000001.png"
+    result = ezsd("detect", image, "--run", shapes_run.folder, "--classes", "zebra")
+    assert_one_clear_line(result, "zebra", "tiny-shapes")
+
+
+def test_detect_embeds_a_name_that_the_run_never_had(shapes_run, shapes_root):
+    image = shapes_root / "val/000001.png"
+    arguments = ["detect", image, "--run", shapes_run.folder, "--threshold", 0]
+    result = ezsd(*arguments, "--classes", "red ring")
+    assert result.returncode == 0, result.stderr
+    assert " red ring " in result.stdout
+
+
+def test_train_refuses_a_store_whose_annotations_have_changed(shapes_store, shapes_root, tmp_path):
+    moved = tmp_path / "data"
+    moved.mkdir()
+    for part in ("train", "val"):
+        (moved / part).symlink_to(shapes_root / part)
+    (moved / "annotations").mkdir()
+    for name in ("instances_train.json", "instances_val.json"):
+        document = json.loads((shapes_root / "annotations" / name).read_text())
+        circle = next(c["id"] for c in document["categories"] if c["name"] == "circle")
+        for entry in document["annotations"]:
+            if entry["category_id"] == circle:
+                entry["bbox"][0] += 1
+        (moved / "annotations" / name).write_text(json.dumps(document))
+    result = ezsd("train", "--cache", shapes_store, "--run", tmp_path / "run", "--data-root", moved)
+    assert_one_clear_line(result, "base_boxes_sha256", "build a new store")
+    assert not (tmp_path / "run").exists()
