@@ -34,6 +34,7 @@ def tune_layer_norms(
     teacher: Teacher,
     batches: Iterable[tuple[Tensor, Tensor]],
     names: Sequence[str],
+    parameters: Sequence[nn.Parameter],
     *,
     loss: AdaptLoss,
     learning_rate: float,
@@ -43,15 +44,15 @@ def tune_layer_norms(
     """Tune in place, one step per batch; yields each step's loss.
 
     Args:
-        teacher: its `layer_norms()` are tuned, everything else stays frozen.
+        teacher: everything of it but `parameters` stays frozen.
         batches: pairs of crops (R, 3, S, S), float in [0, 1], and labels (R,) into `names`.
         names: base class names; their embeddings are computed once per step.
+        parameters: those of the teacher's `layer_norms()` that learn.
         loss: see `adaptation_loss`.
         learning_rate: of AdamW, constant.
         weight_decay: of AdamW.
         clip_norm: largest gradient norm.
     """
-    parameters = list(teacher.layer_norms().values())
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     for parameter in parameters:
         parameter.requires_grad_(True)

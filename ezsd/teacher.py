@@ -51,7 +51,7 @@ class Teacher(Protocol):
         """Unit embeddings (C, D), float32, of class names."""
         ...
 
-    def layer_norms(self) -> Mapping[str, nn.Parameter]:
+    def layer_norms(self, *, vision_only: bool = False) -> Mapping[str, nn.Parameter]:
         """Parameters that re-normalisation tunes, by name; empty where there is nothing to tune."""
         ...
 
@@ -101,12 +101,12 @@ class OpenClipTeacher:
         """Unit embeddings (C, D) of token rows (C, context)."""
         return F.normalize(self.model.encode_text(tokens.to(self.device)).float(), dim=1)
 
-    def layer_norms(self) -> dict[str, nn.Parameter]:
-        """Weights and biases of all LayerNorms of both towers, chosen by module type and not by name."""
+    def layer_norms(self, *, vision_only: bool = False) -> dict[str, nn.Parameter]:
+        """Weights and biases of the LayerNorms of both towers or of one, chosen by module type and not by name."""
         return {
             f"{module_name}.{name}": parameter
             for module_name, module in self.model.named_modules()
-            if isinstance(module, nn.LayerNorm)
+            if isinstance(module, nn.LayerNorm) and (not vision_only or module_name.startswith("visual."))
             for name, parameter in module.named_parameters(recurse=False)
         }
 

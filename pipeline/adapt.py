@@ -110,13 +110,15 @@ def adapt_teacher(
 
     parameters = teacher.layer_norms()
     before = accuracy()
-    steps = config.steps if parameters else 0
+    learning = list(teacher.layer_norms(vision_only=config.towers == "vision").values())
+    steps = config.steps if learning else 0
     if steps:
         batches = source.endless(tuned_on, crops=config.crops, seed=seed)
         losses = tune_layer_norms(
             teacher,
             batches,
             annotations.names,
+            learning,
             loss=config.loss,
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,

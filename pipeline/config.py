@@ -48,6 +48,8 @@ class AdaptConfig:
     """Of AdamW, constant."""
     loss: AdaptLoss
     """"bce" (the reference's) or "softmax_ce"."""
+    towers: Literal["both", "vision"] = "both"
+    """Whose LayerNorms: "vision" leaves the text rows as the teacher was published."""
     weight_decay: float = 1e-4
     """Of AdamW."""
     clip_norm: float = 0.1

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-BASE_COLOUR = "#0b7a3b"
-"""Of base classes; dark enough for white letters."""
-NOVEL_COLOUR = "#c2187a"
-"""Of novel classes; told from the green without telling red from green."""
+BASE_COLOUR = "#2ecc71"
+"""Of base classes; bright, for dark letters and a dark rim."""
+NOVEL_COLOUR = "#ff5cae"
+"""Of novel classes; lighter and bluer than the green also for eyes that do not tell red from green."""
 
 READABLE_SIDE = 384
 """Images with a shorter long side than this are enlarged, pixels."""
-_TEXT_COLOUR = "#ffffff"
-_HALO_COLOUR = "#000000"
+_DARK = "#101010"
 
 Corners = tuple[float, float, float, float]
 
@@ -56,11 +55,11 @@ def draw_boxes(
     corners = _visible(boxes, width, height) * factor
     each = [colours] * len(corners) if isinstance(colours, str) else list(colours)
     draw = ImageDraw.Draw(canvas)
-    line = max(2, round(min(size) / 200))
+    line = max(2, round(min(size) / 130))
     # The last box is drawn first, so that the most important one lies on top.
     for box, colour in reversed(list(zip(corners.tolist(), each, strict=True))):
         _outline(draw, box, colour, line)
-    font = ImageFont.load_default(max(12.0, min(size) / 25))
+    font = ImageFont.load_default(max(12.0, min(size) / 23))
     taken: list[Corners] = []
     for box, caption, colour in zip(corners.tolist(), captions, each, strict=True):
         if caption.strip():
@@ -87,17 +86,17 @@ def _check(image: Tensor, boxes: Tensor, captions: Sequence[str], colours: str |
         raise ValueError(f"{len(boxes)} boxes need one colour, or as many, got {len(colours)}")
 
 
-def _visible(boxes: Tensor, width: int, height: int) -> np.ndarray:
+def _visible(boxes: Tensor, width: int, height: int) -> Tensor:
     """The boxes' parts inside the image, (N, 4) float64."""
-    limit = np.array([width, height, width, height], np.float64)
-    return np.clip(boxes.detach().cpu().double().numpy(), 0, limit)
+    limit = torch.tensor([width, height, width, height], dtype=torch.float64)
+    return boxes.detach().cpu().double().clamp(min=0).minimum(limit)
 
 
 def _outline(draw: ImageDraw.ImageDraw, box: Sequence[float], colour: str, line: int) -> None:
     """A frame of `line` pixels with a dark rim, which shows on any background."""
     x1, y1, x2, y2 = (round(v) for v in box)
     right, bottom = max(x2 - 1, x1), max(y2 - 1, y1)
-    draw.rectangle((x1 - 1, y1 - 1, right + 1, bottom + 1), outline=_HALO_COLOUR, width=line + 2)
+    draw.rectangle((x1 - 1, y1 - 1, right + 1, bottom + 1), outline=_DARK, width=line + 2)
     draw.rectangle((x1, y1, right, bottom), outline=colour, width=line)
 
 
@@ -122,7 +121,7 @@ def _write(
     ]
     best = min(strips, key=lambda strip: sum(_shared_area(strip, other) for other in taken))
     draw.rectangle(best, fill=colour)
-    draw.text((best[0] + padding, best[1] + padding - top), text, font=font, fill=_TEXT_COLOUR)
+    draw.text((best[0] + padding, best[1] + padding - top), text, font=font, fill=_DARK)
     return best
 
 
@@ -132,9 +131,8 @@ def _shorten(
     """The text, or its beginning and an ellipsis where it is wider than `width` pixels."""
     if draw.textlength(text, font=font) <= width:
         return text
-    while text and draw.textlength(f"{text}...", font=font) > width:
-        text = text[:-1]
-    return f"{text}..."
+    fitting = bisect_right(range(len(text)), width, key=lambda n: draw.textlength(f"{text[:n]}...", font=font))
+    return f"{text[: max(fitting - 1, 0)]}..."
 
 
 def _places(

@@ -21,26 +21,36 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ezsd.vocabulary import Split
 
-SHAPES_SPLIT = Split(
-    base=(
-        "circle",
-        "square",
-        "triangle",
-        "star",
-        "hexagon",
-        "diamond",
-        "arrow",
-        "bar",
-        "ellipse",
-        "trapezoid",
-        "hourglass",
-        "gear",
-        "tee",
-        "chevron",
-    ),
-    novel=("cross", "ring", "heart", "moon", "drop", "bolt"),
+_DRAWN = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "hexagon",
+    "diamond",
+    "arrow",
+    "bar",
+    "ellipse",
+    "trapezoid",
+    "hourglass",
+    "gear",
+    "tee",
+    "chevron",
+    "cross",
+    "ring",
+    "heart",
+    "moon",
+    "drop",
+    "bolt",
 )
-"""The names; a novel one appears in training images but never in their annotations as the loader hands them out."""
+_NOVEL = ("cross", "ring", "moon", "bolt", "hourglass", "tee")
+
+SHAPES_SPLIT = Split(base=tuple(name for name in _DRAWN if name not in _NOVEL), novel=_NOVEL)
+"""The names. Novel shapes lie in training images too, but not in the annotations as the loader hands them out.
+
+They were chosen on the dev seed to be no blend of base shapes: a heart is between a triangle and a circle to CLIP's text
+tower as well, and a detector finds it from the base names alone.
+"""
 
 DEV_SEED = 0
 """Every choice (thresholds, learning rates, losses) is made on this seed."""
@@ -102,16 +112,16 @@ def scene(*, seed: int, split: SceneSplit, index: int) -> Scene:
     boxes: list[NDArray[np.float32]] = []
     names: list[str] = []
     for _ in range(int(rng.integers(1, 7))):
-        name = SHAPES_SPLIT.names[int(rng.integers(len(SHAPES_SPLIT.names)))]
+        name = _DRAWN[int(rng.integers(len(_DRAWN)))]
         placed = _place(rng, name, boxes)
         if placed is None:
             continue
         points, box = placed
-        contrast = rng.uniform(0.55, 1.0)
+        contrast = rng.uniform(0.7, 1.0)
         _paint(canvas, rng, points, contrast=contrast)
         boxes.append(box)
         names.append(name)
-        if rng.random() < 0.35:
+        if rng.random() < 0.2:
             _occlude(canvas, rng, box)
     pixels = _degrade(canvas, rng)
     return Scene(pixels=pixels, boxes=np.array(boxes, np.float32).reshape(-1, 4), names=tuple(names))
@@ -128,7 +138,7 @@ def picture(*, seed: int, index: int, size: int = 32) -> tuple[Pixels, str, str,
     if rng.random() < 1 / 16:
         blank = _clouds(rng, size) if rng.random() < 0.7 else np.full((size, size, 3), rng.uniform(20, 235, 3))
         return _to_uint8(blank), "", "", "background"
-    name = SHAPES_SPLIT.names[int(rng.integers(len(SHAPES_SPLIT.names)))]
+    name = _DRAWN[int(rng.integers(len(_DRAWN)))]
     canvas = np.full((size, size, 3), rng.uniform(20, 235, 3))
     long_side = size * rng.uniform(0.6, 0.98)
     points = _outline(rng, name, long_side)
@@ -350,8 +360,8 @@ def _occlude(canvas: NDArray[np.float64], rng: np.random.Generator, box: NDArray
 
 def _degrade(canvas: NDArray[np.float64], rng: np.random.Generator) -> Pixels:
     """Blur, then sensor noise."""
-    image = Image.fromarray(_to_uint8(canvas)).filter(ImageFilter.GaussianBlur(rng.uniform(0.0, 1.0)))
-    noise = rng.normal(0, rng.uniform(3, 12), canvas.shape)
+    image = Image.fromarray(_to_uint8(canvas)).filter(ImageFilter.GaussianBlur(rng.uniform(0.0, 0.8)))
+    noise = rng.normal(0, rng.uniform(2, 9), canvas.shape)
     return _to_uint8(np.asarray(image, np.float64) + noise)
 
 

@@ -87,10 +87,10 @@ class _TinyBody(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_conv(3, 32, stride=2), _conv(32, 48, stride=2), _conv(48, 64))
-        self.middle = nn.Sequential(_conv(64, 96, stride=2), _conv(96, 96))
-        self.deep = nn.Sequential(_conv(96, 128, stride=2), _conv(128, 128))
-        self.pyramid = FeaturePyramidNetwork([96, 128], channels)
+        self.stem = nn.Sequential(_conv(3, 24, stride=2), _conv(24, 48, stride=2), _conv(48, 48))
+        self.middle = nn.Sequential(_conv(48, 80, stride=2), _conv(80, 80))
+        self.deep = nn.Sequential(_conv(80, 112, stride=2), _conv(112, 112))
+        self.pyramid = FeaturePyramidNetwork([80, 112], channels)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         middle = self.middle(self.stem(images))

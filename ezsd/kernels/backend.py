@@ -1,5 +1,8 @@
 """The one place that chooses between the eager and the Triton backend."""
 
+# torch gives its `assume_constant_result` no types.
+# mypy: disable-error-code="untyped-decorator"
+
 import functools
 import importlib.util
 import logging
@@ -53,7 +56,7 @@ def resolve_backend(backend: Backend, maps: tuple[Tensor, ...]) -> Resolved:
 
 def triton_obstacle(maps: tuple[Tensor, ...]) -> str | None:
     """Say why Triton cannot serve these maps, or None if it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "the package triton is not installed"
     device = maps[0].device.type
     if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
@@ -63,6 +66,12 @@ def triton_obstacle(maps: tuple[Tensor, ...]) -> str | None:
     if len(maps) > MAX_LEVELS:
         return f"there are {len(maps)} levels, a launch takes {MAX_LEVELS}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _installed() -> bool:
+    # torch.compile cannot look into this search, and need not: the answer does not change.
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The Triton backend as torch operators: what autograd, torch.compile and torch.export see.
+"""The Triton backend as torch operators: what autograd and torch.compile see.
 
 Each kernel pair is one opaque operator with a shape function and a registered backward. The kernels themselves are
 imported when first run, so this module loads without Triton.

@@ -20,6 +20,9 @@ from tests.kernels.kernel_problems import run_align, run_loss
 # Sums of a few hundred float32 terms of size one; sample positions are rounded to float32 as well.
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
+# What NumPy before 2.4 says to the loops of Triton 3.6's interpreter; see `_interpreter_can_loop`.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
 make_problem = partial(kernel_problems.make_problem, sizes=kernel_problems.TINY)
 
 
@@ -31,7 +34,7 @@ def counting_kernel(count, limit):
 
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter_can_loop():
-    """Triton 3.6's interpreter cannot loop up to a loaded number under NumPy 2.5; its compiler can."""
+    """Triton 3.6's interpreter cannot loop up to a loaded number under NumPy 2.4 and later; its compiler can."""
     count = torch.zeros(1, dtype=torch.int32)
     try:
         counting_kernel[(1,)](count, torch.full((1,), 3, dtype=torch.int32))

@@ -1,0 +1,251 @@
+"""Samples: boxes follow their pixels, draws depend on (seed, epoch, image) alone, epochs are whole and resumable."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ezsd.boxes import flip_horizontal
+from ezsd.data.dataset import DetectionDataset, collate, epoch_order, pad_images, resize
+
+DIM = 6
+SIZES = {4: (40, 60), 9: (64, 48), 30: (33, 90)}
+"""Height and width by image id."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a cache holds of one image, as truth or as regions."""
+
+    box: np.ndarray
+    class_index: np.ndarray
+    confidence: np.ndarray
+    embedding: np.ndarray
+
+
+def record(image_id, count, *, salt):
+    """Boxes whose number n is readable from every field: class n, confidence (n + 1) / 100, embedding (n, id, ...)."""
+    height, width = SIZES[image_id]
+    rng = np.random.default_rng([image_id, salt])
+    corner = rng.uniform(0, [width / 2, height / 2], (count, 2))
+    box = np.concatenate([corner, corner + rng.uniform(4, [width / 2, height / 2], (count, 2))], 1)
+    embedding = np.zeros((count, DIM), np.float16)
+    embedding[:, 0], embedding[:, 1], embedding[:, 2] = np.arange(count), image_id, salt
+    number = np.arange(count)
+    return Record(box.astype(np.float32), number.astype(np.int32), ((number + 1) / 100).astype(np.float32), embedding)
+
+
+def paint(image_id):
+    generator = torch.Generator().manual_seed(image_id)
+    return torch.randint(0, 256, (3, *SIZES[image_id]), dtype=torch.uint8, generator=generator)
+
+
+def make(image_ids=(4, 9, 30), *, truths=3, regions=10, read=paint, **changes):
+    options = {"regions_per_image": 4, "short_side": 0, "long_side": 0, "seed": 0} | changes
+    truth = {i: record(i, truths, salt=1) for i in image_ids}
+    cached = {i: record(i, regions, salt=2) for i in image_ids}
+    return DetectionDataset(image_ids, read, truth, cached, **options)
+
+
+def is_flipped(sample, image_id):
+    plain = paint(image_id)
+    assert torch.equal(sample.image, plain) != torch.equal(sample.image, plain.flip(2))
+    return not torch.equal(sample.image, plain)
+
+
+@pytest.mark.parametrize(("short_side", "long_side"), [(0, 0), (80, 100), (25, 1000), (37, 50)])
+def test_a_painted_box_stays_under_its_pixels(short_side, long_side):
+    box = np.array([[12, 7, 34, 29]], np.float32)
+
+    def read(_):
+        image = torch.zeros(3, *SIZES[4], dtype=torch.uint8)
+        image[:, 7:29, 12:34] = 255
+        return image
+
+    one = Record(box, np.zeros(1, np.int32), np.ones(1, np.float32), np.zeros((1, DIM), np.float16))
+    dataset = DetectionDataset(
+        [4], read, {4: one}, {4: one}, regions_per_image=1, short_side=short_side, long_side=long_side, seed=0
+    )
+    middles = set()
+    for epoch in range(12):
+        sample = dataset[epoch, 0]
+        bright = sample.image[0] > 127
+        columns, rows = torch.nonzero(bright.any(0))[:, 0], torch.nonzero(bright.any(1))[:, 0]
+        painted = torch.tensor([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]])
+        assert (sample.boxes - painted).abs().max() <= 0.75
+        assert torch.equal(sample.region_boxes, sample.boxes.expand(2, 4))
+        middles.add(round(columns.double().mean().item()))
+    assert len(middles) == 2, "in twelve epochs an image is seen both ways round"
+
+
+def test_resizing_fits_both_limits_and_says_by_how_much():
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    assert [resize(image, short_side=s, long_side=b)[0].shape for s, b in ((80, 1000), (80, 90), (0, 90))] == [
+        (3, 80, 120),
+        (3, 60, 90),
+        (3, 40, 60),
+    ]
+    out, sx, sy = resize(image, short_side=37, long_side=1000)
+    assert out.dtype == torch.uint8
+    assert (sx, sy) == (out.shape[2] / 60, out.shape[1] / 40)
+
+
+def test_flipping_twice_is_identity():
+    dataset = make([4])
+    seen = {is_flipped(sample, 4): sample for sample in (dataset[epoch, 0] for epoch in range(12))}
+    plain, flipped = seen[False], seen[True]
+    width = SIZES[4][1]
+    assert torch.equal(flipped.image.flip(2), plain.image)
+    torch.testing.assert_close(flip_horizontal(flipped.boxes, width), plain.boxes)
+    originals = torch.from_numpy(dataset.regions[4].box)
+    drawn = flipped.region_target[3:, 0].long()
+    torch.testing.assert_close(flip_horizontal(flipped.region_boxes[3:], width), originals[drawn])
+    assert torch.equal(plain.boxes, torch.from_numpy(dataset.ground_truth[4].box))
+
+
+def test_ground_truth_comes_first_with_confidence_one():
+    sample = make([9])[0, 0]
+    assert torch.equal(sample.region_boxes[:3], sample.boxes)
+    assert sample.region_confidence[:3].tolist() == [1, 1, 1]
+    assert sample.region_target[:3, 2].tolist() == [1, 1, 1]
+    assert sample.region_target[3:, 2].tolist() == [2, 2, 2, 2]
+    assert sample.labels.tolist() == [0, 1, 2]
+    assert sample.labels.dtype == torch.int64
+
+
+def test_targets_and_confidences_stay_with_their_boxes():
+    dataset = make()
+    for position, image_id in enumerate(SIZES):
+        for epoch in range(6):
+            sample = dataset[epoch, position]
+            number = sample.region_target[:, 0].long()
+            assert number[:3].tolist() == [0, 1, 2]
+            assert sample.region_target.dtype == torch.float16
+            assert (sample.region_target[:, 1] == image_id).all()
+            truth, cached = dataset.ground_truth[image_id], dataset.regions[image_id]
+            expected = torch.from_numpy(np.concatenate([truth.box, cached.box[number[3:].numpy()]]))
+            if is_flipped(sample, image_id):
+                expected = flip_horizontal(expected, SIZES[image_id][1])
+            torch.testing.assert_close(sample.region_boxes, expected)
+            torch.testing.assert_close(sample.region_confidence[3:], (number[3:] + 1) / 100)
+
+
+def drawn(sample, truths=3):
+    return sample.region_target[truths:, 0].int().tolist()
+
+
+def test_regions_are_drawn_without_replacement():
+    dataset = make()
+    draws = [drawn(dataset[epoch, position]) for epoch in range(20) for position in range(3)]
+    assert all(len(set(one)) == 4 for one in draws)
+    assert {number for one in draws for number in one} == set(range(10))
+
+
+def test_all_regions_are_taken_when_there_are_fewer_than_wanted():
+    assert drawn(make(regions=3)[5, 1]) == [0, 1, 2]
+    assert drawn(make(regions_per_image=10)[5, 1]) == list(range(10))
+
+
+def test_a_draw_depends_on_seed_epoch_and_image_only():
+    dataset, reordered, other_seed = make(), make((30, 4, 9)), make(seed=1)
+
+    def draws(source, position):
+        return [(drawn(sample), sample.region_boxes.tolist()) for sample in (source[e, position] for e in range(8))]
+
+    first = draws(dataset, 0)
+    assert draws(dataset, 0) == first
+    assert draws(reordered, 1) == first
+    assert len({tuple(numbers) for numbers, _ in first}) > 4
+    assert draws(other_seed, 0) != first
+    assert [numbers for numbers, _ in draws(dataset, 1)] != [numbers for numbers, _ in first]
+
+
+def test_the_global_random_state_changes_nothing():
+    torch.manual_seed(1)
+    first = make()[3, 1]
+    torch.manual_seed(2)
+    second = make()[3, 1]
+    assert torch.equal(first.region_boxes, second.region_boxes)
+    assert torch.equal(first.image, second.image)
+
+
+@pytest.mark.parametrize(("truths", "regions"), [(0, 0), (0, 5), (2, 0)])
+def test_images_may_lack_boxes_or_regions(truths, regions):
+    dataset = make(truths=truths, regions=regions, short_side=50, long_side=80)
+    samples = [dataset[epoch, 0] for epoch in range(4)]
+    kept = truths + min(regions, 4)
+    for sample in samples:
+        assert sample.boxes.shape == (truths, 4)
+        assert sample.labels.shape == (truths,)
+        assert sample.region_boxes.shape == (kept, 4)
+        assert sample.region_target.shape == (kept, DIM)
+        assert sample.region_confidence.shape == (kept,)
+    batch = collate(samples)
+    assert batch.region_boxes.shape == (4 * kept, 4)
+    assert batch.region_image.tolist() == [image for image in range(4) for _ in range(kept)]
+
+
+def test_a_batch_is_padded_to_multiples_of_32_with_zeros():
+    dataset = make()
+    samples = [dataset[0, position] for position in range(3)]
+    batch = collate(samples)
+    assert batch.images.shape == (3, 3, 64, 96)
+    assert batch.images.dtype == torch.float32
+    assert batch.sizes == [SIZES[i] for i in (4, 9, 30)]
+    for padded, sample, (height, width) in zip(batch.images, samples, batch.sizes, strict=True):
+        torch.testing.assert_close(padded[:, :height, :width], sample.image / 255)
+        assert (padded[:, height:] == 0).all()
+        assert (padded[:, :, width:] == 0).all()
+
+
+def test_an_image_of_whole_cells_is_not_padded():
+    assert pad_images([torch.zeros(3, 64, 96, dtype=torch.uint8)])[0].shape == (1, 3, 64, 96)
+    assert pad_images([torch.zeros(3, 65, 97, dtype=torch.uint8)])[0].shape == (1, 3, 96, 128)
+
+
+def test_a_batch_keeps_the_regions_of_each_image_together():
+    dataset = make()
+    samples = [dataset[0, position] for position in (2, 0)]
+    batch = collate(samples)
+    assert batch.region_image.tolist() == [0] * 7 + [1] * 7
+    assert batch.region_target[:, 1].tolist() == [30] * 7 + [4] * 7
+    assert torch.equal(batch.region_boxes[7:], samples[1].region_boxes)
+    assert torch.equal(batch.region_confidence[:7], samples[0].region_confidence)
+    assert torch.equal(batch.boxes[1], samples[1].boxes)
+    assert torch.equal(batch.labels[0], samples[0].labels)
+
+
+def order(images=7, per_step=3, first_step=0, steps=20, seed=0):
+    return list(epoch_order(images, per_step=per_step, first_step=first_step, steps=steps, seed=seed))
+
+
+@given(st.integers(1, 12), st.integers(1, 15), st.integers(0, 5))
+def test_every_image_comes_once_per_epoch(images, per_step, seed):
+    batches = order(images, per_step, steps=3 * images, seed=seed)
+    assert all(len(batch) == per_step for batch in batches)
+    flat = [key for batch in batches for key in batch]
+    assert len(flat) == 3 * images * per_step
+    # So many steps make whole epochs.
+    assert sorted(flat) == [(epoch, position) for epoch in range(3 * per_step) for position in range(images)]
+    assert [epoch for epoch, _ in flat] == sorted(epoch for epoch, _ in flat)
+
+
+@given(st.integers(0, 20))
+def test_an_epoch_order_resumes_mid_way_identically(first_step):
+    assert order(first_step=first_step) == order()[first_step:]
+
+
+def test_epochs_are_shuffled_anew_by_the_seed():
+    epochs = [[position for _, position in batch] for batch in order(30, 30, steps=4)]
+    assert len({tuple(one) for one in epochs}) == 4
+    assert [[position for _, position in batch] for batch in order(30, 30, steps=4, seed=1)] != epochs
+
+
+def test_a_loader_serves_the_order_it_is_given():
+    dataset = make()
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order(3, 2, steps=4), collate_fn=collate)
+    for batch, keys in zip(loader, order(3, 2, steps=4), strict=True):
+        assert torch.equal(batch.region_boxes, collate([dataset[key] for key in keys]).region_boxes)

@@ -1,0 +1,488 @@
+"""The detector: losses that stay finite, detections that obey their limits, names that are no positions."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torchvision.ops import FrozenBatchNorm2d, box_iou
+
+from ezsd.detector.backbone import BACKBONES, build_backbone, normalise
+from ezsd.detector.heads import CosineClassifier, Pooling, SemanticBoxRegressor, Tower
+from ezsd.detector.model import Batch, Detector, DetectorSettings, sample_regions
+from ezsd.losses import region_weights
+
+DIM, SIDE, NAMES = 12, 64, 5
+SETTINGS = {
+    "embed_dim": DIM,
+    "rpn_sizes": ((16,), (32,)),
+    "rpn_proposals": 30,
+    "pool_size": 3,
+    "canonical_size": 32,
+    "canonical_level": 4,
+    "tower_depth": 1,
+    "box_hidden": 16,
+    "semantic_boxes": True,
+    "temperature": 20.0,
+    "sampled_regions": 16,
+    "positive_share": 0.25,
+    "backend": "eager",
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def detector():
+    return Detector(build_backbone("tiny", channels=16, weights=None), DetectorSettings(**SETTINGS))
+
+
+def unit_rows(count, seed=1):
+    return F.normalize(torch.randn(count, DIM, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def random_boxes(count, seed=2, limit=SIDE):
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(count, 2, generator=generator) * (limit - 24)
+    return torch.cat([corner, corner + 8 + torch.rand(count, 2, generator=generator) * 16], 1)
+
+
+def make_batch(objects=(2, 1), regions=(4, 3)):
+    """Two images of 64 x 64 and 64 x 50 with so many base boxes and cached regions (the boxes among them)."""
+    images = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3))
+    images[1, :, :, 50:] = 0
+    boxes = [random_boxes(n, seed=i, limit=50) for i, n in enumerate(objects)]
+    count = sum(regions)
+    return Batch(
+        images=images,
+        sizes=[(SIDE, SIDE), (SIDE, 50)],
+        boxes=boxes,
+        labels=[torch.arange(n) % NAMES for n in objects],
+        region_boxes=random_boxes(count, seed=9, limit=50),
+        region_image=torch.repeat_interleave(torch.arange(2), torch.tensor(regions)),
+        region_target=unit_rows(count, seed=4).half(),
+        region_confidence=torch.linspace(0.2, 1, count),
+    )
+
+
+def replaced(batch, **fields):
+    values = {name: getattr(batch, name) for name in batch.__slots__}
+    return Batch(**(values | fields))
+
+
+def losses_and_gradients(detector, batch, *, distill, weight=1.0):
+    """The parts, and the gradient of their sum by parameter, from the same random choices and statistics."""
+    model = copy.deepcopy(detector).train()
+    torch.manual_seed(5)
+    parts = model.losses(batch, unit_rows(NAMES), distill=distill)
+    sum(value * (weight if name == "distillation" else 1) for name, value in parts.items()).backward()
+    return parts, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("objects", "regions"),
+    [((2, 1), (4, 3)), ((0, 2), (4, 3)), ((0, 0), (4, 3)), ((2, 1), (0, 3)), ((2, 1), (0, 0)), ((0, 0), (0, 0))],
+)
+def test_losses_are_finite_without_boxes_or_regions(detector, objects, regions):
+    parts, gradients = losses_and_gradients(detector, make_batch(objects, regions), distill=True)
+    assert set(parts) == {"rpn_objectness", "rpn_box", "classification", "box", "distillation"}
+    for name, value in parts.items():
+        assert value.shape == (), name
+        assert value.isfinite(), name
+        assert value >= 0, name
+    assert all(g.isfinite().all() for g in gradients.values() if g is not None)
+    if objects == (0, 0):
+        assert parts["box"] == parts["rpn_box"] == 0
+    if regions == (0, 0):
+        assert parts["distillation"] == 0
+
+
+def test_every_parameter_learns(detector):
+    _, gradients = losses_and_gradients(detector, make_batch(), distill=True)
+    # The background row starts at zero but not its gradient.
+    still = {name for name, g in gradients.items() if g is None or not g.any()}
+    assert still == set()
+
+
+def test_without_distillation_all_else_is_as_with_weight_zero(detector):
+    without, gradients = losses_and_gradients(detector, make_batch(), distill=False)
+    zero_weight, same = losses_and_gradients(detector, make_batch(), distill=True, weight=0.0)
+    assert set(without) == set(zero_weight) - {"distillation"}
+    for name, value in without.items():
+        assert torch.equal(value, zero_weight[name]), name
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, same[name], rtol=1e-5, atol=1e-8)
+
+
+def test_cached_regions_reach_the_distillation_and_nothing_else(detector):
+    batch = make_batch()
+    changed = replaced(
+        batch,
+        region_boxes=random_boxes(7, seed=31),
+        region_target=unit_rows(7, seed=32),
+        region_confidence=torch.rand(7),
+    )
+    first, _ = losses_and_gradients(detector, batch, distill=True)
+    second, _ = losses_and_gradients(detector, changed, distill=True)
+    assert {name for name in first if not torch.equal(first[name], second[name])} == {"distillation"}
+
+
+def distillation(detector, batch):
+    return losses_and_gradients(detector, batch, distill=True)[0]["distillation"].item()
+
+
+def test_distillation_is_the_weighted_mean_of_one_minus_cosine(detector):
+    batch = make_batch()
+    model = copy.deepcopy(detector).train()
+    features = model.tower(model.backbone(normalise(batch.images)))
+    embedding = model.pooling.embed(features, batch.region_boxes, batch.region_image, model.projection)
+    distance = 1 - F.cosine_similarity(embedding, batch.region_target.float())
+    confidence = batch.region_confidence
+    # Mean one within each image, then the mean over all regions: 4 in the first image, 3 in the second.
+    weight = torch.cat([confidence[:4] / confidence[:4].mean(), confidence[4:] / confidence[4:].mean()])
+    assert distillation(detector, batch) == pytest.approx((weight * distance).mean().item(), rel=1e-5)
+
+
+def test_distillation_ignores_a_common_factor_and_a_doubled_set(detector):
+    batch = make_batch()
+    value = distillation(detector, batch)
+    assert distillation(detector, replaced(batch, region_confidence=batch.region_confidence * 0.1)) == pytest.approx(
+        value, rel=1e-5
+    )
+    doubled = {
+        name: torch.cat([getattr(batch, name)] * 2)
+        for name in ("region_boxes", "region_image", "region_target", "region_confidence")
+    }
+    assert distillation(detector, replaced(batch, **doubled)) == pytest.approx(value, rel=1e-5)
+
+
+def test_distillation_vanishes_when_the_student_is_the_teacher(detector):
+    batch = make_batch()
+    model = copy.deepcopy(detector).train()
+    features = model.tower(model.backbone(normalise(batch.images)))
+    own = model.pooling.embed(features, batch.region_boxes, batch.region_image, model.projection).detach()
+    assert distillation(detector, replaced(batch, region_target=own)) == pytest.approx(0, abs=1e-6)
+    assert distillation(detector, replaced(batch, region_target=-own)) == pytest.approx(2, abs=1e-6)
+
+
+def test_regions_of_an_image_weigh_as_much_as_their_number():
+    weight = region_weights(torch.tensor([0.9, 0.1, 0.5, 0.2]), torch.tensor([0, 0, 0, 1]), images=2)
+    assert weight[:3].sum().item() == pytest.approx(3)
+    assert weight[3].item() == pytest.approx(1)
+
+
+# The regions that the box head learns from.
+
+
+def sample(proposals, boxes, labels, **changes):
+    return sample_regions(proposals, boxes, labels, **({"background": NAMES, "count": 20, "share": 0.25} | changes))
+
+
+def shifted(boxes, *, copies, spread):
+    generator = torch.Generator().manual_seed(6)
+    many = boxes.repeat(copies, 1)
+    return many + (torch.rand(many.shape, generator=generator) - 0.5) * spread
+
+
+def test_sampled_regions_obey_overlap_count_and_share():
+    boxes, labels = torch.tensor([[5.0, 5, 25, 25], [30, 30, 60, 60]]), torch.tensor([3, 1])
+    proposals = torch.cat([shifted(boxes, copies=40, spread=16), random_boxes(60)])
+    for _ in range(5):
+        found = sample(proposals, boxes, labels)
+        assert len(found.boxes) == len(found.labels) == len(found.targets) == 20
+        overlap, nearest = box_iou(found.boxes, boxes).max(1)
+        positive = found.labels != NAMES
+        assert positive.sum() == 5
+        assert torch.equal(positive, overlap >= 0.5)
+        assert torch.equal(found.labels[positive], labels[nearest[positive]])
+        assert torch.equal(found.targets[positive], boxes[nearest[positive]])
+        assert (found.targets[~positive] == 0).all()
+
+
+def test_overlap_of_exactly_one_half_is_an_object():
+    box = torch.tensor([[0.0, 0, 10, 10]])
+    found = sample(torch.tensor([[0.0, 0, 10, 5], [0, 0, 10, 4.9]]), box, torch.tensor([2]), share=1.0)
+    assert sorted(zip(found.boxes[:, 3].tolist(), found.labels.tolist(), strict=True)) == [
+        (pytest.approx(4.9), NAMES),
+        (5, 2),
+        (10, 2),
+    ]
+
+
+def test_sampled_regions_are_drawn_anew_and_without_replacement():
+    boxes = torch.tensor([[5.0, 5, 25, 25]])
+    proposals = random_boxes(60)
+    draws = [sample(proposals, boxes, torch.tensor([0])).boxes for _ in range(2)]
+    assert not torch.equal(*draws)
+    assert all(len(one.unique(dim=0)) == 20 for one in draws)
+
+
+def test_ground_truth_is_among_the_candidates():
+    boxes, labels = torch.tensor([[5.0, 5, 25, 25]]), torch.tensor([4])
+    found = sample(torch.tensor([[40.0, 40, 60, 60]]), boxes, labels)
+    assert found.labels.tolist() == [4, NAMES]
+    assert torch.equal(found.boxes[0], boxes[0])
+
+
+def test_an_image_without_objects_is_background():
+    found = sample(random_boxes(30), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert found.labels.tolist() == [NAMES] * 20
+    assert found.targets.shape == (20, 4)
+    assert len(found.boxes.unique(dim=0)) == 20
+
+
+def test_missing_objects_are_made_up_for_by_background():
+    found = sample(random_boxes(60, limit=40) + 100, torch.tensor([[5.0, 5, 25, 25]]), torch.tensor([0]), share=0.5)
+    assert (found.labels == 0).sum() == 1
+    assert (found.labels == NAMES).sum() == 19
+
+
+# Detection.
+
+
+def detect(detector, text, **changes):
+    batch = make_batch()
+    options = {"score_floor": 0.0, "nms_iou": 0.5, "keep": 1000} | changes
+    return detector.eval().detect(batch.images, batch.sizes, text, **options)
+
+
+def rows(found, labels=None):
+    """Detections as a table in an order of its own: near-equal scores may swap places."""
+    label = found.labels if labels is None else labels
+    table = torch.cat([label[:, None].float(), found.scores[:, None], found.boxes], 1).tolist()
+    return torch.tensor(sorted(table, key=lambda row: [round(v, 2) for v in (row[0], *row[2:])]))
+
+
+def test_detections_are_inside_the_image_sorted_and_above_the_floor(detector):
+    both = detect(detector, unit_rows(7), score_floor=0.05)
+    assert len(both) == 2
+    for found, (height, width) in zip(both, make_batch().sizes, strict=True):
+        assert len(found.boxes) == len(found.scores) == len(found.labels) > 10
+        assert found.boxes.min() >= 0
+        assert found.boxes[:, 2].max() <= width
+        assert found.boxes[:, 3].max() <= height
+        assert ((found.boxes[:, 2:] - found.boxes[:, :2]) >= 1).all()
+        assert (found.scores.diff() <= 0).all()
+        assert found.scores.min() >= 0.05
+        assert found.scores.max() <= 1
+        assert found.labels.dtype == torch.int64
+        assert set(found.labels.tolist()) <= set(range(7))
+
+
+def test_detections_are_limited_to_the_best(detector):
+    everything, few = detect(detector, unit_rows(7)), detect(detector, unit_rows(7), keep=5)
+    for all_found, found in zip(everything, few, strict=True):
+        assert len(found.scores) == 5
+        assert torch.equal(found.scores, all_found.scores[:5])
+
+
+def test_suppression_is_within_a_name(detector):
+    for found in detect(detector, unit_rows(3)):
+        overlap = box_iou(found.boxes, found.boxes).fill_diagonal_(0)
+        same = found.labels[:, None] == found.labels[None]
+        assert overlap[same].max() <= 0.5 + 1e-5
+        assert overlap[~same].max() > 0.5
+
+
+def test_a_floor_that_nothing_reaches_leaves_nothing(detector):
+    for found in detect(detector, unit_rows(4), score_floor=1.1):
+        assert found.boxes.shape == (0, 4)
+        assert found.scores.shape == found.labels.shape == (0,)
+
+
+def test_names_follow_their_text_rows(detector):
+    text, order = unit_rows(6), torch.tensor([4, 2, 0, 5, 1, 3])
+    for plain, permuted in zip(detect(detector, text), detect(detector, text[order]), strict=True):
+        assert len(plain.labels.unique()) > 1
+        torch.testing.assert_close(rows(permuted, order[permuted.labels]), rows(plain), rtol=1e-4, atol=1e-3)
+
+
+def test_the_nearest_name_scores_highest(detector):
+    batch = make_batch()
+    model = detector.eval()
+    boxes = detect(detector, unit_rows(1), nms_iou=1.0)[0].boxes
+    with torch.no_grad():
+        features = model.tower(model.backbone(normalise(batch.images)))
+        near = model.pooling.embed(features, boxes[:1], torch.tensor([0]), model.projection)
+    text = torch.cat([-near, unit_rows(2), near])
+    found = detect(detector, text)[0]
+    assert found.labels[0] == 3
+    assert found.scores[found.labels == 0].max() < found.scores[found.labels == 3].max()
+
+
+def test_any_number_of_names_may_be_asked_for(detector):
+    losses_and_gradients(detector, make_batch(), distill=True)
+    assert set(detect(detector, unit_rows(20))[0].labels.tolist()) <= set(range(20))
+    assert detect(detector, unit_rows(1))[0].labels.tolist()[0] == 0
+
+
+def test_a_box_is_placed_for_the_likeliest_object_however_likely_background_is(detector):
+    # A wilder regressor, so that its class matters by pixels.
+    torch.nn.init.normal_(detector.regressor.deltas.weight, std=0.3)
+    text, places = unit_rows(4), []
+    for row in (torch.zeros(DIM), 2 * unit_rows(1, seed=8)[0]):
+        detector.classifier.background.data.copy_(row)
+        places.append([rows(found, torch.zeros_like(found.labels)) for found in detect(detector, text, nms_iou=1.0)])
+    for plain, background in zip(*places, strict=True):
+        assert not torch.allclose(plain[:, 1], background[:, 1])
+        torch.testing.assert_close(background[:, 2:], plain[:, 2:])
+
+
+def test_detection_changes_no_statistics_and_needs_no_gradient(detector):
+    before = copy.deepcopy(detector.state_dict())
+    found = detect(detector, unit_rows(3))[0]
+    assert not found.scores.requires_grad
+    assert all(torch.equal(before[name], value) for name, value in detector.state_dict().items())
+
+
+# Heads.
+
+
+def test_the_regressor_knows_the_class_unless_told_not_to():
+    pooled, text = torch.randn(6, 4, 3, 3), unit_rows(12)
+    semantic, blind = SemanticBoxRegressor(36, 8, DIM), SemanticBoxRegressor(36, 8, 0)
+    assert semantic(pooled, text[:6]).shape == (6, 4)
+    assert not torch.allclose(semantic(pooled, text[:6]), semantic(pooled, text[6:]), atol=1e-5, rtol=0)
+    assert torch.equal(blind(pooled, text[:6]), blind(pooled, text[6:]))
+    difference = sum(p.numel() for p in semantic.parameters()) - sum(p.numel() for p in blind.parameters())
+    assert difference == 4 * DIM
+
+
+@pytest.mark.parametrize("semantic", [True, False])
+def test_the_detectors_regressor_is_semantic_when_asked(semantic):
+    settings = DetectorSettings(**(SETTINGS | {"semantic_boxes": semantic}))
+    detector = Detector(build_backbone("tiny", channels=16, weights=None), settings)
+    assert detector.regressor.semantic is semantic
+    parts, _ = losses_and_gradients(detector, make_batch(), distill=True)
+    assert all(value.isfinite() for value in parts.values())
+
+
+def test_the_background_row_starts_at_zero_and_is_not_of_unit_length():
+    classifier = CosineClassifier(DIM, temperature=20.0)
+    embedding, text = unit_rows(5), unit_rows(3, seed=7)
+    logits = classifier(embedding, text)
+    assert logits.shape == (5, 4)
+    assert (logits[:, 3] == 0).all()
+    torch.testing.assert_close(logits[:, :3], 20 * embedding @ text.T)
+    classifier.background.data.copy_(3 * embedding[0])
+    assert classifier(embedding, text)[0, 3].item() == pytest.approx(60, rel=1e-5)
+
+
+@pytest.mark.parametrize(("wanted", "used"), [(20, 20), (100, 100), (500, 100)])
+def test_the_temperature_is_at_most_100(wanted, used):
+    classifier = CosineClassifier(DIM, temperature=20.0)
+    classifier.log_temperature.data.fill_(math.log(wanted))
+    embedding, text = unit_rows(5), unit_rows(3, seed=7)
+    torch.testing.assert_close(classifier(embedding, text)[:, :3], used * embedding @ text.T)
+
+
+def test_a_tower_keeps_shapes_and_is_never_negative():
+    maps = [torch.randn(2, 8, 16, 16), torch.randn(2, 8, 8, 8)]
+    out = Tower(8, 2)(maps)
+    assert [m.shape for m in out] == [m.shape for m in maps]
+    assert all((m >= 0).all() for m in out)
+    assert all(a is b for a, b in zip(Tower(8, 0)(maps), maps, strict=True))
+
+
+def test_a_mirrored_image_has_mirrored_regions():
+    pooling = Pooling(strides=(8, 16), size=4, canonical_size=32, canonical_level=4, backend="eager")
+    maps, boxes = [torch.randn(1, 6, 8, 8), torch.randn(1, 6, 4, 4)], random_boxes(10)
+    boxes[5:] = torch.tensor([4.0, 6, 60, 55])
+    index = torch.zeros(10, dtype=torch.int64)
+    mirrored = torch.stack([SIDE - boxes[:, 2], boxes[:, 1], SIDE - boxes[:, 0], boxes[:, 3]], 1)
+    found = pooling.align([m.flip(3) for m in maps], mirrored, index)
+    torch.testing.assert_close(found.flip(3), pooling.align(maps, boxes, index), rtol=1e-4, atol=1e-5)
+
+
+# Backbones.
+
+
+@pytest.mark.parametrize(("name", "strides"), [("tiny", (8, 16)), ("resnet18", (4, 8, 16, 32, 64))])
+def test_a_backbone_has_the_strides_it_states(name, strides):
+    backbone = build_backbone(name, channels=24, weights=None).eval()
+    assert name in BACKBONES
+    assert (backbone.strides, backbone.channels) == (strides, 24)
+    with torch.no_grad():
+        maps = backbone(torch.rand(2, 3, 64, 128))
+    assert [m.shape for m in maps] == [(2, 24, 64 // s, 128 // s) for s in strides]
+
+
+def test_a_resnet_detector_pools_from_all_levels_but_the_last():
+    settings = DetectorSettings(**(SETTINGS | {"rpn_sizes": ((8,), (16,), (32,), (64,), (128,))}))
+    detector = Detector(build_backbone("resnet18", channels=16, weights=None), settings)
+    assert detector.pooling.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    parts, _ = losses_and_gradients(detector, make_batch(), distill=True)
+    assert all(value.isfinite() for value in parts.values())
+    assert len(detect(detector, unit_rows(3))) == 2
+
+
+def test_images_are_normalised_by_channel():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images = torch.tensor(mean)[None, :, None, None] + torch.tensor(std)[None, :, None, None] * 2
+    torch.testing.assert_close(normalise(images), torch.full((1, 3, 1, 1), 2.0))
+
+
+@pytest.fixture(scope="module")
+def resnet18_state():
+    return torchvision.models.resnet18(weights=None).state_dict()
+
+
+def test_imagenet_weights_are_loaded_and_the_early_part_frozen(resnet18_state):
+    backbone = build_backbone("resnet18", channels=16, weights=resnet18_state)
+    own = backbone.state_dict()
+    assert torch.equal(own["body.body.layer3.0.conv1.weight"], resnet18_state["layer3.0.conv1.weight"])
+    assert torch.equal(own["body.body.bn1.running_var"], resnet18_state["bn1.running_var"])
+    frozen = {name.split(".")[2] for name, p in backbone.named_parameters() if not p.requires_grad}
+    trained = {name.split(".")[2] for name, p in backbone.named_parameters() if p.requires_grad}
+    assert frozen == {"conv1", "layer1"}
+    assert {"layer2", "layer3", "layer4"} <= trained
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in backbone.modules())
+
+
+def test_without_weights_all_is_trained():
+    backbone = build_backbone("resnet18", channels=16, weights=None)
+    assert all(p.requires_grad for p in backbone.parameters())
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules())
+
+
+def test_a_trained_state_fits_a_backbone_built_without_the_file(resnet18_state):
+    trained = build_backbone("resnet18", channels=16, weights=resnet18_state)
+    empty = build_backbone("resnet18", channels=16, weights=None, frozen_norms=True)
+    empty.load_state_dict(trained.state_dict())
+    image = torch.rand(1, 3, 64, 64)
+    assert torch.equal(empty(image)[0], trained(image)[0])
+
+
+def change(state, kind):
+    if kind == "missing":
+        return {name: value for name, value in state.items() if name != "layer2.0.conv1.weight"}
+    if kind == "extra":
+        return state | {"layer3.5.conv1.weight": torch.zeros(2)}
+    return state | {"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor"),
+    [("missing", "layer2.0.conv1.weight"), ("extra", "layer3.5.conv1.weight"), ("shape", "layer1.0.conv1.weight")],
+)
+def test_a_state_of_another_network_is_refused_in_one_line(resnet18_state, kind, tensor):
+    with pytest.raises(ValueError, match=f"not an ImageNet state of resnet18.*{tensor}") as caught:
+        build_backbone("resnet18", channels=16, weights=change(resnet18_state, kind))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_for_the_tiny_backbone_are_refused():
+    with pytest.raises(ValueError, match="tiny backbone has no pretrained weights; choose model.backbone = resnet50"):
+        build_backbone("tiny", channels=16, weights={})
+
+
+def test_an_unknown_backbone_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'resnet19' is unknown; choose one of tiny, resnet18"):
+        build_backbone("resnet19", channels=16, weights=None)

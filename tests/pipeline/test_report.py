@@ -1,0 +1,448 @@
+"""The report: right numbers, nothing from outside, nobody's text becomes markup, the same bytes twice."""
+
+import base64
+import io
+import json
+import shlex
+import shutil
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cache import Manifest, RaggedRows, StoreWriter, commit_shard, write_block
+from ezsd.data.annotations import load_training
+from ezsd.data.shapes import SHAPES_SPLIT, scene
+from pipeline.config import load_preset, to_tables
+from pipeline.datasets import DatasetError
+from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
+from pipeline.report import write_report
+from pipeline.runs import Run, RunError, write_json
+
+NASTY = """</td><script>alert("x&y")</script><img src=http://evil.example/'>"""
+NASTY_FILE = '"><b onclick=x>&amp;.png'
+# The run's own table has a hostile name in the place of the last novel one.
+NAMES = (*SHAPES_SPLIT.names[:-1], NASTY)
+BASE = len(SHAPES_SPLIT.base)
+FILES = ("1.png", NASTY_FILE, "3.png", "4.png")
+IMAGES = len(FILES)
+CATEGORY = {name: number for number, name in enumerate(SHAPES_SPLIT.names, start=5)}
+
+
+class Page(HTMLParser):
+    """Tags, texts and attributes of a page; fails where tags do not match."""
+
+    VOID = frozenset({"meta", "img"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.images = [], set(), [], []
+        self.text, self.commands, self.cells, self.titles = "", "", [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in self.VOID:
+            self.open.append(tag)
+            self.cells += [[]] if tag == "tr" else []
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open[-1:] in (["td"], ["th"]):
+            self.cells[-1].append(data)
+        if self.open[-2:] == ["pre", "code"]:
+            self.commands += data
+        if self.open[-1:] == ["figcaption"]:
+            self.titles.append(data)
+
+    def row(self, *first):
+        """Texts of the table row that begins with these."""
+        return next(cells for cells in self.cells if cells[: len(first)] == list(first))[len(first) :]
+
+
+def write_split(root, split, files):
+    """Images 1 .. n; the first shows no novel object and all others do, so that a gallery must prefer those."""
+    (root / split).mkdir(parents=True)
+    images, annotations = [], []
+    for index, file in enumerate(files):
+        drawn = scene(seed=9, split=split, index=index)
+        Image.fromarray(drawn.pixels).save(root / split / file, format="PNG")
+        images.append({"id": index + 1, "file_name": file, "width": 128, "height": 128})
+        names = drawn.names if index == 0 else ("ring", *drawn.names[1:])
+        for (x1, y1, x2, y2), name in zip(drawn.boxes.tolist(), names, strict=True):
+            if index > 0 or name in SHAPES_SPLIT.base:
+                bbox = [x1, y1, x2 - x1, y2 - y1]
+                entry = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": CATEGORY[name], "bbox": bbox}
+                annotations.append(entry)
+    categories = [{"id": number, "name": name} for name, number in CATEGORY.items()]
+    (root / "annotations").mkdir(exist_ok=True)
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (root / f"annotations/instances_{split}.json").write_text(json.dumps(document))
+
+
+def manifest_of(root):
+    digest = load_training(root / "annotations/instances_train.json", SHAPES_SPLIT).digest()
+    tables = to_tables(load_preset("shapes", ["proposals.regions=7"]))
+    return Manifest(
+        {
+            "dataset": {"name": "shapes", "image_list_sha256": digest["images"], "base_boxes_sha256": digest["boxes"]},
+            **{section: tables[section] for section in ("adapt", "proposals", "build")},
+        }
+    )
+
+
+def write_store(path, manifest):
+    """Twelve regions per image, guessed to be novel; the hostile name is the surest."""
+    width = len(NAMES)
+    box = np.tile(np.array([[10, 10, 60, 60]], "f4"), (12 * IMAGES, 1)) + np.arange(12 * IMAGES, dtype="f4")[:, None]
+    guess = np.tile(np.array([width - 1] + [BASE + 1] * 11, "i4"), IMAGES)
+    score = np.tile(np.linspace(2, 1, 12, dtype="f4"), IMAGES)
+    embedding = np.eye(width, dtype="f2")[guess]
+    regions = {"box": box, "score": score, "confidence": score / 3, "class_index": guess, "embedding": embedding}
+    counts, none = np.full(IMAGES, 12, "i4"), np.zeros(IMAGES, "i4")
+    nothing = {"box": box[:0], "class_index": guess[:0], "annotation_id": np.zeros(0, "i8"), "embedding": embedding[:0]}
+    size = [128] * IMAGES
+    ids = list(range(1, IMAGES + 1))
+    with StoreWriter.open(
+        path, manifest, image_ids=ids, widths=size, heights=size, embed_dim=width, block_images=IMAGES
+    ) as writer:
+        writer.write_environment({"limit": None, "data_root": "elsewhere"})
+        writer.write_whole("teacher", {"values": np.ones(3, "f4")}, {"parameters": []})
+        writer.write_whole("text", {"embedding": np.eye(width, dtype="f4")}, {"names": list(NAMES)})
+        products = {
+            "proposals": RaggedRows(counts=counts, fields={"box": box, "score": score}),
+            "regions": RaggedRows(counts=counts, fields=regions),
+            "ground_truth": RaggedRows(counts=none, fields=nothing),
+        }
+        write_block(path, writer.pending()[0], products)
+        for task in writer.commit_tasks():
+            commit_shard(path, task)
+        writer.finish()
+
+
+def evaluation(names, base, novel):
+    """What `ezsd.metrics.evaluate` returns, with figures of our choosing."""
+    per_class = {name: (novel if name in NAMES[BASE:] else base) if name in names else None for name in NAMES}
+    groups = {"base": base, "novel": novel, "all": (base or 0) / 2 + novel / 2}
+    return {
+        "iou_type": "bbox",
+        "max_detections": 100,
+        "images": IMAGES,
+        "names": list(names),
+        **{
+            group: {"AP": 0.1, "AP50": value, "AP75": 0.1, "AR100": 0.1, "classes": 6, "boxes": 33}
+            for group, value in groups.items()
+        },
+        "AP50_per_class": per_class,
+    }
+
+
+def write_run(folder, root, store, manifest, *, novel=0.361, steps=6, **loss):
+    """A run folder as `ezsd train` and `ezsd eval` leave it."""
+    settings = [f"train.steps={steps}", "train.seed=3", *(f"loss.{key}={value}" for key, value in loss.items())]
+    card = {
+        "config": to_tables(load_preset("shapes", settings)),
+        "store": {"digest": manifest.digest, "manifest": dict(manifest.fields)},
+        "dataset": "shapes",
+        "names": list(NAMES),
+        "base_count": BASE,
+        "re_normalisation": {"base_accuracy_before": 0.4567, "base_accuracy_after": 0.7891, "held_out_crops": 123},
+        "backbone_weights": None,
+    }
+    run = Run.create_or_resume(folder, card, {"text": torch.eye(3)})
+    teacher = {"name": "tiny-shapes", "weights": None, "template": "a {}", "background": "background"}
+    versions = {"ezsd": "0.1.0", "torch": "2.11.0"}
+    places = {"data_root": str(root), "cache": str(store)}
+    run.write_environment({**places, "teacher": teacher, "device": "cpu", "versions": versions})
+    lines = [{"step": s + 1, "loss": 9.0 - s, "box": 0.5, "learning_rate": 0.1, "seconds": 2.0} for s in range(steps)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scores = {"generalised": evaluation(NAMES, 0.577, novel), "novel_only": evaluation(NAMES[BASE:], None, 0.444)}
+    write_json(folder / "eval.json", scores)
+    found = [{"image_id": 2, "name": NASTY, "bbox": [20, 20, 40, 40], "score": 0.9}]
+    found += [{"image_id": 2, "name": "gear", "bbox": [70, 70, 30, 30], "score": 0.29}]
+    write_json(folder / "detections.json", found)
+    run.record_seconds("eval", 75.25)
+    return run
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    """A dataset, a store and two evaluated runs, for tests that change nothing."""
+    folder = tmp_path_factory.mktemp("report")
+    root = folder / "data"
+    for split in ("train", "val"):
+        write_split(root, split, FILES)
+    write_json(root / "shapes.json", {"dataset": "shapes", "version": 1, "train": 4, "val": 4, "seed": 9})
+    manifest = manifest_of(root)
+    write_store(folder / "store", manifest)
+    write_run(folder / "run", root, folder / "store", manifest)
+    write_run(folder / "plain", root, folder / "store", manifest, novel=0.051, distillation=0)
+    return at(folder)
+
+
+def at(folder):
+    """What lies in a folder that `untouched` filled."""
+    runs = {name: Run.open(folder / name) for name in ("run", "plain")}
+    return SimpleNamespace(folder=folder, root=folder / "data", store=folder / "store", **runs)
+
+
+@pytest.fixture
+def home(untouched, tmp_path):
+    """A copy that may be damaged."""
+    copied = at(shutil.copytree(untouched.folder, tmp_path / "home"))
+    for run in (copied.run, copied.plain):
+        run.write_environment(run.environment | {"data_root": str(copied.root), "cache": str(copied.store)})
+    return copied
+
+
+def report(home, *, images=0, **options):
+    path = write_report(home.run, images=images, **{"data_root": None, "compare": [home.plain], **options})
+    assert path == home.run.folder / "report.html"
+    return path.read_text()
+
+
+@pytest.fixture(scope="module")
+def text(untouched):
+    """The whole page of the untouched run."""
+    return report(untouched, images=IMAGES)
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+def test_the_results_table_says_what_the_evaluation_says(page):
+    assert page.row("run", "base") == ["novel", "all", "novel names only"]
+    assert page.row("run", "57.7") == ["36.1", "46.9", "44.4"]
+    assert page.row("plain") == ["57.7", "5.1", "31.4", "44.4"]
+    assert "loss.distillation = 0.0" in page.text
+    assert "shapes benchmark, synthetic; not COCO" in page.text
+
+
+def test_stage_times_and_accuracies_are_told(home):
+    write_json(
+        home.run.folder / "crops.json",
+        {
+            "raw": {"base": 0.561, "novel": None},
+            "re_normalised": {"base": 0.802, "novel": None},
+            "crops": {"base": 21, "novel": 0},
+        },
+    )
+    home.run.write_environment(home.run.environment | {"build_seconds": {"extract": 61.0}})
+    page = Page(report(home))
+    assert page.row("base, held out of the tuning") == ["45.7", "78.9", "123"]
+    assert page.row("base, validation") == ["56.1", "80.2", "21"]
+    assert page.row("novel, validation") == ["–", "–", "0"]
+    assert page.row("cache: extract") == ["61.0 s", "–"]
+    assert page.row("train") == ["12.0 s", "12.0 s"]
+    assert page.row("eval") == ["75.2 s", "75.2 s"]
+
+
+def test_what_is_missing_is_a_dash_and_the_command_that_makes_it(home):
+    (home.plain.folder / "eval.json").unlink()
+    page = Page(report(home))
+    assert page.row("plain") == ["–"] * 4
+    assert f"ezsd eval --run {home.plain.folder}" in page.text
+    assert page.row("novel, validation") == ["–"] * 3
+    assert f"ezsd eval --run {home.run.folder} --crops" in page.text
+
+
+def test_a_run_that_is_not_evaluated_is_refused_with_the_command(home):
+    (home.run.folder / "eval.json").unlink()
+    with pytest.raises(RunError, match=r"ezsd eval --run \S+run"):
+        report(home)
+
+
+def test_runs_of_two_datasets_are_not_compared(home):
+    write_json(home.plain.folder / "run.json", home.plain.card | {"dataset": "coco"})
+    with pytest.raises(RunError, match="plain.*coco, not on shapes"):
+        report(home)
+
+
+def test_the_page_needs_nothing_from_outside(text, page):
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "a"}
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href"):
+            assert value.startswith(("data:image/jpeg;base64,", "#"))
+    assert any("default-src 'none'" in value for name, value in page.attributes if name == "content")
+    # The hostile class name is the only text with an address in it.
+    assert "://" not in text.replace("http://evil.example/", "")
+    assert text.isascii()
+
+
+def test_ids_are_unique_and_references_find_them(page):
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 10
+    assert {value[1:] for name, value in page.attributes if name == "href"} <= set(ids)
+
+
+def test_names_of_classes_and_files_stay_text(text, page):
+    assert NASTY not in text
+    assert NASTY in page.text
+    assert NASTY_FILE in page.titles
+    assert "b" not in page.tags
+    assert any(NASTY in image["alt"] and NASTY_FILE in image["alt"] for image in page.images)
+
+
+def test_pictures_prefer_novel_objects(page):
+    assert [title for title in page.titles if title.endswith(".png")] == [*FILES[1:], FILES[0]] * 2
+
+
+def test_pictures_are_pairs_and_real(page):
+    shown = [image["alt"].split(" in ")[0] for image in page.images]
+    assert shown == ["ground truth", "detections"] * IMAGES + ["ground truth", "teacher's regions"] * IMAGES
+    for image in page.images:
+        data = base64.b64decode(image["src"].partition(",")[2])
+        with Image.open(io.BytesIO(data)) as picture:
+            assert picture.size == (384, 384) == (int(image["width"]), int(image["height"]))
+
+
+def test_only_sure_detections_and_the_best_regions_are_drawn(page):
+    alts = {image["alt"].split(":")[0]: image["alt"].partition(": ")[2] for image in page.images}
+    assert alts[f"detections in {NASTY_FILE}"] == NASTY
+    assert alts["detections in 3.png"] == "nothing"
+    assert alts["teacher's regions in 3.png"] == ", ".join([NASTY] + ["ring"] * 9)
+
+
+def test_the_same_run_gives_the_same_bytes(untouched, text):
+    assert report(untouched, images=IMAGES) == text
+
+
+@pytest.mark.parametrize("damage", ["gone", "unfinished", "another"])
+def test_a_store_that_is_not_there_is_said_and_no_more(home, damage):
+    if damage == "unfinished":
+        (home.store / "COMMIT.json").unlink()
+    else:
+        shutil.rmtree(home.store)
+    if damage == "another":
+        write_store(home.store, Manifest({**manifest_of(home.root).fields, "more": 1}))
+    page = Page(report(home, images=1))
+    assert "No pictures: " in page.text
+    assert str(home.store) in page.text
+    assert len(page.images) == 2
+    assert page.row("plain")[0] == "57.7"
+
+
+def test_images_that_are_gone_are_said_and_no_more(home):
+    home.root.rename(home.root.with_name("moved"))
+    page = Page(report(home, images=1))
+    assert page.text.count("which is gone; give --data-root DIR") == 2
+    assert page.images == []
+
+
+def test_moved_images_are_found_by_data_root(home):
+    moved = home.root.with_name("moved")
+    home.root.rename(moved)
+    assert len(Page(report(home, images=1, data_root=moved)).images) == 4
+    with pytest.raises(DatasetError, match="gone"):
+        report(home, data_root=home.root)
+
+
+def test_another_dataset_in_the_same_place_shows_no_regions(home):
+    path = home.root / "annotations/instances_train.json"
+    document = json.loads(path.read_text())
+    for entry in document["annotations"]:
+        entry["bbox"][0] += 1
+    path.write_text(json.dumps(document))
+    page = Page(report(home, images=1))
+    assert "made from other annotations" in page.text
+    assert len(page.images) == 2
+
+
+def test_the_commands_make_the_same_settings(untouched, page):
+    lines = [shlex.split(line) for line in page.commands.splitlines()]
+    assert [line[1] for line in lines] == ["data", "cache", "train", "eval", "train", "eval", "report"]
+    trainings = [line for line in lines if line[1] == "train"]
+    for line, run in zip(trainings, (untouched.run, untouched.plain), strict=True):
+        settings = [line[i + 1] for i, word in enumerate(line) if word == "--set"]
+        assert to_tables(load_preset("shapes", settings)) == run.card["config"]
+    assert "proposals.regions=7" in lines[1]
+    assert lines[0][-2:] == ["--seed", "9"]
+
+
+def test_a_run_without_metrics_and_pictures_still_has_a_page(home):
+    (home.run.folder / "metrics.jsonl").unlink()
+    page = Page(report(home, compare=[]))
+    assert "No metrics were recorded." in page.text
+    assert page.images == []
+
+
+# Drawing
+
+
+def grey(height, width):
+    return torch.full((3, height, width), 128, dtype=torch.uint8)
+
+
+def colours_of(picture):
+    return {f"#{r:02x}{g:02x}{b:02x}" for _, (r, g, b) in picture.getcolors(picture.width * picture.height)}
+
+
+def test_small_images_are_enlarged_and_large_ones_are_not():
+    assert draw_boxes(grey(128, 128), torch.zeros(0, 4), []).size == (384, 384)
+    assert draw_boxes(grey(480, 640), torch.zeros(0, 4), []).size == (640, 480)
+    assert draw_boxes(grey(100, 50), torch.zeros(0, 4), [], scale=1.5).size == (75, 150)
+    assert fit_scale(1, 1, side=8) == 8
+
+
+def test_boxes_have_their_colours_where_they_are():
+    picture = draw_boxes(
+        grey(64, 64),
+        torch.tensor([[8.0, 20, 30, 40], [34, 20, 60, 60]]),
+        ["", ""],
+        [BASE_COLOUR, NOVEL_COLOUR],
+        scale=2,
+    )
+    assert colours_of(picture.crop((10, 30, 60, 90))) >= {BASE_COLOUR}
+    assert NOVEL_COLOUR not in colours_of(picture.crop((0, 0, 64, 128)))
+    assert NOVEL_COLOUR in colours_of(picture.crop((64, 0, 128, 128)))
+    assert picture.getpixel((40, 60)) == (128, 128, 128)
+
+
+def test_captions_do_not_cover_each_other():
+    boxes = torch.tensor([[40.0, 40, 90, 90]]).repeat(2, 1)
+    one = draw_boxes(grey(128, 128), boxes[:1], ["circle"], BASE_COLOUR)
+    two = draw_boxes(grey(128, 128), boxes, ["circle", "ring"], [BASE_COLOUR, NOVEL_COLOUR])
+    strip = (126, 90, 150, 114)
+    assert colours_of(one.crop(strip)) == colours_of(two.crop(strip))
+    assert NOVEL_COLOUR in colours_of(two)
+
+
+@pytest.mark.parametrize(
+    "box", [[-50, -50, 500, 500], [0, 0, 0, 0], [127, 127, 128, 128], [-9, -9, -1, -1], [5, 5, 5, 90]]
+)
+def test_awkward_boxes_and_captions_stay_inside_the_picture(box):
+    caption = "a very long name \n of a class 中文 " * 20
+    picture = draw_boxes(grey(128, 128), torch.tensor([box], dtype=torch.float32), [caption])
+    assert picture.size == (384, 384)
+    assert BASE_COLOUR in colours_of(picture)
+
+
+def test_wrong_arguments_are_refused():
+    boxes = torch.zeros(2, 4)
+    for image in (grey(8, 8).float(), grey(8, 8)[0], grey(0, 8)):
+        with pytest.raises(ValueError, match="image must be"):
+            draw_boxes(image, boxes, ["a", "b"])
+    with pytest.raises(ValueError, match="boxes must be"):
+        draw_boxes(grey(8, 8), torch.zeros(4), ["a"])
+    with pytest.raises(ValueError, match="2 boxes need as many captions, got 1"):
+        draw_boxes(grey(8, 8), boxes, ["a"])
+    with pytest.raises(ValueError, match="2 boxes need one colour, or as many, got 3"):
+        draw_boxes(grey(8, 8), boxes, ["a", "b"], ["red"] * 3)

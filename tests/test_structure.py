@@ -1,0 +1,161 @@
+"""The tree keeps its promises: imports flow one way, nothing runs code out of data, no machine's places leak."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED = {"cli": {"pipeline"}, "pipeline": {"ezsd", "cache"}, "ezsd": set(), "cache": set()}
+# The store can be read where no learning library is installed.
+HEAVY = {"torch", "torchvision", "open_clip", "safetensors", "triton"}
+RUNS_CODE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+# Folders of one machine and one user; a placeholder such as /path/to/coco is none.
+PLACES = re.compile(rb"(?<![\w.~-])(?:/(?:home|root|work|Users)/|[A-Za-z]:\\\\?Users\\)[\w.-]")
+REGISTRIES = re.compile(
+    rb"(?:pypi|pythonhosted|anaconda)\.(?:org|com)|download\.pytorch\.org|extra-index-ur[l]|index-ur[l]|trusted-hos[t]"
+)
+
+
+def sources(part):
+    """All modules of one of the four parts."""
+    single = ROOT / f"{part}.py"
+    return [single] if single.is_file() else sorted((ROOT / part).rglob("*.py"))
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported(path):
+    """Top-level package of every import in a module, at any depth of it."""
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield own if node.level else node.module.partition(".")[0]
+        elif isinstance(node, ast.Call) and called(node).rpartition(".")[2] in ("import_module", "__import__"):
+            name = node.args[0] if node.args else None
+            if isinstance(name, ast.Constant):
+                yield own if name.value.startswith(".") else name.value.partition(".")[0]
+
+
+def called(node):
+    """Dotted name of what a call calls; "" where it has none."""
+    parts, at = [], node.func
+    while isinstance(at, ast.Attribute):
+        parts.append(at.attr)
+        at = at.value
+    return ".".join([at.id, *reversed(parts)]) if isinstance(at, ast.Name) else ""
+
+
+def keyword(node, name):
+    """Literal value of a call's keyword; None if it is absent or computed."""
+    value = next((k.value for k in node.keywords if k.arg == name), None)
+    return value.value if isinstance(value, ast.Constant) else None
+
+
+def dangers(path):
+    """Places where a module may run code that came as data."""
+    for name in imported(path):
+        if name in RUNS_CODE:
+            yield f"imports {name}"
+    for node in ast.walk(tree(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = called(node)
+        if name in ("eval", "exec", "builtins.eval", "builtins.exec"):
+            yield f"line {node.lineno}: {name}"
+        if name == "torch.load" and keyword(node, "weights_only") is not True:
+            yield f"line {node.lineno}: torch.load without weights_only=True"
+        if any(k.arg == "allow_pickle" and keyword(node, "allow_pickle") is not False for k in node.keywords):
+            yield f"line {node.lineno}: allow_pickle"
+
+
+def tracked():
+    """Files of the repository and those about to join it."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("this copy is no git repository, so nobody knows which files belong to it")
+    files = [ROOT / name.decode() for name in listed.split(b"\0") if name]
+    return [file for file in files if file.is_file()]
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_imports_flow_one_way(part):
+    assert sources(part)
+    for path in sources(part):
+        wrong = set(imported(path)) & (ALLOWED.keys() | {"tests", "benchmarks"}) - ALLOWED[part] - {part}
+        assert not wrong, f"{path.relative_to(ROOT)} must not import {', '.join(sorted(wrong))}"
+
+
+def test_the_store_knows_no_learning_library():
+    for path in sources("cache"):
+        assert not set(imported(path)) & HEAVY, path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_nothing_runs_code_out_of_data(part):
+    found = [f"{path.relative_to(ROOT)}: {danger}" for path in sources(part) for danger in dangers(path)]
+    assert found == []
+
+
+def test_every_package_is_listed_and_every_listed_one_is_there():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    folders = {path.parent for part in ALLOWED for path in sources(part) if path.parent != ROOT}
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} == set(settings["packages"])
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+    assert settings["py-modules"] == ["cli"]
+
+
+def test_no_file_names_a_place_of_one_machine():
+    found = {}
+    for path in tracked():
+        content = path.read_bytes()
+        hits = PLACES.findall(content) + REGISTRIES.findall(content)
+        if hits:
+            found[path.relative_to(ROOT).as_posix()] = hits
+    assert found == {}
+
+
+# The checks themselves
+
+
+@pytest.mark.parametrize(
+    ("code", "danger"),
+    [
+        ("def f():\n    import pickle", "pickle"),
+        ("from pickle import loads", "pickle"),
+        ("import torch\ntorch.load(p)", "torch.load"),
+        ("import torch\ntorch.load(p, weights_only=False)", "torch.load"),
+        ("import torch\ntorch.load(p, weights_only=flag)", "torch.load"),
+        ("np.load(p, allow_pickle=True)", "allow_pickle"),
+        ("np.load(p, allow_pickle=flag)", "allow_pickle"),
+        ("eval(text)", "eval"),
+        ("exec(text)", "exec"),
+        ("import importlib\nimportlib.import_module('dill')", "dill"),
+    ],
+)
+def test_dangers_are_seen(code, danger, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "module.py").write_text(code)
+    assert any(danger in found for found in dangers(tmp_path / "module.py"))
+
+
+def test_harmless_code_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    code = "import torch\ntorch.load(p, weights_only=True)\nmodel.eval()\nnp.load(p, allow_pickle=False)\nf()()"
+    (tmp_path / "module.py").write_text(code)
+    assert list(dangers(tmp_path / "module.py")) == []
+
+
+@pytest.mark.parametrize("folder", ["home", "root", "work", "Users"])
+def test_places_of_a_machine_are_seen(folder):
+    assert PLACES.search(f'path = "/{folder}/somebody"'.encode())
+    assert not PLACES.search(f"https://example.org/{folder}/page and a/{folder}/b".encode())
