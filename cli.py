@@ -63,12 +63,12 @@ def cache_build(
     from pipeline.build import BuildRequest, build_cache
     from pipeline.command import build_config, dataset_at, resolve_device
 
+    # Everything that can be refused is, before the benchmark is drawn.
+    where = resolve_device(device)
     config = build_config(preset or dataset, set_ or [], teacher=teacher, weights=weights)
     found = dataset_at(dataset, data_root)
     store = out or Path("cache") / dataset
-    request = BuildRequest(
-        dataset=found, config=config, out=store, limit=limit, device=resolve_device(device), workers=workers
-    )
+    request = BuildRequest(dataset=found, config=config, out=store, limit=limit, device=where, workers=workers)
     report = build_cache(request)
     if report.already_complete:
         typer.echo(f"{store}: complete already, nothing to do")
@@ -163,7 +163,6 @@ def report(
 ) -> None:
     """Write one HTML page: results, curves, pictures."""
     from pipeline.report import write_report
-
     from pipeline.runs import Run
 
     others = [Run.open(folder) for folder in compare or []]

@@ -16,7 +16,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def conditions() -> dict[str, object]:
     """Versions, machine, date and commit of a measurement."""
     root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root, check=True
+    )
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit.stdout.strip(),

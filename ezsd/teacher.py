@@ -148,7 +148,7 @@ def load_teacher(name: str, weights: str | None, *, template: str, device: str |
         raise TeacherError(f"--teacher {name} needs --weights: a tag such as openai, or a local .safetensors file")
     if weights is not None and Path(weights).exists():
         model = _create(name, None, device)
-        _load_file(model, Path(weights))
+        load_weights(model, Path(weights))
         return OpenClipTeacher(model, name, template=template)
     if weights is not None and Path(weights).suffix in {".safetensors", ".pt", ".pth", ".bin"}:
         raise TeacherError(f"--weights {weights}: no such file")
@@ -178,7 +178,7 @@ def _load_tiny(weights: str | None, *, template: str, device: str | torch.device
         open_clip.add_model_config(config)
     model = _create(TINY_SHAPES, None, device)
     with as_file(folder / f"{TINY_SHAPES}.safetensors") as shipped:
-        known = _load_file(model, Path(weights) if weights else shipped)
+        known = load_weights(model, Path(weights) if weights else shipped)
     return OpenClipTeacher(model, TINY_SHAPES, template=template, known_tokens=known)
 
 
@@ -200,8 +200,12 @@ def _create(name: str, tag: str | None, device: str | torch.device) -> open_clip
     return model
 
 
-def _load_file(model: open_clip.CLIP, path: Path) -> Tensor | None:
-    """Load local weights; returns the token ids it has rows for when the file ships only those."""
+def load_weights(model: open_clip.CLIP, path: Path) -> Tensor | None:
+    """Load a local file into an open_clip model; returns the token ids it has rows for when it ships only some.
+
+    Raises:
+        TeacherError: not readable, another model's, or with code in it.
+    """
     try:
         state = load_file(path) if path.suffix == ".safetensors" else None
         if state is not None and "token_embedding.ids" in state:

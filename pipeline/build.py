@@ -84,14 +84,16 @@ def build_cache(request: BuildRequest) -> BuildReport:
         if writer.complete:
             return BuildReport(request.out, already_complete=True, seconds={})
         with _log_file(writer.log_path):
-            _record_environment(writer, request)
+            _record_environment(writer, request, seconds)
             with _timed(seconds, "adapt"):
                 job = _prepare(writer, request, teacher, annotations)
             workers = request.workers or (1 if request.device != "cpu" else os.cpu_count() or 1)
             with _timed(seconds, "extract"):
                 _extract(writer, job, workers)
             with _timed(seconds, "commit"):
-                _commit(writer, workers)
+                _write_shards(writer, workers)
+                _record_environment(writer, request, seconds)
+                writer.finish()
     return BuildReport(request.out, already_complete=False, seconds=seconds)
 
 
@@ -181,16 +183,15 @@ def _extract(writer: StoreWriter, job: ExtractJob, workers: int) -> None:
         run_tasks(partial(extract_block, job), pending, workers=workers, progress=progress)
 
 
-def _commit(writer: StoreWriter, workers: int) -> None:
+def _write_shards(writer: StoreWriter, workers: int) -> None:
     tasks = writer.commit_tasks()
     # Small commits are over before worker processes have started.
     workers = workers if len(tasks) > 64 else 1
     with Progress("commit", len(tasks), unit="shard") as progress:
         run_tasks(partial(commit_shard, writer.path), tasks, workers=workers, progress=progress)
-    writer.finish()
 
 
-def _record_environment(writer: StoreWriter, request: BuildRequest) -> None:
+def _record_environment(writer: StoreWriter, request: BuildRequest, seconds: dict[str, float]) -> None:
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "zarr", "numpy", "ezsd")
     }
@@ -204,6 +205,7 @@ def _record_environment(writer: StoreWriter, request: BuildRequest) -> None:
             "host": platform.node(),
             "python": platform.python_version(),
             "versions": dict(versions),
+            "seconds": {stage: round(spent, 2) for stage, spent in seconds.items()},
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
     )

@@ -84,7 +84,13 @@ def load_trained(run: Run, device: str) -> TrainedDetector:
     # Frozen normalisation is chosen by the presence of weights; the state replaces them whole.
     frozen = card["backbone_weights"] is not None
     detector = build_detector(config, embed_dim, None, frozen_norms=frozen)
-    detector.load_state_dict(state)
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise RunError(
+            f"--run {run.folder}: was trained by another version of ezsd ({reason}); train it again"
+        ) from error
     names = card["names"]
     assert isinstance(names, list)
     return TrainedDetector(

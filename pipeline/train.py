@@ -291,6 +291,7 @@ def _environment(store: Store, dataset: Dataset, device: str) -> dict[str, objec
         "data_root": str(dataset.root.absolute()),
         "cache": str(store.path.absolute()),
         "teacher": built.get("teacher"),
+        "build_seconds": built.get("seconds", {}),
         "device": device,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "ezsd")},
     }

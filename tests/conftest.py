@@ -73,7 +73,9 @@ def with_settings(quick_config):
     """The quick configuration with some sections' values replaced: with_settings(loss={"distillation": 0.0})."""
 
     def replace(**sections) -> Config:
-        changed = {name: dataclasses.replace(getattr(quick_config, name), **values) for name, values in sections.items()}
+        changed = {
+            name: dataclasses.replace(getattr(quick_config, name), **values) for name, values in sections.items()
+        }
         return dataclasses.replace(quick_config, **changed)
 
     return replace

@@ -23,22 +23,24 @@ def toy_batch():
     return pixels.clamp(0, 1), label
 
 
-def tune(teacher, batches, **changes):
-    return list(tune_layer_norms(teacher, batches, NAMES, **(OPTIONS | changes)))
+def tune(teacher, batches, *, vision_only=False, **changes):
+    parameters = list(teacher.layer_norms(vision_only=vision_only).values())
+    return list(tune_layer_norms(teacher, batches, NAMES, parameters, **(OPTIONS | changes)))
 
 
 def copy_of(state):
     return {name: value.clone() for name, value in state.items()}
 
 
+@pytest.mark.parametrize("vision_only", [False, True])
 @pytest.mark.parametrize("loss", ["bce", "softmax_ce"])
-def test_layer_norms_change_and_everything_else_stays_bit_identical(small_teacher, loss):
+def test_layer_norms_change_and_everything_else_stays_bit_identical(small_teacher, loss, vision_only):
     before = copy_of(small_teacher.model.state_dict())
-    tune(small_teacher, [toy_batch()] * 2, loss=loss)
+    tune(small_teacher, [toy_batch()] * 2, loss=loss, vision_only=vision_only)
     after = small_teacher.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     # open_clip names its LayerNorms ln_...; the teacher finds them by type.
-    assert changed == {name for name in before if "ln_" in name}
+    assert changed == {name for name in before if "ln_" in name and (name.startswith("visual.") or not vision_only)}
 
 
 @pytest.mark.parametrize("loss", ["bce", "softmax_ce"])
@@ -80,7 +82,8 @@ def test_parameters_are_frozen_again_when_the_batches_raise(small_teacher):
 
 
 def test_parameters_are_frozen_again_when_the_caller_stops_early(small_teacher):
-    steps = tune_layer_norms(small_teacher, [toy_batch()] * 5, NAMES, **OPTIONS)
+    parameters = list(small_teacher.layer_norms().values())
+    steps = tune_layer_norms(small_teacher, [toy_batch()] * 5, NAMES, parameters, **OPTIONS)
     next(steps)
     assert any(p.requires_grad for p in small_teacher.model.parameters())
     steps.close()
@@ -173,7 +176,8 @@ def test_vit_b_32_has_the_methods_layer_norms():
     with torch.device("meta"):
         teacher.model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32"))
     parameters = teacher.layer_norms()
-    vision = {name: p for name, p in parameters.items() if name.startswith("visual.")}
+    vision = teacher.layer_norms(vision_only=True)
+    assert set(vision) == {name for name in parameters if name.startswith("visual.")}
     text = {name: p for name, p in parameters.items() if not name.startswith("visual.")}
     assert (len(vision), sum(p.numel() for p in vision.values())) == (2 * 26, 39_936)
     assert (len(text), sum(p.numel() for p in text.values())) == (2 * 25, 25_600)

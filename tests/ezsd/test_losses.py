@@ -29,8 +29,8 @@ def test_decoding_inverts_encoding(pairs):
 
 
 def test_deltas_have_the_usual_meaning_and_scale():
-    reference, target = torch.tensor([[10.0, 20.0, 30.0, 60.0]]), torch.tensor([[14.0, 20.0, 34.0, 100.0]])
-    expected = [10 * 4 / 20, 10 * 20 / 40, 0, 5 * math.log(2)]
+    reference, target = torch.tensor([[10.0, 20.0, 30.0, 60.0]]), torch.tensor([[16.0, 20.0, 76.0, 100.0]])
+    expected = [10 * 26 / 20, 10 * 20 / 40, 5 * math.log(3), 5 * math.log(2)]
     assert encode_boxes(reference, target)[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 

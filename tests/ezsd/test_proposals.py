@@ -19,7 +19,15 @@ SIZES, RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 
 @pytest.mark.parametrize(
     ("width", "height", "count"),
-    [(640, 480, 12_750), (1333, 800, 15_750), (640, 427, 14_250), (640, 640, 9_375), (640, 360, 15_120)],
+    [
+        (640, 480, 12_750),
+        (1333, 800, 15_750),
+        (640, 427, 14_250),
+        (640, 640, 9_375),
+        (640, 360, 15_120),
+        # 1056.14 px wide after resizing, rounded to 33 whole cells.
+        (602, 456, 12_375),
+    ],
 )
 def test_the_faithful_grid_has_the_methods_count(width, height, count):
     for anchors in (faithful_anchors(width, height), faithful_anchors(height, width)):

@@ -50,7 +50,19 @@ def test_two_workers_make_the_same_bytes_as_one(shapes_dataset, quick_config, sh
 @pytest.mark.parametrize("point", ["whole.after_rename", "block.before_rename:2", "commit.before_rename"])
 def test_a_killed_build_resumes_to_the_same_bytes(point, shapes_dataset, quick_config, shapes_store, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "cli", "cache", "build", "--dataset", "shapes", "--out", str(out), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "cli",
+        "cache",
+        "build",
+        "--dataset",
+        "shapes",
+        "--out",
+        str(out),
+        "--workers",
+        "1",
+    ]
     command += ["--data-root", str(shapes_dataset.root), *overrides(quick_config)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "EZSD_FAILPOINT": point}
     killed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=False)
@@ -87,7 +99,9 @@ def test_novel_boxes_cannot_reach_the_store(shapes_root, quick_config, shapes_st
         kept = [a for a in document["annotations"] if a["category_id"] not in novel]
         assert len(kept) < len(document["annotations"])
         (blind / "annotations" / name).write_text(json.dumps(document | {"annotations": kept}))
-    request = BuildRequest(dataset=find_dataset("shapes", blind), config=quick_config, out=tmp_path / "store", workers=1)
+    request = BuildRequest(
+        dataset=find_dataset("shapes", blind), config=quick_config, out=tmp_path / "store", workers=1
+    )
     build_cache(request)
     assert files(tmp_path / "store") == files(shapes_store)
 
@@ -140,10 +154,24 @@ def test_limit_takes_the_first_images(shapes_dataset, quick_config, tmp_path):
 
 def test_a_kill_at_any_moment_is_survived(shapes_dataset, quick_config, shapes_store, tmp_path):
     out = tmp_path / "random"
-    command = [sys.executable, "-m", "cli", "cache", "build", "--dataset", "shapes", "--out", str(out), "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "cli",
+        "cache",
+        "build",
+        "--dataset",
+        "shapes",
+        "--out",
+        str(out),
+        "--workers",
+        "2",
+    ]
     command += ["--data-root", str(shapes_dataset.root), *overrides(quick_config)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
+    )
     journal = out / "journal"
     deadline = time.monotonic() + 120
     while not list(journal.glob("block-*")) and process.poll() is None and time.monotonic() < deadline:
