@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The newest interpreter files of a project change rarely; the environment is remade when they do.
+# Remade when the dependencies change. "compat" puts this folder on the path, so that a folder of stores named cache/
+# where a user works cannot stand in for the package.
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test lint clean
@@ -20,7 +21,7 @@ lint: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable ".[test]"
 	touch $(STAMP)
 
 clean:

@@ -76,7 +76,8 @@ def train_arms(out: Path, store: Path, *, seed: int, device: str, overrides: tup
 
 
 def _command(out: Path, store: Path, arm: str, seed: int, device: str, overrides: tuple[str, ...]) -> list[str]:
-    command = [sys.executable, "-m", "cli", "train", "--cache", str(store), "--run", str(out / "runs" / arm)]
+    # -P: a folder named cache/ where the user works must not stand in for the package.
+    command = [sys.executable, "-P", "-m", "cli", "train", "--cache", str(store), "--run", str(out / "runs" / arm)]
     command += ["--device", device, "--set", f"train.seed={seed}"]
     for override in overrides:
         command += ["--set", override]
