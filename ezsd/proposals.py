@@ -141,7 +141,8 @@ def select_regions(
         text: unit text rows of base names, then novel names, (C, D).
         base_boxes: BASE ground truth of the image, (N, 4).
         base_count: how many of the text rows are base names.
-        background: unit text row of a background prompt, (D,), or None. With it a crop of nothing has a name to go to.
+        background: unit text row of a background prompt, (D,), or None. With it a crop of nothing has a name to go to,
+            and regions that are background with a probability of one half or more are dropped.
         logit_scale: multiplier of cosines before the softmax.
         score: "entropy" is log C - H over the names (times the probability that it is no background, if there is a
             prompt for it); "novel" is the probability of all novel names together.
@@ -161,9 +162,9 @@ def select_regions(
     value = entropy_score(names) if score == "entropy" else names[:, base_count:].sum(1)
     value = value * present
     kept = nms(anchors, value, nms_iou)[:keep_proposals]
-    clear = torch.ones(len(kept), dtype=torch.bool)
+    clear = present[kept] > 0.5
     if len(base_boxes):
-        clear = iou(anchors[kept], base_boxes).amax(1) < base_iou
+        clear &= iou(anchors[kept], base_boxes).amax(1) < base_iou
     confidence, guess = names[kept].max(1)
     if drop_base_guesses:
         clear &= guess >= base_count

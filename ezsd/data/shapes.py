@@ -43,7 +43,7 @@ _DRAWN = (
     "drop",
     "bolt",
 )
-_NOVEL = ("cross", "ring", "moon", "bolt", "hourglass", "tee")
+_NOVEL = ("cross", "ring", "gear", "star", "hourglass", "tee", "chevron")
 
 SHAPES_SPLIT = Split(base=tuple(name for name in _DRAWN if name not in _NOVEL), novel=_NOVEL)
 """The names. Novel shapes lie in training images too, but not in the annotations as the loader hands them out.

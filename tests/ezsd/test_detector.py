@@ -218,10 +218,13 @@ def test_overlap_of_exactly_one_half_is_an_object():
 
 def test_sampled_regions_are_drawn_anew_and_without_replacement():
     boxes = torch.tensor([[5.0, 5, 25, 25]])
-    proposals = random_boxes(60)
-    draws = [sample(proposals, boxes, torch.tensor([0])).boxes for _ in range(2)]
-    assert not torch.equal(*draws)
-    assert all(len(one.unique(dim=0)) == 20 for one in draws)
+    near, far = shifted(boxes, copies=40, spread=4), random_boxes(60) + 100
+    for _ in range(3):
+        first, second = (sample(torch.cat([near, far]), boxes, torch.tensor([0])) for _ in range(2))
+        assert len(first.boxes.unique(dim=0)) == 20
+        for number in (0, NAMES):
+            drawn = [{tuple(box) for box in s.boxes[s.labels == number].tolist()} for s in (first, second)]
+            assert drawn[0] != drawn[1]
 
 
 def test_ground_truth_is_among_the_candidates():

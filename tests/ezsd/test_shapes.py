@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from ezsd.data import shapes
-from ezsd.data.shapes import DEV_SEED, IMAGE_SIZE, SHAPES_SPLIT, TEST_SEEDS, picture, scene
+from ezsd.data.shapes import DEV_SEED, IMAGE_SIZE, SHAPES_SPLIT, TEST_SEEDS, cluttered_picture, picture, scene
 
 # The freeze. A change of these is another benchmark: every reported figure would have to be measured again.
 SCENES_SHA256 = "c4e986cac5836126149e5f5c1df0778eddbae2c61db5b253353e77947e1af60a"
 PICTURES_SHA256 = "2c33a1be086af5728ea82011155a28b6af5c4ab8ab136bc2413d8d7ab9974029"
+CLUTTERED_SHA256 = "f418756335044d02f3444b3c01b48e925ed8adf47aeeab53d396f7634b0c9f74"
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +31,12 @@ def test_scenes_are_frozen():
     assert digest.hexdigest() == SCENES_SHA256
 
 
-def test_pictures_are_frozen():
+@pytest.mark.parametrize(("draw", "expected"), [(picture, PICTURES_SHA256), (cluttered_picture, CLUTTERED_SHA256)])
+def test_pictures_are_frozen(draw, expected):
     digest = hashlib.sha256()
     for index in range(4):
-        digest.update(picture(seed=20, index=index)[0].tobytes())
-    assert digest.hexdigest() == PICTURES_SHA256
+        digest.update(draw(seed=20, index=index)[0].tobytes())
+    assert digest.hexdigest() == expected
 
 
 def test_names_and_seeds_are_frozen():
@@ -132,8 +134,9 @@ def test_objects_hardly_overlap(scenes):
                 assert max(wide, 0) * max(high, 0) <= 0.121 * smaller
 
 
-def test_a_picture_says_what_it_shows():
-    labels = [picture(seed=1, index=i) for i in range(400)]
+@pytest.mark.parametrize("draw", [picture, cluttered_picture])
+def test_a_picture_says_what_it_shows(draw):
+    labels = [draw(seed=1, index=i) for i in range(400)]
     assert {shape for _, _, _, shape in labels} == {*SHAPES_SPLIT.names, "background"}
     for pixels, colour, texture, shape in labels:
         assert pixels.shape == (32, 32, 3)
@@ -145,7 +148,8 @@ def test_a_picture_says_what_it_shows():
             assert texture in shapes.TEXTURES
 
 
-def test_a_picture_is_no_scene_and_the_same_every_time():
-    first, again, other = (picture(seed=1, index=i)[0] for i in (3, 3, 4))
+@pytest.mark.parametrize("draw", [picture, cluttered_picture])
+def test_a_picture_is_the_same_every_time(draw):
+    first, again, other = (draw(seed=1, index=i)[0] for i in (3, 3, 4))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)

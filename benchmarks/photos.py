@@ -1,0 +1,91 @@
+"""What do CLIP proposals cover on photos? `python benchmarks/photos.py --cache cache/photos [--draw DIR]`.
+
+Share of NOVEL objects of the training photos with a proposal at IoU 0.5 among the best 100 and 300, against as many
+anchors drawn at random from the same grid (mean of ten draws). Evaluation: the only place that reads novel boxes of a
+training split. With --draw, the best proposals are drawn over the photos for a person to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import rows
+import torch
+
+from cache import Store
+from ezsd.data.annotations import load_evaluation
+from ezsd.metrics import recall_at
+from pipeline.config import from_tables, load_preset, to_tables
+from pipeline.datasets import read_dataset_image
+from pipeline.draw import draw_boxes
+from pipeline.extract import image_anchors
+from pipeline.train import store_dataset
+
+TOP = (100, 300)
+
+
+def coverage(store: Store, data_root: Path | None) -> dict[str, object]:
+    """Recall of novel objects by proposals, kept regions and random anchors."""
+    dataset = store_dataset(store, data_root)
+    truth = load_evaluation(dataset.root / dataset.train_annotations, dataset.split)
+    known = {int(i): row for row, i in enumerate(store.image_ids)}
+    positions = [p for p, image in enumerate(truth.images) if image.id in known]
+    novel = truth.class_index >= len(dataset.split.base)
+    objects = [truth.box[truth.rows(p)][novel[truth.rows(p)] & ~truth.crowd[truth.rows(p)]] for p in positions]
+    ids = [truth.images[p].id for p in positions]
+    settings = to_tables(load_preset("photos")) | {"proposals": dict(store.manifest.fields["proposals"])}  # type: ignore[arg-type]
+    grid = from_tables(settings, where="store").proposals
+    anchors = [image_anchors(grid, truth.images[p].width, truth.images[p].height).numpy() for p in positions]
+    draws = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        draws.append(recall_at([rng.permutation(a) for a in anchors], objects, top=TOP))
+    return {
+        "images": len(ids),
+        "novel_objects": sum(map(len, objects)),
+        "anchors_per_image": float(np.mean([len(a) for a in anchors])),
+        "all_anchors": recall_at(anchors, objects, top=(10**6,))[10**6],
+        "proposals": recall_at([store.proposals[i].box for i in ids], objects, top=TOP),
+        "regions": recall_at([store.regions[i].box for i in ids], objects, top=TOP),
+        "random_anchors": {k: float(np.mean([d[k] for d in draws])) for k in TOP},
+    }
+
+
+def draw(store: Store, data_root: Path | None, out: Path) -> None:
+    """Draw the ten best regions of every photo, with the teacher's guesses."""
+    dataset = store_dataset(store, data_root)
+    names, _ = store.text
+    out.mkdir(parents=True, exist_ok=True)
+    truth = load_evaluation(dataset.root / dataset.train_annotations, dataset.split)
+    for image in truth.images:
+        if image.id not in set(store.image_ids.tolist()):
+            continue
+        folder = dataset.root / dataset.train_images
+        pixels = read_dataset_image(folder, image.file_name, image.width, image.height)
+        regions = store.regions[image.id]
+        captions = [f"{names[c]} {v:.2f}" for c, v in zip(regions.class_index[:10], regions.confidence, strict=False)]
+        draw_boxes(pixels, torch.from_numpy(regions.box[:10].copy()), captions).save(out / f"{image.id}.png")
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--draw", type=Path)
+    arguments = parser.parse_args()
+    store = Store(arguments.cache)
+    result = coverage(store, arguments.data_root)
+    teacher = store.manifest.fields["teacher"]
+    grid = store.manifest.fields["proposals"]
+    rows.append("photos", {**result, "teacher": teacher, "proposal_settings": grid})
+    for key, value in result.items():
+        print(f"{key}: {value}")
+    if arguments.draw:
+        draw(store, arguments.data_root, arguments.draw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Real photos: COCO's own files, a plug-in teacher, and CLIP's own architecture at full size."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cache import Store
+from ezsd.vocabulary import COCO_SPLIT
+from pipeline.build import BuildRequest, build_cache
+from pipeline.config import load_preset
+from pipeline.datasets import find_dataset
+from pipeline.evaluate import evaluate_run, headline
+from pipeline.train import TrainRequest, train
+
+PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
+
+
+@pytest.fixture(scope="session")
+def photo_store(photos, conse_tools, tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(PLUGINS))
+    config = load_preset("photos", ["proposals.sizes=[300]", "proposals.ratios=[1]", "build.block_images=2"])
+    teacher = dataclasses.replace(config.teacher, name="plugin:conse_plugin:factory")
+    request = BuildRequest(
+        dataset=find_dataset("coco", photos),
+        config=dataclasses.replace(config, teacher=teacher),
+        out=tmp_path_factory.mktemp("cache") / "photos",
+        limit=6,
+        workers=1,
+    )
+    build_cache(request)
+    yield request.out
+    patch.undo()
+
+
+def test_photos_give_a_store_of_base_objects_and_unseen_regions(photo_store, photos):
+    store = Store(photo_store)
+    assert store.text[0] == COCO_SPLIT.names
+    document = json.loads((photos / "annotations/instances_train2017.json").read_text())
+    base = {c["id"] for c in document["categories"] if c["name"] in COCO_SPLIT.base}
+    for image_id in store.image_ids:
+        wanted = [
+            a["id"]
+            for a in document["annotations"]
+            if a["image_id"] == image_id and a["category_id"] in base and not a["iscrowd"]
+        ]
+        assert sorted(store.ground_truth[int(image_id)].annotation_id) == sorted(wanted)
+        regions = store.regions[int(image_id)]
+        assert (regions.class_index >= len(COCO_SPLIT.base)).all()
+        np.testing.assert_allclose(np.linalg.norm(regions.embedding.astype(np.float32), axis=1), 1, atol=1e-3)
+
+
+def test_a_detector_trains_and_is_evaluated_on_photos(photo_store, photos, tmp_path):
+    config = load_preset("photos", ["train.steps=2", "train.images=2", "train.short_side=160", "train.long_side=240"])
+    run = train(TrainRequest(cache=photo_store, run=tmp_path / "run", config=config))
+    assert [line["step"] for line in run.read_metrics()] == [1, 2]
+    scores = headline(evaluate_run(run, data_root=photos, device="cpu"))
+    assert scores["base"] is not None
+    assert scores["novel"] is not None
+
+
+def test_clip_at_full_size_from_a_local_file(photos, tmp_path):
+    """ViT-B/32 with QuickGELU as OpenAI's is; only the quality of the weights is missing."""
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
+    save_file(model.state_dict(), tmp_path / "clip.safetensors")
+    config = load_preset(
+        "photos", ["adapt.steps=1", "adapt.crops=4", "proposals.sizes=[400]", "proposals.ratios=[1]"]
+    )
+    teacher = dataclasses.replace(
+        config.teacher, name="ViT-B-32-quickgelu", weights=str(tmp_path / "clip.safetensors"), template="a photo of a {}"
+    )
+    request = BuildRequest(
+        dataset=find_dataset("coco", photos),
+        config=dataclasses.replace(config, teacher=teacher),
+        out=tmp_path / "store",
+        limit=2,
+        workers=1,
+    )
+    build_cache(request)
+    store = Store(tmp_path / "store")
+    assert store.embed_dim == 512
+    values, attributes = store.teacher
+    # 26 vision and 25 text LayerNorms of width 768 and 512, weight and bias.
+    assert len(attributes["parameters"]) == 2 * (26 + 25)
+    assert len(values) == 2 * (26 * 768 + 25 * 512)
+    fields = store.manifest.fields["teacher"]
+    assert fields["activation"] == "quick_gelu"
