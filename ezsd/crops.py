@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float) -> Tensor:
+Surround = Literal["black", "context"]
+"""What lies beside a box that is not square: nothing, or what the image shows there."""
+
+
+def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surround: Surround) -> Tensor:
     """Cut boxes out of one image as square crops of a teacher's input size.
 
     Each box is enlarged about its centre, rounded outwards, clamped to the image, put in the middle of a black square
-    as wide as its longer side, and resampled with an antialiased bicubic filter.
+    as wide as its longer side, and resampled with an antialiased bicubic filter. With `surround="context"` the box
+    first grows to a square, so that black is only what lies outside the image.
 
     Args:
         image: (3, H, W) uint8 RGB.
         boxes: (R, 4) xyxy in the image's pixels; see `ezsd.boxes`.
         size: side of the crops, pixels.
         ratio: enlargement, 1.0 for the bare box.
+        surround: "black" is the method's.
 
     Returns:
         (R, 3, size, size) uint8 on the image's device.
     """
     # The channels-last view is what makes uint8 resampling quick on CPU.
+    boxes = _square(boxes) if surround == "context" else boxes
     pixels = image[None].contiguous(memory_format=torch.channels_last)
     out = torch.empty((len(boxes), 3, size, size), dtype=torch.uint8, device=image.device)
     for row, window in enumerate(crop_windows(boxes, ratio=ratio, width=image.shape[2], height=image.shape[1])):
         out[row] = _resample(pixels, window, size)
     return out
+
+
+def _square(boxes: Tensor) -> Tensor:
+    """The smallest squares with the same centres."""
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    half = (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True) / 2
+    return torch.cat([centre - half, centre + half], 1)
 
 
 def crop_windows(boxes: Tensor, *, ratio: float, width: int, height: int) -> list[tuple[int, int, int, int]]:

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ezsd.adapt import crop_accuracy, flatten, tune_layer_norms
-from ezsd.crops import crop_boxes
+from ezsd.crops import Surround, crop_boxes
 from ezsd.data.annotations import Annotations
 from ezsd.teacher import Teacher
-from pipeline.config import AdaptConfig
+from pipeline.config import AdaptConfig, ProposalConfig
 from pipeline.datasets import read_dataset_image
 from pipeline.progress import Progress
 
@@ -25,11 +25,12 @@ _MEMO_BYTES = 2**30
 class CropSource:
     """Crops of an annotation record's boxes, image by image."""
 
-    def __init__(self, annotations: Annotations, root: Path, *, size: int, ratio: float) -> None:
+    def __init__(self, annotations: Annotations, root: Path, *, size: int, ratio: float, surround: Surround) -> None:
         self.annotations = annotations
         self.root = root
         self.size = size
         self.ratio = ratio
+        self.surround = surround
         self._memo: dict[int, Tensor] = {}
         self._memo_bytes = 0
 
@@ -42,7 +43,7 @@ class CropSource:
         record = self.annotations.images[position]
         pixels = read_dataset_image(self.root, record.file_name, record.width, record.height)
         boxes = torch.from_numpy(self.annotations.box[rows])
-        crops = crop_boxes(pixels, boxes, size=self.size, ratio=self.ratio)
+        crops = crop_boxes(pixels, boxes, size=self.size, ratio=self.ratio, surround=self.surround)
         if self._memo_bytes + crops.numel() <= _MEMO_BYTES:
             self._memo[position] = crops
             self._memo_bytes += crops.numel()
@@ -77,7 +78,7 @@ class CropSource:
 
 
 def adapt_teacher(
-    teacher: Teacher, annotations: Annotations, root: Path, *, config: AdaptConfig, crop_ratio: float, seed: int
+    teacher: Teacher, annotations: Annotations, root: Path, *, config: AdaptConfig, crops: ProposalConfig, seed: int
 ) -> tuple[NDArray[np.float32], dict[str, object]]:
     """Tune the teacher's LayerNorms in place on base crops of the training images.
 
@@ -86,7 +87,7 @@ def adapt_teacher(
         annotations: BASE boxes of the training split.
         root: image folder.
         config: see `AdaptConfig`.
-        crop_ratio: enlargement of boxes, as in the later stages.
+        crops: how boxes are cropped, as in the later stages.
         seed: of the held-out choice and the shuffling.
 
     Returns:
@@ -96,7 +97,7 @@ def adapt_teacher(
     Raises:
         ValueError: there are too few base boxes to hold some out.
     """
-    source = CropSource(annotations, root, size=teacher.input_size, ratio=crop_ratio)
+    source = CropSource(annotations, root, size=teacher.input_size, ratio=crops.crop_ratio, surround=crops.surround)
     with_boxes = np.unique(annotations.image_index)
     held = max(1, round(len(with_boxes) * config.held_out))
     if len(with_boxes) <= held:

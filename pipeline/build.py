@@ -146,7 +146,7 @@ def _prepare(writer: StoreWriter, request: BuildRequest, teacher: Teacher, annot
             annotations,
             dataset.root / dataset.train_images,
             config=config.adapt,
-            crop_ratio=config.proposals.crop_ratio,
+            crops=config.proposals,
             seed=config.build.seed,
         )
         log.info(

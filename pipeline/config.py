@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from ezsd.adapt import AdaptLoss
+from ezsd.crops import Surround
 from ezsd.detector.backbone import BACKBONES
 from ezsd.kernels import Backend
 from ezsd.proposals import Score
@@ -79,6 +80,8 @@ class ProposalConfig:
     """Enlargement of a box before it is cropped; the same for scoring and embedding."""
     score: Score
     """"entropy" is log C - H over the names; "novel" the probability of the novel names."""
+    surround: Surround = "black"
+    """What a teacher sees beside a box that is not square: "black" (the method's) or the image's "context"."""
     nms_iou: float = 0.7
     """Suppression threshold, all names together."""
     keep: int = 1000
@@ -152,6 +155,8 @@ class LossConfig:
 
     distillation: float
     """Of the cosine distillation; 0 trains without the cached regions."""
+    novel_names: bool = False
+    """Whether novel names compete for base objects in the cross-entropy; the authors' table holds base names alone."""
     rpn: float = 1.0
     """Of the proposal network's two terms."""
     classification: float = 1.0

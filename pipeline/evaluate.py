@@ -22,7 +22,7 @@ from ezsd.detector.model import Detector
 from ezsd.metrics import Detections, evaluate
 from ezsd.teacher import Teacher, TeacherError, load_teacher
 from pipeline.adapt import CropSource
-from pipeline.config import Config, from_tables
+from pipeline.config import Config, from_tables, to_tables
 from pipeline.datasets import Dataset, DatasetError, find_dataset, read_dataset_image
 from pipeline.progress import Progress
 from pipeline.runs import Run, RunError, write_json
@@ -176,12 +176,15 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str) -> dict[str
     annotations = load_evaluation(dataset.root / dataset.val_annotations, dataset.split)
     config = from_tables(_table(run.card, "config"), where=str(run.folder / "run.json"))
     teacher = run_teacher(run, device, adapted=False)
-    ratio = _manifest(run).fields["proposals"]
-    assert isinstance(ratio, dict)
-    crop_ratio = ratio["crop_ratio"]
-    assert isinstance(crop_ratio, float | int)
+    made_with = _manifest(run).fields["proposals"]
+    # The store's own crop rule: the run's configuration says nothing of stage one.
+    crops = from_tables(to_tables(config) | {"proposals": dict(_fields(made_with))}, where="store").proposals
     source = CropSource(
-        annotations, dataset.root / dataset.val_images, size=teacher.input_size, ratio=float(crop_ratio)
+        annotations,
+        dataset.root / dataset.val_images,
+        size=teacher.input_size,
+        ratio=crops.crop_ratio,
+        surround=crops.surround,
     )
     is_base = annotations.class_index < len(dataset.split.base)
 

@@ -171,10 +171,10 @@ def _products(
 def _encode(worker: _Worker, pixels: Tensor, boxes: Tensor) -> Tensor:
     """Unit embeddings (R, D) float32 on the CPU; batches never cross an image, so nothing else decides their bits."""
     image = pixels.to(getattr(worker.teacher, "device", "cpu"))
-    size, ratio = worker.teacher.input_size, worker.config.proposals.crop_ratio
+    size, settings = worker.teacher.input_size, worker.config.proposals
     parts = []
     for chunk in boxes.split(worker.config.build.batch):
-        crops = crop_boxes(image, chunk, size=size, ratio=ratio)
+        crops = crop_boxes(image, chunk, size=size, ratio=settings.crop_ratio, surround=settings.surround)
         parts.append(worker.teacher.encode_image(crops.float() / 255).float().cpu())
     return torch.cat(parts) if parts else torch.zeros(0, worker.teacher.embed_dim)
 

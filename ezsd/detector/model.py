@@ -119,18 +119,19 @@ class Detector(nn.Module):
         embed_dim = settings.embed_dim if settings.semantic_boxes else 0
         self.regressor = SemanticBoxRegressor(channels * pool * pool, settings.box_hidden, embed_dim)
 
-    def losses(self, batch: Batch, text: Tensor, *, distill: bool) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, text: Tensor, *, base_count: int, distill: bool) -> dict[str, Tensor]:
         """Loss terms, unweighted: rpn_objectness, rpn_box, classification, box, and distillation when asked for.
 
         Args:
             batch: images, base boxes and cached regions.
-            text: unit rows of the base names, (C, D).
+            text: unit rows of the base names, and of novel names if they are to compete for base objects, (C, D).
+            base_count: how many of the rows are base names.
             distill: False leaves the cached regions out altogether.
         """
         maps = self.backbone(normalise(batch.images))
         proposals, losses = self._propose(batch.images, batch.sizes, maps, batch)
         features = self.tower(maps[: len(self.pooling.scales)])
-        losses |= self._region_losses(features, proposals, batch, text)
+        losses |= self._region_losses(features, proposals, batch, text, base_count)
         if distill:
             weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
             losses["distillation"] = self.pooling.cosine_loss(
@@ -189,7 +190,7 @@ class Detector(nn.Module):
         return proposals, {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]}
 
     def _region_losses(
-        self, features: list[Tensor], proposals: list[Tensor], batch: Batch, text: Tensor
+        self, features: list[Tensor], proposals: list[Tensor], batch: Batch, text: Tensor, base_count: int
     ) -> dict[str, Tensor]:
         sampled = [
             sample_regions(
@@ -205,7 +206,7 @@ class Detector(nn.Module):
         deltas = self.regressor(pooled, text[label[object_]])
         wanted = encode_boxes(boxes[object_], target[object_])
         return {
-            "classification": classification_loss(logits, label),
+            "classification": classification_loss(logits, label, base_count=base_count),
             "box": box_loss(deltas, wanted, sampled=len(label)),
         }
 

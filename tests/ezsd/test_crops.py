@@ -37,10 +37,14 @@ def image():
     return torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8)).permute(2, 0, 1)
 
 
-def pillow_crop(image, box, *, size, ratio):
+def pillow_crop(image, box, *, size, ratio, surround="black"):
     """The specification, one box at a time: enlarge, round outwards, clamp, black square, bicubic."""
     height, width = image.shape[1:]
-    x1, y1, x2, y2 = box
+    x1, y1, x2, y2 = np.array(box, np.float32)
+    if surround == "context":
+        x, y, half = (x1 + x2) / 2, (y1 + y2) / 2, max(x2 - x1, y2 - y1) / 2
+        x1, y1, x2, y2 = x - half, y - half, x + half, y + half
+    x1, y1, x2, y2 = float(x1), float(y1), float(x2), float(y2)
     dx, dy = (x2 - x1) * (ratio - 1) / 2, (y2 - y1) * (ratio - 1) / 2
     left, top = max(math.floor(x1 - dx), 0), max(math.floor(y1 - dy), 0)
     right, bottom = min(math.ceil(x2 + dx), width), min(math.ceil(y2 + dy), height)
@@ -53,11 +57,12 @@ def pillow_crop(image, box, *, size, ratio):
 
 @pytest.mark.parametrize("size", [32, 224])
 @pytest.mark.parametrize("ratio", [1.0, 1.2])
+@pytest.mark.parametrize("surround", ["black", "context"])
 @pytest.mark.parametrize("box", NASTY.values(), ids=NASTY)
-def test_crops_agree_with_pillow(image, box, ratio, size):
-    found = crop_boxes(image, torch.tensor([box]), size=size, ratio=ratio)
+def test_crops_agree_with_pillow(image, box, surround, ratio, size):
+    found = crop_boxes(image, torch.tensor([box]), size=size, ratio=ratio, surround=surround)
     assert found.dtype == torch.uint8
-    expected = pillow_crop(image, box, size=size, ratio=ratio).astype(int)
+    expected = pillow_crop(image, box, size=size, ratio=ratio, surround=surround).astype(int)
     difference = np.abs(found[0].permute(1, 2, 0).numpy().astype(int) - expected)
     # Both round fixed-point weights, not at the same place.
     assert difference.mean() <= 1
@@ -68,16 +73,25 @@ def test_crops_agree_with_pillow(image, box, ratio, size):
 def test_crops_of_other_image_shapes_agree_with_pillow(shape):
     image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     box = (0, 0, shape[1], shape[0])
-    found = crop_boxes(image, torch.tensor([box]).float(), size=32, ratio=1.2)[0].permute(1, 2, 0).numpy()
+    found = (
+        crop_boxes(image, torch.tensor([box]).float(), size=32, ratio=1.2, surround="black")[0].permute(1, 2, 0).numpy()
+    )
     assert np.abs(found.astype(int) - pillow_crop(image, box, size=32, ratio=1.2)).mean() <= 1
 
 
 def test_the_margin_is_black_and_the_box_in_the_middle():
     white = torch.full((3, 100, 100), 255, dtype=torch.uint8)
-    crop = crop_boxes(white, torch.tensor([[40.0, 10.0, 60.0, 90.0]]), size=80, ratio=1.0)[0]
+    crop = crop_boxes(white, torch.tensor([[40.0, 10.0, 60.0, 90.0]]), size=80, ratio=1.0, surround="black")[0]
     assert (crop[:, :, 30:50] == 255).all()
     assert (crop[:, :, :30] == 0).all()
     assert (crop[:, :, 50:] == 0).all()
+
+
+def test_with_context_the_box_stays_in_the_middle_of_what_lies_around_it():
+    image = torch.full((3, 100, 100), 128, dtype=torch.uint8)
+    image[:, 10:90, 40:60] = 255
+    crop = crop_boxes(image, torch.tensor([[40.0, 10.0, 60.0, 90.0]]), size=80, ratio=1.0, surround="context")[0]
+    assert torch.equal(crop, image[:, 10:90, 10:90])
 
 
 def test_ratio_enlarges_about_the_centre():
@@ -87,19 +101,20 @@ def test_ratio_enlarges_about_the_centre():
 
 def test_crops_keep_the_order_of_the_boxes(image):
     boxes = torch.tensor(list(NASTY.values()), dtype=torch.float32)
-    together = crop_boxes(image, boxes, size=16, ratio=1.2)
+    together = crop_boxes(image, boxes, size=16, ratio=1.2, surround="black")
     for box, crop in zip(boxes, together, strict=True):
-        assert torch.equal(crop_boxes(image, box[None], size=16, ratio=1.2)[0], crop)
+        assert torch.equal(crop_boxes(image, box[None], size=16, ratio=1.2, surround="black")[0], crop)
 
 
 def test_the_image_is_left_alone(image):
     before = image.clone()
-    crop_boxes(image, torch.tensor([[0.0, 0.0, WIDTH, HEIGHT]]), size=16, ratio=1.2)
+    crop_boxes(image, torch.tensor([[0.0, 0.0, WIDTH, HEIGHT]]), size=16, ratio=1.2, surround="black")
     assert torch.equal(image, before)
 
 
-def test_no_boxes_make_no_crops(image):
-    assert crop_boxes(image, torch.zeros(0, 4), size=32, ratio=1.2).shape == (0, 3, 32, 32)
+@pytest.mark.parametrize("surround", ["black", "context"])
+def test_no_boxes_make_no_crops(image, surround):
+    assert crop_boxes(image, torch.zeros(0, 4), size=32, ratio=1.2, surround=surround).shape == (0, 3, 32, 32)
 
 
 coordinate = st.floats(-50, 150, width=32)

@@ -250,6 +250,8 @@ def test_a_background_prompt_takes_crops_of_nothing_away(score):
     with_prompt = select(cells(2), crops, score=score, background=torch.eye(6)[5])
     assert without.proposal.tolist() == [0, 1]
     assert with_prompt.proposal.tolist() == [1, 0]
+    assert sorted(without.region.tolist()) == [0, 1]
+    assert with_prompt.region.tolist() == [1], "what is likelier background than anything else is no region"
     logits = torch.tensor([0, 0, 3.0, 0, 0])
     assert with_prompt.confidence[0].item() == pytest.approx(
         without.confidence[1].item() * (1 - logits.softmax(0)[4].item()), rel=1e-5

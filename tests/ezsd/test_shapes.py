@@ -40,8 +40,8 @@ def test_pictures_are_frozen(draw, expected):
 
 
 def test_names_and_seeds_are_frozen():
-    assert (len(SHAPES_SPLIT.base), len(SHAPES_SPLIT.novel), len(set(SHAPES_SPLIT.names))) == (14, 6, 20)
-    assert SHAPES_SPLIT.novel == ("cross", "ring", "moon", "bolt", "hourglass", "tee")
+    assert (len(SHAPES_SPLIT.base), len(SHAPES_SPLIT.novel), len(set(SHAPES_SPLIT.names))) == (13, 7, 20)
+    assert SHAPES_SPLIT.novel == ("cross", "ring", "gear", "star", "hourglass", "tee", "chevron")
     assert DEV_SEED not in TEST_SEEDS
 
 

@@ -70,11 +70,12 @@ def test_clip_at_full_size_from_a_local_file(photos, tmp_path):
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
     save_file(model.state_dict(), tmp_path / "clip.safetensors")
-    config = load_preset(
-        "photos", ["adapt.steps=1", "adapt.crops=4", "proposals.sizes=[400]", "proposals.ratios=[1]"]
-    )
+    config = load_preset("photos", ["adapt.steps=1", "adapt.crops=4", "proposals.sizes=[400]", "proposals.ratios=[1]"])
     teacher = dataclasses.replace(
-        config.teacher, name="ViT-B-32-quickgelu", weights=str(tmp_path / "clip.safetensors"), template="a photo of a {}"
+        config.teacher,
+        name="ViT-B-32-quickgelu",
+        weights=str(tmp_path / "clip.safetensors"),
+        template="a photo of a {}",
     )
     request = BuildRequest(
         dataset=find_dataset("coco", photos),

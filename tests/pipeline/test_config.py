@@ -1,0 +1,58 @@
+"""Settings: whole presets, exact types, the nearest name for a wrong one."""
+
+import pytest
+
+from pipeline.config import ConfigError, from_tables, load_preset, preset_names, to_tables
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_whole_and_survives_a_round_trip(name):
+    config = load_preset(name)
+    assert from_tables(to_tables(config), where="test") == config
+
+
+def test_an_override_changes_one_value_alone():
+    plain, changed = to_tables(load_preset("shapes")), to_tables(load_preset("shapes", ["train.steps=7"]))
+    assert changed["train"].pop("steps") == 7
+    plain["train"].pop("steps")
+    assert changed == plain
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", "unknown key 'stepz'; did you mean 'steps'"),
+        ("trian.steps=3", "unknown key 'trian'; did you mean 'train'"),
+        ("train.steps=0", "train.steps must be > 0, got 0"),
+        ("train.steps=1.5", "expected int, found 1.5"),
+        ("train.steps=true", "expected int, found True"),
+        ("train.steps", "expected section.key=value"),
+        ("steps=3", "expected section.key=value"),
+        ("train.optimiser=adam", "expected one of adamw, sgd, found 'adam'"),
+        ("proposals.sizes=3", "expected a list, found 3"),
+        ("proposals.sizes=[-3]", r"proposals.sizes must be > 0"),
+        ("model.backbone=vgg", "'vgg' is not one of tiny, resnet18"),
+        ("loss.distillation=-1", "loss.distillation must be >= 0"),
+    ],
+)
+def test_a_wrong_setting_is_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_preset("shapes", [override])
+
+
+def test_a_missing_key_is_named():
+    tables = to_tables(load_preset("shapes"))
+    del tables["train"]["learning_rate"]
+    with pytest.raises(ConfigError, match=r"\[train\]: learning_rate is missing"):
+        from_tables(tables, where="mine.toml")
+
+
+def test_a_bare_word_is_text_and_a_whole_number_serves_as_a_float():
+    config = load_preset("shapes", ["model.backbone=resnet18", "loss.distillation=1"])
+    assert config.model.backbone == "resnet18"
+    assert config.loss.distillation == 1.0
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="coco, photos, shapes"):
+        load_preset("lvis")
