@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 Surround = Literal["black", "context"]
 """What lies beside a box that is not square: nothing, or what the image shows there."""
 

@@ -27,21 +27,15 @@ def decode_boxes(reference: Tensor, deltas: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], 1)
 
 
-def classification_loss(logits: Tensor, label: Tensor, *, base_count: int) -> Tensor:
+def classification_loss(logits: Tensor, label: Tensor) -> Tensor:
     """Mean cross-entropy against base names and background. Zero when R is 0.
 
-    A base object is known to be none of the novel names, so those compete for it where their logits are given. What is
-    labelled background may well be a novel object: there, novel names are left out.
+    Novel names compete where their logits are given: a base object is known to be none of them.
 
     Args:
         logits: of base names, then of any novel names, then of background, (R, C + 1).
         label: a base name or the background's number C, (R,) int64.
-        base_count: how many of the C names are base names.
     """
-    background = logits.shape[1] - 1
-    unknown = torch.arange(logits.shape[1], device=logits.device)
-    unknown = (unknown >= base_count) & (unknown < background)
-    logits = logits.masked_fill((label == background)[:, None] & unknown, -torch.inf)
     return F.cross_entropy(logits.float(), label, reduction="sum") / max(len(label), 1)
 
 

@@ -143,6 +143,8 @@ class ModelConfig:
     """Regions per image that the box head learns from."""
     positive_share: float = 0.25
     """At most this share of them on objects."""
+    spare_confidence: float = 2.0
+    """Regions on a cached region of this confidence are not taught to be background; above 1 none is spared."""
 
     def __post_init__(self) -> None:
         _require(self.backbone in BACKBONES, f"model.backbone {self.backbone!r} is not one of {', '.join(BACKBONES)}")

@@ -47,15 +47,6 @@ class TrainRequest:
     device: str = "cpu"
 
 
-@dataclass(frozen=True, slots=True)
-class Classes:
-    """The names that training knows."""
-
-    text: Tensor
-    """Unit rows of base names, then of novel names where they compete for base objects, (C, D)."""
-    base_count: int
-
-
 def train(request: TrainRequest) -> Run:
     """Train to the last step, resuming from the newest checkpoint.
 
@@ -87,7 +78,7 @@ def train(request: TrainRequest) -> Run:
     run = Run.create_or_resume(request.run, card, tables)
     run.write_environment(_environment(store, dataset, request.device))
     rows = len(names) if config.loss.novel_names else len(dataset.split.base)
-    classes = Classes(tables["text"][:rows].to(device), len(dataset.split.base))
+    text_rows = tables["text"][:rows].to(device)
     optimiser = build_optimiser(detector, config.train)
     step = _resume(run, detector, optimiser)
     reader = partial(_read_by_id, dataset.root / dataset.train_images, file_names)
@@ -102,7 +93,7 @@ def train(request: TrainRequest) -> Run:
         seed=config.train.seed,
     )
     batches = load_batches(samples, config.train, first_step=step)
-    _loop(run, detector, optimiser, batches, classes, config, device, step)
+    _loop(run, detector, optimiser, batches, text_rows, config, device, step)
     return run
 
 
@@ -111,7 +102,7 @@ def _loop(
     detector: Detector,
     optimiser: torch.optim.Optimizer,
     batches: Iterator[tuple[list[tuple[int, int]], Batch]],
-    classes: Classes,
+    text: Tensor,
     config: Config,
     device: torch.device,
     step: int,
@@ -123,7 +114,7 @@ def _loop(
             began = time.perf_counter()
             # One seed per step: a resumed run samples the same regions as an unbroken one.
             torch.manual_seed(config.train.seed * 1_000_003 + step)
-            parts = train_step(detector, optimiser, batch.to(device), classes, config, step)
+            parts = train_step(detector, optimiser, batch.to(device), text, config, step)
             step += 1
             _require_finite(parts, step, keys)
             record = {"step": step, **parts, "seconds": round(time.perf_counter() - began, 4)}
@@ -135,16 +126,14 @@ def _loop(
 
 
 def train_step(
-    detector: Detector, optimiser: torch.optim.Optimizer, batch: Batch, classes: Classes, config: Config, step: int
+    detector: Detector, optimiser: torch.optim.Optimizer, batch: Batch, text: Tensor, config: Config, step: int
 ) -> dict[str, float]:
     """One optimiser step; returns the weighted sum `loss`, its unweighted parts and the learning rate."""
     rate = learning_rate(step, config.train)
     for group in optimiser.param_groups:
         group["lr"] = rate
     with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=batch.images.is_cuda):
-        parts = detector.losses(
-            batch, classes.text, base_count=classes.base_count, distill=config.loss.distillation > 0
-        )
+        parts = detector.losses(batch, text, distill=config.loss.distillation > 0)
     loss = weigh(parts, config.loss)
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
@@ -200,6 +189,7 @@ def build_detector(
             temperature=model.temperature,
             sampled_regions=model.sampled_regions,
             positive_share=model.positive_share,
+            spare_confidence=model.spare_confidence,
             backend=config.train.backend,
         ),
     )

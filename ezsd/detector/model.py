@@ -93,6 +93,8 @@ class DetectorSettings:
     """Regions per image that the box head learns from."""
     positive_share: float
     """At most this share of them on objects."""
+    spare_confidence: float
+    """Regions on a cached region of this confidence are no background; above 1 none is spared."""
     backend: Backend
     """Kernel backend."""
 
@@ -119,19 +121,18 @@ class Detector(nn.Module):
         embed_dim = settings.embed_dim if settings.semantic_boxes else 0
         self.regressor = SemanticBoxRegressor(channels * pool * pool, settings.box_hidden, embed_dim)
 
-    def losses(self, batch: Batch, text: Tensor, *, base_count: int, distill: bool) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, text: Tensor, *, distill: bool) -> dict[str, Tensor]:
         """Loss terms, unweighted: rpn_objectness, rpn_box, classification, box, and distillation when asked for.
 
         Args:
             batch: images, base boxes and cached regions.
             text: unit rows of the base names, and of novel names if they are to compete for base objects, (C, D).
-            base_count: how many of the rows are base names.
             distill: False leaves the cached regions out altogether.
         """
         maps = self.backbone(normalise(batch.images))
         proposals, losses = self._propose(batch.images, batch.sizes, maps, batch)
         features = self.tower(maps[: len(self.pooling.scales)])
-        losses |= self._region_losses(features, proposals, batch, text, base_count)
+        losses |= self._region_losses(features, proposals, batch, text)
         if distill:
             weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
             losses["distillation"] = self.pooling.cosine_loss(
@@ -190,13 +191,20 @@ class Detector(nn.Module):
         return proposals, {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]}
 
     def _region_losses(
-        self, features: list[Tensor], proposals: list[Tensor], batch: Batch, text: Tensor, base_count: int
+        self, features: list[Tensor], proposals: list[Tensor], batch: Batch, text: Tensor
     ) -> dict[str, Tensor]:
+        likely_objects = batch.region_confidence >= self.settings.spare_confidence
         sampled = [
             sample_regions(
-                p, b, v, background=len(text), count=self.settings.sampled_regions, share=self.settings.positive_share
+                p,
+                b,
+                v,
+                background=len(text),
+                count=self.settings.sampled_regions,
+                share=self.settings.positive_share,
+                unknown=batch.region_boxes[(batch.region_image == i) & likely_objects],
             )
-            for p, b, v in zip(proposals, batch.boxes, batch.labels, strict=True)
+            for i, (p, b, v) in enumerate(zip(proposals, batch.boxes, batch.labels, strict=True))
         ]
         boxes, index = torch.cat([s.boxes for s in sampled]), _image_index([s.boxes for s in sampled])
         label, target = torch.cat([s.labels for s in sampled]), torch.cat([s.targets for s in sampled])
@@ -206,7 +214,7 @@ class Detector(nn.Module):
         deltas = self.regressor(pooled, text[label[object_]])
         wanted = encode_boxes(boxes[object_], target[object_])
         return {
-            "classification": classification_loss(logits, label, base_count=base_count),
+            "classification": classification_loss(logits, label),
             "box": box_loss(deltas, wanted, sampled=len(label)),
         }
 
@@ -225,9 +233,11 @@ class SampledRegions:
 
 @torch.no_grad()
 def sample_regions(
-    proposals: Tensor, boxes: Tensor, labels: Tensor, *, background: int, count: int, share: float
+    proposals: Tensor, boxes: Tensor, labels: Tensor, *, background: int, count: int, share: float, unknown: Tensor
 ) -> SampledRegions:
     """Choose regions at random: IoU >= 0.5 with a ground-truth box is that object, the rest is background.
+
+    What overlaps an `unknown` box at IoU 0.5 or more, and no ground truth, is neither: it is not chosen.
 
     Args:
         proposals: (P, 4); the ground truth is added to them.
@@ -236,7 +246,10 @@ def sample_regions(
         background: label of what is no object.
         count: most regions in all.
         share: most of them on objects.
+        unknown: boxes that may hold an object without a label, (U, 4).
     """
+    if len(unknown):
+        proposals = proposals[~((iou(proposals, unknown).amax(1) >= 0.5) & (_nearest(proposals, boxes) < 0.5))]
     if not len(boxes):
         chosen = proposals[torch.randperm(len(proposals))[:count].to(proposals.device)]
         label = torch.full((len(chosen),), background, device=proposals.device)
@@ -252,6 +265,11 @@ def sample_regions(
     target = boxes[nearest[rows]].clone()
     target[len(positive) :] = 0
     return SampledRegions(boxes=candidates[rows], labels=label, targets=target)
+
+
+def _nearest(proposals: Tensor, boxes: Tensor) -> Tensor:
+    """Highest IoU of each proposal (P, 4) with any box (N, 4), (P,); zeros where there is none."""
+    return iou(proposals, boxes).amax(1) if len(boxes) else proposals.new_zeros(len(proposals))
 
 
 def _suppress(

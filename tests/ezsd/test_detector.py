@@ -77,11 +77,12 @@ def replaced(batch, **fields):
     return Batch(**(values | fields))
 
 
-def losses_and_gradients(detector, batch, *, distill, weight=1.0):
+def losses_and_gradients(detector, batch, *, distill, weight=1.0, novel=0):
     """The parts, and the gradient of their sum by parameter, from the same random choices and statistics."""
     model = copy.deepcopy(detector).train()
     torch.manual_seed(5)
-    parts = model.losses(batch, unit_rows(NAMES), distill=distill)
+    text = torch.cat([unit_rows(NAMES), unit_rows(novel, seed=14)])
+    parts = model.losses(batch, text, base_count=NAMES, distill=distill)
     sum(value * (weight if name == "distillation" else 1) for name, value in parts.items()).backward()
     return parts, {name: p.grad for name, p in model.named_parameters()}
 
@@ -132,6 +133,14 @@ def test_cached_regions_reach_the_distillation_and_nothing_else(detector):
     first, _ = losses_and_gradients(detector, batch, distill=True)
     second, _ = losses_and_gradients(detector, changed, distill=True)
     assert {name for name in first if not torch.equal(first[name], second[name])} == {"distillation"}
+
+
+def test_competing_novel_names_reach_the_classification_and_nothing_else(detector):
+    first, _ = losses_and_gradients(detector, make_batch(), distill=True)
+    second, gradients = losses_and_gradients(detector, make_batch(), distill=True, novel=3)
+    assert {name for name in first if not torch.equal(first[name], second[name])} == {"classification"}
+    assert second["classification"] > first["classification"]
+    assert all(g.isfinite().all() for g in gradients.values())
 
 
 def distillation(detector, batch):
