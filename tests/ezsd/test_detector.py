@@ -28,6 +28,7 @@ SETTINGS = {
     "temperature": 20.0,
     "sampled_regions": 16,
     "positive_share": 0.25,
+    "spare_confidence": 2.0,
     "backend": "eager",
 }
 
@@ -82,7 +83,7 @@ def losses_and_gradients(detector, batch, *, distill, weight=1.0, novel=0):
     model = copy.deepcopy(detector).train()
     torch.manual_seed(5)
     text = torch.cat([unit_rows(NAMES), unit_rows(novel, seed=14)])
-    parts = model.losses(batch, text, base_count=NAMES, distill=distill)
+    parts = model.losses(batch, text, distill=distill)
     sum(value * (weight if name == "distillation" else 1) for name, value in parts.items()).backward()
     return parts, {name: p.grad for name, p in model.named_parameters()}
 
@@ -191,7 +192,8 @@ def test_regions_of_an_image_weigh_as_much_as_their_number():
 
 
 def sample(proposals, boxes, labels, **changes):
-    return sample_regions(proposals, boxes, labels, **({"background": NAMES, "count": 20, "share": 0.25} | changes))
+    options = {"background": NAMES, "count": 20, "share": 0.25, "unknown": torch.zeros(0, 4)} | changes
+    return sample_regions(proposals, boxes, labels, **options)
 
 
 def shifted(boxes, *, copies, spread):
@@ -254,6 +256,47 @@ def test_missing_objects_are_made_up_for_by_background():
     found = sample(random_boxes(60, limit=40) + 100, torch.tensor([[5.0, 5, 25, 25]]), torch.tensor([0]), share=0.5)
     assert (found.labels == 0).sum() == 1
     assert (found.labels == NAMES).sum() == 19
+
+
+@pytest.mark.parametrize("objects", [0, 1])
+def test_what_may_be_an_unlabelled_object_is_neither_object_nor_background(objects):
+    boxes, unknown = torch.tensor([[5.0, 5, 25, 25]])[:objects], torch.tensor([[30.0, 30, 60, 60]])
+    proposals = torch.cat([shifted(unknown, copies=40, spread=20), random_boxes(60)])
+    plain = sample(proposals, boxes, torch.zeros(objects, dtype=torch.int64), count=200)
+    spared = sample(proposals, boxes, torch.zeros(objects, dtype=torch.int64), count=200, unknown=unknown)
+    overlap = box_iou(plain.boxes, unknown)[:, 0]
+    assert (overlap >= 0.5).sum() > 10
+    rest = {tuple(box) for box in plain.boxes[overlap < 0.5].tolist()}
+    assert {tuple(box) for box in spared.boxes.tolist()} == rest
+    assert (spared.labels != NAMES).sum() == (plain.labels != NAMES).sum()
+
+
+def test_a_known_object_is_learned_from_although_a_cached_region_lies_on_it():
+    boxes = torch.tensor([[5.0, 5, 25, 25]])
+    found = sample(shifted(boxes, copies=40, spread=4), boxes, torch.tensor([2]), unknown=boxes + 1, share=0.5)
+    assert found.labels.tolist() == [2] * 10
+
+
+def test_confident_cached_regions_are_spared_when_asked(detector):
+    batch = make_batch()
+    # So dense that every proposal of these sizes in the first image lies on one.
+    everywhere = torch.cartesian_prod(*[torch.arange(0, SIDE, 4.0)] * 2)
+    regions = torch.cat([torch.cat([everywhere, everywhere + s], 1) for s in (10, 20, 40)])
+    many = replaced(
+        batch,
+        region_boxes=regions,
+        region_image=torch.zeros(len(regions), dtype=torch.int64),
+        region_target=unit_rows(len(regions)),
+        region_confidence=torch.full((len(regions),), 0.5),
+    )
+    values = {}
+    for threshold in (0.4, 0.6):
+        detector.settings = DetectorSettings(**(SETTINGS | {"spare_confidence": threshold}))
+        values[threshold] = losses_and_gradients(detector, many, distill=False)[0]
+    unspared, _ = losses_and_gradients(detector, batch, distill=False)
+    assert torch.equal(values[0.6]["classification"], unspared["classification"])
+    assert not torch.equal(values[0.4]["classification"], unspared["classification"])
+    assert torch.equal(values[0.4]["rpn_objectness"], unspared["rpn_objectness"])
 
 
 # Detection.
