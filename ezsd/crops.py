@@ -18,7 +18,7 @@ def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surroun
 
     Each box is enlarged about its centre, rounded outwards, clamped to the image, put in the middle of a black square
     as wide as its longer side, and resampled with an antialiased bicubic filter. With `surround="context"` the box
-    first grows to a square, so that black is only what lies outside the image.
+    first grows to a square, so that a box well inside the image has no black beside it.
 
     Args:
         image: (3, H, W) uint8 RGB.

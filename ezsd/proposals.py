@@ -112,7 +112,7 @@ class Selection:
     region_score: Tensor
     """(K,) float32."""
     confidence: Tensor
-    """Highest name probability of each region, (K,) float32 in (0, 1]."""
+    """Highest name probability of each region, times the probability that it is no background, (K,) float32."""
     class_index: Tensor
     """Which name that is, (K,) int64, a position in base + novel names."""
 

@@ -17,7 +17,6 @@ from typing import Protocol, runtime_checkable
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -162,9 +161,12 @@ def _load_plugin(name: str, device: str | torch.device) -> Teacher:
         raise TeacherError(f"--teacher {name}: expected plugin:package.module:factory")
     try:
         factory = getattr(importlib.import_module(parts[1]), parts[2])
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise TeacherError(f"--teacher {name}: {error}; is its folder on PYTHONPATH?") from error
-    teacher = factory(device=str(device))
+    try:
+        teacher = factory(device=str(device))
+    except TypeError as error:
+        raise TeacherError(f"--teacher {name}: {error}") from error
     if not isinstance(teacher, Teacher):
         numbers, methods = "name embed_dim input_size logit_scale", "encode_image encode_text layer_norms fingerprint"
         missing = [part for part in f"{numbers} {methods}".split() if not hasattr(teacher, part)]
@@ -186,7 +188,7 @@ def _create(name: str, tag: str | None, device: str | torch.device) -> open_clip
     logging.getLogger("open_clip").setLevel(logging.ERROR)
     root_level = logging.root.level
     # open_clip logs through the root logger, and warns of "random initialisation" before we load the file ourselves.
-    logging.root.setLevel(logging.ERROR)
+    logging.root.setLevel(logging.CRITICAL)
     try:
         model = open_clip.create_model(name, pretrained=tag, device=device, require_pretrained=bool(tag))
     except (OSError, RuntimeError, ValueError) as error:
@@ -211,8 +213,10 @@ def load_weights(model: open_clip.CLIP, path: Path) -> Tensor | None:
         if state is not None and "token_embedding.ids" in state:
             return _load_compact(model, state)
         open_clip.load_checkpoint(model, str(path), weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:
+        # A file that is no state at all fails in open_clip's loader in a dozen ways; all mean the same to its owner.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
         raise TeacherError(
             f"--weights {path}: not loadable into this model: {reason}. Expected an open_clip state as .safetensors, "
             f"or as .pt without pickled code"

@@ -75,7 +75,11 @@ def build_backbone(
 def _load_classifier(network: nn.Module, name: str, weights: Mapping[str, Tensor]) -> None:
     # Frozen normalisation has no step counter, and the classifier is thrown away.
     state = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked") and not k.startswith("fc.")}
-    found = network.load_state_dict(state, strict=False)
+    try:
+        found = network.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        wrong = str(error).splitlines()[1].strip()
+        raise ValueError(f"backbone weights are not an ImageNet state of {name}: {wrong}") from error
     missing = [k for k in found.missing_keys if not k.startswith("fc.")]
     if missing or found.unexpected_keys:
         wrong = (missing + list(found.unexpected_keys))[0]

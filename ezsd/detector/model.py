@@ -127,7 +127,8 @@ class Detector(nn.Module):
         Args:
             batch: images, base boxes and cached regions.
             text: unit rows of the base names, and of novel names if they are to compete for base objects, (C, D).
-            distill: False leaves the cached regions out altogether.
+            distill: False leaves out the distillation. Cached regions then still decide what is spared from being
+                background, if `spare_confidence` asks for that.
         """
         maps = self.backbone(normalise(batch.images))
         proposals, losses = self._propose(batch.images, batch.sizes, maps, batch)
