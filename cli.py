@@ -172,7 +172,7 @@ def report(
 @app.command(epilog="Example:  ezsd demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Everything lands below it.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Of data and training.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of data and training; 0 is the dev seed.")] = 0,
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
