@@ -61,14 +61,23 @@ def cache_build(
 ) -> None:
     """Re-normalise the teacher, find CLIP proposals, embed them: once per dataset and teacher."""
     from pipeline.build import BuildRequest, build_cache
-    from pipeline.command import build_config, dataset_at, resolve_device
+    from pipeline.command import build_config, dataset_at, known_dataset, resolve_device
 
     # Everything that can be refused is, before the benchmark is drawn.
     where = resolve_device(device)
+    known_dataset(dataset)
     config = build_config(preset or dataset, set_ or [], teacher=teacher, weights=weights)
     found = dataset_at(dataset, data_root)
     store = out or Path("cache") / dataset
-    request = BuildRequest(dataset=found, config=config, out=store, limit=limit, device=where, workers=workers)
+    request = BuildRequest(
+        dataset=found,
+        config=config,
+        out=store,
+        preset=preset or dataset,
+        limit=limit,
+        device=where,
+        workers=workers,
+    )
     report = build_cache(request)
     if report.already_complete:
         typer.echo(f"{store}: complete already, nothing to do")

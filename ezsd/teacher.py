@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ezsd.vocabulary import prompts
+
 log = logging.getLogger(__name__)
 
 TINY_SHAPES = "tiny-shapes"
@@ -86,7 +88,7 @@ class OpenClipTeacher:
 
     def encode_text(self, names: Sequence[str]) -> Tensor:
         """See `Teacher`. TeacherError for a word the model has no weights for."""
-        tokens = self._tokenizer([self.template.format(name) for name in names])
+        tokens = self._tokenizer(list(prompts(names, self.template)))
         if self._known_tokens is not None:
             for name, row in zip(names, tokens, strict=True):
                 if not torch.isin(row, self._known_tokens).all():

@@ -14,7 +14,7 @@ from ezsd.adapt import crop_accuracy, flatten, tune_layer_norms
 from ezsd.crops import Surround, crop_boxes
 from ezsd.data.annotations import Annotations
 from ezsd.teacher import Teacher
-from pipeline.config import AdaptConfig, ProposalConfig
+from pipeline.config import AdaptConfig, ConfigError, ProposalConfig
 from pipeline.datasets import read_dataset_image
 from pipeline.progress import Progress
 
@@ -95,13 +95,13 @@ def adapt_teacher(
         the held-out images.
 
     Raises:
-        ValueError: there are too few base boxes to hold some out.
+        ConfigError: there are too few base boxes to hold some out.
     """
     source = CropSource(annotations, root, size=teacher.input_size, ratio=crops.crop_ratio, surround=crops.surround)
     with_boxes = np.unique(annotations.image_index)
     held = max(1, round(len(with_boxes) * config.held_out))
     if len(with_boxes) <= held:
-        raise ValueError(f"re-normalisation needs base boxes in at least 2 images, found them in {len(with_boxes)}")
+        raise ConfigError(f"re-normalisation needs base boxes in at least 2 images, found them in {len(with_boxes)}")
     order = np.random.default_rng([seed, 0]).permutation(with_boxes)
     tuned_on, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
 

@@ -39,6 +39,8 @@ class BuildRequest:
     config: Config
     out: Path
     """The store's folder."""
+    preset: str | None = None
+    """Name of the preset that the configuration came from: `ezsd train` then starts from the same."""
     limit: int | None = None
     """Only the first images of the training split, by id."""
     device: str = "cpu"
@@ -199,6 +201,7 @@ def _record_environment(writer: StoreWriter, request: BuildRequest, seconds: dic
         {
             "dataset": request.dataset.name,
             "data_root": str(request.dataset.root.absolute()),
+            "preset": request.preset,
             "limit": request.limit,
             "device": request.device,
             "teacher": dataclasses.asdict(request.config.teacher),

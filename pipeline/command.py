@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ConfigError(
@@ -63,12 +64,21 @@ def build_config(preset: str, overrides: Sequence[str], *, teacher: str | None, 
 
 
 def train_config(cache: Path, preset: str | None, overrides: Sequence[str]) -> Config:
-    """The configuration of a training: by default the preset of the store's dataset."""
+    """The configuration of a training: by default the preset that the store was built with."""
+    store = Store(cache)
     if preset is None:
-        fields = Store(cache).manifest.fields["dataset"]
+        recorded = store.path / "environment.json"
+        preset = json.loads(recorded.read_text()).get("preset") if recorded.is_file() else None
+    if preset is None:
+        fields = store.manifest.fields["dataset"]
         assert isinstance(fields, dict)
         preset = str(fields["name"])
     return load_preset(preset, overrides)
+
+
+def known_dataset(name: str) -> None:
+    """DatasetError for a name that is no dataset."""
+    find_dataset(name, Path())
 
 
 def dataset_at(name: str, root: Path | None) -> Dataset:

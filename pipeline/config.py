@@ -95,7 +95,10 @@ class ProposalConfig:
 
     def __post_init__(self) -> None:
         _require(self.stride > 0, f"proposals.stride must be > 0, got {self.stride}")
-        _require(all(s > 0 for s in self.sizes), f"proposals.sizes must be > 0, got {self.sizes}")
+        _require(bool(self.sizes) and all(s > 0 for s in self.sizes), f"proposals.sizes must be > 0, got {self.sizes}")
+        _require(
+            bool(self.ratios) and all(r > 0 for r in self.ratios), f"proposals.ratios must be > 0, got {self.ratios}"
+        )
         _require(self.crop_ratio >= 1, f"proposals.crop_ratio must be >= 1, got {self.crop_ratio}")
         _require(0 < self.nms_iou <= 1, f"proposals.nms_iou must lie in (0, 1], got {self.nms_iou}")
         _require(self.regions > 0, f"proposals.regions must be > 0, got {self.regions}")
@@ -111,6 +114,11 @@ class BuildConfig:
     """Images per block: one task, one journal entry. Batches never cross a block."""
     batch: int = 256
     """Crops per encoder call."""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, f"build.seed must be >= 0, got {self.seed}")
+        _require(self.block_images > 0, f"build.block_images must be > 0, got {self.block_images}")
+        _require(self.batch > 0, f"build.batch must be > 0, got {self.batch}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +156,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(self.backbone in BACKBONES, f"model.backbone {self.backbone!r} is not one of {', '.join(BACKBONES)}")
+        _require(self.pool_size > 0, f"model.pool_size must be > 0, got {self.pool_size}")
+        _require(self.canonical_size > 0, f"model.canonical_size must be > 0, got {self.canonical_size}")
         _require(self.temperature > 0, f"model.temperature must be > 0, got {self.temperature}")
 
 
@@ -156,9 +166,9 @@ class LossConfig:
     """Weights of the objective."""
 
     distillation: float
-    """Of the cosine distillation; 0 trains without the cached regions."""
+    """Of the cosine distillation; 0 leaves it out (see also model.spare_confidence, which reads cached regions)."""
     novel_names: bool = False
-    """Whether novel names compete for base objects in the cross-entropy; the authors' table holds base names alone."""
+    """Whether novel names stand in the cross-entropy too; the authors have base names alone."""
     rpn: float = 1.0
     """Of the proposal network's two terms."""
     classification: float = 1.0
@@ -204,6 +214,12 @@ class TrainConfig:
     """Kernel backend."""
 
     def __post_init__(self) -> None:
+        _require(self.seed >= 0, f"train.seed must be >= 0, got {self.seed}")
+        sides = (self.short_side, self.long_side)
+        _require(
+            sides == (0, 0) or 0 < sides[0] <= sides[1],
+            f"train.short_side, long_side: 0 and 0, or 0 < short <= long; got {sides}",
+        )
         _require(self.steps > 0, f"train.steps must be > 0, got {self.steps}")
         _require(self.images > 0, f"train.images must be > 0, got {self.images}")
         _require(self.checkpoint_every > 0, f"train.checkpoint_every must be > 0, got {self.checkpoint_every}")

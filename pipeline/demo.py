@@ -15,7 +15,7 @@ from pipeline.config import load_preset
 from pipeline.datasets import find_dataset
 from pipeline.evaluate import evaluate_crops, evaluate_run, headline
 from pipeline.report import write_report
-from pipeline.runs import Run
+from pipeline.runs import Run, RunError
 from pipeline.shapes import write_shapes
 
 log = logging.getLogger("ezsd")
@@ -46,7 +46,9 @@ def run_demo(out: Path, *, seed: int, device: str, overrides: tuple[str, ...] = 
     write_shapes(data, seed=seed)
     clock.lap("shapes")
     config = load_preset("shapes", overrides)
-    built = build_cache(BuildRequest(dataset=find_dataset("shapes", data), config=config, out=store, device=device))
+    built = build_cache(
+        BuildRequest(dataset=find_dataset("shapes", data), config=config, out=store, preset="shapes", device=device)
+    )
     seconds |= {f"cache: {stage}": spent for stage, spent in built.seconds.items()}
     clock.restart()
     train_arms(out, store, seed=seed, device=device, overrides=overrides)
@@ -72,7 +74,7 @@ def train_arms(out: Path, store: Path, *, seed: int, device: str, overrides: tup
         processes = [subprocess.Popen(c, env=environment) for c in waiting[start : start + together]]
         codes = [p.wait() for p in processes]
         if any(codes):
-            raise RuntimeError(f"training stopped with exit codes {codes}; its message stands above")
+            raise RunError(f"training stopped with exit codes {codes}; its message stands above")
 
 
 def _command(out: Path, store: Path, arm: str, seed: int, device: str, overrides: tuple[str, ...]) -> list[str]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ezsd.vocabulary import VocabularyError
+from pipeline.config import ConfigError
 from pipeline.datasets import read_image
 from pipeline.draw import draw_boxes
 from pipeline.evaluate import TrainedDetector, load_trained, run_teacher
@@ -43,6 +45,8 @@ def detect_image(
     Raises:
         ValueError: (of many kinds) no image, an unfinished run, a class that nobody can embed.
     """
+    if drawn is not None and drawn.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"--out {drawn}: its ending says no picture format; give it one such as .png")
     pixels = read_image(image)
     trained = load_trained(run, device)
     text = class_text(trained, run, classes, device)

@@ -186,19 +186,20 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str) -> dict[str
         ratio=crops.crop_ratio,
         surround=crops.surround,
     )
+    single = ~annotations.crowd
     is_base = annotations.class_index < len(dataset.split.base)
 
     def accuracy() -> dict[str, float | None]:
         batches = source.batches(range(len(annotations.images)), crops=config.build.batch)
         right = crop_accuracy(teacher, batches, dataset.split.names).numpy()
-        return {"base": _mean(right[is_base]), "novel": _mean(right[~is_base])}
+        return {"base": _mean(right[is_base & single]), "novel": _mean(right[~is_base & single])}
 
     raw = accuracy()
     adapt_back(run, teacher)
     result: dict[str, object] = {
         "raw": raw,
         "re_normalised": accuracy(),
-        "crops": {"base": int(is_base.sum()), "novel": int((~is_base).sum())},
+        "crops": {"base": int((is_base & single).sum()), "novel": int((~is_base & single).sum())},
     }
     write_json(run.folder / "crops.json", result)
     return result

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+log = logging.getLogger("ezsd")
 KEEP_CHECKPOINTS = 2
 
 
@@ -74,10 +76,13 @@ class Run:
                     f"--run {folder}: holds another run: {'; '.join(differences[:4])}; choose another --run folder"
                 )
             return run
-        if folder.exists() and any(folder.iterdir()):
+        # What a start that was killed before run.json leaves behind is made again.
+        begun = {"checkpoints", "tables.safetensors", ".run.json.partial"}
+        if folder.exists() and any(p.name not in begun for p in folder.iterdir()):
             raise RunError(f"--run {folder}: is not empty and holds no run; choose another --run folder")
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         save_file(dict(tables), folder / "tables.safetensors")
+        _fsync(folder / "tables.safetensors")
         # Last, so that a folder with run.json is whole.
         write_json(folder / "run.json", wanted)
         return run
@@ -106,10 +111,11 @@ class Run:
         """The newest checkpoint whose files are what its state says; torn ones are passed over."""
         for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
             state = folder / "state.json"
-            with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
+            with contextlib.suppress(OSError, ValueError, KeyError):
                 expected = json.loads(state.read_text())
                 if all(_sha256(folder / name) == digest for name, digest in expected["sha256"].items()):
                     return Checkpoint(folder, int(expected["step"]))
+            log.warning("%s: damaged, passed over", folder)
         return None
 
     def finished(self) -> Checkpoint:

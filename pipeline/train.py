@@ -168,7 +168,10 @@ def build_detector(
 ) -> Detector:
     """The detector of a configuration, freshly initialised; `build_backbone` explains the last two arguments."""
     model = config.model
-    backbone = build_backbone(model.backbone, channels=model.channels, weights=weights, frozen_norms=frozen_norms)
+    try:
+        backbone = build_backbone(model.backbone, channels=model.channels, weights=weights, frozen_norms=frozen_norms)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if len(model.rpn_sizes) != len(backbone.strides):
         raise ConfigError(
             f"model.rpn_sizes needs one size per level of {model.backbone} (strides {backbone.strides}), "

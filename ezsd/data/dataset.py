@@ -17,7 +17,7 @@ from ezsd.boxes import flip_horizontal, scale
 from ezsd.detector.model import Batch
 
 PAD_MULTIPLE = 32
-"""Batches are padded to a multiple of this, so that every pyramid level has whole cells."""
+"""Batches are padded to a multiple of this: levels up to stride 32 then have whole cells."""
 
 
 class GroundTruth(Protocol):

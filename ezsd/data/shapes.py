@@ -1,12 +1,12 @@
 """`shapes`: the embedded benchmark, drawn from a seed.
 
-Twenty filled shapes, fourteen base and six novel, each a class by itself: colour, texture and size are nuisance, so a
+Twenty filled shapes, thirteen base and seven novel, each a class by itself: colour, texture and size are nuisance, so a
 detector cannot compose a novel class from base ones. Scenes add what clean pictures lack: cloudy backgrounds, low
 contrast, occluders, blur and noise. Boxes are amodal (the whole shape, hidden parts too) and several classes have an
 aspect ratio of their own, so that knowing the class helps to place the box.
 
-Everything is a pure function of (seed, split, index). Generator, splits and seeds are frozen: a change of any number
-here makes another benchmark, and every reported figure would have to be measured again.
+Everything is a pure function of (seed, split, index). A change of any number here makes another benchmark: a test pins
+the pixels, and figures of the test seeds are reported only once nothing here changes any more.
 """
 
 from __future__ import annotations

@@ -114,9 +114,12 @@ class CosineClassifier(nn.Module):
 
     def forward(self, embedding: Tensor, text: Tensor) -> Tensor:
         """Unit embeddings (R, D) against unit rows (C, D): logits (R, C + 1), background last."""
-        cosine = torch.cat([embedding @ text.T, (embedding @ self.background)[:, None]], 1)
-        # Above 100 the softmax is as hard as CLIP's own, and gradients vanish.
-        return self.log_temperature.clamp(max=math.log(100.0)).exp() * cosine
+        # In 16 bits a cosine times 100 has steps of an eighth.
+        with torch.autocast(embedding.device.type, enabled=False):
+            embedding, text = embedding.float(), text.float()
+            cosine = torch.cat([embedding @ text.T, (embedding @ self.background)[:, None]], 1)
+            # Above 100 the softmax is as hard as CLIP's own, and gradients vanish.
+            return self.log_temperature.clamp(max=math.log(100.0)).exp() * cosine
 
 
 class SemanticBoxRegressor(nn.Module):
