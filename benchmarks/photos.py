@@ -8,6 +8,7 @@ training split. With --draw, the best proposals are drawn over the photos for a 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from ezsd.metrics import recall_at
 from pipeline.config import from_tables, load_preset, to_tables
 from pipeline.datasets import read_dataset_image
 from pipeline.draw import draw_boxes
+from pipeline.evaluate import headline
 from pipeline.extract import image_anchors
+from pipeline.runs import Run
 from pipeline.train import store_dataset
 
 TOP = (100, 300)
@@ -75,9 +78,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--draw", type=Path)
+    parser.add_argument("--run", type=Path, help="an evaluated run trained on the cache: its AP50 goes into the row")
     arguments = parser.parse_args()
     store = Store(arguments.cache)
     result = coverage(store, arguments.data_root)
+    if arguments.run:
+        run = Run.open(arguments.run)
+        evaluated = headline(json.loads((run.folder / "eval.json").read_text()))
+        result["trained"] = {"AP50": evaluated, "steps": run.read_metrics()[-1]["step"]}
     teacher = store.manifest.fields["teacher"]
     grid = store.manifest.fields["proposals"]
     rows.append("photos", {**result, "teacher": teacher, "proposal_settings": grid})

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ezsd.kernels import Backend, roi_align, roi_align_cosine, roi_embed
+
+
+class PoolingOptions(TypedDict):
+    """What the three operators take alike; see `ezsd.kernels`."""
+
+    spatial_scale: list[float]
+    output_size: int
+    canonical_size: int
+    canonical_level: int
+    backend: Backend
 
 
 class Pooling:
@@ -25,11 +36,14 @@ class Pooling:
     def __init__(
         self, *, strides: tuple[int, ...], size: int, canonical_size: int, canonical_level: int, backend: Backend
     ) -> None:
-        self.scales = [1 / stride for stride in strides]
-        self.size = size
-        self.canonical_size = canonical_size
-        self.canonical_level = canonical_level
-        self.backend = backend
+        self.levels = len(strides)
+        self.options: PoolingOptions = {
+            "spatial_scale": [1 / stride for stride in strides],
+            "output_size": size,
+            "canonical_size": canonical_size,
+            "canonical_level": canonical_level,
+            "backend": backend,
+        }
 
     def align(self, maps: list[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
         """(R, C, P, P) pooled features of boxes (R, 4) in input pixels."""
@@ -37,11 +51,7 @@ class Pooling:
             maps,
             boxes,
             image_index,
-            spatial_scale=self.scales,
-            output_size=self.size,
-            canonical_size=self.canonical_size,
-            canonical_level=self.canonical_level,
-            backend=self.backend,
+            **self.options,
         )
 
     def embed(self, maps: list[Tensor], boxes: Tensor, image_index: Tensor, projection: nn.Linear) -> Tensor:
@@ -50,13 +60,9 @@ class Pooling:
             maps,
             boxes,
             image_index,
-            spatial_scale=self.scales,
-            output_size=self.size,
             projection=projection.weight,
             bias=projection.bias,
-            canonical_size=self.canonical_size,
-            canonical_level=self.canonical_level,
-            backend=self.backend,
+            **self.options,
         )
 
     def cosine_loss(
@@ -75,13 +81,9 @@ class Pooling:
             image_index,
             target,
             weight,
-            spatial_scale=self.scales,
-            output_size=self.size,
             projection=projection.weight,
             bias=projection.bias,
-            canonical_size=self.canonical_size,
-            canonical_level=self.canonical_level,
-            backend=self.backend,
+            **self.options,
         )
 
 

@@ -132,7 +132,7 @@ class Detector(nn.Module):
         """
         maps = self.backbone(normalise(batch.images))
         proposals, losses = self._propose(batch.images, batch.sizes, maps, batch)
-        features = self.tower(maps[: len(self.pooling.scales)])
+        features = self.tower(maps[: self.pooling.levels])
         losses |= self._region_losses(features, proposals, batch, text)
         if distill:
             weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
@@ -164,7 +164,7 @@ class Detector(nn.Module):
         """
         maps = self.backbone(normalise(images))
         proposals, _ = self._propose(images, sizes, maps, None)
-        features = self.tower(maps[: len(self.pooling.scales)])
+        features = self.tower(maps[: self.pooling.levels])
         boxes, index = torch.cat(proposals), _image_index(proposals)
         probability = self.classifier(self._embed(features, boxes, index), text).float().softmax(1)[:, :-1]
         # The regressor is asked as for the likeliest object: a row of zeros for background was never trained.
@@ -249,15 +249,19 @@ def sample_regions(
         share: most of them on objects.
         unknown: boxes that may hold an object without a label, (U, 4).
     """
-    if len(unknown):
-        proposals = proposals[~((iou(proposals, unknown).amax(1) >= 0.5) & (_nearest(proposals, boxes) < 0.5))]
+    likely = (
+        iou(proposals, unknown).amax(1) >= 0.5 if len(unknown) else torch.zeros_like(proposals[:, 0], dtype=torch.bool)
+    )
     if not len(boxes):
+        proposals = proposals[~likely]
         chosen = proposals[torch.randperm(len(proposals))[:count].to(proposals.device)]
         label = torch.full((len(chosen),), background, device=proposals.device)
         return SampledRegions(boxes=chosen, labels=label, targets=torch.zeros_like(chosen))
     candidates = torch.cat([proposals, boxes])
     overlap, nearest = iou(candidates, boxes).max(1)
-    positive, negative = torch.nonzero(overlap >= 0.5)[:, 0], torch.nonzero(overlap < 0.5)[:, 0]
+    nothing = overlap < 0.5
+    nothing[: len(proposals)] &= ~likely
+    positive, negative = torch.nonzero(overlap >= 0.5)[:, 0], torch.nonzero(nothing)[:, 0]
     positive = positive[torch.randperm(len(positive))[: int(count * share)].to(positive.device)]
     negative = negative[torch.randperm(len(negative))[: count - len(positive)].to(negative.device)]
     rows = torch.cat([positive, negative])
@@ -266,11 +270,6 @@ def sample_regions(
     target = boxes[nearest[rows]].clone()
     target[len(positive) :] = 0
     return SampledRegions(boxes=candidates[rows], labels=label, targets=target)
-
-
-def _nearest(proposals: Tensor, boxes: Tensor) -> Tensor:
-    """Highest IoU of each proposal (P, 4) with any box (N, 4), (P,); zeros where there is none."""
-    return iou(proposals, boxes).amax(1) if len(boxes) else proposals.new_zeros(len(proposals))
 
 
 def _suppress(

@@ -472,7 +472,7 @@ def test_a_backbone_has_the_strides_it_states(name, strides):
 def test_a_resnet_detector_pools_from_all_levels_but_the_last():
     settings = DetectorSettings(**(SETTINGS | {"rpn_sizes": ((8,), (16,), (32,), (64,), (128,))}))
     detector = Detector(build_backbone("resnet18", channels=16, weights=None), settings)
-    assert detector.pooling.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert detector.pooling.options["spatial_scale"] == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
     parts, _ = losses_and_gradients(detector, make_batch(), distill=True)
     assert all(value.isfinite() for value in parts.values())
     assert len(detect(detector, unit_rows(3))) == 2

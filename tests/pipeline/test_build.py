@@ -42,6 +42,11 @@ def overrides(config):
     ]
 
 
+def build_command(dataset, config, out, *, workers):
+    command = [sys.executable, "-m", "cli", "cache", "build", "--dataset", dataset.name, "--out", str(out)]
+    return [*command, "--workers", str(workers), "--data-root", str(dataset.root), *overrides(config)]
+
+
 def test_two_workers_make_the_same_bytes_as_one(shapes_dataset, quick_config, shapes_store, tmp_path):
     build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=tmp_path / "two", workers=2))
     assert files(tmp_path / "two") == files(shapes_store)
@@ -50,20 +55,7 @@ def test_two_workers_make_the_same_bytes_as_one(shapes_dataset, quick_config, sh
 @pytest.mark.parametrize("point", ["whole.after_rename", "block.before_rename:2", "commit.before_rename"])
 def test_a_killed_build_resumes_to_the_same_bytes(point, shapes_dataset, quick_config, shapes_store, tmp_path):
     out = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-m",
-        "cli",
-        "cache",
-        "build",
-        "--dataset",
-        "shapes",
-        "--out",
-        str(out),
-        "--workers",
-        "1",
-    ]
-    command += ["--data-root", str(shapes_dataset.root), *overrides(quick_config)]
+    command = build_command(shapes_dataset, quick_config, out, workers=1)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "EZSD_FAILPOINT": point}
     killed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -154,20 +146,7 @@ def test_limit_takes_the_first_images(shapes_dataset, quick_config, tmp_path):
 
 def test_a_kill_at_any_moment_is_survived(shapes_dataset, quick_config, shapes_store, tmp_path):
     out = tmp_path / "random"
-    command = [
-        sys.executable,
-        "-m",
-        "cli",
-        "cache",
-        "build",
-        "--dataset",
-        "shapes",
-        "--out",
-        str(out),
-        "--workers",
-        "2",
-    ]
-    command += ["--data-root", str(shapes_dataset.root), *overrides(quick_config)]
+    command = build_command(shapes_dataset, quick_config, out, workers=2)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
