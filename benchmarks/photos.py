@@ -38,7 +38,7 @@ def coverage(store: Store, data_root: Path | None) -> dict[str, object]:
     novel = truth.class_index >= len(dataset.split.base)
     objects = [truth.box[truth.rows(p)][novel[truth.rows(p)] & ~truth.crowd[truth.rows(p)]] for p in positions]
     ids = [truth.images[p].id for p in positions]
-    settings = to_tables(load_preset("photos")) | {"proposals": dict(store.manifest.fields["proposals"])}  # type: ignore[arg-type]
+    settings = to_tables(load_preset("photos")) | {"proposals": dict(store.manifest.fields["proposals"])}
     grid = from_tables(settings, where="store").proposals
     anchors = [image_anchors(grid, truth.images[p].width, truth.images[p].height).numpy() for p in positions]
     draws = []

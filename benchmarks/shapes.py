@@ -66,7 +66,7 @@ def summary(tag: str) -> str:
         lines.append(f"distilled - plain, {group}: {spread(gain)}")
     for group in ("base", "novel"):
         crops = [row for row in found if row["arm"] == "crops"]
-        gain = [row["re_normalised"][group] - row["raw"][group] for row in crops]  # type: ignore[index]
+        gain = [row["re_normalised"][group] - row["raw"][group] for row in crops]
         lines.append(f"crop accuracy, re-normalised - raw, {group}: {spread(gain)}")
     return "\n".join(lines)
 
