@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ezsd.adapt import AdaptLoss
 from ezsd.crops import Surround
 from ezsd.detector.backbone import BACKBONES
-from ezsd.kernels import Backend
+from ezsd.kernels import Backend, Metric
 from ezsd.proposals import Score
 
 
@@ -166,9 +166,11 @@ class LossConfig:
     """Weights of the objective."""
 
     distillation: float
-    """Of the cosine distillation; 0 leaves it out (see also model.spare_confidence, which reads cached regions)."""
+    """Of the distillation; 0 leaves it out (see also model.spare_confidence, which reads cached regions)."""
+    metric: Metric = "cosine"
+    """Distance to the cached embedding: "cosine", or "l1" between unit vectors (the authors', grows with sqrt(D))."""
     novel_names: bool = False
-    """Whether novel names stand in the cross-entropy too; the authors have base names alone."""
+    """Whether novel names compete for base objects in the cross-entropy; the authors have base names alone."""
     rpn: float = 1.0
     """Of the proposal network's two terms."""
     classification: float = 1.0

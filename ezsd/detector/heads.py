@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ezsd.kernels import Backend, roi_align, roi_align_cosine, roi_embed
+from ezsd.kernels import Backend, Metric, roi_align, roi_align_cosine, roi_embed
 
 
 class PoolingOptions(TypedDict):
@@ -65,7 +65,7 @@ class Pooling:
             **self.options,
         )
 
-    def cosine_loss(
+    def distance(
         self,
         maps: list[Tensor],
         boxes: Tensor,
@@ -73,8 +73,9 @@ class Pooling:
         target: Tensor,
         weight: Tensor,
         projection: nn.Linear,
+        metric: Metric,
     ) -> Tensor:
-        """Weighted mean of 1 - cosine between region embeddings and targets (R, D); scalar."""
+        """Weighted mean of the distances between region embeddings and targets (R, D); scalar."""
         return roi_align_cosine(
             maps,
             boxes,
@@ -83,6 +84,7 @@ class Pooling:
             weight,
             projection=projection.weight,
             bias=projection.bias,
+            metric=metric,
             **self.options,
         )
 

@@ -83,7 +83,7 @@ def losses_and_gradients(detector, batch, *, distill, weight=1.0, novel=0):
     model = copy.deepcopy(detector).train()
     torch.manual_seed(5)
     text = torch.cat([unit_rows(NAMES), unit_rows(novel, seed=14)])
-    parts = model.losses(batch, text, distill=distill)
+    parts = model.losses(batch, text, base=NAMES, distill=distill)
     sum(value * (weight if name == "distillation" else 1) for name, value in parts.items()).backward()
     return parts, {name: p.grad for name, p in model.named_parameters()}
 
@@ -93,7 +93,7 @@ def losses_and_gradients(detector, batch, *, distill, weight=1.0, novel=0):
     [((2, 1), (4, 3)), ((0, 2), (4, 3)), ((0, 0), (4, 3)), ((2, 1), (0, 3)), ((2, 1), (0, 0)), ((0, 0), (0, 0))],
 )
 def test_losses_are_finite_without_boxes_or_regions(detector, objects, regions):
-    parts, gradients = losses_and_gradients(detector, make_batch(objects, regions), distill=True)
+    parts, gradients = losses_and_gradients(detector, make_batch(objects, regions), distill="cosine")
     assert set(parts) == {"rpn_objectness", "rpn_box", "classification", "box", "distillation"}
     for name, value in parts.items():
         assert value.shape == (), name
@@ -107,15 +107,15 @@ def test_losses_are_finite_without_boxes_or_regions(detector, objects, regions):
 
 
 def test_every_parameter_learns(detector):
-    _, gradients = losses_and_gradients(detector, make_batch(), distill=True)
+    _, gradients = losses_and_gradients(detector, make_batch(), distill="cosine")
     # The background row starts at zero but not its gradient.
     still = {name for name, g in gradients.items() if g is None or not g.any()}
     assert still == set()
 
 
 def test_without_distillation_all_else_is_as_with_weight_zero(detector):
-    without, gradients = losses_and_gradients(detector, make_batch(), distill=False)
-    zero_weight, same = losses_and_gradients(detector, make_batch(), distill=True, weight=0.0)
+    without, gradients = losses_and_gradients(detector, make_batch(), distill=None)
+    zero_weight, same = losses_and_gradients(detector, make_batch(), distill="cosine", weight=0.0)
     assert set(without) == set(zero_weight) - {"distillation"}
     for name, value in without.items():
         assert torch.equal(value, zero_weight[name]), name
@@ -131,24 +131,24 @@ def test_cached_regions_reach_the_distillation_and_nothing_else(detector):
         region_target=unit_rows(7, seed=32),
         region_confidence=torch.rand(7),
     )
-    first, _ = losses_and_gradients(detector, batch, distill=True)
-    second, _ = losses_and_gradients(detector, changed, distill=True)
+    first, _ = losses_and_gradients(detector, batch, distill="cosine")
+    second, _ = losses_and_gradients(detector, changed, distill="cosine")
     assert {name for name in first if not torch.equal(first[name], second[name])} == {"distillation"}
 
 
 def test_competing_novel_names_reach_the_classification_and_nothing_else(detector):
-    first, _ = losses_and_gradients(detector, make_batch(), distill=True)
-    second, gradients = losses_and_gradients(detector, make_batch(), distill=True, novel=3)
+    first, _ = losses_and_gradients(detector, make_batch(), distill="cosine")
+    second, gradients = losses_and_gradients(detector, make_batch(), distill="cosine", novel=3)
     assert {name for name in first if not torch.equal(first[name], second[name])} == {"classification"}
     assert second["classification"] > first["classification"]
     assert all(g.isfinite().all() for g in gradients.values())
 
 
-def distillation(detector, batch):
-    return losses_and_gradients(detector, batch, distill=True)[0]["distillation"].item()
+def distillation(detector, batch, metric="cosine"):
+    return losses_and_gradients(detector, batch, distill=metric)[0]["distillation"].item()
 
 
-def test_distillation_is_the_weighted_mean_of_one_minus_cosine(detector):
+def test_distillation_is_the_weighted_mean_of_the_distance(detector):
     batch = make_batch()
     model = copy.deepcopy(detector).train()
     features = model.tower(model.backbone(normalise(batch.images)))
@@ -158,6 +158,8 @@ def test_distillation_is_the_weighted_mean_of_one_minus_cosine(detector):
     # Mean one within each image, then the mean over all regions: 4 in the first image, 3 in the second.
     weight = torch.cat([confidence[:4] / confidence[:4].mean(), confidence[4:] / confidence[4:].mean()])
     assert distillation(detector, batch) == pytest.approx((weight * distance).mean().item(), rel=1e-5)
+    l1 = (F.normalize(embedding) - F.normalize(batch.region_target.float())).abs().sum(1)
+    assert distillation(detector, batch, metric="l1") == pytest.approx((weight * l1).mean().item(), rel=1e-5)
 
 
 def test_distillation_ignores_a_common_factor_and_a_doubled_set(detector):
@@ -292,8 +294,8 @@ def test_confident_cached_regions_are_spared_when_asked(detector):
     values = {}
     for threshold in (0.4, 0.6):
         detector.settings = DetectorSettings(**(SETTINGS | {"spare_confidence": threshold}))
-        values[threshold] = losses_and_gradients(detector, many, distill=False)[0]
-    unspared, _ = losses_and_gradients(detector, batch, distill=False)
+        values[threshold] = losses_and_gradients(detector, many, distill=None)[0]
+    unspared, _ = losses_and_gradients(detector, batch, distill=None)
     assert torch.equal(values[0.6]["classification"], unspared["classification"])
     assert not torch.equal(values[0.4]["classification"], unspared["classification"])
     assert torch.equal(values[0.4]["rpn_objectness"], unspared["rpn_objectness"])
@@ -373,7 +375,7 @@ def test_the_nearest_name_scores_highest(detector):
 
 
 def test_any_number_of_names_may_be_asked_for(detector):
-    losses_and_gradients(detector, make_batch(), distill=True)
+    losses_and_gradients(detector, make_batch(), distill="cosine")
     assert set(detect(detector, unit_rows(20))[0].labels.tolist()) <= set(range(20))
     assert detect(detector, unit_rows(1))[0].labels.tolist()[0] == 0
 
@@ -415,7 +417,7 @@ def test_the_detectors_regressor_is_semantic_when_asked(semantic):
     settings = DetectorSettings(**(SETTINGS | {"semantic_boxes": semantic}))
     detector = Detector(build_backbone("tiny", channels=16, weights=None), settings)
     assert detector.regressor.semantic is semantic
-    parts, _ = losses_and_gradients(detector, make_batch(), distill=True)
+    parts, _ = losses_and_gradients(detector, make_batch(), distill="cosine")
     assert all(value.isfinite() for value in parts.values())
 
 
@@ -473,7 +475,7 @@ def test_a_resnet_detector_pools_from_all_levels_but_the_last():
     settings = DetectorSettings(**(SETTINGS | {"rpn_sizes": ((8,), (16,), (32,), (64,), (128,))}))
     detector = Detector(build_backbone("resnet18", channels=16, weights=None), settings)
     assert detector.pooling.options["spatial_scale"] == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
-    parts, _ = losses_and_gradients(detector, make_batch(), distill=True)
+    parts, _ = losses_and_gradients(detector, make_batch(), distill="cosine")
     assert all(value.isfinite() for value in parts.values())
     assert len(detect(detector, unit_rows(3))) == 2
 
