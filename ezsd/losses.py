@@ -27,22 +27,16 @@ def decode_boxes(reference: Tensor, deltas: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], 1)
 
 
-def classification_loss(logits: Tensor, label: Tensor, *, base: int) -> Tensor:
+def classification_loss(logits: Tensor, label: Tensor) -> Tensor:
     """Mean cross-entropy against names and background. Zero when R is 0.
 
-    Novel names compete for base objects alone, where their logits are given: a base object is known to be none of
-    them, while what has no label may well be one.
+    Novel names compete where their logits are given: a base object is known to be none of them.
 
     Args:
         logits: of base names, then of any novel names, then of background, (R, C + 1).
         label: a base name or the background's number C, (R,) int64.
-        base: how many of the names are base ones.
     """
-    names = logits.shape[1] - 1
-    novel = torch.arange(names + 1, device=logits.device) >= base
-    novel[names] = False
-    logits = logits.float().masked_fill(novel & (label == names)[:, None], -torch.inf)
-    return F.cross_entropy(logits, label, reduction="sum") / max(len(label), 1)
+    return F.cross_entropy(logits.float(), label, reduction="sum") / max(len(label), 1)
 
 
 def box_loss(deltas: Tensor, target: Tensor, *, sampled: int) -> Tensor:

@@ -170,7 +170,7 @@ class LossConfig:
     metric: Metric = "cosine"
     """Distance to the cached embedding: "cosine", or "l1" between unit vectors (the authors', grows with sqrt(D))."""
     novel_names: bool = False
-    """Whether novel names compete for base objects in the cross-entropy; the authors have base names alone."""
+    """Whether novel names stand in the cross-entropy too; the authors have base names alone."""
     rpn: float = 1.0
     """Of the proposal network's two terms."""
     classification: float = 1.0

@@ -47,17 +47,6 @@ class TrainRequest:
     device: str = "cpu"
 
 
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """What training minimises, whatever the batch."""
-
-    text: Tensor
-    """Unit rows of the names in the cross-entropy, base names first, (C, D)."""
-    base: int
-    """How many of them are base names."""
-    config: LossConfig
-
-
 def train(request: TrainRequest) -> Run:
     """Train to the last step, resuming from the newest checkpoint.
 
@@ -104,8 +93,7 @@ def train(request: TrainRequest) -> Run:
         seed=config.train.seed,
     )
     batches = load_batches(samples, config.train, first_step=step)
-    objective = Objective(text_rows, len(dataset.split.base), config.loss)
-    _loop(run, detector, optimiser, batches, objective, config.train, device, step)
+    _loop(run, detector, optimiser, batches, text_rows, config, device, step)
     return run
 
 
@@ -114,52 +102,42 @@ def _loop(
     detector: Detector,
     optimiser: torch.optim.Optimizer,
     batches: Iterator[tuple[list[tuple[int, int]], Batch]],
-    objective: Objective,
-    config: TrainConfig,
+    text: Tensor,
+    config: Config,
     device: torch.device,
     step: int,
 ) -> None:
     detector.train()
-    steps = config.steps
+    steps = config.train.steps
     with (run.folder / "metrics.jsonl").open("a") as metrics, Progress("train", steps, unit="step", done=step) as bar:
         for keys, batch in batches:
             began = time.perf_counter()
             # One seed per step: a resumed run samples the same regions as an unbroken one.
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            parts = train_step(detector, optimiser, batch.to(device), objective, config, step)
+            torch.manual_seed(config.train.seed * 1_000_003 + step)
+            parts = train_step(detector, optimiser, batch.to(device), text, config, step)
             step += 1
             _require_finite(parts, step, keys)
             record = {"step": step, **parts, "seconds": round(time.perf_counter() - began, 4)}
             metrics.write(json.dumps(record) + "\n")
-            if step % config.checkpoint_every == 0 or step == steps:
+            if step % config.train.checkpoint_every == 0 or step == steps:
                 metrics.flush()
                 run.save(step, detector, optimiser)
             bar.advance(note=f"loss {parts['loss']:.3f}")
 
 
 def train_step(
-    detector: Detector,
-    optimiser: torch.optim.Optimizer,
-    batch: Batch,
-    objective: Objective,
-    config: TrainConfig,
-    step: int,
+    detector: Detector, optimiser: torch.optim.Optimizer, batch: Batch, text: Tensor, config: Config, step: int
 ) -> dict[str, float]:
     """One optimiser step; returns the weighted sum `loss`, its unweighted parts and the learning rate."""
-    rate = learning_rate(step, config)
+    rate = learning_rate(step, config.train)
     for group in optimiser.param_groups:
         group["lr"] = rate
     with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=batch.images.is_cuda):
-        parts = detector.losses(
-            batch,
-            objective.text,
-            base=objective.base,
-            distill=objective.config.metric if objective.config.distillation > 0 else None,
-        )
-    loss = weigh(parts, objective.config)
+        parts = detector.losses(batch, text, distill=config.loss.metric if config.loss.distillation > 0 else None)
+    loss = weigh(parts, config.loss)
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(detector.parameters(), config.clip_norm)
+    nn.utils.clip_grad_norm_(detector.parameters(), config.train.clip_norm)
     optimiser.step()
     values = torch.stack([loss.detach(), *(p.detach().float() for p in parts.values())]).tolist()
     return {"loss": values[0], **dict(zip(parts, values[1:], strict=True)), "learning_rate": rate}

@@ -121,20 +121,19 @@ class Detector(nn.Module):
         embed_dim = settings.embed_dim if settings.semantic_boxes else 0
         self.regressor = SemanticBoxRegressor(channels * pool * pool, settings.box_hidden, embed_dim)
 
-    def losses(self, batch: Batch, text: Tensor, *, base: int, distill: Metric | None) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, text: Tensor, *, distill: Metric | None) -> dict[str, Tensor]:
         """Loss terms, unweighted: rpn_objectness, rpn_box, classification, box, and distillation when asked for.
 
         Args:
             batch: images, base boxes and cached regions.
-            text: unit rows of the base names, then of novel names if they are to compete for base objects, (C, D).
-            base: how many of them are base names.
+            text: unit rows of the base names, and of novel names if they are to compete with them, (C, D).
             distill: how the distance to the cached embeddings is measured; None leaves out the distillation. Cached
                 regions then still decide what is spared from being background, if `spare_confidence` asks for that.
         """
         maps = self.backbone(normalise(batch.images))
         proposals, losses = self._propose(batch.images, batch.sizes, maps, batch)
         features = self.tower(maps[: self.pooling.levels])
-        losses |= self._region_losses(features, proposals, batch, text, base)
+        losses |= self._region_losses(features, proposals, batch, text)
         if distill is not None:
             weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
             losses["distillation"] = self.pooling.distance(
@@ -199,7 +198,7 @@ class Detector(nn.Module):
         return proposals, {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]}
 
     def _region_losses(
-        self, features: list[Tensor], proposals: list[Tensor], batch: Batch, text: Tensor, base: int
+        self, features: list[Tensor], proposals: list[Tensor], batch: Batch, text: Tensor
     ) -> dict[str, Tensor]:
         likely_objects = batch.region_confidence >= self.settings.spare_confidence
         sampled = [
@@ -222,7 +221,7 @@ class Detector(nn.Module):
         deltas = self.regressor(pooled, text[label[object_]])
         wanted = encode_boxes(boxes[object_], target[object_])
         return {
-            "classification": classification_loss(logits, label, base=base),
+            "classification": classification_loss(logits, label),
             "box": box_loss(deltas, wanted, sampled=len(label)),
         }
 

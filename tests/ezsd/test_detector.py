@@ -83,7 +83,7 @@ def losses_and_gradients(detector, batch, *, distill, weight=1.0, novel=0):
     model = copy.deepcopy(detector).train()
     torch.manual_seed(5)
     text = torch.cat([unit_rows(NAMES), unit_rows(novel, seed=14)])
-    parts = model.losses(batch, text, base=NAMES, distill=distill)
+    parts = model.losses(batch, text, distill=distill)
     sum(value * (weight if name == "distillation" else 1) for name, value in parts.items()).backward()
     return parts, {name: p.grad for name, p in model.named_parameters()}
 
