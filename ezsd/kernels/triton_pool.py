@@ -315,18 +315,22 @@ def _settings(pooling: Pooling, launch: Launch) -> dict[str, int]:
 
 
 def pool_forward(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Tensor:
-    """Pool float32 boxes (R, 4) from channels-last maps: (R, P, P, C)."""
+    """Pool contiguous float32 boxes (R, 4): (R, P, P, C) in the maps' dtype.
+
+    A map that is not channels-last is copied once.
+    """
     regions = boxes.shape[0]
     pooled = pooling.maps[0].new_empty(regions, pooling.bins, pooling.bins, pooling.channels)
     if regions == 0:
         return pooled
+    maps = tuple(feature.contiguous(memory_format=torch.channels_last) for feature in pooling.maps)
     settings = forward_settings(pooling)
     pool_forward_kernel[(regions, triton.cdiv(pooling.channels, settings["BLOCK_C"]))](
         pooled,
         boxes,
         image_index,
-        *_filled(pooling.maps),
-        *_sizes(pooling.maps),
+        *_filled(maps),
+        *_sizes(maps),
         pooling.images,
         pooling.scale,
         pooling.threshold,

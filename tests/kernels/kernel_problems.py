@@ -89,6 +89,15 @@ def run_align(align, problem, **options):
     return [pooled.detach(), *(feature.grad for feature in problem.maps)]
 
 
+def run_embed(embed, problem, **options):
+    """A weighted sum of the unit embeddings, and its gradients with respect to maps, projection and bias."""
+
+    def pulled(features, boxes, image_index, target, weight, **named):
+        return (embed(features, boxes, image_index, **named) * target).sum()
+
+    return run_loss(pulled, problem, **options)
+
+
 def run_loss(loss, problem, **options):
     """The loss, and its gradients with respect to the maps, the projection and the bias."""
     leaves = [leaf.detach().requires_grad_() for leaf in problem.leaves]
