@@ -17,6 +17,7 @@ import itertools
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -317,6 +318,7 @@ def main() -> None:
     parser.add_argument("--tag", default="headline")
     parser.add_argument("--rounds", type=int, default=50)
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     # The gate's matrix products must not be rounded to tf32.
     torch.set_float32_matmul_precision("highest")
     if torch.cuda.is_available():

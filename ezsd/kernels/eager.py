@@ -1,63 +1,107 @@
-"""The eager backend, for CPUs and wherever Triton is missing: matrix products or torchvision's RoIAlign.
+"""The eager backend, for CPUs and wherever Triton is missing: pooling as one sparse matrix product.
 
-It computes what `reference` specifies. On a small map the matrix products of docs/kernel.md, eq. 3b, beat torchvision's
-loops several times over; on a large one a box touches too little of the map, and torchvision's operator is called.
-Regions are worked on in the order of their maps, so that the wide pooled tensor is never gathered or scattered.
+It computes what `reference` specifies. The matrix K of docs/kernel.md, eq. 3, has (2 S)^2 entries in each row, one per
+bilinear tap. torch's embedding_bag multiplies it with the cells of all maps, and its transpose with the pooled
+gradient; every value is summed in one order, whatever the number of threads.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
+from torch.nn.functional import embedding_bag
 
-from ezsd.kernels.geometry import Pooling, Rows
-from ezsd.kernels.reference import axis_weights, unit
-
-PRODUCT_LIMIT = 16
-"""Multiplications of the products, per bilinear tap of torchvision, up to which the products are taken on a CPU."""
+from ezsd.kernels.geometry import Pooling
+from ezsd.kernels.reference import unit
 
 
-def sort_by_map(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Rows:
-    """Sort the boxes by level and image.
+def pool(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Tensor:
+    """Pool every box on its level: (R, P, P, C), contiguous; maps of 16 bits are pooled in float32.
 
     Raises:
         ValueError: an image index does not exist.
     """
-    if len(boxes):
-        low, high = (int(bound) for bound in torch.aminmax(image_index))
-        if low < 0 or high >= pooling.images:
-            raise ValueError(f"image_index spans {low} to {high}, but the batch has {pooling.images} images")
-    owner = pooling.level_of(boxes) * pooling.images + image_index
-    counts = torch.bincount(owner, minlength=len(pooling.maps) * pooling.images).tolist()
-    if bool((owner[1:] >= owner[:-1]).all()):
-        return Rows(boxes=boxes, image_index=image_index, counts=counts)
-    order = owner.argsort(stable=True)
-    return Rows(boxes=boxes[order], image_index=image_index[order], order=order, counts=counts)
-
-
-def pool(pooling: Pooling, rows: Rows) -> Tensor:
-    """Pool boxes sorted by map: (R, P, P, C), contiguous; maps of 16 bits are pooled in float32."""
+    _check_images(pooling, image_index)
     dtype = torch.promote_types(pooling.maps[0].dtype, torch.float32)
-    bins = pooling.bins
-    pooled = torch.empty(len(rows.boxes), bins, bins, pooling.channels, dtype=dtype, device=rows.boxes.device)
-    for level, part, mine in _by_level(pooling, rows, pooled):
-        feature = pooling.maps[level].to(dtype)
-        if prefers_products(feature, bins=bins, samples=pooling.samples):
-            _products(pooling, feature, mine, part, level=level)
-        else:
-            part.copy_(_taps(pooling, feature, mine, level=level))
-    return pooled
+    cells = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, pooling.channels) for feature in pooling.maps]).to(dtype)
+    cell, weight = _taps(pooling, boxes.to(dtype), image_index)
+    pooled = embedding_bag(cell, cells, mode="sum", per_sample_weights=weight)
+    return pooled.view(-1, pooling.bins, pooling.bins, pooling.channels)
 
 
-def pool_backward(pooling: Pooling, rows: Rows, pooled_grad: Tensor) -> None:
-    """Overwrite the maps of `pooling` with the gradient of `pool`, given that of its result (R, P, P, C)."""
-    for level, part, mine in _by_level(pooling, rows, pooled_grad):
-        feature = pooling.maps[level]
-        if prefers_products(feature, bins=pooling.bins, samples=pooling.samples):
-            _products_backward(pooling, feature, mine, part, level=level)
-        else:
-            _taps_backward(pooling, feature, mine, part, level=level)
+def pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_index: Tensor) -> None:
+    """Overwrite the maps of `pooling` with the gradient of `pool`, each cell once.
+
+    Args:
+        pooling: the maps to fill; the rest as in the forward.
+        pooled_grad: (R, P, P, C), any float dtype; summed in float32 or better.
+        boxes: as in the forward.
+        image_index: as in the forward.
+    """
+    pooled_grad = pooled_grad.to(torch.promote_types(pooled_grad.dtype, torch.float32))
+    cell, weight = _taps(pooling, boxes.to(pooled_grad.dtype), image_index)
+    # Keys of 32 bits are sorted in half the time.
+    order = cell.int().flatten().argsort(stable=True)
+    sizes = [feature.numel() // pooling.channels for feature in pooling.maps]
+    counts = torch.bincount(cell.flatten(), minlength=sum(sizes))
+    gradient = embedding_bag(
+        order // cell.shape[1],
+        pooled_grad.reshape(-1, pooling.channels),
+        counts.cumsum(0) - counts,
+        mode="sum",
+        per_sample_weights=weight.flatten()[order],
+    )
+    for feature, mine in zip(pooling.maps, gradient.split(sizes), strict=True):
+        feature.copy_(mine.view(-1, *feature.shape[2:], pooling.channels).permute(0, 3, 1, 2))
+
+
+def _check_images(pooling: Pooling, image_index: Tensor) -> None:
+    if len(image_index) == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(image_index))
+    if low < 0 or high >= pooling.images:
+        raise ValueError(f"image_index spans {low} to {high}, but the batch has {pooling.images} images")
+
+
+def _taps(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of K: cells, numbered through all maps, and their weights, both (R * P * P, (2 S)^2)."""
+    level = pooling.level_of(boxes)
+    sizes = torch.tensor([(feature.shape[3], feature.shape[2]) for feature in pooling.maps], device=boxes.device)
+    cells = sizes.prod(1) * pooling.images
+    size = sizes[level]  # (R, 2): columns, rows
+    first = (cells.cumsum(0) - cells)[level] + image_index * size.prod(1)  # (R,)
+    edges = boxes * (pooling.scale * 0.5 ** level.to(boxes.dtype))[:, None] - 0.5
+    tap, weight = _axis_taps(edges[:, :2], edges[:, 2:], size, bins=pooling.bins, samples=pooling.samples)
+    (x, y), (across, down) = tap.unbind(1), weight.unbind(1)
+    y = first[:, None, None] + y * size[:, :1, None]
+    cell = y[:, :, None, :, None] + x[:, None, :, None, :]  # (R, P, P, 2 S, 2 S)
+    weight = down[:, :, None, :, None] * across[:, None, :, None, :]
+    return cell.view(-1, 4 * pooling.samples**2), weight.view(-1, 4 * pooling.samples**2)
+
+
+def _axis_taps(start: Tensor, stop: Tensor, size: Tensor, *, bins: int, samples: int) -> tuple[Tensor, Tensor]:
+    """The non-zero entries of `reference.axis_weights`, of both axes.
+
+    Args:
+        start: first edge of each box along each axis, (R, 2), in cells minus 0.5.
+        stop: last edge, (R, 2), same unit.
+        size: cells along each axis, (R, 2).
+        bins: P.
+        samples: S.
+
+    Returns:
+        Cells and weights of the two taps of each sample, (R, 2, P, 2 S) each.
+    """
+    step = (torch.arange(bins * samples, dtype=start.dtype, device=start.device) + 0.5) / (bins * samples)
+    sample = start[:, :, None] + step * (stop - start)[:, :, None]  # (R, 2, P*S)
+    size = size[:, :, None]
+    inside = (sample >= -1) & (sample <= size)
+    sample = torch.minimum(sample.clamp(min=0), size - 1)
+    # NaN must reach the weights, and no cell outside the maps may be read for it.
+    low = sample.nan_to_num().long()
+    high = torch.minimum(low + 1, size - 1)
+    fraction = sample - low
+    weight = torch.stack([1 - fraction, fraction], 3) * (inside / samples)[..., None]
+    shape = (-1, 2, bins, 2 * samples)
+    return torch.stack([low, high], 3).view(shape), weight.view(shape)
 
 
 def unit_backward(unit_grad: Tensor, embedding: Tensor) -> Tensor:
@@ -76,86 +120,3 @@ def distances_backward(distance_grad: Tensor, embedding: Tensor, target: Tensor,
     known = student.any(1) & teacher.any(1)
     pull = -teacher if metric == "cosine" else (student - teacher).sign()
     return unit_backward(torch.where(known, distance_grad, 0)[:, None] * pull, embedding)
-
-
-def prefers_products(feature: Tensor, *, bins: int, samples: int) -> bool:
-    """Whether matrix products over the whole map are expected to beat bilinear taps."""
-    height, width = feature.shape[2:]
-    products = bins * width * (height + bins)
-    taps = 4 * samples**2 * bins**2
-    return feature.device.type == "cpu" and products <= PRODUCT_LIMIT * taps
-
-
-def _by_level(pooling: Pooling, rows: Rows, pooled: Tensor) -> Iterator[tuple[int, Tensor, Rows]]:
-    """Each level with its part of the pooled tensor and its boxes."""
-    begin = 0
-    for level in range(len(pooling.maps)):
-        counts = rows.counts[level * pooling.images : (level + 1) * pooling.images]
-        end = begin + sum(counts)
-        mine = Rows(boxes=rows.boxes[begin:end], image_index=rows.image_index[begin:end], counts=counts)
-        yield level, pooled[begin:end], mine
-        begin = end
-
-
-def _products(pooling: Pooling, feature: Tensor, rows: Rows, pooled: Tensor, *, level: int) -> None:
-    """Rows of the map first, then columns, one image after another: what lies between stays in the cache."""
-    channels, height, width = feature.shape[1:]
-    down, across = _axes(pooling, rows.boxes.to(feature.dtype), height, width, level=level)
-    images = feature.permute(0, 2, 3, 1).reshape(-1, height, width * channels)
-    buffer = feature.new_empty(max(rows.counts) * pooling.bins, width * channels)
-    for image, a, c, part in zip(images, *(torch.split(x, rows.counts) for x in (down, across, pooled)), strict=True):
-        strips = torch.mm(a.flatten(0, 1), image, out=buffer[: a.shape[0] * pooling.bins])
-        c = c.repeat_interleave(pooling.bins, 0)
-        torch.bmm(c, strips.view(-1, width, channels), out=part.view(-1, pooling.bins, channels))
-
-
-def _products_backward(pooling: Pooling, feature: Tensor, rows: Rows, pooled_grad: Tensor, *, level: int) -> None:
-    channels, height, width = feature.shape[1:]
-    down, across = _axes(pooling, rows.boxes.to(pooled_grad.dtype), height, width, level=level)
-    gradient = pooled_grad.new_empty(pooling.images, height, width * channels)
-    buffer = pooled_grad.new_empty(max(rows.counts) * pooling.bins, width, channels)
-    parts = (torch.split(x, rows.counts) for x in (down, across, pooled_grad))
-    for image, a, c, part in zip(gradient, *parts, strict=True):
-        c = c.repeat_interleave(pooling.bins, 0)
-        strips = torch.bmm(c.mT, part.flatten(0, 1), out=buffer[: len(c)])
-        torch.mm(a.flatten(0, 1).T, strips.flatten(1), out=image)
-    feature.copy_(gradient.view(-1, height, width, channels).permute(0, 3, 1, 2))
-
-
-def _axes(pooling: Pooling, boxes: Tensor, height: int, width: int, *, level: int) -> tuple[Tensor, Tensor]:
-    """Weights of rows (R, P, H) and columns (R, P, W), docs/kernel.md, eq. 1."""
-    x1, y1, x2, y2 = (boxes * (pooling.scale / 2**level) - 0.5).unbind(1)
-    down = axis_weights(y1, y2, size=height, bins=pooling.bins, samples=pooling.samples)
-    return down, axis_weights(x1, x2, size=width, bins=pooling.bins, samples=pooling.samples)
-
-
-def _taps(pooling: Pooling, feature: Tensor, rows: Rows, *, level: int) -> Tensor:
-    pooled: Tensor = roi_align(
-        feature,
-        _rois(rows, feature.dtype),
-        output_size=pooling.bins,
-        spatial_scale=pooling.scale / 2**level,
-        sampling_ratio=pooling.samples,
-        aligned=True,
-    )
-    return pooled.permute(0, 2, 3, 1)
-
-
-def _taps_backward(pooling: Pooling, feature: Tensor, rows: Rows, pooled_grad: Tensor, *, level: int) -> None:
-    # torchvision offers its gradient through autograd alone, which does not run inside an operator.
-    gradient = torch.ops.torchvision._roi_align_backward(
-        pooled_grad.permute(0, 3, 1, 2),
-        _rois(rows, pooled_grad.dtype),
-        pooling.scale / 2**level,
-        pooling.bins,
-        pooling.bins,
-        *feature.shape,
-        pooling.samples,
-        True,
-    )
-    feature.copy_(gradient)
-
-
-def _rois(rows: Rows, dtype: torch.dtype) -> Tensor:
-    """Boxes as torchvision wants them: (R, 5), the image first."""
-    return torch.cat([rows.image_index[:, None].to(dtype), rows.boxes.to(dtype)], 1)

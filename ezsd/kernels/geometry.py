@@ -58,28 +58,6 @@ class Pooling:
         return level
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """Boxes in the order a backend works on them."""
-
-    boxes: Tensor
-    """(R, 4) xyxy, input pixels."""
-    image_index: Tensor
-    """(R,) int64."""
-    order: Tensor | None = None
-    """Row n is box order[n] of the caller; None stands for the caller's order."""
-    counts: Sequence[int] = ()
-    """Boxes of each map, level * B + image, where the rows are sorted by it."""
-
-    def arrange(self, given: Tensor) -> Tensor:
-        """Bring rows from the caller's order to this one."""
-        return given if self.order is None else given[self.order]
-
-    def restore(self, rows: Tensor) -> Tensor:
-        """Bring rows from this order to the caller's."""
-        return rows if self.order is None else torch.empty_like(rows).index_copy_(0, self.order, rows)
-
-
 def make_pooling(
     features: Tensor | Sequence[Tensor],
     spatial_scale: float | Sequence[float],

@@ -1,9 +1,8 @@
 """The operators as torch knows them: what autograd, torch.compile and torch.export see.
 
 Each public operator is one opaque node with a shape function and a gradient, whichever backend computes it. Opaque
-(`custom_op`) rather than traced (`triton_op`), because the eager backend's choices depend on the boxes, which no tracer
-can follow, and the launches leave a compiler nothing to merge. Triton is imported when a kernel first runs, so this
-module loads without it.
+(`custom_op`) rather than traced (`triton_op`), because one definition serves both backends and the launches leave a
+compiler nothing to merge. Triton is imported when a kernel first runs, so this module loads without it.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ezsd.kernels import eager
-from ezsd.kernels.geometry import Pooling, Rows
+from ezsd.kernels.geometry import Pooling
 from ezsd.kernels.reference import distances, project, unit, weighted_mean
 
 # torch gives the context of a registered operator no type and hands its inputs over as one tuple, hence `Any`.
@@ -64,8 +63,7 @@ def _align(
     backend: str,
 ) -> Tensor:
     pooling = Pooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
-    rows = _arrange(pooling, boxes, image_index, backend)
-    return rows.restore(_pool(pooling, rows, backend)).to(maps[0].dtype)
+    return _pool(pooling, boxes, image_index, backend).to(maps[0].dtype)
 
 
 @torch.library.custom_op("ezsd::roi_embed", mutates_args=())
@@ -165,20 +163,19 @@ def _regions_backward(
         wanted: three flags: maps, projection, bias.
         backend: "eager" or "triton".
     """
-    maps = _empty_maps(embedding_grad, shape, dtype, backend)
-    pooling = Pooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
-    rows = _arrange(pooling, boxes, image_index, backend)
-    gradient = rows.arrange(embedding_grad)
     gradients = []
-    with torch.autocast(gradient.device.type, enabled=False):
+    with torch.autocast(embedding_grad.device.type, enabled=False):
         if wanted[0]:
-            pooled_grad = gradient if projection is None else gradient @ projection.to(gradient.dtype)
-            _pool_backward(pooling, rows, pooled_grad.view(-1, bins, bins, shape[1]), backend)
-            gradients += maps
+            pooled_grad = embedding_grad
+            if projection is not None:
+                pooled_grad = embedding_grad @ projection.to(embedding_grad.dtype)
+            gradients += _empty_maps(embedding_grad, shape, dtype, backend)
+            pooling = Pooling(maps=tuple(gradients), scale=scale, threshold=threshold, bins=bins, samples=samples)
+            _pool_backward(pooling, pooled_grad.view(-1, bins, bins, shape[1]), boxes, image_index, backend)
         if projection is not None and wanted[1]:
-            gradients.append((gradient.T @ pooled.flatten(1)).to(projection.dtype))
+            gradients.append((embedding_grad.T @ pooled.flatten(1)).to(projection.dtype))
         if projection is not None and wanted[2]:
-            gradients.append(gradient.sum(0, dtype=_wide(gradient.dtype)).to(projection.dtype))
+            gradients.append(embedding_grad.sum(0, dtype=_wide(embedding_grad.dtype)).to(projection.dtype))
     return gradients
 
 
@@ -287,45 +284,34 @@ _embed.register_autograd(_embed_gradient, setup_context=_embed_context)
 _cosine.register_autograd(_cosine_gradient, setup_context=_cosine_context)
 
 
-def _arrange(pooling: Pooling, boxes: Tensor, image_index: Tensor, backend: str) -> Rows:
-    """The boxes as the backend wants them."""
-    if backend == "triton":
-        return Rows(boxes=boxes.float().contiguous(), image_index=image_index.contiguous())
-    return eager.sort_by_map(pooling, boxes, image_index)
-
-
-def _pool(pooling: Pooling, rows: Rows, backend: str) -> Tensor:
-    """(R, P, P, C), contiguous, in the rows' order."""
+def _pool(pooling: Pooling, boxes: Tensor, image_index: Tensor, backend: str) -> Tensor:
+    """(R, P, P, C), contiguous; in the maps' dtype from Triton, in float32 or better from eager."""
     if backend == "eager":
-        return eager.pool(pooling, rows)
+        return eager.pool(pooling, boxes, image_index)
     from ezsd.kernels import triton_pool
 
-    with _current_device(rows.boxes):
-        return triton_pool.pool_forward(pooling, rows.boxes, rows.image_index)
+    with _current_device(boxes):
+        return triton_pool.pool_forward(pooling, boxes, image_index)
 
 
-def _pool_backward(pooling: Pooling, rows: Rows, pooled_grad: Tensor, backend: str) -> None:
+def _pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_index: Tensor, backend: str) -> None:
     """Overwrite the maps of `pooling` with the gradient."""
     if backend == "eager":
-        eager.pool_backward(pooling, rows, pooled_grad)
+        eager.pool_backward(pooling, pooled_grad, boxes, image_index)
         return
     from ezsd.kernels import triton_pool
 
-    with _current_device(rows.boxes):
-        triton_pool.pool_backward(pooling, pooled_grad, rows.boxes, rows.image_index)
+    with _current_device(boxes):
+        triton_pool.pool_backward(pooling, pooled_grad, boxes, image_index)
 
 
 def _pool_and_project(
     pooling: Pooling, boxes: Tensor, image_index: Tensor, head: Head, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Raw embeddings (R, D) in the boxes' order, and the pooled bins in the backend's order.
-
-    Without a projection the embeddings are the bins, and an empty tensor stands for these.
-    """
-    rows = _arrange(pooling, boxes, image_index, backend)
-    pooled = _pool(pooling, rows, backend)
+    """Raw embeddings (R, D) and the pooled bins; without a projection they are one, and an empty tensor is returned."""
+    pooled = _pool(pooling, boxes, image_index, backend)
     with torch.autocast(pooled.device.type, enabled=False):
-        embedding = rows.restore(project(pooled, *head))
+        embedding = project(pooled, *head)
     return embedding, pooled.new_empty(0) if head[0] is None else pooled
 
 
