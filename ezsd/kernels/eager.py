@@ -38,9 +38,10 @@ def pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_in
     """
     pooled_grad = pooled_grad.to(torch.promote_types(pooled_grad.dtype, torch.float32))
     cell, weight = _taps(pooling, boxes.to(pooled_grad.dtype), image_index)
-    # Keys of 32 bits are sorted in half the time.
-    order = cell.int().flatten().argsort(stable=True)
     sizes = [feature.numel() // pooling.channels for feature in pooling.maps]
+    # Keys of 32 bits are sorted in half the time.
+    keys = cell.flatten() if sum(sizes) > torch.iinfo(torch.int32).max else cell.flatten().int()
+    order = keys.argsort(stable=True)
     counts = torch.bincount(cell.flatten(), minlength=sum(sizes))
     gradient = embedding_bag(
         order // cell.shape[1],

@@ -221,7 +221,8 @@ def _align_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _align_gradient(ctx: Any, pooled_grad: Tensor) -> tuple[Any, ...]:
     boxes, image_index = ctx.saved_tensors
-    flat = pooled_grad.flatten(1)
+    # The gradient of a plain sum is one number, expanded; kernels read memory.
+    flat = pooled_grad.flatten(1).contiguous()
     rest = (None, *ctx.grid, ctx.shape, ctx.dtype, [True, False, False], ctx.backend)
     maps = _regions_backward(flat, flat.new_empty(0), boxes, image_index, *rest)
     return maps, None, None, *[None] * 5

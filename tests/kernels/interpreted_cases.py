@@ -169,3 +169,13 @@ def test_channels_last_maps_have_channels_last_gradients():
     last = run_align(kernels.roi_align, replace(problem, maps=(feature,)), backend="triton")
     assert last[1].is_contiguous(memory_format=torch.channels_last)
     assert_close(last, run_align(kernels.roi_align, problem, backend="triton"), rtol=0, atol=0)
+
+
+def test_the_gradient_of_a_plain_sum_is_laid_out_first():
+    problem = make_problem(regions=3, bins=2, channels=5).to(torch.float32)
+    (feature, *rest), named = problem.pooling
+    feature.requires_grad_()
+    kernels.roi_align(feature, *rest, **named, backend="triton").sum().backward()
+    found, feature.grad = feature.grad, None
+    reference.roi_align(feature, *rest, **named).sum().backward()
+    assert_close(found, feature.grad, **TOLERANCE)
