@@ -33,9 +33,10 @@ float32: sample positions are rounded at 1e-7 of some hundred cells, and sums ha
 is rounded at 4e-3 at each of the four stages between the maps and their gradient.
 """
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-L2_BYTES = 256 << 20
-"""More than any GPU's second cache holds."""
+FLUSH_BYTES = 2 << 30
+"""More than any GPU's L2 holds; clearing it takes long enough for the CPU to queue a variant's launches."""
 PASSES = ("forward", "forward+backward")
+VARIANTS: dict[str, Variant] = {"A": torchvision_eager, "C": sparse_product, "ours": ours}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +167,10 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return cuts[1], statistics.median(values), cuts[7]
 
 
-def cpu_rows(case: Case, rounds: int) -> Iterator[dict[str, object]]:
+def cpu_rows(case: Case, variants: dict[str, Variant], rounds: int) -> Iterator[dict[str, object]]:
     """Ratios to A in CPU time, the variants taking turns so that a busy machine disturbs all alike."""
     problem = case.make("cpu")
-    passed, failed = gated(case, problem, {"A": torchvision_eager, "C": sparse_product, "ours": ours})
+    passed, failed = gated(case, problem, variants)
     yield from failed
     for name in PASSES:
         calls = {variant: steps(function, problem)[name] for variant, function in passed.items()}
@@ -186,13 +187,9 @@ def cpu_rows(case: Case, rounds: int) -> Iterator[dict[str, object]]:
             yield {**case.row(), "variant": variant, "pass": name, "device": "cpu", "rounds": rounds, **named}
 
 
-def gpu_rows(case: Case, rounds: int, rates: Rates) -> Iterator[dict[str, object]]:
+def gpu_rows(case: Case, rounds: int, rates: Rates, variants: dict[str, Variant]) -> Iterator[dict[str, object]]:
     """Milliseconds, memory and traffic beside the floor."""
     problem = case.make("cuda")
-    variants = {"A": torchvision_eager, "C": sparse_product, "ours": ours}
-    if case.boxes == 216:
-        torch.compiler.reset()
-        variants["B"] = torch.compile(torchvision_eager)
     passed, failed = gated(case, problem, variants)
     yield from failed
     work = Work.of(case, problem)
@@ -221,9 +218,20 @@ def gpu_rows(case: Case, rounds: int, rates: Rates) -> Iterator[dict[str, object
             }
 
 
+def gpu_table(rounds: int) -> Iterator[dict[str, object]]:
+    """All cases; B comes last, because compiling takes minutes."""
+    rates = {dtype: Rates.measure(dtype) for dtype in NAMES}
+    for case in gpu_cases():
+        yield from gpu_rows(case, rounds, rates[case.dtype], VARIANTS)
+    for case in gpu_cases():
+        if case.boxes == 216:
+            torch.compiler.reset()
+            yield from gpu_rows(case, rounds, rates[case.dtype], {"B": torch.compile(torchvision_eager)})
+
+
 def gpu_milliseconds(call: Callable[[], object]) -> float:
     """Time of one call on the device, with nothing of its input in the L2 cache."""
-    torch.empty(L2_BYTES, dtype=torch.int8, device="cuda").zero_()
+    torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     call()
@@ -322,12 +330,11 @@ def main() -> None:
     # The gate's matrix products must not be rounded to tf32.
     torch.set_float32_matmul_precision("highest")
     if torch.cuda.is_available():
-        rates = {dtype: Rates.measure(dtype) for dtype in NAMES}
-        found = (row for case in gpu_cases() for row in gpu_rows(case, arguments.rounds, rates[case.dtype]))
+        found = gpu_table(arguments.rounds)
     else:
         print("No GPU: CPU variants at small sizes, one thread; figures are ratios of CPU time to A (torchvision).")
         torch.set_num_threads(1)
-        found = (row for case in cpu_cases() for row in cpu_rows(case, arguments.rounds))
+        found = (row for case in cpu_cases() for row in cpu_rows(case, VARIANTS, arguments.rounds))
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
     failures = 0
     for row in found:

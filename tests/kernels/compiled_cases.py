@@ -54,6 +54,8 @@ def inspect(compiled, folder):
     ]
     assert len(instructions) > 100
     jumps = [(int(to[1], 16), place) for place, text in instructions if (to := re.search(r"BRA.* 0x([0-9a-f]+)", text))]
+    # Every kernel ends in a jump to itself; without any, the listing was not understood.
+    assert jumps
     loops = [(begin, end) for begin, end in jumps if begin < end]
     spills = [place for place, text in instructions if re.search(r"\b(LDL|STL)\b", text)]
     in_loops = [place for place in spills if any(begin <= place <= end for begin, end in loops)]

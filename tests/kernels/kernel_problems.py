@@ -85,7 +85,7 @@ def run_align(align, problem, **options):
     positional, named = problem.pooling
     pooled = align(*positional, **named, **options)
     pull = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (pooled * pull.to(pooled.dtype)).sum().backward()
+    (pooled * pull.to(pooled)).sum().backward()
     return [pooled.detach(), *(feature.grad for feature in problem.maps)]
 
 
