@@ -52,7 +52,6 @@ def inspect(compiled, folder):
         (int(place, 16), text)
         for place, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", disassemble("-sass", binary))
     ]
-    assert len(instructions) > 100
     jumps = [(int(to[1], 16), place) for place, text in instructions if (to := re.search(r"BRA.* 0x([0-9a-f]+)", text))]
     # Every kernel ends in a jump to itself; without any, the listing was not understood.
     assert jumps
