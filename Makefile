@@ -6,13 +6,20 @@ BIN := $(VENV)/bin
 # where a user works cannot stand in for the package.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu-check lint clean
 
 demo: $(STAMP)
 	$(BIN)/ezsd demo
 
 test: lint
 	$(BIN)/pytest
+
+# On a machine with a GPU: the kernels against float64, then the table of benchmarks/kernel.py with its own gates.
+# cuBLAS is deterministic only with a workspace of its own.
+gpu-check: export CUBLAS_WORKSPACE_CONFIG = :4096:8
+gpu-check: $(STAMP)
+	$(BIN)/pytest tests/kernels/gpu_cases.py
+	PYTHONPATH=. $(BIN)/python benchmarks/kernel.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -41,14 +41,13 @@ def resolve_backend(backend: Backend, maps: tuple[Tensor, ...]) -> Resolved:
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend == "eager":
         return "eager"
-    obstacle = triton_obstacle(maps)
+    # Tests interpret the kernels on CPU tensors; that is far too slow to be anybody's automatic choice.
+    on_cpu = maps[0].device.type == "cpu"
+    obstacle = "the maps are on the CPU" if backend == "auto" and on_cpu else triton_obstacle(maps)
     if backend == "triton":
         if obstacle is not None:
             raise BackendError(f'backend="triton" cannot run here: {obstacle}. Use backend="auto" or "eager".')
         return "triton"
-    # Tests interpret the kernels on CPU tensors; that is far too slow to be anybody's automatic choice.
-    if obstacle is None and maps[0].device.type == "cpu":
-        obstacle = "the maps are on the CPU"
     if not torch.compiler.is_compiling():
         _announce(obstacle)
     return "triton" if obstacle is None else "eager"

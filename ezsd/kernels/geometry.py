@@ -3,9 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+Metric = Literal["cosine", "l1"]
 
 # torchvision adds this to the (fractional) level before rounding down, so that a box of exactly the
 # canonical size does not fall to the finer level by one rounding error of float32.
@@ -36,6 +39,11 @@ class Pooling:
     def channels(self) -> int:
         """C, the channels of every map."""
         return self.maps[0].shape[1]
+
+    @property
+    def grid(self) -> tuple[float, float, int, int]:
+        """Everything but the maps."""
+        return self.scale, self.threshold, self.bins, self.samples
 
     def level_of(self, boxes: Tensor) -> Tensor:
         """Index of the map that each box (R, 4) is pooled from: (R,) int64.
@@ -112,7 +120,7 @@ def _check_scales(scales: tuple[float, ...], *, levels: int) -> None:
 
 
 def check_boxes(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> None:
-    """Check shapes and dtypes of the boxes; on the CPU also that every image index exists.
+    """Check shapes, dtypes and devices of the boxes; their values are looked at by the backends.
 
     Raises:
         ValueError: with the argument, what was expected and what was found.
@@ -125,11 +133,6 @@ def check_boxes(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> None:
     device = pooling.maps[0].device
     if boxes.device != device or image_index.device != device:
         raise ValueError(f"features are on {device}, boxes on {boxes.device}, image_index on {image_index.device}")
-    # Reading the values would stall a GPU's queue; there the kernels guard every read and answer NaN.
-    if device.type == "cpu" and regions and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in torch.aminmax(image_index))
-        if low < 0 or high >= pooling.images:
-            raise ValueError(f"image_index spans {low} to {high}, but the batch has {pooling.images} images")
 
 
 def check_head(pooling: Pooling, projection: Tensor | None, bias: Tensor | None) -> None:
@@ -147,12 +150,15 @@ def check_head(pooling: Pooling, projection: Tensor | None, bias: Tensor | None)
         return
     if projection.ndim != 2 or projection.shape[1] != width:
         raise ValueError(f"projection must be (D, {width}) = (D, P*P*C), got {tuple(projection.shape)}")
-    if bias is not None and bias.shape != projection.shape[:1]:
-        raise ValueError(f"bias must be ({projection.shape[0]},), got {tuple(bias.shape)}")
+    if bias is not None and (bias.shape != projection.shape[:1] or bias.dtype != projection.dtype):
+        raise ValueError(
+            f"bias must be {projection.dtype} ({projection.shape[0]},) as the projection, "
+            f"got {bias.dtype} {tuple(bias.shape)}"
+        )
 
 
-def check_targets(target: Tensor, weight: Tensor, *, regions: int, dim: int) -> None:
-    """Check shapes and dtypes of the distillation targets.
+def check_targets(target: Tensor, weight: Tensor, metric: str, *, regions: int, dim: int) -> None:
+    """Check shapes and dtypes of the distillation targets, and the metric's name.
 
     Raises:
         ValueError: with the argument, what was expected and what was found.
@@ -161,3 +167,5 @@ def check_targets(target: Tensor, weight: Tensor, *, regions: int, dim: int) -> 
         raise ValueError(f"target must be floating ({regions}, {dim}), got {target.dtype} {tuple(target.shape)}")
     if weight.shape != (regions,) or not weight.is_floating_point():
         raise ValueError(f"weight must be floating ({regions},), got {weight.dtype} {tuple(weight.shape)}")
+    if metric not in get_args(Metric):
+        raise ValueError(f'metric must be "cosine" or "l1", got {metric!r}')

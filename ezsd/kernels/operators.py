@@ -7,17 +7,22 @@ Conventions of all three:
   sampling_ratio x sampling_ratio bilinear samples, a sample more than one cell outside the map counts as 0;
 - with a list of maps, a box of area A is pooled from level floor(canonical_level + log2(sqrt(A) / canonical_size)),
   clamped to the levels that exist; the level of the first map is -log2(spatial_scale[0]);
-- gradients flow to features, projection and bias; boxes, targets and weights are constants.
+- gradients flow to features, projection and bias; boxes, targets and weights are constants;
+- under autocast, maps, projection and bias are cast as for a matrix product, boxes, targets and weights are not;
+  unit lengths, distances and means are float32 or better everywhere.
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-from ezsd.kernels import eager, fused
-from ezsd.kernels.backend import Backend, Resolved, resolve_backend
-from ezsd.kernels.geometry import Pooling, check_boxes, check_head, check_targets, make_pooling
-from ezsd.kernels.reference import Metric, distances, project, unit, weighted_mean
+from ezsd.kernels import registered
+from ezsd.kernels.backend import Backend, resolve_backend
+from ezsd.kernels.geometry import Metric, check_boxes, check_head, check_targets, make_pooling
+
+_Operand = TypeVar("_Operand", Tensor, Tensor | None)
 
 
 def roi_align(
@@ -56,7 +61,7 @@ def roi_align(
     Source: He et al., Mask R-CNN (arXiv 1703.06870), section 3; the level rule is eq. 1 of FPN (arXiv 1612.03144).
     """
     pooling = make_pooling(
-        features,
+        _maps_as_cast(features),
         spatial_scale,
         output_size=output_size,
         sampling_ratio=sampling_ratio,
@@ -64,11 +69,8 @@ def roi_align(
         canonical_level=canonical_level,
     )
     check_boxes(pooling, boxes, image_index)
-    if resolve_backend(backend, pooling.maps) == "triton":
-        pooled = fused.pool(pooling, boxes, image_index)
-    else:
-        pooled = eager.restore(*eager.pool(pooling, boxes, image_index)).to(pooling.maps[0].dtype)
-    return pooled.permute(0, 3, 1, 2)
+    chosen = resolve_backend(backend, pooling.maps)
+    return registered.roi_align(pooling, boxes, image_index, backend=chosen).permute(0, 3, 1, 2)
 
 
 def roi_embed(
@@ -109,7 +111,7 @@ def roi_embed(
         BackendError: backend="triton" where Triton cannot run.
     """
     pooling = make_pooling(
-        features,
+        _maps_as_cast(features),
         spatial_scale,
         output_size=output_size,
         sampling_ratio=sampling_ratio,
@@ -119,8 +121,8 @@ def roi_embed(
     check_boxes(pooling, boxes, image_index)
     check_head(pooling, projection, bias)
     chosen = resolve_backend(backend, pooling.maps)
-    embedding, order = _embed(pooling, boxes, image_index, projection, bias, chosen)
-    return eager.restore(unit(embedding), order)
+    head = _as_cast(projection), _as_cast(bias)
+    return registered.roi_embed(pooling, boxes, image_index, head, backend=chosen)
 
 
 def roi_align_cosine(
@@ -171,7 +173,7 @@ def roi_align_cosine(
     Source: distillation of region embeddings, EZAD (arXiv 2303.12145), section 3.3; the L1 distance is the paper's.
     """
     pooling = make_pooling(
-        features,
+        _maps_as_cast(features),
         spatial_scale,
         output_size=output_size,
         sampling_ratio=sampling_ratio,
@@ -181,27 +183,18 @@ def roi_align_cosine(
     check_boxes(pooling, boxes, image_index)
     check_head(pooling, projection, bias)
     dim = pooling.channels if projection is None else projection.shape[0]
-    check_targets(target, weight, regions=boxes.shape[0], dim=dim)
+    check_targets(target, weight, metric, regions=boxes.shape[0], dim=dim)
     chosen = resolve_backend(backend, pooling.maps)
-    embedding, order = _embed(pooling, boxes, image_index, projection, bias, chosen)
-    # A mean does not mind the order, so the narrow targets follow the embeddings rather than the reverse.
-    target, weight = eager.arrange(target, order), eager.arrange(weight, order)
-    if chosen == "triton":
-        return weighted_mean(fused.distances(embedding, target, metric), weight)
-    return weighted_mean(distances(embedding, target, metric), weight)
+    head = _as_cast(projection), _as_cast(bias)
+    return registered.roi_align_cosine(pooling, boxes, image_index, target, weight, head, metric=metric, backend=chosen)
 
 
-def _embed(
-    pooling: Pooling,
-    boxes: Tensor,
-    image_index: Tensor,
-    projection: Tensor | None,
-    bias: Tensor | None,
-    backend: Resolved,
-) -> tuple[Tensor, Tensor | None]:
-    """Pool and project: (R, D) not normalised, and the order of its rows (None: as given)."""
-    if backend == "triton":
-        pooled, order = fused.pool(pooling, boxes, image_index), None
-    else:
-        pooled, order = eager.pool(pooling, boxes, image_index)
-    return project(pooled, projection, bias), order
+def _maps_as_cast(features: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+    return _as_cast(features) if isinstance(features, Tensor) else [_as_cast(feature) for feature in features]
+
+
+def _as_cast(operand: _Operand) -> _Operand:
+    """What autocast makes of an operand of a matrix product: its own dtype inside, nothing outside or in float64."""
+    if operand is None or operand.dtype == torch.float64 or not torch.is_autocast_enabled(operand.device.type):
+        return operand
+    return operand.to(torch.get_autocast_dtype(operand.device.type))

@@ -9,15 +9,12 @@ The Triton kernels compute the same sum; torchvision.ops.roi_align(aligned=True)
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ezsd.kernels.geometry import Pooling, check_boxes, check_head, check_targets, make_pooling
-
-Metric = Literal["cosine", "l1"]
+from ezsd.kernels.geometry import Metric, Pooling, check_boxes, check_head, check_targets, make_pooling
 
 
 def roi_align(
@@ -97,7 +94,7 @@ def roi_align_cosine(
     )
     check_boxes(pooling, boxes, image_index)
     embedding = embed(pooling, boxes, image_index, projection, bias)
-    check_targets(target, weight, regions=embedding.shape[0], dim=embedding.shape[1])
+    check_targets(target, weight, metric, regions=embedding.shape[0], dim=embedding.shape[1])
     return weighted_mean(distances(embedding, target, metric), weight)
 
 
@@ -161,7 +158,7 @@ def unit(vector: Tensor) -> Tensor:
     return vector * torch.where(zero, 0, torch.where(zero, 1, squared).rsqrt())
 
 
-def distances(embedding: Tensor, target: Tensor, metric: Metric) -> Tensor:
+def distances(embedding: Tensor, target: Tensor, metric: str) -> Tensor:
     """1 - cosine, or the L1 distance of the unit vectors, per row: (R,).
 
     A row whose embedding or target is zero has distance 0 and no gradient.
@@ -169,12 +166,7 @@ def distances(embedding: Tensor, target: Tensor, metric: Metric) -> Tensor:
     student = unit(embedding)
     teacher = unit(target.detach().to(student.dtype))
     known = student.any(1) & teacher.any(1)
-    if metric == "cosine":
-        distance = 1 - (student * teacher).sum(1)
-    elif metric == "l1":
-        distance = (student - teacher).abs().sum(1)
-    else:
-        raise ValueError(f'metric must be "cosine" or "l1", got {metric!r}')
+    distance = 1 - (student * teacher).sum(1) if metric == "cosine" else (student - teacher).abs().sum(1)
     return torch.where(known, distance, 0)
 
 

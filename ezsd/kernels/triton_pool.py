@@ -184,8 +184,9 @@ def pool_forward_kernel(
     y_begin, rows = _span(top, down, height, BINS, SAMPLES)
     x_begin, columns = _span(left, right, width, BINS, SAMPLES)
 
-    # An image that does not exist is never read; its NaN reaches the loss.
-    exists = (image >= 0) & (image < images)
+    # NaN corners and an image that does not exist read nothing; their NaN reaches the loss.
+    corners = x1 + y1 + x2 + y2
+    exists = (image >= 0) & (image < images) & (corners == corners)
     cells = tl.where(exists, rows * columns, 0)
     total = tl.zeros((PADDED * PADDED, BLOCK_C), tl.float32) + tl.where(exists, 0.0, float("nan"))
     source = _pick(level, map0, map1, map2, map3, map4, LEVELS) + image * height * width * C
@@ -315,18 +316,22 @@ def _settings(pooling: Pooling, launch: Launch) -> dict[str, int]:
 
 
 def pool_forward(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Tensor:
-    """Pool float32 boxes (R, 4) from channels-last maps: (R, P, P, C)."""
+    """Pool every box on its level, all levels in one launch: (R, P, P, C) in the maps' dtype.
+
+    A map that is not channels-last is copied once.
+    """
     regions = boxes.shape[0]
     pooled = pooling.maps[0].new_empty(regions, pooling.bins, pooling.bins, pooling.channels)
     if regions == 0:
         return pooled
+    maps = tuple(feature.contiguous(memory_format=torch.channels_last) for feature in pooling.maps)
     settings = forward_settings(pooling)
     pool_forward_kernel[(regions, triton.cdiv(pooling.channels, settings["BLOCK_C"]))](
         pooled,
-        boxes,
-        image_index,
-        *_filled(pooling.maps),
-        *_sizes(pooling.maps),
+        boxes.float().contiguous(),
+        image_index.contiguous(),
+        *_filled(maps),
+        *_sizes(maps),
         pooling.images,
         pooling.scale,
         pooling.threshold,
@@ -340,7 +345,7 @@ def pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_in
 
     Args:
         pooling: the maps to fill; the rest as in the forward.
-        pooled_grad: (R, P, P, C), contiguous.
+        pooled_grad: (R, P, P, C), contiguous, in the maps' dtype.
         boxes: as in the forward.
         image_index: as in the forward.
     """
@@ -351,7 +356,8 @@ def pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_in
         for feature in pooling.maps
     ]
     firsts = [sum(tiles[:level]) for level in range(1, MAX_LEVELS)]
-    order, begins = boxes_by_map(pooling, boxes, image_index)
+    boxes = boxes.float().contiguous()
+    order, begins = boxes_by_map(pooling, boxes, image_index.contiguous())
     pool_backward_kernel[(sum(tiles), triton.cdiv(pooling.channels, settings["BLOCK_C"]))](
         pooled_grad,
         boxes,

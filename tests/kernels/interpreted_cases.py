@@ -13,9 +13,10 @@ import triton.language as tl
 from torch.testing import assert_close
 
 from ezsd import kernels
-from ezsd.kernels import fused, reference, triton_pool
+from ezsd.kernels import reference, triton_pool
 from tests.kernels import kernel_problems
-from tests.kernels.kernel_problems import run_align, run_loss
+from tests.kernels.kernel_problems import run_align, run_embed, run_loss
+from tests.kernels.test_kernel_registered import check_operators
 
 # Sums of a few hundred float32 terms of size one; sample positions are rounded to float32 as well.
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
@@ -105,10 +106,9 @@ def test_weights_that_sum_to_zero():
 
 def test_embeddings_equal_the_reference():
     problem = make_problem(regions=5, bins=2, channels=5, levels=2)
-    positional, named = problem.to(torch.float32).pooling
-    head = {"projection": problem.projection, "bias": problem.bias}
-    expected = reference.roi_embed(*problem.pooling[0], **named, **head)
-    assert_close(kernels.roi_embed(*positional, **named, **head, backend="triton").double(), expected, **TOLERANCE)
+    expected = run_embed(reference.roi_embed, problem)
+    found = run_embed(kernels.roi_embed, problem.to(torch.float32), backend="triton")
+    assert_close([value.double() for value in found], expected, **TOLERANCE)
 
 
 def test_inputs_may_be_strided_views_and_targets_half():
@@ -142,31 +142,40 @@ def test_nan_in_a_target_reaches_the_loss_and_the_gradient():
         assert map_grad.isnan().any()
 
 
+def test_levels_without_a_box_get_a_zero_gradient():
+    problem = make_problem(regions=5, bins=2, channels=5, levels=4)
+    # Areas of at most a pixel all belong to the finest level.
+    check(replace(problem, boxes=problem.boxes / 90))
+
+
 def test_an_image_that_does_not_exist_is_nan_and_touches_no_map():
-    problem = make_problem(regions=3, bins=1, channels=5).to(torch.float32)
-    feature = problem.maps[0].requires_grad_()
-    # The public operator refuses this on a CPU; on a GPU it cannot look.
-    pooling = triton_pool.Pooling(maps=(feature,), scale=0.25, threshold=1.0, bins=1, samples=2)
-    pooled = fused.pool(pooling, problem.boxes, torch.tensor([0, 2, -1]))
+    problem = replace(
+        make_problem(regions=3, bins=1, channels=5).to(torch.float32), image_index=torch.tensor([0, 2, -1])
+    )
+    pooled, feature_grad = run_align(kernels.roi_align, problem, backend="triton")
     assert pooled[0].isfinite().all()
     assert pooled[1:].isnan().all()
-    pooled.sum().backward()
-    assert feature.grad[1].count_nonzero() == 0
+    assert feature_grad[1].count_nonzero() == 0
 
 
-def test_operators_are_registered_for_autograd_and_tracing():
+def test_operators_meet_torchs_own_checks():
     problem = make_problem(regions=3, bins=2, channels=3, levels=2).to(torch.float32)
-    maps = [feature.contiguous(memory_format=torch.channels_last).requires_grad_() for feature in problem.maps]
-    pool_arguments = (maps, problem.boxes, problem.image_index, 0.25, 900.0, 2, 2)
-    # The remaining check, dispatch under aot_autograd, stumbles over lists of leaves; the next test stands in for it.
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(fused._pool, pool_arguments, test_utils=checks)
-    embedding = torch.randn(3, 9).requires_grad_()
-    torch.library.opcheck(fused._distances, (embedding, problem.target, "cosine"), test_utils=checks)
+    check_operators(problem, backend="triton")
 
 
-def test_one_graph_holds_the_whole_loss():
-    problem = make_problem(regions=3, bins=2, channels=3, levels=2).to(torch.float32)
-    expected = run_loss(kernels.roi_align_cosine, problem, backend="triton")
-    compiled = torch.compile(kernels.roi_align_cosine, backend="aot_eager", fullgraph=True)
-    assert_close(run_loss(compiled, problem, backend="triton"), expected)
+def test_channels_last_maps_have_channels_last_gradients():
+    problem = make_problem(regions=5, bins=2, channels=5).to(torch.float32)
+    feature = problem.maps[0].contiguous(memory_format=torch.channels_last)
+    last = run_align(kernels.roi_align, replace(problem, maps=(feature,)), backend="triton")
+    assert last[1].is_contiguous(memory_format=torch.channels_last)
+    assert_close(last, run_align(kernels.roi_align, problem, backend="triton"), rtol=0, atol=0)
+
+
+def test_the_gradient_of_a_plain_sum_is_laid_out_first():
+    problem = make_problem(regions=3, bins=2, channels=5).to(torch.float32)
+    (feature, *rest), named = problem.pooling
+    feature.requires_grad_()
+    kernels.roi_align(feature, *rest, **named, backend="triton").sum().backward()
+    found, feature.grad = feature.grad, None
+    reference.roi_align(feature, *rest, **named).sum().backward()
+    assert_close(found, feature.grad, **TOLERANCE)

@@ -85,8 +85,17 @@ def run_align(align, problem, **options):
     positional, named = problem.pooling
     pooled = align(*positional, **named, **options)
     pull = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    (pooled * pull.to(pooled.dtype)).sum().backward()
+    (pooled * pull.to(pooled)).sum().backward()
     return [pooled.detach(), *(feature.grad for feature in problem.maps)]
+
+
+def run_embed(embed, problem, **options):
+    """A weighted sum of the unit embeddings, and its gradients with respect to maps, projection and bias."""
+
+    def pulled(features, boxes, image_index, target, weight, **named):
+        return (embed(features, boxes, image_index, **named) * target).sum()
+
+    return run_loss(pulled, problem, **options)
 
 
 def run_loss(loss, problem, **options):

@@ -1,5 +1,6 @@
 import importlib.util
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,20 +8,13 @@ from torch.testing import assert_close
 
 from ezsd import kernels
 from ezsd.kernels import backend as backend_module
-from ezsd.kernels import eager, reference
-from tests.kernels.kernel_problems import CANONICAL, make_problem, run_align, run_loss
+from ezsd.kernels import reference
+from tests.kernels.kernel_problems import CANONICAL, TINY, make_problem, run_align, run_embed, run_loss
 
 # float64: sums of a few hundred terms of size one. float32: the same, and sample positions rounded differently.
 TOLERANCE = {torch.float64: {"rtol": 1e-11, "atol": 1e-11}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
 
 
-@pytest.fixture(params=["products", "taps"])
-def way(request, monkeypatch):
-    """Force one of the two ways to pool, which are otherwise chosen by the size of the map."""
-    monkeypatch.setattr(eager, "PRODUCT_LIMIT", float("inf") if request.param == "products" else 0)
-
-
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("regions", "bins", "levels"), [(0, 7, 1), (1, 5, 4), (7, 1, 1), (100, 7, 4)])
 def test_pooling_equals_the_reference(dtype, regions, bins, levels):
@@ -31,7 +25,6 @@ def test_pooling_equals_the_reference(dtype, regions, bins, levels):
     assert_close([value.double() for value in found], expected, **TOLERANCE[dtype])
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("metric", ["cosine", "l1"])
 @pytest.mark.parametrize(
     ("regions", "bins", "levels", "dim"), [(0, 5, 4, 9), (1, 7, 1, 63), (40, 5, 4, 63), (40, 1, 1, 9)]
@@ -43,13 +36,15 @@ def test_loss_equals_the_reference(metric, regions, bins, levels, dim):
     assert_close(found, expected, **TOLERANCE[torch.float64])
 
 
-@pytest.mark.usefixtures("way")
-def test_embeddings_keep_the_order_of_the_boxes():
+def test_embeddings_equal_the_reference_in_the_order_of_the_boxes():
     problem = make_problem(regions=30, bins=5, levels=4)
     positional, named = problem.pooling
     head = {"projection": problem.projection, "bias": problem.bias}
     found = kernels.roi_embed(*positional, **named, **head)
     assert_close(found, reference.roi_embed(*positional, **named, **head), **TOLERANCE[torch.float64])
+    assert_close(
+        run_embed(kernels.roi_embed, problem), run_embed(reference.roi_embed, problem), **TOLERANCE[torch.float64]
+    )
 
 
 def test_no_projection_means_the_pooled_channels():
@@ -80,6 +75,43 @@ def test_maps_of_16_bits_are_summed_in_float32(dtype):
     assert narrow[0].dtype == torch.float32
     assert_close(narrow[0], wide[0])
     assert_close(narrow[1], wide[1].to(dtype))
+
+
+def test_levels_and_images_without_a_box_get_zero_gradients():
+    problem = make_problem(regions=12, bins=5, levels=4)
+    # Areas of at most a pixel all belong to the finest level.
+    problem = replace(problem, boxes=problem.boxes / 90, image_index=torch.ones_like(problem.image_index))
+    expected = run_loss(reference.roi_align_cosine, problem)
+    found = run_loss(kernels.roi_align_cosine, problem)
+    assert_close(found, expected, **TOLERANCE[torch.float64])
+    assert found[1][0].count_nonzero() == 0
+    assert all(gradient.count_nonzero() == 0 for gradient in found[2:5])
+
+
+def test_twenty_thousand_boxes():
+    problem = make_problem(regions=20_000, bins=1, channels=2, levels=2, sizes=TINY)
+    expected = run_loss(reference.roi_align_cosine, problem)
+    assert_close(run_loss(kernels.roi_align_cosine, problem), expected, **TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l1"])
+def test_zero_rows_count_with_their_weight_and_pull_nothing(metric):
+    problem = make_problem(regions=7, bins=1, channels=5, head=False)
+    # Box 3 lies outside, so its embedding is zero; target 4 is zero; box 2 weighs nothing.
+    expected = run_loss(reference.roi_align_cosine, problem, metric=metric)
+    assert_close(run_loss(kernels.roi_align_cosine, problem, metric=metric), expected, **TOLERANCE[torch.float64])
+    problem.weight.zero_()
+    for value in run_loss(kernels.roi_align_cosine, problem, metric=metric):
+        assert value.count_nonzero() == 0
+
+
+def test_a_box_without_numbers_spoils_its_own_row_alone():
+    problem = make_problem(regions=3, bins=2, levels=2)
+    whole = run_align(kernels.roi_align, problem)[0]
+    problem.boxes[1, 2] = torch.nan
+    pooled = run_align(kernels.roi_align, problem)[0]
+    assert pooled[1].isnan().all()
+    assert_close(pooled[::2], whole[::2], rtol=0, atol=0)
 
 
 def test_ten_runs_are_bit_equal():
@@ -126,7 +158,7 @@ def call(**changes):
         ({"projection": torch.zeros(5, 4)}, r"projection must be \(D, 16\)"),
         ({"projection": None}, "needs a projection"),
         ({"projection": None, "output_size": 1}, "a bias needs a projection"),
-        ({"bias": torch.zeros(4)}, r"bias must be \(5,\)"),
+        ({"bias": torch.zeros(4)}, r"bias must be torch.float32 \(5,\)"),
         ({"target": torch.zeros(3, 4)}, r"target must be floating \(3, 5\)"),
         ({"weight": torch.zeros(2)}, r"weight must be floating \(3,\)"),
         ({"metric": "l2"}, 'metric must be "cosine" or "l1"'),

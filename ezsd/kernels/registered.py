@@ -1,0 +1,351 @@
+"""The operators as torch knows them: what autograd, torch.compile and torch.export see.
+
+Each public operator is one opaque node with a shape function and a gradient, whichever backend computes it. Opaque
+(`custom_op`) rather than traced (`triton_op`), because one definition serves both backends and the launches leave a
+compiler nothing to merge. Triton is imported when a kernel first runs, so this module loads without it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ezsd.kernels import eager
+from ezsd.kernels.geometry import Pooling
+from ezsd.kernels.reference import distances, project, unit, weighted_mean
+
+# torch gives the context of a registered operator no type and hands its inputs over as one tuple, hence `Any`.
+# ruff: noqa: ANN401
+
+Head = tuple[Tensor | None, Tensor | None]
+"""Projection and bias."""
+
+
+def roi_align(pooling: Pooling, boxes: Tensor, image_index: Tensor, *, backend: str) -> Tensor:
+    """Pooled boxes (R, P, P, C) in the maps' dtype."""
+    pooled: Tensor = _align(list(pooling.maps), boxes.detach(), image_index, *pooling.grid, backend)
+    return pooled
+
+
+def roi_embed(pooling: Pooling, boxes: Tensor, image_index: Tensor, head: Head, *, backend: str) -> Tensor:
+    """Unit embeddings (R, D) in float32, or float64 for float64 maps."""
+    unit_rows: Tensor = _embed(list(pooling.maps), boxes.detach(), image_index, *head, *pooling.grid, backend)[0]
+    return unit_rows
+
+
+def roi_align_cosine(
+    pooling: Pooling,
+    boxes: Tensor,
+    image_index: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    head: Head,
+    *,
+    metric: str,
+    backend: str,
+) -> Tensor:
+    """The weighted mean distance, a scalar in float32, or float64 for float64 maps."""
+    constants = (boxes.detach(), image_index, target.detach(), weight.detach())
+    loss: Tensor = _cosine(list(pooling.maps), *constants, *head, metric, *pooling.grid, backend)[0]
+    return loss
+
+
+@torch.library.custom_op("ezsd::roi_align", mutates_args=())
+def _align(
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    image_index: Tensor,
+    scale: float,
+    threshold: float,
+    bins: int,
+    samples: int,
+    backend: str,
+) -> Tensor:
+    pooling = Pooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
+    return _pool(pooling, boxes, image_index, backend).to(maps[0].dtype)
+
+
+@torch.library.custom_op("ezsd::roi_embed", mutates_args=())
+def _embed(
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    image_index: Tensor,
+    projection: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    threshold: float,
+    bins: int,
+    samples: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The unit embeddings, and for the gradient the raw ones and `_pool_and_project`'s bins."""
+    pooling = Pooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
+    embedding, pooled = _pool_and_project(pooling, boxes, image_index, (projection, bias), backend)
+    return unit(embedding), embedding, pooled
+
+
+@torch.library.custom_op("ezsd::roi_align_cosine", mutates_args=())
+def _cosine(
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    image_index: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    projection: Tensor | None,
+    bias: Tensor | None,
+    metric: str,
+    scale: float,
+    threshold: float,
+    bins: int,
+    samples: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and for the gradient the raw embeddings and `_pool_and_project`'s bins."""
+    pooling = Pooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
+    embedding, pooled = _pool_and_project(pooling, boxes, image_index, (projection, bias), backend)
+    if backend == "triton":
+        from ezsd.kernels import triton_distance
+
+        with _current_device(embedding):
+            distance = triton_distance.distance_forward(embedding, target.contiguous(), metric)
+    else:
+        distance = distances(embedding, target, metric)
+    return weighted_mean(distance, weight), embedding, pooled
+
+
+@torch.library.custom_op("ezsd::region_distances_backward", mutates_args=())
+def _distances_backward(
+    loss_grad: Tensor, embedding: Tensor, target: Tensor, weight: Tensor, metric: str, backend: str
+) -> Tensor:
+    """Gradient of the raw embeddings (R, D) in their dtype."""
+    weight = weight.to(loss_grad.dtype)
+    total = weight.sum()
+    distance_grad = loss_grad * weight / torch.where(total == 0, 1, total)
+    if backend == "triton":
+        from ezsd.kernels import triton_distance
+
+        with _current_device(embedding):
+            return triton_distance.distance_backward(distance_grad, embedding, target.contiguous(), metric)
+    return eager.distances_backward(distance_grad, embedding, target, metric)
+
+
+@torch.library.custom_op("ezsd::regions_backward", mutates_args=())
+def _regions_backward(
+    embedding_grad: Tensor,
+    pooled: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    projection: Tensor | None,
+    scale: float,
+    threshold: float,
+    bins: int,
+    samples: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    wanted: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of the raw embeddings handed on, as far as wanted: of the maps, the projection, the bias.
+
+    Args:
+        embedding_grad: (R, D); without a projection (R, P * P * C).
+        pooled: as `_pool_and_project` gave it.
+        boxes: as in the forward, as are the arguments not named here.
+        image_index: as in the forward.
+        projection: as in the forward.
+        scale: see `Pooling`.
+        threshold: see `Pooling`.
+        bins: see `Pooling`.
+        samples: see `Pooling`.
+        shape: of the maps: B, C, then H and W of every level.
+        dtype: of the maps.
+        wanted: three flags: maps, projection, bias.
+        backend: "eager" or "triton".
+    """
+    gradients = []
+    with torch.autocast(embedding_grad.device.type, enabled=False):
+        if wanted[0]:
+            pooled_grad = embedding_grad
+            if projection is not None:
+                pooled_grad = embedding_grad @ projection.to(embedding_grad.dtype)
+            gradients += _empty_maps(embedding_grad, shape, dtype, backend)
+            pooling = Pooling(maps=tuple(gradients), scale=scale, threshold=threshold, bins=bins, samples=samples)
+            _pool_backward(pooling, pooled_grad.view(-1, bins, bins, shape[1]), boxes, image_index, backend)
+        if projection is not None and wanted[1]:
+            gradients.append((embedding_grad.T @ pooled.flatten(1)).to(projection.dtype))
+        if projection is not None and wanted[2]:
+            gradients.append(embedding_grad.sum(0, dtype=_wide(embedding_grad.dtype)).to(projection.dtype))
+    return gradients
+
+
+@_align.register_fake
+def _(maps: Sequence[Tensor], boxes: Tensor, *rest: Any) -> Tensor:
+    bins = rest[3]
+    return maps[0].new_empty(boxes.shape[0], bins, bins, maps[0].shape[1])
+
+
+@_embed.register_fake
+def _(maps: Sequence[Tensor], boxes: Tensor, image_index: Tensor, projection: Tensor | None, *rest: Any) -> Any:
+    embedding, pooled = _empty_embedding(maps, boxes, projection, bins=rest[3], backend=rest[5])
+    return torch.empty_like(embedding, dtype=_wide(embedding.dtype)), embedding, pooled
+
+
+@_cosine.register_fake
+def _(maps: Sequence[Tensor], boxes: Tensor, *rest: Any) -> Any:
+    embedding, pooled = _empty_embedding(maps, boxes, rest[3], bins=rest[8], backend=rest[10])
+    return embedding.new_empty((), dtype=_wide(embedding.dtype)), embedding, pooled
+
+
+@_distances_backward.register_fake
+def _(loss_grad: Tensor, embedding: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(embedding)
+
+
+@_regions_backward.register_fake
+def _(embedding_grad: Tensor, pooled: Tensor, boxes: Tensor, image_index: Tensor, *rest: Any) -> list[Tensor]:
+    projection, shape, dtype, wanted, backend = rest[0], *rest[5:]
+    gradients = _empty_maps(embedding_grad, shape, dtype, backend) if wanted[0] else []
+    if projection is not None and wanted[1]:
+        gradients.append(torch.empty_like(projection, memory_format=torch.contiguous_format))
+    if projection is not None and wanted[2]:
+        gradients.append(projection.new_empty(projection.shape[0]))
+    return gradients
+
+
+def _align_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    maps, boxes, image_index, *ctx.grid, ctx.backend = inputs
+    ctx.shape, ctx.dtype = _shape(maps), maps[0].dtype
+    ctx.save_for_backward(boxes, image_index)
+
+
+def _align_gradient(ctx: Any, pooled_grad: Tensor) -> tuple[Any, ...]:
+    boxes, image_index = ctx.saved_tensors
+    # The gradient of a plain sum is one number, expanded; kernels read memory.
+    flat = pooled_grad.flatten(1).contiguous()
+    rest = (None, *ctx.grid, ctx.shape, ctx.dtype, [True, False, False], ctx.backend)
+    maps = _regions_backward(flat, flat.new_empty(0), boxes, image_index, *rest)
+    return maps, None, None, *[None] * 5
+
+
+def _embed_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    maps, boxes, image_index, projection, _, *ctx.grid, ctx.backend = inputs
+    ctx.shape, ctx.dtype = _shape(maps), maps[0].dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(boxes, image_index, projection, *output[1:])
+
+
+def _embed_gradient(ctx: Any, unit_grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    boxes, image_index, projection, embedding, pooled = ctx.saved_tensors
+    embedding_grad = None if unit_grad is None else eager.unit_backward(unit_grad, embedding)
+    maps, projection_grad, bias_grad = _hand_on(ctx, embedding_grad, pooled, boxes, image_index, projection, first=3)
+    return maps, None, None, projection_grad, bias_grad, *[None] * 5
+
+
+def _cosine_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    maps, boxes, image_index, target, weight, projection, _, ctx.metric, *ctx.grid, ctx.backend = inputs
+    ctx.shape, ctx.dtype = _shape(maps), maps[0].dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(boxes, image_index, target, weight, projection, *output[1:])
+
+
+def _cosine_gradient(ctx: Any, loss_grad: Tensor | None, *_: None) -> tuple[Any, ...]:
+    boxes, image_index, target, weight, projection, embedding, pooled = ctx.saved_tensors
+    embedding_grad = None
+    if loss_grad is not None:
+        embedding_grad = _distances_backward(loss_grad, embedding, target, weight, ctx.metric, ctx.backend)
+    maps, projection_grad, bias_grad = _hand_on(ctx, embedding_grad, pooled, boxes, image_index, projection, first=5)
+    return maps, None, None, None, None, projection_grad, bias_grad, *[None] * 6
+
+
+def _hand_on(
+    ctx: Any,
+    embedding_grad: Tensor | None,
+    pooled: Tensor,
+    boxes: Tensor,
+    image_index: Tensor,
+    projection: Tensor | None,
+    *,
+    first: int,
+) -> tuple[Any, Any, Any]:
+    """Gradients of maps, projection and bias; `first` is the projection's place among the operator's inputs."""
+    levels = (len(ctx.shape) - 2) // 2
+    if embedding_grad is None:
+        return [None] * levels, None, None
+    wanted = [any(ctx.needs_input_grad[0]), ctx.needs_input_grad[first], ctx.needs_input_grad[first + 1]]
+    rest = (projection, *ctx.grid, ctx.shape, ctx.dtype, wanted, ctx.backend)
+    found = _regions_backward(embedding_grad.contiguous(), pooled, boxes, image_index, *rest)
+    maps = [found.pop(0) for _ in range(levels)] if wanted[0] else [None] * levels
+    projection_grad = found.pop(0) if wanted[1] else None
+    return maps, projection_grad, found.pop(0) if wanted[2] else None
+
+
+_align.register_autograd(_align_gradient, setup_context=_align_context)
+_embed.register_autograd(_embed_gradient, setup_context=_embed_context)
+_cosine.register_autograd(_cosine_gradient, setup_context=_cosine_context)
+
+
+def _pool(pooling: Pooling, boxes: Tensor, image_index: Tensor, backend: str) -> Tensor:
+    """(R, P, P, C), contiguous; in the maps' dtype from Triton, in float32 or better from eager."""
+    if backend == "eager":
+        return eager.pool(pooling, boxes, image_index)
+    from ezsd.kernels import triton_pool
+
+    with _current_device(boxes):
+        return triton_pool.pool_forward(pooling, boxes, image_index)
+
+
+def _pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_index: Tensor, backend: str) -> None:
+    """Overwrite the maps of `pooling` with the gradient."""
+    if backend == "eager":
+        eager.pool_backward(pooling, pooled_grad, boxes, image_index)
+        return
+    from ezsd.kernels import triton_pool
+
+    with _current_device(boxes):
+        triton_pool.pool_backward(pooling, pooled_grad, boxes, image_index)
+
+
+def _pool_and_project(
+    pooling: Pooling, boxes: Tensor, image_index: Tensor, head: Head, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Raw embeddings (R, D) and the pooled bins; without a projection they are one, and an empty tensor is returned."""
+    pooled = _pool(pooling, boxes, image_index, backend)
+    with torch.autocast(pooled.device.type, enabled=False):
+        embedding = project(pooled, *head)
+    return embedding, pooled.new_empty(0) if head[0] is None else pooled
+
+
+def _empty_embedding(
+    maps: Sequence[Tensor], boxes: Tensor, projection: Tensor | None, *, bins: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What `_pool_and_project` returns, not filled."""
+    regions, channels, dtype = boxes.shape[0], maps[0].shape[1], maps[0].dtype
+    dtype = dtype if backend == "triton" else _wide(dtype)
+    if projection is None:
+        return maps[0].new_empty(regions, channels, dtype=dtype), maps[0].new_empty(0, dtype=dtype)
+    pooled = maps[0].new_empty(regions, bins, bins, channels, dtype=dtype)
+    return pooled.new_empty(regions, projection.shape[0]), pooled
+
+
+def _empty_maps(like: Tensor, shape: Sequence[int], dtype: torch.dtype, backend: str) -> list[Tensor]:
+    """Maps on the device of `like`, not filled: channels-last for Triton, plain for eager."""
+    form = torch.channels_last if backend == "triton" else torch.contiguous_format
+    return [
+        torch.empty((*shape[:2], *shape[at : at + 2]), dtype=dtype, device=like.device, memory_format=form)
+        for at in range(2, len(shape), 2)
+    ]
+
+
+def _shape(maps: Sequence[Tensor]) -> list[int]:
+    """B, C, then H and W of every level."""
+    return [*maps[0].shape[:2], *(size for feature in maps for size in feature.shape[2:])]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _current_device(tensor: Tensor) -> torch.cuda.device:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

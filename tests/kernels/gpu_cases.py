@@ -1,0 +1,160 @@
+"""Run by `make gpu-check` on a machine with a GPU: the Triton operators against float64, in every dtype.
+
+Real sizes are compared by the gates of benchmarks/kernel.py.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ezsd import kernels
+from ezsd.kernels import reference
+from tests.kernels.kernel_problems import make_problem, run_align, run_embed, run_loss
+
+# Norm of the difference over the norm of the expected tensor. Float32: positions are rounded at 1e-7 of some tens of
+# cells, sums have up to 12,544 terms. 16 bits: a value is rounded (at 5e-4 for float16, 4e-3 for bfloat16) at each of
+# four stages: bin weights, pooled values, embeddings, and their gradients.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _gpu():
+    if not torch.cuda.is_available():
+        pytest.exit("gpu_cases.py needs a GPU, and torch sees none", returncode=2)
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(autouse=True)
+def _outputs_begin_as_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def on_gpu(problem, dtype):
+    """The problem on the GPU, its maps and head in `dtype`, everything else in float32."""
+    problem = problem.to(torch.float32)
+
+    def move(tensor, dtype=None):
+        return None if tensor is None else tensor.to("cuda", dtype)
+
+    return replace(
+        problem,
+        maps=tuple(move(feature, dtype).contiguous(memory_format=torch.channels_last) for feature in problem.maps),
+        projection=move(problem.projection, dtype),
+        bias=move(problem.bias, dtype),
+        **{name: move(getattr(problem, name)) for name in ("boxes", "image_index", "target", "weight")},
+    )
+
+
+def check(run, name, problem, dtype, **options):
+    problem = on_gpu(problem, dtype)
+    expected = run(getattr(reference, name), problem.to(torch.float64), **options)
+    found = run(getattr(kernels, name), problem, backend="triton", **options)
+    for value, right in zip(found, expected, strict=True):
+        error = (value.double() - right).norm()
+        assert error <= TOLERANCE[dtype] * right.norm(), f"relative error {error / right.norm():.1e}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("regions", [0, 1, 7, 1000])
+@pytest.mark.parametrize(("bins", "channels", "dim"), [(1, 63, 512), (5, 256, 63), (7, 63, 63), (7, 256, 512)])
+@pytest.mark.parametrize("levels", [1, 4])
+def test_loss_equals_float64(dtype, regions, bins, channels, dim, levels):
+    problem = make_problem(regions=regions, bins=bins, channels=channels, dim=dim, levels=levels)
+    check(run_loss, "roi_align_cosine", problem, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_other_operators_equal_float64(dtype):
+    problem = make_problem(regions=100, channels=63, levels=4)
+    check(run_align, "roi_align", problem, dtype)
+    check(run_embed, "roi_embed", problem, dtype)
+    check(run_loss, "roi_align_cosine", make_problem(regions=100, bins=1, head=False), dtype)
+
+
+def test_l1_equals_float64():
+    # Only in float32: rounding to 16 bits turns signs of differences near zero, and each turn counts fully.
+    check(run_loss, "roi_align_cosine", make_problem(regions=100, levels=4), torch.float32, metric="l1")
+
+
+def test_twenty_thousand_boxes():
+    problem = make_problem(regions=20_000, bins=1, channels=8, levels=4)
+    check(run_loss, "roi_align_cosine", problem, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_ten_runs_are_bit_equal(dtype):
+    problem = on_gpu(make_problem(regions=1000, channels=256, dim=512, levels=4), dtype)
+    first = run_loss(kernels.roi_align_cosine, problem, backend="triton")
+    for _ in range(9):
+        assert_close(run_loss(kernels.roi_align_cosine, problem, backend="triton"), first, rtol=0, atol=0)
+
+
+def test_maps_beyond_two_to_the_31_elements():
+    images, channels, size = 9, 256, 1024
+    whole = torch.zeros(images, channels, size, size, dtype=torch.bfloat16, device="cuda")
+    whole = whole.contiguous(memory_format=torch.channels_last)
+    whole[-1] = torch.randn(channels, size, size, device="cuda")
+    boxes = torch.rand(50, 4, device="cuda") * 500
+    boxes[:, 2:] += boxes[:, :2]
+    pooled, gradient = align_one(whole, boxes, images - 1)
+    alone, gradient_alone = align_one(whole[-1:], boxes, 0)
+    assert_close(pooled, alone, rtol=0, atol=0)
+    assert_close(gradient[-1:], gradient_alone, rtol=0, atol=0)
+    assert gradient[:-1].count_nonzero() == 0
+
+
+def align_one(feature, boxes, image):
+    feature = feature.detach().requires_grad_()
+    image_index = torch.full((len(boxes),), image, device="cuda")
+    pooled = kernels.roi_align(feature, boxes, image_index, spatial_scale=1.0, backend="triton")
+    pooled.backward(torch.ones_like(pooled))
+    return pooled.detach(), feature.grad
+
+
+def test_pooled_boxes_beyond_two_to_the_31_elements():
+    feature = torch.randn(1, 256, 16, 16, dtype=torch.bfloat16, device="cuda")
+    boxes = torch.rand(172_000, 4, device="cuda") * 8
+    boxes[:, 2:] += boxes[:, :2]
+    image_index = torch.zeros(len(boxes), dtype=torch.int64, device="cuda")
+    pooled = kernels.roi_align(feature, boxes, image_index, spatial_scale=1.0, backend="triton")
+    assert pooled.numel() > 2**31
+    alone = kernels.roi_align(feature, boxes[-9:], image_index[-9:], spatial_scale=1.0, backend="triton")
+    assert_close(pooled[-9:], alone, rtol=0, atol=0)
+
+
+def test_nothing_waits_for_the_device():
+    problem = on_gpu(make_problem(regions=100, levels=4), torch.bfloat16)
+    run_loss(kernels.roi_align_cosine, problem, backend="triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_loss(kernels.roi_align_cosine, problem, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_image_that_does_not_exist_is_nan():
+    problem = on_gpu(make_problem(regions=3, bins=1), torch.bfloat16)
+    problem.image_index[1:] = torch.tensor([2, -1])
+    pooled = run_align(kernels.roi_align, problem, backend="triton")[0]
+    assert pooled[0].isfinite().all()
+    assert pooled[1:].isnan().all()
+
+
+def test_compiled_and_plain_agree():
+    problem = on_gpu(make_problem(regions=100, levels=4), torch.bfloat16)
+    expected = run_loss(kernels.roi_align_cosine, problem, backend="triton")
+    compiled = torch.compile(kernels.roi_align_cosine, fullgraph=True)
+    assert_close(run_loss(compiled, problem, backend="triton"), expected)
+
+
+def test_autocast_casts_the_products_operands():
+    problem = on_gpu(make_problem(regions=100, levels=4), torch.float32)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = run_loss(kernels.roi_align_cosine, problem, backend="triton")
+    narrow = on_gpu(problem, torch.bfloat16)
+    expected = run_loss(kernels.roi_align_cosine, narrow, backend="triton")
+    assert_close(found, [value.float() for value in expected])
