@@ -22,8 +22,9 @@ def quantise(embedding: NDArray[np.float16]) -> tuple[NDArray[np.int8], NDArray[
         step = np.abs(rows).max(axis=1, keepdims=True) / np.float32(_LEVELS)
         part = np.rint(rows / step).astype(np.int8)
         codes[start : start + _ROWS] = part
-        # Whole numbers below 2 ** 24: this sum is exact in any order.
-        scale[start : start + _ROWS] = 1 / np.sqrt(np.square(part.astype(np.float32)).sum(axis=1))
+        # Whole numbers in float64: the sum is exact in whatever order it is taken.
+        squares = np.square(part.astype(np.float64)).sum(axis=1)
+        scale[start : start + _ROWS] = 1 / np.sqrt(squares)
     return codes, scale
 
 

@@ -94,6 +94,9 @@ WHOLE: Mapping[str, Field] = MappingProxyType(
 )
 """Products that belong to the whole store: one small array each, with JSON attributes."""
 
+PRODUCTS = ("teacher", "text", "proposals", "regions", "ground_truth")
+"""All products, in the order in which they are made: one may need those before it."""
+
 IMAGES: tuple[Field, ...] = (Field("id", "<i8"), Field("width", "<i4"), Field("height", "<i4"))
 OFFSET = Field("offset", "<i8")
 
