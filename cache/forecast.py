@@ -9,8 +9,8 @@ from cache.journal import Entry
 from cache.schema import RAGGED, SHARD_BYTES, EmbeddingType, array_spec, stored_fields
 from cache.shards import ShardTask
 
-_METADATA = 2**18
-"""Metadata and checksums of a small store; a large one has one checksum of 4 bytes per 256 KiB more."""
+_METADATA = 2**21
+"""What every store has besides its rows: some thirty small arrays, padded to whole chunks, teacher, text, metadata."""
 
 
 @dataclass(frozen=True, slots=True)

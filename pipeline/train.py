@@ -26,6 +26,7 @@ from pipeline.build import take_first
 from pipeline.config import Config, ConfigError, LossConfig, TrainConfig, to_tables
 from pipeline.datasets import Dataset, DatasetError, find_dataset, read_dataset_image
 from pipeline.progress import Progress
+from pipeline.provenance import dataset_inputs
 from pipeline.runs import Run, restore_optimiser
 
 log = logging.getLogger("ezsd")
@@ -225,8 +226,7 @@ def load_batches(
 
 def store_dataset(store: Store, data_root: Path | None) -> Dataset:
     """The dataset a store was built from, where it lies now."""
-    fields = store.manifest.fields["dataset"]
-    assert isinstance(fields, dict)
+    fields = dataset_inputs(store.manifest)
     if data_root is None:
         recorded = store.path / "environment.json"
         if not recorded.is_file():
@@ -242,8 +242,7 @@ def _check_dataset(store: Store, dataset: Dataset) -> dict[int, tuple[str, int, 
     annotations = take_first(
         load_training(dataset.root / dataset.train_annotations, dataset.split), len(store.image_ids)
     )
-    fields = store.manifest.fields["dataset"]
-    assert isinstance(fields, dict)
+    fields = dataset_inputs(store.manifest)
     digest = annotations.digest()
     now = {"image_list_sha256": digest["images"], "base_boxes_sha256": digest["boxes"]}
     changed = [
