@@ -54,6 +54,7 @@ def failpoint(name: str) -> None:
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
@@ -68,6 +69,17 @@ def disk_room(store: Path, needed: int) -> Iterator[None]:
             f"{store}: the disk is full ({error.strerror}): {needed:,} bytes were to be written here, "
             f"{shutil.disk_usage(store).free:,} are free; nothing is damaged, make room and run the same command again"
         ) from error
+
+
+@contextlib.contextmanager
+def writable(store: Path) -> Iterator[None]:
+    """Turn a folder that cannot be written to into a StoreError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+        raise StoreError(f"{store}: cannot be written to ({error.strerror}); choose another --out folder") from error
 
 
 def require_room(store: Path, needed: int) -> None:

@@ -14,7 +14,7 @@ from cache import encoding
 from cache.checksums import ChunkSums
 from cache.commit import root_attributes
 from cache.durable import BuildLock, discard, make_folders, rename, scratch_name, write_new
-from cache.journal import little_endian, raw_bytes, scratch_folder
+from cache.journal import journal_folder, little_endian, raw_bytes, scratch_folder
 from cache.manifest import Manifest, parse_json
 from cache.mark import COMMIT, ENVIRONMENT, INCOMPLETE, LOCK, MANIFEST, CommitMark, read_incomplete, read_mark
 from cache.plan import stored_columns
@@ -99,6 +99,9 @@ def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> Rep
         return _Repair(store, mark, source).run()
     finally:
         discard(scratch_folder(store))
+        journal = journal_folder(store)
+        if journal.is_dir() and not any(journal.iterdir()):
+            journal.rmdir()
         discard(store / LOCK)
         lock.release()
 

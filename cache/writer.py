@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cache.checks import check_whole
 from cache.commit import Committer, Finisher, remove_journal
-from cache.durable import BuildLock, discard, disk_room, make_folders, require_room, write_atomic
+from cache.durable import BuildLock, discard, disk_room, make_folders, require_room, writable, write_atomic
 from cache.forecast import room_to_commit, small_bytes
 from cache.journal import Entry, intact, journal_folder, little_endian, scratch_folder, set_aside, write_entry
 from cache.manifest import JSON, Manifest, canonical_json, seal
@@ -86,8 +86,9 @@ class StoreWriter:
             return cls._complete(wanted, mark)
         require_not_set_aside(store)
         _require_own(store)
-        make_folders(store)
-        lock = BuildLock(store / LOCK)
+        with writable(store):
+            make_folders(store)
+            lock = BuildLock(store / LOCK)
         try:
             return cls._start(wanted, lock)
         except BaseException:

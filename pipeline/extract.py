@@ -222,7 +222,7 @@ def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
     clear = torch.nonzero(clear_of_base(box, base_boxes, base_iou=settings.base_iou))[:, 0]
     known = {} if worker.reused is None else worker.reused.known(view.record.id)
     found: list[tuple[int, np.float32, int, np.ndarray]] = []
-    for places in clear.split(settings.regions):
+    for places in clear.split(max(settings.regions, _SHORT)):
         missing = [place for place in places.tolist() if box[place].numpy().tobytes() not in known]
         known |= _encoded(view, box[missing])
         for place in places.tolist():

@@ -105,12 +105,12 @@ def test_every_single_file_is_mended_from_the_store_or_the_images(store):
     assert verify(store, deep=True) == []
 
 
-def test_only_the_images_whose_rows_were_lost_are_computed(store):
-    last = max(int(shard.name) for shard in (store / "regions/embedding/c").iterdir())
-    (store / f"regions/embedding/c/{last}/0").unlink()
-    (damage,) = verify(store)
-    source = Images(embedding=info(store).embedding)
-    repair(store, source)
+def test_only_the_images_whose_rows_were_lost_are_computed(copy):
+    last = max(int(shard.name) for shard in (copy / "regions/embedding/c").iterdir())
+    (copy / f"regions/embedding/c/{last}/0").unlink()
+    (damage,) = verify(copy)
+    source = Images()
+    repair(copy, source)
     asked = [storekit.IDS[place] for start, stop in source.asked for place in range(start, stop)]
     assert set(damage.images) <= set(asked)
     assert len(asked) < len(storekit.IDS)
