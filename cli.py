@@ -82,12 +82,15 @@ def cache_build(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
     device: Device = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 chooses.")] = 0,
+    reuse: Annotated[Path | None, typer.Option(help="A store to take over what would be the same.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how large it would get, and stop.")] = False,
     set_: Set = None,
 ) -> None:
     """Re-normalise the teacher, find CLIP proposals, embed them: once per dataset and teacher."""
-    from pipeline.build import BuildRequest, build_cache
+    from pipeline.build import BuildRequest, build_cache, forecast_build
     from pipeline.command import build_config, drawn, resolve_device
     from pipeline.datasets import find_dataset
+    from pipeline.store import build_lines, forecast_lines
 
     # Everything that can be refused is, before the benchmark is drawn.
     where = resolve_device(device)
@@ -106,21 +109,76 @@ def cache_build(
         limit=limit,
         device=where,
         workers=workers,
+        reuse=reuse,
     )
-    report = build_cache(request)
-    if report.already_complete:
-        typer.echo(f"{store}: complete already, nothing to do")
-        return
-    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
-    typer.echo(f"{store}: complete ({times})")
+    lines = forecast_lines(store, forecast_build(request)) if dry_run else build_lines(store, build_cache(request))
+    typer.echo("\n".join(lines))
+
+
+@cache_app.command("ls", epilog="Example:  ezsd cache ls cache")
+def cache_ls(folder: Annotated[Path, typer.Argument(help="A folder with stores in it.")]) -> None:
+    """List the stores in a folder."""
+    from pipeline.store import list_lines
+
+    typer.echo("\n".join(list_lines(folder)))
 
 
 @cache_app.command("info", epilog="Example:  ezsd cache info cache/shapes")
 def cache_info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
     """Say what a store holds, who made it how, and whether it is complete."""
-    from pipeline.command import describe_store
+    from pipeline.store import info_text
 
-    typer.echo(describe_store(store))
+    typer.echo(info_text(store))
+
+
+@cache_app.command("verify", epilog="Example:  ezsd cache verify cache/shapes --deep")
+def cache_verify(
+    store: Annotated[Path, typer.Argument(help="A store.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte; else sizes and metadata.")] = False,
+) -> None:
+    """Check a store; damage is named by file, rows and images, and the exit code is then 1."""
+    from pipeline.store import verify_lines
+
+    lines = verify_lines(store, deep=deep)
+    typer.echo("\n".join(lines or [f"{store}: nothing is wrong"]))
+    if lines:
+        raise typer.Exit(1)
+
+
+@cache_app.command("repair", epilog="Example:  ezsd cache repair cache/shapes --data-root data/shapes")
+def cache_repair(
+    store: Annotated[Path, typer.Argument(help="A store.")],
+    data_root: Annotated[Path | None, typer.Option(help="The images, to compute lost rows from.")] = None,
+    weights: Annotated[str | None, typer.Option(help="The teacher's weights, if they have moved.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Rebuild exactly what is damaged, or mark the store incomplete; the exit code is then 1."""
+    from pipeline.command import resolve_device
+    from pipeline.store import repair_lines, repair_store
+
+    report = repair_store(store, data_root, weights=weights, device=resolve_device(device))
+    typer.echo("\n".join(repair_lines(store, report)))
+    if report.left:
+        raise typer.Exit(1)
+
+
+@cache_app.command("gc", epilog="Example:  ezsd cache gc cache/shapes")
+def cache_gc(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
+    """Remove what killed builds left and what does not belong to the store."""
+    from pipeline.store import collect_lines
+
+    typer.echo("\n".join(collect_lines(store)))
+
+
+@cache_app.command("diff", epilog="Example:  ezsd cache diff cache/a cache/b")
+def cache_diff(
+    first: Annotated[Path, typer.Argument(help="A complete store.")],
+    second: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Say in which settings, products and files two stores differ."""
+    from pipeline.store import compare_lines
+
+    typer.echo("\n".join(compare_lines(first, second)))
 
 
 @app.command(epilog="Example:  ezsd train --cache cache/shapes --run runs/a")

@@ -23,6 +23,7 @@ from pipeline.datasets import read_dataset_image
 from pipeline.draw import draw_boxes
 from pipeline.evaluate import headline
 from pipeline.extract import image_anchors
+from pipeline.provenance import model_inputs, proposal_settings
 from pipeline.runs import Run
 from pipeline.train import store_dataset
 
@@ -38,7 +39,7 @@ def coverage(store: Store, data_root: Path | None) -> dict[str, object]:
     novel = truth.class_index >= len(dataset.split.base)
     objects = [truth.box[truth.rows(p)][novel[truth.rows(p)] & ~truth.crowd[truth.rows(p)]] for p in positions]
     ids = [truth.images[p].id for p in positions]
-    settings = to_tables(load_preset("photos")) | {"proposals": dict(store.manifest.fields["proposals"])}
+    settings = to_tables(load_preset("photos")) | {"proposals": proposal_settings(store.manifest)}
     grid = from_tables(settings, where="store").proposals
     anchors = [image_anchors(grid, truth.images[p].width, truth.images[p].height).numpy() for p in positions]
     draws = []
@@ -86,8 +87,8 @@ def main() -> None:
         run = Run.open(arguments.run)
         evaluated = headline(json.loads((run.folder / "eval.json").read_text()))
         result["trained"] = {"AP50": evaluated, "steps": run.read_metrics()[-1]["step"]}
-    teacher = store.manifest.fields["teacher"]
-    grid = store.manifest.fields["proposals"]
+    teacher = dict(model_inputs(store.manifest))
+    grid = proposal_settings(store.manifest)
     rows.append("photos", {**result, "teacher": teacher, "proposal_settings": grid})
     for key, value in result.items():
         print(f"{key}: {value}")

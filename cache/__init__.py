@@ -1,13 +1,20 @@
 """The store: which regions, which embeddings, made how. Sharded Zarr with provenance; numpy and zarr alone."""
 
+from cache.compare import Comparison, compare
 from cache.durable import FAILPOINTS, failpoint
-from cache.inspect import ProductInfo, StoreInfo, info, verify
-from cache.manifest import JSON, Manifest, canonical_json
+from cache.forecast import Forecast, forecast
+from cache.inspect import ProductInfo, StoreInfo, info, list_stores
+from cache.leftovers import collect
+from cache.manifest import JSON, Manifest, Origin, canonical_json, differences, images_digest
 from cache.plan import write_block
 from cache.reader import GroundTruthRows, Product, ProposalRows, RegionRows, Store
+from cache.repair import RepairReport, RowSource, repair
 from cache.schema import (
+    EMBEDDING_TYPES,
     FORMAT_VERSION,
+    PRODUCTS,
     Block,
+    EmbeddingType,
     RaggedRows,
     StoreError,
     StoreIncomplete,
@@ -15,9 +22,25 @@ from cache.schema import (
     StoreMismatch,
 )
 from cache.shards import ShardTask, commit_shard
+from cache.verify import Damage, verify
 from cache.writer import StoreWriter
 
 __all__ = [
+    "RowSource",
+    "Comparison",
+    "Damage",
+    "RepairReport",
+    "collect",
+    "compare",
+    "list_stores",
+    "repair",
+    "EMBEDDING_TYPES",
+    "PRODUCTS",
+    "EmbeddingType",
+    "Forecast",
+    "Origin",
+    "forecast",
+    "images_digest",
     "FAILPOINTS",
     "FORMAT_VERSION",
     "JSON",
@@ -38,6 +61,7 @@ __all__ = [
     "StoreMismatch",
     "StoreWriter",
     "canonical_json",
+    "differences",
     "commit_shard",
     "failpoint",
     "info",

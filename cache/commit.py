@@ -11,13 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import encoding
+from cache.checksums import ChunkSums, checksum_spec
 from cache.durable import FileDigest, discard, failpoint, sync_folder, write_atomic
 from cache.journal import Entry, journal_folder, little_endian, raw_bytes, scratch_folder
 from cache.manifest import JSON
 from cache.mark import COMMIT, LOCK, MANIFEST, CommitMark, relative_files
 from cache.plan import Plan
-from cache.schema import FORMAT_VERSION, OFFSET, RAGGED, WHOLE, ArraySpec, array_spec
-from cache.shards import Piece, ShardTask
+from cache.schema import (
+    CHECKSUM,
+    CHECKSUMS,
+    FORMAT_VERSION,
+    OFFSET,
+    RAGGED,
+    WHOLE,
+    ArraySpec,
+    array_spec,
+    stored_fields,
+)
+from cache.shards import Piece, ShardRecord, ShardTask, record_name
+
+GROUPS = ("images", *RAGGED, *WHOLE)
+"""Groups of data; each has its like below `checksums`."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +51,29 @@ class Committer:
         """Geometry of the arrays that hold ragged rows."""
         return [
             self._spec(f"{product}/{field.name}", field.dtype, (rows, *field.row_shape(self.plan.embed_dim)))
-            for product, fields in RAGGED.items()
+            for product in RAGGED
             for rows in [self.rows(product)]
-            for field in fields
+            for field in stored_fields(product, self.plan.manifest.embedding)
         ]
 
+    @cached_property
     def tasks(self) -> list[ShardTask]:
-        """One task for each shard of each ragged array, finished or not."""
+        """One task for each shard of each ragged array, finished or not.
+
+        The largest array comes last and in order, so that its finished shards free the blocks they were made from:
+        the disk then holds little more than one copy at any time.
+        """
+        arrays = sorted(self.ragged, key=lambda spec: spec.shape[0] * spec.row_bytes)
+        shards = [(spec, shard, tuple(self._pieces(spec, shard))) for spec in arrays for shard in range(spec.shards)]
+        records: dict[int, list[str]] = {}
+        for spec, shard, pieces in shards:
+            name = record_name(spec, shard)
+            for piece in pieces:
+                records.setdefault(piece.block, []).append(name)
+        shared = {block: tuple(names) for block, names in records.items()}
         return [
-            ShardTask(spec, shard, self.plan.digest, tuple(self._pieces(spec, shard)))
-            for spec in self.ragged
-            for shard in range(spec.shards)
+            ShardTask(spec, shard, self.plan.digest, pieces, tuple(shared[piece.block] for piece in pieces))
+            for spec, shard, pieces in shards
         ]
 
     def _pieces(self, spec: ArraySpec, shard: int) -> Iterator[Piece]:
@@ -66,11 +92,11 @@ class Committer:
 
     def _offsets(self, product: str) -> NDArray[np.int64]:
         """Row at which each image begins, and the total at the end: (n + 1,)."""
-        counts = np.concatenate([entry.array(f"{product}/count") for entry in self.entries])
+        counts = np.concatenate([np.array(entry.attributes["counts"][product]) for entry in self.entries])
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
     def small_arrays(self, wholes: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
-        """All arrays that are not written by tasks, by name."""
+        """All arrays of data that are not written by tasks, by name."""
         arrays: dict[str, NDArray[Any]] = {f"images/{name}": rows for name, rows in self.plan.arrays.items()}
         arrays |= {
             f"{product}/{OFFSET.name}": little_endian(self._offsets(product), OFFSET.dtype) for product in RAGGED
@@ -78,17 +104,29 @@ class Committer:
         arrays |= {f"{product}/{field.name}": wholes[product].array(field.name) for product, field in WHOLE.items()}
         return arrays
 
-    def root_attributes(self) -> dict[str, JSON]:
-        """What the store says about itself to any Zarr reader."""
-        return {
-            "ezsd_store": {
-                "format_version": FORMAT_VERSION,
-                "manifest_digest": self.plan.manifest.digest,
-                "embed_dim": self.plan.embed_dim,
-                "images": len(self.plan.image_ids),
-                "rows": {product: self.rows(product) for product in RAGGED},
-            }
+
+def root_attributes(
+    mark: CommitMark, rows: Mapping[str, int], images: int, fingerprints: Mapping[str, str]
+) -> dict[str, JSON]:
+    """What the store says about itself to any Zarr reader."""
+    return {
+        "ezsd_store": {
+            "format_version": FORMAT_VERSION,
+            "manifest_digest": mark.manifest_digest,
+            "fingerprints": fingerprints,
+            "embed_dim": mark.embed_dim,
+            "embedding": mark.embedding,
+            "images": images,
+            "rows": rows,
         }
+    }
+
+
+def array_attributes(name: str, embedding: str) -> dict[str, JSON]:
+    """What an array says about itself to any Zarr reader: how whole numbers become unit vectors."""
+    if embedding == "int8" and name in ("regions/embedding", "ground_truth/embedding"):
+        return {"unit_vector": "embedding[row] * embedding_scale[row]"}
+    return {}
 
 
 @dataclass(frozen=True)
@@ -96,42 +134,71 @@ class Finisher:
     """Writes what is left when all shards are there; collects every file's digest for the commit mark."""
 
     committer: Committer
+    shards: Mapping[str, ShardRecord]
+    """By file, for every task."""
     files: dict[str, FileDigest]
+    """Grows as files are written; begins empty."""
 
     @property
     def _store(self) -> Path:
         return self.committer.plan.store
 
     def finish(self, wholes: Mapping[str, Entry]) -> None:
-        """Small arrays, metadata and manifest, then the commit mark, then the journal goes."""
+        """Small arrays, checksums, metadata and manifest, then the commit mark, then the journal goes."""
         plan, nodes = self.committer.plan, dict[str, JSON]()
-        for product in ("images", *RAGGED, *WHOLE):
-            nodes[product] = encoding.group_metadata(wholes[product].attributes["user"] if product in WHOLE else {})
+        self.files.update({name: record.digest for name, record in self.shards.items()})
+        for group in GROUPS:
+            nodes[group] = encoding.group_metadata(wholes[group].attributes["user"] if group in WHOLE else {})
+        for name in (CHECKSUMS, *(f"{CHECKSUMS}/{group}" for group in GROUPS)):
+            nodes[name] = encoding.group_metadata({})
+        sums: list[tuple[ArraySpec, list[int]]] = []
         for spec in self.committer.ragged:
-            nodes[spec.name] = encoding.array_metadata(spec)
+            attributes = array_attributes(spec.name, plan.manifest.embedding)
+            nodes[spec.name] = encoding.array_metadata(spec, attributes)
+            shards = range(spec.shards)
+            sums.append((spec, [crc for n in shards for crc in self.shards[spec.shard_file(n)].chunk_crc32]))
         for name, rows in self.committer.small_arrays(wholes).items():
-            nodes[name] = encoding.array_metadata(self._write_array(name, rows))
-        for name, metadata in nodes.items():
-            assert isinstance(metadata, dict)
-            self._write(f"{name}/zarr.json", encoding.metadata_bytes(metadata))
-        root = encoding.root_metadata(self.committer.root_attributes(), nodes)
-        self._write("zarr.json", encoding.metadata_bytes(root))
-        self._write(MANIFEST, plan.manifest.to_json().encode())
+            spec, found = self._write_array(name, rows)
+            nodes[name] = encoding.array_metadata(spec)
+            sums.append((spec, found))
+        for spec, found in sums:
+            of = checksum_spec(spec, shard_bytes=plan.shard_bytes)
+            self._write_array(of.name, little_endian(found, CHECKSUM.dtype))
+            nodes[of.name] = encoding.array_metadata(of)
+        self._write_metadata(nodes)
         self._remove_strays()
         for folder in {(self._store / name).parent for name in self.files}:
             sync_folder(folder)
-        mark = CommitMark(plan.manifest.digest, plan.images_digest, plan.embed_dim, self.files)
+        mark = self._mark
         write_atomic(self._store / COMMIT, mark.to_bytes(), scratch=scratch_folder(self._store), point="commit")
         remove_journal(self._store)
 
-    def _write_array(self, name: str, rows: NDArray[Any]) -> ArraySpec:
-        shard_bytes = self.committer.plan.shard_bytes
-        spec = array_spec(name, rows.dtype.str, rows.shape, shard_bytes=shard_bytes)
+    @property
+    def _mark(self) -> CommitMark:
+        manifest = self.committer.plan.manifest
+        return CommitMark(manifest.digest, self.committer.plan.embed_dim, manifest.embedding, self.files)
+
+    def _write_metadata(self, nodes: Mapping[str, JSON]) -> None:
+        for name, metadata in nodes.items():
+            assert isinstance(metadata, dict)
+            self._write(f"{name}/zarr.json", encoding.metadata_bytes(metadata))
+        plan = self.committer.plan
+        rows = {product: self.committer.rows(product) for product in RAGGED}
+        attributes = root_attributes(self._mark, rows, len(plan.image_ids), plan.manifest.fingerprints)
+        self._write("zarr.json", encoding.metadata_bytes(encoding.root_metadata(attributes, nodes)))
+        self._write(MANIFEST, plan.manifest.to_json().encode())
+
+    def _write_array(self, name: str, rows: NDArray[Any]) -> tuple[ArraySpec, list[int]]:
+        """Write a small array; returns its geometry and the checksums of its chunks."""
+        spec = array_spec(name, rows.dtype.str, rows.shape, shard_bytes=self.committer.plan.shard_bytes)
+        found: list[int] = []
         for shard in range(spec.shards):
             start, stop = spec.shard_range(shard)
-            parts = encoding.shard_parts(spec, shard, [raw_bytes(rows[start:stop])])
+            sums = ChunkSums(spec, shard)
+            parts = sums.watch(encoding.shard_parts(spec, shard, [raw_bytes(rows[start:stop])]))
             self._write(spec.shard_file(shard), b"".join(parts))
-        return spec
+            found += sums.sums
+        return spec, found
 
     def _write(self, name: str, data: bytes) -> None:
         target, scratch = self._store / name, scratch_folder(self._store)
@@ -139,10 +206,10 @@ class Finisher:
 
     def _remove_strays(self) -> None:
         """Remove files that an earlier attempt left and this commit does not list."""
-        for product in ("images", *RAGGED, *WHOLE):
-            for name in relative_files(self._store / product):
-                if f"{product}/{name}" not in self.files:
-                    discard(self._store / product / name)
+        for group in (*GROUPS, CHECKSUMS):
+            for name in relative_files(self._store / group):
+                if f"{group}/{name}" not in self.files:
+                    discard(self._store / group / name)
 
 
 def remove_journal(store: Path) -> None:

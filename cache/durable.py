@@ -1,12 +1,14 @@
 """Files that are whole or absent: checksummed writes, fsync, rename, the build lock, failpoints."""
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import secrets
 import shutil
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ FAILPOINTS: tuple[str, ...] = (
     "shard.after_rename",
     "record.before_rename",
     "record.after_rename",
+    "block.dropped",
     "metadata.before_rename",
     "metadata.after_rename",
     "commit.before_rename",
@@ -48,6 +51,45 @@ def failpoint(name: str) -> None:
     target, _, hit = wanted.partition(":")
     if target == name and _hits[name] == int(hit or 1):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextlib.contextmanager
+def disk_room(store: Path, needed: int) -> Iterator[None]:
+    """Turn a full disk into a StoreError that names the `needed` bytes; what was finished stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StoreError(
+            f"{store}: the disk is full ({error.strerror}): {needed:,} bytes were to be written here, "
+            f"{shutil.disk_usage(store).free:,} are free; nothing is damaged, make room and run the same command again"
+        ) from error
+
+
+@contextlib.contextmanager
+def writable(store: Path) -> Iterator[None]:
+    """Turn a folder that cannot be written to into a StoreError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+        raise StoreError(f"{store}: cannot be written to ({error.strerror}); choose another --out folder") from error
+
+
+def require_room(store: Path, needed: int) -> None:
+    """Refuse work that cannot fit on the disk of `store`, before any of it is done."""
+    free = shutil.disk_usage(store).free
+    if free < needed:
+        raise StoreError(
+            f"{store}: {needed:,} bytes are still to be written here, but only {free:,} are free; "
+            f"make room for {needed - free:,} more and run the same command again"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,10 @@ and a shard needs no more memory than one block. Any Zarr v3 reader opens the re
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cache.manifest import JSON, canonical_json
 from cache.schema import ArraySpec
@@ -38,10 +40,11 @@ def crc32c(data: bytes) -> int:
 
 def fill_value(dtype: str) -> float | int:
     """What pads the last chunk, and what a reader would see where data are missing: never a plausible value."""
-    return float("nan") if np.dtype(dtype).kind == "f" else -1
+    kind = np.dtype(dtype)
+    return float("nan") if kind.kind == "f" else -1 if kind.kind == "i" else int(np.iinfo(kind).max)
 
 
-def array_metadata(spec: ArraySpec) -> dict[str, JSON]:
+def array_metadata(spec: ArraySpec, attributes: Mapping[str, JSON] | None = None) -> dict[str, JSON]:
     """The `zarr.json` of an array."""
     trailing = list(spec.shape[1:])
     little: JSON = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -58,11 +61,23 @@ def array_metadata(spec: ArraySpec) -> dict[str, JSON]:
         "data_type": np.dtype(spec.dtype).name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [spec.shard_rows, *trailing]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": "NaN" if np.dtype(spec.dtype).kind == "f" else -1,
+        "fill_value": "NaN" if np.dtype(spec.dtype).kind == "f" else fill_value(spec.dtype),
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        "attributes": {},
+        "attributes": attributes or {},
         "storage_transformers": [],
     }
+
+
+def spec_of_metadata(name: str, metadata: Mapping[str, Any]) -> ArraySpec:
+    """The geometry that `array_metadata` wrote down."""
+    sharding = metadata["codecs"][0]["configuration"]
+    return ArraySpec(
+        name=name,
+        dtype=np.dtype(metadata["data_type"]).newbyteorder("<").str,
+        shape=tuple(metadata["shape"]),
+        chunk_rows=int(sharding["chunk_shape"][0]),
+        shard_rows=int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0]),
+    )
 
 
 def group_metadata(attributes: Mapping[str, JSON]) -> dict[str, JSON]:
@@ -96,10 +111,11 @@ def shard_parts(spec: ArraySpec, index: int, rows: Iterable[memoryview]) -> Iter
     yield from rows
     missing = -(stop - start) % spec.chunk_rows
     yield np.full((missing, *spec.shape[1:]), fill_value(spec.dtype), spec.dtype).tobytes()
-    yield _shard_index(spec, stop - start)
+    yield shard_index(spec, stop - start)
 
 
-def _shard_index(spec: ArraySpec, rows: int) -> bytes:
+def shard_index(spec: ArraySpec, rows: int) -> bytes:
+    """The end of a shard file with `rows` rows: place and length of each chunk, and the CRC-32C of these."""
     chunk_bytes = spec.chunk_rows * spec.row_bytes
     entries = np.full((spec.shard_rows // spec.chunk_rows, 2), _ABSENT, "<u8")
     present = -(-rows // spec.chunk_rows)
@@ -109,8 +125,21 @@ def _shard_index(spec: ArraySpec, rows: int) -> bytes:
     return data + struct.pack("<I", crc32c(data))
 
 
+def shard_chunks(spec: ArraySpec, index: int) -> int:
+    """How many chunks shard `index` holds."""
+    start, stop = spec.shard_range(index)
+    return -(-(stop - start) // spec.chunk_rows)
+
+
 def shard_bytes_on_disk(spec: ArraySpec, index: int) -> int:
     """Size of shard `index` as a file, in bytes."""
+    chunk_bytes = spec.chunk_rows * spec.row_bytes
+    return shard_chunks(spec, index) * chunk_bytes + 16 * (spec.shard_rows // spec.chunk_rows) + 4
+
+
+def shard_rows(spec: ArraySpec, index: int, data: bytes) -> NDArray[Any]:
+    """The rows in the bytes of shard `index`, read-only."""
     start, stop = spec.shard_range(index)
-    chunks = -(-(stop - start) // spec.chunk_rows)
-    return chunks * spec.chunk_rows * spec.row_bytes + 16 * (spec.shard_rows // spec.chunk_rows) + 4
+    return np.frombuffer(data, spec.dtype, (stop - start) * (spec.row_bytes // np.dtype(spec.dtype).itemsize)).reshape(
+        stop - start, *spec.shape[1:]
+    )

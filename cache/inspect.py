@@ -1,4 +1,4 @@
-"""Looking at a store, finished or not, without changing it: what is in it, and whether it is still intact."""
+"""Looking at a store, finished or not, without changing it: what is in it, and who made it how."""
 
 import os
 from collections.abc import Mapping
@@ -7,22 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from cache.commit import Committer
-from cache.durable import file_digest
-from cache.journal import Entry, journal_folder
-from cache.manifest import Manifest, parse_json
-from cache.mark import ENVIRONMENT, MANIFEST, UNLISTED, CommitMark, read_mark, relative_files, size_problems
-from cache.plan import Plan, block_done, block_name, read_block, read_plan
+from cache.manifest import Manifest, parse_json, unseal
+from cache.mark import (
+    COMMIT,
+    ENVIRONMENT,
+    INCOMPLETE,
+    MANIFEST,
+    CommitMark,
+    read_incomplete,
+    read_mark,
+    relative_files,
+    size_problems,
+)
+from cache.plan import Plan, block_done, plan_folder, read_block, read_plan
 from cache.reader import require_mark
-from cache.schema import FORMAT_VERSION, RAGGED, WHOLE, StoreError, StoreIncomplete
+from cache.schema import FORMAT_VERSION, RAGGED, EmbeddingType, StoreError, StoreIncomplete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProductInfo:
-    """Rows of one ragged product: in all, and per image (mean)."""
+    """One product: its fingerprint, and its rows in all and per image (mean); None where it has no rows of images."""
 
     name: str
-    rows: int
-    rows_per_image: float
+    fingerprint: str
+    rows: int | None
+    rows_per_image: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +46,7 @@ class StoreInfo:
     """Blocks of an unfinished build; both numbers are 0 in a complete store, which knows no blocks."""
     blocks: int
     embed_dim: int
+    embedding: EmbeddingType
     products: tuple[ProductInfo, ...]
     bytes_: int
     """Bytes of all files in the folder."""
@@ -57,7 +67,10 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
     store = Path(path).absolute()
     mark = read_mark(store)
     if mark is not None:
-        return _complete_info(store, mark)
+        return _committed_info(store, mark, complete=True)
+    damaged = read_incomplete(store)
+    if damaged is not None:
+        return _committed_info(store, damaged, complete=False)
     try:
         require_mark(store)
     except StoreIncomplete:
@@ -65,17 +78,19 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
     raise AssertionError("a store without a mark is incomplete")
 
 
-def _complete_info(store: Path, mark: CommitMark) -> StoreInfo:
+def _committed_info(store: Path, mark: CommitMark, *, complete: bool) -> StoreInfo:
     attributes = _load(store / "zarr.json")["attributes"]["ezsd_store"]
     images = int(attributes["images"])
+    manifest = Manifest.from_fields(_load(store / MANIFEST), str(store / MANIFEST))
     return StoreInfo(
-        complete=True,
+        complete=complete,
         images=images,
         blocks_done=0,
         blocks=0,
         embed_dim=mark.embed_dim,
-        products=_products(attributes["rows"], images),
-        manifest=Manifest(_load(store / MANIFEST)),
+        embedding=mark.embedding,
+        products=_products(manifest, attributes["rows"], images),
+        manifest=manifest,
         problems=tuple(size_problems(store, mark)),
         **_folder(store),
     )
@@ -91,17 +106,23 @@ def _unfinished_info(plan: Plan) -> StoreInfo:
         blocks_done=len(done),
         blocks=len(plan.blocks),
         embed_dim=plan.embed_dim,
-        products=_products({product: rows.rows(product) for product in RAGGED}, present),
+        embedding=plan.manifest.embedding,
+        products=_products(plan.manifest, {product: rows.rows(product) for product in RAGGED}, present),
         manifest=plan.manifest,
         problems=(),
         **_folder(plan.store),
     )
 
 
-def _products(rows: Mapping[str, int], images: int) -> tuple[ProductInfo, ...]:
+def _products(manifest: Manifest, rows: Mapping[str, int], images: int) -> tuple[ProductInfo, ...]:
     return tuple(
-        ProductInfo(name=name, rows=rows[name], rows_per_image=rows[name] / images if images else 0.0)
-        for name in RAGGED
+        ProductInfo(
+            name=name,
+            fingerprint=fingerprint,
+            rows=rows.get(name),
+            rows_per_image=rows[name] / images if name in rows and images else None,
+        )
+        for name, fingerprint in manifest.fingerprints.items()
     )
 
 
@@ -113,8 +134,16 @@ def _folder(store: Path) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "files": len(names),
         "bytes_": sum((store / name).stat().st_size for name in names),
-        "environment": _load(environment) if environment.exists() else None,
+        "environment": _environment(environment) if environment.exists() else None,
     }
+
+
+def _environment(file: Path) -> dict[str, Any] | None:
+    """What was recorded, or None where that is damaged: `verify` says so, and the store does not depend on it."""
+    try:
+        return unseal(file.read_bytes(), str(file))
+    except StoreError:
+        return None
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -124,47 +153,20 @@ def _load(file: Path) -> dict[str, Any]:
         raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error
 
 
-def verify(path: str | os.PathLike[str]) -> list[str]:
-    """Read every byte and compare digests; one line for each file that is damaged, missing or foreign.
-
-    Looks at a complete store's files, or at the journal of an unfinished one.
+def list_stores(folder: str | os.PathLike[str]) -> dict[Path, StoreInfo | StoreError]:
+    """The stores directly below a folder, complete or not, by path in order; the error where one cannot be described.
 
     Raises:
-        StoreError: not a store, another format version, or a damaged commit mark.
+        StoreError: there is no such folder.
     """
-    store = Path(path).absolute()
-    mark = read_mark(store)
-    return _verify_journal(store) if mark is None else _verify_files(store, mark)
-
-
-def _verify_files(store: Path, mark: CommitMark) -> list[str]:
-    problems = size_problems(store, mark)
-    for name, expected in mark.files.items():
-        file = store / name
-        if file.is_file() and file.stat().st_size == expected.size and file_digest(file) != expected:
-            problems.append(f"{file}: its bytes are not those that were committed (sha256 differs)")
-    for name in relative_files(store):
-        if name not in mark.files and name not in UNLISTED and not name.startswith("journal/"):
-            problems.append(f"{store / name}: does not belong to the store")
-    return problems
-
-
-def _verify_journal(store: Path) -> list[str]:
-    try:
-        require_mark(store)
-    except StoreIncomplete:
-        plan = read_plan(store)
-    names = [block_name(block.index) for block in plan.blocks] + [f"whole-{product}" for product in WHOLE]
-    folders = [journal_folder(store) / name for name in names]
-    return [problem for folder in folders if folder.exists() for problem in _entry_problems(folder)]
-
-
-def _entry_problems(folder: Path) -> list[str]:
-    problems = []
-    try:
-        entry = Entry.read(folder)
-        for name in entry.arrays:
-            entry.array(name)
-    except StoreError as error:
-        problems.append(str(error))
-    return problems
+    place = Path(folder).absolute()
+    if not place.is_dir():
+        raise StoreError(f"{place}: is no folder; give one that holds stores, such as cache")
+    found: dict[Path, StoreInfo | StoreError] = {}
+    for path in sorted(place.iterdir()):
+        if path.is_dir() and any((path / sign).exists() for sign in (COMMIT, INCOMPLETE, plan_folder(path))):
+            try:
+                found[path] = info(path)
+            except StoreError as error:
+                found[path] = error
+    return found

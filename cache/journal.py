@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cache.durable import discard, make_folders, rename, scratch_name, sync_folder, write_new
+from cache.durable import discard, failpoint, make_folders, rename, scratch_name, sync_folder, write_new
 from cache.manifest import JSON, seal, unseal
 from cache.schema import StoreError
 
 _ALIGNMENT = 64
 
 JOURNAL = "journal"
+DATA = "data.raw"
 
 
 def journal_folder(store: Path) -> Path:
@@ -62,9 +63,14 @@ class Entry:
     def sized(self) -> bool:
         """Whether the data file has the size it was written with; the cheap check."""
         try:
-            return (self.folder / "data.raw").stat().st_size == self.bytes_
+            return (self.folder / DATA).stat().st_size == self.bytes_
         except OSError:
             return False
+
+    @property
+    def dropped(self) -> bool:
+        """Whether the data were removed, as they are once every shard they went into is durable."""
+        return not (self.folder / DATA).exists()
 
     def array(self, name: str) -> NDArray[Any]:
         """One array, memory-mapped and read-only, after its checksum was compared.
@@ -78,7 +84,7 @@ class Entry:
             raise StoreError(f"{self.folder}: data.raw is missing or not {self.bytes_} bytes long; run the build again")
         if 0 in shape:
             return np.empty(shape, dtype)
-        rows = np.memmap(self.folder / "data.raw", dtype, "r", place["offset"], shape)
+        rows = np.memmap(self.folder / DATA, dtype, "r", place["offset"], shape)
         if zlib.crc32(raw_bytes(rows)) != place["crc32"]:
             raise StoreError(f"{self.folder}: the array {name} does not match its checksum; the file is damaged")
         return rows
@@ -133,7 +139,7 @@ def write_entry(
     make_folders(temporary)
     try:
         places, end = _layout(arrays)
-        write_new(temporary / "data.raw", _parts(arrays, places), point=point)
+        write_new(temporary / DATA, _parts(arrays, places), point=point)
         record = seal({"arrays": places, "attributes": attributes, "bytes": end})
         write_new(temporary / "entry.json", [record])
         sync_folder(temporary)
@@ -157,6 +163,14 @@ def intact(folder: Path) -> bool:
         return Entry.read(folder).sized
     except StoreError:
         return False
+
+
+def drop_data(folder: Path) -> None:
+    """Remove an entry's data and keep its description."""
+    data = folder / DATA
+    if data.exists():
+        data.unlink()
+        failpoint("block.dropped")
 
 
 def set_aside(store: Path, name: str) -> None:

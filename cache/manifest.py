@@ -8,7 +8,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from cache.schema import StoreError
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cache.schema import (
+    EMBED,
+    EMBEDDING_TYPES,
+    FORMAT_VERSION,
+    IMAGES,
+    PRODUCTS,
+    RAGGED,
+    EmbeddingType,
+    StoreError,
+    require_supported,
+)
 
 JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
 
@@ -24,7 +37,11 @@ def canonical_json(value: JSON, where: str = "value") -> str:
     Raises:
         StoreError: a number that is not finite, a key that is not text, or a type JSON does not have.
     """
-    return json.dumps(_plain(value, where), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _compact(_plain(value, where))
+
+
+def _compact(value: JSON) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def _plain(value: object, where: str) -> JSON:
@@ -89,25 +106,60 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         StoreError: the bytes are not exactly those that `seal` made.
     """
     record = parse_json(data, where)
-    record.pop("sha256", None)
-    if seal(record) == data:
+    digest = record.pop("sha256", None)
+    # What was parsed is plain already: copying it, as for values from elsewhere, took most of the time.
+    sealed = (_compact({**record, "sha256": digest}) + "\n").encode()
+    if sealed == data and digest == hashlib.sha256(_compact(record).encode()).hexdigest():
         return record
     raise StoreError(f"{where}: its contents do not match the checksum it carries; the file is damaged or was edited")
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """Everything that shaped a store's bytes, as nested JSON; equal manifests mean equal stores.
+class Origin:
+    """What shaped one product: the algorithm's version, its own inputs, and the products it was made from.
 
-    Held as a private plain copy: changing the argument afterwards changes nothing here.
+    Held as a private plain copy: changing the arguments afterwards changes nothing here.
     """
 
-    fields: Mapping[str, JSON]
+    version: int
+    inputs: Mapping[str, JSON]
+    needs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.fields, Mapping):
-            raise StoreError(f"manifest: expected an object of named values, found {type(self.fields).__name__}")
-        object.__setattr__(self, "fields", _plain(self.fields, "manifest"))
+        if not isinstance(self.inputs, Mapping):
+            raise StoreError(f"inputs: expected an object of named values, found {type(self.inputs).__name__}")
+        if not isinstance(self.version, int) or isinstance(self.version, bool) or self.version < 1:
+            raise StoreError(f"version: expected a whole number from 1, found {self.version!r}")
+        object.__setattr__(self, "inputs", _plain(self.inputs, "inputs"))
+        object.__setattr__(self, "needs", tuple(sorted(self.needs)))
+
+    @property
+    def fields(self) -> dict[str, JSON]:
+        """The origin as JSON."""
+        return {"version": self.version, "inputs": self.inputs, "needs": list(self.needs)}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that shaped a store's bytes, product by product; equal manifests mean equal stores."""
+
+    products: Mapping[str, Origin]
+    """One for each name in `PRODUCTS`."""
+    images_sha256: str
+    """See `images_digest`."""
+    embedding: EmbeddingType = "float16"
+    """How embeddings of regions and ground truth are kept."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.products, Mapping) or set(self.products) != set(PRODUCTS):
+            found = sorted(self.products) if isinstance(self.products, Mapping) else type(self.products).__name__
+            raise StoreError(f"manifest: expected the products {', '.join(PRODUCTS)}, found {found}")
+        if self.embedding not in EMBEDDING_TYPES:
+            raise StoreError(f"manifest: embedding {self.embedding!r} is not one of {', '.join(EMBEDDING_TYPES)}")
+        for place, name in enumerate(PRODUCTS):
+            late = [needed for needed in self.products[name].needs if needed not in PRODUCTS[:place]]
+            if late:
+                raise StoreError(f"manifest: {name} cannot need {late[0]}; products are made as {', '.join(PRODUCTS)}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Manifest) and self.digest == other.digest
@@ -116,13 +168,52 @@ class Manifest:
         return hash(self.digest)
 
     @cached_property
+    def fields(self) -> dict[str, JSON]:
+        """The manifest as JSON."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "images_sha256": self.images_sha256,
+            "embedding": self.embedding,
+            "products": {name: self.products[name].fields for name in PRODUCTS},
+        }
+
+    @cached_property
     def digest(self) -> str:
         """Sha256 of the canonical JSON, 64 hexadecimal digits."""
-        return hashlib.sha256(canonical_json(self.fields).encode()).hexdigest()
+        return _sha256(self.fields)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Sha256 of all that shaped each product, by name; what was decided later does not count."""
+        return {name: self.fingerprint(name) for name in PRODUCTS}
+
+    def fingerprint(self, product: str, *, embedding: EmbeddingType | None = None) -> str:
+        """Sha256 of all that shaped a product; with `embedding`, as if the store kept its embeddings so."""
+        origin = self.products[product]
+        ragged = RAGGED.get(product, ())
+        return _sha256(
+            {
+                "product": product,
+                "version": origin.version,
+                "inputs": origin.inputs,
+                "needs": {needed: self.fingerprint(needed) for needed in origin.needs},
+                "images_sha256": self.images_sha256 if ragged else None,
+                "embedding": (embedding or self.embedding) if any(EMBED in f.trailing for f in ragged) else None,
+            }
+        )
 
     def differences(self, wanted: "Manifest") -> list[str]:
         """One line per value in which this store's manifest differs from `wanted`, by dotted name."""
-        return list(_object_differences(self.fields, wanted.fields, ""))
+        return differences(self._named, wanted._named)
+
+    @property
+    def _named(self) -> dict[str, JSON]:
+        """What is compared: `proposals.nms_iou` is what people call it, without the rooms it lies in."""
+        origins = {
+            name: {**origin.inputs, "algorithm_version": origin.version, "needs": list(origin.needs)}
+            for name, origin in self.products.items()
+        }
+        return {"images_sha256": self.images_sha256, "embedding": self.embedding, **origins}
 
     def to_json(self) -> str:
         """Indented JSON with sorted keys, for people; `from_json` reads it back exactly."""
@@ -131,7 +222,45 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "manifest") -> "Manifest":
         """Parse what `to_json` wrote; `where` names the source in errors."""
-        return cls(parse_json(text, where))
+        return cls.from_fields(parse_json(text, where), where)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], where: str = "manifest") -> "Manifest":
+        """The inverse of `fields`.
+
+        Raises:
+            StoreError: another format version, or not a manifest.
+        """
+        require_supported(fields.get("format_version"), where)
+        try:
+            products = {
+                name: Origin(at["version"], at["inputs"], tuple(at["needs"])) for name, at in fields["products"].items()
+            }
+            return cls(products, fields["images_sha256"], fields["embedding"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{where}: is not a manifest ({error}); the file is damaged or was edited") from error
+
+
+def images_digest(image_ids: ArrayLike, widths: ArrayLike, heights: ArrayLike) -> str:
+    """Sha256 of an image list: all ids (int64), then all widths, then all heights (int32), little-endian."""
+    columns = zip((image_ids, widths, heights), IMAGES, strict=True)
+    data = b"".join(np.ascontiguousarray(values, field.dtype).tobytes() for values, field in columns)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sha256(value: JSON) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def differences(store: Mapping[str, JSON], wanted: Mapping[str, JSON]) -> list[str]:
+    """One line per value in which two JSON objects differ, by dotted name."""
+    return list(_object_differences(_objects(store), _objects(wanted), ""))
+
+
+def _objects(value: Mapping[str, JSON]) -> Mapping[str, JSON]:
+    plain = _plain(value, "value")
+    assert isinstance(plain, dict)
+    return plain
 
 
 def _object_differences(store: Mapping[str, JSON], wanted: Mapping[str, JSON], prefix: str) -> Iterator[str]:

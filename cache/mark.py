@@ -6,15 +6,19 @@ from pathlib import Path
 
 from cache.durable import FileDigest
 from cache.manifest import JSON, parse_json, seal, unseal
-from cache.schema import FORMAT_VERSION, require_supported
+from cache.schema import FORMAT_VERSION, EmbeddingType, StoreIncomplete, require_supported
 
 COMMIT = "COMMIT.json"
+INCOMPLETE = "INCOMPLETE.json"
+"""What `repair` renames the commit mark to when a store is damaged beyond it; renamed back once it is whole."""
+TRANSFER = "TRANSFER.json"
+"""The commit mark of a store that is still being copied to where this file lies; becomes COMMIT.json at the end."""
 MANIFEST = "manifest.json"
 ENVIRONMENT = "environment.json"
 LOG = "build.log"
 LOCK = ".lock"
-UNLISTED = (COMMIT, ENVIRONMENT, LOG, LOCK)
-"""Files that COMMIT.json does not list: itself, and what may differ between equal stores."""
+UNLISTED = (COMMIT, INCOMPLETE, ENVIRONMENT, LOG, LOCK)
+"""Files that the commit mark does not list: itself, and what may differ between equal stores."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,8 @@ class CommitMark:
     """What `COMMIT.json` says: the store is complete, and consists of exactly these files."""
 
     manifest_digest: str
-    images_digest: str
     embed_dim: int
+    embedding: EmbeddingType
     files: Mapping[str, FileDigest]
 
     def to_bytes(self) -> bytes:
@@ -33,8 +37,8 @@ class CommitMark:
             {
                 "format_version": FORMAT_VERSION,
                 "manifest_digest": self.manifest_digest,
-                "images_digest": self.images_digest,
                 "embed_dim": self.embed_dim,
+                "embedding": self.embedding,
                 "files": files,
             }
         )
@@ -46,17 +50,47 @@ def read_mark(store: Path) -> CommitMark | None:
     Raises:
         StoreError: the mark is damaged, or of another format version.
     """
-    file = store / COMMIT
+    return _read(store / COMMIT)
+
+
+def read_incomplete(store: Path) -> CommitMark | None:
+    """The mark of a store that `repair` found damaged and took out of use, or None."""
+    return _read(store / INCOMPLETE)
+
+
+def _read(file: Path) -> CommitMark | None:
     try:
         data = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    return parse_mark(data, str(file))
+
+
+def parse_mark(data: bytes, where: str) -> CommitMark:
+    """The commit mark in the bytes of a file; `where` names it in errors.
+
+    Raises:
+        StoreError: the mark is damaged, or of another format version.
+    """
     # A future format may seal itself otherwise: the version is looked at first.
-    version = parse_json(data, str(file))
-    require_supported(version.get("format_version"), str(store))
-    record = unseal(data, str(file))
+    version = parse_json(data, where)
+    require_supported(version.get("format_version"), where)
+    record = unseal(data, where)
     files = {name: FileDigest(at["size"], at["sha256"]) for name, at in record["files"].items()}
-    return CommitMark(record["manifest_digest"], record["images_digest"], record["embed_dim"], files)
+    return CommitMark(record["manifest_digest"], record["embed_dim"], record["embedding"], files)
+
+
+def require_not_set_aside(store: Path) -> None:
+    """Refuse a store that `repair` found damaged and could not make whole.
+
+    Raises:
+        StoreIncomplete: it is one; says what mends it.
+    """
+    if (store / INCOMPLETE).exists():
+        raise StoreIncomplete(
+            f"{store}: this store is damaged and was marked incomplete; "
+            f"`ezsd cache repair {store} --data-root DIR` rebuilds what is lost from the images in DIR"
+        )
 
 
 def relative_files(folder: Path) -> list[str]:

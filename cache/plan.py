@@ -1,6 +1,7 @@
 """The plan of a build (manifest, image list, block size) and the blocks journaled under it."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.checks import check_block, check_images
-from cache.journal import Entry, journal_folder, little_endian, raw_bytes, set_aside, write_entry
-from cache.manifest import JSON, Manifest, canonical_json
-from cache.schema import FORMAT_VERSION, IMAGES, RAGGED, Block, RaggedRows, StoreError, StoreMismatch, require_supported
+from cache.durable import disk_room
+from cache.journal import Entry, journal_folder, little_endian, set_aside, write_entry
+from cache.manifest import JSON, Manifest, canonical_json, images_digest
+from cache.quantise import quantise
+from cache.schema import (
+    FORMAT_VERSION,
+    IMAGES,
+    PRODUCTS,
+    RAGGED,
+    Block,
+    EmbeddingType,
+    RaggedRows,
+    StoreError,
+    StoreMismatch,
+    require_supported,
+    stored_fields,
+)
 
 PLAN = "plan"
-ANOTHER_FOLDER = "choose another --out folder"
 _GEOMETRY = ("embed_dim", "block_images", "shard_bytes")
 _LISTED = 10
 """Most differences named in one error."""
@@ -42,6 +56,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_images(self.image_ids, self.widths, self.heights)
+        if self.manifest.images_sha256 != self.images_digest:
+            raise StoreError(f"{self.store}: the manifest was made for another list of images than the one given")
         for name in _GEOMETRY:
             if getattr(self, name) < 1:
                 raise StoreError(f"{self.store}: {name} must be at least 1, got {getattr(self, name)}")
@@ -59,10 +75,10 @@ class Plan:
         columns: tuple[NDArray[Any], ...] = (self.image_ids, self.widths, self.heights)
         return {field.name: little_endian(values, field.dtype) for field, values in zip(IMAGES, columns, strict=True)}
 
-    @property
+    @cached_property
     def images_digest(self) -> str:
-        """Sha256 of the image list: all ids, then all widths, then all heights, little-endian."""
-        return hashlib.sha256(b"".join(raw_bytes(rows) for rows in self.arrays.values())).hexdigest()
+        """See `cache.manifest.images_digest`."""
+        return images_digest(self.image_ids, self.widths, self.heights)
 
     def write(self) -> "Plan":
         """Write the plan as the journal's first entry; a store exists from this rename on."""
@@ -82,8 +98,17 @@ class Plan:
             StoreMismatch: names each difference.
         """
         found = self.manifest.differences(wanted.manifest)
-        found += geometry_differences({name: getattr(self, name) for name in ("images_digest", *_GEOMETRY)}, wanted)
-        refuse(self.store, found, cure=ANOTHER_FOLDER)
+        found += geometry_differences({name: getattr(self, name) for name in _GEOMETRY}, wanted)
+        refuse(self.store, found, cure=another_folder(self.store, self.manifest, wanted.manifest))
+
+
+def another_folder(store: Path, found: Manifest, wanted: Manifest) -> str:
+    """What to do about a store of other settings: a folder to build in, and what can be taken over from this one."""
+    same = [product for product in PRODUCTS if found.fingerprints[product] == wanted.fingerprints[product]]
+    free = next(name for n in itertools.count(2) if not (name := store.with_name(f"{store.name}-{n}")).exists())
+    if not same:
+        return f"build into another folder: --out {free}"
+    return f"build into another folder: --out {free} --reuse {store} takes over {', '.join(same)}"
 
 
 def geometry_differences(stored: Mapping[str, Any], wanted: Plan) -> list[str]:
@@ -95,7 +120,7 @@ def geometry_differences(stored: Mapping[str, Any], wanted: Plan) -> list[str]:
     ]
 
 
-def refuse(store: Path, differences: list[str], *, cure: str) -> None:
+def refuse(store: Path | str, differences: list[str], *, cure: str) -> None:
     """Raise StoreMismatch if there are differences; `cure` says what to do about them."""
     if differences:
         rest = len(differences) - _LISTED
@@ -122,7 +147,7 @@ def read_plan(store: Path) -> Plan:
     described = canonical_json([entry.arrays, entry.attributes])
     return Plan(
         store=store,
-        manifest=Manifest(entry.attributes["manifest"]),
+        manifest=Manifest.from_fields(entry.attributes["manifest"], str(folder)),
         image_ids=entry.array("id"),
         widths=entry.array("width"),
         heights=entry.array("height"),
@@ -139,36 +164,50 @@ def block_name(index: int) -> str:
 
 
 def read_block(plan: Plan, index: int) -> Entry:
-    """The journal entry of block `index`.
+    """The journal entry of block `index`; its data may have been dropped, see `Entry.dropped`.
 
     Raises:
         StoreError: not there, damaged, or made for another plan.
     """
     entry = Entry.read(journal_folder(plan.store) / block_name(index))
-    if entry.attributes != _block_attributes(plan, plan.blocks[index]):
+    if {key: entry.attributes.get(key) for key in ("plan", "block")} != _block_attributes(plan, plan.blocks[index]):
         raise StoreError(f"{entry.folder}: belongs to another build; remove this folder and run the build again")
     return entry
 
 
 def block_done(plan: Plan, index: int) -> bool:
     """Whether block `index` is finished, by its description and size."""
+    return finished_block(plan, index) is not None
+
+
+def finished_block(plan: Plan, index: int) -> Entry | None:
+    """The entry of block `index`, or None when it has to be computed (again)."""
     try:
-        return read_block(plan, index).sized
+        entry = read_block(plan, index)
     except StoreError:
-        return False
+        return None
+    return entry if entry.sized or entry.dropped else None
 
 
 def _block_attributes(plan: Plan, block: Block) -> dict[str, JSON]:
     return {"plan": plan.digest, "block": [block.index, block.start, block.stop]}
 
 
-def _block_arrays(products: Mapping[str, RaggedRows]) -> dict[str, NDArray[Any]]:
+def _block_arrays(products: Mapping[str, RaggedRows], embedding: EmbeddingType) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {}
-    for product, fields in RAGGED.items():
-        arrays[f"{product}/count"] = little_endian(products[product].counts, "<i4")
-        for field in fields:
-            arrays[f"{product}/{field.name}"] = little_endian(products[product].fields[field.name], field.dtype)
+    for product in RAGGED:
+        columns = stored_columns(products[product].fields, embedding)
+        for field in stored_fields(product, embedding):
+            arrays[f"{product}/{field.name}"] = little_endian(columns[field.name], field.dtype)
     return arrays
+
+
+def stored_columns(given: Mapping[str, NDArray[Any]], embedding: EmbeddingType) -> dict[str, NDArray[Any]]:
+    """Checked columns as they are stored: with int8, the embedding becomes whole numbers and a scale."""
+    if embedding == "float16" or "embedding" not in given:
+        return dict(given)
+    codes, scale = quantise(given["embedding"])
+    return {**given, "embedding": codes, "embedding_scale": scale}
 
 
 def write_block(path: str | os.PathLike[str], block: Block, products: Mapping[str, RaggedRows]) -> None:
@@ -177,15 +216,17 @@ def write_block(path: str | os.PathLike[str], block: Block, products: Mapping[st
     Args:
         path: the store's folder, created by `StoreWriter.open`.
         block: one of `StoreWriter.blocks`.
-        products: the rows of proposals, regions and ground_truth of the block's images.
+        products: the rows of proposals, regions and ground_truth of the block's images; embeddings are float16, also
+            where the store keeps them as int8.
 
     Raises:
-        StoreError: rows that must not get into a store; says which field, row and image.
+        StoreError: rows that must not get into a store; says which field, row and image. No room on the disk.
     """
     plan = read_plan(Path(path).absolute())
     if block not in plan.blocks[block.index : block.index + 1]:
         raise StoreError(f"{path}: {block} is not a block of this store; take blocks from StoreWriter.pending()")
-    if block_done(plan, block.index):
+    done = finished_block(plan, block.index)
+    if done is not None and done.sized:
         return
     images = slice(block.start, block.stop)
     check_block(
@@ -197,6 +238,10 @@ def write_block(path: str | os.PathLike[str], block: Block, products: Mapping[st
         where=f"block {block.index}",
     )
     name = block_name(block.index)
-    # Not done, yet something is there: damaged, or of another build.
-    set_aside(plan.store, name)
-    write_entry(plan.store, name, _block_arrays(products), _block_attributes(plan, block), point="block")
+    arrays = _block_arrays(products, plan.manifest.embedding)
+    counts: dict[str, JSON] = {product: products[product].counts.tolist() for product in RAGGED}
+    attributes = {**_block_attributes(plan, block), "counts": counts}
+    with disk_room(plan.store, sum(rows.nbytes for rows in arrays.values())):
+        # Not done, yet something is there: damaged, dropped, or of another build.
+        set_aside(plan.store, name)
+        write_entry(plan.store, name, arrays, attributes, point="block")

@@ -6,93 +6,82 @@ before a fork, after it, and be pickled; each process opens its own arrays.
 
 import operator
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.arrays import RowArray, VerifiedArray, all_finite
 from cache.manifest import Manifest, parse_json
-from cache.mark import MANIFEST, CommitMark, read_mark, size_problems
-from cache.plan import block_done, plan_folder, read_plan, refuse
-from cache.schema import RAGGED, WHOLE, StoreError, StoreIncomplete, StoreKeyError
+from cache.mark import MANIFEST, CommitMark
+from cache.place import LocalPlace, Place, find_place, require_mark
+from cache.plan import refuse
+from cache.quantise import dequantise
+from cache.records import GroundTruthRows, ProposalRows, RegionRows, RowBatch, Rows
+from cache.schema import CHECKSUMS, RAGGED, WHOLE, Field, StoreError, StoreKeyError
 
-if TYPE_CHECKING:
-    import zarr
+__all__ = ["GroundTruthRows", "Product", "ProposalRows", "RegionRows", "RowBatch", "Store", "require_mark"]
 
-_KEPT_BYTES = 32 * 2**20
-"""Arrays up to this size are read once by each process and kept in memory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProposalRows:
-    """Proposals of one image: box (n, 4) float32 pixels, score (n,) float32."""
-
-    box: NDArray[np.float32]
-    score: NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegionRows:
-    """Kept regions of one image.
-
-    box (n, 4) float32 pixels; score, confidence (n,) float32; class_index (n,) int32; embedding (n, D) float16, unit.
-    """
-
-    box: NDArray[np.float32]
-    score: NDArray[np.float32]
-    confidence: NDArray[np.float32]
-    class_index: NDArray[np.int32]
-    embedding: NDArray[np.float16]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroundTruthRows:
-    """Annotated boxes of one image.
-
-    box (n, 4) float32 pixels; class_index (n,) int32; annotation_id (n,) int64; embedding (n, D) float16, unit.
-    """
-
-    box: NDArray[np.float32]
-    class_index: NDArray[np.int32]
-    annotation_id: NDArray[np.int64]
-    embedding: NDArray[np.float16]
-
-
-Rows = TypeVar("Rows", bound=ProposalRows | RegionRows | GroundTruthRows)
+Verify: TypeAlias = Literal["quick", "full"]
+"""How far a store is checked before its values are handed out, see `Store`."""
 
 
 class Store:
     """A complete store, opened for reading; cheap to make, safe to fork and to pickle.
 
+    Args:
+        path: a folder, or a URL that fsspec understands (`s3://bucket/store`, `https://...`).
+        verify: "quick" checks the commit mark, the manifest and the size of every file. "full" also compares each
+            small file with its digest now, and each chunk of rows with its checksum when it is first read: no value
+            from a damaged chunk is handed out.
+
     Raises:
-        StoreIncomplete: its build is not finished.
-        StoreError: no store, another format version, or files that are missing or of the wrong size.
+        StoreIncomplete: its build or copy is not finished.
+        StoreError: no store, another format version, or files that are missing, of the wrong size or damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Check that the store at `path` is complete; the arrays are opened when first used."""
-        self.path = Path(path).absolute()
-        self._mark = require_mark(self.path)
-        problems = size_problems(self.path, self._mark)
-        if problems:
-            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-            raise StoreError(
-                f"{problems[0]}{more}; the store is damaged: build it again, or restore the file from a copy"
-            )
-        file = self.path / MANIFEST
-        self.manifest = Manifest.from_json(file.read_bytes(), str(file))
+    def __init__(self, path: str | os.PathLike[str], *, verify: Verify = "quick") -> None:
+        """Check that the store is complete; the arrays are opened when first used."""
+        if verify not in ("quick", "full"):
+            raise ValueError(f"verify must be 'quick' or 'full', got {verify!r}")
+        self._place = find_place(path)
+        self._verify = verify
+        self._mark = self._place.mark()
+        _refuse_damage(self._place.size_problems(self._mark))
+        where = f"{self._place}/{MANIFEST}"
+        self.manifest = Manifest.from_json(self._place.read_file(MANIFEST), where)
         if self.manifest.digest != self._mark.manifest_digest:
-            raise StoreError(f"{file}: is not the manifest this store was committed with; the store is damaged")
-        self._opened = _Opened(self.path, os.getpid())
+            raise StoreError(f"{where}: is not the manifest this store was committed with; the store is damaged")
+        if verify == "full":
+            _refuse_damage(_digest_problems(self._place, self._mark))
+        self._opened = self._open()
 
-    def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
-        return Store, (self.path,)
+    def __getstate__(self) -> tuple[str, Verify]:
+        return str(self._place), self._verify
+
+    def __setstate__(self, state: tuple[str, Verify]) -> None:
+        self.__init__(state[0], verify=state[1])  # type: ignore[misc]
 
     def __repr__(self) -> str:
-        return f"Store({str(self.path)!r})"
+        return f"Store({str(self._place)!r})"
+
+    def __str__(self) -> str:
+        return str(self._place)
+
+    @property
+    def path(self) -> Path:
+        """The store's folder.
+
+        Raises:
+            StoreError: it is read from a URL and has none.
+        """
+        if not isinstance(self._place, LocalPlace):
+            raise StoreError(
+                f"{self._place}: is no local folder; copy it with `ezsd cache pull {self._place} DIR` first"
+            )
+        return self._place.path
 
     @property
     def embed_dim(self) -> int:
@@ -138,11 +127,13 @@ class Store:
 
     def read_whole(self, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Arrays and attributes of `teacher` or `text`."""
-        field = WHOLE[product]
-        values = self._here.read(f"{product}/{field.name}", 0, None)
-        _require_finite(values, f"{self.path}: {product}/{field.name}")
-        file = self.path / product / "zarr.json"
-        return {field.name: values}, dict(parse_json(file.read_bytes(), str(file))["attributes"])
+        name = f"{product}/{WHOLE[product].name}"
+        values = self._here.column(name).copy()
+        if not all_finite(values):
+            raise _not_finite(f"{self}: {name}")
+        file = f"{product}/zarr.json"
+        attributes = parse_json(self._place.read_file(file), f"{self}/{file}")["attributes"]
+        return {WHOLE[product].name: values}, dict(attributes)
 
     def require(self, wanted: Manifest) -> None:
         """Refuse to use this store for an experiment that needs another one.
@@ -151,14 +142,17 @@ class Store:
             StoreMismatch: names each difference with both values.
         """
         cure = "use a store made for these settings (`ezsd cache build --out NEW_FOLDER`), or change them back"
-        refuse(self.path, self.manifest.differences(wanted), cure=cure)
+        refuse(str(self), self.manifest.differences(wanted), cure=cure)
 
     @property
     def _here(self) -> "_Opened":
         """What this process opened; a forked child starts with nothing open."""
         if self._opened.process != os.getpid():
-            self._opened = _Opened(self.path, os.getpid())
+            self._opened = self._open()
         return self._opened
+
+    def _open(self) -> "_Opened":
+        return _Opened(self._place, self._mark if self._verify == "full" else None)
 
 
 class Product(Mapping[int, Rows], Generic[Rows]):
@@ -183,50 +177,80 @@ class Product(Mapping[int, Rows], Generic[Rows]):
 
         Raises:
             StoreKeyError: no such image in the store.
-            StoreError: a value that is read is not finite: the store is damaged.
+            StoreError: a value that is read is not finite, or damaged: names the image and the field.
         """
         here = self._store._here
-        position = here.position(operator.index(image_id))
+        where = [self._position(image_id)]
+        spans = here.spans(self._name, where)
+        return self._record(**{field.name: here.gather(self._name, field, where, spans) for field in self._fields})
+
+    def batch(self, image_ids: Iterable[int]) -> RowBatch[Rows]:
+        """Rows of several images at once, in the order given; the disk is asked for all of them at the start.
+
+        Raises:
+            StoreKeyError: an image is not in the store.
+            StoreError: see `__getitem__`.
+        """
+        here = self._store._here
+        where = [self._position(image_id) for image_id in image_ids]
+        spans = here.spans(self._name, where)
+        here.read_ahead(self._name, [field.name for field in self._fields], spans)
+        rows = {field.name: here.gather(self._name, field, where, spans) for field in self._fields}
+        return RowBatch(counts=_counts(spans), rows=self._record(**rows))
+
+    def column(self, field: str, image_ids: Iterable[int]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """One field of several images, as `batch` gives it: its rows, and how many each image has (n,).
+
+        Raises:
+            StoreError: the product has no such field; see also `batch`.
+        """
+        known = {known.name: known for known in self._fields}
+        if field not in known:
+            raise StoreError(f"{self._store}: {self._name} has no field {field!r}; it has {', '.join(known)}")
+        here = self._store._here
+        where = [self._position(image_id) for image_id in image_ids]
+        spans = here.spans(self._name, where)
+        here.read_ahead(self._name, [field], spans)
+        return here.gather(self._name, known[field], where, spans), _counts(spans)
+
+    @property
+    def _fields(self) -> tuple[Field, ...]:
+        return RAGGED[self._name]
+
+    def _position(self, image_id: int) -> int:
+        position = self._store._here.position(operator.index(image_id))
         if position is None:
-            raise StoreKeyError(f"{self._store.path}: has no image with id {image_id}; it holds {len(self)} images")
-        start, stop = here.column(f"{self._name}/offset")[position : position + 2].tolist()
-        rows: dict[str, Any] = {}
-        for field in RAGGED[self._name]:
-            rows[field.name] = here.read(f"{self._name}/{field.name}", start, stop)
-            _require_finite(rows[field.name], f"{self._store.path}: {self._name}/{field.name} of image {image_id}")
-        return self._record(**rows)
+            raise StoreKeyError(f"{self._store}: has no image with id {image_id}; it holds {len(self)} images")
+        return position
 
 
 class _Opened:
-    """Arrays that one process has open, and the small ones it holds in memory."""
+    """Arrays that one process has open."""
 
-    def __init__(self, path: Path, process: int) -> None:
-        self.process = process
-        self._path = path
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+    def __init__(self, place: Place, verified: CommitMark | None) -> None:
+        self.process = os.getpid()
+        self._place = place
+        self._verified = verified
+        self._arrays: dict[str, RowArray] = {}
         self._columns: dict[str, NDArray[Any]] = {}
+        self._finite: dict[str, bytearray] = {}
         self._order: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
-    def read(self, name: str, start: int, stop: int | None) -> NDArray[Any]:
-        """Rows `start` to `stop` (exclusive) of an array, as a copy in memory that may be changed."""
-        array = self._open(name)
-        # A slice through zarr costs a millisecond, from memory a microsecond.
-        if array.nbytes <= _KEPT_BYTES:
-            return self.column(name)[start:stop].copy()
-        return np.asarray(array[start:stop])
-
-    def _open(self, name: str) -> "zarr.Array[Any]":
-        if name not in self._arrays:
-            # Half a second to import: a worker that only writes never pays it.
-            import zarr
-
-            self._arrays[name] = zarr.open_array(self._path / name, mode="r")
-        return self._arrays[name]
+    def array(self, name: str) -> RowArray:
+        """An array, opened once."""
+        found = self._arrays.get(name)
+        if found is None:
+            found = self._place.open_array(name)
+            if self._verified is not None and _has_checksums(self._verified, name):
+                found = VerifiedArray(found, self.column(f"{CHECKSUMS}/{name}"), f"{self._place}: {name}")
+            self._arrays[name] = found
+        return found
 
     def column(self, name: str) -> NDArray[Any]:
-        """A whole small array, read once and kept, read-only."""
+        """A whole small array, read once, read-only."""
         if name not in self._columns:
-            values = np.asarray(self._open(name)[:])
+            array = self.array(name)
+            values = array.read(0, array.shape[0]).view()
             values.flags.writeable = False
             self._columns[name] = values
         return self._columns[name]
@@ -235,33 +259,90 @@ class _Opened:
         """Place of an image in the store's order."""
         if self._order is None:
             ids = self.column("images/id")
-            order = np.argsort(ids)
+            order = np.argsort(ids, kind="stable")
             self._order = order, ids[order]
         order, ordered = self._order
-        at = int(np.searchsorted(ordered, image_id))
+        if not -(2**63) <= image_id < 2**63:
+            return None
+        at = int(ordered.searchsorted(image_id))
         return int(order[at]) if at < len(ordered) and ordered[at] == image_id else None
 
+    def spans(self, product: str, positions: Sequence[int]) -> list[tuple[int, int]]:
+        """First and last (exclusive) row of each image."""
+        offset = self.column(f"{product}/offset")
+        return [(int(offset[at]), int(offset[at + 1])) for at in positions]
 
-def require_mark(store: Path) -> CommitMark:
-    """The commit mark of a complete store.
+    def read_ahead(self, product: str, fields: Iterable[str], spans: Sequence[tuple[int, int]]) -> None:
+        """Have the rows of all these spans on their way from the disk."""
+        for field in fields:
+            self.array(f"{product}/{field}").read_ahead(spans)
 
-    Raises:
-        StoreIncomplete: a build that is not finished; says how far it is.
-        StoreError: no store at all.
-    """
-    mark = read_mark(store)
-    if mark is not None:
-        return mark
-    if not plan_folder(store).is_dir():
-        raise StoreError(f"{store}: is not a store (no COMMIT.json, no journal); `ezsd cache build` makes one")
-    plan = read_plan(store)
-    done = sum(block_done(plan, block.index) for block in plan.blocks)
-    raise StoreIncomplete(
-        f"{store}: the store is not finished, {done} of {len(plan.blocks)} blocks are done; "
-        "run the same `ezsd cache build` command again to go on"
+    def gather(
+        self, product: str, field: Field, positions: Sequence[int], spans: Sequence[tuple[int, int]]
+    ) -> NDArray[Any]:
+        """Rows of some images, one after another, in memory of their own.
+
+        Raises:
+            StoreError: a value is not finite.
+        """
+        name = f"{product}/{field.name}"
+        array = self.array(name)
+        total = sum(stop - start for start, stop in spans)
+        rows = np.empty((total, *array.shape[1:]), array.dtype)
+        first = 0
+        for start, stop in spans:
+            last = first + stop - start
+            rows[first:last] = array.read(start, stop)
+            first = last
+        if rows.dtype == np.int8:
+            scale = Field(f"{field.name}_scale", "<f4")
+            rows = dequantise(rows, self.gather(product, scale, positions, spans)).astype(field.dtype)
+        self._require_finite(rows, name, positions, spans)
+        return rows
+
+    def _require_finite(
+        self, rows: NDArray[Any], name: str, positions: Sequence[int], spans: Sequence[tuple[int, int]]
+    ) -> None:
+        """Refuse rows that are not finite; an image's rows are looked at when they are first read."""
+        if rows.dtype.kind != "f":
+            return
+        known = self._finite.get(name)
+        if known is None:
+            known = self._finite[name] = bytearray(len(self.column("images/id")))
+        first = 0
+        for position, (start, stop) in zip(positions, spans, strict=True):
+            last = first + stop - start
+            if not known[position]:
+                if not all_finite(rows[first:last]):
+                    raise _not_finite(f"{self._place}: {name} of image {self.column('images/id')[position]}")
+                known[position] = 1
+            first = last
+
+
+def _counts(spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+    return np.array([stop - start for start, stop in spans], np.int64)
+
+
+def _not_finite(where: str) -> StoreError:
+    return StoreError(
+        f"{where}: holds a value that is not finite; the store is damaged: `ezsd cache verify --deep` lists all damage"
     )
 
 
-def _require_finite(values: NDArray[Any], where: str) -> None:
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise StoreError(f"{where}: holds a value that is not finite; the store is damaged, run a check of its digests")
+def _refuse_damage(problems: Sequence[str]) -> None:
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise StoreError(f"{problems[0]}{more}; the store is damaged: build it again, or restore the file from a copy")
+
+
+def _digest_problems(place: Place, mark: CommitMark) -> list[str]:
+    """One line for each file that is not what was committed, but for shards that are checked chunk by chunk."""
+    return [
+        f"{place}/{name}: its bytes are not those that were committed (sha256 differs)"
+        for name, expected in mark.files.items()
+        if not ("/c/" in name and _has_checksums(mark, name.partition("/c/")[0])) and place.digest(name) != expected
+    ]
+
+
+def _has_checksums(mark: CommitMark, array: str) -> bool:
+    return f"{CHECKSUMS}/{array}/zarr.json" in mark.files

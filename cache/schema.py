@@ -7,11 +7,12 @@ boxes are x1, y1, x2, y2 in pixels of the original image; embeddings have unit l
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Changes only together with a migration, or a clear refusal of the older stores."""
 
 SHARD_BYTES = 256 * 2**20
@@ -22,6 +23,10 @@ UNIT_TOLERANCE = 1e-3
 
 EMBED = -1
 """Stands for the embedding width D in a field's trailing shape."""
+
+EmbeddingType: TypeAlias = Literal["float16", "int8"]
+"""How a store keeps the embeddings of regions and ground truth; with int8 a float32 scale stands beside each row."""
+EMBEDDING_TYPES: tuple[EmbeddingType, ...] = get_args(EmbeddingType)
 
 
 class StoreError(ValueError):
@@ -68,15 +73,36 @@ RAGGED: Mapping[str, tuple[Field, ...]] = MappingProxyType(
         "ground_truth": (_BOX, _CLASS, Field("annotation_id", "<i8"), _EMBEDDING),
     }
 )
-"""Products with any number of rows per image, zero included."""
+"""Products with any number of rows per image, zero included: the columns that a writer is given and a reader gives."""
+
+_INT8 = (Field("embedding", "|i1", (EMBED,)), Field("embedding_scale", "<f4"))
+
+
+def stored_fields(product: str, embedding: EmbeddingType) -> tuple[Field, ...]:
+    """The columns of a ragged product as they lie in the store.
+
+    They are those of `RAGGED`, but for int8: there `embedding` is int8 (N, D), and `embedding_scale` float32 (N,)
+    follows it. A row's unit vector is then `embedding * embedding_scale`, in float32.
+    """
+    if embedding == "float16":
+        return RAGGED[product]
+    return tuple(stored for field in RAGGED[product] for stored in (_INT8 if field.name == "embedding" else (field,)))
+
 
 WHOLE: Mapping[str, Field] = MappingProxyType(
     {"teacher": Field("values", "<f4"), "text": Field("embedding", "<f4", (EMBED,))}
 )
 """Products that belong to the whole store: one small array each, with JSON attributes."""
 
+PRODUCTS = ("teacher", "text", "proposals", "regions", "ground_truth")
+"""All products, in the order in which they are made: one may need those before it."""
+
 IMAGES: tuple[Field, ...] = (Field("id", "<i8"), Field("width", "<i4"), Field("height", "<i4"))
 OFFSET = Field("offset", "<i8")
+
+CHECKSUMS = "checksums"
+"""Group that holds, for each array NAME, the array `checksums/NAME`: CRC-32 of each of its chunks, uint32."""
+CHECKSUM = Field("crc32", "<u4")
 
 
 @dataclass(frozen=True, slots=True)

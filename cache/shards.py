@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache import encoding
-from cache.durable import FileDigest, discard, make_folders, rename, scratch_name, write_atomic, write_new
-from cache.journal import journal_folder, raw_bytes, scratch_folder, set_aside
+from cache.checksums import ChunkSums
+from cache.durable import FileDigest, discard, disk_room, make_folders, rename, scratch_name, write_atomic, write_new
+from cache.journal import drop_data, journal_folder, raw_bytes, scratch_folder, set_aside
 from cache.manifest import JSON, canonical_json, seal, unseal
 from cache.plan import Plan, block_name, read_block, read_plan
 from cache.schema import ArraySpec, StoreError
@@ -32,6 +33,8 @@ class ShardTask:
     shard: int
     plan: str
     pieces: tuple[Piece, ...]
+    shared: tuple[tuple[str, ...], ...]
+    """For each piece, the records of all shards that its block goes into: when all are there, its data may go."""
 
     @property
     def file(self) -> str:
@@ -47,29 +50,54 @@ class ShardTask:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A finished shard: its digest, and the CRC-32 of each of its chunks."""
+
+    digest: FileDigest
+    chunk_crc32: tuple[int, ...]
+
+
 def commit_shard(path: str | os.PathLike[str], task: ShardTask) -> None:
     """Write one whole shard and record it; does nothing when the record is there already.
 
+    Blocks all of whose rows are then in durable shards give their disk space back.
+
     Raises:
-        StoreError: a journaled block is damaged. It is set aside: the next run computes it again.
+        StoreError: a journaled block is damaged. It is set aside: the next run computes it again. Or the disk is full.
     """
     store = Path(path).absolute()
-    if recorded(store, task) is not None:
-        return
+    if recorded(store, task) is None:
+        with disk_room(store, encoding.shard_bytes_on_disk(task.array, task.shard)):
+            _write_shard(store, task)
+    for piece, records in zip(task.pieces, task.shared, strict=True):
+        if all((_records_folder(store) / name).exists() for name in records):
+            drop_data(journal_folder(store) / block_name(piece.block))
+
+
+def _write_shard(store: Path, task: ShardTask) -> None:
     temporary = scratch_name(scratch_folder(store), task.array.name.replace("/", "."))
     target = store / task.file
     make_folders(target.parent)
+    sums = ChunkSums(task.array, task.shard)
     try:
         plan = read_plan(store)
         if plan.digest != task.plan:
             raise StoreError(f"{store}: the task belongs to another build; take tasks from StoreWriter.commit_tasks()")
         parts = encoding.shard_parts(task.array, task.shard, _piece_rows(plan, task))
-        digest = write_new(temporary, parts, point="shard")
+        digest = write_new(temporary, sums.watch(parts), point="shard")
         rename(temporary, target, point="shard")
     finally:
         discard(temporary)
-    record = seal({"file": task.file, "size": digest.size, "digest": digest.sha256, "sources": task.sources})
-    write_atomic(_record_file(store, task), record, scratch=scratch_folder(store), point="record")
+    record: dict[str, JSON] = {
+        "file": task.file,
+        "size": digest.size,
+        "digest": digest.sha256,
+        "sources": task.sources,
+        "chunk_crc32": sums.sums,
+    }
+    target = _records_folder(store) / record_name(task.array, task.shard)
+    write_atomic(target, seal(record), scratch=scratch_folder(store), point="record")
 
 
 def _piece_rows(plan: Plan, task: ShardTask) -> Iterator[memoryview]:
@@ -85,13 +113,18 @@ def _piece_rows(plan: Plan, task: ShardTask) -> Iterator[memoryview]:
         yield raw_bytes(rows[piece.start : piece.stop])
 
 
-def _record_file(store: Path, task: ShardTask) -> Path:
-    return journal_folder(store) / "shards" / f"{task.array.name.replace('/', '.')}.{task.shard}.json"
+def _records_folder(store: Path) -> Path:
+    return journal_folder(store) / "shards"
 
 
-def recorded(store: Path, task: ShardTask) -> FileDigest | None:
-    """The digest of a finished shard, or None when it must be written (again)."""
-    file = _record_file(store, task)
+def record_name(array: ArraySpec, shard: int) -> str:
+    """Name of the file that records a finished shard."""
+    return f"{array.name.replace('/', '.')}.{shard}.json"
+
+
+def recorded(store: Path, task: ShardTask) -> ShardRecord | None:
+    """The record of a finished shard, or None when it must be written (again)."""
+    file = _records_folder(store) / record_name(task.array, task.shard)
     try:
         record = unseal(file.read_bytes(), str(file))
         size = (store / task.file).stat().st_size
@@ -99,4 +132,9 @@ def recorded(store: Path, task: ShardTask) -> FileDigest | None:
         return None
     if record["sources"] != task.sources or record["size"] != size:
         return None
-    return FileDigest(size, record["digest"])
+    return ShardRecord(FileDigest(size, record["digest"]), tuple(record["chunk_crc32"]))
+
+
+def forget_record(store: Path, task: ShardTask) -> None:
+    """Remove the record of a shard that must be written again: it no longer vouches for the rows of its blocks."""
+    (_records_folder(store) / record_name(task.array, task.shard)).unlink(missing_ok=True)

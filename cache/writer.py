@@ -11,22 +11,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from cache.checks import check_whole
 from cache.commit import Committer, Finisher, remove_journal
-from cache.durable import BuildLock, discard, make_folders, write_atomic
+from cache.durable import BuildLock, discard, disk_room, make_folders, require_room, writable, write_atomic
+from cache.forecast import room_to_commit, small_bytes
 from cache.journal import Entry, intact, journal_folder, little_endian, scratch_folder, set_aside, write_entry
-from cache.manifest import JSON, Manifest, canonical_json
-from cache.mark import ENVIRONMENT, LOCK, LOG, MANIFEST, CommitMark, read_mark, size_problems
+from cache.manifest import JSON, Manifest, canonical_json, seal
+from cache.mark import ENVIRONMENT, LOCK, LOG, MANIFEST, CommitMark, read_mark, require_not_set_aside, size_problems
 from cache.plan import (
-    ANOTHER_FOLDER,
     Plan,
-    block_done,
+    another_folder,
+    finished_block,
     geometry_differences,
     plan_folder,
-    read_block,
     read_plan,
     refuse,
 )
 from cache.schema import SHARD_BYTES, WHOLE, Block, StoreError, StoreIncomplete
-from cache.shards import ShardTask, recorded
+from cache.shards import ShardTask, forget_record, recorded
 
 
 class StoreWriter:
@@ -84,9 +84,11 @@ class StoreWriter:
         mark = read_mark(store)
         if mark is not None:
             return cls._complete(wanted, mark)
+        require_not_set_aside(store)
         _require_own(store)
-        make_folders(store)
-        lock = BuildLock(store / LOCK)
+        with writable(store):
+            make_folders(store)
+            lock = BuildLock(store / LOCK)
         try:
             return cls._start(wanted, lock)
         except BaseException:
@@ -112,12 +114,13 @@ class StoreWriter:
     def _complete(cls, wanted: Plan, mark: CommitMark) -> Self:
         store = wanted.store
         file = store / MANIFEST
-        differences = Manifest.from_json(_read(file), str(file)).differences(wanted.manifest)
-        stored = {"images_digest": mark.images_digest, "embed_dim": mark.embed_dim}
-        refuse(store, differences + geometry_differences(stored, wanted), cure=ANOTHER_FOLDER)
+        found = Manifest.from_json(_read(file), str(file))
+        differences = found.differences(wanted.manifest)
+        cure = another_folder(store, found, wanted.manifest)
+        refuse(store, differences + geometry_differences({"embed_dim": mark.embed_dim}, wanted), cure=cure)
         problems = size_problems(store, mark)
         if problems:
-            raise StoreError(f"{problems[0]}; the store is damaged: restore it, or remove it and build it again")
+            raise StoreError(f"{problems[0]}; the store is damaged: run `ezsd cache repair {store}`")
         if journal_folder(store).exists() or (store / LOCK).exists():
             lock = BuildLock(store / LOCK)
             try:
@@ -160,8 +163,25 @@ class StoreWriter:
         return list(self._plan.blocks)
 
     def pending(self) -> list[Block]:
-        """The blocks that are still to be written."""
-        return [] if self.complete else [block for block in self.blocks if not block_done(self._plan, block.index)]
+        """The blocks that are still to be written.
+
+        Among them may be some that were finished once and dropped, when a shard they went into has been lost.
+        """
+        if self.complete:
+            return []
+        entries = self._entries()
+        missing = [block for block, entry in zip(self.blocks, entries, strict=True) if entry is None]
+        return missing or self._lost(Committer(self._plan, [entry for entry in entries if entry is not None]))
+
+    def _entries(self) -> list[Entry | None]:
+        return [finished_block(self._plan, block.index) for block in self.blocks]
+
+    def _lost(self, committer: Committer) -> list[Block]:
+        """Blocks without data whose rows a shard still waits for."""
+        waiting = {
+            piece.block for task in committer.tasks if recorded(self.path, task) is None for piece in task.pieces
+        }
+        return [self.blocks[index] for index in sorted(waiting) if not committer.entries[index].sized]
 
     def has_whole(self, product: str) -> bool:
         """Whether `teacher` or `text` is written already."""
@@ -189,8 +209,9 @@ class StoreWriter:
             if _fingerprint(*before) != _fingerprint(*after):
                 raise StoreError(f"{self.path}: {product} was written before, with other contents; use read_whole")
             return
-        set_aside(self.path, name)
-        write_entry(self.path, name, rows, described, point="whole")
+        with disk_room(self.path, rows[field.name].nbytes):
+            set_aside(self.path, name)
+            write_entry(self.path, name, rows, described, point="whole")
 
     def read_whole(self, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """The arrays and attributes of `teacher` or `text`, also from a complete store.
@@ -223,19 +244,33 @@ class StoreWriter:
     def commit_tasks(self) -> list[ShardTask]:
         """The shards that are still to be written, one picklable task each; for `commit_shard`, anywhere.
 
+        Done in this order, they keep the disk from holding everything twice.
+
         Raises:
             StoreIncomplete: some blocks are missing.
+            StoreError: the disk has no room for what is left to be written.
         """
         if self.complete:
             return []
-        return [task for task in self._committer().tasks() if recorded(self.path, task) is None]
+        committer = self._committer()
+        tasks = [task for task in committer.tasks if recorded(self.path, task) is None]
+        lost = self._lost(committer)
+        if lost:
+            raise StoreIncomplete(f"{self.path}: a shard was lost; write {len(lost)} pending blocks again first")
+        for task in tasks:
+            # A record of other rows must not let a block be dropped.
+            forget_record(self.path, task)
+        require_room(self.path, room_to_commit(committer, tasks))
+        return tasks
 
     def _committer(self) -> Committer:
-        missing = self.pending()
-        if missing:
-            done = len(self.blocks) - len(missing)
-            raise StoreIncomplete(f"{self.path}: {done} of {len(self.blocks)} blocks are done; write the rest first")
-        return Committer(self._plan, [read_block(self._plan, block.index) for block in self.blocks])
+        entries = self._entries()
+        present = [entry for entry in entries if entry is not None]
+        if len(present) < len(entries):
+            raise StoreIncomplete(
+                f"{self.path}: {len(present)} of {len(entries)} blocks are done; write the rest first"
+            )
+        return Committer(self._plan, present)
 
     def finish(self) -> None:
         """Write what is left and the commit mark, and remove the journal. The store is complete afterwards.
@@ -246,22 +281,25 @@ class StoreWriter:
         if self.complete:
             return
         committer = self._committer()
-        digests = {task.file: recorded(self.path, task) for task in committer.tasks()}
-        files = {name: digest for name, digest in digests.items() if digest is not None}
-        if len(files) < len(digests):
+        found = {task.file: recorded(self.path, task) for task in committer.tasks}
+        shards = {file: record for file, record in found.items() if record is not None}
+        if len(shards) < len(found):
             raise StoreIncomplete(
-                f"{self.path}: {len(files)} of {len(digests)} shards are written; commit the rest first"
+                f"{self.path}: {len(shards)} of {len(found)} shards are written; commit the rest first"
             )
-        Finisher(committer, files).finish({product: self._whole(product) for product in WHOLE})
+        wholes = {product: self._whole(product) for product in WHOLE}
+        with disk_room(self.path, small_bytes(committer, wholes)):
+            Finisher(committer, shards, {}).finish(wholes)
         self.close()
         self._lock = None
 
     def write_environment(self, environment: Mapping[str, JSON]) -> None:
         """Record who built this, where and with what (`environment.json`); neither compared nor checked later."""
         self._require_unfinished("write the environment")
-        text = canonical_json(environment, "environment") + "\n"
+        data = seal(environment)
         scratch = scratch_folder(self.path)
-        write_atomic(self.path / ENVIRONMENT, text.encode(), scratch=scratch, point="metadata")
+        with disk_room(self.path, len(data)):
+            write_atomic(self.path / ENVIRONMENT, data, scratch=scratch, point="metadata")
 
     def _require_unfinished(self, action: str) -> None:
         if self.complete:

@@ -93,6 +93,15 @@ def name_probabilities(embedding: Tensor, text: Tensor, *, logit_scale: float) -
     return (logit_scale * embedding.float() @ text.float().T).softmax(1)
 
 
+def guesses(embedding: Tensor, text: Tensor, background: Tensor | None, *, logit_scale: float) -> tuple[Tensor, Tensor]:
+    """Name probabilities (R, C), and the probability (R,) that a crop is no background; 1 without a prompt for that."""
+    names = name_probabilities(embedding, text, logit_scale=logit_scale)
+    if background is None:
+        return names, torch.ones(len(embedding))
+    table = torch.cat([text, background[None]])
+    return names, 1 - name_probabilities(embedding, table, logit_scale=logit_scale)[:, -1]
+
+
 def entropy_score(probability: Tensor) -> Tensor:
     """Certainty log C - H(p) per row (R,), in nats: 0 for a uniform guess, log C for certainty."""
     surprise = torch.xlogy(probability, probability).sum(1)
@@ -154,20 +163,13 @@ def select_regions(
 
     Source: EZSD, section on CLIP proposals.
     """
-    names = name_probabilities(embedding, text, logit_scale=logit_scale)
-    present = torch.ones(len(anchors))
-    if background is not None:
-        table = torch.cat([text, background[None]])
-        present = 1 - name_probabilities(embedding, table, logit_scale=logit_scale)[:, -1]
+    names, present = guesses(embedding, text, background, logit_scale=logit_scale)
     value = entropy_score(names) if score == "entropy" else names[:, base_count:].sum(1)
     value = value * present
     kept = nms(anchors, value, nms_iou)[:keep_proposals]
-    clear = present[kept] > 0.5
-    if len(base_boxes):
-        clear &= iou(anchors[kept], base_boxes).amax(1) < base_iou
     confidence, guess = names[kept].max(1)
-    if drop_base_guesses:
-        clear &= guess >= base_count
+    clear = clear_of_base(anchors[kept], base_boxes, base_iou=base_iou)
+    clear &= may_be_unseen(present[kept], guess, base_count=base_count, drop_base_guesses=drop_base_guesses)
     rows = torch.nonzero(clear)[:keep_regions, 0]
     return Selection(
         proposal=kept,
@@ -177,3 +179,16 @@ def select_regions(
         confidence=(confidence * present[kept])[rows],
         class_index=guess[rows],
     )
+
+
+def clear_of_base(boxes: Tensor, base_boxes: Tensor, *, base_iou: float) -> Tensor:
+    """Which boxes (R, 4) overlap each of the base boxes (N, 4) less than `base_iou`: (R,) bool."""
+    if not len(base_boxes):
+        return torch.ones(len(boxes), dtype=torch.bool)
+    return iou(boxes, base_boxes).amax(1) < base_iou
+
+
+def may_be_unseen(present: Tensor, guess: Tensor, *, base_count: int, drop_base_guesses: bool) -> Tensor:
+    """Which regions are likelier an object than background (R,) and, if asked for, not likeliest a base name: bool."""
+    clear = present > 0.5
+    return clear & (guess >= base_count) if drop_base_guesses else clear

@@ -11,6 +11,7 @@ import importlib
 import logging
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -296,12 +297,16 @@ def _load_plugin(name: str, device: str | torch.device) -> Teacher:
 
 
 def _load_tiny(weights: str | None, device: str | torch.device) -> tuple[open_clip.CLIP, Tensor | None]:
-    folder = files("ezsd.weights")
-    with as_file(folder / f"{TINY_SHAPES}.json") as config:
+    with as_file(files("ezsd.weights") / f"{TINY_SHAPES}.json") as config:
         open_clip.add_model_config(config)
     model = _create(TINY_SHAPES, None, device)
-    with as_file(folder / f"{TINY_SHAPES}.safetensors") as shipped:
+    with as_file(shipped_weights()) as shipped:
         return model, load_checkpoint(model, TINY_SHAPES, Path(weights) if weights else shipped)
+
+
+def shipped_weights() -> Traversable:
+    """The file with the weights of `tiny-shapes`."""
+    return files("ezsd.weights") / f"{TINY_SHAPES}.safetensors"
 
 
 def _create(name: str, tag: str | None, device: str | torch.device, **options: object) -> open_clip.CLIP:

@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import platform
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.resources import as_file
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from cache import JSON, Manifest, StoreWriter, commit_shard
+from cache import PRODUCTS, Forecast, Manifest, Store, StoreWriter, commit_shard, forecast, info
 from ezsd.adapt import restore
 from ezsd.data.annotations import Annotations
-from ezsd.teacher import Teacher
+from ezsd.teacher import TINY_SHAPES, Teacher, shipped_weights
 from pipeline.adapt import adapt_teacher
 from pipeline.config import Config, ConfigError, to_tables
 from pipeline.datasets import Dataset
 from pipeline.extract import ExtractJob, extract_block, load_config_teacher, run_tasks
 from pipeline.parsed import training_annotations
 from pipeline.progress import Progress
+from pipeline.provenance import as_json, describe, model_inputs
+from pipeline.reuse import Reuse, plan_reuse
 from pipeline.teachers import check_precision
 
 log = logging.getLogger("ezsd")
+WHOLE_PRODUCTS = ("teacher", "text")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +56,8 @@ class BuildRequest:
     """Where the teacher runs."""
     workers: int = 0
     """Processes that extract; 0 takes one per core on the CPU and one with a GPU."""
+    reuse: Path | None = None
+    """A complete store to take over what would come out the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,10 @@ class BuildReport:
     already_complete: bool
     seconds: dict[str, float]
     """By stage: adapt, extract, commit."""
+    reused: tuple[str, ...]
+    """Products taken over from another store."""
+    computed: tuple[str, ...]
+    """The others."""
 
 
 def build_cache(request: BuildRequest) -> BuildReport:
@@ -69,30 +82,23 @@ def build_cache(request: BuildRequest) -> BuildReport:
     Raises:
         ValueError: (of many kinds) something about the input is wrong; the message is one line.
     """
-    dataset, config = request.dataset.require(), request.config
-    annotations = take_first(
-        training_annotations(dataset.root / dataset.train_annotations, dataset.split), request.limit
-    )
-    if not annotations.images:
-        raise ConfigError(f"{dataset.root / dataset.train_annotations}: no images; there is nothing to build")
-    teacher = load_config_teacher(config, request.device)
-    manifest = describe(dataset, annotations, config, teacher)
+    request.dataset.require()
+    annotations = read_annotations(request)
+    if _known_complete(request, annotations):
+        return BuildReport(request.out, already_complete=True, seconds={}, reused=(), computed=())
+    teacher = load_config_teacher(request.config, request.device)
+    manifest = describe(request.dataset, annotations, request.config, teacher.fingerprint())
+    reuse = None if request.reuse is None else plan_reuse(request.reuse, manifest)
+    reused = () if reuse is None else reuse.products
     seconds: dict[str, float] = {}
-    with StoreWriter.open(
-        request.out,
-        manifest,
-        image_ids=[image.id for image in annotations.images],
-        widths=[image.width for image in annotations.images],
-        heights=[image.height for image in annotations.images],
-        embed_dim=teacher.embed_dim,
-        block_images=config.build.block_images,
-    ) as writer:
+    with _open_writer(request, manifest, annotations, teacher.embed_dim) as writer:
         if writer.complete:
-            return BuildReport(request.out, already_complete=True, seconds={})
+            return BuildReport(request.out, already_complete=True, seconds={}, reused=(), computed=())
         with _log_file(writer.log_path):
+            _warn_of_room(request, annotations, teacher.embed_dim)
             _record_environment(writer, request, seconds)
             with _timed(seconds, "adapt"):
-                job = _prepare(writer, request, teacher, annotations)
+                job = _prepare(writer, request, teacher, annotations, reuse)
             workers = request.workers or (1 if request.device != "cpu" else os.cpu_count() or 1)
             with _timed(seconds, "extract"):
                 _extract(writer, job, workers)
@@ -100,28 +106,116 @@ def build_cache(request: BuildRequest) -> BuildReport:
                 _write_shards(writer, workers)
                 _record_environment(writer, request, seconds)
                 writer.finish()
-    return BuildReport(request.out, already_complete=False, seconds=seconds)
+    computed = tuple(product for product in PRODUCTS if product not in reused)
+    return BuildReport(request.out, already_complete=False, seconds=seconds, reused=reused, computed=computed)
 
 
-def describe(dataset: Dataset, annotations: Annotations, config: Config, teacher: Teacher) -> Manifest:
-    """Everything that shapes the store's bytes: content, never a path or a version."""
-    digests = annotations.digest()
-    return Manifest(
-        {
-            "dataset": {
-                "name": dataset.name,
-                "image_list_sha256": digests["images"],
-                "base_boxes_sha256": digests["boxes"],
-                "base_names": list(dataset.split.base),
-                "novel_names": list(dataset.split.novel),
-            },
-            "teacher": _json(teacher.fingerprint()),
-            "background": config.teacher.background,
-            "adapt": dataclasses.asdict(config.adapt),
-            "proposals": _json(to_tables(config)["proposals"]),
-            "build": dataclasses.asdict(config.build),
-        }
+def read_annotations(request: BuildRequest) -> Annotations:
+    """The images and base boxes that a build is of."""
+    file = request.dataset.root / request.dataset.train_annotations
+    annotations = take_first(training_annotations(file, request.dataset.split), request.limit)
+    if not annotations.images:
+        raise ConfigError(f"{file}: no images; there is nothing to build")
+    return annotations
+
+
+def _open_writer(request: BuildRequest, manifest: Manifest, annotations: Annotations, embed_dim: int) -> StoreWriter:
+    return StoreWriter.open(
+        request.out,
+        manifest,
+        image_ids=[image.id for image in annotations.images],
+        widths=[image.width for image in annotations.images],
+        heights=[image.height for image in annotations.images],
+        embed_dim=embed_dim,
+        block_images=request.config.build.block_images,
     )
+
+
+def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
+    """Whether a complete store is the wanted one, decided without loading the teacher.
+
+    The store remembers the digest of the file that its teacher's weights came from: the same file under the same
+    name makes the same teacher. Where that does not settle it, nothing is known, and the teacher has to be loaded.
+    """
+    if not (request.out / "COMMIT.json").is_file():
+        return False
+    found = info(request.out)
+    recorded = found.environment or {}
+    same_file = recorded.get("weights_file_sha256") == (weights_file_digest(request.config) or "unknown")
+    same_loader = recorded.get("versions", {}).get("open_clip_torch") == importlib.metadata.version("open_clip_torch")
+    if not same_file or not same_loader or found.problems:
+        return False
+    asked = dataclasses.asdict(request.config.teacher) | {"weights": None}
+    if dict(recorded.get("teacher", {})) | {"weights": None} != asked:
+        return False
+    model = model_inputs(found.manifest)
+    wanted = describe(request.dataset, annotations, request.config, model)
+    if wanted != found.manifest:
+        return False
+    # The store may have leftovers of its build, which opening it for writing removes.
+    _open_writer(request, wanted, annotations, found.embed_dim).close()
+    return True
+
+
+def weights_file_digest(config: Config) -> str | None:
+    """Sha256 of the local file that the teacher's weights come from; None where they come from elsewhere."""
+    file = Path(config.teacher.weights) if config.teacher.weights else None
+    if file is None and config.teacher.name == TINY_SHAPES:
+        with as_file(shipped_weights()) as shipped:
+            return _file_sha256(shipped)
+    return _file_sha256(file) if file is not None and file.is_file() else None
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildForecast:
+    """What a build would do, without doing any of it."""
+
+    images: int
+    blocks: int
+    at_most: Forecast
+    """With as many proposals and regions in each image as are kept at most."""
+    free: int
+    """Bytes free where the store would lie."""
+
+
+def forecast_build(request: BuildRequest) -> BuildForecast:
+    """How large the store would become, and how much the disk must hold meanwhile."""
+    request.dataset.require()
+    annotations = read_annotations(request)
+    teacher = load_config_teacher(request.config, "cpu")
+    images, size = len(annotations.images), request.config.build.block_images
+    return BuildForecast(
+        images=images,
+        blocks=-(-images // size),
+        at_most=_at_most(request, annotations, teacher.embed_dim),
+        free=_free(request.out),
+    )
+
+
+def _at_most(request: BuildRequest, annotations: Annotations, embed_dim: int) -> Forecast:
+    images, settings = len(annotations.images), request.config.proposals
+    rows = {
+        "proposals": images * settings.keep,
+        "regions": images * min(settings.keep, settings.regions),
+        "ground_truth": len(annotations.box),
+    }
+    return forecast(rows, images=images, embed_dim=embed_dim, embedding=request.config.build.embedding)
+
+
+def _free(folder: Path) -> int:
+    there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _warn_of_room(request: BuildRequest, annotations: Annotations, embed_dim: int) -> None:
+    most, free = _at_most(request, annotations, embed_dim), _free(request.out)
+    if most.peak > free:
+        log.warning("%s: the build may need up to %s bytes, %s are free", request.out, f"{most.peak:,}", f"{free:,}")
 
 
 def take_first(annotations: Annotations, limit: int | None) -> Annotations:
@@ -142,44 +236,72 @@ def take_first(annotations: Annotations, limit: int | None) -> Annotations:
     )
 
 
-def _prepare(writer: StoreWriter, request: BuildRequest, teacher: Teacher, annotations: Annotations) -> ExtractJob:
-    """Re-normalise and embed the names, or take both from the journal."""
-    dataset, config = request.dataset, request.config
+def _prepare(
+    writer: StoreWriter, request: BuildRequest, teacher: Teacher, annotations: Annotations, reuse: Reuse | None
+) -> ExtractJob:
+    """Re-normalise and embed the names, or take both from the journal or an earlier store."""
+    for product in WHOLE_PRODUCTS:
+        if reuse is not None and product in reuse.products and not writer.has_whole(product):
+            writer.write_whole(product, *Store(reuse.store).read_whole(product))
     if not writer.has_whole("teacher"):
-        torch.manual_seed(config.build.seed)
-        values, tuned = adapt_teacher(
-            teacher,
-            annotations,
-            dataset.root / dataset.train_images,
-            config=config.adapt,
-            crops=config.proposals,
-            seed=config.build.seed,
-        )
-        log.info(
-            "re-normalised: held-out base accuracy %.3f -> %.3f",
-            tuned["base_accuracy_before"],
-            tuned["base_accuracy_after"],
-        )
-        writer.write_whole("teacher", {"values": values}, _json(tuned))
+        values, tuned = adapted(request, teacher, annotations)
+        writer.write_whole("teacher", {"values": values}, as_json(tuned))
     arrays, attributes = writer.read_whole("teacher")
     restored = (arrays["values"], attributes["parameters"])
     restore(teacher.layer_norms(), *restored)
-    check_precision(teacher, config, dataset, annotations, restored, request.device)
+    check_precision(teacher, request.config, request.dataset, annotations, restored, request.device)
     if not writer.has_whole("text"):
-        with torch.no_grad():
-            text = teacher.encode_text(dataset.split.names).float().cpu().numpy()
-        names = {"names": list(dataset.split.names), "base_count": len(dataset.split.base)}
-        writer.write_whole("text", {"embedding": text}, _json(names))
+        split = request.dataset.split
+        names = {"names": split.names, "base_count": len(split.base), "template": request.config.teacher.template}
+        writer.write_whole("text", {"embedding": embed_names(teacher, split.names)}, as_json(names))
     text_rows, _ = writer.read_whole("text")
+    return extract_job(request, attributes["parameters"], arrays["values"], text_rows["embedding"], reuse)
+
+
+def adapted(
+    request: BuildRequest, teacher: Teacher, annotations: Annotations
+) -> tuple[NDArray[np.float32], dict[str, object]]:
+    """Re-normalise the teacher in place; its tuned values and what is said about them."""
+    dataset, config = request.dataset, request.config
+    torch.manual_seed(config.build.seed)
+    values, tuned = adapt_teacher(
+        teacher,
+        annotations,
+        dataset.root / dataset.train_images,
+        config=config.adapt,
+        crops=config.proposals,
+        seed=config.build.seed,
+    )
+    before, after = tuned["base_accuracy_before"], tuned["base_accuracy_after"]
+    log.info("re-normalised: held-out base accuracy %.3f -> %.3f", before, after)
+    return values, tuned
+
+
+def embed_names(teacher: Teacher, names: Sequence[str]) -> NDArray[np.float32]:
+    """Unit text rows (C, D) float32."""
+    with torch.no_grad():
+        rows: NDArray[np.float32] = teacher.encode_text(names).float().cpu().numpy()
+    return rows
+
+
+def extract_job(
+    request: BuildRequest,
+    parameters: object,
+    values: NDArray[np.float32],
+    text: NDArray[np.float32],
+    reuse: Reuse | None = None,
+) -> ExtractJob:
+    """What a worker needs to know."""
     return ExtractJob(
         store=str(request.out.absolute()),
-        dataset=json.dumps(dataset.definition()),
-        root=str(dataset.root.absolute()),
-        config=json.dumps(to_tables(config)),
+        dataset=json.dumps(request.dataset.definition()),
+        root=str(request.dataset.root.absolute()),
+        config=json.dumps(to_tables(request.config)),
         device=request.device,
-        values=arrays["values"].astype(np.float32).tobytes(),
-        parameters=json.dumps(attributes["parameters"]),
-        text=text_rows["embedding"].astype(np.float32).tobytes(),
+        values=values.astype(np.float32).tobytes(),
+        parameters=json.dumps(parameters),
+        text=text.astype(np.float32).tobytes(),
+        reuse=reuse,
     )
 
 
@@ -205,12 +327,15 @@ def _record_environment(writer: StoreWriter, request: BuildRequest, seconds: dic
     }
     writer.write_environment(
         {
-            "dataset": _json(request.dataset.definition()),
+            "dataset": as_json(request.dataset.definition()),
             "data_root": str(request.dataset.root.absolute()),
             "preset": request.preset,
             "limit": request.limit,
             "device": request.device,
             "teacher": dataclasses.asdict(request.config.teacher),
+            "weights_file_sha256": weights_file_digest(request.config),
+            "config": as_json(to_tables(request.config)),
+            "reused_from": None if request.reuse is None else str(request.reuse.absolute()),
             "host": platform.node(),
             "python": platform.python_version(),
             "versions": dict(versions),
@@ -218,12 +343,6 @@ def _record_environment(writer: StoreWriter, request: BuildRequest, seconds: dic
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
     )
-
-
-def _json(value: object) -> dict[str, JSON]:
-    """A table as JSON has it: tuples become lists."""
-    table: dict[str, JSON] = json.loads(json.dumps(value))
-    return table
 
 
 @contextmanager

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
-from cache import Store, StoreError, info
+from cache import Store, StoreError
 from ezsd.data.annotations import AnnotationError
 from ezsd.kernels import BackendError
 from ezsd.teacher import TeacherError
 from ezsd.vocabulary import VocabularyError, parse_classes
 from pipeline.config import Config, ConfigError, load_preset
 from pipeline.datasets import Dataset, DatasetError
+from pipeline.provenance import dataset_inputs
 from pipeline.runs import RunError
 from pipeline.shapes import write_shapes
 
@@ -83,9 +84,7 @@ def train_config(cache: Path, preset: str | None, overrides: Sequence[str]) -> C
         recorded = store.path / "environment.json"
         preset = json.loads(recorded.read_text()).get("preset") if recorded.is_file() else None
     if preset is None:
-        fields = store.manifest.fields["dataset"]
-        assert isinstance(fields, dict)
-        preset = str(fields["name"])
+        preset = str(dataset_inputs(store.manifest)["name"])
     return load_preset(preset, overrides)
 
 
@@ -94,12 +93,6 @@ def drawn(dataset: Dataset, root: Path | None) -> Dataset:
     if dataset.name == "shapes" and root is None and not dataset.root.exists():
         write_shapes(dataset.root)
     return dataset.require()
-
-
-def describe_store(path: Path) -> str:
-    """What `ezsd cache info` prints."""
-    found = info(path)
-    return json.dumps(dataclasses.asdict(found), indent=1, default=str)
 
 
 def score_table(scores: Mapping[str, Mapping[str, float | None]]) -> str:

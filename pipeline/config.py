@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any, Literal
 
+from cache import EmbeddingType
 from ezsd.adapt import AdaptLoss
 from ezsd.crops import Surround
 from ezsd.detector.backbone import BACKBONES
@@ -121,6 +122,8 @@ class BuildConfig:
     """Images per block: one task, one journal entry. Batches never cross a block."""
     batch: int = 256
     """Crops per encoder call."""
+    embedding: EmbeddingType = "float16"
+    """How the store keeps embeddings; "int8" with a scale per row takes half the disk."""
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"build.seed must be >= 0, got {self.seed}")

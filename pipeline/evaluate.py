@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache import JSON, Manifest
+from cache import JSON, Manifest, differences
 from ezsd.adapt import crop_accuracy, restore
 from ezsd.data.annotations import Annotations
 from ezsd.data.dataset import pad_images, resize
@@ -26,6 +25,7 @@ from pipeline.config import Config, TeacherConfig, from_tables, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.parsed import evaluation_annotations
 from pipeline.progress import Progress
+from pipeline.provenance import as_json, model_inputs, proposal_settings
 from pipeline.runs import Run, RunError, write_json
 from pipeline.teachers import configured_teacher
 from pipeline.train import build_detector
@@ -178,7 +178,7 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str) -> dict[str
     annotations = evaluation_annotations(dataset.root / dataset.val_annotations, dataset.split)
     config = from_tables(_table(run.card, "config"), where=str(run.folder / "run.json"))
     teacher = run_teacher(run, device, adapted=False)
-    made_with = _manifest(run).fields["proposals"]
+    made_with = proposal_settings(_manifest(run))
     # The store's own crop rule: the run's configuration says nothing of stage one.
     crops = from_tables(to_tables(config) | {"proposals": dict(_fields(made_with))}, where="store").proposals
     source = CropSource(
@@ -213,11 +213,9 @@ def run_teacher(run: Run, device: str, *, adapted: bool) -> Teacher:
     if not isinstance(recorded, dict):
         raise TeacherError(f"--run {run.folder}: its store did not say which teacher made it")
     teacher = configured_teacher(TeacherConfig(**recorded), device)
-    differences = Manifest(_fields(_manifest(run).fields["teacher"])).differences(
-        Manifest(json.loads(json.dumps(teacher.fingerprint())))
-    )
-    if differences:
-        raise TeacherError(f"--run {run.folder}: the teacher is another now: {'; '.join(differences)}")
+    changed = differences(model_inputs(_manifest(run)), as_json(teacher.fingerprint()))
+    if changed:
+        raise TeacherError(f"--run {run.folder}: the teacher is another now: {'; '.join(changed)}")
     if adapted:
         adapt_back(run, teacher)
     return teacher
@@ -270,7 +268,7 @@ def _mean(values: NDArray[np.bool_]) -> float | None:
 
 
 def _manifest(run: Run) -> Manifest:
-    return Manifest(_fields(_table(run.card, "store")["manifest"]))
+    return Manifest.from_fields(_fields(_table(run.card, "store")["manifest"]), str(run.folder))
 
 
 def _table(card: dict[str, object], key: str) -> dict[str, dict[str, object]]:

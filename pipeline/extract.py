@@ -20,16 +20,26 @@ from cache import Block, RaggedRows, write_block
 from ezsd.adapt import restore
 from ezsd.boxes import clip
 from ezsd.crops import crop_boxes
-from ezsd.data.annotations import Annotations
-from ezsd.proposals import Selection, faithful_anchors, select_regions, sliding_anchors
+from ezsd.data.annotations import Annotations, ImageRecord
+from ezsd.proposals import (
+    clear_of_base,
+    faithful_anchors,
+    guesses,
+    may_be_unseen,
+    select_regions,
+    sliding_anchors,
+)
 from ezsd.teacher import Teacher
 from pipeline.config import Config, ProposalConfig, from_tables
 from pipeline.datasets import Dataset, from_definition, read_dataset_image
 from pipeline.parsed import training_annotations
 from pipeline.progress import Progress
+from pipeline.reuse import Columns, KnownRegion, Reuse, ReusedRows
 from pipeline.teachers import configured_teacher
 
 T = TypeVar("T")
+_SHORT = 16
+"""Batches are never shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,8 @@ class ExtractJob:
     """Their names and shapes as JSON."""
     text: bytes
     """Unit text rows of base + novel names, float32 (C, D)."""
+    reuse: Reuse | None = None
+    """What an earlier store has already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +73,7 @@ class _Worker:
     teacher: Teacher
     text: Tensor
     background: Tensor | None
+    reused: ReusedRows | None
 
 
 def load_config_teacher(config: Config, device: str) -> Teacher:
@@ -86,11 +99,18 @@ def _worker(job: ExtractJob) -> _Worker:
         teacher=teacher,
         text=rows,
         background=background,
+        reused=None if job.reuse is None else ReusedRows(job.reuse),
     )
 
 
 def extract_block(job: ExtractJob, block: Block) -> int:
-    """Compute one block and write it whole into the store's journal; returns its number.
+    """Compute one block and write it whole into the store's journal; returns its number."""
+    write_block(job.store, block, block_rows(job, block))
+    return block.index
+
+
+def block_rows(job: ExtractJob, block: Block) -> dict[str, RaggedRows]:
+    """All rows of one block of images.
 
     One thread per process: sums are then added in one order, and the store has the same bytes from any number of
     workers.
@@ -98,8 +118,7 @@ def extract_block(job: ExtractJob, block: Block) -> int:
     with _single_thread():
         worker = _worker(job)
         images = [_extract_image(worker, position) for position in range(block.start, block.stop)]
-    write_block(job.store, block, _collate(images, worker.teacher.embed_dim))
-    return block.index
+    return _collate(images)
 
 
 @contextlib.contextmanager
@@ -123,17 +142,58 @@ def image_anchors(config: ProposalConfig, width: int, height: int) -> Tensor:
 
 
 @torch.no_grad()
-def _extract_image(worker: _Worker, position: int) -> dict[str, dict[str, np.ndarray]]:
-    settings, record = worker.config.proposals, worker.annotations.images[position]
-    folder = worker.dataset.root / worker.dataset.train_images
-    pixels = read_dataset_image(folder, record.file_name, record.width, record.height)
-    rows = worker.annotations.rows(position)
-    base_boxes = torch.from_numpy(worker.annotations.box[rows])
+def _extract_image(worker: _Worker, position: int) -> dict[str, Columns]:
+    record = worker.annotations.images[position]
+    rows = {} if worker.reused is None else worker.reused.taken(record.id)
+    view = _View(worker, record)
+    if "ground_truth" not in rows:
+        rows["ground_truth"] = _ground_truth(view, worker.annotations, worker.annotations.rows(position))
+    if "regions" not in rows:
+        base_boxes = torch.from_numpy(worker.annotations.box[worker.annotations.rows(position)])
+        if "proposals" in rows:
+            rows["regions"] = _filtered(view, rows["proposals"], base_boxes)
+        else:
+            rows |= _proposed(view, base_boxes)
+    return rows
+
+
+class _View:
+    """One image as the teacher sees it; read only if anything of it has to be encoded."""
+
+    def __init__(self, worker: _Worker, record: ImageRecord) -> None:
+        self.worker, self.record = worker, record
+        self._pixels: Tensor | None = None
+
+    def encode(self, boxes: Tensor) -> Tensor:
+        """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4).
+
+        Batches never cross an image, and short ones are filled up: a matrix product of few rows adds in another order.
+        An embedding then depends on its box alone, whatever is encoded beside it.
+        """
+        if self._pixels is None:
+            folder = self.worker.dataset.root / self.worker.dataset.train_images
+            pixels = read_dataset_image(folder, self.record.file_name, self.record.width, self.record.height)
+            self._pixels = pixels.to(getattr(self.worker.teacher, "device", "cpu"))
+        size, config = self.worker.teacher.input_size, self.worker.config
+        parts = [torch.zeros(0, self.worker.teacher.embed_dim)]
+        for chunk in boxes.split(config.build.batch) if len(boxes) else ():
+            filled = torch.cat([chunk, chunk[:1].expand(max(0, _SHORT - len(chunk)), 4)])
+            crops = crop_boxes(
+                self._pixels, filled, size=size, ratio=config.proposals.crop_ratio, surround=config.proposals.surround
+            )
+            parts.append(self.worker.teacher.encode_image(crops.float() / 255).float().cpu()[: len(chunk)])
+        return torch.cat(parts)
+
+
+def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:
+    """Proposals and regions from the anchors."""
+    worker, record = view.worker, view.record
+    settings = worker.config.proposals
     anchors = clip(image_anchors(settings, record.width, record.height), record.width, record.height)
-    embedding = _encode(worker, pixels, torch.cat([anchors, base_boxes]))
+    embedding = view.encode(anchors)
     found = select_regions(
         anchors,
-        embedding[: len(anchors)],
+        embedding,
         worker.text,
         base_boxes,
         base_count=len(worker.dataset.split.base),
@@ -146,13 +206,6 @@ def _extract_image(worker: _Worker, position: int) -> dict[str, dict[str, np.nda
         drop_base_guesses=settings.drop_base_guesses,
         keep_regions=settings.regions,
     )
-    return _products(found, anchors, embedding, worker.annotations, rows)
-
-
-def _products(
-    found: Selection, anchors: Tensor, embedding: Tensor, annotations: Annotations, rows: slice
-) -> dict[str, dict[str, np.ndarray]]:
-    half = embedding.half().numpy()
     return {
         "proposals": {"box": anchors[found.proposal].numpy(), "score": found.proposal_score.numpy()},
         "regions": {
@@ -160,29 +213,63 @@ def _products(
             "score": found.region_score.numpy(),
             "confidence": found.confidence.numpy(),
             "class_index": found.class_index.numpy().astype(np.int32),
-            "embedding": half[found.region.numpy()],
-        },
-        "ground_truth": {
-            "box": annotations.box[rows],
-            "class_index": annotations.class_index[rows],
-            "annotation_id": annotations.annotation_id[rows],
-            "embedding": half[len(anchors) :],
+            "embedding": embedding[found.region].half().numpy(),
         },
     }
 
 
-def _encode(worker: _Worker, pixels: Tensor, boxes: Tensor) -> Tensor:
-    """Unit embeddings (R, D) float32 on the CPU; batches never cross an image, so nothing else decides their bits."""
-    image = pixels.to(getattr(worker.teacher, "device", "cpu"))
-    size, settings = worker.teacher.input_size, worker.config.proposals
-    parts = []
-    for chunk in boxes.split(worker.config.build.batch):
-        crops = crop_boxes(image, chunk, size=size, ratio=settings.crop_ratio, surround=settings.surround)
-        parts.append(worker.teacher.encode_image(crops.float() / 255).float().cpu())
-    return torch.cat(parts) if parts else torch.zeros(0, worker.teacher.embed_dim)
+def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
+    """Regions from kept proposals, best first, encoding only as many as the filters make necessary."""
+    worker, settings = view.worker, view.worker.config.proposals
+    box = torch.from_numpy(proposals["box"])
+    clear = torch.nonzero(clear_of_base(box, base_boxes, base_iou=settings.base_iou))[:, 0]
+    known = {} if worker.reused is None else worker.reused.known(view.record.id)
+    found: list[tuple[int, np.float32, int, np.ndarray]] = []
+    for places in clear.split(max(settings.regions, _SHORT)):
+        missing = [place for place in places.tolist() if box[place].numpy().tobytes() not in known]
+        known |= _encoded(view, box[missing])
+        for place in places.tolist():
+            one = known[box[place].numpy().tobytes()]
+            present, guess = torch.tensor([one.present]), torch.tensor([one.class_index])
+            count, drop = len(worker.dataset.split.base), settings.drop_base_guesses
+            if may_be_unseen(present, guess, base_count=count, drop_base_guesses=drop):
+                found.append((place, one.confidence, one.class_index, one.embedding))
+        if len(found) >= settings.regions:
+            break
+    kept = found[: settings.regions]
+    places = np.array([place for place, *_ in kept], np.int64)
+    empty = np.zeros((0, worker.teacher.embed_dim), np.float16)
+    return {
+        "box": proposals["box"][places],
+        "score": proposals["score"][places],
+        "confidence": np.array([confidence for _, confidence, _, _ in kept], np.float32),
+        "class_index": np.array([guess for _, _, guess, _ in kept], np.int32),
+        "embedding": np.stack([embedding for *_, embedding in kept]) if kept else empty,
+    }
 
 
-def _collate(images: list[dict[str, dict[str, np.ndarray]]], embed_dim: int) -> dict[str, RaggedRows]:
+def _encoded(view: _View, boxes: Tensor) -> dict[bytes, KnownRegion]:
+    """What the teacher makes of boxes, by their bytes."""
+    worker, embedding = view.worker, view.encode(boxes)
+    names, present = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
+    confidence, guess = names.max(1)
+    sure, half = (confidence * present).numpy(), embedding.half().numpy()
+    return {
+        box.numpy().tobytes(): KnownRegion(float(present[row]), sure[row], int(guess[row]), half[row])
+        for row, box in enumerate(boxes)
+    }
+
+
+def _ground_truth(view: _View, annotations: Annotations, rows: slice) -> Columns:
+    return {
+        "box": annotations.box[rows],
+        "class_index": annotations.class_index[rows],
+        "annotation_id": annotations.annotation_id[rows],
+        "embedding": view.encode(torch.from_numpy(annotations.box[rows])).half().numpy(),
+    }
+
+
+def _collate(images: list[dict[str, Columns]]) -> dict[str, RaggedRows]:
     return {
         product: RaggedRows(
             counts=np.array([len(image[product]["box"]) for image in images], np.int32),

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from cache import RegionRows, Store, StoreError, StoreMismatch
+from cache import Manifest, RegionRows, Store, StoreError, StoreMismatch
 from ezsd.data.annotations import AnnotationError, Annotations
 from pipeline.build import take_first
 from pipeline.config import load_preset, preset_names, to_tables
@@ -34,6 +34,7 @@ from pipeline.datasets import Dataset, DatasetError, read_dataset_image
 from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
 from pipeline.evaluate import headline, run_dataset
 from pipeline.parsed import evaluation_annotations, training_annotations
+from pipeline.provenance import built_settings, dataset_inputs
 from pipeline.runs import Run, RunError, write_text
 
 log = logging.getLogger("ezsd")
@@ -555,8 +556,7 @@ def _store_environment(main: _Facts) -> dict[str, Any]:
 def _require_same_boxes(store: Store, dataset: Dataset) -> None:
     path = dataset.root / dataset.train_annotations
     digest = take_first(training_annotations(path, dataset.split), len(store.image_ids)).digest()
-    fields = store.manifest.fields["dataset"]
-    assert isinstance(fields, dict)
+    fields = dataset_inputs(store.manifest)
     if digest["boxes"] != fields["base_boxes_sha256"]:
         raise StoreMismatch(f"{store.path}: made from other annotations than {path}; give the right --data-root")
 
@@ -638,7 +638,7 @@ def _provenance(facts: Sequence[_Facts], data_root: Path | None) -> Html:
     main = facts[0]
     drawn = _shapes_card(main, data_root)
     config, environment = main.card["config"], main.environment
-    manifest = main.card["store"]["manifest"]
+    built = built_settings(_manifest(main))
     versions = ", ".join(f"{name} {version}" for name, version in sorted(environment.get("versions", {}).items()))
     teacher = environment.get("teacher") or {}
     entries = {
@@ -646,7 +646,7 @@ def _provenance(facts: Sequence[_Facts], data_root: Path | None) -> Html:
         "teacher": " ".join(str(teacher[key]) for key in ("name", "weights") if teacher.get(key)) or "not recorded",
         "store": main.card["store"]["digest"],
         "seeds": f"data {drawn.get('seed', 'not recorded')}, "
-        f"store {manifest.get('build', {}).get('seed', 'unknown')}, training {config['train']['seed']}",
+        f"store {built['build']['seed']}, training {config['train']['seed']}",
         "steps": f"{config['train']['steps']} of {config['train']['images']} images",
         "backbone": "ImageNet weights" if main.card.get("backbone_weights") else "from random weights",
         "versions": f"{versions}; {environment.get('device', 'unknown device')}",
@@ -671,8 +671,8 @@ def _commands(facts: Sequence[_Facts]) -> list[str]:
     """What makes this page again, from the images on."""
     main = facts[0]
     dataset, store, root = str(main.card["dataset"]), _shown_place(main, "cache"), _shown_place(main, "data_root")
-    manifest, limit = main.card["store"]["manifest"], _store_environment(main).get("limit")
-    built = {section: manifest[section] for section in ("adapt", "proposals", "build") if section in manifest}
+    limit = _store_environment(main).get("limit")
+    built: dict[str, Mapping[str, object]] = {**built_settings(_manifest(main))}
     if isinstance(main.environment.get("teacher"), dict):
         built["teacher"] = main.environment["teacher"]
     build = ["ezsd", "cache", "build", "--dataset", dataset, "--data-root", root, "--out", store]
@@ -685,6 +685,10 @@ def _commands(facts: Sequence[_Facts]) -> list[str]:
         lines.append(fact.command("eval", "--crops") if fact is main else fact.command("eval"))
     others = [word for fact in facts[1:] for word in ("--compare", _shown(fact.run.folder))]
     return [*lines, main.command("report", *others)]
+
+
+def _manifest(fact: _Facts) -> Manifest:
+    return Manifest.from_fields(fact.card["store"]["manifest"], str(fact.run.folder))
 
 
 def _shown_place(fact: _Facts, key: str) -> str:

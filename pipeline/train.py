@@ -26,6 +26,7 @@ from pipeline.config import Config, ConfigError, LossConfig, TrainConfig, to_tab
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.parsed import training_annotations
 from pipeline.progress import Progress
+from pipeline.provenance import dataset_inputs
 from pipeline.runs import Run, restore_optimiser
 
 log = logging.getLogger("ezsd")
@@ -225,8 +226,7 @@ def load_batches(
 
 def store_dataset(store: Store, data_root: Path | None) -> Dataset:
     """The dataset a store was built from, where it lies now."""
-    fields = store.manifest.fields["dataset"]
-    assert isinstance(fields, dict)
+    fields = dataset_inputs(store.manifest)
     recorded = store.path / "environment.json"
     environment = json.loads(recorded.read_text()) if recorded.is_file() else {}
     if data_root is None:
@@ -243,8 +243,7 @@ def _check_dataset(store: Store, dataset: Dataset) -> dict[int, tuple[str, int, 
     annotations = take_first(
         training_annotations(dataset.root / dataset.train_annotations, dataset.split), len(store.image_ids)
     )
-    fields = store.manifest.fields["dataset"]
-    assert isinstance(fields, dict)
+    fields = dataset_inputs(store.manifest)
     digest = annotations.digest()
     now = {"image_list_sha256": digest["images"], "base_boxes_sha256": digest["boxes"]}
     changed = [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,12 @@ def test_help_loads_neither_torch_nor_zarr():
         (["cache", "build", "--dataset", "shapes", "--device", "tpu"], ["tpu", "cuda"]),
         (["cache", "build", "--datset", "shapes"], ["--datset"]),
         (["cache", "info", "nowhere"], ["nowhere"]),
+        (["cache", "ls", "nowhere"], ["nowhere", "no folder"]),
+        (["cache", "verify", "nowhere"], ["nowhere", "is not a store"]),
+        (["cache", "repair", "nowhere"], ["nowhere", "nothing to repair"]),
+        (["cache", "gc", "nowhere"], ["nowhere", "no store is being built"]),
+        (["cache", "diff", "nowhere", "elsewhere"], ["nowhere", "is not a store"]),
+        (["cache", "build", "--dataset", "shapes", "--set", "build.embedding=int4"], ["int4", "float16, int8"]),
         (["train", "--cache", "nowhere"], ["nowhere"]),
         (["eval", "--run", "nowhere"], ["nowhere", "run.json"]),
         (["report", "--run", "nowhere"], ["nowhere", "run.json"]),
@@ -87,6 +94,27 @@ def test_cache_info_tells_rows_and_teacher(shapes_store):
     assert found["complete"] is True
     assert found["images"] == 12
     assert "tiny-shapes" in result.stdout
+
+
+def test_a_store_is_listed_verified_and_compared(shapes_store, tmp_path):
+    listed = ezsd("cache", "ls", shapes_store.parent)
+    assert listed.returncode == 0
+    assert listed.stdout.startswith("shapes  complete, 12 images, ")
+    verified = ezsd("cache", "verify", shapes_store, "--deep")
+    assert (verified.returncode, verified.stdout) == (0, f"{shapes_store}: nothing is wrong\n")
+    copy = shutil.copytree(shapes_store, tmp_path / "copy")
+    assert "same content, file for file" in ezsd("cache", "diff", shapes_store, copy).stdout
+    (copy / "notes.txt").write_text("mine")
+    (copy / "regions/score/c/0").write_bytes(b"")
+    verified = ezsd("cache", "verify", copy)
+    assert verified.returncode == 1
+    assert "lost are rows 0 to" in verified.stdout
+    assert "notes.txt: does not belong" in verified.stdout
+    assert "removed notes.txt (4 bytes)" in ezsd("cache", "gc", copy).stdout
+    repaired = ezsd("cache", "repair", copy)
+    assert repaired.returncode == 1
+    assert "marked incomplete, 1 files are still damaged" in repaired.stdout
+    assert_one_clear_line(ezsd("train", "--cache", copy), "marked incomplete", "--data-root")
 
 
 def test_detect_finds_named_classes_and_draws_them(shapes_run, shapes_root, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import Manifest, RaggedRows, StoreWriter, commit_shard, write_block
+from cache import Manifest, Origin, RaggedRows, StoreWriter, commit_shard, images_digest, write_block
 
 IDS = [70, 3, 11, 900000000001, 5, 42, 8, 9, 10, 77, 12]
 WIDTHS = [64, 50, 64, 640, 64, 33, 64, 64, 64, 64, 64]
@@ -13,10 +13,18 @@ HEIGHTS = [48, 50, 48, 480, 48, 44, 48, 48, 48, 48, 48]
 DIM = 32
 # Images 8 and 9 fill a block of their own with no rows at all.
 EMPTY = {5, 8, 9}
-MANIFEST = {
-    "seed": 3,
-    "teacher": {"name": "fake", "sha256": "ab" * 32},
+INPUTS = {
+    "teacher": {"name": "fake", "sha256": "ab" * 32, "seed": 3},
+    "text": {"names": ["circle", "star", "Ünïcode"]},
     "proposals": {"nms_iou": 0.7, "sizes": [32, 64]},
+    "regions": {"keep": 150},
+    "ground_truth": {"boxes_sha256": "cd" * 32},
+}
+NEEDS = {
+    "text": ("teacher",),
+    "proposals": ("teacher", "text"),
+    "regions": ("teacher", "text", "proposals"),
+    "ground_truth": ("teacher",),
 }
 NAMES = ["circle", "star", "Ünïcode"]
 WHOLES = {
@@ -69,10 +77,15 @@ def block_rows(block, **options):
     }
 
 
-def open_writer(path, **changes):
+def manifest(*, embedding="float16", images=(IDS, WIDTHS, HEIGHTS), **inputs):
+    """The manifest of the synthetic stores; `inputs` override those of products."""
+    products = {name: Origin(1, {**INPUTS[name], **inputs.get(name, {})}, NEEDS.get(name, ())) for name in INPUTS}
+    return Manifest(products, images_digest(*images), embedding)
+
+
+def open_writer(path, *, embedding="float16", **changes):
     """A writer on the synthetic images; `changes` override its arguments."""
     arguments = {
-        "manifest": Manifest(MANIFEST),
         "image_ids": IDS,
         "widths": WIDTHS,
         "heights": HEIGHTS,
@@ -80,7 +93,18 @@ def open_writer(path, **changes):
         "block_images": 2,
         "shard_bytes": SHARD_BYTES,
     }
-    return StoreWriter.open(path, **{**arguments, **changes})
+    arguments |= changes
+    if "manifest" not in arguments:
+        arguments["manifest"] = fitting_manifest(arguments, embedding)
+    return StoreWriter.open(path, **arguments)
+
+
+def fitting_manifest(arguments, embedding):
+    """The manifest for these images, or for the usual ones where these make no sense."""
+    try:
+        return manifest(embedding=embedding, images=[arguments[key] for key in ("image_ids", "widths", "heights")])
+    except (ValueError, OverflowError):
+        return manifest(embedding=embedding)
 
 
 def write_wholes(writer):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -29,7 +30,11 @@ def rows_of_array(folder):
         assert len(data) == present * per_chunk * row_bytes + 16 * chunks + 4
         stored = np.frombuffer(data[: present * per_chunk * row_bytes], dtype.newbyteorder("<")).reshape(-1, *shape[1:])
         padding = stored[count:]
-        assert np.isnan(padding).all() if dtype.kind == "f" else (padding == -1).all()
+        assert (
+            np.isnan(padding).all()
+            if dtype.kind == "f"
+            else (padding == (-1 if dtype.kind == "i" else 2**32 - 1)).all()
+        )
         parts.append(stored[:count])
     return np.concatenate(parts)
 
@@ -51,16 +56,52 @@ def test_the_document_is_enough_to_check_a_store(finished):
     mark = json.loads(text)
     assert text == canonical(mark) + "\n"
     assert mark.pop("sha256") == hashlib.sha256(canonical(mark).encode()).hexdigest()
-    assert (mark["format_version"], mark["embed_dim"]) == (1, storekit.DIM)
+    assert (mark["format_version"], mark["embed_dim"], mark["embedding"]) == (2, storekit.DIM, "float16")
     manifest = json.loads((finished / "manifest.json").read_text())
     assert mark["manifest_digest"] == hashlib.sha256(canonical(manifest).encode()).hexdigest()
     columns = [rows_of_array(finished / "images" / name).tobytes() for name in ("id", "width", "height")]
-    assert mark["images_digest"] == hashlib.sha256(b"".join(columns)).hexdigest()
+    assert manifest["images_sha256"] == hashlib.sha256(b"".join(columns)).hexdigest()
     found = {file.relative_to(finished).as_posix() for file in finished.rglob("*") if file.is_file()}
     assert found == set(mark["files"]) | {"COMMIT.json", "environment.json"}
     for name, listed in mark["files"].items():
         data = (finished / name).read_bytes()
         assert listed == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_the_document_is_enough_to_tell_what_products_have_in_common(finished):
+    def fingerprint(name):
+        origin = manifest["products"][name]
+        ragged, embedded = name in storekit.FIELDS, "embedding" in storekit.FIELDS.get(name, ())
+        shaped = {
+            "product": name,
+            "version": origin["version"],
+            "inputs": origin["inputs"],
+            "needs": {needed: fingerprint(needed) for needed in origin["needs"]},
+            "images_sha256": manifest["images_sha256"] if ragged else None,
+            "embedding": manifest["embedding"] if embedded else None,
+        }
+        text = json.dumps(shaped, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    manifest = json.loads((finished / "manifest.json").read_text())
+    said = json.loads((finished / "zarr.json").read_text())["attributes"]["ezsd_store"]["fingerprints"]
+    assert said == {name: fingerprint(name) for name in manifest["products"]}
+
+
+@pytest.mark.parametrize("product", [*storekit.FIELDS, "images", "text", "teacher"])
+def test_the_document_is_enough_to_check_every_chunk(finished, product):
+    for folder in sorted(path.parent for path in (finished / product).rglob("*/zarr.json")):
+        metadata = json.loads((folder / "zarr.json").read_text())
+        shape, dtype = metadata["shape"], np.dtype(metadata["data_type"])
+        chunk_shape = metadata["codecs"][0]["configuration"]["chunk_shape"]
+        chunk = dtype.itemsize * int(np.prod(chunk_shape, dtype=int))
+        found = []
+        for shard in range(-(-shape[0] // metadata["chunk_grid"]["configuration"]["chunk_shape"][0])):
+            data = (folder / "/".join(["c", str(shard), *["0"] * (len(shape) - 1)])).read_bytes()
+            found += [zlib.crc32(data[at : at + chunk]) for at in range(0, len(data) - chunk + 1, chunk)]
+        sums = rows_of_array(finished / "checksums" / folder.relative_to(finished))
+        assert sums.dtype == np.uint32
+        assert sums.tolist() == found
 
 
 def test_the_root_group_carries_the_metadata_below_it(finished):

@@ -4,54 +4,111 @@ import hashlib
 import json
 
 import pytest
+import storekit
 
-from cache import Manifest, StoreError, canonical_json
+from cache import PRODUCTS, Manifest, Origin, StoreError, canonical_json, differences
 
 
 def test_the_digest_is_that_of_sorted_compact_unescaped_json():
-    manifest = Manifest({"b": [1, 2.5, None, True], "a": {"é": "ü", "A": 'q"'}})
-    assert manifest.digest == hashlib.sha256('{"a":{"A":"q\\"","é":"ü"},"b":[1,2.5,null,true]}'.encode()).hexdigest()
+    fields = storekit.manifest(text={"é": ["ü", None, 2.5]}).fields
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    assert storekit.manifest(text={"é": ["ü", None, 2.5]}).digest == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_the_order_of_keys_and_the_kind_of_sequence_do_not_matter():
-    assert Manifest({"a": 1, "b": (1, 2)}) == Manifest({"b": [1, 2], "a": 1})
-    assert hash(Manifest({"a": 1})) == hash(Manifest({"a": 1}))
+    assert Origin(1, {"a": 1, "b": (1, 2)}) == Origin(1, {"b": [1, 2], "a": 1})
+    assert hash(storekit.manifest()) == hash(storekit.manifest())
 
 
 def test_json_brings_back_an_equal_manifest():
-    manifest = Manifest({"a": {"x": 0.1, "y": [1e-9, -3]}, "b": "ß\n"})
+    manifest = storekit.manifest(text={"x": 0.1, "y": [1e-9, -3], "b": "ß\n"}, embedding="int8")
     again = Manifest.from_json(manifest.to_json())
     assert again == manifest
     assert again.fields == manifest.fields
+    assert again.fingerprints == manifest.fingerprints
 
 
 def test_a_later_change_of_the_argument_changes_nothing():
-    fields = {"a": [1]}
-    manifest = Manifest(fields)
-    fields["a"].append(2)
-    assert manifest.fields == {"a": [1]}
+    inputs = {"a": [1]}
+    origin = Origin(1, inputs)
+    inputs["a"].append(2)
+    assert origin.inputs == {"a": [1]}
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("inputs", "message"),
     [
-        ({"a": {"b": float("nan")}}, "manifest.a.b: nan is not a finite number"),
-        ({"a": [0, float("inf")]}, r"manifest.a\[1\]: inf is not"),
-        ({"a": {3: 1}}, "manifest.a: the key 3 is not text"),
-        ({"a": {1, 2}}, "manifest.a: a set is not JSON"),
-        ({"a": "\ud800"}, "manifest.a: the text .* cannot be written as UTF-8"),
-        ([1], "manifest: expected an object of named values, found list"),
+        ({"a": {"b": float("nan")}}, "inputs.a.b: nan is not a finite number"),
+        ({"a": [0, float("inf")]}, r"inputs.a\[1\]: inf is not"),
+        ({"a": {3: 1}}, "inputs.a: the key 3 is not text"),
+        ({"a": {1, 2}}, "inputs.a: a set is not JSON"),
+        ({"a": "\ud800"}, "inputs.a: the text .* cannot be written as UTF-8"),
+        ([1], "inputs: expected an object of named values, found list"),
     ],
 )
-def test_what_is_not_json_is_refused_by_its_dotted_name(fields, message):
+def test_what_is_not_json_is_refused_by_its_dotted_name(inputs, message):
     with pytest.raises(StoreError, match=message):
-        Manifest(fields)
+        Origin(1, inputs)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": NaN}', b"\xff"])
+@pytest.mark.parametrize("version", [0, "1", True, 1.0])
+def test_a_version_is_a_whole_number(version):
+    with pytest.raises(StoreError, match="version: expected a whole number from 1"):
+        Origin(version, {})
+
+
+def test_products_are_all_there_and_need_only_earlier_ones():
+    products = dict(storekit.manifest().products)
+    with pytest.raises(StoreError, match="teacher cannot need text; products are made as teacher, text, proposals"):
+        Manifest({**products, "teacher": Origin(1, {}, ("text",))}, "")
+    with pytest.raises(StoreError, match="regions cannot need colours"):
+        Manifest({**products, "regions": Origin(1, {}, ("colours",))}, "")
+    products.pop("text")
+    with pytest.raises(StoreError, match="manifest: expected the products teacher, text, "):
+        Manifest(products, "")
+    with pytest.raises(StoreError, match="embedding 'float8' is not one of float16, int8"):
+        storekit.manifest(embedding="float8")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": NaN}', b"\xff", "{}", '{"format_version": 2}'])
 def test_text_that_is_no_manifest_is_refused(text):
     with pytest.raises(StoreError, match="here"):
         Manifest.from_json(text, "here")
+
+
+def changed(before, after):
+    return {name for name in PRODUCTS if before.fingerprints[name] != after.fingerprints[name]}
+
+
+@pytest.mark.parametrize(
+    ("change", "products"),
+    [
+        ({"teacher": {"seed": 4}}, set(PRODUCTS)),
+        ({"text": {"names": ["ring"]}}, {"text", "proposals", "regions"}),
+        ({"proposals": {"nms_iou": 0.5}}, {"proposals", "regions"}),
+        ({"regions": {"keep": 10}}, {"regions"}),
+        ({"ground_truth": {"boxes_sha256": "ef"}}, {"ground_truth"}),
+        ({"embedding": "int8"}, {"regions", "ground_truth"}),
+        ({"images": ([1], [2], [3])}, {"proposals", "regions", "ground_truth"}),
+    ],
+)
+def test_a_change_shows_in_the_products_it_shapes_and_in_no_earlier_one(change, products):
+    assert changed(storekit.manifest(), storekit.manifest(**change)) == products
+
+
+def test_another_algorithm_is_another_product():
+    before = storekit.manifest()
+    proposals = before.products["proposals"]
+    newer = Origin(2, proposals.inputs, proposals.needs)
+    after = Manifest({**before.products, "proposals": newer}, before.images_sha256)
+    assert changed(before, after) == {"proposals", "regions"}
+    assert before.differences(after) == ["proposals.algorithm_version: store has 1, wanted 2"]
+
+
+def test_a_fingerprint_can_be_asked_for_as_if_embeddings_were_kept_otherwise():
+    half, small = storekit.manifest(), storekit.manifest(embedding="int8")
+    assert small.fingerprint("regions", embedding="float16") == half.fingerprints["regions"]
+    assert small.fingerprint("proposals", embedding="float16") == half.fingerprints["proposals"]
 
 
 @pytest.mark.parametrize(
@@ -70,14 +127,20 @@ def test_text_that_is_no_manifest_is_refused(text):
     ],
 )
 def test_differences_are_named_with_both_values(store, wanted, lines):
-    assert Manifest(store).differences(Manifest(wanted)) == lines
-    assert Manifest(store).differences(Manifest(store)) == []
+    assert differences(store, wanted) == lines
+    assert differences(store, store) == []
+
+
+def test_manifests_are_compared_by_product_and_input():
+    wanted = storekit.manifest(proposals={"nms_iou": 0.5}, embedding="int8")
+    assert storekit.manifest().differences(wanted) == [
+        'embedding: store has "float16", wanted "int8"',
+        "proposals.nms_iou: store has 0.7, wanted 0.5",
+    ]
 
 
 def test_long_values_and_many_differences_are_shortened():
-    lines = Manifest({"a": list(range(1000)), "b": "x" * 1000}).differences(
-        Manifest({"a": list(range(1, 1001)), "b": list(range(1000))})
-    )
+    lines = differences({"a": list(range(1000)), "b": "x" * 1000}, {"a": list(range(1, 1001)), "b": list(range(1000))})
     assert lines[:2] == ["a[0]: store has 0, wanted 1", "a[1]: store has 1, wanted 2"]
     assert lines[3] == "a: 997 more differences in this list of 1000"
     assert lines[4].startswith('b: store has "xxx')

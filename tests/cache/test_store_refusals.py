@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import storekit
 
-from cache import Block, Manifest, RaggedRows, Store, StoreError, StoreMismatch, info, write_block
+from cache import Block, RaggedRows, Store, StoreError, StoreMismatch, info, write_block
 from cache.manifest import seal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,7 +150,7 @@ def test_a_whole_product_is_written_once(tmp_path):
             writer.write_whole("teacher", {"values": arrays["values"] + 1}, attributes)
 
 
-OTHER = {**storekit.MANIFEST, "proposals": {"nms_iou": 0.5, "sizes": [32, 64]}, "prompts": "new"}
+OTHER = storekit.manifest(proposals={"nms_iou": 0.5}, text={"prompts": "new"})
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -158,24 +159,41 @@ def test_another_manifest_is_refused_by_the_name_of_the_difference(finished, tmp
     if not complete:
         storekit.open_writer(path).close()
     message = (
-        'made from something else: prompts: store has no such entry, wanted "new"; '
-        "proposals.nms_iou: store has 0.7, wanted 0.5; choose another --out folder"
+        "made from something else: proposals.nms_iou: store has 0.7, wanted 0.5; "
+        'text.prompts: store has no such entry, wanted "new"; '
+        f"build into another folder: --out {path}-2 --reuse {path} takes over teacher, ground_truth"
     )
-    with pytest.raises(StoreMismatch, match=message):
-        storekit.open_writer(path, manifest=Manifest(OTHER))
+    with pytest.raises(StoreMismatch, match=re.escape(message)):
+        storekit.open_writer(path, manifest=OTHER)
+
+
+def test_the_proposed_folder_is_a_free_one_and_nothing_is_promised_of_a_store_that_shares_nothing(finished):
+    other = storekit.manifest(teacher={"seed": 4})
+    taken = finished.with_name(f"{finished.name}-2")
+    taken.mkdir()
+    try:
+        with pytest.raises(StoreMismatch, match=f"build into another folder: --out {finished}-3$"):
+            storekit.open_writer(finished, manifest=other)
+    finally:
+        taken.rmdir()
+
+
+def test_a_manifest_of_other_images_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="the manifest was made for another list of images"):
+        storekit.open_writer(tmp_path, manifest=storekit.manifest(images=([1], [2], [3])))
 
 
 def test_training_refuses_a_store_made_from_something_else(finished):
-    Store(finished).require(Manifest(storekit.MANIFEST))
-    with pytest.raises(StoreMismatch, match="nms_iou: store has 0.7, wanted 0.5; use a store made for these settings"):
-        Store(finished).require(Manifest(OTHER))
+    Store(finished).require(storekit.manifest())
+    with pytest.raises(StoreMismatch, match="nms_iou: store has 0.7, wanted 0.5; .*use a store made for these"):
+        Store(finished).require(OTHER)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_ids": storekit.IDS[::-1]}, "images_digest"),
-        ({"widths": [65, *storekit.WIDTHS[1:]]}, "images_digest"),
+        ({"image_ids": storekit.IDS[::-1]}, "images_sha256"),
+        ({"widths": [65, *storekit.WIDTHS[1:]]}, "images_sha256"),
         ({"embed_dim": 16}, "embed_dim: store has 32, wanted 16"),
         ({"block_images": 3}, "block_images: store has 2, wanted 3"),
         ({"shard_bytes": 1}, "shard_bytes: store has 16384, wanted 1"),
@@ -243,9 +261,9 @@ def test_a_second_builder_in_the_same_process_is_turned_away_too(tmp_path):
 def test_another_format_version_is_refused_by_every_door(copy, tmp_path):
     mark = json.loads((copy / "COMMIT.json").read_text())
     mark.pop("sha256")
-    (copy / "COMMIT.json").write_bytes(seal({**mark, "format_version": 2}))
+    (copy / "COMMIT.json").write_bytes(seal({**mark, "format_version": 1}))
     for door in (Store, info, storekit.open_writer):
-        with pytest.raises(StoreError, match="store format 2, this version reads format 1"):
+        with pytest.raises(StoreError, match="store format 1, this version reads format 2"):
             door(copy)
     path = tmp_path / "unfinished"
     storekit.open_writer(path).close()

@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cache import Manifest, RaggedRows, StoreWriter, commit_shard, write_block
+from cache import RaggedRows, StoreWriter, commit_shard, write_block
 from ezsd.data.annotations import load_training
 from ezsd.data.shapes import SHAPES_SPLIT, scene
 from pipeline.config import load_preset, to_tables
-from pipeline.datasets import DatasetError
+from pipeline.datasets import DatasetError, find_dataset
 from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
+from pipeline.provenance import describe
 from pipeline.report import write_report
 from pipeline.runs import Run, RunError, write_json
 
@@ -95,15 +96,11 @@ def write_split(root, split, files):
     (root / f"annotations/instances_{split}.json").write_text(json.dumps(document))
 
 
-def manifest_of(root):
-    digest = load_training(root / "annotations/instances_train.json", SHAPES_SPLIT).digest()
-    tables = to_tables(load_preset("shapes", ["proposals.regions=7"]))
-    return Manifest(
-        {
-            "dataset": {"name": "shapes", "image_list_sha256": digest["images"], "base_boxes_sha256": digest["boxes"]},
-            **{section: tables[section] for section in ("adapt", "proposals", "build")},
-        }
-    )
+def manifest_of(root, **changes):
+    annotations = load_training(root / "annotations/instances_train.json", SHAPES_SPLIT)
+    config = load_preset("shapes", ["proposals.regions=7"])
+    dataset = find_dataset("shapes", root)
+    return describe(dataset, annotations, config, {"name": "stand-in", **changes})
 
 
 def write_store(path, manifest):
@@ -332,7 +329,7 @@ def test_a_store_that_is_not_there_is_said_and_no_more(home, damage):
     else:
         shutil.rmtree(home.store)
     if damage == "another":
-        write_store(home.store, Manifest({**manifest_of(home.root).fields, "more": 1}))
+        write_store(home.store, manifest_of(home.root, more=1))
     page = Page(report(home, images=1))
     assert "No pictures: " in page.text
     assert str(home.store) in page.text

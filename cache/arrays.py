@@ -1,0 +1,115 @@
+"""What a reader asks of an array wherever it lies, and the two checks it makes on the way."""
+
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.encoding import fill_value
+from cache.schema import StoreError, array_spec
+
+if TYPE_CHECKING:
+    import zarr
+
+_KEPT_BYTES = 32 * 2**20
+"""Arrays up to this size are read once through zarr and kept: there a slice costs a millisecond, or a round trip."""
+
+_LARGE = np.uint64(0x4000_4000_4000_4000)
+"""The highest bit of the exponent of four float16: set in numbers from 2 on, infinite ones and NaN."""
+
+
+class RowArray(Protocol):
+    """Rows of one array, in slices of axis 0."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop` (exclusive); not to be written to."""
+        ...
+
+    def read_ahead(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Hint that these ranges of rows are read next."""
+        ...
+
+
+class ZarrArray:
+    """An array read through zarr-python: any codec chain, any place."""
+
+    def __init__(self, array: "zarr.Array[Any]") -> None:
+        self.shape = array.shape
+        self.dtype = array.dtype
+        self._array = array
+        self._kept: NDArray[Any] | None = None
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """See `RowArray`."""
+        if self._array.nbytes > _KEPT_BYTES:
+            return np.asarray(self._array[start:stop])
+        if self._kept is None:
+            self._kept = np.asarray(self._array[:])
+            self._kept.flags.writeable = False
+        return self._kept[start:stop]
+
+    def read_ahead(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Nothing to do: zarr has no such hint."""
+
+
+class VerifiedArray:
+    """Another array whose chunks are compared with their checksums when they are first touched.
+
+    Args:
+        array: the array.
+        sums: CRC-32 of each of its chunks, padding included, (chunks,) uint32.
+        where: names the array in errors.
+    """
+
+    def __init__(self, array: RowArray, sums: NDArray[np.uint32], where: str) -> None:
+        # The checksums follow the layout that the store was committed with, whatever the array looks like now.
+        spec = array_spec(where, array.dtype.str, array.shape, shard_bytes=1)
+        chunks = -(-array.shape[0] // spec.chunk_rows)
+        if len(sums) != chunks:
+            raise StoreError(f"{where}: has {chunks} chunks but {len(sums)} checksums; the store is damaged")
+        self.shape, self.dtype, self._chunk_rows = array.shape, array.dtype, spec.chunk_rows
+        self._array, self._sums, self._where = array, sums, where
+        self._good = bytearray(chunks)
+        self.read_ahead = array.read_ahead
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """See `RowArray`.
+
+        Raises:
+            StoreError: a chunk that holds some of these rows is damaged.
+        """
+        first, last = start // self._chunk_rows, -(-stop // self._chunk_rows)
+        if start < stop and self._good.count(1, first, last) < last - first:
+            for chunk in range(first, last):
+                self._check(chunk)
+        return self._array.read(start, stop)
+
+    def _check(self, chunk: int) -> None:
+        if self._good[chunk]:
+            return
+        start = chunk * self._chunk_rows
+        stop = min(start + self._chunk_rows, self.shape[0])
+        found = zlib.crc32(np.ascontiguousarray(self._array.read(start, stop)).data)
+        padding = np.full((start + self._chunk_rows - stop, *self.shape[1:]), fill_value(self.dtype.str), self.dtype)
+        if zlib.crc32(padding.tobytes(), found) != self._sums[chunk]:
+            raise StoreError(
+                f"{self._where}: rows {start} to {stop - 1} do not match their checksum; the store is damaged: "
+                "`ezsd cache verify --deep` lists all damage, `ezsd cache repair` mends it"
+            )
+        self._good[chunk] = 1
+
+
+def all_finite(values: NDArray[Any]) -> bool:
+    """Whether no value is NaN or infinite; embeddings in float16 are looked at four numbers at a time."""
+    if values.dtype.kind != "f":
+        return True
+    if values.dtype == np.float16 and values.flags.c_contiguous and values.size % 4 == 0 and values.size:
+        together = np.bitwise_or.reduce(values.reshape(-1).view(np.uint64))
+        if not together & _LARGE:
+            return True
+    return bool(np.isfinite(values).all())

@@ -1,0 +1,140 @@
+"""Rows straight from memory-mapped shards: no chunk is decoded and no index looked at twice.
+
+Only what can be sliced is: an array whose `zarr.json` is the one this package writes (`encoding.array_metadata`), and
+whose shards hold their chunks in file order. Whoever asks is told so when that is not the case, and reads through zarr.
+"""
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.encoding import array_metadata, crc32c, shard_bytes_on_disk, shard_index
+from cache.manifest import parse_json
+from cache.schema import ArraySpec, StoreError
+
+_DTYPES = ("int8", "int32", "int64", "uint32", "float16", "float32")
+_PAGE = mmap.PAGESIZE
+# The kernel reads as much around a page fault of its own accord; a hint then costs more than it gains.
+_HINTED = 16 * 2**10
+
+
+def open_mapped(folder: Path) -> "MappedArray | None":
+    """The array in `folder`, or None when it must be read through zarr.
+
+    Raises:
+        StoreError: a shard is missing, cut short, or its index does not match its checksum.
+    """
+    file = folder / "zarr.json"
+    spec = direct_spec(parse_json(read_bytes(file), str(file)), folder.name)
+    if spec is None:
+        return None
+    shards = []
+    for index in range(spec.shards):
+        shard = _map_shard(folder.joinpath(*spec.shard_file(index).split("/")[1:]), spec, index)
+        if shard is None:
+            return None
+        shards.append(shard)
+    return MappedArray(spec, shards)
+
+
+def direct_spec(metadata: dict[str, Any], name: str) -> ArraySpec | None:
+    """Geometry of an array that can be sliced in its files, from its `zarr.json`; None for any other layout."""
+    try:
+        sharding = metadata["codecs"][0]["configuration"]
+        spec = ArraySpec(
+            name,
+            np.dtype(metadata["data_type"]).newbyteorder("<").str if metadata["data_type"] in _DTYPES else "",
+            tuple(metadata["shape"]),
+            sharding["chunk_shape"][0],
+            metadata["chunk_grid"]["configuration"]["chunk_shape"][0],
+        )
+    except (KeyError, IndexError, TypeError):
+        return None
+    found = {key: value for key, value in metadata.items() if key != "dimension_names"}
+    ours = spec.dtype and array_metadata(spec, found.get("attributes"))
+    return spec if found == ours else None
+
+
+def _map_shard(file: Path, spec: ArraySpec, index: int) -> tuple[mmap.mmap, NDArray[Any]] | None:
+    """A shard's memory map and its rows in it; None when its chunks do not lie in file order."""
+    start, stop = spec.shard_range(index)
+    try:
+        with file.open("rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if size else None
+    except OSError as error:
+        raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error
+    expected = _index(spec.chunk_rows, spec.row_bytes, spec.shard_rows, stop - start)
+    if mapped is None or size < len(expected):
+        raise StoreError(f"{file}: is {size} bytes long, too short for a shard; the store is damaged")
+    found = mapped[size - len(expected) :]
+    if found != expected:
+        if crc32c(found[:-4]) != int.from_bytes(found[-4:], "little"):
+            raise StoreError(f"{file}: the chunk index does not match its checksum; the store is damaged")
+        return None
+    if size != shard_bytes_on_disk(spec, index):
+        return None
+    numbers = (stop - start) * (spec.row_bytes // np.dtype(spec.dtype).itemsize)
+    return mapped, np.frombuffer(mapped, spec.dtype, numbers).reshape(stop - start, *spec.shape[1:])
+
+
+@lru_cache(maxsize=64)
+def _index(chunk_rows: int, row_bytes: int, shard_rows: int, rows: int) -> bytes:
+    """What `shard_index` gives; its checksum takes milliseconds, and all full shards of an array have the same."""
+    return shard_index(ArraySpec("", "|i1", (rows, row_bytes), chunk_rows, shard_rows), rows)
+
+
+class MappedArray:
+    """One array of a store on a local disk, read-only; safe to use on both sides of a fork."""
+
+    def __init__(self, spec: ArraySpec, shards: list[tuple[mmap.mmap, NDArray[Any]]]) -> None:
+        """Use `open_mapped`."""
+        self.shape = spec.shape
+        self.dtype = np.dtype(spec.dtype)
+        self._shard_rows = spec.shard_rows
+        self._row_bytes = spec.row_bytes
+        self._maps = [mapped for mapped, _ in shards]
+        self._rows = [rows for _, rows in shards]
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop` (exclusive), read-only: a view of the file unless they span two shards."""
+        shard, first = divmod(start, self._shard_rows)
+        last = first + stop - start
+        if last <= self._shard_rows and start < stop:
+            return self._rows[shard][first:last]
+        parts = [self._rows[at][low:high] for at, low, high in self._pieces(start, stop)]
+        return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self.dtype)
+
+    def read_ahead(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Ask the system to have these ranges of rows in memory soon, all at once instead of page by page."""
+        for start, stop in spans:
+            for shard, low, high in self._pieces(start, stop):
+                first = low * self._row_bytes // _PAGE * _PAGE
+                length = high * self._row_bytes - first
+                if length > _HINTED:
+                    self._maps[shard].madvise(mmap.MADV_WILLNEED, first, length)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        while start < stop:
+            shard, low = divmod(start, self._shard_rows)
+            high = min(low + stop - start, self._shard_rows)
+            yield shard, low, high
+            start += high - low
+
+
+def read_bytes(file: Path) -> bytes:
+    """A small file of a store that must be there.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error

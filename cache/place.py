@@ -1,0 +1,104 @@
+"""Where a store lies: a folder, or a URL (`cache.remote`). What a reader needs of either, and nothing else."""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from cache.arrays import RowArray, ZarrArray
+from cache.direct import open_mapped, read_bytes
+from cache.durable import FileDigest, file_digest
+from cache.mark import TRANSFER, CommitMark, read_mark, require_not_set_aside, size_problems
+from cache.plan import block_done, plan_folder, read_plan
+from cache.schema import StoreError, StoreIncomplete
+
+
+class Place(Protocol):
+    """A store's files; printed as its path or URL."""
+
+    def mark(self) -> CommitMark:
+        """The commit mark; StoreIncomplete or StoreError where there is none."""
+        ...
+
+    def size_problems(self, mark: CommitMark) -> list[str]:
+        """One line for each file that is missing or not as long as it was."""
+        ...
+
+    def read_file(self, name: str) -> bytes:
+        """A small file; StoreError if it cannot be read."""
+        ...
+
+    def digest(self, name: str) -> FileDigest:
+        """Size and sha256 of a file as it is now."""
+        ...
+
+    def open_array(self, name: str) -> RowArray:
+        """An array of the store, by its path."""
+        ...
+
+
+class LocalPlace:
+    """A folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def mark(self) -> CommitMark:
+        """See `Place`."""
+        return require_mark(self.path)
+
+    def size_problems(self, mark: CommitMark) -> list[str]:
+        """See `Place`."""
+        return size_problems(self.path, mark)
+
+    def read_file(self, name: str) -> bytes:
+        """See `Place`."""
+        return read_bytes(self.path / name)
+
+    def digest(self, name: str) -> FileDigest:
+        """See `Place`."""
+        return file_digest(self.path / name)
+
+    def open_array(self, name: str) -> RowArray:
+        """See `Place`; memory-mapped where its layout allows, else through zarr."""
+        mapped = open_mapped(self.path / name)
+        if mapped is not None:
+            return mapped
+        # Half a second to import: a worker that reads mapped shards never pays it.
+        import zarr
+
+        return ZarrArray(zarr.open_array(self.path / name, mode="r"))
+
+
+def find_place(where: str | os.PathLike[str]) -> Place:
+    """The place that a path or URL names."""
+    if isinstance(where, str) and "://" in where:
+        from cache.remote import RemotePlace
+
+        return RemotePlace(where)
+    return LocalPlace(Path(where).absolute())
+
+
+def require_mark(store: Path) -> CommitMark:
+    """The commit mark of a complete store in a folder.
+
+    Raises:
+        StoreIncomplete: a build or copy that is not finished, or a damaged store; says how far it is.
+        StoreError: no store at all.
+    """
+    mark = read_mark(store)
+    if mark is not None:
+        return mark
+    require_not_set_aside(store)
+    if (store / TRANSFER).exists():
+        raise StoreIncomplete(f"{store}: not all files were copied here; run the same `ezsd cache pull` again to go on")
+    if not plan_folder(store).is_dir():
+        raise StoreError(f"{store}: is not a store (no COMMIT.json, no journal); `ezsd cache build` makes one")
+    plan = read_plan(store)
+    done = sum(block_done(plan, block.index) for block in plan.blocks)
+    raise StoreIncomplete(
+        f"{store}: the store is not finished, {done} of {len(plan.blocks)} blocks are done; "
+        "run the same `ezsd cache build` command again to go on"
+    )

@@ -1,0 +1,220 @@
+"""Whether a store is still what was committed; where it is not, which file, and which rows and images are lost."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.checksums import checksum_spec, damaged_rows
+from cache.durable import FileDigest, file_digest
+from cache.encoding import shard_rows, spec_of_metadata
+from cache.journal import JOURNAL, Entry, journal_folder
+from cache.manifest import parse_json, unseal
+from cache.mark import ENVIRONMENT, UNLISTED, CommitMark, read_incomplete, read_mark, relative_files
+from cache.plan import block_name, read_plan
+from cache.reader import require_mark
+from cache.schema import CHECKSUMS, RAGGED, WHOLE, ArraySpec, StoreError, StoreIncomplete
+
+_LISTED = 8
+"""Most images named in one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """One file that is not as it was committed, and what it takes with it."""
+
+    file: Path
+    name: str
+    """The file inside the store, with forward slashes."""
+    kind: Literal["damaged", "stray"]
+    """Strays do not belong to the store; everything else in it is still right."""
+    reason: str
+    array: str | None = None
+    rows: tuple[tuple[int, int], ...] = ()
+    """Ranges (first, last exclusive) of the array's rows that are lost."""
+    images: tuple[int, ...] = ()
+    """Ids of the images they belong to."""
+
+    def __str__(self) -> str:
+        text = f"{self.file}: {self.reason}"
+        if self.rows:
+            ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in self.rows)
+            text += f"; lost are rows {ranges} of {self.array}"
+        if self.images:
+            shown = ", ".join(map(str, self.images[:_LISTED]))
+            more = f" and {len(self.images) - _LISTED} more" if len(self.images) > _LISTED else ""
+            text += f", of the images {shown}{more}"
+        return text
+
+
+def verify(path: str | os.PathLike[str], *, deep: bool = False) -> list[Damage]:
+    """What is damaged, missing or foreign in a store; nothing if all is well.
+
+    Args:
+        path: a store, complete or not.
+        deep: read every byte and compare digests. Without it, sizes and the digests of metadata alone are looked at:
+            enough for truncated, missing and foreign files, not for a wrong bit in an array.
+
+    Raises:
+        StoreError: not a store, another format version, or a damaged commit mark.
+    """
+    store = Path(path).absolute()
+    mark = read_mark(store) or read_incomplete(store)
+    return _verify_journal(store, deep=deep) if mark is None else verify_files(store, mark, deep=deep)
+
+
+def verify_files(store: Path, mark: CommitMark, *, deep: bool) -> list[Damage]:
+    """Compare a store's files with its mark."""
+    locate = Locator(store, mark)
+    found = []
+    for name, expected in mark.files.items():
+        reason = _file_problem(store / name, expected, whole=deep or name.endswith(".json"))
+        if reason:
+            found.append(locate.damage(name, reason))
+    found += _environment_problems(store)
+    for name in relative_files(store):
+        if name not in mark.files and name not in UNLISTED and not name.startswith(f"{JOURNAL}/"):
+            found.append(Damage(file=store / name, name=name, kind="stray", reason="does not belong to the store"))
+    return found
+
+
+def _file_problem(file: Path, expected: FileDigest, *, whole: bool) -> str | None:
+    try:
+        size = file.stat().st_size
+        if size != expected.size:
+            return f"is {size} bytes long, expected {expected.size}"
+        if whole and file_digest(file) != expected:
+            return "its bytes are not those that were committed (sha256 differs)"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+def _environment_problems(store: Path) -> list[Damage]:
+    file = store / ENVIRONMENT
+    if not file.exists():
+        return []
+    try:
+        unseal(file.read_bytes(), str(file))
+    except StoreError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        return [Damage(file=file, name=ENVIRONMENT, kind="damaged", reason=reason)]
+    return []
+
+
+@dataclass(frozen=True)
+class Locator:
+    """Says which rows and images a damaged file of a store takes with it, as far as its other files still tell."""
+
+    store: Path
+    mark: CommitMark
+
+    def damage(self, name: str, reason: str) -> Damage:
+        """The damage of one listed file."""
+        spec, shard = self._shard(name)
+        if spec is None:
+            return Damage(file=self.store / name, name=name, kind="damaged", reason=reason)
+        rows = tuple(self._rows(spec, shard, name))
+        return Damage(
+            file=self.store / name,
+            name=name,
+            kind="damaged",
+            reason=reason,
+            array=spec.name,
+            rows=rows,
+            images=tuple(self._images(spec, rows)),
+        )
+
+    def intact(self, name: str) -> bool:
+        """Whether a listed file is as it was committed."""
+        return _file_problem(self.store / name, self.mark.files[name], whole=True) is None
+
+    def spec(self, array: str) -> ArraySpec | None:
+        """Geometry of an array, from its own metadata or the copy in the root; None where both are damaged."""
+        for name, of in ((f"{array}/zarr.json", None), ("zarr.json", array)):
+            if name in self.mark.files and self.intact(name):
+                metadata = parse_json((self.store / name).read_bytes(), name)
+                if of is not None:
+                    metadata = metadata["consolidated_metadata"]["metadata"][of]
+                return spec_of_metadata(array, metadata)
+        return None
+
+    def values(self, array: str) -> NDArray[Any] | None:
+        """A whole array, or None where any of it is damaged."""
+        spec = self.spec(array)
+        if spec is None or not all(self.intact(spec.shard_file(shard)) for shard in range(spec.shards)):
+            return None
+        files = [(shard, self.store / spec.shard_file(shard)) for shard in range(spec.shards)]
+        parts = [shard_rows(spec, shard, file.read_bytes()) for shard, file in files]
+        return np.concatenate([np.empty((0, *spec.shape[1:]), spec.dtype), *parts])
+
+    def _shard(self, name: str) -> tuple[ArraySpec | None, int]:
+        array, is_shard, place = name.partition("/c/")
+        return (self.spec(array), int(place.partition("/")[0])) if is_shard else (None, 0)
+
+    def _rows(self, spec: ArraySpec, shard: int, name: str) -> list[tuple[int, int]]:
+        whole = [spec.shard_range(shard)]
+        if spec.name.startswith(f"{CHECKSUMS}/"):
+            return whole
+        sums = self.values(checksum_spec(spec, shard_bytes=1).name)
+        file = self.store / name
+        if sums is None or not file.is_file():
+            return whole
+        # Where all checksums agree and the digest does not, everything is in doubt.
+        return damaged_rows(spec, shard, file.read_bytes(), sums) or whole
+
+    def _images(self, spec: ArraySpec, rows: Sequence[tuple[int, int]]) -> list[int]:
+        product, _, field = spec.name.partition("/")
+        ids = self.values("images/id")
+        if ids is None:
+            return []
+        if product == "images":
+            return [int(ids[place]) for start, stop in rows for place in range(start, stop)]
+        if product not in RAGGED:
+            return []
+        if field == "offset":
+            # Entry k ends image k - 1 and begins image k.
+            places = {at for start, stop in rows for at in range(start - 1, stop) if 0 <= at < len(ids)}
+            return [int(ids[place]) for place in sorted(places)]
+        offset = self.values(f"{product}/offset")
+        if offset is None:
+            return []
+        return [int(ids[place]) for place in image_places(offset, rows)]
+
+
+def image_places(offset: NDArray[np.int64], rows: Sequence[tuple[int, int]]) -> list[int]:
+    """Positions of the images that own any of these rows, in order."""
+    found: set[int] = set()
+    for start, stop in rows:
+        first = int(np.searchsorted(offset, start, side="right")) - 1
+        last = int(np.searchsorted(offset, stop, side="left"))
+        found |= {place for place in range(first, last) if offset[place] < offset[place + 1]}
+    return sorted(found)
+
+
+def _verify_journal(store: Path, *, deep: bool) -> list[Damage]:
+    try:
+        require_mark(store)
+    except StoreIncomplete:
+        plan = read_plan(store)
+    names = [block_name(block.index) for block in plan.blocks] + [f"whole-{product}" for product in WHOLE]
+    folders = [journal_folder(store) / name for name in names]
+    return [damage for folder in folders if folder.exists() for damage in _entry_problems(store, folder, deep=deep)]
+
+
+def _entry_problems(store: Path, folder: Path, *, deep: bool) -> Iterator[Damage]:
+    try:
+        entry = Entry.read(folder)
+        for name in entry.arrays if deep and entry.sized else ():
+            entry.array(name)
+    except StoreError as error:
+        place, _, reason = str(error).partition(": ")
+        yield Damage(file=Path(place), name=Path(place).relative_to(store).as_posix(), kind="damaged", reason=reason)
+        return
+    if not entry.sized and not entry.dropped:
+        reason = f"data.raw is not {entry.bytes_} bytes long"
+        yield Damage(file=folder, name=folder.relative_to(store).as_posix(), kind="damaged", reason=reason)

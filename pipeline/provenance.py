@@ -1,0 +1,105 @@
+"""What shapes each product of a store: content and settings, never a path, a host or a version of a library."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+from cache import JSON, Manifest, Origin, images_digest
+from ezsd.data.annotations import Annotations
+from pipeline.config import Config, to_tables
+from pipeline.datasets import Dataset
+
+VERSIONS = {"teacher": 1, "text": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
+"""Raised when the way a product is computed changes: stores made the old way are then another product."""
+
+_ANCHORS = ("grid", "sizes", "ratios", "stride", "score", "nms_iou", "keep")
+_FILTERS = ("base_iou", "drop_base_guesses", "regions")
+
+
+def describe(dataset: Dataset, annotations: Annotations, config: Config, model: Mapping[str, object]) -> Manifest:
+    """The manifest of the store that these make; `model` is the published teacher's fingerprint."""
+    digests, proposals = annotations.digest(), to_tables(config)["proposals"]
+    data = {"image_list_sha256": digests["images"], "base_boxes_sha256": digests["boxes"]}
+    crop = {"ratio": config.proposals.crop_ratio, "surround": config.proposals.surround}
+    inputs: dict[str, dict[str, object]] = {
+        "teacher": {
+            "model": model,
+            "adapt": dataclasses.asdict(config.adapt),
+            "seed": config.build.seed,
+            "crop": crop,
+            "dataset": {**data, "base_names": dataset.split.base},
+        },
+        "text": {"base_names": dataset.split.base, "novel_names": dataset.split.novel},
+        "proposals": {
+            **{key: proposals[key] for key in _ANCHORS},
+            "background": config.teacher.background,
+            "batch": config.build.batch,
+            "image_list_sha256": digests["images"],
+        },
+        "regions": {
+            **{key: proposals[key] for key in _FILTERS},
+            "base_boxes_sha256": digests["boxes"],
+        },
+        "ground_truth": {
+            "dataset": {"name": dataset.name, **data, "base_names": dataset.split.base},
+            "batch": config.build.batch,
+        },
+    }
+    needs = {
+        "text": ("teacher",),
+        "proposals": ("teacher", "text"),
+        "regions": ("teacher", "text", "proposals"),
+        "ground_truth": ("teacher",),
+    }
+    products = {name: Origin(VERSIONS[name], as_json(table), needs.get(name, ())) for name, table in inputs.items()}
+    images = annotations.images
+    listed = images_digest([i.id for i in images], [i.width for i in images], [i.height for i in images])
+    return Manifest(products, listed, config.build.embedding)
+
+
+def dataset_inputs(manifest: Manifest) -> Mapping[str, JSON]:
+    """Which dataset a store was made from: its name, the digests of image list and base boxes, the base names."""
+    table = manifest.products["ground_truth"].inputs["dataset"]
+    assert isinstance(table, dict)
+    return table
+
+
+def model_inputs(manifest: Manifest) -> Mapping[str, JSON]:
+    """The fingerprint of the published teacher that a store was made with."""
+    table = manifest.products["teacher"].inputs["model"]
+    assert isinstance(table, dict)
+    return table
+
+
+def as_json(value: object) -> dict[str, JSON]:
+    """A table as JSON has it: tuples become lists."""
+    table: dict[str, JSON] = json.loads(json.dumps(value))
+    return table
+
+
+def proposal_settings(manifest: Manifest) -> dict[str, JSON]:
+    """The [proposals] table that a store was made with."""
+    teacher, anchors, filters = (manifest.products[name].inputs for name in ("teacher", "proposals", "regions"))
+    crop = teacher["crop"]
+    assert isinstance(crop, dict)
+    return {
+        **{key: anchors[key] for key in _ANCHORS},
+        **{key: filters[key] for key in _FILTERS},
+        "crop_ratio": crop["ratio"],
+        "surround": crop["surround"],
+    }
+
+
+def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
+    """The tables [adapt], [proposals] and [build] that a store was made with, but for the size of its blocks."""
+    teacher = manifest.products["teacher"].inputs
+    adapt = teacher["adapt"]
+    assert isinstance(adapt, dict)
+    build: dict[str, JSON] = {
+        "seed": teacher["seed"],
+        "batch": manifest.products["proposals"].inputs["batch"],
+        "embedding": manifest.embedding,
+    }
+    return {"adapt": adapt, "proposals": proposal_settings(manifest), "build": build}

@@ -1,0 +1,386 @@
+"""Reading: straight from the shards, through zarr, one image or many, in every kind of process: the same rows."""
+
+import json
+import multiprocessing
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import storekit
+import zarr
+from readkit import digest, load
+
+from cache import Store, StoreError, StoreKeyError
+from cache.arrays import ZarrArray, all_finite
+from cache.direct import MappedArray, direct_spec, open_mapped
+from cache.durable import file_digest
+from cache.mark import CommitMark, read_mark
+
+FIRST = next(image for image in storekit.IDS if image not in storekit.EMPTY)
+SHARD = "regions/embedding/c/0/0"
+
+
+@pytest.fixture(scope="session")
+def int8(tmp_path_factory):
+    """A complete store that keeps its embeddings as int8."""
+    return storekit.build(tmp_path_factory.mktemp("int8") / "store", embedding="int8")
+
+
+def rewrite(store, name, **changes):
+    """Write an array anew through zarr with another layout, and commit the store as it is then."""
+    values = zarr.open_array(store / name, mode="r")[:]
+    shutil.rmtree(store / name)
+    settings = {"chunks": (100, *values.shape[1:]), "shards": (300, *values.shape[1:]), "fill_value": 0}
+    zarr.create_array(store / name, data=values, **{**settings, **changes})
+    recommit(store)
+
+
+def recommit(store):
+    """Make the files as they are now what the commit mark lists."""
+    mark = read_mark(store)
+    listed = [f for f in store.rglob("*") if f.is_file() and f.name not in ("COMMIT.json", "environment.json")]
+    files = {file.relative_to(store).as_posix(): file_digest(file) for file in listed}
+    (store / "COMMIT.json").write_bytes(
+        CommitMark(mark.manifest_digest, mark.embed_dim, mark.embedding, files).to_bytes()
+    )
+
+
+def array_of(store, name):
+    return store._here.array(name)
+
+
+def same_record(found, expected):
+    for name in expected.__slots__:
+        a, b = getattr(found, name), getattr(expected, name)
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+# Straight from the shards
+
+
+def test_our_own_arrays_are_read_without_zarr(finished):
+    store = Store(finished)
+    for product, fields in storekit.FIELDS.items():
+        for field in fields:
+            array = array_of(store, f"{product}/{field}")
+            assert isinstance(array, MappedArray)
+            plain = zarr.open_array(finished / product / field, mode="r")
+            np.testing.assert_array_equal(array.read(0, array.shape[0]), plain[:])
+
+
+def test_rows_across_a_shard_boundary_are_put_together(finished):
+    array = open_mapped(finished / "regions/embedding")
+    expected = zarr.open_array(finished / "regions/embedding", mode="r")[:]
+    assert len(expected) > 2 * 256
+    for start, stop in [(255, 257), (0, len(expected)), (256, 512), (200, 520), (7, 7), (len(expected), len(expected))]:
+        np.testing.assert_array_equal(array.read(start, stop), expected[start:stop])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"compressors": zarr.codecs.ZstdCodec()},
+        {"compressors": None, "shards": None},
+        {"compressors": None, "fill_value": 0},
+        {"compressors": None, "serializer": zarr.codecs.BytesCodec(endian="big")},
+    ],
+)
+def test_any_other_layout_is_read_through_zarr_with_the_same_result(finished, copy, change):
+    rewrite(copy, "regions/embedding", **change)
+    store, expected = Store(copy), Store(finished)
+    assert isinstance(array_of(store, "regions/embedding"), ZarrArray)
+    assert isinstance(array_of(store, "regions/box"), MappedArray)
+    for image_id in storekit.IDS:
+        same_record(store.regions[image_id], expected.regions[image_id])
+    same_record(store.regions.batch(storekit.IDS).rows, expected.regions.batch(storekit.IDS).rows)
+
+
+@pytest.mark.parametrize("kept", [0, 2**30])
+def test_rows_read_through_zarr_by_slices_are_those_read_at_once(finished, monkeypatch, kept):
+    monkeypatch.setattr("cache.arrays._KEPT_BYTES", kept)
+    array = ZarrArray(zarr.open_array(finished / "regions/embedding", mode="r"))
+    expected = array_of(Store(finished), "regions/embedding")
+    for start, stop in [(0, 3), (250, 300), (5, 5)]:
+        np.testing.assert_array_equal(array.read(start, stop), expected.read(start, stop))
+
+
+def test_chunks_out_of_file_order_are_read_through_zarr(finished, copy):
+    # Another writer may place chunks as it likes: here the two of a shard in the other order.
+    rewrite(copy, "regions/embedding", chunks=(256, storekit.DIM), shards=(512, storekit.DIM), compressors=None)
+    metadata = json.loads((copy / "regions/embedding/zarr.json").read_text())
+    metadata["fill_value"] = "NaN"
+    (copy / "regions/embedding/zarr.json").write_text(json.dumps(metadata))
+    assert isinstance(open_mapped(copy / "regions/embedding"), MappedArray)
+    data = bytearray((copy / SHARD).read_bytes())
+    size = 256 * storekit.DIM * 2
+    data[: 2 * size] = data[size : 2 * size] + data[:size]
+    index = np.array([size, size, 0, size], "<u8").tobytes()
+    from cache.encoding import crc32c
+
+    data[2 * size :] = index + crc32c(index).to_bytes(4, "little")
+    (copy / SHARD).write_bytes(data)
+    recommit(copy)
+    assert open_mapped(copy / "regions/embedding") is None
+    same_record(Store(copy).regions.batch(storekit.IDS).rows, Store(finished).regions.batch(storekit.IDS).rows)
+
+
+def test_a_damaged_chunk_index_is_refused_and_not_read_around(copy):
+    file = copy / SHARD
+    data = bytearray(file.read_bytes())
+    data[-10] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StoreError, match=f"{SHARD}: the chunk index does not match its checksum"):
+        Store(copy).regions[FIRST]
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_a_shard_too_short_for_an_index_is_refused(copy, length):
+    with (copy / SHARD).open("r+b") as file:
+        file.truncate(length)
+    with pytest.raises(StoreError, match=f"{SHARD}: is {length} bytes long, too short for a shard"):
+        open_mapped(copy / "regions/embedding")
+
+
+@pytest.mark.parametrize("metadata", [{}, {"codecs": []}, {"codecs": [{"name": "bytes"}]}, {"codecs": None}])
+def test_metadata_of_other_kinds_have_no_direct_layout(metadata):
+    assert direct_spec(metadata, "a") is None
+
+
+def test_rows_handed_out_can_be_changed_and_the_files_cannot(finished):
+    store = Store(finished)
+    record = store.regions[FIRST]
+    before = record.embedding.copy()
+    record.embedding[:] = 0
+    np.testing.assert_array_equal(store.regions[FIRST].embedding, before)
+    assert not array_of(store, "regions/embedding").read(0, 3).flags.writeable
+
+
+# Batches
+
+
+@pytest.mark.parametrize("product", storekit.FIELDS)
+@pytest.mark.parametrize("kind", ["finished", "int8"])
+def test_a_batch_is_the_images_one_after_another(request, product, kind):
+    source = getattr(Store(request.getfixturevalue(kind)), product)
+    ids = [42, 5, 42, *reversed(storekit.IDS)]
+    batch = source.batch(ids)
+    singles = [source[image] for image in ids]
+    assert batch.counts.tolist() == [len(single.box) for single in singles]
+    assert batch.counts.dtype == np.int64
+    for name in storekit.FIELDS[product]:
+        expected = np.concatenate([getattr(single, name) for single in singles])
+        assert getattr(batch.rows, name).dtype == expected.dtype
+        np.testing.assert_array_equal(getattr(batch.rows, name), expected)
+        rows, counts = source.column(name, ids)
+        np.testing.assert_array_equal(rows, expected)
+        np.testing.assert_array_equal(counts, batch.counts)
+
+
+def test_a_batch_of_no_images_and_of_empty_ones_has_no_rows(finished):
+    regions = Store(finished).regions
+    for ids in ([], sorted(storekit.EMPTY)):
+        batch = regions.batch(ids)
+        assert batch.counts.tolist() == [0] * len(ids)
+        assert batch.rows.embedding.shape == (0, storekit.DIM)
+
+
+def test_a_batch_with_an_absent_image_names_it(finished):
+    with pytest.raises(StoreKeyError, match="has no image with id 999; it holds 11 images"):
+        Store(finished).regions.batch([3, 999])
+    with pytest.raises(StoreKeyError, match=f"id {2**70}"):
+        Store(finished).regions[2**70]
+    with pytest.raises(StoreError, match="regions has no field 'size'; it has box, score"):
+        Store(finished).regions.column("size", [3])
+
+
+def test_the_disk_is_asked_once_for_all_rows_before_the_first_is_read(finished, monkeypatch):
+    asked = []
+    monkeypatch.setattr(MappedArray, "read_ahead", lambda self, spans: asked.append((self.shape, list(spans))))
+    reads = []
+    plain = MappedArray.read
+    monkeypatch.setattr(MappedArray, "read", lambda self, *at: (reads.append(len(asked)), plain(self, *at))[1])
+    store = Store(finished)
+    store._here.column("regions/offset")
+    store.image_ids  # noqa: B018
+    reads.clear()
+    store.regions.batch([70, 3, 11])
+    assert len(asked) == len(storekit.FIELDS["regions"])
+    assert all(len(spans) == 3 for _, spans in asked)
+    assert set(reads) == {len(asked)}
+
+
+def test_a_hint_reaches_the_kernel_for_long_ranges_and_changes_nothing(finished, monkeypatch):
+    monkeypatch.setattr("cache.direct._HINTED", 0)
+    array = open_mapped(finished / "regions/embedding")
+    hints = []
+
+    class Spy:
+        def __init__(self, mapped):
+            self.mapped = mapped
+
+        def madvise(self, *arguments):
+            hints.append(arguments)
+            self.mapped.madvise(*arguments)
+
+    array._maps = [Spy(mapped) for mapped in array._maps]
+    array.read_ahead([(0, 10), (250, 260), (9, 9)])
+    # Whole pages: rows 250 to 256 begin in the fourth page of the first shard, 256 to 260 begin the second.
+    assert [(start, length) for _, start, length in hints] == [(0, 640), (3 * 4096, 4096), (0, 256)]
+
+
+# int8
+
+
+def test_int8_rows_come_as_unit_float16_close_to_what_was_written(finished, int8):
+    exact, rounded = Store(finished), Store(int8)
+    for image_id in storekit.IDS:
+        for product in ("regions", "ground_truth"):
+            a, b = getattr(exact, product)[image_id].embedding, getattr(rounded, product)[image_id].embedding
+            assert b.dtype == np.float16
+            lengths = np.linalg.norm(b.astype("f4"), axis=1)
+            np.testing.assert_allclose(lengths, 1, atol=1e-3)
+            cosine = (a.astype("f4") * b.astype("f4")).sum(axis=1)
+            assert (cosine > 0.999).all()
+    assert array_of(rounded, "regions/embedding").dtype == np.int8
+
+
+def test_an_int8_scale_that_is_not_finite_is_refused(int8, tmp_path):
+    store = shutil.copytree(int8, tmp_path / "copy")
+    with (store / "regions/embedding_scale/c/0").open("r+b") as file:
+        file.write(np.float32(np.nan).tobytes())
+    with pytest.raises(StoreError, match=f"regions/embedding_scale of image {FIRST}: holds a value that is not finite"):
+        Store(store).regions[FIRST]
+
+
+# Values that are not finite
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("field", "dtype"), [("embedding", "f2"), ("score", "f4"), ("box", "f4")])
+def test_a_row_that_is_not_finite_is_refused_with_image_and_field(copy, value, field, dtype):
+    row_of = {"embedding": storekit.DIM * 2, "score": 4, "box": 16}[field]
+    row = len(storekit.image_rows(70, 64, 48)["regions"]["box"])
+    file = copy / "regions" / field / ("c/0" if field == "score" else "c/0/0")
+    with file.open("r+b") as handle:
+        handle.seek(row * row_of)
+        handle.write(np.array(value, dtype).tobytes())
+    store = Store(copy)
+    assert len(store.regions[70].box) == row
+    for _ in range(2):
+        with pytest.raises(StoreError, match=f"regions/{field} of image 3: holds a value that is not finite"):
+            store.regions[3]
+        with pytest.raises(StoreError, match=f"regions/{field} of image 3: holds a value that is not finite"):
+            store.regions.batch([70, 11, 3])
+    assert len(store.regions[11].box)
+
+
+def test_the_quick_look_at_float16_is_exact():
+    bits = np.arange(2**16, dtype=np.uint16)
+    for value in (bits, bits[::-1]):
+        numbers = value.view(np.float16)
+        for at in np.flatnonzero(~np.isfinite(numbers))[::37]:
+            row = np.zeros(8, np.float16)
+            row[at % 8] = numbers[at]
+            assert not all_finite(row)
+    assert all_finite(bits.view(np.float16)[np.isfinite(bits.view(np.float16))])
+    assert all_finite(np.zeros((0, 4), np.float16))
+    assert not all_finite(np.array([np.nan], np.float16))
+
+
+# Full verification
+
+
+def flip(file, byte):
+    data = bytearray(file.read_bytes())
+    data[byte] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_fully_verified_store_reads_the_same(finished):
+    quick, full = Store(finished), Store(finished, verify="full")
+    same_record(full.regions.batch(storekit.IDS).rows, quick.regions.batch(storekit.IDS).rows)
+    same_record(full.proposals[3], quick.proposals[3])
+    assert pickle.loads(pickle.dumps(full))._verify == "full"
+    with pytest.raises(ValueError, match="verify must be 'quick' or 'full', got 'deep'"):
+        Store(finished, verify="deep")
+
+
+@pytest.mark.parametrize("product", storekit.FIELDS)
+def test_no_value_of_a_damaged_chunk_is_handed_out_when_fully_verified(copy, product):
+    for field in storekit.FIELDS[product]:
+        file = copy / product / field / ("c/0/0" if field in ("box", "embedding") else "c/0")
+        # The last bit of the first number: nothing about it is implausible.
+        flip(file, 0)
+        store = Store(copy, verify="full")
+        with pytest.raises(StoreError, match=f"{product}/{field}: rows 0 to [0-9]+ do not match their checksum"):
+            getattr(store, product)[FIRST]
+        with pytest.raises(StoreError, match=f"{product}/{field}: rows 0 to [0-9]+ do not match"):
+            getattr(store, product).batch([FIRST])
+        flip(file, 0)
+
+
+def test_a_chunk_that_is_intact_is_read_beside_a_damaged_one(copy):
+    flip(copy / SHARD, 0)
+    full = Store(copy, verify="full")
+    assert len(full.regions[12].embedding)
+
+
+@pytest.mark.parametrize("name", ["regions/zarr.json", "zarr.json", "checksums/regions/embedding/c/0"])
+def test_damage_to_a_file_without_checksums_is_found_at_once_when_fully_verified(copy, name):
+    flip(copy / name, 0)
+    with pytest.raises(StoreError, match=f"{name}: its bytes are not those that were committed"):
+        Store(copy, verify="full")
+
+
+@pytest.mark.parametrize("name", ["images/id", "regions/offset", "text/embedding", "teacher/values"])
+def test_damage_to_a_small_array_is_found_when_it_is_read_fully_verified(copy, name):
+    flip(next((copy / name / "c").rglob("0*") if name != "text/embedding" else iter([copy / name / "c/0/0"])), 0)
+    store = Store(copy, verify="full")
+    with pytest.raises(StoreError, match=f"{name}: rows 0 to [0-9]+ do not match their checksum"):
+        store.teacher, store.text, store.regions[FIRST]
+
+
+def test_checksums_hold_for_an_array_read_through_zarr_too(finished, copy):
+    rewrite(copy, "regions/embedding", compressors=zarr.codecs.ZstdCodec())
+    store = Store(copy, verify="full")
+    same_record(store.regions[3], Store(finished).regions[3])
+    values = zarr.open_array(copy / "regions/embedding", mode="r+")
+    values[0, 0] = 0
+    recommit(copy)
+    with pytest.raises(StoreError, match="regions/embedding: rows 0 to 255 do not match their checksum"):
+        Store(copy, verify="full").regions[FIRST]
+
+
+# Processes
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "spawn"), (2, "forkserver")])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_data_loader_reads_the_same_however_its_workers_start(finished, workers, method, at_once):
+    store = Store(finished)
+    expected = load(store, 0, None, False)
+    assert store._here._arrays
+    assert load(store, workers, method, at_once) == expected
+
+
+def test_a_store_inside_a_pickled_dataset_carries_no_rows(finished):
+    store = Store(finished)
+    store.regions.batch(storekit.IDS)
+    assert len(pickle.dumps(store)) < 1000
+
+
+def test_two_threads_read_at_once(finished):
+    from concurrent.futures import ThreadPoolExecutor
+
+    store = Store(finished)
+    expected = [digest(store.regions[image].embedding) for image in storekit.IDS] * 8
+    fresh = Store(finished)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda image: digest(fresh.regions[image].embedding), storekit.IDS * 8)) == expected
+
+
+def test_the_methods_of_starting_processes_are_those_there_are():
+    assert set(multiprocessing.get_all_start_methods()) == {"fork", "spawn", "forkserver"}
