@@ -100,21 +100,32 @@ class FileDigest:
     sha256: str
 
 
-def write_new(path: Path, parts: Iterable[bytes | memoryview], *, point: str | None = None) -> FileDigest:
+def write_unhashed(path: Path, parts: Iterable[bytes | memoryview], *, point: str | None = None) -> None:
     """Write a new file and flush it to the disk.
 
     `point` names a failpoint `POINT.half_written`, reached after each part.
     """
-    digest, size = hashlib.sha256(), 0
     with path.open("xb") as file:
         for part in parts:
             file.write(part)
-            digest.update(part)
-            size += len(part)
             if point:
                 failpoint(f"{point}.half_written")
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_new(path: Path, parts: Iterable[bytes | memoryview], *, point: str | None = None) -> FileDigest:
+    """Like `write_unhashed`; also the size and sha256 of what was written."""
+    digest, size = hashlib.sha256(), 0
+
+    def watched() -> Iterator[bytes | memoryview]:
+        nonlocal size
+        for part in parts:
+            digest.update(part)
+            size += len(part)
+            yield part
+
+    write_unhashed(path, watched(), point=point)
     return FileDigest(size, digest.hexdigest())
 
 

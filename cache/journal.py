@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cache.durable import discard, failpoint, make_folders, rename, scratch_name, sync_folder, write_new
+from cache.durable import discard, failpoint, make_folders, rename, scratch_name, sync_folder, write_unhashed
 from cache.manifest import JSON, seal, unseal
 from cache.schema import StoreError
 
@@ -139,9 +139,9 @@ def write_entry(
     make_folders(temporary)
     try:
         places, end = _layout(arrays)
-        write_new(temporary / DATA, _parts(arrays, places), point=point)
+        write_unhashed(temporary / DATA, _parts(arrays, places), point=point)
         record = seal({"arrays": places, "attributes": attributes, "bytes": end})
-        write_new(temporary / "entry.json", [record])
+        write_unhashed(temporary / "entry.json", [record])
         sync_folder(temporary)
         _rename_entry(temporary, target, point)
     finally:
