@@ -181,6 +181,40 @@ def cache_diff(
     typer.echo("\n".join(compare_lines(first, second)))
 
 
+@cache_app.command("push", epilog="Example:  ezsd cache push cache/shapes s3://bucket/shapes")
+def cache_push(
+    store: Annotated[Path, typer.Argument(help="A complete store.")],
+    url: Annotated[str, typer.Argument(help="Where it shall lie: s3://, gs://, file:// and others of fsspec.")],
+) -> None:
+    """Copy a store to a URL, or go on with that; what lies there with the right bytes is not sent again."""
+    from pipeline.command import transfer_line
+
+    typer.echo(transfer_line("push", str(store), url))
+
+
+@cache_app.command("pull", epilog="Example:  ezsd cache pull s3://bucket/shapes cache/shapes")
+def cache_pull(
+    url: Annotated[str, typer.Argument(help="A complete store: s3://, gs://, https:// and others of fsspec.")],
+    folder: Annotated[Path, typer.Argument(help="Where it shall lie.")],
+) -> None:
+    """Copy a store from a URL, or go on with that; every file is compared with its digest."""
+    from pipeline.command import transfer_line
+
+    typer.echo(transfer_line("pull", url, str(folder)))
+
+
+@cache_app.command("export", epilog="Example:  ezsd cache export cache/shapes --format npz --out out")
+def cache_export(
+    store: Annotated[str, typer.Argument(help="A complete store, or its URL.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    format_: Annotated[str, typer.Option("--format", help="npz, parquet or webdataset.")],
+) -> None:
+    """Write a store's contents as files of another format, for those who leave."""
+    from pipeline.command import export_store
+
+    typer.echo(export_store(store, out, format_))
+
+
 @app.command(epilog="Example:  ezsd train --cache cache/shapes --run runs/a")
 def train(
     cache: Annotated[Path, typer.Option(help="A complete store.")],

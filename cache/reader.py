@@ -179,10 +179,7 @@ class Product(Mapping[int, Rows], Generic[Rows]):
             StoreKeyError: no such image in the store.
             StoreError: a value that is read is not finite, or damaged: names the image and the field.
         """
-        here = self._store._here
-        where = [self._position(image_id)]
-        spans = here.spans(self._name, where)
-        return self._record(**{field.name: here.gather(self._name, field, where, spans) for field in self._fields})
+        return self.batch([image_id]).rows
 
     def batch(self, image_ids: Iterable[int]) -> RowBatch[Rows]:
         """Rows of several images at once, in the order given; the disk is asked for all of them at the start.
@@ -191,12 +188,8 @@ class Product(Mapping[int, Rows], Generic[Rows]):
             StoreKeyError: an image is not in the store.
             StoreError: see `__getitem__`.
         """
-        here = self._store._here
-        where = [self._position(image_id) for image_id in image_ids]
-        spans = here.spans(self._name, where)
-        here.read_ahead(self._name, [field.name for field in self._fields], spans)
-        rows = {field.name: here.gather(self._name, field, where, spans) for field in self._fields}
-        return RowBatch(counts=_counts(spans), rows=self._record(**rows))
+        rows, counts = self._read(self._fields, image_ids)
+        return RowBatch(counts=counts, rows=self._record(**rows))
 
     def column(self, field: str, image_ids: Iterable[int]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """One field of several images, as `batch` gives it: its rows, and how many each image has (n,).
@@ -207,11 +200,18 @@ class Product(Mapping[int, Rows], Generic[Rows]):
         known = {known.name: known for known in self._fields}
         if field not in known:
             raise StoreError(f"{self._store}: {self._name} has no field {field!r}; it has {', '.join(known)}")
+        rows, counts = self._read([known[field]], image_ids)
+        return rows[field], counts
+
+    def _read(
+        self, fields: Sequence[Field], image_ids: Iterable[int]
+    ) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
         here = self._store._here
         where = [self._position(image_id) for image_id in image_ids]
         spans = here.spans(self._name, where)
-        here.read_ahead(self._name, [field], spans)
-        return here.gather(self._name, known[field], where, spans), _counts(spans)
+        here.read_ahead(self._name, [field.name for field in fields], spans)
+        rows = {field.name: here.gather(self._name, field, where, spans) for field in fields}
+        return rows, np.array([stop - start for start, stop in spans], np.int64)
 
     @property
     def _fields(self) -> tuple[Field, ...]:
@@ -317,10 +317,6 @@ class _Opened:
                     raise _not_finite(f"{self._place}: {name} of image {self.column('images/id')[position]}")
                 known[position] = 1
             first = last
-
-
-def _counts(spans: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    return np.array([stop - start for start, stop in spans], np.int64)
 
 
 def _not_finite(where: str) -> StoreError:

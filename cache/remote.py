@@ -5,7 +5,7 @@ Keys, endpoints and the like come from where fsspec and its libraries look for t
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -56,8 +56,7 @@ class RemotePlace:
     def size_problems(self, mark: CommitMark) -> list[str]:
         """See `Place`."""
         problems = []
-        with self.errors():
-            sizes = self._sizes(mark)
+        sizes = self.sizes(mark.files)
         for name, expected in mark.files.items():
             size = sizes.get(name)
             if size is None:
@@ -66,13 +65,15 @@ class RemotePlace:
                 problems.append(f"{self.url}/{name}: is {size} bytes long, expected {expected.size}")
         return problems
 
-    def _sizes(self, mark: CommitMark) -> dict[str, int]:
-        """Sizes of the files that are there."""
-        # Web servers have no lists of files worth trusting.
-        if "http" in self.files.protocol:
-            return {name: self.files.info(self.path(name))["size"] for name in mark.files}
-        found = self.files.find(self._root, detail=True)
-        return {path.removeprefix(f"{self._root}/"): info["size"] for path, info in found.items()}
+    def sizes(self, names: Iterable[str] = ()) -> dict[str, int]:
+        """Sizes of the files that are there; on a web server, which has no list, of those named alone."""
+        with self.errors():
+            if "http" in self.files.protocol:
+                return {name: self.files.info(self.path(name))["size"] for name in names}
+            # Listings are remembered, and the files may have changed since.
+            self.files.invalidate_cache()
+            found = self.files.find(self._root, detail=True)
+            return {path.removeprefix(f"{self._root}/"): info["size"] for path, info in found.items()}
 
     def read_file(self, name: str) -> bytes:
         """See `Place`."""

@@ -1,0 +1,386 @@
+"""What a read from the store costs, beside a memory-mapped .npy, zarr-python and one JSON file per image.
+
+    python benchmarks/store.py --folder FOLDER [--images 4000] [--dim 512] [--rounds 7]
+
+Everything is synthetic, made below FOLDER and removed at the end. All readers must first give the same bytes. Times
+are process CPU time per image in microseconds, medians over rounds in which the readers take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import rows as result_rows
+import torch
+import zarr
+from numpy.typing import NDArray
+
+from cache import PRODUCTS, Manifest, Origin, RaggedRows, Store, StoreWriter, commit_shard, images_digest, write_block
+from cache.schema import array_spec, stored_fields
+
+BATCH = 16
+COCO_IMAGES, COCO_ROWS = 118_287, 200
+Reader = Callable[[list[int]], NDArray[np.float16]]
+
+
+def build(folder: Path, images: int, dim: int) -> Path:
+    """A store with lognormal numbers of rows, about 200 a image; embeddings are random and of unit length."""
+    rng = np.random.default_rng(0)
+    counts = np.minimum(rng.lognormal(np.log(165), 0.63, images), 1000).astype("i4")
+    ids, sizes = rng.permutation(10 * images)[:images], np.full(images, 640, "i4")
+    manifest = Manifest({name: Origin(1, {}) for name in PRODUCTS}, images_digest(ids, sizes, sizes))
+    arguments = {"image_ids": ids, "widths": sizes, "heights": sizes, "embed_dim": dim, "block_images": 256}
+    with StoreWriter.open(folder, manifest, **arguments) as writer:
+        writer.write_whole("teacher", {"values": np.zeros(8, "f4")}, {})
+        writer.write_whole("text", {"embedding": np.eye(2, dim, dtype="f4")}, {"names": ["a", "b"]})
+        for block in writer.pending():
+            write_block(folder, block, block_rows(counts[block.start : block.stop], dim, rng))
+        for task in writer.commit_tasks():
+            commit_shard(folder, task)
+        writer.finish()
+    return folder
+
+
+def block_rows(counts: NDArray[np.int32], dim: int, rng: np.random.Generator) -> dict[str, RaggedRows]:
+    """All rows of a block; ground truth has few, proposals as many as regions."""
+    n, few = int(counts.sum()), np.minimum(counts, 7)
+    vectors = rng.standard_normal((n, dim), dtype="f4")
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    corner = rng.random((n, 2), dtype="f4") * 300
+    box = np.concatenate([corner, corner + 100], axis=1)
+    score, kind, embedding, m = rng.random(n, dtype="f4"), np.zeros(n, "i4"), vectors.astype("f2"), int(few.sum())
+    regions = {"box": box, "score": score, "confidence": score, "class_index": kind, "embedding": embedding}
+    truth = {"box": box[:m], "class_index": kind[:m], "annotation_id": np.arange(m), "embedding": embedding[:m]}
+    return {
+        "proposals": RaggedRows(counts=counts, fields={"box": box, "score": score}),
+        "regions": RaggedRows(counts=counts, fields=regions),
+        "ground_truth": RaggedRows(counts=few, fields=truth),
+    }
+
+
+class Readers:
+    """The same rows in four places, and a way to read a batch of images from each."""
+
+    def __init__(self, folder: Path, store: Path, json_images: int) -> None:
+        self.folder, self.path = folder, store
+        self.offset = zarr.open_array(store / "regions/offset", mode="r")[:]
+        self.places = np.arange(len(self.offset) - 1)
+        self.ids = Store(store).image_ids
+        self._json_places = set(self.places[:json_images].tolist())
+        self.npy = folder / "embedding.npy"
+        embedding = zarr.open_array(store / "regions/embedding", mode="r")
+        target = np.lib.format.open_memmap(self.npy, mode="w+", dtype="f2", shape=embedding.shape)
+        for start in range(0, len(target), 65536):
+            target[start : start + 65536] = embedding[start : start + 65536]
+        target.flush()
+        for place in self._json_places:
+            rows = target[self.offset[place] : self.offset[place + 1]].astype("f4").tolist()
+            (folder / f"{place}.json").write_text(json.dumps(rows))
+        self.map = np.load(self.npy, mmap_mode="r")
+        self.zarr = embedding
+        self.store = Store(store)
+
+    def ours(self, places: list[int]) -> NDArray[np.float16]:
+        """One flat array through the store."""
+        return self.store.regions.column("embedding", self.ids[places].tolist())[0]
+
+    def memmap(self, places: list[int]) -> NDArray[np.float16]:
+        """One flat array from the memory-mapped .npy."""
+        return np.concatenate([self.map[self.offset[at] : self.offset[at + 1]] for at in places])
+
+    def through_zarr(self, places: list[int]) -> NDArray[np.float16]:
+        """One flat array through zarr-python."""
+        return np.concatenate([self.zarr[self.offset[at] : self.offset[at + 1]] for at in places])
+
+    def one_json(self, places: list[int]) -> NDArray[np.float16]:
+        """One flat array from a text file per image."""
+        dim = self.map.shape[1]
+        files = [json.loads((self.folder / f"{at}.json").read_text()) for at in places]
+        return np.concatenate([np.array(rows, "f2").reshape(-1, dim) for rows in files])
+
+    def single(self, places: list[int]) -> None:
+        """Image by image through the store, each dropped again."""
+        for image_id in self.ids[places].tolist():
+            self.store.regions.column("embedding", [image_id])
+
+    def single_memmap(self, places: list[int]) -> None:
+        """Image by image from the .npy, each copied and dropped again."""
+        for at in places:
+            np.array(self.map[self.offset[at] : self.offset[at + 1]])
+
+    def evict(self) -> None:
+        """Drop store and .npy from the page cache; other mappings of these files must be closed."""
+        self.store, self.map = Store(self.path), np.load(self.npy, mmap_mode="r")
+        for file in [self.npy, *(f for f in self.path.rglob("*") if f.is_file())]:
+            handle = os.open(file, os.O_RDONLY)
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def batches(places: NDArray[np.int64], seed: int, most: int) -> Iterator[list[int]]:
+    """Random places in batches."""
+    order = np.random.default_rng(seed).permutation(places)[:most].tolist()
+    for start in range(0, len(order) - BATCH + 1, BATCH):
+        yield order[start : start + BATCH]
+
+
+def cost(read: Callable[[list[int]], object], work: list[list[int]]) -> tuple[float, float]:
+    """CPU and wall microseconds per image."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for places in work:
+        read(places)
+    images = BATCH * len(work)
+    return (time.process_time() - cpu) / images * 1e6, (time.perf_counter() - wall) / images * 1e6
+
+
+def gate(readers: Readers) -> None:
+    """All readers give the same bytes, or nothing is timed."""
+    json_places = readers.places[: len(readers._json_places)]
+    for places in batches(json_places, 1, len(json_places)):
+        expected = readers.memmap(places).tobytes()
+        for read in (readers.ours, readers.through_zarr, readers.one_json):
+            if read(places).tobytes() != expected:
+                raise SystemExit(f"{read.__name__} does not give the bytes of the memory-mapped file")
+    for places in batches(readers.places, 2, 320):
+        if readers.ours(places).tobytes() != readers.memmap(places).tobytes():
+            raise SystemExit("the store does not give the bytes of the memory-mapped file")
+
+
+def warm(readers: Readers, rounds: int) -> dict[str, float]:
+    """CPU per image with everything in the page cache."""
+    work = list(batches(readers.places, 3, 1600))
+    json_work = list(batches(readers.places[: len(readers._json_places)], 3, 64))
+    first = cost(Readers.ours.__get__(readers), list(batches(readers.places, 3, len(readers.places))))[0]
+    contestants = {
+        "ours": (readers.ours, work),
+        "memmap": (readers.memmap, work),
+        "ours_single": (readers.single, work),
+        "memmap_single": (readers.single_memmap, work),
+        "zarr": (readers.through_zarr, work[:20]),
+        "json": (readers.one_json, json_work),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, (read, todo) in contestants.items():
+            spent[name].append(cost(read, todo)[0])
+    found = {f"{name}_cpu_us": round(statistics.median(times), 2) for name, times in spent.items()}
+    middle = {name: statistics.median(times) for name, times in spent.items()}
+    return {
+        **found,
+        "ours_first_pass_cpu_us": round(first, 2),
+        "ours_over_memmap": round(middle["ours"] / middle["memmap"], 3),
+        "first_pass_over_memmap": round(first / middle["memmap"], 3),
+        "single_over_memmap_single": round(middle["ours_single"] / middle["memmap_single"], 3),
+        "zarr_over_ours": round(middle["zarr"] / middle["ours"], 1),
+        "json_over_ours": round(middle["json"] / middle["ours"], 1),
+    }
+
+
+def cold(readers: Readers, rounds: int) -> dict[str, float]:
+    """The same after the page cache dropped the files; the host may still hold them."""
+    spent: dict[str, list[tuple[float, float]]] = {"ours": [], "memmap": []}
+    for turn in range(rounds):
+        for name in spent:
+            readers.evict()
+            work = list(batches(readers.places, 100 + turn, 320))
+            spent[name].append(cost(readers.ours if name == "ours" else readers.memmap, work))
+    found = {}
+    for name, times in spent.items():
+        found[f"{name}_cpu_us"] = round(statistics.median(t[0] for t in times), 1)
+        found[f"{name}_wall_us"] = round(statistics.median(t[1] for t in times), 1)
+    found["ours_over_memmap_cpu"] = round(found["ours_cpu_us"] / found["memmap_cpu_us"], 3)
+    found["ours_over_memmap_wall"] = round(found["ours_wall_us"] / found["memmap_wall_us"], 3)
+    return found
+
+
+class Loaded(torch.utils.data.Dataset):
+    """Batches for a DataLoader: one item is one batch of places."""
+
+    def __init__(self, read: Reader, work: list[list[int]]) -> None:
+        self.read, self.work = read, work
+
+    def __len__(self) -> int:
+        return len(self.work)
+
+    def __getitem__(self, at: int) -> torch.Tensor:
+        return torch.from_numpy(self.read(self.work[at]))
+
+
+def loader(readers: Readers, rounds: int) -> dict[str, float]:
+    """Wall time of a two-worker DataLoader per image, after its start."""
+    work = list(batches(readers.places, 5, 3200))
+    spent: dict[str, list[float]] = {"ours": [], "memmap": []}
+    for _ in range(rounds):
+        for name in spent:
+            read = readers.ours if name == "ours" else readers.memmap
+            stream = iter(torch.utils.data.DataLoader(Loaded(read, work), batch_size=None, num_workers=2))
+            for _ in range(8):
+                next(stream)
+            began = time.perf_counter()
+            left = sum(1 for _ in stream)
+            spent[name].append((time.perf_counter() - began) / left / BATCH * 1e6)
+    ours, memmap = (statistics.median(spent[name]) for name in ("ours", "memmap"))
+    found = {"ours_wall_us": ours, "memmap_wall_us": memmap, "ours_over_memmap": ours / memmap}
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def sizes(readers: Readers, store: Path) -> dict[str, float]:
+    """Bytes of the embedding array, and how many files a store of COCO's size has by its geometry."""
+    stored = sum(f.stat().st_size for f in (store / "regions/embedding").rglob("*") if f.is_file())
+    whole = sum(f.stat().st_size for f in store.rglob("*") if f.is_file())
+    raw = readers.map.nbytes
+    places = sorted(readers._json_places)
+    text = sum((readers.folder / f"{at}.json").stat().st_size for at in places)
+    json_rows = sum(int(readers.offset[at + 1] - readers.offset[at]) for at in places)
+    return {
+        "embedding_over_raw_float16": round(stored / raw, 5),
+        "json_over_embedding": round(text / json_rows * len(readers.map) / stored, 2),
+        "whole_store_over_raw_float16": round(whole / raw, 3),
+        "files": sum(1 for f in store.rglob("*") if f.is_file()),
+        "files_at_coco_size": coco_files(store),
+    }
+
+
+def coco_files(store: Path) -> int:
+    """Files of a store with COCO's images and 200 rows each of proposals and regions, counted by `array_spec`."""
+    now = sum(1 for f in store.rglob("*") if f.is_file())
+    rows = {"proposals": COCO_ROWS, "regions": COCO_ROWS, "ground_truth": 7}
+    more = 0
+    for product, each in rows.items():
+        for field in stored_fields(product, "float16"):
+            shape = (COCO_IMAGES * each, *field.row_shape(512))
+            spec = array_spec("", field.dtype, shape, shard_bytes=256 * 2**20)
+            more += spec.shards - len([f for f in (store / product / field.name / "c").rglob("*") if f.is_file()])
+    return now + more
+
+
+OPENING = """
+import resource, sys, time
+import numpy as np, zarr
+from cache import Store
+import cache.direct, cache.reader
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+before, began, spent = resident(), time.perf_counter(), time.process_time()
+store = Store(sys.argv[1])
+ids = store.image_ids
+store.regions.batch(ids[:16].tolist())
+store.ground_truth.batch(ids[:16].tolist())
+print(time.perf_counter() - began, time.process_time() - spent, resident() - before)
+"""
+
+
+def opening(folder: Path) -> dict[str, float]:
+    """Open a store of COCO's size and read a first batch; its shards are sparse files, so its embeddings are zeros."""
+    sparse_coco(folder)
+    found = []
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", OPENING, str(folder)], capture_output=True, text=True, check=True)
+        found.append([float(value) for value in done.stdout.split()])
+    seconds, cpu, added = (statistics.median(column) for column in zip(*found, strict=True))
+    return {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3), "mb_resident": round(added / 1e6, 1)}
+
+
+def sparse_coco(folder: Path) -> None:
+    """A store of COCO's size with real metadata, offsets and indexes, and holes where the rows would be."""
+    from cache.durable import FileDigest
+    from cache.encoding import array_metadata, metadata_bytes, shard_bytes_on_disk, shard_index, shard_parts
+    from cache.mark import CommitMark
+
+    n = COCO_IMAGES
+    ids = np.random.default_rng(0).permutation(10 * n)[:n].astype("<i8")
+    manifest = Manifest({name: Origin(1, {}) for name in PRODUCTS}, images_digest(ids, ids, ids))
+    files: dict[str, FileDigest] = {}
+
+    def note(file: Path) -> None:
+        files[file.relative_to(folder).as_posix()] = FileDigest(file.stat().st_size, "0" * 64)
+
+    def array(name: str, dtype: str, shape: tuple[int, ...], values: NDArray[np.int64] | None) -> None:
+        spec = array_spec(name, dtype, shape, shard_bytes=256 * 2**20)
+        (folder / name).mkdir(parents=True)
+        (folder / name / "zarr.json").write_bytes(metadata_bytes(array_metadata(spec)))
+        note(folder / name / "zarr.json")
+        for index in range(spec.shards):
+            file = folder / spec.shard_file(index)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if values is not None:
+                file.write_bytes(b"".join(shard_parts(spec, index, [values.data])))
+            else:
+                tail = shard_index(spec, spec.shard_range(index)[1] - spec.shard_range(index)[0])
+                with file.open("wb") as handle:
+                    handle.seek(shard_bytes_on_disk(spec, index) - len(tail))
+                    handle.write(tail)
+            note(file)
+
+    array("images/id", "<i8", (n,), ids)
+    for product, each in {"proposals": COCO_ROWS, "regions": COCO_ROWS, "ground_truth": 7}.items():
+        array(f"{product}/offset", "<i8", (n + 1,), np.arange(n + 1, dtype="<i8") * each)
+        for field in stored_fields(product, "float16"):
+            array(f"{product}/{field.name}", field.dtype, (n * each, *field.row_shape(512)), None)
+    (folder / "manifest.json").write_text(manifest.to_json())
+    note(folder / "manifest.json")
+    (folder / "COMMIT.json").write_bytes(CommitMark(manifest.digest, 512, "float16", files).to_bytes())
+
+
+def file_system(folder: Path) -> str:
+    """Name of the file system that a folder lies on."""
+    done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def main() -> None:
+    """Measure, print, and add one row to results/store.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="Where to make the data; a folder on a real disk.")
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--json-images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-row", action="store_true", help="Print only.")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="store-"))
+    try:
+        store = build(work / "store", arguments.images, arguments.dim)
+        readers = Readers(work, store, arguments.json_images)
+        gate(readers)
+        row: dict[str, object] = {
+            "images": arguments.images,
+            "dim": arguments.dim,
+            "rows": len(readers.map),
+            "rounds": arguments.rounds,
+            "file_system": file_system(work),
+            "warm": warm(readers, arguments.rounds),
+            "loader": loader(readers, arguments.rounds),
+            "cold": cold(readers, min(3, arguments.rounds)),
+            "size": sizes(readers, store),
+            "opening_sparse_coco": opening(work / "sparse"),
+            "load": round(os.getloadavg()[0], 2),
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "numpy": version("numpy"),
+            "zarr": version("zarr"),
+        }
+    finally:
+        shutil.rmtree(work)
+    print(json.dumps(row, indent=1))
+    if not arguments.no_row:
+        result_rows.append("store", row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Copying a complete store to a URL and from one, so that a copy is whole, or refused and gone on with."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from cache.durable import FileDigest, discard, failpoint, make_folders, rename, scratch_name, sync_folder, write_new
+from cache.mark import COMMIT, ENVIRONMENT, TRANSFER, CommitMark, parse_mark, relative_files
+from cache.place import LocalPlace
+from cache.reader import Store
+from cache.remote import RemotePlace
+from cache.schema import StoreError
+
+_PIECE = 8 * 2**20
+_SCRATCH = ".transfer"
+
+
+def push(store: str | os.PathLike[str], url: str) -> int:
+    """Copy a store to a URL; files that lie there already with the right bytes are not sent again.
+
+    Args:
+        store: a complete store's folder.
+        url: where it shall lie, in any file system fsspec can write to.
+
+    Returns:
+        Number of files that were sent; 0 when the copy was complete before.
+
+    Raises:
+        StoreError: the store is not whole, another one lies at the URL, or the URL cannot be reached.
+    """
+    source = Store(store)
+    there = RemotePlace(url)
+    data = (source.path / COMMIT).read_bytes()
+    mark = parse_mark(data, str(source.path / COMMIT))
+    if _already(there, data):
+        return 0
+    left = _present(there, mark)
+    with there.errors():
+        there.files.makedirs(there.path(""), exist_ok=True)
+        there.files.pipe_file(there.path(TRANSFER), data)
+    sent = 0
+    for name, expected in mark.files.items():
+        if name in left and there.digest(name) == expected:
+            continue
+        _send(source.path / name, there, name, expected)
+        sent += 1
+        failpoint("push.after_file")
+    environment = source.path / ENVIRONMENT
+    with there.errors():
+        if environment.exists():
+            there.files.pipe_file(there.path(ENVIRONMENT), environment.read_bytes())
+        # The mark makes it a store: last.
+        there.files.pipe_file(there.path(COMMIT), data)
+        there.files.rm_file(there.path(TRANSFER))
+    return sent
+
+
+def _already(there: RemotePlace, data: bytes) -> bool:
+    """Whether this very store is complete at its target."""
+    found = there.read_if_there(COMMIT)
+    if found is not None and found != data:
+        raise StoreError(f"{there}: holds another store; choose another URL, or remove that one first")
+    started = there.read_if_there(TRANSFER)
+    if started is not None and started != data:
+        raise StoreError(f"{there}: another store is being copied there; choose another URL, or remove what is there")
+    if found is None:
+        return False
+    problems = there.size_problems(parse_mark(found, f"{there}/{COMMIT}"))
+    if problems:
+        raise StoreError(f"{problems[0]}; the copy is damaged: remove it and push again")
+    return True
+
+
+def _present(there: RemotePlace, mark: CommitMark) -> set[str]:
+    """Names of the store's files that lie at the target with their size; StoreError for files of somebody else."""
+    sizes = there.sizes()
+    foreign = sorted(sizes.keys() - mark.files.keys() - {TRANSFER, ENVIRONMENT})
+    if foreign:
+        raise StoreError(f"{there}: holds {foreign[0]!r}, which is no file of this store; choose another URL")
+    return {name for name, expected in mark.files.items() if sizes.get(name) == expected.size}
+
+
+def _send(file: Path, there: RemotePlace, name: str, expected: FileDigest) -> None:
+    """Copy one file up; damage to the source is found before the mark could cover it."""
+    digest = hashlib.sha256()
+    with there.errors():
+        there.files.makedirs(there.path(name).rpartition("/")[0], exist_ok=True)
+        with file.open("rb") as source, there.files.open(there.path(name), "wb") as target:
+            while piece := source.read(_PIECE):
+                digest.update(piece)
+                target.write(piece)
+    if digest.hexdigest() != expected.sha256:
+        raise StoreError(
+            f"{file}: its bytes are not those that were committed (sha256 differs); the store is damaged: "
+            "`ezsd cache repair` mends it"
+        )
+
+
+def pull(url: str, folder: str | os.PathLike[str]) -> int:
+    """Copy a store from a URL into a folder; files that lie there already with the right bytes are not fetched again.
+
+    Args:
+        url: a complete store.
+        folder: absent, empty, or an unfinished copy of the same store.
+
+    Returns:
+        Number of files that were fetched; 0 when the copy was complete before.
+
+    Raises:
+        StoreError: there is no store, a file does not arrive as it was committed, or the folder holds other things.
+    """
+    there, here = RemotePlace(url), Path(folder).absolute()
+    mark, data = there.mark(), there.read_file(COMMIT)
+    if (here / COMMIT).exists():
+        if (here / COMMIT).read_bytes() != data:
+            raise StoreError(f"{here}: holds another store; choose another folder")
+        discard(here / _SCRATCH)
+        Store(here)
+        return 0
+    _prepare(here, data)
+    fetched = 0
+    for name, expected in mark.files.items():
+        if not _is_here(here, name, expected):
+            _fetch(there, here, name, expected)
+            fetched += 1
+    environment = there.read_if_there(ENVIRONMENT)
+    if environment is not None:
+        discard(here / ENVIRONMENT)
+        write_new(here / ENVIRONMENT, [environment])
+    for parent in {(here / name).parent for name in mark.files}:
+        sync_folder(parent)
+    discard(here / _SCRATCH)
+    rename(here / TRANSFER, here / COMMIT, point="pull_mark")
+    return fetched
+
+
+def _prepare(here: Path, data: bytes) -> None:
+    """Make the folder the copy of this store, or see that it is."""
+    if here.exists() and not here.is_dir():
+        raise StoreError(f"{here}: is a file; choose a new folder")
+    started = here / TRANSFER
+    if started.exists():
+        if started.read_bytes() != data:
+            raise StoreError(f"{here}: holds the unfinished copy of another store; choose another folder")
+    elif here.is_dir() and (others := [name for name in relative_files(here) if not name.startswith(_SCRATCH)]):
+        raise StoreError(f"{here}: holds {others[0]!r} but no store; choose an empty or new folder")
+    discard(here / _SCRATCH)
+    make_folders(here / _SCRATCH)
+    if not started.exists():
+        temporary = scratch_name(here / _SCRATCH, TRANSFER)
+        write_new(temporary, [data])
+        rename(temporary, started, point="pull_start")
+
+
+def _is_here(here: Path, name: str, expected: FileDigest) -> bool:
+    file = here / name
+    return file.is_file() and file.stat().st_size == expected.size and LocalPlace(here).digest(name) == expected
+
+
+def _fetch(there: RemotePlace, here: Path, name: str, expected: FileDigest) -> None:
+    temporary = scratch_name(here / _SCRATCH, name.replace("/", "."))
+    try:
+        found = write_new(temporary, there.pieces(name), point="pull")
+        if found != expected:
+            raise StoreError(
+                f"{there}/{name}: did not arrive as it was committed ({found.size} bytes, expected {expected.size}; "
+                "or its sha256 differs); pull again, and if this stays so the store there is damaged"
+            )
+        make_folders((here / name).parent)
+        rename(temporary, here / name, point="pull", sync=False)
+    finally:
+        discard(temporary)

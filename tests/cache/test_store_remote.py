@@ -1,0 +1,223 @@
+"""Stores behind URLs, and copies that are whole or refused, against a real S3 and a web server on this machine."""
+
+import functools
+import http.server
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import storekit
+
+from cache import Store, StoreError, StoreIncomplete, StoreKeyError, verify
+from cache.transfer import pull, push
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = "import sys; from cache import transfer; getattr(transfer, sys.argv[1])(sys.argv[2], sys.argv[3])"
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A server that speaks S3, and where its clients find it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture
+def place(request):
+    """A URL with nothing there yet."""
+    name = secrets.token_hex(4)
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3')}/{name}"
+    return f"memory://{name}"
+
+
+@pytest.fixture
+def web(finished):
+    """A store on a web server, copied there by any means."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=finished.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/{finished.name}"
+        server.shutdown()
+        thread.join()
+
+
+def same_store(found, expected):
+    assert found.image_ids.tolist() == expected.image_ids.tolist()
+    for product, fields in storekit.FIELDS.items():
+        a, b = (getattr(store, product).batch(storekit.IDS) for store in (found, expected))
+        assert a.counts.tolist() == b.counts.tolist()
+        for field in fields:
+            np.testing.assert_array_equal(getattr(a.rows, field), getattr(b.rows, field))
+    np.testing.assert_array_equal(found.text[1], expected.text[1])
+    assert found.teacher[1] == expected.teacher[1]
+
+
+# Reading
+
+
+@pytest.mark.parametrize("place", ["memory", "s3"], indirect=True)
+def test_a_pushed_store_is_read_where_it_lies(finished, place):
+    assert push(finished, place) > 20
+    for kept in ("quick", "full"):
+        same_store(Store(place, verify=kept), Store(finished))
+    with pytest.raises(StoreKeyError, match=f"^{place}: has no image with id 1"):
+        Store(place).regions[1]
+    with pytest.raises(StoreError, match=f"{place}: is no local folder; copy it with `ezsd cache pull"):
+        Store(place).path  # noqa: B018
+
+
+def test_a_store_on_a_web_server_is_read_and_pulled(finished, web, tmp_path):
+    same_store(Store(web, verify="full"), Store(finished))
+    pull(web, tmp_path / "copy")
+    assert storekit.contents(tmp_path / "copy") == storekit.contents(finished)
+
+
+@pytest.mark.parametrize("place", ["memory", "s3"], indirect=True)
+def test_what_is_no_store_or_damaged_is_one_line(finished, place):
+    with pytest.raises(StoreError, match=f"^{place}: is not a store \\(no COMMIT.json there\\)"):
+        Store(place)
+    push(finished, place)
+    files, root = fsspec.url_to_fs(place)
+    files.pipe_file(f"{root}/regions/score/c/0", b"short")
+    with pytest.raises(StoreError, match="regions/score/c/0: is 5 bytes long, expected"):
+        Store(place)
+    files.rm_file(f"{root}/regions/score/c/0")
+    with pytest.raises(StoreError, match="regions/score/c/0: is not there"):
+        Store(place)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nonsense://a/b", "fsspec knows no nonsense://"),
+        ("gs://bucket/store", r"a library for gs:// is missing .* install `pip install 'ezsd\[gcs\]'`"),
+        ("http://127.0.0.1:9/store", "cannot be reached: ClientConnectorError"),
+    ],
+)
+def test_a_url_that_leads_nowhere_is_one_line(url, message):
+    with pytest.raises(StoreError, match=message):
+        Store(url)
+
+
+# Copies
+
+
+@pytest.mark.parametrize("place", ["memory", "s3"], indirect=True)
+def test_there_and_back_changes_no_byte(finished, place, tmp_path):
+    push(finished, place)
+    assert push(finished, place) == 0
+    assert pull(place, tmp_path / "copy") > 20
+    assert pull(place, tmp_path / "copy") == 0
+    assert storekit.contents(tmp_path / "copy") == storekit.contents(finished)
+    assert (tmp_path / "copy/environment.json").read_bytes() == (finished / "environment.json").read_bytes()
+    assert verify(tmp_path / "copy") == []
+
+
+def killed(way, source, target, point):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "EZSD_FAILPOINT": point}
+    done = subprocess.run([sys.executable, "-c", WORK, way, source, target], env=environment, timeout=120, check=False)
+    assert done.returncode == -9
+
+
+@pytest.mark.parametrize("point", ["pull_start.after_rename", "pull.half_written:3", "pull.after_rename:7"])
+def test_a_killed_pull_is_refused_and_gone_on_with(finished, tmp_path, point):
+    url, copy = finished.as_uri(), tmp_path / "copy"
+    killed("pull", url, str(copy), point)
+    with pytest.raises(StoreIncomplete, match="not all files were copied here; run the same `ezsd cache pull` again"):
+        Store(copy)
+    done = sum(1 for name in storekit.contents(copy) if name.startswith(("checksums/", "ground_truth/")))
+    total = len(storekit.contents(finished)) - 1
+    assert pull(url, copy) <= total - (6 if point == "pull.after_rename:7" else 0)
+    assert done >= (6 if point == "pull.after_rename:7" else 0)
+    assert storekit.contents(copy) == storekit.contents(finished)
+    assert verify(copy) == []
+
+
+def test_a_pull_killed_just_before_its_mark_needs_no_file_again(finished, tmp_path):
+    url, copy = finished.as_uri(), tmp_path / "copy"
+    killed("pull", url, str(copy), "pull_mark.before_rename")
+    with pytest.raises(StoreIncomplete):
+        Store(copy)
+    assert pull(url, copy) == 0
+    assert storekit.contents(copy) == storekit.contents(finished)
+
+
+def test_a_killed_push_is_refused_and_gone_on_with(finished, s3):
+    url = f"{s3}/{secrets.token_hex(4)}"
+    killed("push", str(finished), url, "push.after_file:5")
+    with pytest.raises(StoreIncomplete, match="not all files were copied here; run the same `ezsd cache push` again"):
+        Store(url)
+    assert push(finished, url) == len(storekit.contents(finished)) - 1 - 5
+    same_store(Store(url), Store(finished))
+
+
+def test_a_file_with_the_right_size_and_wrong_bytes_is_copied_again(finished, tmp_path):
+    url, copy = finished.as_uri(), tmp_path / "copy"
+    killed("pull", url, str(copy), "pull_mark.before_rename")
+    file = copy / "regions/embedding/c/0/0"
+    file.write_bytes(bytes(file.stat().st_size))
+    assert pull(url, copy) == 1
+    assert storekit.contents(copy) == storekit.contents(finished)
+
+
+def test_damage_is_not_copied(copy, tmp_path):
+    file = copy / "regions/embedding/c/0/0"
+    file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(StoreError, match="embedding/c/0/0: its bytes are not those that were committed"):
+        push(copy, f"memory://{secrets.token_hex(4)}")
+    with pytest.raises(StoreError, match="embedding/c/0/0: did not arrive as it was committed"):
+        pull(copy.as_uri(), tmp_path / "target")
+    with pytest.raises(StoreIncomplete):
+        Store(tmp_path / "target")
+
+
+def test_a_copy_never_mixes_with_anything_else(finished, tmp_path):
+    other = storekit.build(tmp_path / "other", block_images=3, embedding="int8")
+    url = f"memory://{secrets.token_hex(4)}"
+    push(finished, url)
+    with pytest.raises(StoreError, match="holds another store; choose another URL"):
+        push(other, url)
+    with pytest.raises(StoreError, match="holds another store; choose another folder"):
+        pull(url, other)
+    killed("pull", finished.as_uri(), str(tmp_path / "half"), "pull.after_rename:3")
+    with pytest.raises(StoreError, match="holds the unfinished copy of another store"):
+        pull(other.as_uri(), tmp_path / "half")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="holds 'notes.txt' but no store"):
+        pull(url, tmp_path / "mine")
+    with pytest.raises(StoreError, match="holds 'notes.txt', which is no file of this store"):
+        push(finished, (tmp_path / "mine").as_uri())
+    with pytest.raises(StoreError, match="is a file; choose a new folder"):
+        pull(url, tmp_path / "mine/notes.txt")
+    assert (tmp_path / "mine/notes.txt").read_text() == "mine"
+    shutil.rmtree(other)
