@@ -16,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Make datasets.", no_args_is_help=True)
+data_app = typer.Typer(help="Make and check datasets.", no_args_is_help=True)
 cache_app = typer.Typer(help="Build and inspect stores of regions and embeddings.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
@@ -25,6 +25,10 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VAL
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Where the images lie now, if they have moved.")]
 RunFolder = Annotated[Path, typer.Option("--run", help="A run folder that `ezsd train` made.")]
+DatasetName = Annotated[str, typer.Option(help="shapes, coco, lvis, lvis-frequent, or a FILE.toml of your own.")]
+DatasetRoot = Annotated[
+    Path | None, typer.Option(help="Folder with images and annotations; data/NAME or the TOML file's by default.")
+]
 Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes, coco or photos.")]
 
 
@@ -42,17 +46,38 @@ def data_shapes(
     typer.echo(f"{out}: {train} training and {val} validation images, seed {seed}")
 
 
+@data_app.command("check", epilog="Example:  ezsd data check --dataset coco --data-root DIR")
+def data_check(
+    dataset: DatasetName,
+    data_root: DatasetRoot = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Read every pixel, not only what is at the start.")] = False,
+) -> None:
+    """List everything that is wrong with a dataset, with its place; exit code 2 if anything is."""
+    from pipeline.check import check_dataset, check_table
+    from pipeline.datasets import find_dataset
+
+    found = check_dataset(find_dataset(dataset, data_root).require(), decode=decode)
+    for problem in found.problems:
+        typer.echo(problem)
+    if found.problems:
+        typer.echo(f"ezsd: {len(found.problems)} problems in dataset {found.dataset.name}", err=True)
+        raise SystemExit(2)
+    typer.echo(check_table(found))
+
+
 @cache_app.command("build", epilog="Example:  ezsd cache build --dataset shapes")
 def cache_build(
-    dataset: Annotated[str, typer.Option(help="shapes or coco (any folder in COCO's layout).")],
-    data_root: Annotated[
-        Path | None, typer.Option(help="Folder with images and annotations; data/NAME by default.")
-    ] = None,
+    dataset: DatasetName,
+    data_root: DatasetRoot = None,
     out: Annotated[Path | None, typer.Option(help="The store; cache/NAME by default.")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="An open_clip model, tiny-shapes, or plugin:package.module:factory.")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="An open_clip tag or a local file.")] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(help="gelu or quickgelu: what a local file was trained with, if ezsd does not know it."),
+    ] = None,
     preset: Preset = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
     device: Device = "auto",
@@ -61,19 +86,23 @@ def cache_build(
 ) -> None:
     """Re-normalise the teacher, find CLIP proposals, embed them: once per dataset and teacher."""
     from pipeline.build import BuildRequest, build_cache
-    from pipeline.command import build_config, dataset_at, known_dataset, resolve_device
+    from pipeline.command import build_config, drawn, resolve_device
+    from pipeline.datasets import find_dataset
 
     # Everything that can be refused is, before the benchmark is drawn.
     where = resolve_device(device)
-    known_dataset(dataset)
-    config = build_config(preset or dataset, set_ or [], teacher=teacher, weights=weights)
-    found = dataset_at(dataset, data_root)
-    store = out or Path("cache") / dataset
+    named = find_dataset(dataset, data_root)
+    start = preset or named.preset
+    config = build_config(
+        start, set_ or [], teacher=teacher, weights=weights, activation=activation, prompts=named.prompts
+    )
+    found = drawn(named, data_root)
+    store = out or Path("cache") / found.name
     request = BuildRequest(
         dataset=found,
         config=config,
         out=store,
-        preset=preset or dataset,
+        preset=start,
         limit=limit,
         device=where,
         workers=workers,

@@ -12,24 +12,35 @@ import logging
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ezsd.vocabulary import prompts
+from ezsd.checkpoints import (
+    TeacherError,
+    activation_mismatch,
+    load_checkpoint,
+    require_activation,
+    require_hub_file,
+)
+from ezsd.vocabulary import clean_names, prompts, suggest
+
+__all__ = ["Teacher", "TeacherError", "load_teacher"]
+
+Names = Literal["raw", "clean"]
+"""How prompts say a class name: as it is, or see `clean_names`."""
+Activation = Literal["gelu", "quickgelu"]
+"""What CLIP's two towers were trained with."""
+Precision = Literal["auto", "fp32", "bf16"]
+"""Of convolutions and linear layers; LayerNorms are float32 always."""
 
 log = logging.getLogger(__name__)
 
 TINY_SHAPES = "tiny-shapes"
 """Name of the shipped teacher of the `shapes` benchmark: a real open_clip model of 0.9 M parameters in use."""
-
-
-class TeacherError(ValueError):
-    """A teacher cannot be had as asked for; the message says what to bring."""
 
 
 @runtime_checkable
@@ -62,33 +73,57 @@ class Teacher(Protocol):
 
 
 class OpenClipTeacher:
-    """An open_clip model in evaluation mode with every weight frozen."""
+    """An open_clip model in evaluation mode with every weight frozen.
 
-    def __init__(self, model: open_clip.CLIP, name: str, *, template: str, known_tokens: Tensor | None = None) -> None:
+    Args:
+        model: float32.
+        name: what open_clip calls it.
+        template: see `prompts`.
+        names: see `Names`.
+        precision: "bf16" rounds the weights of convolutions and linear layers, and computes with them.
+        known_tokens: ids that the text tower has rows for, if not all.
+    """
+
+    def __init__(
+        self,
+        model: open_clip.CLIP,
+        name: str,
+        *,
+        template: str,
+        names: Names = "raw",
+        precision: Literal["fp32", "bf16"] = "fp32",
+        known_tokens: Tensor | None = None,
+    ) -> None:
         preprocess = open_clip.get_model_preprocess_cfg(model)
         size = preprocess["size"]
+        self._weights_sha256 = state_digest(model.state_dict())
+        if precision == "bf16":
+            model = _in_bf16(model, name)
         self.name = name
         self.model = model.eval().requires_grad_(False)
         self.template = template
+        self.names = names
+        self.precision = precision
         self.input_size = int(size if isinstance(size, int) else size[0])
         self.mean, self.std = tuple(preprocess["mean"]), tuple(preprocess["std"])
         self.logit_scale = float(model.logit_scale.exp())
         self.device = model.logit_scale.device
-        self._tokenizer = open_clip.get_tokenizer(name)
+        self._tokenizer = _tokenizer(name)
         self._known_tokens = known_tokens
-        self._weights_sha256 = state_digest(model.state_dict())
         self.embed_dim = int(self.encode_text_tokens(self._tokenizer(["a"])).shape[1])
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """See `Teacher`. Keeps the graph where gradients are enabled."""
         mean = torch.tensor(self.mean, device=self.device)[:, None, None]
         std = torch.tensor(self.std, device=self.device)[:, None, None]
-        embedding = self.model.encode_image((pixels.to(self.device) - mean) / std)
+        normalised = (pixels.to(self.device) - mean) / std
+        embedding = self.model.encode_image(normalised.bfloat16() if self.precision == "bf16" else normalised)
         return F.normalize(embedding.float(), dim=1)
 
     def encode_text(self, names: Sequence[str]) -> Tensor:
         """See `Teacher`. TeacherError for a word the model has no weights for."""
-        tokens = self._tokenizer(list(prompts(names, self.template)))
+        words = clean_names(names) if self.names == "clean" else names
+        tokens = self._tokenizer(list(prompts(words, self.template)))
         if self._known_tokens is not None:
             for name, row in zip(names, tokens, strict=True):
                 if not torch.isin(row, self._known_tokens).all():
@@ -103,58 +138,142 @@ class OpenClipTeacher:
         return F.normalize(self.model.encode_text(tokens.to(self.device)).float(), dim=1)
 
     def layer_norms(self, *, vision_only: bool = False) -> dict[str, nn.Parameter]:
-        """Weights and biases of the LayerNorms of both towers or of one, chosen by module type and not by name."""
+        """Weights and biases of the LayerNorms of both towers or of one, chosen by module type and not by name.
+
+        A vision tower without LayerNorms (a ResNet) offers the scale and shift of its batch norms instead; their
+        statistics stay as published.
+        """
+        norms = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.LayerNorm)}
+        if not any(name.startswith("visual.") for name in norms):
+            norms |= {
+                n: m for n, m in self.model.visual.named_modules(prefix="visual") if isinstance(m, nn.BatchNorm2d)
+            }
         return {
             f"{module_name}.{name}": parameter
-            for module_name, module in self.model.named_modules()
-            if isinstance(module, nn.LayerNorm) and (not vision_only or module_name.startswith("visual."))
+            for module_name, module in norms.items()
+            if not vision_only or module_name.startswith("visual.")
             for name, parameter in module.named_parameters(recurse=False)
         }
 
     def fingerprint(self) -> dict[str, object]:
         """See `Teacher`. The weights' digest is of tensors, so a copy or another file format is the same teacher."""
-        quick = any(isinstance(m, open_clip.transformer.QuickGELU) for m in self.model.modules())
         return {
             "name": self.name,
             "weights_sha256": self._weights_sha256,
-            "activation": "quick_gelu" if quick else "gelu",
+            "activation": "quick_gelu" if has_quick_gelu(self.model) else "gelu",
             "input_size": self.input_size,
             "mean": list(self.mean),
             "std": list(self.std),
             "template": self.template,
-            "precision": "fp32",
+            "names": self.names,
+            "precision": self.precision,
         }
 
 
-def load_teacher(name: str, weights: str | None, *, template: str, device: str | torch.device = "cpu") -> Teacher:
+def load_teacher(
+    name: str,
+    weights: str | None,
+    *,
+    template: str,
+    names: Names = "raw",
+    activation: Activation | None = None,
+    precision: Precision = "fp32",
+    device: str | torch.device = "cpu",
+) -> Teacher:
     """Build the teacher that a command line names.
 
     Args:
-        name: an open_clip model ("ViT-B-32-quickgelu"), "tiny-shapes", or "plugin:package.module:factory".
+        name: an open_clip model ("ViT-B-32-quickgelu"), one of its hub ("hf-hub:OWNER/NAME"), "tiny-shapes", or
+            "plugin:package.module:factory".
         weights: an open_clip tag ("openai") or a local file (.safetensors, or .pt without pickled code); None is
-            allowed for "tiny-shapes" and plug-ins.
+            allowed for "tiny-shapes", hub models and plug-ins.
         template: prompt with one "{}" for the class name; a plug-in makes its own prompts.
+        names: how the prompt says a class name.
+        activation: what a local file was trained with; needed unless the file is a known one.
+        precision: "auto" is "bf16" where the device computes in it; a plug-in chooses its own.
         device: where it runs.
 
     Raises:
-        TeacherError: unknown model, missing or unfit weights, no network for a tag.
+        TeacherError: unknown model, missing or unfit weights, an activation that is not the model's, no network for
+            a tag or a hub model.
     """
     if name.startswith("plugin:"):
+        if precision == "bf16":
+            raise TeacherError(f"--teacher {name}: a plug-in chooses its own precision; leave teacher.precision out")
         return _load_plugin(name, device)
+    model, known_tokens = _load_model(name, weights, activation, device)
+    wanted: Literal["fp32", "bf16"] = "bf16" if precision == "bf16" or _prefers_bf16(precision, device) else "fp32"
+    return OpenClipTeacher(model, name, template=template, names=names, precision=wanted, known_tokens=known_tokens)
+
+
+def _load_model(
+    name: str, weights: str | None, activation: Activation | None, device: str | torch.device
+) -> tuple[open_clip.CLIP, Tensor | None]:
+    """A float32 model, and the token ids it has rows for if it ships with some only."""
     if name == TINY_SHAPES:
-        return _load_tiny(weights, template=template, device=device)
-    if name not in open_clip.list_models() and ":" not in name:
-        raise TeacherError(f"--teacher {name}: no such open_clip model; `open_clip.list_models()` names them all")
-    if weights is None and ":" not in name:
+        return _load_tiny(weights, device)
+    on_hub = ":" in name
+    if not on_hub and name not in open_clip.list_models():
+        near = suggest(name, open_clip.list_models())
+        raise TeacherError(
+            f"--teacher {name}: no such open_clip model; {near} `open_clip.list_models()` names them all"
+        )
+    if weights is None and not on_hub:
         raise TeacherError(f"--teacher {name} needs --weights: a tag such as openai, or a local .safetensors file")
-    if weights is not None and Path(weights).exists():
-        model = _create(name, None, device)
-        load_weights(model, Path(weights))
-        return OpenClipTeacher(model, name, template=template)
-    if weights is not None and Path(weights).suffix in {".safetensors", ".pt", ".pth", ".bin"}:
+    if weights is None:
+        if name.startswith("hf-hub:"):
+            require_hub_file(f"--teacher {name}", name.removeprefix("hf-hub:"), ["open_clip_config.json"])
+        return _create(name, None, device, require_pretrained=True), None
+    if Path(weights).exists():
+        model = _create(name, None, device, load_weights=False, force_preprocess_cfg=_preprocessing(name))
+        require_activation(name, Path(weights), activation, model_has_quick_gelu=has_quick_gelu(model))
+        load_checkpoint(model, name, Path(weights))
+        return model, None
+    if Path(weights).suffix in {".safetensors", ".pt", ".pth", ".bin"}:
         raise TeacherError(f"--weights {weights}: no such file")
-    _require_same_activation(name, weights)
-    return OpenClipTeacher(_create(name, weights, device), name, template=template)
+    _require_tag(name, weights)
+    return _create(name, weights, device, require_pretrained=True), None
+
+
+def has_quick_gelu(model: nn.Module) -> bool:
+    """Whether a model computes OpenAI's approximation of GELU."""
+    return any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.modules())
+
+
+def _prefers_bf16(precision: Precision, device: str | torch.device) -> bool:
+    if precision != "auto":
+        return False
+    if torch.device(device).type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _in_bf16(model: open_clip.CLIP, name: str) -> open_clip.CLIP:
+    """A twin with rounded weights, made by open_clip so that its LayerNorms compute in float32."""
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    device = model.logit_scale.device
+    twin = _create(name, None, device, load_weights=False, precision="bf16", force_preprocess_cfg=preprocess)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def _tokenizer(name: str) -> Any:  # noqa: ANN401 - open_clip has several classes without a common one
+    try:
+        return open_clip.get_tokenizer(name)
+    except (OSError, ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TeacherError(f"--teacher {name}: its tokenizer cannot be had: {reason}") from error
+
+
+def _preprocessing(name: str) -> dict[str, Any]:
+    """Mean and deviation of pixels for a local file: what all published weights of the model share, if they do."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    of_tags = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
+    shared = {(cfg.get("mean"), cfg.get("std")) for cfg in of_tags}
+    if len(shared) != 1:
+        return {}
+    mean, std = shared.pop()
+    return {"mean": mean, "std": std} if mean and std else {}
 
 
 def _load_plugin(name: str, device: str | torch.device) -> Teacher:
@@ -176,84 +295,50 @@ def _load_plugin(name: str, device: str | torch.device) -> Teacher:
     return teacher
 
 
-def _load_tiny(weights: str | None, *, template: str, device: str | torch.device) -> Teacher:
+def _load_tiny(weights: str | None, device: str | torch.device) -> tuple[open_clip.CLIP, Tensor | None]:
     folder = files("ezsd.weights")
     with as_file(folder / f"{TINY_SHAPES}.json") as config:
         open_clip.add_model_config(config)
     model = _create(TINY_SHAPES, None, device)
     with as_file(folder / f"{TINY_SHAPES}.safetensors") as shipped:
-        known = load_weights(model, Path(weights) if weights else shipped)
-    return OpenClipTeacher(model, TINY_SHAPES, template=template, known_tokens=known)
+        return model, load_checkpoint(model, TINY_SHAPES, Path(weights) if weights else shipped)
 
 
-def _create(name: str, tag: str | None, device: str | torch.device) -> open_clip.CLIP:
+def _create(name: str, tag: str | None, device: str | torch.device, **options: object) -> open_clip.CLIP:
     logging.getLogger("open_clip").setLevel(logging.ERROR)
     root_level = logging.root.level
     # open_clip logs through the root logger, and warns of "random initialisation" before we load the file ourselves.
     logging.root.setLevel(logging.CRITICAL)
     try:
-        model = open_clip.create_model(name, pretrained=tag, device=device, require_pretrained=bool(tag))
-    except (OSError, RuntimeError, ValueError) as error:
+        return open_clip.create_model(name, pretrained=tag, device=device, **options)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TeacherError(
-            f"--teacher {name} --weights {tag}: {reason}. Without a network, download the model's .safetensors file "
-            f"elsewhere and give its path as --weights FILE"
-        ) from error
+        weights = f" --weights {tag}" if tag else ""
+        raise TeacherError(f"--teacher {name}{weights}: {reason}") from error
     finally:
         logging.root.setLevel(root_level)
-    return model
 
 
-def load_weights(model: open_clip.CLIP, path: Path) -> Tensor | None:
-    """Load a local file into an open_clip model; returns the token ids it has rows for when it ships only some.
-
-    Raises:
-        TeacherError: not readable, another model's, or with code in it.
-    """
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else None
-        if state is not None and "token_embedding.ids" in state:
-            return _load_compact(model, state)
-        open_clip.load_checkpoint(model, str(path), weights_only=True)
-    except Exception as error:
-        # A file that is no state at all fails in open_clip's loader in a dozen ways; all mean the same to its owner.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
+def _require_tag(name: str, tag: str) -> None:
+    """Refuse a tag that is none, whose weights have another activation than the model, or that cannot be had now."""
+    if ":" in name:
         raise TeacherError(
-            f"--weights {path}: not loadable into this model: {reason}. Expected an open_clip state as .safetensors, "
-            f"or as .pt without pickled code"
-        ) from error
-    return None
-
-
-def _load_compact(model: open_clip.CLIP, state: dict[str, Tensor]) -> Tensor:
-    ids = state.pop("token_embedding.ids")
-    rows = state.pop("token_embedding.rows").float()
-    table = torch.zeros(model.token_embedding.num_embeddings, rows.shape[1])
-    table[ids] = rows
-    state["token_embedding.weight"] = table
-    model.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
-    missing = {n for n, _ in model.named_parameters()} - set(state)
-    if missing:
-        raise ValueError(f"weights lack {sorted(missing)[0]} and {len(missing) - 1} more")
-    return ids
-
-
-def _require_same_activation(name: str, tag: str | None) -> None:
-    """Refuse a tag whose weights were trained with QuickGELU in a model that has GELU, and the reverse."""
-    if tag is None:
-        return
+            f"--teacher {name} --weights {tag}: a hub model brings its weights; give a local file or none"
+        )
     pretrained = open_clip.get_pretrained_cfg(name, tag)
     if not pretrained:
         raise TeacherError(f"--teacher {name} has no weights tagged {tag!r}; give a known tag or a local file")
     wants = bool(pretrained.get("quick_gelu", False))
     has = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
     if wants != has:
-        cure = f"--teacher {name}-quickgelu" if wants else f"--teacher {name.removesuffix('-quickgelu')}"
-        raise TeacherError(
-            f"--teacher {name} --weights {tag}: the weights expect {'QuickGELU' if wants else 'GELU'}, the model has "
-            f"{'QuickGELU' if has else 'GELU'}, and embeddings would be silently wrong; use {cure}"
-        )
+        raise activation_mismatch(f"--teacher {name} --weights {tag}", name, wants=wants)
+    if pretrained.get("hf_hub"):
+        repository, file_name = pretrained["hf_hub"].rstrip("/"), None
+        if repository.count("/") > 1:
+            repository, file_name = repository.rsplit("/", 1)
+        names = [file_name] if file_name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+        kind = "quickgelu" if wants else "gelu"
+        require_hub_file(f"--teacher {name} --weights {tag}", repository, names, activation=kind)
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

@@ -5,6 +5,7 @@ holds the index (a store, a checkpoint, `Split.names`); dataset ids and file ord
 Names are compared exactly, and a name that is not known is an error which offers the nearest one.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -68,6 +69,38 @@ def prompts(names: Sequence[str], template: str = "a photo of a {}") -> tuple[st
         raise VocabularyError(f"a prompt template needs '{{}}' once, where the name goes; got {template!r}")
     # Not str.format: braces elsewhere in a template or a name are ordinary characters.
     return tuple(template.replace("{}", name) for name in names)
+
+
+def clean_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names as one would say them: underscores are blanks, and a remark in parentheses is left out.
+
+    A remark that tells two names of LVIS apart stays, for example "bow (weapon)", and the misspelt remark of its
+    speaker is mended by being left out as any other. A name is cleaned by itself: its neighbours change nothing.
+
+    Args:
+        names: class names, (C,).
+
+    Returns:
+        The words, (C,), all different.
+
+    Raises:
+        VocabularyError: two of the names would become the same words.
+    """
+    words = tuple(_clean(name) for name in names)
+    first: dict[str, str] = {}
+    for name, spoken in zip(names, words, strict=True):
+        if first.setdefault(spoken, name) != name:
+            raise VocabularyError(
+                f"classes {first[spoken]!r} and {name!r} are both said {spoken!r}; rename one, or use the names as "
+                f'they are (names = "raw")'
+            )
+    return words
+
+
+def _clean(name: str) -> str:
+    kept = name if name in _REMARK_DECIDES else re.sub(r"\([^)]*\)", " ", name)
+    # A name that is nothing but a remark stays as it is.
+    return " ".join(kept.replace("_", " ").split()) or name
 
 
 def resolve(names: Iterable[str], known: Sequence[str]) -> tuple[int, ...]:
@@ -161,4 +194,19 @@ COCO_SPLIT = Split(
         "airplane, bus, cat, dog, cow, elephant, umbrella, tie, snowboard, skateboard, cup, knife, cake, couch, "
         "keyboard, sink, scissors"
     ),
+)
+
+# The names of LVIS v1 that differ from another in nothing but the remark.
+_REMARK_DECIDES = frozenset(
+    {
+        "bow_(weapon)",
+        "bow_(decorative_ribbons)",
+        "fish_(food)",
+        "octopus_(food)",
+        "octopus_(animal)",
+        "pan_(for_cooking)",
+        "pan_(metal_container)",
+        "salmon_(fish)",
+        "salmon_(food)",
+    }
 )

@@ -20,13 +20,15 @@ import torch
 
 from cache import JSON, Manifest, StoreWriter, commit_shard
 from ezsd.adapt import restore
-from ezsd.data.annotations import Annotations, load_training
+from ezsd.data.annotations import Annotations
 from ezsd.teacher import Teacher
 from pipeline.adapt import adapt_teacher
 from pipeline.config import Config, ConfigError, to_tables
 from pipeline.datasets import Dataset
 from pipeline.extract import ExtractJob, extract_block, load_config_teacher, run_tasks
+from pipeline.parsed import training_annotations
 from pipeline.progress import Progress
+from pipeline.teachers import check_precision
 
 log = logging.getLogger("ezsd")
 
@@ -68,7 +70,9 @@ def build_cache(request: BuildRequest) -> BuildReport:
         ValueError: (of many kinds) something about the input is wrong; the message is one line.
     """
     dataset, config = request.dataset.require(), request.config
-    annotations = take_first(load_training(dataset.root / dataset.train_annotations, dataset.split), request.limit)
+    annotations = take_first(
+        training_annotations(dataset.root / dataset.train_annotations, dataset.split), request.limit
+    )
     if not annotations.images:
         raise ConfigError(f"{dataset.root / dataset.train_annotations}: no images; there is nothing to build")
     teacher = load_config_teacher(config, request.device)
@@ -158,7 +162,9 @@ def _prepare(writer: StoreWriter, request: BuildRequest, teacher: Teacher, annot
         )
         writer.write_whole("teacher", {"values": values}, _json(tuned))
     arrays, attributes = writer.read_whole("teacher")
-    restore(teacher.layer_norms(), arrays["values"], attributes["parameters"])
+    restored = (arrays["values"], attributes["parameters"])
+    restore(teacher.layer_norms(), *restored)
+    check_precision(teacher, config, dataset, annotations, restored, request.device)
     if not writer.has_whole("text"):
         with torch.no_grad():
             text = teacher.encode_text(dataset.split.names).float().cpu().numpy()
@@ -167,7 +173,7 @@ def _prepare(writer: StoreWriter, request: BuildRequest, teacher: Teacher, annot
     text_rows, _ = writer.read_whole("text")
     return ExtractJob(
         store=str(request.out.absolute()),
-        dataset=dataset.name,
+        dataset=json.dumps(dataset.definition()),
         root=str(dataset.root.absolute()),
         config=json.dumps(to_tables(config)),
         device=request.device,
@@ -199,7 +205,7 @@ def _record_environment(writer: StoreWriter, request: BuildRequest, seconds: dic
     }
     writer.write_environment(
         {
-            "dataset": request.dataset.name,
+            "dataset": _json(request.dataset.definition()),
             "data_root": str(request.dataset.root.absolute()),
             "preset": request.preset,
             "limit": request.limit,

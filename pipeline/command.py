@@ -16,7 +16,7 @@ from ezsd.kernels import BackendError
 from ezsd.teacher import TeacherError
 from ezsd.vocabulary import VocabularyError, parse_classes
 from pipeline.config import Config, ConfigError, load_preset
-from pipeline.datasets import Dataset, DatasetError, find_dataset
+from pipeline.datasets import Dataset, DatasetError
 from pipeline.runs import RunError
 from pipeline.shapes import write_shapes
 
@@ -51,15 +51,28 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def build_config(preset: str, overrides: Sequence[str], *, teacher: str | None, weights: str | None) -> Config:
-    """The configuration of a cache build; `--teacher` and `--weights` go over the preset's own."""
-    config = load_preset(preset, overrides)
+def build_config(
+    preset: str,
+    overrides: Sequence[str],
+    *,
+    teacher: str | None,
+    weights: str | None,
+    activation: str | None = None,
+    prompts: Mapping[str, str] | None = None,
+) -> Config:
+    """The configuration of a cache build: preset, then the dataset's prompts, `--set`, and the teacher's options."""
+    of_dataset = [f"teacher.{key}={json.dumps(value)}" for key, value in (prompts or {}).items()]
+    of_teacher = []
     if teacher is not None:
+        of_teacher.append(f"teacher.name={json.dumps(teacher)}")
+    if weights is not None:
+        of_teacher.append(f"teacher.weights={json.dumps(weights)}")
+    if activation is not None:
+        of_teacher.append(f"teacher.activation={json.dumps(activation)}")
+    config = load_preset(preset, [*of_dataset, *overrides, *of_teacher])
+    if teacher is not None and weights is None:
         # Another teacher's weights would never fit.
-        chosen = dataclasses.replace(config.teacher, name=teacher, weights=weights)
-        config = dataclasses.replace(config, teacher=chosen)
-    elif weights is not None:
-        config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=weights))
+        config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=None))
     return config
 
 
@@ -76,15 +89,9 @@ def train_config(cache: Path, preset: str | None, overrides: Sequence[str]) -> C
     return load_preset(preset, overrides)
 
 
-def known_dataset(name: str) -> None:
-    """DatasetError for a name that is no dataset."""
-    find_dataset(name, Path())
-
-
-def dataset_at(name: str, root: Path | None) -> Dataset:
-    """A dataset by name; `shapes` is drawn into data/shapes when no folder is given and none is there."""
-    dataset = find_dataset(name, root or Path("data") / name)
-    if name == "shapes" and root is None and not dataset.root.exists():
+def drawn(dataset: Dataset, root: Path | None) -> Dataset:
+    """The dataset once its files are there; `shapes` is drawn when no folder is given and none is there."""
+    if dataset.name == "shapes" and root is None and not dataset.root.exists():
         write_shapes(dataset.root)
     return dataset.require()
 

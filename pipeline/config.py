@@ -17,6 +17,7 @@ from ezsd.crops import Surround
 from ezsd.detector.backbone import BACKBONES
 from ezsd.kernels import Backend, Metric
 from ezsd.proposals import Score
+from ezsd.teacher import Activation, Names, Precision
 
 
 class ConfigError(ValueError):
@@ -35,6 +36,12 @@ class TeacherConfig:
     """Prompt; "{}" is the class name."""
     background: str | None = None
     """A name for a crop of nothing, put into the template; none leaves background to the entropy alone."""
+    names: Names = "raw"
+    """"raw" puts names into the template as they are; "clean" as one says them, see `clean_names`."""
+    activation: Activation | None = None
+    """Of a local file that nobody knows: "gelu" or "quickgelu", as its authors say. Checked, changes nothing."""
+    precision: Precision = "auto"
+    """Of the weights: "auto" is "bf16" where the hardware has it, after a comparison with "fp32"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

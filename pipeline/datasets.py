@@ -1,9 +1,15 @@
-"""Datasets by name: which files, which names are base and which novel."""
+"""Datasets by name or by a TOML file: which files, which names are base and which novel."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,7 +18,8 @@ from torch import Tensor
 
 from ezsd.data.annotations import AnnotationError, resolve_image_path
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.vocabulary import COCO_SPLIT, Split
+from ezsd.vocabulary import COCO_SPLIT, Split, clean_names, suggest
+from pipeline.parsed import Category, read_categories
 
 
 class DatasetError(ValueError):
@@ -21,10 +28,10 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """Where a dataset lies and how its classes are split."""
+    """Where a dataset lies, how its classes are split, and how its names are asked for."""
 
     name: str
-    """"shapes" or "coco"."""
+    """"shapes", "coco", "lvis", "lvis-frequent" or what a TOML file says."""
     root: Path
     """Folder that holds images and annotations."""
     split: Split
@@ -37,6 +44,10 @@ class Dataset:
     """Folder below root."""
     val_annotations: str
     """COCO-format JSON below root."""
+    preset: str = "coco"
+    """Settings to start from, unless others are asked for."""
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Settings of the teacher that belong to the data: template, background, names (see `TeacherConfig`)."""
 
     def require(self) -> Dataset:
         """Self, once all four places exist; DatasetError names the first that does not."""
@@ -48,19 +59,73 @@ class Dataset:
                 )
         return self
 
+    def definition(self) -> dict[str, object]:
+        """Everything but the root, as JSON has it: what a store, a run or a worker needs to find the data again."""
+        table = dataclasses.asdict(self)
+        del table["root"]
+        definition: dict[str, object] = json.loads(json.dumps(table))
+        return definition
 
-DATASETS = ("shapes", "coco")
-"""Names that `find_dataset` knows."""
+
+def from_definition(definition: Mapping[str, object], root: Path) -> Dataset:
+    """The inverse of `Dataset.definition`."""
+    split = cast("Mapping[str, Sequence[str]]", definition["split"])
+    values = {**definition, "split": Split(base=tuple(split["base"]), novel=tuple(split["novel"]))}
+    return Dataset(root=root, **values)  # type: ignore[arg-type]
 
 
-def find_dataset(name: str, root: Path) -> Dataset:
-    """A dataset by name, without looking at the disk; see `Dataset.require`."""
+def recorded_dataset(definition: object, name: str, root: Path) -> Dataset:
+    """The dataset that a store or a run recorded; without a record, a built-in one by its name.
+
+    Raises:
+        DatasetError: there is no record, and the name is none of `DATASETS`.
+    """
+    if isinstance(definition, dict):
+        return from_definition(definition, root)
+    return find_dataset(name, root)
+
+
+DATASETS = ("shapes", "coco", "lvis", "lvis-frequent")
+"""Names that `find_dataset` knows; anything that ends in .toml is a file."""
+
+
+def find_dataset(name: str, root: Path | None = None) -> Dataset:
+    """A dataset by name or by a TOML file.
+
+    Only what decides the split is read: of "lvis" and of a file whose novel names are "others" the categories of the
+    training annotations.
+
+    Args:
+        name: one of `DATASETS`, or the path of a TOML file.
+        root: folder with images and annotations; data/NAME or the TOML file's own by default.
+
+    Raises:
+        DatasetError: an unknown name, or a TOML file that is not as it must be.
+        AnnotationError: the categories cannot be read.
+    """
+    require_known(name)
+    if name.endswith(".toml"):
+        return _from_toml(Path(name), root)
+    folder = root or Path("data") / name
+    if name == "shapes":
+        return _standard(name, folder, SHAPES_SPLIT, "train", "val", preset="shapes")
     if name == "coco":
-        train, val, split = "train2017", "val2017", COCO_SPLIT
-    elif name == "shapes":
-        train, val, split = "train", "val", SHAPES_SPLIT
-    else:
-        raise DatasetError(f"--dataset {name}: unknown; choose one of {', '.join(DATASETS)}")
+        return _standard(name, folder, COCO_SPLIT, "train2017", "val2017")
+    return _lvis(name, folder)
+
+
+def require_known(name: str) -> None:
+    """DatasetError for a name that is no dataset, or a TOML file that is not there."""
+    if name.endswith(".toml"):
+        if not Path(name).is_file():
+            raise DatasetError(f"--dataset {name}: no such file")
+    elif name not in DATASETS:
+        choice = ", ".join(DATASETS)
+        raise DatasetError(f"--dataset {name}: unknown; choose one of {choice}, or a file that ends in .toml")
+
+
+def _standard(name: str, root: Path, split: Split, train: str, val: str, *, preset: str = "coco") -> Dataset:
+    """Folders and files named as COCO's are."""
     return Dataset(
         name=name,
         root=root,
@@ -69,7 +134,121 @@ def find_dataset(name: str, root: Path) -> Dataset:
         train_annotations=f"annotations/instances_{train}.json",
         val_images=val,
         val_annotations=f"annotations/instances_{val}.json",
+        preset=preset,
     )
+
+
+def _lvis(name: str, root: Path) -> Dataset:
+    """LVIS v1 over COCO's image folders; the JSON's own `frequency` decides, by name.
+
+    "lvis": 866 frequent and common names are base, 337 rare ones novel. "lvis-frequent": 405 frequent names are base,
+    461 common and 337 rare ones novel.
+    """
+    train = "annotations/lvis_v1_train.json"
+    base = {"lvis": "fc", "lvis-frequent": "f"}[name]
+    categories = _categories(root, train, name)
+    for category in categories:
+        if category.frequency not in ("f", "c", "r"):
+            raise DatasetError(
+                f"{root / train}: category {category.name!r}: expected a frequency of f, c or r, found "
+                f"{category.frequency!r}. --dataset {name} needs the files of LVIS v1"
+            )
+    split = Split(
+        base=tuple(sorted(c.name for c in categories if c.frequency in base)),
+        novel=tuple(sorted(c.name for c in categories if c.frequency not in base)),
+    )
+    val = "annotations/lvis_v1_val.json"
+    return Dataset(
+        name=name,
+        root=root,
+        split=split,
+        # Both parts take images from both of COCO's folders, which their file names begin with.
+        train_images=".",
+        train_annotations=train,
+        val_images=".",
+        val_annotations=val,
+        prompts={"names": "clean"},
+    )
+
+
+def _categories(root: Path, annotations: str, name: str) -> list[Category]:
+    if not (root / annotations).is_file():
+        raise DatasetError(f"--data-root {root}: no {annotations} in it, which decides the split of {name}")
+    return read_categories(root / annotations)
+
+
+_TOML_KEYS = {
+    "": ("name", "train", "val", "classes", "prompts"),
+    "train": ("images", "annotations"),
+    "val": ("images", "annotations"),
+    "classes": ("base", "novel"),
+    "prompts": ("template", "background", "names"),
+}
+
+
+def _from_toml(path: Path, root: Path | None) -> Dataset:
+    """A dataset of one's own; see docs/datasets.md."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: is no TOML: {error}") from error
+    _check_toml(tables, path)
+    folder = root or path.parent
+    prompts = tables.get("prompts", {})
+    dataset = Dataset(
+        name=tables["name"],
+        root=folder,
+        split=_toml_split(tables, folder, path),
+        train_images=tables["train"]["images"],
+        train_annotations=tables["train"]["annotations"],
+        val_images=tables["val"]["images"],
+        val_annotations=tables["val"]["annotations"],
+        prompts=prompts,
+    )
+    if prompts.get("names") == "clean":
+        # Two classes with one prompt could never be told apart: better now than after the adaptation.
+        clean_names(dataset.split.names)
+    return dataset
+
+
+def _check_toml(tables: dict[str, object], path: Path) -> None:
+    """Known keys alone, none missing, texts where texts belong."""
+    for section, keys in _TOML_KEYS.items():
+        table = tables.get(section, {}) if section else tables
+        where = f"{path}: [{section}]" if section else f"{path}:"
+        if not isinstance(table, dict):
+            raise DatasetError(f"{where} expected a table, found {table!r}")
+        for key in table.keys() - set(keys):
+            raise DatasetError(f"{where} unknown key {key!r}; {suggest(key, keys)}")
+        optional = ("prompts",) if not section else keys if section == "prompts" else ()
+        for key in keys:
+            if key not in table and key not in optional:
+                raise DatasetError(f"{where} {key} is missing; docs/datasets.md shows a whole file")
+        if section not in ("", "classes") and not all(isinstance(value, str) for value in table.values()):
+            raise DatasetError(f"{where} expected texts, found {table!r}")
+    if not isinstance(tables["name"], str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", tables["name"]):
+        raise DatasetError(f"{path}: name: expected letters, digits, '-', '_' and '.', found {tables['name']!r}")
+    if tables["name"] in DATASETS:
+        raise DatasetError(f"{path}: name: {tables['name']!r} is a built-in dataset; choose another")
+
+
+def _toml_split(tables: dict[str, Mapping[str, object]], root: Path, path: Path) -> Split:
+    """Base and novel names; "others" are all other names of the training annotations, in alphabetical order."""
+    base, novel = tables["classes"]["base"], tables["classes"]["novel"]
+    if not _is_names(base):
+        raise DatasetError(f"{path}: [classes] base: expected a list of names, found {base!r}")
+    if _is_names(novel):
+        return Split(base=tuple(cast("list[str]", base)), novel=tuple(cast("list[str]", novel)))
+    if novel != "others":
+        raise DatasetError(f'{path}: [classes] novel: expected a list of names or "others", found {novel!r}')
+    known = set(cast("list[str]", base))
+    offered = _categories(root, str(tables["train"]["annotations"]), path.name)
+    others = sorted(category.name for category in offered if category.name not in known)
+    return Split(base=tuple(cast("list[str]", base)), novel=tuple(others))
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def read_image(path: Path) -> Tensor:

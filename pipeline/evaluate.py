@@ -16,16 +16,18 @@ from torch import Tensor
 
 from cache import JSON, Manifest
 from ezsd.adapt import crop_accuracy, restore
-from ezsd.data.annotations import Annotations, load_evaluation
+from ezsd.data.annotations import Annotations
 from ezsd.data.dataset import pad_images, resize
 from ezsd.detector.model import Detector
 from ezsd.metrics import Detections, evaluate
-from ezsd.teacher import Teacher, TeacherError, load_teacher
+from ezsd.teacher import Teacher, TeacherError
 from pipeline.adapt import CropSource
-from pipeline.config import Config, from_tables, to_tables
-from pipeline.datasets import Dataset, DatasetError, find_dataset, read_dataset_image
+from pipeline.config import Config, TeacherConfig, from_tables, to_tables
+from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
+from pipeline.parsed import evaluation_annotations
 from pipeline.progress import Progress
 from pipeline.runs import Run, RunError, write_json
+from pipeline.teachers import configured_teacher
 from pipeline.train import build_detector
 
 BATCH_IMAGES = 16
@@ -108,7 +110,7 @@ def run_dataset(run: Run, data_root: Path | None) -> Dataset:
     root = Path(str(run.environment["data_root"])) if data_root is None else data_root
     if not root.is_dir():
         raise DatasetError(f"--run {run.folder}: its images lay in {root}, which is gone; give --data-root DIR")
-    return find_dataset(str(run.card["dataset"]), root).require()
+    return recorded_dataset(run.environment.get("dataset"), str(run.card["dataset"]), root).require()
 
 
 def detect_split(
@@ -139,7 +141,7 @@ def evaluate_run(run: Run, *, data_root: Path | None, device: str) -> dict[str, 
     """
     trained, dataset = load_trained(run, device), run_dataset(run, data_root)
     path, root = dataset.root / dataset.val_annotations, dataset.root / dataset.val_images
-    annotations = load_evaluation(path, dataset.split)
+    annotations = evaluation_annotations(path, dataset.split)
     if trained.names != dataset.split.names:
         raise RunError(f"--run {run.folder}: trained for other names than dataset {dataset.name} has now")
     began = time.perf_counter()
@@ -173,7 +175,7 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str) -> dict[str
     Each crop is compared with all names; base and novel crops are counted apart.
     """
     dataset = run_dataset(run, data_root)
-    annotations = load_evaluation(dataset.root / dataset.val_annotations, dataset.split)
+    annotations = evaluation_annotations(dataset.root / dataset.val_annotations, dataset.split)
     config = from_tables(_table(run.card, "config"), where=str(run.folder / "run.json"))
     teacher = run_teacher(run, device, adapted=False)
     made_with = _manifest(run).fields["proposals"]
@@ -210,7 +212,7 @@ def run_teacher(run: Run, device: str, *, adapted: bool) -> Teacher:
     recorded = run.environment["teacher"]
     if not isinstance(recorded, dict):
         raise TeacherError(f"--run {run.folder}: its store did not say which teacher made it")
-    teacher = load_teacher(recorded["name"], recorded["weights"], template=recorded["template"], device=device)
+    teacher = configured_teacher(TeacherConfig(**recorded), device)
     differences = Manifest(_fields(_manifest(run).fields["teacher"])).differences(
         Manifest(json.loads(json.dumps(teacher.fingerprint())))
     )

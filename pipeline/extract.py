@@ -20,12 +20,14 @@ from cache import Block, RaggedRows, write_block
 from ezsd.adapt import restore
 from ezsd.boxes import clip
 from ezsd.crops import crop_boxes
-from ezsd.data.annotations import Annotations, load_training
+from ezsd.data.annotations import Annotations
 from ezsd.proposals import Selection, faithful_anchors, select_regions, sliding_anchors
-from ezsd.teacher import Teacher, load_teacher
+from ezsd.teacher import Teacher
 from pipeline.config import Config, ProposalConfig, from_tables
-from pipeline.datasets import Dataset, find_dataset, read_dataset_image
+from pipeline.datasets import Dataset, from_definition, read_dataset_image
+from pipeline.parsed import training_annotations
 from pipeline.progress import Progress
+from pipeline.teachers import configured_teacher
 
 T = TypeVar("T")
 
@@ -36,6 +38,7 @@ class ExtractJob:
 
     store: str
     dataset: str
+    """Its definition as JSON."""
     root: str
     config: str
     """The configuration as JSON."""
@@ -62,13 +65,13 @@ class _Worker:
 
 def load_config_teacher(config: Config, device: str) -> Teacher:
     """The teacher of a configuration, as published."""
-    return load_teacher(config.teacher.name, config.teacher.weights, template=config.teacher.template, device=device)
+    return configured_teacher(config.teacher, device)
 
 
 @lru_cache(maxsize=1)
 def _worker(job: ExtractJob) -> _Worker:
     config = from_tables(json.loads(job.config), where="job")
-    dataset = find_dataset(job.dataset, Path(job.root))
+    dataset = from_definition(json.loads(job.dataset), Path(job.root))
     teacher = load_config_teacher(config, job.device)
     restore(teacher.layer_norms(), np.frombuffer(job.values, np.float32), json.loads(job.parameters))
     rows = torch.from_numpy(np.frombuffer(job.text, np.float32).copy()).reshape(-1, teacher.embed_dim)
@@ -79,7 +82,7 @@ def _worker(job: ExtractJob) -> _Worker:
     return _Worker(
         config=config,
         dataset=dataset,
-        annotations=load_training(dataset.root / dataset.train_annotations, dataset.split),
+        annotations=training_annotations(dataset.root / dataset.train_annotations, dataset.split),
         teacher=teacher,
         text=rows,
         background=background,

@@ -27,12 +27,13 @@ from PIL import Image
 from torch import Tensor
 
 from cache import RegionRows, Store, StoreError, StoreMismatch
-from ezsd.data.annotations import AnnotationError, Annotations, load_evaluation, load_training
+from ezsd.data.annotations import AnnotationError, Annotations
 from pipeline.build import take_first
 from pipeline.config import load_preset, preset_names, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image
 from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
 from pipeline.evaluate import headline, run_dataset
+from pipeline.parsed import evaluation_annotations, training_annotations
 from pipeline.runs import Run, RunError, write_text
 
 log = logging.getLogger("ezsd")
@@ -489,7 +490,7 @@ def _pictures(title: str, lead: str, make: Callable[[], Html]) -> Html:
 
 def _detection_gallery(main: _Facts, dataset: Dataset, count: int) -> Html:
     found = _detections_by_image(main)
-    annotations = load_evaluation(dataset.root / dataset.val_annotations, dataset.split)
+    annotations = evaluation_annotations(dataset.root / dataset.val_annotations, dataset.split)
     figures = []
     for position in _choose(annotations, range(len(annotations.images)), main.novel, count):
         record = annotations.images[position]
@@ -519,7 +520,7 @@ def _detections_by_image(main: _Facts) -> dict[int, list[dict[str, Any]]]:
 def _region_gallery(main: _Facts, dataset: Dataset, count: int) -> Html:
     store = _store(main)
     _require_same_boxes(store, dataset)
-    annotations = load_evaluation(dataset.root / dataset.train_annotations, dataset.split)
+    annotations = evaluation_annotations(dataset.root / dataset.train_annotations, dataset.split)
     regions, (table, _) = store.regions, store.text
     positions = [position for position, record in enumerate(annotations.images) if record.id in regions]
     figures = []
@@ -553,7 +554,7 @@ def _store_environment(main: _Facts) -> dict[str, Any]:
 
 def _require_same_boxes(store: Store, dataset: Dataset) -> None:
     path = dataset.root / dataset.train_annotations
-    digest = take_first(load_training(path, dataset.split), len(store.image_ids)).digest()
+    digest = take_first(training_annotations(path, dataset.split), len(store.image_ids)).digest()
     fields = store.manifest.fields["dataset"]
     assert isinstance(fields, dict)
     if digest["boxes"] != fields["base_boxes_sha256"]:

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cache import Store, StoreMismatch
-from ezsd.data.annotations import load_training
 from ezsd.data.dataset import DetectionDataset, collate, epoch_order
 from ezsd.detector.backbone import build_backbone
 from ezsd.detector.model import Batch, Detector, DetectorSettings
 from ezsd.teacher import state_digest
 from pipeline.build import take_first
 from pipeline.config import Config, ConfigError, LossConfig, TrainConfig, to_tables
-from pipeline.datasets import Dataset, DatasetError, find_dataset, read_dataset_image
+from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
+from pipeline.parsed import training_annotations
 from pipeline.progress import Progress
 from pipeline.runs import Run, restore_optimiser
 
@@ -249,20 +249,21 @@ def store_dataset(store: Store, data_root: Path | None) -> Dataset:
     """The dataset a store was built from, where it lies now."""
     fields = store.manifest.fields["dataset"]
     assert isinstance(fields, dict)
+    recorded = store.path / "environment.json"
+    environment = json.loads(recorded.read_text()) if recorded.is_file() else {}
     if data_root is None:
-        recorded = store.path / "environment.json"
-        if not recorded.is_file():
+        if "data_root" not in environment:
             raise DatasetError(f"{store.path}: does not say where its images lie; give --data-root DIR")
-        data_root = Path(json.loads(recorded.read_text())["data_root"])
+        data_root = Path(environment["data_root"])
         if not data_root.is_dir():
             raise DatasetError(f"{store.path}: its images lay in {data_root}, which is gone; give --data-root DIR")
-    return find_dataset(str(fields["name"]), data_root).require()
+    return recorded_dataset(environment.get("dataset"), str(fields["name"]), data_root).require()
 
 
 def _check_dataset(store: Store, dataset: Dataset) -> dict[int, tuple[str, int, int]]:
     """Compare the annotations as they are now with those the store was made from; returns files and sizes by id."""
     annotations = take_first(
-        load_training(dataset.root / dataset.train_annotations, dataset.split), len(store.image_ids)
+        training_annotations(dataset.root / dataset.train_annotations, dataset.split), len(store.image_ids)
     )
     fields = store.manifest.fields["dataset"]
     assert isinstance(fields, dict)
@@ -316,6 +317,7 @@ def _environment(store: Store, dataset: Dataset, device: str) -> dict[str, objec
     built = json.loads(recorded.read_text()) if recorded.is_file() else {}
     return {
         "data_root": str(dataset.root.absolute()),
+        "dataset": dataset.definition(),
         "cache": str(store.path.absolute()),
         "teacher": built.get("teacher"),
         "build_seconds": built.get("seconds", {}),

@@ -30,6 +30,14 @@ QUICK = (
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _own_cache_folder(tmp_path_factory):
+    # Parsed annotations must not land in the user's own folder.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EZSD_CACHE_DIR", str(tmp_path_factory.mktemp("parsed")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     # Tests share two cores; contended threads are slower than one.
     torch.set_num_threads(1)

@@ -1,149 +1,42 @@
-"""COCO-format annotation files -> typed records; the door where novel boxes stay outside.
+"""COCO- and LVIS-format annotation files -> flat records; the door where novel boxes stay outside.
 
-Three conventions, stated here for every reader of the records:
+The records and their conventions are those of `ezsd.data.records`. Of annotations whose class is
+not asked for, only `category_id` is looked at. `load_training` asks for base classes alone, so no
+property of a novel box, not even a malformed one, can reach training.
 
-* A class index is a position in the record's own `names`. The file's category ids are looked up
-  by name, so gaps, order and other classes in its table change nothing.
-* Images are sorted by id, boxes by image and then annotation id, whatever the file's order.
-* Boxes follow `ezsd.boxes`: the file's left, top, width, height become corners, clipped to the
-  image. Boxes of which nothing is left are dropped and counted.
-
-Of annotations whose class is not asked for, only `category_id` is read. `load_training` asks for
-base classes alone, so no property of a novel box, not even a malformed one, can reach training.
+Ids: an image's is a whole number from 0 on, a category's and an annotation's any of 64 bits; gaps
+and order mean nothing. Boxes marked `iscrowd` are left out of training. Images without a box stay.
 """
 
-import hashlib
-import json
-import math
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
-import numpy.typing as npt
 
+from ezsd.data.records import AnnotationError, Annotations, ImageRecord, ImageTable, RawAnnotations, refine
+from ezsd.data.table import Fault, Table, annotation_faults, category_faults, image_faults, read_table
 from ezsd.vocabulary import Split, suggest
 
-_INT64_MAX = 2**63 - 1
-# Larger whole numbers are not exact in float32, and a box could then reach outside its image.
-_EXTENT_MAX = 2**24
-
-
-class AnnotationError(ValueError):
-    """An annotation file, or a path it names, is not what it must be.
-
-    The message names the file, the place inside it, what was expected, what was found and what
-    to do.
-    """
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
-    """One image of the file."""
-
-    id: int
-    """The dataset's own number; unique."""
-    file_name: str
-    """Path below the image folder; not trusted, see `resolve_image_path`."""
-    width: int
-    """Pixels, >= 1."""
-    height: int
-    """Pixels, >= 1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RawAnnotations:
-    """Boxes of some classes as the file states them: checked, neither clipped nor dropped.
-
-    N boxes in the order of the file. For evaluation tools which must see the file's own numbers;
-    everything else wants `Annotations`.
-    """
-
-    images: tuple[ImageRecord, ...]
-    """All images of the file, by id."""
-    names: tuple[str, ...]
-    """The class table."""
-    image_id: npt.NDArray[np.int64]
-    """(N,), each one the id of an image in `images`."""
-    xywh: npt.NDArray[np.float64]
-    """Left, top, width, height in pixels, (N, 4), finite."""
-    class_index: npt.NDArray[np.int32]
-    """Position in `names`, (N,)."""
-    annotation_id: npt.NDArray[np.int64]
-    """(N,), unique."""
-    crowd: npt.NDArray[np.bool_]
-    """Whether the box is drawn around a group, (N,)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Annotations:
-    """Boxes of some classes as flat arrays, N boxes sorted by image and then annotation id."""
-
-    images: tuple[ImageRecord, ...]
-    """All images of the file, by id, those without boxes too."""
-    names: tuple[str, ...]
-    """The class table: `Split.base` in training, `Split.names` in evaluation."""
-    image_index: npt.NDArray[np.int32]
-    """Position in `images`, (N,), ascending."""
-    box: npt.NDArray[np.float32]
-    """xyxy, (N, 4), see `ezsd.boxes`."""
-    class_index: npt.NDArray[np.int32]
-    """Position in `names`, (N,)."""
-    annotation_id: npt.NDArray[np.int64]
-    """(N,), unique."""
-    crowd: npt.NDArray[np.bool_]
-    """Whether the box is drawn around a group, (N,); never true in training."""
-    dropped: Mapping[str, int]
-    """Boxes of the asked-for classes left out, by reason: crowd, degenerate, outside."""
-
-    def rows(self, image_position: int) -> slice:
-        """The boxes of one image, as a slice of every array.
-
-        Args:
-            image_position: position in `images`.
-
-        Raises:
-            IndexError: there is no such image.
-        """
-        if not 0 <= image_position < len(self.images):
-            raise IndexError(f"image position {image_position} is outside 0 .. {len(self.images) - 1}")
-        start, stop = np.searchsorted(self.image_index, [image_position, image_position + 1])
-        return slice(int(start), int(stop))
-
-    def digest(self) -> dict[str, str]:
-        """Fingerprints of what the record holds, for provenance.
-
-        Returns:
-            "images" and "boxes", each a sha256 in hexadecimal. The first covers id, width, height
-            and file name of all images; the second covers image id, annotation id, class name,
-            corners and crowd flag of the record's boxes, so of base boxes alone after
-            `load_training`. Formatting, order and other contents of the file leave both unchanged,
-            as do the file's path and the order of `names`.
-        """
-        images = [[image.id, image.width, image.height, image.file_name] for image in self.images]
-        return {"images": hashlib.sha256(_canonical(images)).hexdigest(), "boxes": self._boxes_digest()}
-
-    def _boxes_digest(self) -> str:
-        """Hash the used names in alphabetical order, then the arrays, little-endian, row by row."""
-        used = sorted({self.names[index] for index in np.unique(self.class_index)})
-        alphabetical = {name: position for position, name in enumerate(used)}
-        rank = np.array([alphabetical.get(name, -1) for name in self.names], dtype="<i4")
-        image_id = np.array([image.id for image in self.images], dtype="<i8")
-        digest = hashlib.sha256(_canonical(used))
-        digest.update(image_id[self.image_index].tobytes())
-        digest.update(self.annotation_id.astype("<i8").tobytes())
-        digest.update(rank[self.class_index].tobytes())
-        digest.update(self.box.astype("<f4").tobytes())
-        digest.update(self.crowd.astype("u1").tobytes())
-        return digest.hexdigest()
+__all__ = [
+    "AnnotationError",
+    "Annotations",
+    "ImageRecord",
+    "ImageTable",
+    "RawAnnotations",
+    "load_evaluation",
+    "load_training",
+    "read_raw",
+    "resolve_image_path",
+]
 
 
 def load_training(path: Path, split: Split) -> Annotations:
     """Read the base boxes of a file; all that training and the store may ever see.
 
-    Novel boxes and boxes of classes outside the split are skipped unread. Crowd boxes are dropped:
-    they outline groups, not objects. All images stay, also those without a base box.
+    Novel boxes and boxes of classes outside the split are skipped. Crowd boxes are dropped: they
+    outline groups, not objects. All images stay, also those without a base box.
 
     Args:
         path: a COCO-format JSON file.
@@ -155,7 +48,7 @@ def load_training(path: Path, split: Split) -> Annotations:
     Raises:
         AnnotationError: see `read_raw`.
     """
-    return _refine(read_raw(path, split.base), keep_crowd=False)
+    return refine(read_raw(path, split.base), keep_crowd=False)
 
 
 def load_evaluation(path: Path, split: Split) -> Annotations:
@@ -171,7 +64,7 @@ def load_evaluation(path: Path, split: Split) -> Annotations:
     Raises:
         AnnotationError: see `read_raw`.
     """
-    return _refine(read_raw(path, split.names), keep_crowd=True)
+    return refine(read_raw(path, split.names), keep_crowd=True)
 
 
 def read_raw(path: Path, names: Sequence[str]) -> RawAnnotations:
@@ -189,32 +82,44 @@ def read_raw(path: Path, names: Sequence[str]) -> RawAnnotations:
             a key, holds a value of the wrong kind, an id twice, a name twice or a reference to
             nothing, or does not know one of `names`.
     """
-    document = _parse(path)
-    images = _read_images(document, path)
-    index_of = _class_indices(_read_categories(document, path), names, path)
-    known_images = {image.id for image in images}
-    image_id, xywh, class_index, crowd = [], [], [], []
-    annotation_id: dict[int, int] = {}
-    for entry in _entries(document, path, "annotations"):
-        index = entry.lookup("category_id", index_of, "categories")
-        if index is None:
-            continue
-        entry.register("id", annotation_id)
-        image_id.append(entry.integer("image_id"))
-        if image_id[-1] not in known_images:
-            raise entry.error("image_id", "the id of an entry of images", "Add the image or remove the annotation.")
-        xywh.append(entry.box("bbox"))
-        class_index.append(index)
-        crowd.append(entry.flag("iscrowd"))
+    table = read_table(path)
+    for fault in chain(image_faults(table), category_faults(table), unknown_names(table, names)):
+        raise fault.error(path)
+    id_of = dict(zip(table.categories.name, table.categories.id, strict=True))
+    classes = np.array([id_of[name] for name in names], dtype=np.int64)
+    for fault in sorted(annotation_faults(table, classes), key=lambda fault: fault.position):
+        raise fault.error(path)
+    columns = table.annotations
+    category = np.array(columns.category_id, dtype=np.int64)
+    rows = np.flatnonzero(np.isin(category, classes))
+    order = np.argsort(classes)
     return RawAnnotations(
-        images=images,
+        images=ImageTable.build(table.images.id, table.images.file_name, table.images.width, table.images.height),
         names=tuple(names),
-        image_id=np.array(image_id, dtype=np.int64),
-        xywh=np.array(xywh, dtype=np.float64).reshape(-1, 4),
-        class_index=np.array(class_index, dtype=np.int32),
-        annotation_id=np.array(list(annotation_id), dtype=np.int64),
-        crowd=np.array(crowd, dtype=np.bool_),
+        image_id=np.array(columns.image_id, dtype=np.int64)[rows],
+        xywh=np.array(columns.xywh, dtype=np.float64).reshape(-1, 4)[rows],
+        class_index=order[np.searchsorted(classes, category[rows], sorter=order)].astype(np.int32),
+        annotation_id=np.array(columns.id, dtype=np.int64)[rows],
+        crowd=np.array(columns.crowd, dtype=np.bool_)[rows],
     )
+
+
+def unknown_names(table: Table, names: Sequence[str]) -> list[Fault]:
+    """A fault for each name that the file's categories do not have."""
+    offered = [name for name in table.categories.name if name]
+    known = set(offered)
+    return [
+        Fault(
+            section="categories",
+            position=-1,
+            key="",
+            expected=f"an entry named {name!r}",
+            found=f"no such name; {suggest(name, offered)}" if offered else "an empty list",
+            cure="Correct the name in the file or in the split.",
+        )
+        for name in names
+        if name not in known
+    ]
 
 
 def resolve_image_path(root: Path, file_name: str) -> Path:
@@ -258,190 +163,3 @@ def _refusal(file_name: str) -> str | None:
     if file_name.startswith("/") or PureWindowsPath(file_name).drive:
         return "is absolute"
     return "holds '..'" if ".." in file_name.split("/") else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One object of one of the file's lists, and where it stands, so that errors can say so."""
-
-    file: Path
-    section: str
-    position: int
-    values: Mapping[str, object]
-
-    def error(self, key: str, expected: str, cure: str) -> AnnotationError:
-        """Make the error about one value of this object."""
-        found = reprlib.repr(self.values[key]) if key in self.values else "nothing"
-        return _error(self.file, f"{self.section}[{self.position}].{key}", expected, found, cure)
-
-    def integer(self, key: str, low: int = -_INT64_MAX, high: int = _INT64_MAX) -> int:
-        """A whole number; texts, fractions and truth values are errors, not converted."""
-        value = self.values.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            limits = f" from {low} to {high}" if high < _INT64_MAX else " of at most 64 bits"
-            raise self.error(key, f"a whole number{limits}", "Write it as a plain number, without quotes.")
-        return value
-
-    def text(self, key: str) -> str:
-        """A text that is not blank."""
-        value = self.values.get(key)
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(key, "a text that is not empty", "Write the name in quotes.")
-        return value
-
-    def flag(self, key: str) -> bool:
-        """A 0 or 1; a missing one is 0, since many tools leave it out."""
-        value = self.values.get(key, 0)
-        if not isinstance(value, int) or value not in (0, 1):
-            raise self.error(key, "0 or 1", "Write 1 for a box around a group, else 0.")
-        return bool(value)
-
-    def box(self, key: str) -> tuple[float, float, float, float]:
-        """Four finite numbers."""
-        value = self.values.get(key)
-        if isinstance(value, list) and len(value) == 4 and all(_is_finite(number) for number in value):
-            left, top, width, height = value
-            return float(left), float(top), float(width), float(height)
-        raise self.error(key, "four finite numbers: left, top, width, height", "Correct or remove the annotation.")
-
-    def register(self, key: str, seen: dict[int, int]) -> int:
-        """A whole number that no earlier object of the list has; remembers it with the position."""
-        value = self.integer(key)
-        if value in seen:
-            where = f"{self.section}[{seen[value]}].{key}"
-            raise self.error(key, f"an id different from {where}", "Give every entry an id of its own.")
-        seen[value] = self.position
-        return value
-
-    def lookup(self, key: str, table: Mapping[int, int | None], section: str) -> int | None:
-        """What another list of the file, here as a table, holds under this id."""
-        value = self.integer(key)
-        if value not in table:
-            raise self.error(key, f"the id of an entry of {section}", f"Add the entry to {section} or correct the id.")
-        return table[value]
-
-
-def _parse(path: Path) -> Mapping[str, object]:
-    """Read the file into its outermost JSON object."""
-    cure = "Give the path of a COCO-format annotation file."
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise _error(path, "the file", "a readable file", error.strerror or str(error), cure) from error
-    if content.startswith(b"\xef\xbb\xbf"):
-        raise _error(path, "byte 0", "JSON", "a UTF-8 byte order mark", "Save the file as UTF-8 without one.")
-    try:
-        # Not json.loads(content): it would guess UTF-16 and 32. Deep nesting ends as RecursionError.
-        document = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _error(path, "the file", "JSON in UTF-8", f"something else ({error})", cure) from error
-    if not isinstance(document, dict):
-        raise _error(path, "$", "an object", reprlib.repr(document), cure)
-    return document
-
-
-def _entries(document: Mapping[str, object], file: Path, section: str) -> Iterator[_Entry]:
-    """Go through one of the file's lists."""
-    cure = f"A COCO-format file has lists images, annotations and categories; correct {section}."
-    entries = document.get(section)
-    if not isinstance(entries, list):
-        found = reprlib.repr(entries) if section in document else "nothing"
-        raise _error(file, section, "a list of objects", found, cure)
-    for position, values in enumerate(entries):
-        if not isinstance(values, dict):
-            raise _error(file, f"{section}[{position}]", "an object", reprlib.repr(values), cure)
-        yield _Entry(file, section, position, values)
-
-
-def _read_images(document: Mapping[str, object], file: Path) -> tuple[ImageRecord, ...]:
-    """All images, sorted by id."""
-    seen: dict[int, int] = {}
-    images = [
-        ImageRecord(
-            id=entry.register("id", seen),
-            file_name=entry.text("file_name"),
-            width=entry.integer("width", low=1, high=_EXTENT_MAX),
-            height=entry.integer("height", low=1, high=_EXTENT_MAX),
-        )
-        for entry in _entries(document, file, "images")
-    ]
-    return tuple(sorted(images, key=lambda image: image.id))
-
-
-def _read_categories(document: Mapping[str, object], file: Path) -> dict[int, str]:
-    """Class names by category id; neither occurs twice."""
-    ids: dict[int, int] = {}
-    names: dict[str, int] = {}
-    for entry in _entries(document, file, "categories"):
-        entry.register("id", ids)
-        name = entry.text("name")
-        if name in names:
-            expected = f"a name different from categories[{names[name]}].name"
-            raise entry.error("name", expected, "Join the two categories or rename one.")
-        names[name] = entry.position
-    return dict(zip(ids, names, strict=True))
-
-
-def _class_indices(categories: Mapping[int, str], names: Sequence[str], file: Path) -> dict[int, int | None]:
-    """For every category id the position of its name in `names`; None for classes not asked for."""
-    offered = list(categories.values())
-    for name in names:
-        if name not in offered:
-            found = f"no such name; {suggest(name, offered)}" if offered else "an empty list"
-            cure = "Correct the name in the file or in the split."
-            raise _error(file, "categories", f"an entry named {name!r}", found, cure)
-    position = {name: index for index, name in enumerate(names)}
-    return {category: position.get(name) for category, name in categories.items()}
-
-
-def _refine(raw: RawAnnotations, *, keep_crowd: bool) -> Annotations:
-    """Clip, drop what has no area left, sort, and count what was dropped."""
-    ids = np.array([image.id for image in raw.images], dtype=np.int64)
-    image_index = np.searchsorted(ids, raw.image_id).astype(np.int32)
-    extent = np.array([[image.width, image.height] for image in raw.images], dtype=np.float64).reshape(-1, 2)
-    limit = extent[image_index]
-    corner, size = raw.xywh[:, :2], raw.xywh[:, 2:]
-    # Two finite numbers may add up to infinity, which the clipping then takes care of.
-    with np.errstate(over="ignore"):
-        low, high = np.clip(corner, 0, limit), np.clip(corner + size, 0, limit)
-    box = np.concatenate([low, high], axis=1).astype(np.float32)
-    crowd = raw.crowd & (not keep_crowd)
-    # Extents below the resolution of float32 collapse in the cast, so emptiness is asked after it.
-    empty = (box[:, 2:] <= box[:, :2]).any(axis=1) & ~crowd
-    outside = empty & (size > 0).all(axis=1) & (high <= low).any(axis=1)
-    kept = np.flatnonzero(~(crowd | empty))
-    kept = kept[np.lexsort((raw.annotation_id[kept], image_index[kept]))]
-    return Annotations(
-        images=raw.images,
-        names=raw.names,
-        image_index=image_index[kept],
-        box=box[kept],
-        class_index=raw.class_index[kept],
-        annotation_id=raw.annotation_id[kept],
-        crowd=raw.crowd[kept],
-        dropped={
-            "crowd": int(crowd.sum()),
-            "degenerate": int((empty & ~outside).sum()),
-            "outside": int(outside.sum()),
-        },
-    )
-
-
-def _is_finite(value: object) -> bool:
-    """Whether a JSON value is a number that a float64 can hold."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond 1e308
-        return False
-
-
-def _error(file: Path, where: str, expected: str, found: str, cure: str) -> AnnotationError:
-    """Put the message together; the exception itself stays a plain one, which pickles."""
-    return AnnotationError(f"{file}: {where}: expected {expected}, found {found}. {cure}")
-
-
-def _canonical(value: object) -> bytes:
-    """JSON without blanks and without characters beyond ASCII: the same bytes everywhere."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=True).encode("ascii")

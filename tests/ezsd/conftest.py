@@ -40,7 +40,7 @@ def small_clip(tmp_path_factory):
 
 @pytest.fixture
 def small_teacher(small_clip):
-    return load_teacher(small_clip.name, str(small_clip.file), template=TEMPLATE)
+    return load_teacher(small_clip.name, str(small_clip.file), template=TEMPLATE, activation="gelu")
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,10 @@ from ezsd.teacher import Teacher, TeacherError, load_teacher, state_digest
 TEMPLATE = "a photo of a {}"
 
 
-def refusal(name, weights, match):
+def refusal(name, weights, match, activation="gelu"):
     """The one line in which a teacher is refused."""
     with pytest.raises(TeacherError, match=match) as caught:
-        load_teacher(name, None if weights is None else str(weights), template=TEMPLATE)
+        load_teacher(name, None if weights is None else str(weights), template=TEMPLATE, activation=activation)
     message = str(caught.value)
     assert "\n" not in message
     assert isinstance(caught.value, ValueError)
@@ -85,7 +85,7 @@ def test_the_fingerprint_does_not_depend_on_file_or_format(small_teacher, small_
         save_file({f"module.{k}" if wrapped else k: v for k, v in small_clip.state.items()}, path)
     else:
         torch.save({"state_dict": small_clip.state} if wrapped else small_clip.state, path)
-    other = load_teacher(small_clip.name, str(path), template=TEMPLATE)
+    other = load_teacher(small_clip.name, str(path), template=TEMPLATE, activation="gelu")
     assert other.fingerprint() == small_teacher.fingerprint()
     assert torch.equal(other.encode_image(crops()), small_teacher.encode_image(crops()))
 
@@ -96,8 +96,8 @@ def test_the_fingerprint_tells_other_weights_and_prompts_apart(small_teacher, sm
     state["visual.proj"][0, 0] += 1e-3
     save_file(state, path)
     own = small_teacher.fingerprint()
-    other_weights = load_teacher(small_clip.name, str(path), template=TEMPLATE).fingerprint()
-    other_prompt = load_teacher(small_clip.name, str(small_clip.file), template="a {}").fingerprint()
+    other_weights = load_teacher(small_clip.name, str(path), template=TEMPLATE, activation="gelu").fingerprint()
+    other_prompt = load_teacher(small_clip.name, str(small_clip.file), template="a {}", activation="gelu").fingerprint()
     assert {k for k in own if own[k] != other_weights[k]} == {"weights_sha256"}
     assert {k for k in own if own[k] != other_prompt[k]} == {"template"}
 
@@ -306,7 +306,7 @@ def test_the_code_would_run_in_a_careless_loader(pickled_code):
 
 def test_pickled_code_is_never_run(pickled_code, small_clip):
     with pytest.raises(Exception, match=r".+"):
-        load_teacher(small_clip.name, str(pickled_code), template=TEMPLATE)
+        load_teacher(small_clip.name, str(pickled_code), template=TEMPLATE, activation="gelu")
     assert not (pickled_code.parent / "made").exists()
 
 

@@ -1,10 +1,14 @@
 """Names decide: splits, prompts and look-ups refuse what is doubled, unknown or empty."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ezsd.vocabulary import COCO_SPLIT, Split, VocabularyError, parse_classes, prompts, resolve
+from ezsd.vocabulary import COCO_SPLIT, Split, VocabularyError, clean_names, parse_classes, prompts, resolve
 
 
 def test_coco_split_has_48_base_and_17_novel_names():
@@ -81,3 +85,24 @@ def test_parse_classes_refuses_empty_names(text):
 def test_parse_classes_refuses_doubles():
     with pytest.raises(VocabularyError, match="'cat' occurs twice"):
         parse_classes("cat, dog, cat")
+
+
+def test_names_are_said_without_underscores_and_remarks():
+    names = ["aerosol_can", "bat_(animal)", "speaker_(stero_equipment)", "bow_(weapon)", "fish", "fish_(food)", "(odd)"]
+    said = ("aerosol can", "bat", "speaker", "bow (weapon)", "fish", "fish (food)", "(odd)")
+    assert clean_names(names) == said
+
+
+def test_the_names_of_lvis_are_said_in_1203_ways():
+    folder = os.environ.get("EZSD_CONSE")
+    if not folder:
+        pytest.skip("EZSD_CONSE names no folder beside which LVIS's names lie")
+    known = json.loads((Path(folder).parent / "data/conse/lvis_v1_train_cat_info.json").read_text())
+    said = clean_names([category["name"] for category in known])
+    assert len(set(said)) == 1203
+    assert not any("_" in words for words in said)
+
+
+def test_two_names_said_alike_are_refused():
+    with pytest.raises(VocabularyError, match="'bat' and 'bat_\\(animal\\)' are both said 'bat'"):
+        clean_names(["bat", "bat_(animal)"])

@@ -76,6 +76,7 @@ def test_clip_at_full_size_from_a_local_file(photos, tmp_path):
         name="ViT-B-32-quickgelu",
         weights=str(tmp_path / "clip.safetensors"),
         template="a photo of a {}",
+        activation="quickgelu",
     )
     request = BuildRequest(
         dataset=find_dataset("coco", photos),

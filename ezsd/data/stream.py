@@ -1,0 +1,112 @@
+"""A JSON file read piece by piece: the entries of its outermost lists, one at a time.
+
+Python's own scanner does the parsing, so that NaN and Infinity, which annotation files do hold,
+are read and can be named; a file of any size takes the memory of one window and one entry.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import TextIO
+
+WINDOW = 2**22
+"""Characters read at a time."""
+
+_BLANK = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+# The longest literal is -Infinity, the longest escape a pair of \uXXXX: what stops further from
+# the window's end than this is an error and no cut.
+_CUT = 16
+
+
+class JsonError(ValueError):
+    """The text is no JSON; the message says what is wrong with it."""
+
+
+class JsonReader:
+    """Walks over one JSON text; `peek` looks, `value` and `members` and `entries` consume."""
+
+    def __init__(self, file: TextIO, window: int = WINDOW) -> None:
+        self._file = file
+        self._window = window
+        self._text = ""
+        self._at = 0
+        self._before = 0
+        self._ended = False
+
+    def peek(self) -> str:
+        """The next character that is no blank; "" at the end."""
+        while True:
+            self._at = _BLANK.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._read():
+                return ""
+
+    def take(self, expected: str) -> None:
+        """Consume one character. JsonError for another one."""
+        if self.peek() != expected:
+            raise JsonError(f"expected {expected!r} at character {self._before + self._at}, found {self.peek()!r}")
+        self._at += 1
+
+    def value(self) -> object:
+        """Consume one whole value."""
+        self.peek()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - _CUT
+                if not (cut and self._read()):
+                    raise JsonError(f"{error.msg} at character {self._before + error.pos}") from error
+                continue
+            except RecursionError as error:
+                raise JsonError("nested too deeply") from error
+            # A number may go on behind the window: 1 of 1e+5, with at most e+ of it within.
+            if end < len(self._text) - 2 or not self._read():
+                self._at = end
+                return value
+
+    def members(self) -> Iterator[str]:
+        """Keys of an object, each before its value, which the caller consumes."""
+        self.take("{")
+        if self.peek() != "}":
+            while True:
+                key = self.value()
+                if not isinstance(key, str):
+                    raise JsonError(f"expected a key in quotes before character {self._before + self._at}")
+                self.take(":")
+                yield key
+                if self.peek() != ",":
+                    break
+                self.take(",")
+        self.take("}")
+
+    def entries(self) -> Iterator[object]:
+        """Values of a list."""
+        self.take("[")
+        if self.peek() != "]":
+            while True:
+                yield self.value()
+                if self.peek() != ",":
+                    break
+                self.take(",")
+        self.take("]")
+
+    def _read(self) -> bool:
+        """Move the window on, keeping what is not consumed; whether there was more."""
+        if self._ended:
+            return False
+        try:
+            # What does not end within the window doubles it: a long entry is scanned a few times, not many.
+            more = self._file.read(max(self._window, len(self._text) - self._at))
+        except UnicodeDecodeError as error:
+            raise JsonError(f"{error.reason} at byte {error.start} of a piece: not UTF-8") from error
+        if not more:
+            self._ended = True
+            return False
+        self._before += self._at
+        self._text, self._at = self._text[self._at :] + more, 0
+        return True

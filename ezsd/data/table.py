@@ -1,0 +1,367 @@
+"""A COCO- or LVIS-format file as flat columns, and everything that is wrong with it.
+
+The file is read once, entry by entry. A value that is not what it must be leaves a fault with its
+place and stands as a zero in its column; nothing is raised before the whole file is read, so that
+`ezsd data check` can list all faults, and loaders can ask for those of the classes they read.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ezsd.data.records import AnnotationError
+from ezsd.data.stream import JsonError, JsonReader
+
+Section = Literal["images", "annotations", "categories"]
+SECTIONS: tuple[Section, ...] = ("images", "categories", "annotations")
+"""The lists that are read, in the order in which their faults are told."""
+Positions: TypeAlias = npt.NDArray[np.int64]
+
+_INT64_MAX = 2**63 - 1
+# Larger whole numbers are not exact in float32, and a box could then reach outside its image.
+_EXTENT_MAX = 2**24
+_FILE_CURE = "Give the path of a COCO-format annotation file."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing that is wrong with a file."""
+
+    section: Section
+    position: int
+    """In its list; -1 for the list itself."""
+    key: str
+    """"" for the entry itself."""
+    expected: str
+    found: str
+    cure: str
+
+    @property
+    def place(self) -> str:
+        """Where, as a JSON path: annotations[17].bbox."""
+        place = self.section if self.position < 0 else f"{self.section}[{self.position}]"
+        return f"{place}.{self.key}" if self.key else place
+
+    def error(self, file: Path) -> AnnotationError:
+        """The fault as the one error of a loader; a plain exception, which pickles."""
+        return AnnotationError(f"{file}: {self.place}: {self}")
+
+    def __str__(self) -> str:
+        return f"expected {self.expected}, found {self.found}. {self.cure}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageColumns:
+    """The list `images` in the file's order, N of them."""
+
+    id: array[int] = field(default_factory=lambda: array("q"))
+    width: array[int] = field(default_factory=lambda: array("i"))
+    height: array[int] = field(default_factory=lambda: array("i"))
+    file_name: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CategoryColumns:
+    """The list `categories` in the file's order."""
+
+    id: array[int] = field(default_factory=lambda: array("q"))
+    name: list[str] = field(default_factory=list)
+    frequency: list[str] = field(default_factory=list)
+    """LVIS's "f", "c" or "r"; "" where the file has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotationColumns:
+    """The list `annotations` in the file's order."""
+
+    id: array[int] = field(default_factory=lambda: array("q"))
+    image_id: array[int] = field(default_factory=lambda: array("q"))
+    category_id: array[int] = field(default_factory=lambda: array("q"))
+    xywh: array[float] = field(default_factory=lambda: array("d"))
+    """Four for each."""
+    crowd: array[int] = field(default_factory=lambda: array("b"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """One file: its columns, and what was wrong with single values."""
+
+    path: Path
+    images: ImageColumns = field(default_factory=ImageColumns)
+    categories: CategoryColumns = field(default_factory=CategoryColumns)
+    annotations: AnnotationColumns = field(default_factory=AnnotationColumns)
+    faults: list[Fault] = field(default_factory=list)
+
+    def sound(self, section: Section, key: str) -> npt.NDArray[np.bool_]:
+        """Which entries of a list have no fault in this key nor as a whole."""
+        sound = np.ones(len(getattr(self, section).id), dtype=np.bool_)
+        for fault in self.faults:
+            if fault.section == section and fault.position >= 0 and fault.key in ("", key):
+                sound[fault.position] = False
+        return sound
+
+
+def read_table(path: Path) -> Table:
+    """Read a file into columns.
+
+    Raises:
+        AnnotationError: the file cannot be read or is not an object in UTF-8 JSON without a byte order mark. Whatever
+            else is wrong is among the table's faults.
+    """
+    table = Table(path=path)
+    seen: set[str] = set()
+    try:
+        with path.open("rb") as start:
+            if start.read(3) == b"\xef\xbb\xbf":
+                cure = "Save the file as UTF-8 without one."
+                raise _unreadable(path, "byte 0", "JSON", "a UTF-8 byte order mark", cure)
+        with path.open(encoding="utf-8", newline="") as file:
+            _read_document(JsonReader(file), table, seen)
+    except OSError as error:
+        raise _unreadable(path, "the file", "a readable file", error.strerror or str(error), _FILE_CURE) from error
+    except JsonError as error:
+        raise _unreadable(path, "the file", "JSON in UTF-8", f"something else ({error})", _FILE_CURE) from error
+    for section in SECTIONS:
+        if section not in seen:
+            table.faults.append(_list_fault(section, "nothing"))
+    return table
+
+
+def _read_document(reader: JsonReader, table: Table, seen: set[str]) -> None:
+    if reader.peek() not in ("{", ""):
+        raise _unreadable(table.path, "$", "an object", reprlib.repr(reader.value()), _FILE_CURE)
+    for key in reader.members():
+        _read_section(reader, key, table, seen)
+    if reader.peek():
+        raise JsonError("something follows the outermost object")
+
+
+def _read_section(reader: JsonReader, key: str, table: Table, seen: set[str]) -> None:
+    readers: dict[Section, Callable[[Table, _Entry], None]] = {
+        "images": _read_image,
+        "categories": _read_category,
+        "annotations": _read_annotation,
+    }
+    if key in seen:
+        raise JsonError(f"{key} stands there twice")
+    section: Section | None = next((name for name in SECTIONS if name == key), None)
+    if section is not None:
+        seen.add(section)
+    if reader.peek() != "[":
+        value = reader.value()
+        if section is not None:
+            table.faults.append(_list_fault(section, reprlib.repr(value)))
+        return
+    # Lists that nobody asked for are walked over too, not held.
+    for position, values in enumerate(reader.entries()):
+        if section is not None:
+            readers[section](table, _Entry(table.faults, section, position, values))
+
+
+class _Entry:
+    """One object of one of the lists. A value that is not as it must be leaves a fault and a zero."""
+
+    __slots__ = ("faults", "position", "section", "values")
+
+    def __init__(self, faults: list[Fault], section: Section, position: int, values: object) -> None:
+        self.faults, self.section, self.position = faults, section, position
+        if isinstance(values, dict):
+            self.values: Mapping[str, object] = values
+        else:
+            self.values = {}
+            cure = f"A COCO-format file has lists images, annotations and categories; correct {section}."
+            self._fault("", "an object", reprlib.repr(values), cure)
+
+    def _fault(self, key: str, expected: str, found: str, cure: str) -> None:
+        last = self.faults[-1] if self.faults else None
+        # An entry that is no object has nothing; what it lacks goes without saying.
+        if last is not None and (last.section, last.position, last.key) == (self.section, self.position, ""):
+            return
+        self.faults.append(
+            Fault(section=self.section, position=self.position, key=key, expected=expected, found=found, cure=cure)
+        )
+
+    def _wrong(self, key: str, expected: str, cure: str) -> None:
+        found = reprlib.repr(self.values[key]) if key in self.values else "nothing"
+        self._fault(key, expected, found, cure)
+
+    def integer(self, key: str, low: int = -_INT64_MAX, high: int = _INT64_MAX) -> int:
+        """A whole number; texts, fractions and truth values are faults, not converted."""
+        value = self.values.get(key)
+        if type(value) is int and low <= value <= high:
+            return value
+        limits = " of at most 64 bits" if high == _INT64_MAX else f" from {low} to {high}"
+        limits = " from 0 on, of at most 64 bits" if low == 0 and high == _INT64_MAX else limits
+        self._wrong(key, f"a whole number{limits}", "Write it as a plain number, without quotes.")
+        return 0
+
+    def text(self, key: str) -> str:
+        """A text that is not blank."""
+        value = self.values.get(key)
+        if isinstance(value, str) and value.strip():
+            return value
+        self._wrong(key, "a text that is not empty", "Write the name in quotes.")
+        return ""
+
+    def file_name(self) -> str:
+        """COCO's file_name; LVIS has an address instead, whose last two parts are folder and file."""
+        address = self.values.get("coco_url")
+        if "file_name" not in self.values and isinstance(address, str) and address.count("/") >= 2:
+            return "/".join(address.rsplit("/", 2)[1:])
+        return self.text("file_name")
+
+    def flag(self, key: str) -> bool:
+        """A 0 or 1; a missing one is 0, since many tools leave it out."""
+        value = self.values.get(key, 0)
+        if isinstance(value, int) and value in (0, 1):
+            return bool(value)
+        self._wrong(key, "0 or 1", "Write 1 for a box around a group, else 0.")
+        return False
+
+    def box(self, key: str) -> tuple[float, float, float, float]:
+        """Four finite numbers."""
+        value = self.values.get(key)
+        if isinstance(value, list) and len(value) == 4 and all(map(_is_finite, value)):
+            left, top, width, height = value
+            return float(left), float(top), float(width), float(height)
+        self._wrong(key, "four finite numbers: left, top, width, height", "Correct or remove the annotation.")
+        return 0.0, 0.0, 0.0, 0.0
+
+
+def _read_image(table: Table, entry: _Entry) -> None:
+    columns = table.images
+    columns.id.append(entry.integer("id", low=0))
+    columns.file_name.append(entry.file_name())
+    columns.width.append(entry.integer("width", low=1, high=_EXTENT_MAX))
+    columns.height.append(entry.integer("height", low=1, high=_EXTENT_MAX))
+
+
+def _read_category(table: Table, entry: _Entry) -> None:
+    columns = table.categories
+    columns.id.append(entry.integer("id"))
+    columns.name.append(entry.text("name"))
+    frequency = entry.values.get("frequency", "")
+    columns.frequency.append(frequency if isinstance(frequency, str) else "")
+
+
+def _read_annotation(table: Table, entry: _Entry) -> None:
+    columns = table.annotations
+    columns.category_id.append(entry.integer("category_id"))
+    columns.id.append(entry.integer("id"))
+    columns.image_id.append(entry.integer("image_id"))
+    columns.xywh.extend(entry.box("bbox"))
+    columns.crowd.append(entry.flag("iscrowd"))
+
+
+def _is_finite(value: object) -> bool:
+    """Whether a JSON value is a number that a float64 can hold."""
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) is not int:
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond 1e308
+        return False
+
+
+def image_faults(table: Table) -> Iterator[Fault]:
+    """What is wrong with the list `images`."""
+    yield from _of(table, "images")
+    yield from _doubles(table, "images", np.arange(len(table.images.id)))
+
+
+def category_faults(table: Table) -> Iterator[Fault]:
+    """What is wrong with the list `categories`: neither an id nor a name occurs twice."""
+    yield from _of(table, "categories")
+    yield from _doubles(table, "categories", np.arange(len(table.categories.id)))
+    first: dict[str, int] = {}
+    for position, name in enumerate(table.categories.name):
+        if name and first.setdefault(name, position) != position:
+            yield Fault(
+                section="categories",
+                position=position,
+                key="name",
+                expected=f"a name different from categories[{first[name]}].name",
+                found=repr(name),
+                cure="Join the two categories or rename one.",
+            )
+
+
+def annotation_faults(table: Table, classes: Positions | None) -> Iterator[Fault]:
+    """What is wrong with the annotations of some classes.
+
+    Args:
+        table: the file.
+        classes: category ids; None for all. Of annotations of other classes only `category_id` is looked at, so what
+            is wrong with novel boxes, as what is right, is nothing that training could notice.
+    """
+    columns = table.annotations
+    category = np.array(columns.category_id)
+    known = table.sound("annotations", "category_id")
+    asked = known if classes is None else known & np.isin(category, classes)
+    for fault in _of(table, "annotations"):
+        if fault.position < 0 or fault.key in ("", "category_id") or asked[fault.position]:
+            yield fault
+    yield from _dangling(table, "category_id", "categories", np.flatnonzero(known))
+    rows = np.flatnonzero(asked)
+    yield from _doubles(table, "annotations", rows)
+    yield from _dangling(table, "image_id", "images", rows)
+
+
+def _of(table: Table, section: Section) -> Iterator[Fault]:
+    return (fault for fault in table.faults if fault.section == section)
+
+
+def _doubles(table: Table, section: Section, rows: Positions) -> Iterator[Fault]:
+    """Ids that an earlier one of the rows has."""
+    rows = rows[table.sound(section, "id")[rows]]
+    ids = np.array(getattr(table, section).id, dtype=np.int64)[rows]
+    unique, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    for again in np.flatnonzero(first[inverse] != np.arange(len(ids))):
+        where = f"{section}[{rows[first[inverse[again]]]}].id"
+        yield Fault(
+            section=section,
+            position=int(rows[again]),
+            key="id",
+            expected=f"an id different from {where}",
+            found=str(unique[inverse[again]]),
+            cure="Give every entry an id of its own.",
+        )
+
+
+def _dangling(
+    table: Table, key: Literal["category_id", "image_id"], section: Section, rows: Positions
+) -> Iterator[Fault]:
+    """References of annotations to entries that are not there."""
+    if any(fault.position < 0 for fault in _of(table, section)):
+        return
+    rows = rows[table.sound("annotations", key)[rows]]
+    values = np.array(getattr(table.annotations, key), dtype=np.int64)[rows]
+    for wrong in np.flatnonzero(~np.isin(values, np.array(getattr(table, section).id, dtype=np.int64))):
+        yield Fault(
+            section="annotations",
+            position=int(rows[wrong]),
+            key=key,
+            expected=f"the id of an entry of {section}",
+            found=str(values[wrong]),
+            cure=f"Add the entry to {section}, correct the id or remove the annotation.",
+        )
+
+
+def _list_fault(section: Section, found: str) -> Fault:
+    cure = f"A COCO-format file has lists images, annotations and categories; correct {section}."
+    return Fault(section=section, position=-1, key="", expected="a list of objects", found=found, cure=cure)
+
+
+def _unreadable(path: Path, where: str, expected: str, found: str, cure: str) -> AnnotationError:
+    return AnnotationError(f"{path}: {where}: expected {expected}, found {found}. {cure}")

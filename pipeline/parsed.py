@@ -1,0 +1,175 @@
+"""Annotations parsed once: flat arrays in a cache folder, memory-mapped by every process after that.
+
+What is kept is what a loader of `ezsd.data.annotations` returned, so the arrays of a training record hold base boxes
+and nothing of others. A record's key is the content of the JSON, the names asked for and the loader: a changed file is
+parsed anew, a moved or copied one is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ezsd.data.annotations import AnnotationError, Annotations, ImageTable, load_evaluation, load_training
+from ezsd.data.table import category_faults, read_table
+from ezsd.vocabulary import Split
+
+log = logging.getLogger("ezsd")
+
+LAYOUT = 1
+"""Of the folders below; another number never meets them."""
+
+_IMAGES = tuple(field.name for field in fields(ImageTable))
+_BOXES = ("image_index", "box", "class_index", "annotation_id", "crowd")
+
+
+def training_annotations(path: Path, split: Split) -> Annotations:
+    """Like `load_training`, parsed once per content of the file."""
+    return _remembered(path, split.base, "training", lambda: load_training(path, split))
+
+
+def evaluation_annotations(path: Path, split: Split) -> Annotations:
+    """Like `load_evaluation`, parsed once per content of the file."""
+    return _remembered(path, split.names, "evaluation", lambda: load_evaluation(path, split))
+
+
+@dataclass(frozen=True, slots=True)
+class Category:
+    """One entry of a file's class table."""
+
+    name: str
+    frequency: str
+    """LVIS's "f", "c" or "r"; "" where the file has none."""
+
+
+def read_categories(path: Path) -> list[Category]:
+    """The class table of a file, by category id, read once per content of the file.
+
+    Raises:
+        AnnotationError: the file or its table is not in order.
+    """
+    content = _content(path)
+    kept = parsed_folder() / f"{content[:32]}-categories-{LAYOUT}.json"
+    if kept.is_file():
+        try:
+            return [Category(**entry) for entry in json.loads(kept.read_text())]
+        except (ValueError, TypeError) as error:
+            log.warning("%s: damaged (%s), parsing %s again", kept, error, path)
+    table = read_table(path)
+    for fault in category_faults(table):
+        raise fault.error(path)
+    columns = table.categories
+    rows = sorted(zip(columns.id, columns.name, columns.frequency, strict=True))
+    found = [Category(name, frequency) for _, name, frequency in rows]
+    with _writing(kept.parent):
+        draft = Path(tempfile.mkdtemp(prefix="draft-", dir=kept.parent))
+        (draft / kept.name).write_text(json.dumps([asdict(category) for category in found]))
+        (draft / kept.name).replace(kept)
+        draft.rmdir()
+    return found
+
+
+def parsed_folder() -> Path:
+    """Where parsed annotations lie: below EZSD_CACHE_DIR, or else the user's cache folder."""
+    own = os.environ.get("EZSD_CACHE_DIR")
+    if own:
+        return Path(own) / "annotations"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ezsd" / "annotations"
+
+
+def _remembered(path: Path, names: tuple[str, ...], loader: str, load: Callable[[], Annotations]) -> Annotations:
+    content = _content(path)
+    asked = json.dumps([LAYOUT, loader, names]).encode()
+    folder = parsed_folder() / f"{content[:32]}-{hashlib.sha256(asked).hexdigest()[:16]}"
+    if folder.is_dir():
+        try:
+            return _open(folder)
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("%s: damaged (%s), parsing %s again", folder, error, path)
+            shutil.rmtree(folder, ignore_errors=True)
+    _write(folder, load())
+    return _open(folder)
+
+
+def _content(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        cure = "Give the path of a COCO-format annotation file."
+        raise AnnotationError(
+            f"{path}: the file: expected a readable file, found {error.strerror or error}. {cure}"
+        ) from error
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Makes the folder; whatever cannot be written in it is told with the way out."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise AnnotationError(
+            f"{folder}: parsed annotations cannot be kept there ({error.strerror or error}); "
+            f"set EZSD_CACHE_DIR to a folder that can be written"
+        ) from error
+
+
+def _checksum(values: NDArray[np.generic]) -> int:
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+
+def _arrays(record: Annotations) -> dict[str, NDArray[np.generic]]:
+    own = {name: getattr(record, name) for name in _BOXES}
+    return own | {f"images_{name}": getattr(record.images, name) for name in _IMAGES}
+
+
+def _write(folder: Path, record: Annotations) -> None:
+    """All arrays, then a rename: a folder is whole or not there."""
+    arrays = _arrays(record)
+    meta = {
+        "names": record.names,
+        "dropped": dict(record.dropped),
+        "crc32": {name: _checksum(values) for name, values in arrays.items()},
+    }
+    with _writing(folder.parent):
+        draft = Path(tempfile.mkdtemp(prefix="draft-", dir=folder.parent))
+        for name, values in arrays.items():
+            np.save(draft / f"{name}.npy", values, allow_pickle=False)
+        (draft / "record.json").write_text(json.dumps(meta))
+        try:
+            draft.rename(folder)
+        except OSError:
+            # Another process was quicker with the same content.
+            shutil.rmtree(draft)
+            if not folder.is_dir():
+                raise
+
+
+def _open(folder: Path) -> Annotations:
+    meta = json.loads((folder / "record.json").read_text())
+    arrays = {}
+    for name, checksum in meta["crc32"].items():
+        values = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        # No fsync was made: after a power cut a folder may be there without all its bytes.
+        if _checksum(values) != checksum:
+            raise ValueError(f"{name}.npy has another checksum")
+        arrays[name] = values
+    return Annotations(
+        images=ImageTable(**{name: arrays[f"images_{name}"] for name in _IMAGES}),
+        names=tuple(meta["names"]),
+        dropped=meta["dropped"],
+        **{name: arrays[name] for name in _BOXES},
+    )

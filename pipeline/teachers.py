@@ -1,0 +1,91 @@
+"""The teacher of a configuration, and whether its rounded weights still say the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ezsd.adapt import restore
+from ezsd.crops import crop_boxes
+from ezsd.data.annotations import Annotations
+from ezsd.teacher import Teacher, TeacherError, load_teacher
+from pipeline.config import Config, TeacherConfig
+from pipeline.datasets import Dataset, read_dataset_image
+
+log = logging.getLogger("ezsd")
+
+LEAST_COSINE = 0.999
+"""Between a crop's embedding from rounded weights and from float32."""
+_CHECKED_CROPS = 64
+
+
+def configured_teacher(config: TeacherConfig, device: str) -> Teacher:
+    """The teacher of a configuration, as published."""
+    return load_teacher(
+        config.name,
+        config.weights,
+        template=config.template,
+        names=config.names,
+        activation=config.activation,
+        precision=config.precision,
+        device=device,
+    )
+
+
+@torch.no_grad()
+def check_precision(
+    teacher: Teacher,
+    config: Config,
+    dataset: Dataset,
+    annotations: Annotations,
+    restored: tuple[NDArray[np.float32], list[dict[str, object]]],
+    device: str,
+) -> None:
+    """Compare a bf16 teacher with its float32 self on crops of the first block; one in float32 is left alone.
+
+    Args:
+        teacher: re-normalised.
+        config: what made it, and how boxes are cropped.
+        dataset: where the images lie.
+        annotations: BASE boxes of the training split.
+        restored: the teacher's tuned values and their table, see `restore`.
+        device: where it runs.
+
+    Raises:
+        TeacherError: an embedding has a cosine below `LEAST_COSINE`.
+    """
+    if teacher.fingerprint().get("precision") != "bf16":
+        return
+    reference = configured_teacher(dataclasses.replace(config.teacher, precision="fp32"), device)
+    restore(reference.layer_norms(), *restored)
+    pixels = _first_crops(config, dataset, annotations, teacher.input_size)
+    cosine = float((teacher.encode_image(pixels) * reference.encode_image(pixels)).sum(1).min())
+    log.info("bf16 against fp32 on %d crops of the first block: least cosine %.5f", len(pixels), cosine)
+    if not cosine >= LEAST_COSINE:
+        raise TeacherError(
+            f"teacher {teacher.name}: in bf16 a crop's embedding has cosine {cosine:.5f} with float32, expected "
+            f"at least {LEAST_COSINE}; use --set teacher.precision=fp32"
+        )
+
+
+def _first_crops(config: Config, dataset: Dataset, annotations: Annotations, size: int) -> Tensor:
+    """Crops (B, 3, S, S), float in [0, 1]: base boxes, quarters and whole of the block's first images."""
+    crops: list[Tensor] = []
+    settings = config.proposals
+    for position, record in enumerate(annotations.images[: config.build.block_images]):
+        folder = dataset.root / dataset.train_images
+        pixels = read_dataset_image(folder, record.file_name, record.width, record.height)
+        x, y = record.width, record.height
+        halves = [(0, 0, x, y), (0, 0, x / 2, y / 2), (x / 2, 0, x, y / 2), (0, y / 2, x / 2, y), (x / 2, y / 2, x, y)]
+        boxes = torch.cat([torch.tensor(halves), torch.from_numpy(annotations.box[annotations.rows(position)])])
+        crops.append(
+            crop_boxes(pixels, boxes, size=size, ratio=settings.crop_ratio, surround=settings.surround).float() / 255
+        )
+        if sum(map(len, crops)) >= _CHECKED_CROPS:
+            break
+    return torch.cat(crops)[:_CHECKED_CROPS]

@@ -1,0 +1,127 @@
+"""`ezsd data check`: one pass, every fault with its place, and none where there is none."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ezsd.vocabulary import COCO_SPLIT
+from pipeline.check import check_dataset, check_table
+from pipeline.datasets import find_dataset
+
+TOML = """
+name = "own"
+[train]
+images = "photos"
+annotations = "train.json"
+[val]
+images = "photos"
+annotations = "val.json"
+[classes]
+base = ["cat", "dog"]
+novel = ["cow"]
+"""
+
+
+def sound():
+    return {
+        "images": [{"id": k, "file_name": f"{k}.png", "width": 20, "height": 10} for k in range(4)],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(["cow", "dog", "cat", "kite"])],
+        "annotations": [
+            {"id": 5, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]},
+            {"id": 6, "image_id": 1, "category_id": 0, "bbox": [1, 2, 3, 4]},
+            {"id": 7, "image_id": 2, "category_id": 3, "bbox": [1, 2, 3, 4]},
+            {"id": 8, "image_id": 0, "category_id": 2, "bbox": [1, 2, 3, 4], "iscrowd": 1},
+        ],
+    }
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Checks a dataset whose training file is the given document."""
+    (tmp_path / "photos").mkdir()
+    noise = np.random.default_rng(0)
+    for k in range(4):
+        Image.fromarray(noise.integers(0, 256, (10, 20, 3), np.uint8)).save(tmp_path / f"photos/{k}.png")
+    (tmp_path / "own.toml").write_text(TOML)
+    (tmp_path / "val.json").write_text(json.dumps(sound()))
+
+    def check(document, **options):
+        text = document if isinstance(document, str) else json.dumps(document)
+        (tmp_path / "train.json").write_text(text)
+        return check_dataset(find_dataset(str(tmp_path / "own.toml")), **options)
+
+    check.root = tmp_path
+    return check
+
+
+def test_a_sound_dataset_has_no_problems_and_is_counted(own):
+    found = own(sound())
+    assert found.problems == []
+    for part in found.parts:
+        counts = (part.images, part.without_boxes, part.base, part.novel, part.other, part.crowd)
+        assert counts == (4, 3, 1, 1, 1, 1)
+    assert "2 base and 1 novel names, nothing wrong" in check_table(found)
+
+
+def test_everything_wrong_is_told_in_one_pass_with_its_place(own):
+    document = sound()
+    document["images"] += [
+        {"id": 0, "file_name": "0.png", "width": 20, "height": 10},
+        {"id": 11, "file_name": "../own.toml", "width": 20, "height": 10},
+        {"id": 12, "file_name": "none.png", "width": 20, "height": 10},
+        {"id": -1, "file_name": "text.png", "width": 20, "height": 0},
+    ]
+    (own.root / "photos/text.png").write_text("no picture")
+    document["images"][3]["width"] = 21
+    document["categories"][1]["name"] = "Dog"
+    document["categories"] += [{"id": 9, "name": "ki-te"}, {"id": 9, "name": "cow"}]
+    box = {"id": 20, "image_id": 1, "category_id": 0, "bbox": [1, 2, 3, 4]}
+    document["annotations"] += [
+        box | {"bbox": [1, 2, float("nan"), 4]},
+        box | {"id": 21, "bbox": [1, 2, 0, 4]},
+        box | {"id": 22, "bbox": [20, 2, 3, 4]},
+        box | {"id": 5},
+        box | {"id": 23, "image_id": 77},
+        box | {"id": 24, "category_id": 78},
+        7,
+    ]
+    problems = own(document).problems
+    places = [problem.removeprefix(f"{own.root}/train.json: ").split(": ")[0] for problem in problems]
+    assert sorted(places) == sorted(
+        ["images[7].id", "images[7].height", "images[4].id", "images[4].file_name"]
+        + ["categories[5].id", "categories[5].name", "categories", "categories[4].name"]
+        + ["annotations[4].bbox", "annotations[5].bbox", "annotations[6].bbox", "annotations[7].id"]
+        + ["annotations[8].image_id", "annotations[9].category_id", "annotations[10]"]
+        + ["images[3]", "images[5].file_name", "images[6].file_name", "images[7].file_name"]
+    )
+    for words in ("named 'dog'", "did you mean 'Dog'", "nearly categories[3].name, 'kite'", "21 x 10 pixels"):
+        assert any(words in problem for problem in problems), words
+    for words in ("without an area", "outside the image of 20 x 10", "no such image", "is no image", "holds '..'"):
+        assert any(words in problem for problem in problems), words
+    assert not any("\n" in problem for problem in problems)
+
+
+def test_a_file_that_is_no_json_is_one_problem_and_the_other_is_still_read(own):
+    found = own('{"images": [')
+    assert len(found.problems) == 1
+    assert "train.json: the file: expected JSON" in found.problems[0]
+    assert [part.name for part in found.parts] == ["val"]
+
+
+def test_a_cut_image_is_found_when_every_pixel_is_read(own):
+    path = own.root / "photos/2.png"
+    path.write_bytes(path.read_bytes()[:-300])
+    assert own(sound()).problems == []
+    problems = own(sound(), decode=True).problems
+    # Both files name it.
+    assert len(problems) == 2
+    assert all("images[2].file_name" in problem and "cannot be read" in problem for problem in problems)
+
+
+def test_real_photos_are_sound(photos):
+    found = check_dataset(find_dataset("coco", photos), decode=True)
+    assert found.problems == []
+    assert [(part.name, part.images) for part in found.parts] == [("train", 80), ("val", 57)]
+    assert found.dataset.split == COCO_SPLIT

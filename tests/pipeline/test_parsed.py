@@ -1,0 +1,124 @@
+"""Parsed once: the same record again, anew for another content, and never a novel box in the folder."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from ezsd.data import annotations as loaders
+from ezsd.data.annotations import AnnotationError, load_training
+from ezsd.vocabulary import Split
+from pipeline import parsed
+
+SPLIT = Split(base=("cat", "dog"), novel=("cow",))
+
+
+def document():
+    return {
+        "images": [{"id": 7 - k, "file_name": f"ä{k}.png", "width": 40, "height": 30} for k in range(3)],
+        "categories": [{"id": k, "name": name} for k, name in enumerate(["cow", "dog", "cat"])],
+        "annotations": [
+            {"id": 5, "image_id": 6, "category_id": 1, "bbox": [1, 2, 3, 4]},
+            {"id": 4, "image_id": 6, "category_id": 0, "bbox": [11.5, 12.5, 13.5, 14.5]},
+            {"id": 3, "image_id": 5, "category_id": 2, "bbox": [5, 6, 7, 8]},
+        ],
+    }
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setenv("EZSD_CACHE_DIR", str(tmp_path / "own"))
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(document()))
+    return path
+
+
+@pytest.fixture
+def parses(monkeypatch):
+    """Counts how often a file is really parsed."""
+    count = []
+    real = loaders.read_table
+    monkeypatch.setattr(loaders, "read_table", lambda path: count.append(path) or real(path))
+    return count
+
+
+def same(a, b):
+    names = ("image_index", "box", "class_index", "annotation_id", "crowd")
+    assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
+    assert (a.images, a.names, a.dropped, a.digest()) == (b.images, b.names, b.dropped, b.digest())
+
+
+def test_a_record_is_parsed_once_and_mapped_after_that(file, parses):
+    first = parsed.training_annotations(file, SPLIT)
+    moved = file.rename(file.with_name("b.json"))
+    again = parsed.training_annotations(moved, SPLIT)
+    assert len(parses) == 1
+    assert isinstance(again.box, np.memmap)
+    same(first, again)
+    same(again, load_training(moved, SPLIT))
+    same(pickle.loads(pickle.dumps(again)), again)
+
+
+def test_another_content_or_another_split_is_parsed_anew(file, parses):
+    parsed.training_annotations(file, SPLIT)
+    changed = document()
+    changed["annotations"][0]["bbox"][0] = 2
+    file.write_text(json.dumps(changed))
+    assert parsed.training_annotations(file, SPLIT).box[1, 0] == 2
+    assert parsed.training_annotations(file, Split(base=("dog",), novel=())).names == ("dog",)
+    assert len(parsed.evaluation_annotations(file, SPLIT).box) == 3
+    assert len(parses) == 4
+
+
+def test_no_number_of_a_novel_box_is_kept_by_training(file):
+    parsed.training_annotations(file, SPLIT)
+    values = np.concatenate([np.load(p).ravel() for p in parsed.parsed_folder().rglob("*.npy")])
+    assert 5.0 in values
+    assert not {11.5, 12.5} & set(values.tolist())
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "record"])
+def test_a_damaged_folder_is_made_again(file, parses, damage):
+    parsed.training_annotations(file, SPLIT)
+    (folder,) = parsed.parsed_folder().iterdir()
+    target = folder / ("record.json" if damage == "record" else "box.npy")
+    content = target.read_bytes()
+    if damage == "missing":
+        target.unlink()
+    else:
+        target.write_bytes(content[:-1] + b"\7" if damage == "changed" else content[:-9])
+    found = parsed.training_annotations(file, SPLIT)
+    assert len(parses) == 2
+    same(found, load_training(file, SPLIT))
+
+
+def test_a_file_without_boxes_or_images_is_kept_too(file):
+    for part in ("annotations", "images"):
+        file.write_text(json.dumps({**document(), "annotations": [], part: []}))
+        same(parsed.training_annotations(file, SPLIT), load_training(file, SPLIT))
+
+
+def test_a_folder_that_cannot_be_written_is_told_with_the_way_out(file, tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setenv("EZSD_CACHE_DIR", str(tmp_path / "taken"))
+    with pytest.raises(AnnotationError, match="set EZSD_CACHE_DIR"):
+        parsed.training_annotations(file, SPLIT)
+
+
+def test_a_wrong_file_is_refused_as_ever_and_leaves_nothing(file):
+    file.write_text("{}")
+    with pytest.raises(AnnotationError, match="images: expected a list"):
+        parsed.training_annotations(file, SPLIT)
+    with pytest.raises(AnnotationError, match="expected a readable file"):
+        parsed.training_annotations(file.with_name("none.json"), SPLIT)
+    assert not list(parsed.parsed_folder().glob("*"))
+
+
+def test_categories_are_read_once_by_id(file):
+    wanted = [parsed.Category(name, "") for name in ("cow", "dog", "cat")]
+    assert parsed.read_categories(file) == wanted
+    (kept,) = parsed.parsed_folder().glob("*categories*")
+    assert parsed.read_categories(file) == wanted
+    kept.write_text("damaged")
+    assert parsed.read_categories(file) == wanted
