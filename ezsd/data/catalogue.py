@@ -11,10 +11,13 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from ezsd.data.records import AnnotationError
-from ezsd.data.stream import JsonReader
+from ezsd.data.stream import JsonError, JsonReader
 
+_FORMAT = "Give the path of a COCO-format annotation file."
+_FEDERATED = "A federated file, as LVIS's are, has these lists in every image and a frequency in every category."
 FREQUENCIES = ("r", "c", "f")
 """LVIS's groups: rare, common and frequent classes of its training split."""
 
@@ -46,31 +49,38 @@ class Catalogue:
 
 
 def read_catalogue(path: Path) -> Catalogue:
-    """Read the class table and the federated lists of a file that `read_raw` finds in order.
+    """Read the class table and the federated lists of a file; the rest of it is for `read_raw` to check.
 
     Raises:
-        AnnotationError: some images have federated lists and others none, a list holds something else than ids, or a
-            category of a federated file has no frequency.
+        AnnotationError: the file cannot be read, is no JSON or has no class table; some images have federated lists
+            and others none, a list holds something else than ids, or a category of a federated file has no frequency.
     """
     categories: list[Mapping[str, object]] = []
     lists = Federated()
     bare: int | None = None
     for section, position, entry in _entries(path):
         if section == "categories":
+            name = entry.get("name")
+            if not isinstance(name, str) or type(entry.get("id")) is not int:
+                raise _error(path, f"categories[{position}]", "a name and an id", reprlib.repr(entry), _FORMAT)
             categories.append(entry)
         elif section == "annotations":
             _note_annotation(lists, entry)
         elif "neg_category_ids" in entry:
-            number = _id(entry)
+            number = entry.get("id")
+            if type(number) is not int:
+                raise _error(path, f"images[{position}].id", "a whole number", reprlib.repr(number), _FORMAT)
             lists.negative[number] = _numbers(path, position, entry, "neg_category_ids")
             lists.not_exhaustive[number] = _numbers(path, position, entry, "not_exhaustive_category_ids")
         else:
             bare = position if bare is None else bare
+    if not categories:
+        raise _error(path, "categories", "a list of classes", "none", _FORMAT)
     if lists.negative and bare is not None:
         raise _wrong(path, f"images[{bare}].neg_category_ids", "a list, as other images of the file have", "nothing")
     federated = lists if lists.negative else None
     return Catalogue(
-        ids={str(entry["name"]): _id(entry) for entry in categories},
+        ids={str(entry["name"]): cast("int", entry["id"]) for entry in categories},
         frequency=_frequencies(path, categories) if federated else {},
         federated=federated,
     )
@@ -78,21 +88,21 @@ def read_catalogue(path: Path) -> Catalogue:
 
 def _entries(path: Path) -> Iterator[tuple[str, int, Mapping[str, object]]]:
     """Section, position and values of each object of the file's three lists."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = JsonReader(file)
-        for section in reader.members():
-            if section not in ("images", "annotations", "categories"):
-                reader.value()
-                continue
-            for position, entry in enumerate(reader.entries()):
-                assert isinstance(entry, dict)
-                yield section, position, entry
-
-
-def _id(entry: Mapping[str, object]) -> int:
-    number = entry["id"]
-    assert isinstance(number, int)
-    return number
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = JsonReader(file)
+            for section in reader.members():
+                if section not in ("images", "annotations", "categories") or reader.peek() != "[":
+                    reader.value()
+                    continue
+                for position, entry in enumerate(reader.entries()):
+                    if not isinstance(entry, dict):
+                        raise _error(path, f"{section}[{position}]", "an object", reprlib.repr(entry), _FORMAT)
+                    yield section, position, entry
+    except OSError as error:
+        raise _error(path, "the file", "a readable file", error.strerror or str(error), _FORMAT) from error
+    except JsonError as error:
+        raise _error(path, "the file", "JSON in UTF-8", f"something else ({error})", _FORMAT) from error
 
 
 def _note_annotation(lists: Federated, entry: Mapping[str, object]) -> None:
@@ -124,5 +134,8 @@ def _frequencies(path: Path, categories: list[Mapping[str, object]]) -> dict[str
 
 
 def _wrong(path: Path, where: str, expected: str, found: str) -> AnnotationError:
-    cure = "A federated file, as LVIS's are, has these lists in every image and a frequency in every category."
+    return _error(path, where, expected, found, _FEDERATED)
+
+
+def _error(path: Path, where: str, expected: str, found: str, cure: str) -> AnnotationError:
     return AnnotationError(f"{path}: {where}: expected {expected}, found {found}. {cure}")
