@@ -28,12 +28,14 @@ def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surroun
         surround: "black" is the method's.
 
     Returns:
-        (R, 3, size, size) uint8 on the image's device.
+        (R, 3, size, size) uint8 on the image's device, channels last in memory.
     """
     # The channels-last view is what makes uint8 resampling quick on CPU.
     boxes = _square(boxes) if surround == "context" else boxes
     pixels = image[None].contiguous(memory_format=torch.channels_last)
-    out = torch.empty((len(boxes), 3, size, size), dtype=torch.uint8, device=image.device)
+    shape = (len(boxes), 3, size, size)
+    # In the layout that resampling writes: turning each crop around took a third of its time.
+    out = torch.empty(shape, dtype=torch.uint8, device=image.device, memory_format=torch.channels_last)
     for row, window in enumerate(crop_windows(boxes, ratio=ratio, width=image.shape[2], height=image.shape[1])):
         out[row] = _resample(pixels, window, size)
     return out

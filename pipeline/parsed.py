@@ -162,7 +162,8 @@ def _open(folder: Path) -> Annotations:
     meta = json.loads((folder / "record.json").read_text())
     arrays = {}
     for name, checksum in meta["crc32"].items():
-        values = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        # Copy on write: torch takes no read-only array without a warning, and the file stays as it is.
+        values = np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
         # No fsync was made: after a power cut a folder may be there without all its bytes.
         if _checksum(values) != checksum:
             raise ValueError(f"{name}.npy has another checksum")

@@ -8,7 +8,7 @@ Three conventions, stated here for every reader of the records:
 * Boxes follow `ezsd.boxes`: the file's left, top, width, height become corners, clipped to the
   image. Boxes of which nothing is left are dropped and counted.
 
-Arrays may be memory-mapped and are then read-only; nothing here is an object per image or box.
+Arrays may be memory-mapped; nothing here is an object per image or box.
 """
 
 from __future__ import annotations

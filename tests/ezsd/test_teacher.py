@@ -1,20 +1,24 @@
 """Teachers: unit embeddings, a fingerprint of contents, and one clear refusal for whatever is unfit."""
 
 import contextlib
+import hashlib
 import os
 import pickle
 import socket
 import sys
+import zipfile
 from importlib.resources import files
 
+import huggingface_hub
 import huggingface_hub.constants
 import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ezsd import checkpoints
 from ezsd.data.shapes import SHAPES_SPLIT, picture
-from ezsd.teacher import Teacher, TeacherError, load_teacher, state_digest
+from ezsd.teacher import OpenClipTeacher, Teacher, TeacherError, load_teacher, state_digest
 
 TEMPLATE = "a photo of a {}"
 
@@ -225,6 +229,85 @@ def test_a_tag_without_a_network_logs_nothing_beside_the_error(no_network, caplo
 
 def test_a_hub_model_without_a_network_is_refused(no_network):
     refusal("hf-hub:nobody/nothing", None, "nobody/nothing.*Without a network")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(no_network, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *a, **k: asked.append(a) or 1 / 0)
+    refusal(
+        "ViT-B-32-quickgelu", "openai", "open_clip_model.safetensors of .* give --activation quickgelu and its path"
+    )
+    assert len(asked) == 2  # one for each format
+
+
+def test_a_file_that_nobody_knows_needs_its_activation(small_clip):
+    refusal(small_clip.name, small_clip.file, "say --activation quickgelu .* or --activation gelu", activation=None)
+
+
+def test_a_file_of_another_activation_is_refused(small_clip):
+    refusal(small_clip.name, small_clip.file, "expect QuickGELU, the model has GELU", activation="quickgelu")
+
+
+def test_a_known_file_needs_no_word_and_takes_no_wrong_one(small_clip, monkeypatch):
+    digest = hashlib.sha256(small_clip.file.read_bytes()).hexdigest()
+    monkeypatch.setitem(checkpoints._KNOWN, digest, "gelu")
+    assert load_teacher(small_clip.name, str(small_clip.file), template=TEMPLATE).embed_dim == 24
+    refusal(small_clip.name, small_clip.file, "published weights trained with gelu", activation="quickgelu")
+
+
+def test_a_torchscript_archive_is_refused_with_the_file_to_bring(tmp_path):
+    path = tmp_path / "ViT-B-32.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member in ("constants.pkl", "code/__torch__.py", "data.pkl"):
+            archive.writestr(f"ViT-B-32/{member}", "")
+    message = "TorchScript archive.*bring open_clip_model.safetensors of huggingface.co/timm/vit_base_patch32_clip_224"
+    with pytest.raises(TeacherError, match=message):
+        checkpoints.load_checkpoint(torch.nn.Identity(), "ViT-B-32-quickgelu", path)
+
+
+# Precision.
+
+
+def test_rounded_weights_say_nearly_the_same_and_are_named(small_teacher, small_clip):
+    rounded = load_teacher(
+        small_clip.name, str(small_clip.file), template=TEMPLATE, activation="gelu", precision="bf16"
+    )
+    own, other = small_teacher.fingerprint(), rounded.fingerprint()
+    assert {key: other[key] for key in own if own[key] != other[key]} == {"precision": "bf16"}
+    assert rounded.model.visual.conv1.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in rounded.layer_norms().values()} == {torch.float32}
+    assert list(rounded.layer_norms()) == list(small_teacher.layer_norms())
+    found, wanted = rounded.encode_image(crops()), small_teacher.encode_image(crops())
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, wanted)
+    assert (found * wanted).sum(1).min() > 0.999
+    assert (rounded.encode_text(["cat"]) * small_teacher.encode_text(["cat"])).sum() > 0.999
+
+
+def test_auto_follows_the_hardware(small_clip, monkeypatch):
+    for has, wanted in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        teacher = load_teacher(
+            small_clip.name, str(small_clip.file), template=TEMPLATE, activation="gelu", precision="auto"
+        )
+        assert teacher.fingerprint()["precision"] == wanted
+
+
+def test_a_resnet_offers_its_batch_norms():
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    model = open_clip.CLIP(**config)
+    open_clip.factory.set_model_preprocess_cfg(model, {"size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    teacher = OpenClipTeacher(model, "RN50", template=TEMPLATE)
+    assert teacher.encode_image(crops(size=32)).shape == (5, 16)
+    vision = teacher.layer_norms(vision_only=True)
+    norms = [m for m in model.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(vision) == 2 * len(norms)
+    assert set(vision) < set(teacher.layer_norms())
 
 
 def half(path):
