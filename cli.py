@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -245,44 +245,109 @@ def train(
 
 @app.command("eval", epilog="Example:  ezsd eval --run runs/a --crops")
 def evaluate(
-    run: RunFolder,
-    crops: Annotated[bool, typer.Option("--crops", help="Also crop accuracy, raw and re-normalised.")] = False,
+    run: Annotated[Path | None, typer.Option("--run", help="A run folder that `ezsd train` made.")] = None,
+    detections: Annotated[Path | None, typer.Option(help="Instead of a run: anybody's results, COCO format.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="With --detections: COCO or LVIS ground truth.")] = None,
+    split_file: Annotated[Path | None, typer.Option(help="With --detections: TOML with lists base and novel.")] = None,
+    base: Annotated[str | None, typer.Option(help="With --detections: base names, comma-separated.")] = None,
+    novel: Annotated[str | None, typer.Option(help="With --detections: novel names; all others are base.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --detections: write all figures there, as JSON.")] = None,
+    split: Annotated[
+        Literal["val", "train"] | None, typer.Option(help="With --run: which images; val by default.")
+    ] = None,
+    classes: Annotated[
+        Literal["all", "base", "novel"] | None,
+        typer.Option(help="Names looked for at once; with --run all, then novel alone, by default."),
+    ] = None,
+    max_detections: Annotated[
+        int | None, typer.Option(help="Detections per image in the headline; 100 by default, LVIS 300.")
+    ] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also show every class.")] = False,
+    crops: Annotated[bool, typer.Option("--crops", help="With --run: crop accuracy, raw and re-normalised.")] = False,
     data_root: DataRoot = None,
     device: Device = "auto",
 ) -> None:
-    """Evaluate a run on the validation split: base, novel, all."""
+    """Evaluate a run, or anybody's results: base, novel, all; COCO's rules, or LVIS's for its files."""
+    from pipeline.arguments import require_device_name, require_one_source, require_run
+
+    of_run = {"--split": split, "--crops": crops or None, "--data-root": data_root}
+    of_file = {"--annotations": annotations, "--split-file": split_file, "--base": base, "--novel": novel, "--out": out}
+    require_one_source(run=run, of_run=of_run, detections=detections, of_file=of_file)
+    require_device_name(device)
+    if run is None:
+        from pipeline.figures import evaluate_results, evaluation_tables
+
+        assert detections is not None
+        assert annotations is not None
+        result = evaluate_results(
+            detections,
+            annotations,
+            base=base,
+            novel=novel,
+            split_file=split_file,
+            classes=classes,
+            max_detections=max_detections,
+        )
+        typer.echo(evaluation_tables(result, per_class=per_class))
+        if out is not None:
+            from pipeline.runs import write_json
+
+            write_json(out, result)
+        return
+    require_run(run)
     from pipeline.command import crop_table, resolve_device, score_table
     from pipeline.evaluate import evaluate_crops, evaluate_run, headline
+    from pipeline.figures import evaluation_tables
     from pipeline.runs import Run
 
     opened, where = Run.open(run), resolve_device(device)
-    result = evaluate_run(opened, data_root=data_root, device=where)
+    result = evaluate_run(
+        opened,
+        data_root=data_root,
+        device=where,
+        split=split or "val",
+        classes=classes,
+        max_detections=max_detections,
+    )
     typer.echo(score_table({str(run): headline(result)}))
+    typer.echo(f"\n{evaluation_tables(result, per_class=per_class)}")
     if crops:
-        typer.echo(crop_table(evaluate_crops(opened, data_root=data_root, device=where)))
+        typer.echo(f"\n{crop_table(evaluate_crops(opened, data_root=data_root, device=where))}")
 
 
 @app.command(epilog="Example:  ezsd detect photo.jpg --run runs/a --classes 'cat,red ball'")
 def detect(
-    image: Annotated[Path, typer.Argument(help="An image file.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")],
     run: RunFolder,
     classes: Annotated[str, typer.Option(help="Names to look for, comma-separated.")],
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score.")] = 0.3,
-    out: Annotated[Path | None, typer.Option(help="Write the image with boxes there.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the image with boxes there; a folder for several images.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one COCO-format document instead of lines.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Find objects of any named classes in an image."""
-    from pipeline.command import parse_classes, resolve_device
-    from pipeline.detect import detect_image
-    from pipeline.runs import Run
+    """Find objects of any named classes in images; boxes are those of the image as it is shown."""
+    from pipeline.arguments import find_images, parse_classes, picture_places, require_device_name, require_run
 
     names = parse_classes(classes)
-    found = detect_image(image, Run.open(run), names, threshold=threshold, device=resolve_device(device), drawn=out)
-    for one in found:
-        box = " ".join(f"{v:.1f}" for v in one.box)
-        typer.echo(f"{one.score:.3f}  {one.name}  {box}")
-    if not found:
-        typer.echo(f"nothing found with a score of {threshold} or more", err=True)
+    require_device_name(device)
+    require_run(run)
+    found = find_images(images)
+    drawn = picture_places(found, out, alone=len(images) == 1 and not images[0].is_dir())
+    from pipeline.command import resolve_device
+    from pipeline.detect import coco_document, detect_images, found_lines
+    from pipeline.runs import Run
+
+    seen = detect_images(found, Run.open(run), names, threshold=threshold, device=resolve_device(device), drawn=drawn)
+    if json_:
+        typer.echo(coco_document(list(seen), names))
+        return
+    for one in seen:
+        for line in found_lines(one, with_path=len(found) > 1):
+            typer.echo(line)
+        if not one.objects:
+            typer.echo(f"{one.path}: nothing found with a score of {threshold} or more", err=True)
 
 
 @app.command(epilog="Example:  ezsd report --run runs/a --compare runs/plain")
@@ -292,6 +357,10 @@ def report(
     data_root: DataRoot = None,
 ) -> None:
     """Write one HTML page: results, curves, pictures."""
+    from pipeline.arguments import require_run
+
+    for folder in (run, *(compare or [])):
+        require_run(folder)
     from pipeline.report import write_report
     from pipeline.runs import Run
 
@@ -331,6 +400,10 @@ def main() -> None:
 
 def _is_users(error: BaseException) -> bool:
     """Whether the error is one that our own code raised about its input."""
+    from pipeline.arguments import EARLY_ERRORS
+
+    if isinstance(error, EARLY_ERRORS):
+        return True
     from pipeline.command import USER_ERRORS
 
     return isinstance(error, USER_ERRORS)

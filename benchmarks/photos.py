@@ -17,7 +17,7 @@ import torch
 
 from cache import Store
 from ezsd.data.annotations import load_evaluation
-from ezsd.metrics import recall_at
+from ezsd.metrics.recall import recall_at
 from pipeline.config import from_tables, load_preset, to_tables
 from pipeline.datasets import read_dataset_image
 from pipeline.draw import draw_boxes

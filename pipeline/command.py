@@ -14,29 +14,24 @@ import torch
 from cache import Store, StoreError
 from cache.export import FORMATS, export
 from cache.transfer import pull, push
-from ezsd.data.annotations import AnnotationError
 from ezsd.kernels import BackendError
 from ezsd.teacher import TeacherError
-from ezsd.vocabulary import VocabularyError, parse_classes
+from pipeline.arguments import EARLY_ERRORS
 from pipeline.config import Config, ConfigError, load_preset
 from pipeline.datasets import Dataset, DatasetError
 from pipeline.provenance import dataset_inputs
 from pipeline.runs import RunError
 from pipeline.shapes import write_shapes
 
-__all__ = ["parse_classes"]
-
 USER_ERRORS = (
-    AnnotationError,
+    *EARLY_ERRORS,
     BackendError,
     ConfigError,
     DatasetError,
     FloatingPointError,
-    OSError,
     RunError,
     StoreError,
     TeacherError,
-    VocabularyError,
 )
 """Shown as one line; anything else is a bug."""
 

@@ -1,21 +1,24 @@
-"""`ezsd detect`: objects of any named classes in one image."""
+"""`ezsd detect`: objects of any named classes in images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ezsd.vocabulary import VocabularyError
-from pipeline.config import ConfigError
-from pipeline.datasets import read_image
+from pipeline.arguments import ArgumentError
 from pipeline.draw import draw_boxes
-from pipeline.evaluate import TrainedDetector, load_trained, run_teacher
 from pipeline.runs import Run
+from pipeline.trained import TrainedDetector, load_trained, run_teacher
+
+BATCH_IMAGES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,41 +29,95 @@ class Found:
     score: float
     """In [0, 1]."""
     box: tuple[float, float, float, float]
-    """xyxy, pixels of the image."""
+    """xyxy, pixels of the image as it is shown."""
 
 
-def detect_image(
-    image: Path, run: Run, classes: Sequence[str], *, threshold: float, device: str, drawn: Path | None
-) -> list[Found]:
-    """Detect named classes in an image; best first.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """One image and what was found in it."""
+
+    path: Path
+    width: int
+    """Pixels, as it is shown."""
+    height: int
+    """Pixels, as it is shown."""
+    objects: tuple[Found, ...]
+    """Best first."""
+
+
+def detect_images(
+    images: Sequence[Path],
+    run: Run,
+    classes: Sequence[str],
+    *,
+    threshold: float,
+    device: str,
+    drawn: Sequence[Path] | None,
+) -> Iterator[Seen]:
+    """Detect named classes in images, a few at a time.
 
     Args:
-        image: any file Pillow reads.
+        images: files that Pillow reads.
         run: a finished run.
         classes: names to look for; those unknown to the run are embedded by its teacher.
         threshold: least score.
         device: where to run.
-        drawn: write the image with boxes there, if given.
+        drawn: where each image with boxes is written; None for nowhere. Missing folders are made.
 
     Raises:
-        ValueError: (of many kinds) no image, an unfinished run, a class that nobody can embed.
+        ValueError: (of many kinds) a damaged image, an unfinished run, a class that nobody can embed.
     """
-    if drawn is not None and drawn.suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"--out {drawn}: its ending says no picture format; give it one such as .png")
-    pixels = read_image(image)
     trained = load_trained(run, device)
     text = class_text(trained, run, classes, device)
-    boxes, scores, labels = trained.find([pixels], text)[0]
-    found = [
-        Found(name=classes[int(label)], score=float(score), box=(float(b[0]), float(b[1]), float(b[2]), float(b[3])))
-        for b, score, label in zip(boxes, scores, labels, strict=True)
-        if score >= threshold
+    for start in range(0, len(images), BATCH_IMAGES):
+        paths = images[start : start + BATCH_IMAGES]
+        pixels = [read_shown(path) for path in paths]
+        for number, found in enumerate(trained.find(pixels, text)):
+            seen = _seen(paths[number], pixels[number], found, classes, threshold)
+            if drawn is not None:
+                _draw(seen, pixels[number], drawn[start + number])
+            yield seen
+
+
+def read_shown(path: Path) -> Tensor:
+    """(3, H, W) uint8 RGB of an image turned as viewers show it, by its EXIF orientation.
+
+    Raises:
+        ArgumentError: it is damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ArgumentError(f"{path}: cannot be read: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def found_lines(seen: Seen, *, with_path: bool) -> Iterator[str]:
+    """One line per object: score, name and corners, after the image's path if asked for."""
+    for one in seen.objects:
+        box = " ".join(f"{v:.1f}" for v in one.box)
+        path = f"{seen.path}  " if with_path else ""
+        yield f"{path}{one.score:.3f}  {one.name}  {box}"
+
+
+def coco_document(seen: Sequence[Seen], classes: Sequence[str]) -> str:
+    """A COCO-format document; its `annotations` have scores, so that they are a results file as well."""
+    number = {name: position for position, name in enumerate(classes, start=1)}
+    images = [
+        {"id": i, "file_name": str(one.path), "width": one.width, "height": one.height}
+        for i, one in enumerate(seen, start=1)
     ]
-    if drawn is not None:
-        corners = torch.tensor([f.box for f in found]).reshape(-1, 4)
-        captions = [f"{f.name} {f.score:.2f}" for f in found]
-        draw_boxes(pixels, corners, captions).save(drawn)
-    return found
+    annotations: list[dict[str, object]] = []
+    for i, one in enumerate(seen, start=1):
+        for found in one.objects:
+            x1, y1, x2, y2 = found.box
+            entry = {"id": len(annotations) + 1, "image_id": i, "category_id": number[found.name]}
+            bbox = [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)]
+            area = round((x2 - x1) * (y2 - y1), 2)
+            annotations.append({**entry, "bbox": bbox, "area": area, "iscrowd": 0, "score": round(found.score, 5)})
+    categories = [{"id": position, "name": name} for name, position in number.items()]
+    return json.dumps({"images": images, "categories": categories, "annotations": annotations}, indent=1)
 
 
 def class_text(trained: TrainedDetector, run: Run, classes: Sequence[str], device: str) -> Tensor:
@@ -76,3 +133,25 @@ def class_text(trained: TrainedDetector, run: Run, classes: Sequence[str], devic
             raise VocabularyError(f"--classes: the teacher {teacher.name} has no embedding for {error}") from None
         known |= dict(zip(unknown, rows, strict=True))
     return torch.stack([known[name] for name in classes])
+
+
+def _seen(
+    path: Path,
+    pixels: Tensor,
+    found: tuple[np.typing.NDArray[np.float32], np.typing.NDArray[np.float32], np.typing.NDArray[np.int64]],
+    classes: Sequence[str],
+    threshold: float,
+) -> Seen:
+    objects = [
+        Found(name=classes[int(label)], score=float(score), box=(float(b[0]), float(b[1]), float(b[2]), float(b[3])))
+        for b, score, label in zip(*found, strict=True)
+        if score >= threshold
+    ]
+    return Seen(path=path, width=pixels.shape[2], height=pixels.shape[1], objects=tuple(objects))
+
+
+def _draw(seen: Seen, pixels: Tensor, place: Path) -> None:
+    corners = torch.tensor([one.box for one in seen.objects]).reshape(-1, 4)
+    captions = [f"{one.name} {one.score:.2f}" for one in seen.objects]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draw_boxes(pixels, corners, captions).save(place)

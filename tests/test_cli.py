@@ -68,11 +68,41 @@ def test_help_loads_neither_torch_nor_zarr():
         (["eval", "--run", "nowhere"], ["nowhere", "run.json"]),
         (["report", "--run", "nowhere"], ["nowhere", "run.json"]),
         (["detect", "nowhere.png", "--run", "nowhere", "--classes", "ring"], ["nowhere"]),
+        (["eval"], ["--run", "--detections"]),
+        (["eval", "--run", "a", "--detections", "b"], ["not both"]),
+        (["eval", "--detections", "b"], ["--annotations"]),
+        (["eval", "--run", "a", "--novel", "cat"], ["--novel", "--detections alone"]),
+        (["eval", "--detections", "b", "--annotations", "c", "--crops"], ["--crops", "--run alone"]),
+        (["eval", "--detections", "b", "--annotations", "c"], ["--detections b", "no such file"]),
+        (["eval", "--run", "a", "--device", "gpu"], ["--device gpu"]),
     ],
 )
 def test_misuse_is_one_clear_line(arguments, words, tmp_path):
     assert_one_clear_line(ezsd(*arguments, cwd=tmp_path), *words)
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "data"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "--run", "nowhere"],
+        ["eval", "--detections", "nowhere.json", "--annotations", "nowhere.json"],
+        ["detect", "nowhere.png", "--run", "nowhere", "--classes", "ring"],
+        ["detect", "nowhere.png", "--run", "nowhere", "--classes", "ring,ring"],
+        ["report", "--run", "nowhere"],
+    ],
+)
+def test_arguments_are_refused_before_torch_is_loaded(arguments, tmp_path):
+    code = f"""
+import sys, cli
+sys.argv[1:] = {arguments!r}
+try:
+    cli.main()
+except SystemExit as end:
+    print(end.code, "torch" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout == "2 False\n"
 
 
 def test_a_gpu_that_is_not_there_is_refused(tmp_path):
@@ -129,6 +159,24 @@ def test_detect_finds_named_classes_and_draws_them(shapes_run, shapes_root, tmp_
     assert names
     with Image.open(drawn) as picture:
         assert picture.width >= 128
+
+
+def test_detect_prints_a_document_of_several_images(shapes_run, shapes_root):
+    result = ezsd("detect", shapes_root / "val", "--run", shapes_run.folder, "--classes", "ring", "--json")
+    assert result.returncode == 0, result.stderr
+    assert len(json.loads(result.stdout)["images"]) == 8
+
+
+def test_eval_of_a_results_file_writes_the_same_bytes_twice(shapes_run, shapes_root, tmp_path):
+    truth = shapes_root / "annotations/instances_val.json"
+    arguments = ["eval", "--detections", shapes_run.folder / "detections.json", "--annotations", truth]
+    written = []
+    for name in ("a.json", "b.json"):
+        result = ezsd(*arguments, "--base", "circle,square", "--out", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        written.append((tmp_path / name).read_bytes())
+    assert written[0] == written[1]
+    assert "at most 300 detections per image" in result.stdout
 
 
 def test_detect_refuses_what_is_no_image(shapes_run, tmp_path):

@@ -133,20 +133,26 @@ def write_store(path, manifest):
 
 
 def evaluation(names, base, novel):
-    """What `ezsd.metrics.evaluate` returns, with figures of our choosing."""
-    per_class = {name: (novel if name in NAMES[BASE:] else base) if name in names else None for name in NAMES}
+    """One label space of what `pipeline.figures.document` returns, with figures of our choosing."""
+
+    def scores(value, boxes=33):
+        return {"AP": 0.1, "AP50": value, "AP75": 0.1, "AR": 0.234, "boxes": boxes}
+
+    per_class = {
+        name: scores((novel if name in NAMES[BASE:] else base) if name in names else None, 7) for name in NAMES
+    }
     groups = {"base": base, "novel": novel, "all": (base or 0) / 2 + novel / 2}
-    return {
+    found = {
+        "rules": "coco",
         "iou_type": "bbox",
         "max_detections": 100,
+        "counted_per": "image",
         "images": IMAGES,
         "names": list(names),
-        **{
-            group: {"AP": 0.1, "AP50": value, "AP75": 0.1, "AR100": 0.1, "classes": 6, "boxes": 33}
-            for group, value in groups.items()
-        },
-        "AP50_per_class": per_class,
+        **{group: {**scores(value), "classes": 6} for group, value in groups.items()},
+        "per_class": per_class,
     }
+    return {"detections": 2, "most_per_image": 2, "at": {"100": found}}
 
 
 def write_run(folder, root, store, manifest, *, novel=0.361, steps=6, **loss):
@@ -169,6 +175,7 @@ def write_run(folder, root, store, manifest, *, novel=0.361, steps=6, **loss):
     lines = [{"step": s + 1, "loss": 9.0 - s, "box": 0.5, "learning_rate": 0.1, "seconds": 2.0} for s in range(steps)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     scores = {"generalised": evaluation(NAMES, 0.577, novel), "novel_only": evaluation(NAMES[BASE:], None, 0.444)}
+    scores |= {"limit": "100", "annotations": {"file": "instances_val.json", "sha256": "0"}}
     write_json(folder / "eval.json", scores)
     found = [{"image_id": 2, "name": NASTY, "bbox": [20, 20, 40, 40], "score": 0.9}]
     found += [{"image_id": 2, "name": "gear", "bbox": [70, 70, 30, 30], "score": 0.29}]
@@ -230,6 +237,13 @@ def test_the_results_table_says_what_the_evaluation_says(page):
     assert page.row("plain") == ["57.7", "5.1", "31.4", "44.4"]
     assert "loss.distillation = 0.0" in page.text
     assert "shapes benchmark, synthetic; not COCO" in page.text
+    assert "At most 100 detections per image count." in page.text
+
+
+def test_every_class_and_group_has_its_figures(page):
+    assert page.row("novel", "10.0") == ["36.1", "10.0", "23.4", "33"]
+    assert page.row(NASTY) == ["10.0", "36.1", "10.0", "23.4", "7"]
+    assert page.row("circle", "10.0") == ["57.7", "10.0", "23.4", "7"]
 
 
 def test_stage_times_and_accuracies_are_told(home):
@@ -263,6 +277,12 @@ def test_what_is_missing_is_a_dash_and_the_command_that_makes_it(home):
 def test_a_run_that_is_not_evaluated_is_refused_with_the_command(home):
     (home.run.folder / "eval.json").unlink()
     with pytest.raises(RunError, match=r"ezsd eval --run \S+run"):
+        report(home)
+
+
+def test_a_run_that_another_version_evaluated_is_refused(home):
+    write_json(home.run.folder / "eval.json", {"generalised": {"base": {"AP50": 0.5}}})
+    with pytest.raises(RunError, match="another version"):
         report(home)
 
 

@@ -1,0 +1,41 @@
+"""Average precision and recall of base, novel and all classes, by COCO's rules and by LVIS's.
+
+pycocotools and the official lvis package are the truth: the figures here are theirs, found faster, and tests compare
+them number by number. Nothing here loads torch.
+
+Two label spaces are in use. *Generalised*: detections scored against all names at once; evaluate them with
+`names=None`. *Novel only*: the caller runs the detector with the novel names alone and evaluates with
+`names=split.novel`. Restricting `names` for generalised detections does not make them novel-only ones: the classes
+would still have competed for every box.
+"""
+
+from ezsd.metrics.evaluation import (
+    COCO_LIMITS,
+    LVIS_LIMITS,
+    Evaluation,
+    evaluate,
+    evaluate_at,
+    limits_of,
+)
+from ezsd.metrics.limits import Limit
+from ezsd.metrics.results import Detections, Results, ResultsError, read_results
+from ezsd.metrics.scores import ClassScores, GroupScores
+from ezsd.metrics.truth import Truth, read_truth
+
+__all__ = [
+    "COCO_LIMITS",
+    "LVIS_LIMITS",
+    "ClassScores",
+    "Detections",
+    "Evaluation",
+    "GroupScores",
+    "Limit",
+    "Results",
+    "ResultsError",
+    "Truth",
+    "evaluate",
+    "evaluate_at",
+    "limits_of",
+    "read_results",
+    "read_truth",
+]

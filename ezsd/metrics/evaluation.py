@@ -1,0 +1,172 @@
+"""Evaluate detections against an annotation file: COCO's rules, or LVIS's for a federated file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from ezsd.data.catalogue import FREQUENCIES
+from ezsd.metrics.limits import Limit
+from ezsd.metrics.matching import Matches, is_listed, match
+from ezsd.metrics.results import Detections, Results
+from ezsd.metrics.scores import ClassScores, Curves, GroupScores
+from ezsd.metrics.truth import Truth, read_truth
+from ezsd.vocabulary import Split, resolve
+
+COCO_LIMITS = (Limit(100), Limit(300), Limit(100, per_class=True))
+"""100 detections per image, as most results are reported; 300, as this method's authors count; pycocotools' own."""
+LVIS_LIMITS = (Limit(300),)
+"""The one that the official lvis package has."""
+
+
+class Evaluation(TypedDict):
+    """What `evaluate` returns; made of texts, numbers, lists and None, so it goes into JSON."""
+
+    rules: str
+    """"coco" or "lvis"."""
+    iou_type: str
+    """"bbox": boxes are all there is."""
+    max_detections: int
+    """Detections that counted, in all figures."""
+    counted_per: str
+    """What they were counted in: "image", or "image and class"."""
+    images: int
+    """Images of the file, all evaluated."""
+    names: list[str]
+    """Evaluated classes, in the order of the split."""
+    base: GroupScores
+    novel: GroupScores
+    all: GroupScores
+    rare: NotRequired[GroupScores]
+    """With `common` and `frequent`: LVIS's groups, by the frequency that the file states."""
+    common: NotRequired[GroupScores]
+    frequent: NotRequired[GroupScores]
+    per_class: dict[str, ClassScores]
+    """For all names of the split."""
+
+
+def evaluate(
+    annotations_path: Path,
+    detections: Detections | Results,
+    split: Split,
+    *,
+    names: Sequence[str] | None = None,
+    limit: Limit | None = None,
+) -> Evaluation:
+    """Score detections against all images of an annotation file.
+
+    Ground truth is the file's own boxes, unclipped; crowd boxes are neither found nor missed. By LVIS's rules, for a
+    federated file, a detection of a class that was not looked for in its image does not count, and one that finds
+    nothing is not wrong where the class's boxes are not exhaustive.
+
+    Args:
+        annotations_path: a COCO- or LVIS-format file that knows all names of the split.
+        detections: of images of that file; may be empty, which gives 0 and not None.
+        split: the class table the detections index, and the groups.
+        names: evaluate these classes only and ignore detections of others; None for all. See the package for what
+            that does and does not mean.
+        limit: which detections count; None for the first of `limits_of`.
+
+    Returns:
+        The figures of base, novel and all, and of every class.
+
+    Raises:
+        AnnotationError: the file is not in order, or has no image.
+        VocabularyError: `names` has one that is not in the split.
+        ValueError: detections of an unknown image or class index.
+    """
+    truth = read_truth(annotations_path, split)
+    chosen = limit or limits_of(truth)[0]
+    return evaluate_at(truth, detections, names=names, limits=[chosen])[chosen.label]
+
+
+def limits_of(truth: Truth) -> tuple[Limit, ...]:
+    """The limits at which results on a file are reported, the usual one first."""
+    return LVIS_LIMITS if truth.federated else COCO_LIMITS
+
+
+def evaluate_at(
+    truth: Truth, detections: Detections | Results, *, names: Sequence[str] | None = None, limits: Sequence[Limit]
+) -> dict[str, Evaluation]:
+    """Like `evaluate`, for a file already read and several limits: boxes are matched once.
+
+    Returns:
+        An evaluation by each limit's label.
+    """
+    results = detections.results() if isinstance(detections, Detections) else detections
+    _check_references(results, truth)
+    chosen = np.array(sorted(resolve(truth.split.names if names is None else names, truth.split.names)), dtype=np.int64)
+    counting = {limit: limit.mask(results) for limit in limits}
+    asked = np.isin(results.class_index, chosen) & np.logical_or.reduce(list(counting.values()))
+    rows = np.flatnonzero(asked)
+    if truth.federated:
+        rows = rows[_was_looked_for(truth, results, rows)]
+    matches = match(truth, results, rows)
+    return {
+        limit.label: _summary(truth, chosen, _curves(truth, results, matches, chosen, kept), limit)
+        for limit, kept in counting.items()
+    }
+
+
+def _check_references(results: Results, truth: Truth) -> None:
+    """Refuse detections which point at nothing."""
+    strange = results.image_id[~np.isin(results.image_id, truth.image_ids)]
+    if len(strange):
+        raise ValueError(f"detections of image {int(strange[0])}, which the annotation file does not have")
+    outside = (results.class_index < -1) | (results.class_index >= len(truth.split.names))
+    if outside.any():
+        index = int(results.class_index[outside][0])
+        raise ValueError(f"detections with class index {index}; the split has 0 .. {len(truth.split.names) - 1}")
+
+
+def _was_looked_for(truth: Truth, results: Results, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Whether a federated file knows of presence or absence of a detection's class in its image, (M,)."""
+    assert truth.catalogue.federated is not None
+    present = set(zip(truth.image_id.tolist(), truth.class_index.tolist(), strict=True))
+    pairs = zip(results.image_id[rows].tolist(), results.class_index[rows].tolist(), strict=True)
+    is_there = np.fromiter((pair in present for pair in pairs), dtype=np.bool_, count=len(rows))
+    return is_there | is_listed(truth, results, rows, truth.catalogue.federated.negative)
+
+
+def _curves(
+    truth: Truth, results: Results, matches: Matches, chosen: npt.NDArray[np.int64], counting: npt.NDArray[np.bool_]
+) -> Curves:
+    """Curves of the chosen classes from the detections that count."""
+    boxes = np.bincount(truth.class_index[~truth.ignore], minlength=len(truth.split.names))[chosen]
+    curves = Curves(boxes)
+    class_index = results.class_index[matches.row]
+    for k, index in enumerate(chosen):
+        of_class = np.arange(*np.searchsorted(class_index, [index, index + 1]))
+        of_class = of_class[counting[matches.row[of_class]]]
+        row = matches.row[of_class]
+        curves.add(k, results.score[row], Matches(row, matches.hit[:, of_class], matches.void[:, of_class]))
+    return curves
+
+
+def _summary(truth: Truth, chosen: npt.NDArray[np.int64], curves: Curves, limit: Limit) -> Evaluation:
+    split = truth.split
+    is_base = chosen < len(split.base)
+    names = [split.names[index] for index in chosen]
+    found = {name: curves.of_class(k) for k, name in enumerate(names)}
+    nothing = ClassScores(AP=None, AP50=None, AP75=None, AR=None, boxes=0)
+    evaluation = Evaluation(
+        rules="lvis" if truth.federated else "coco",
+        iou_type="bbox",
+        max_detections=limit.count,
+        counted_per=limit.counted,
+        images=len(truth.image_ids),
+        names=names,
+        base=curves.of_group(is_base),
+        novel=curves.of_group(~is_base),
+        all=curves.of_group(np.ones_like(is_base)),
+        per_class={name: found.get(name, nothing) for name in split.names},
+    )
+    if truth.federated:
+        frequency = np.array([truth.catalogue.frequency[name] for name in names])
+        rare, common, frequent = (curves.of_group(frequency == letter) for letter in FREQUENCIES)
+        evaluation |= {"rare": rare, "common": common, "frequent": frequent}
+    return evaluation

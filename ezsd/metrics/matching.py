@@ -1,0 +1,111 @@
+"""Which detection finds which box: COCO's greedy matching, at all overlap thresholds at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from pycocotools import mask
+
+from ezsd.metrics.results import Results
+from ezsd.metrics.truth import Truth
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+"""Least overlap (IoU) of a hit, T of them."""
+# As in pycocotools, where a threshold of 1 would be met by equal boxes despite rounding.
+_FLOOR = np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]
+# The largest area of COCO's size class "all", pixels.
+_AREA_MAX = 1e10
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matches:
+    """What became of M detections, sorted by class, image and score."""
+
+    row: npt.NDArray[np.int64]
+    """Position of each in the results given, (M,)."""
+    hit: npt.NDArray[np.bool_]
+    """Whether it found a box, (T, M)."""
+    void: npt.NDArray[np.bool_]
+    """Whether it counts neither as right nor as wrong, (T, M)."""
+
+
+def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64]) -> Matches:
+    """Match detections with the boxes of their image and class, the surest first.
+
+    A detection takes the free box which it overlaps most, and a box that is to be ignored only if no other is left.
+    Leaving out the least sure detections of an image changes nothing for others, so limits apply afterwards.
+
+    Args:
+        truth: the boxes.
+        results: the detections.
+        rows: positions in `results` to match, (M,), of classes in the split.
+    """
+    row = rows[np.lexsort((-results.score[rows], results.image_id[rows], results.class_index[rows]))]
+    key = _keys(truth, results.image_id[row], results.class_index[row])
+    true_key = _keys(truth, truth.image_id, truth.class_index)
+    true_order = np.lexsort((truth.ignore, true_key))
+    xywh, ignore, crowd = truth.xywh[true_order], truth.ignore[true_order], truth.crowd[true_order]
+    pairs, starts = np.unique(true_key[true_order], return_index=True)
+    stops = np.append(starts[1:], len(true_key))
+    firsts, lasts = np.searchsorted(key, pairs), np.searchsorted(key, pairs, side="right")
+    hit = np.zeros((len(THRESHOLDS), len(row)), dtype=np.bool_)
+    void = np.zeros_like(hit)
+    boxes = results.xywh[row]
+    for pair in np.flatnonzero(lasts > firsts):
+        found, true = slice(firsts[pair], lasts[pair]), slice(starts[pair], stops[pair])
+        overlap = mask.iou(boxes[found], xywh[true], crowd[true].astype(np.uint8))  # (D, G)
+        hit[:, found], void[:, found] = _greedy(overlap, ignore[true], crowd[true])
+    unknowable = (boxes[:, 2] * boxes[:, 3] > _AREA_MAX) | _open(truth, results, row)
+    void |= ~hit & unknowable
+    return Matches(row, hit, void)
+
+
+def _keys(truth: Truth, image_id: npt.NDArray[np.int64], class_index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """One number per class and image, ascending in both."""
+    keys: npt.NDArray[np.int64] = class_index * len(truth.image_ids) + np.searchsorted(truth.image_ids, image_id)
+    return keys
+
+
+def _greedy(
+    overlap: npt.NDArray[np.float64], ignore: npt.NDArray[np.bool_], crowd: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Hits and void hits, (T, D) each, of one image and class.
+
+    Args:
+        overlap: of detections, the surest first, with boxes, (D, G).
+        ignore: (G,); such boxes are only taken when no other fits.
+        crowd: (G,); such boxes stay free.
+    """
+    hit = np.zeros((len(THRESHOLDS), len(overlap)), dtype=np.bool_)
+    void = np.zeros_like(hit)
+    free = np.ones((len(THRESHOLDS), len(ignore)), dtype=np.bool_)
+    for one in np.flatnonzero(overlap.max(axis=1) >= THRESHOLDS[0]):
+        fits = free & (overlap[one] >= _FLOOR)  # (T, G)
+        regular = fits & ~ignore
+        fits = np.where(regular.any(axis=1, keepdims=True), regular, fits)
+        # Of equal overlaps the last box is taken, as in pycocotools.
+        best = len(ignore) - 1 - np.where(fits, overlap[one], -1.0)[:, ::-1].argmax(axis=1)
+        taken = np.flatnonzero(fits.any(axis=1))
+        hit[taken, one] = True
+        void[taken, one] = ignore[best[taken]]
+        free[taken, best[taken]] = crowd[best[taken]]
+    return hit, void
+
+
+def _open(truth: Truth, results: Results, row: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Whether the file leaves open how many objects of its class an image has, (M,)."""
+    lists = truth.catalogue.federated
+    if lists is None:
+        return np.zeros(len(row), dtype=np.bool_)
+    return is_listed(truth, results, row, lists.not_exhaustive)
+
+
+def is_listed(
+    truth: Truth, results: Results, row: npt.NDArray[np.int64], table: dict[int, frozenset[int]]
+) -> npt.NDArray[np.bool_]:
+    """Whether a federated list of a detection's image has its class, (M,)."""
+    category = [truth.catalogue.ids[name] for name in truth.split.names]
+    pairs = zip(results.image_id[row].tolist(), results.class_index[row].tolist(), strict=True)
+    return np.fromiter((category[index] in table[image] for image, index in pairs), dtype=np.bool_, count=len(row))

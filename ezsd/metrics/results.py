@@ -1,0 +1,149 @@
+"""Detections, as a detector makes them and as COCO's result files hold them."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+_CURE = "A results file is a list of objects with image_id, category_id, bbox and score."
+
+
+class ResultsError(ValueError):
+    """A results file is not what it must be; the message names the file, the place and what was expected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Results:
+    """Detections in the form of COCO's result files, N in all; equal scores keep this order everywhere."""
+
+    image_id: npt.NDArray[np.int64]
+    """The dataset's own number of the image, (N,)."""
+    xywh: npt.NDArray[np.float64]
+    """Left, top, width, height in pixels, (N, 4)."""
+    score: npt.NDArray[np.float64]
+    """Larger is surer, (N,)."""
+    class_index: npt.NDArray[np.int64]
+    """Position in `Split.names`, (N,); -1 for a class outside the split, which takes part in a limit alone."""
+
+    def fullest(self) -> int:
+        """Detections of the image that has most."""
+        return int(np.unique(self.image_id, return_counts=True)[1].max(initial=0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Detections:
+    """Detections of any number of images as flat arrays, N in all; equal scores keep this order.
+
+    Raises:
+        ValueError: shapes disagree, a number is not finite, or corners are swapped.
+    """
+
+    image_id: npt.NDArray[np.int64]
+    """The dataset's own number of the image, (N,)."""
+    box: npt.NDArray[np.float32]
+    """xyxy, (N, 4), see `ezsd.boxes`; one without area is allowed and matches nothing."""
+    score: npt.NDArray[np.float32]
+    """Larger is surer, (N,)."""
+    class_index: npt.NDArray[np.int64]
+    """Position in `Split.names`, (N,)."""
+
+    def __post_init__(self) -> None:
+        count = len(self.image_id)
+        expected = {"image_id": (count,), "box": (count, 4), "score": (count,), "class_index": (count,)}
+        for name, shape in expected.items():
+            found = np.shape(getattr(self, name))
+            if found != shape:
+                raise ValueError(f"detections: {name} must have shape {shape}, got {found}")
+        if not (np.isfinite(self.box).all() and np.isfinite(self.score).all()):
+            raise ValueError("detections: boxes and scores must be finite")
+        if (self.box[:, 2:] < self.box[:, :2]).any():
+            raise ValueError("detections: boxes must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2")
+
+    def results(self) -> Results:
+        """The same in the form of result files."""
+        box = self.box.astype(np.float64)
+        return Results(
+            image_id=self.image_id.astype(np.int64),
+            xywh=np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1),
+            score=self.score.astype(np.float64),
+            class_index=self.class_index.astype(np.int64),
+        )
+
+
+def read_results(path: Path, *, images: Collection[int], categories: Mapping[int, int]) -> Results:
+    """Read anybody's results in COCO's format: a JSON list of image_id, category_id, bbox and score.
+
+    Args:
+        path: the file; what else its objects hold is not looked at.
+        images: ids of the images that the annotation file has.
+        categories: for each category id of the annotation file its position in `Split.names`, -1 outside the split.
+
+    Returns:
+        All detections of the file, in its order.
+
+    Raises:
+        ResultsError: the file cannot be read, is no JSON list of objects, lacks a key, names an unknown image or
+            category, or holds a score or box that is not finite, a box without four numbers or with a negative side.
+    """
+    known = frozenset(images)
+    image_id, xywh, score, class_index = [], [], [], []
+    for position, entry in enumerate(_entries(path)):
+        if not isinstance(entry, dict):
+            raise _error(path, f"[{position}]", "an object", reprlib.repr(entry))
+        image, category = entry.get("image_id"), entry.get("category_id")
+        if type(image) is not int or image not in known:
+            raise _wrong(path, position, entry, "image_id", "the id of an image of the annotation file")
+        index = categories.get(category) if type(category) is int else None
+        if index is None:
+            raise _wrong(path, position, entry, "category_id", "the id of a category of the annotation file")
+        if not _is_finite(entry.get("score")):
+            raise _wrong(path, position, entry, "score", "a finite number")
+        box = entry.get("bbox")
+        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) >= 0):
+            expected = "four finite numbers: left, top, width, height, the last two not negative"
+            raise _wrong(path, position, entry, "bbox", expected)
+        image_id.append(image)
+        xywh.append(box)
+        score.append(entry["score"])
+        class_index.append(index)
+    return Results(
+        image_id=np.array(image_id, dtype=np.int64),
+        xywh=np.array(xywh, dtype=np.float64).reshape(-1, 4),
+        score=np.array(score, dtype=np.float64),
+        class_index=np.array(class_index, dtype=np.int64),
+    )
+
+
+def _entries(path: Path) -> Iterable[object]:
+    try:
+        document = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise _error(path, "the file", "a readable file", error.strerror or str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise _error(path, "the file", "JSON in UTF-8", f"something else ({error})") from error
+    if not isinstance(document, list):
+        raise _error(path, "$", "a list", reprlib.repr(document))
+    return document
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return (type(value) is float or type(value) is int) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond 1e308
+        return False
+
+
+def _wrong(path: Path, position: int, entry: Mapping[str, object], key: str, expected: str) -> ResultsError:
+    found = reprlib.repr(entry[key]) if key in entry else "nothing"
+    return _error(path, f"[{position}].{key}", expected, found)
+
+
+def _error(path: Path, where: str, expected: str, found: str) -> ResultsError:
+    return ResultsError(f"{path}: {where}: expected {expected}, found {found}. {_CURE}")

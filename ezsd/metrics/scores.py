@@ -1,0 +1,90 @@
+"""From hits to figures: precision over recall of each class, and means over classes."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from ezsd.metrics.matching import THRESHOLDS, Matches
+
+RECALLS = np.linspace(0.0, 1.0, 101)
+"""Where a precision curve is read, R of them."""
+_AP50, _AP75 = 0, 5
+
+
+class ClassScores(TypedDict):
+    """Figures of one class; None if it has no ground truth or was not evaluated."""
+
+    AP: float | None
+    """Average precision in [0, 1], mean over IoU 0.50, 0.55 .. 0.95."""
+    AP50: float | None
+    """The same at IoU 0.50."""
+    AP75: float | None
+    """The same at IoU 0.75."""
+    AR: float | None
+    """Recall in [0, 1], mean over the ten IoU thresholds."""
+    boxes: int
+    """Ground-truth boxes that can be found or missed."""
+
+
+class GroupScores(ClassScores):
+    """Means over the classes of a group which have ground truth; None if none has."""
+
+    classes: int
+    """Evaluated classes of the group which have ground truth."""
+
+
+class Curves:
+    """Precision (T thresholds, R recalls, K classes) and recall (T, K); -1 throughout a class without boxes."""
+
+    def __init__(self, boxes: npt.NDArray[np.int64]) -> None:
+        self.boxes = boxes
+        self.precision = -np.ones((len(THRESHOLDS), len(RECALLS), len(boxes)))
+        self.recall = -np.ones((len(THRESHOLDS), len(boxes)))
+
+    def add(self, k: int, score: npt.NDArray[np.float64], matches: Matches) -> None:
+        """Fill in class `k` from its detections in the order of images."""
+        boxes = int(self.boxes[k])
+        if not boxes:
+            return
+        order = np.argsort(-score, kind="stable")
+        hit, void = matches.hit[:, order], matches.void[:, order]
+        right = np.cumsum(hit & ~void, axis=1).astype(np.float64)
+        wrong = np.cumsum(~hit & ~void, axis=1).astype(np.float64)
+        recall = right / boxes
+        precision = right / (wrong + right + np.spacing(1))
+        # The best precision at this recall or a higher one.
+        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        self.recall[:, k] = recall[:, -1] if len(score) else 0
+        for t in range(len(THRESHOLDS)):
+            at = np.searchsorted(recall[t], RECALLS, side="left")
+            reached = at < len(score)
+            self.precision[t, :, k] = 0
+            self.precision[t, reached, k] = precision[t, at[reached]]
+
+    def of_class(self, k: int) -> ClassScores:
+        """Figures of class `k`."""
+        member = np.arange(len(self.boxes)) == k
+        return ClassScores(**self._means(member))
+
+    def of_group(self, member: npt.NDArray[np.bool_]) -> GroupScores:
+        """Means over the classes in `member`, (K,)."""
+        return GroupScores(**self._means(member), classes=int((self.boxes[member] > 0).sum()))
+
+    def _means(self, member: npt.NDArray[np.bool_]) -> ClassScores:
+        curves = self.precision[:, :, member]
+        return ClassScores(
+            AP=_mean(curves),
+            AP50=_mean(curves[_AP50]),
+            AP75=_mean(curves[_AP75]),
+            AR=_mean(self.recall[:, member]),
+            boxes=int(self.boxes[member].sum()),
+        )
+
+
+def _mean(values: npt.NDArray[np.float64]) -> float | None:
+    """Mean of the entries that exist."""
+    present = values[values > -1]
+    return float(present.mean()) if present.size else None

@@ -1,0 +1,80 @@
+"""What detections are compared with: the boxes of an annotation file and, of a federated one, what it leaves open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ezsd.data.annotations import AnnotationError, read_raw
+from ezsd.data.catalogue import Catalogue, read_catalogue
+from ezsd.vocabulary import Split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Truth:
+    """Boxes of the classes of a split as a file states them, N in all, and the rules that go with the file."""
+
+    path: Path
+    split: Split
+    image_ids: npt.NDArray[np.int64]
+    """All images of the file, ascending."""
+    image_id: npt.NDArray[np.int64]
+    """(N,), each one in `image_ids`."""
+    class_index: npt.NDArray[np.int64]
+    """Position in `split.names`, (N,)."""
+    xywh: npt.NDArray[np.float64]
+    """Left, top, width, height in pixels, (N, 4)."""
+    crowd: npt.NDArray[np.bool_]
+    """Whether any number of detections may lie on the box, (N,); never true in a federated file."""
+    ignore: npt.NDArray[np.bool_]
+    """Whether the box is neither found nor missed, (N,)."""
+    catalogue: Catalogue
+    """Category ids and, of a federated file, its lists."""
+
+    @property
+    def federated(self) -> bool:
+        """Whether LVIS's rules apply instead of COCO's."""
+        return self.catalogue.federated is not None
+
+    def category_positions(self) -> dict[int, int]:
+        """For each category id of the file its position in `split.names`; -1 outside the split."""
+        position = {name: index for index, name in enumerate(self.split.names)}
+        return {number: position.get(name, -1) for name, number in self.catalogue.ids.items()}
+
+
+def read_truth(path: Path, split: Split) -> Truth:
+    """Read what an evaluation needs of an annotation file.
+
+    A file whose images have `neg_category_ids` is a federated one, as LVIS's are; its `iscrowd` means nothing then,
+    and boxes without area are left out, as in the official lvis package.
+
+    Args:
+        path: a COCO- or LVIS-format file that knows all names of the split.
+        split: the classes.
+
+    Raises:
+        AnnotationError: the file is not in order, or has no image.
+    """
+    raw, catalogue = read_raw(path, split.names), read_catalogue(path)
+    if not len(raw.images):
+        raise AnnotationError(f"{path}: images: expected at least one image to evaluate, found none")
+    ids = np.array([image.id for image in raw.images], dtype=np.int64)
+    crowd, ignore, kept = raw.crowd, raw.crowd, np.ones(len(raw.crowd), dtype=np.bool_)
+    if catalogue.federated is not None:
+        crowd = np.zeros_like(crowd)
+        ignore = np.isin(raw.annotation_id, sorted(catalogue.federated.ignored))
+        kept = ~np.isin(raw.annotation_id, sorted(catalogue.federated.empty))
+    return Truth(
+        path=path,
+        split=split,
+        image_ids=ids,
+        image_id=raw.image_id[kept],
+        class_index=raw.class_index[kept].astype(np.int64),
+        xywh=raw.xywh[kept],
+        crowd=crowd[kept],
+        ignore=ignore[kept],
+        catalogue=catalogue,
+    )

@@ -1,0 +1,183 @@
+"""What can be said about a command's arguments before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from ezsd.data.records import AnnotationError
+from ezsd.metrics.results import ResultsError
+from ezsd.vocabulary import COCO_SPLIT, Split, VocabularyError, parse_classes, resolve
+
+__all__ = ["parse_classes"]
+
+
+class ArgumentError(ValueError):
+    """An argument, or a file that it names, is not what the command needs."""
+
+
+EARLY_ERRORS = (AnnotationError, ArgumentError, OSError, ResultsError, VocabularyError)
+"""The user's errors that need no heavy import to be known; see `pipeline.command.USER_ERRORS` for all."""
+
+
+def require_run(folder: Path) -> None:
+    """ArgumentError when a folder holds no run."""
+    if not (folder / "run.json").is_file():
+        raise ArgumentError(
+            f"--run {folder}: no run here (run.json is missing); `ezsd train --cache ... --run` makes one"
+        )
+
+
+def require_one_source(
+    *,
+    run: Path | None,
+    of_run: Mapping[str, object | None],
+    detections: Path | None,
+    of_file: Mapping[str, object | None],
+) -> None:
+    """ArgumentError unless a run or a results file is given, with the options that go with it and no other."""
+    if (run is None) == (detections is None):
+        raise ArgumentError("give --run RUN, or --detections RESULTS.json with --annotations GT.json, and not both")
+    if detections is not None and of_file["--annotations"] is None:
+        raise ArgumentError("--detections needs --annotations, the ground truth to compare with")
+    other, strange = ("--run", of_run) if run is None else ("--detections", of_file)
+    for option, value in strange.items():
+        if value is not None:
+            raise ArgumentError(f"{option} goes with {other} alone")
+
+
+def require_device_name(name: str) -> None:
+    """ArgumentError for what is no device's name; whether the device is there shows later."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ArgumentError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+
+
+def find_images(places: Sequence[Path]) -> list[Path]:
+    """The image files among files and folders, those of a folder by name; each is opened, none is decoded.
+
+    Raises:
+        ArgumentError: a file is missing or no image, or a folder holds no file with an image's ending.
+    """
+    images: list[Path] = []
+    for place in places:
+        images += _folder_images(place) if place.is_dir() else [place]
+    for image in images:
+        try:
+            with Image.open(image):
+                pass
+        except FileNotFoundError:
+            raise ArgumentError(f"{image}: no such image") from None
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            reason = "is no image" if isinstance(error, UnidentifiedImageError) else f"cannot be read: {error}"
+            raise ArgumentError(f"{image}: {reason}") from error
+    return images
+
+
+def picture_places(images: Sequence[Path], out: Path | None, *, alone: bool) -> list[Path] | None:
+    """Where the pictures with boxes go: to `out` itself for one image, else below it by the images' names.
+
+    Raises:
+        ArgumentError: a name's ending says no format that can be written, two images have one name, or `out` is a
+            file where a folder must be.
+    """
+    if out is None:
+        return None
+    if not alone and out.exists() and not out.is_dir():
+        raise ArgumentError(f"--out {out}: is a file; several images need a folder")
+    places = [out] if alone and not out.is_dir() else [out / image.name for image in images]
+    Image.init()
+    taken: dict[Path, Path] = {}
+    for place, image in zip(places, images, strict=True):
+        if Image.registered_extensions().get(place.suffix.lower()) not in Image.SAVE:
+            raise ArgumentError(f"--out {place}: its ending says no picture format; give it one such as .png")
+        if place.exists() and place.samefile(image):
+            raise ArgumentError(f"--out {place}: is the image itself; choose another place")
+        if taken.setdefault(place, image) != image:
+            raise ArgumentError(f"--out {out}: {taken[place]} and {image} have the same name; detect them one by one")
+    return places
+
+
+def _folder_images(folder: Path) -> list[Path]:
+    known = Image.registered_extensions()
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in known and p.is_file())
+    if not found:
+        raise ArgumentError(f"{folder}: no images in this folder; folders in it are not looked into")
+    return found
+
+
+def chosen_split(
+    names: Sequence[str],
+    frequency: dict[str, str],
+    *,
+    where: Path,
+    base: str | None,
+    novel: str | None,
+    split_file: Path | None,
+) -> Split:
+    """Which classes of an annotation file are base and which novel.
+
+    Without a choice, LVIS's rare classes are novel, and COCO's 48 and 17 are taken where the file has them all.
+
+    Args:
+        names: all classes of the file.
+        frequency: LVIS's letters by name; empty for other files.
+        where: the file, for errors.
+        base: comma-separated names; alone, all other classes are novel.
+        novel: comma-separated names; alone, all other classes are base.
+        split_file: TOML with lists `base` and `novel`, at the top or in [classes].
+
+    Raises:
+        ArgumentError: a choice is made twice, or none and the file suggests none.
+        VocabularyError: a name is not in the file, occurs twice or is empty.
+    """
+    if split_file is not None:
+        if base is not None or novel is not None:
+            raise ArgumentError("--split-file already says which classes are base and novel; leave --base/--novel out")
+        return _known(_read_split(split_file), names)
+    if base is not None or novel is not None:
+        first = None if base is None else parse_classes(base)
+        second = None if novel is None else parse_classes(novel)
+        return _known(
+            Split(
+                base=_others(names, second) if first is None else first,
+                novel=_others(names, first) if second is None else second,
+            ),
+            names,
+        )
+    if frequency:
+        return Split(
+            base=tuple(sorted(name for name in names if frequency[name] != "r")),
+            novel=tuple(sorted(name for name in names if frequency[name] == "r")),
+        )
+    if set(COCO_SPLIT.names) <= set(names):
+        return COCO_SPLIT
+    raise ArgumentError(f"{where}: which of its {len(names)} classes are novel? Give --novel, --base or --split-file")
+
+
+def _others(names: Sequence[str], chosen: Sequence[str] | None) -> tuple[str, ...]:
+    assert chosen is not None
+    return tuple(name for name in names if name not in chosen)
+
+
+def _known(split: Split, names: Sequence[str]) -> Split:
+    resolve(split.names, names)
+    return split
+
+
+def _read_split(path: Path) -> Split:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"--split-file {path}: cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"--split-file {path}: is no TOML: {error}") from error
+    table = document.get("classes", document)
+    lists = [table.get(part) if isinstance(table, dict) else None for part in ("base", "novel")]
+    for part, found in zip(("base", "novel"), lists, strict=True):
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise ArgumentError(f"--split-file {path}: {part}: expected a list of names, found {found!r}")
+    return Split(base=tuple(lists[0]), novel=tuple(lists[1]))  # type: ignore[arg-type]

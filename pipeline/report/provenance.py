@@ -1,0 +1,95 @@
+"""Where a run comes from, and the commands that make it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import load_preset, preset_names, to_tables
+from pipeline.provenance import built_settings
+from pipeline.report.facts import (
+    Facts,
+    dataset_label,
+    flat_settings,
+    read_table,
+    shell_command,
+    shown_path,
+    store_environment,
+)
+from pipeline.report.html import Html, element
+from pipeline.trained import run_manifest
+
+
+def provenance_section(facts: Sequence[Facts], data_root: Path | None) -> Html:
+    """Digests, seeds, versions, and commands."""
+    main = facts[0]
+    drawn = _shapes_card(main, data_root)
+    config, environment = main.card["config"], main.environment
+    built = built_settings(run_manifest(main.run))
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(environment.get("versions", {}).items()))
+    teacher = environment.get("teacher") or {}
+    entries = {
+        "dataset": f"{main.card['dataset']}: {dataset_label(main)}",
+        "teacher": " ".join(str(teacher[key]) for key in ("name", "weights") if teacher.get(key)) or "not recorded",
+        "store": main.card["store"]["digest"],
+        "seeds": f"data {drawn.get('seed', 'not recorded')}, "
+        f"store {built['build']['seed']}, training {config['train']['seed']}",
+        "steps": f"{config['train']['steps']} of {config['train']['images']} images",
+        "backbone": "ImageNet weights" if main.card.get("backbone_weights") else "from random weights",
+        "versions": f"{versions}; {environment.get('device', 'unknown device')}",
+    }
+    rows = [Html(element("dt", key) + element("dd", value)) for key, value in entries.items()]
+    commands = element("pre", element("code", "\n".join([*_drawing(main, drawn), *_commands(facts)])))
+    return element("footer", element("h2", "Where it comes from"), element("dl", *rows), commands)
+
+
+def _shapes_card(main: Facts, data_root: Path | None) -> dict[str, Any]:
+    """What `shapes` images were drawn from; empty for other datasets, and where the images are gone."""
+    root = Path(str(main.environment["data_root"])) if data_root is None else data_root
+    return (read_table(root / "shapes.json") or {}) if main.card["dataset"] == "shapes" else {}
+
+
+def _drawing(main: Facts, card: Mapping[str, Any]) -> list[str]:
+    options = [word for key in ("train", "val", "seed") if key in card for word in (f"--{key}", str(card[key]))]
+    return [shell_command("ezsd", "data", "shapes", "--out", _shown_place(main, "data_root"), *options)] if card else []
+
+
+def _commands(facts: Sequence[Facts]) -> list[str]:
+    """What makes this page again, from the images on."""
+    main = facts[0]
+    dataset, store, root = str(main.card["dataset"]), _shown_place(main, "cache"), _shown_place(main, "data_root")
+    limit = store_environment(main).get("limit")
+    built: dict[str, Mapping[str, object]] = {**built_settings(run_manifest(main.run))}
+    if isinstance(main.environment.get("teacher"), dict):
+        built["teacher"] = main.environment["teacher"]
+    build = ["ezsd", "cache", "build", "--dataset", dataset, "--data-root", root, "--out", store]
+    build += ["--limit", str(limit)] if limit else []
+    lines = [shell_command(*build, *_options(built, dataset))]
+    for fact in facts:
+        folder = shown_path(fact.run.folder)
+        options = _options(fact.card["config"], dataset)
+        lines.append(shell_command("ezsd", "train", "--cache", _shown_place(fact, "cache"), "--run", folder, *options))
+        lines.append(fact.command("eval", "--crops") if fact is main else fact.command("eval"))
+    others = [word for fact in facts[1:] for word in ("--compare", shown_path(fact.run.folder))]
+    return [*lines, main.command("report", *others)]
+
+
+def _shown_place(fact: Facts, key: str) -> str:
+    return shown_path(Path(str(fact.environment[key])))
+
+
+def _options(tables: Mapping[str, Mapping[str, object]], dataset: str) -> list[str]:
+    """The nearest preset and the settings that differ from it, as command-line options."""
+    wanted = flat_settings(tables)
+    choices = {}
+    for name in preset_names():
+        preset = flat_settings(to_tables(load_preset(name)))
+        # TOML knows no null; where a preset has a value and the run none, no option can say so.
+        choices[name] = {k: v for k, v in wanted.items() if v is not None and v != preset.get(k)}
+    best = min(choices, key=lambda name: (len(choices[name]), name != dataset))
+    options = [] if best == dataset else ["--preset", best]
+    for key, value in sorted(choices[best].items()):
+        options += ["--set", f"{key}={json.dumps(value)}"]
+    return options

@@ -1,0 +1,134 @@
+"""A finished run made ready to look at images, and the teacher that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache import Manifest, differences
+from ezsd.adapt import restore
+from ezsd.data.dataset import pad_images, resize
+from ezsd.detector.model import Detector
+from ezsd.teacher import Teacher, TeacherError
+from pipeline.config import Config, TeacherConfig, from_tables
+from pipeline.provenance import as_json, model_inputs
+from pipeline.runs import Run, RunError
+from pipeline.teachers import configured_teacher
+from pipeline.train import build_detector
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedDetector:
+    """A finished run, ready to look at images."""
+
+    detector: Detector
+    config: Config
+    names: tuple[str, ...]
+    """Base names, then novel ones."""
+    base_count: int
+    text: Tensor
+    """Unit rows of `names`, (C, D)."""
+    device: torch.device
+
+    def find(
+        self, images: Sequence[Tensor], text: Tensor, *, keep: int | None = None
+    ) -> list[tuple[Floats, Floats, Integers]]:
+        """Boxes (N, 4) in the pixels of the given images, scores (N,) and rows of `text` (N,), best first.
+
+        Args:
+            images: (3, H, W) uint8 RGB each, at original size.
+            text: unit rows of the names to look for, (C, D).
+            keep: most detections per image; None for the run's own setting.
+        """
+        settings = self.config.train
+        resized = [resize(i, short_side=settings.short_side, long_side=settings.long_side) for i in images]
+        batch, sizes = pad_images([image for image, _, _ in resized])
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            found = self.detector.detect(
+                batch.to(self.device),
+                sizes,
+                text.to(self.device),
+                score_floor=self.config.eval.score_floor,
+                nms_iou=self.config.eval.nms_iou,
+                keep=self.config.eval.keep if keep is None else keep,
+            )
+        results = []
+        for one, (_, sx, sy) in zip(found, resized, strict=True):
+            boxes = one.boxes.float().cpu() / torch.tensor([sx, sy, sx, sy])
+            results.append((boxes.numpy(), one.scores.float().cpu().numpy(), one.labels.cpu().numpy()))
+        return results
+
+
+def load_trained(run: Run, device: str) -> TrainedDetector:
+    """The detector of a finished run. RunError when training has not ended."""
+    checkpoint, card, tables = run.finished(), run.card, run.tables()
+    config = run_config(run)
+    embed_dim, base_count = card["embed_dim"], card["base_count"]
+    assert isinstance(embed_dim, int)
+    assert isinstance(base_count, int)
+    state = checkpoint.model()
+    # Frozen normalisation is chosen by the presence of weights; the state replaces them whole.
+    frozen = card["backbone_weights"] is not None
+    detector = build_detector(config, embed_dim, None, frozen_norms=frozen)
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise RunError(
+            f"--run {run.folder}: was trained by another version of ezsd ({reason}); train it again"
+        ) from error
+    names = card["names"]
+    assert isinstance(names, list)
+    return TrainedDetector(
+        detector=detector.to(device).eval(),
+        config=config,
+        names=tuple(names),
+        base_count=base_count,
+        text=tables["text"],
+        device=torch.device(device),
+    )
+
+
+def run_teacher(run: Run, device: str, *, adapted: bool) -> Teacher:
+    """The teacher of a run, raw or re-normalised. TeacherError when it is not the one the store was made with."""
+    recorded = run.environment["teacher"]
+    if not isinstance(recorded, dict):
+        raise TeacherError(f"--run {run.folder}: its store did not say which teacher made it")
+    teacher = configured_teacher(TeacherConfig(**recorded), device)
+    changed = differences(model_inputs(run_manifest(run)), as_json(teacher.fingerprint()))
+    if changed:
+        raise TeacherError(f"--run {run.folder}: the teacher is another now: {'; '.join(changed)}")
+    if adapted:
+        adapt_back(run, teacher)
+    return teacher
+
+
+def adapt_back(run: Run, teacher: Teacher) -> None:
+    """Give a teacher the run's re-normalised LayerNorms."""
+    table = run.card["layer_norms"]
+    assert isinstance(table, list)
+    restore(teacher.layer_norms(), run.tables()["layer_norms"].numpy(), table)
+
+
+def run_config(run: Run) -> Config:
+    """The configuration that a run was trained with."""
+    return from_tables(_table(run.card, "config"), where=str(run.folder / "run.json"))
+
+
+def run_manifest(run: Run) -> Manifest:
+    """The manifest of the store that a run was trained from."""
+    return Manifest.from_fields(_table(run.card, "store")["manifest"], str(run.folder))
+
+
+def _table(card: Mapping[str, object], key: str) -> dict[str, dict[str, object]]:
+    value = card[key]
+    assert isinstance(value, dict)
+    return value

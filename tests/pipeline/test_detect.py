@@ -1,0 +1,98 @@
+"""Detection in images as they are shown: turned ones, several, folders, and as a COCO document."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.arguments import ArgumentError, find_images, picture_places
+from pipeline.detect import coco_document, detect_images, found_lines, read_shown
+
+ORIENTATION = 0x0112
+
+
+@pytest.fixture
+def turned(shapes_root, tmp_path):
+    """A lying image, and a file that holds it standing with the note that viewers turn it: orientation 6."""
+    with Image.open(shapes_root / "val/000001.png") as image:
+        shown = image.convert("RGB").crop((0, 0, 120, 80))
+    shown.save(tmp_path / "shown.png")
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    shown.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    return tmp_path / "shown.png", tmp_path / "turned.png"
+
+
+def detect(run, images, **options):
+    settings = {"threshold": 0.0, "device": "cpu", "drawn": None} | options
+    return list(detect_images(images, run, ["ring", "bar"], **settings))
+
+
+def test_boxes_are_those_of_the_image_as_it_is_shown(shapes_run, turned):
+    shown, file = turned
+    assert torch.equal(read_shown(shown), read_shown(file))
+    one, other = detect(shapes_run, [shown, file])
+    assert (other.width, other.height) == (120, 80)
+    assert one.objects == other.objects
+    assert one.objects
+
+
+def test_a_folder_gives_one_document_that_is_also_a_results_file(shapes_run, shapes_root):
+    images = find_images([shapes_root / "val"])
+    assert [image.name for image in images] == sorted(p.name for p in (shapes_root / "val").iterdir())
+    seen = detect(shapes_run, images)
+    document = json.loads(coco_document(seen, ["ring", "bar"]))
+    assert [image["file_name"] for image in document["images"]] == [str(image) for image in images]
+    assert document["categories"] == [{"id": 1, "name": "ring"}, {"id": 2, "name": "bar"}]
+    assert len(document["annotations"]) == sum(len(one.objects) for one in seen) > 0
+    first, found = document["annotations"][0], seen[0].objects[0]
+    x1, y1, x2, y2 = found.box
+    assert first["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.01)
+    assert first["score"] == pytest.approx(found.score, abs=1e-5)
+    assert {"id", "image_id", "category_id", "area", "iscrowd"} < set(first)
+
+
+def test_each_image_is_found_alone_as_among_others(shapes_run, shapes_root):
+    images = find_images([shapes_root / "val"])[:2]
+    together = detect(shapes_run, images)
+    for image, seen in zip(images, together, strict=True):
+        (alone,) = detect(shapes_run, [image])
+        assert [found_line.split() for found_line in found_lines(alone, with_path=False)] == [
+            found_line.split() for found_line in found_lines(seen, with_path=False)
+        ]
+
+
+def test_pictures_of_several_images_go_into_a_folder(shapes_run, shapes_root, tmp_path):
+    images = find_images([shapes_root / "val"])[:2]
+    drawn = picture_places(images, tmp_path / "new", alone=False)
+    detect(shapes_run, images, drawn=drawn)
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [image.name for image in images]
+
+
+def test_what_cannot_be_detected_or_drawn_is_refused_before_it_starts(turned, tmp_path):
+    shown, file = turned
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.png").write_text("no image")
+    for places, words in (
+        ([tmp_path / "none.png"], "no such image"),
+        ([shown, tmp_path / "notes.png"], "notes.png: is no image"),
+        ([tmp_path / "empty"], "no images in this folder"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            find_images(places)
+    for images, out, alone, words in (
+        ([shown], tmp_path / "drawn.txt", True, "no picture format"),
+        ([shown], shown, True, "is the image itself"),
+        ([shown, file], shown, False, "several images need a folder"),
+        ([shown, tmp_path / "sub" / shown.name], tmp_path / "out", False, "the same name"),
+    ):
+        with pytest.raises(ArgumentError, match=words):
+            picture_places(images, out, alone=alone)
+
+
+def test_a_truncated_image_is_named(shapes_run, turned):
+    shown, _ = turned
+    shown.write_bytes(shown.read_bytes()[:200])
+    with pytest.raises(ArgumentError, match=r"shown.png: cannot be read"):
+        detect(shapes_run, [shown])

@@ -1,0 +1,165 @@
+"""`ezsd eval` of runs and of anybody's results: the same figures, and one clear line for what is not in order."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ezsd.data.annotations import AnnotationError
+from ezsd.data.shapes import SHAPES_SPLIT
+from ezsd.vocabulary import VocabularyError
+from pipeline.arguments import ArgumentError
+from pipeline.evaluate import evaluate_run
+from pipeline.figures import at_limit, evaluate_results, evaluation_tables, headline
+
+ROOT = Path(__file__).resolve().parents[2]
+NOVEL = ",".join(SHAPES_SPLIT.novel)
+
+
+def evaluated(detections, annotations, **options):
+    choices = {"base": None, "novel": None, "split_file": None, "classes": None, "max_detections": None}
+    return evaluate_results(detections, annotations, **(choices | options))
+
+
+@pytest.fixture
+def truth(shapes_root):
+    return shapes_root / "annotations/instances_val.json"
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """One image with a cat and a cow, both found."""
+    boxes = [{"image_id": 1, "category_id": k, "bbox": [10 * k, 10, 20, 20]} for k in (1, 2)]
+    document = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 99, "height": 99}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cow"}, {"id": 3, "name": "yak"}],
+        "annotations": [{**box, "id": i, "area": 400, "iscrowd": 0} for i, box in enumerate(boxes)],
+    }
+    (tmp_path / "gt.json").write_text(json.dumps(document))
+    (tmp_path / "found.json").write_text(json.dumps([{**box, "score": 0.5} for box in boxes]))
+    return tmp_path / "found.json", tmp_path / "gt.json"
+
+
+def test_a_runs_detections_file_gives_the_runs_figures(shapes_run, truth):
+    result = json.loads((shapes_run.folder / "eval.json").read_text())
+    again = evaluated(shapes_run.folder / "detections.json", truth, novel=NOVEL)
+    ours, theirs = at_limit(result, "generalised"), at_limit(again, "generalised")
+    assert ours["all"]["boxes"] > 0
+    for group in ("base", "novel", "all", "per_class"):
+        assert theirs[group].items() >= ours[group].items() if group == "per_class" else theirs[group] == ours[group]
+    assert again["annotations"] == result["annotations"]
+
+
+def test_every_limit_is_there_and_the_detector_is_asked_for_enough(shapes_run):
+    result = json.loads((shapes_run.folder / "eval.json").read_text())
+    found = result["generalised"]["at"]
+    assert {(v["max_detections"], v["counted_per"]) for v in found.values()} == {
+        (100, "image"),
+        (300, "image"),
+        (100, "image and class"),
+    }
+    assert 100 < result["generalised"]["most_per_image"] <= 300
+    assert found["100"]["all"]["AR"] <= found["300"]["all"]["AR"]
+
+
+def test_another_split_or_label_space_has_files_of_its_own(shapes_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(shapes_run.folder, folder)
+    run = type(shapes_run).open(folder)
+    before = (folder / "eval.json").read_bytes()
+    result = evaluate_run(run, data_root=None, device="cpu", split="train", classes="novel", max_detections=300)
+    assert (folder / "eval.json").read_bytes() == before
+    assert json.loads((folder / "eval-train-novel.json").read_text()) == json.loads(json.dumps(result))
+    assert set(result) == {"annotations", "limit", "novel_only"}
+    found = at_limit(result, "novel_only")
+    assert (found["images"], found["max_detections"]) == (12, 300)
+    assert headline(result)["base"] is None
+    names = {one["name"] for one in json.loads((folder / "detections-train-novel.json").read_text())}
+    assert names <= set(SHAPES_SPLIT.novel)
+
+
+def test_an_empty_validation_list_is_one_clear_error(shapes_run, shapes_root, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(shapes_root, root)
+    path = root / "annotations/instances_val.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"images": [], "annotations": []}))
+    with pytest.raises(AnnotationError, match=r"instances_val.json: images: expected at least one"):
+        evaluate_run(shapes_run, data_root=root, device="cpu")
+
+
+def test_classes_not_named_novel_are_base_and_the_reverse(scene):
+    for options in ({"novel": "cow"}, {"base": "yak, cat"}, {"base": "cat,yak", "novel": "cow"}):
+        found = at_limit(evaluated(*scene, **options), "generalised")
+        assert (found["base"]["classes"], found["novel"]["classes"]) == (1, 1)
+        assert found["novel"]["AP50"] == pytest.approx(1)
+
+
+def test_a_split_file_is_a_dataset_file_or_two_lists(scene, tmp_path):
+    lists = 'base = ["cat"]\nnovel = ["cow"]\n'
+    for text in (lists, f'name = "mine"\n[classes]\n{lists}'):
+        (tmp_path / "split.toml").write_text(text)
+        found = at_limit(evaluated(*scene, split_file=tmp_path / "split.toml"), "generalised")
+        assert found["names"] == ["cat", "cow"]
+    for text, words in (("base = 5", "base: expected a list"), ("=", "no TOML")):
+        (tmp_path / "split.toml").write_text(text)
+        with pytest.raises(ArgumentError, match=words):
+            evaluated(*scene, split_file=tmp_path / "split.toml")
+
+
+def test_results_of_a_search_for_more_names_are_not_novel_only(scene):
+    with pytest.raises(ArgumentError, match="--classes novel: .*'cat'"):
+        evaluated(*scene, novel="cow", classes="novel")
+    found, _ = scene
+    found.write_text(json.dumps([one for one in json.loads(found.read_text()) if one["category_id"] == 2]))
+    result = evaluated(*scene, novel="cow", classes="novel")
+    assert headline(result) == {"base": None, "novel": None, "all": None, "novel_only": pytest.approx(1)}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({}, ArgumentError, "which of its 3 classes are novel"),
+        ({"novel": "cows"}, VocabularyError, "did you mean 'cow'"),
+        ({"novel": "cow", "max_detections": 50}, ArgumentError, "reported at 100, 300"),
+        ({"novel": "cow", "split_file": Path("x.toml")}, ArgumentError, "already says"),
+        ({"split_file": Path("x.toml")}, ArgumentError, "cannot be read"),
+        ({"base": "cat", "novel": "cat"}, VocabularyError, "base and novel at once"),
+    ],
+)
+def test_choices_that_make_no_sense_are_refused(scene, options, error, words):
+    with pytest.raises(error, match=words):
+        evaluated(*scene, **options)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"images": []}', '{"categories": [5]}', '{"categories": [{"id": 1}]}']
+)
+def test_what_is_no_annotation_file_is_refused(scene, text):
+    found, truth = scene
+    truth.write_text(text)
+    with pytest.raises(AnnotationError, match="gt.json"):
+        evaluated(found, truth, novel="cow")
+
+
+def test_tables_say_their_limit_and_show_classes_when_asked(scene):
+    result = evaluated(*scene, novel="cow")
+    text = evaluation_tables(result, per_class=False)
+    assert "COCO rules, boxes, 1 images, at most 100 detections per image (the fullest image has 2)" in text
+    assert "at most 300 detections per image (" in text
+    assert "\nyak" not in text
+    lines = evaluation_tables(result, per_class=True).splitlines()
+    assert next(line for line in lines if line.startswith("cow")).split() == ["cow", *["100.0"] * 4, "1"]
+    assert next(line for line in lines if line.startswith("yak")).split() == ["yak", *["-"] * 4, "0"]
+
+
+def test_the_command_needs_no_torch_for_results(scene, tmp_path):
+    arguments = ["eval", "--detections", scene[0], "--annotations", scene[1], "--novel", "cow"]
+    code = "import sys, cli; cli.app(sys.argv[1:], standalone_mode=False); assert 'torch' not in sys.modules"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "novel" in result.stdout
