@@ -25,7 +25,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VAL
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Where the images lie now, if they have moved.")]
 RunFolder = Annotated[Path, typer.Option("--run", help="A run folder that `ezsd train` made.")]
-Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes, coco or photos.")]
+Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes, coco, paper or photos.")]
 
 
 @data_app.command("shapes", epilog="Example:  ezsd data shapes --out data/shapes")
@@ -104,7 +104,7 @@ def train(
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
-    """Train the detector from base boxes and cached regions."""
+    """Train the detector from base boxes and cached regions; under `torchrun`, on several GPUs."""
     from pipeline.command import resolve_device, train_config
     from pipeline.train import TrainRequest
     from pipeline.train import train as start
