@@ -29,7 +29,7 @@ DatasetName = Annotated[str, typer.Option(help="shapes, coco, lvis, lvis-frequen
 DatasetRoot = Annotated[
     Path | None, typer.Option(help="Folder with images and annotations; data/NAME or the TOML file's by default.")
 ]
-Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes, coco or photos.")]
+Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes, coco, paper or photos.")]
 
 
 @data_app.command("shapes", epilog="Example:  ezsd data shapes --out data/shapes")
@@ -225,7 +225,7 @@ def train(
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
-    """Train the detector from base boxes and cached regions."""
+    """Train the detector from base boxes and cached regions; under `torchrun`, on several GPUs."""
     from pipeline.command import resolve_device, train_config
     from pipeline.train import TrainRequest
     from pipeline.train import train as start

@@ -16,6 +16,8 @@ from cache import EmbeddingType
 from ezsd.adapt import AdaptLoss
 from ezsd.crops import Surround
 from ezsd.detector.backbone import BACKBONES
+from ezsd.detector.heads import HeadName
+from ezsd.detector.model import BoxClass
 from ezsd.kernels import Backend, Metric
 from ezsd.proposals import Score
 from ezsd.teacher import Activation, Names, Precision
@@ -150,19 +152,25 @@ class ModelConfig:
     canonical_level: int
     """See there."""
     tower_depth: int
-    """Convolutions before the pooling."""
+    """Convolutions before the pooling ("fast"), or on each pooled region, for both branches ("paper")."""
     box_hidden: int
-    """Width of the box regressor's hidden layer."""
+    """Width of the box regressor's hidden layer ("fast"), or of all fully connected layers ("paper")."""
     temperature: float
     """Start of the learned multiplier of cosines."""
+    head: HeadName = "fast"
+    """"fast" convolves the maps and embeds a region by one operator; "paper" convolves each region, as its authors."""
     semantic_boxes: bool = True
     """Whether the box regressor knows the class."""
+    box_class: BoxClass = "foreground"
+    """Whose text row it sees at test time: the likeliest name's, or ("reference") zeros where that is background."""
     sampled_regions: int = 512
     """Regions per image that the box head learns from."""
     positive_share: float = 0.25
     """At most this share of them on objects."""
     spare_confidence: float = 2.0
     """Regions on a cached region of this confidence are not taught to be background; above 1 none is spared."""
+    spare_rpn: bool = False
+    """Whether these cached regions are no negatives of the proposal network either."""
 
     def __post_init__(self) -> None:
         _require(self.backbone in BACKBONES, f"model.backbone {self.backbone!r} is not one of {', '.join(BACKBONES)}")
@@ -199,31 +207,59 @@ class TrainConfig:
     steps: int
     """Optimiser steps."""
     images: int
-    """Images per step."""
+    """Images per step, over all processes and accumulated batches: what a run learns does not depend on the GPUs."""
     optimiser: Literal["adamw", "sgd"]
     """SGD has momentum 0.9."""
     learning_rate: float
-    """At its height."""
+    """At its height, for `rate_images` images per step."""
     weight_decay: float
     """Not on the temperature, background row, biases and norms."""
     short_side: int
     """Images are resized to fit short_side x long_side, ratio kept; 0 keeps them as they are."""
     long_side: int
     """See there."""
+    rate_images: int = 0
+    """The rate is multiplied by images / rate_images; 0 takes it as it stands."""
     warmup: int = 0
-    """Steps of linear warm-up, then cosine decay to zero."""
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """After the warm-up: "cosine" falls to zero, "step" divides by ten at each of `decay_at`."""
+    decay_at: tuple[float, ...] = (2 / 3, 11 / 12)
+    """Shares of all steps: epochs 8 and 11 of 12."""
     clip_norm: float = 10.0
     """Largest gradient norm."""
+    accumulate: int = 1
+    """Batches per step and process: memory is that of one."""
+    sampling: Literal["stream", "image"] = "stream"
+    """"image" seeds what is drawn per image and divides losses by what was asked for, so that several processes or
+    accumulated batches learn what one does, and needs it; "stream" draws from one stream per step."""
+    average: float = 0.0
+    """Decay of a moving average of the weights, which is then evaluated; 0 keeps none."""
     regions: int = 200
     """Cached regions drawn per image and step, without replacement; base ground truth comes on top."""
+    short_side_min: int = 0
+    """The short side is drawn between this and short_side for each image; 0 fixes it."""
+    jitter: tuple[float, ...] = ()
+    """Large-scale jitter: images fit into a square of long_side times a factor between these two, of which a window of
+    long_side is cut."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
+    validate_every: int = 0
+    """Epochs between evaluations on a slice of the validation images; 0 never. They choose nothing."""
+    validate_images: int = 500
+    """Images of that slice."""
     loader_workers: int = 0
     """Processes that read images; 0 reads in the training process."""
     seed: int = 0
     """Of weights, sampling and augmentation."""
     backend: Backend = "auto"
     """Kernel backend."""
+    channels_last: bool = False
+    """Memory layout of convolutions; GPUs like it in 16 bits."""
+    compile: bool = False
+    """Whether torch compiles the backbone."""
+    tensorboard: bool = False
+    """Whether metrics also go to RUN/tensorboard; needs the extra "tensorboard"."""
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"train.seed must be >= 0, got {self.seed}")
@@ -235,6 +271,36 @@ class TrainConfig:
         _require(self.steps > 0, f"train.steps must be > 0, got {self.steps}")
         _require(self.images > 0, f"train.images must be > 0, got {self.images}")
         _require(self.checkpoint_every > 0, f"train.checkpoint_every must be > 0, got {self.checkpoint_every}")
+        self._check_step()
+        self._check_augmentation()
+
+    def _check_step(self) -> None:
+        _require(self.rate_images >= 0, f"train.rate_images must be >= 0, got {self.rate_images}")
+        _require(self.accumulate > 0, f"train.accumulate must be > 0, got {self.accumulate}")
+        _require(
+            self.images % self.accumulate == 0,
+            f"train.images must be a multiple of train.accumulate, got {self.images} and {self.accumulate}",
+        )
+        _require(
+            self.accumulate == 1 or self.sampling == "image",
+            "train.accumulate needs train.sampling=image: losses could not be added up otherwise",
+        )
+        _require(0 <= self.average < 1, f"train.average must lie in [0, 1), got {self.average}")
+        _require(
+            all(0 < share < 1 for share in self.decay_at), f"train.decay_at must lie in (0, 1), got {self.decay_at}"
+        )
+        _require(self.validate_every >= 0, f"train.validate_every must be >= 0, got {self.validate_every}")
+        _require(self.validate_images > 0, f"train.validate_images must be > 0, got {self.validate_images}")
+
+    def _check_augmentation(self) -> None:
+        _require(
+            0 <= self.short_side_min <= self.short_side,
+            f"train.short_side_min must lie between 0 and train.short_side, got {self.short_side_min}",
+        )
+        ordered = len(self.jitter) == 2 and 0 < self.jitter[0] <= self.jitter[1]
+        _require(not self.jitter or ordered, f"train.jitter: two factors, 0 < low <= high; got {self.jitter}")
+        _require(not self.jitter or self.long_side > 0, "train.jitter needs train.long_side, the window's side")
+        _require(not (self.jitter and self.short_side_min), "train.jitter and train.short_side_min exclude each other")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,32 +1,38 @@
 """The run folder: what was trained on what, metrics, checkpoints that survive a kill.
 
-run.json             configuration, store manifest and digest, names, teacher
+run.json             configuration, store manifest and digest, names, digest of their text rows, teacher
 environment.json     data root, cache, teacher, device, versions: recorded, not compared
 tables.safetensors   text rows of all names, re-normalised LayerNorms
 metrics.jsonl        one line per step
-checkpoints/         step-00000400/{model.safetensors, optimiser.safetensors, state.json}
+validation.jsonl     AP50 on a slice of the validation images, if asked for
+checkpoints/         step-00000400/{model.safetensors, optimiser.safetensors, average.safetensors, state.json}
 seconds.json         time of each stage
+train.lock           locked while a training writes here
 eval.json, crops.json, detections.json, report.html   written by the later commands
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 log = logging.getLogger("ezsd")
 KEEP_CHECKPOINTS = 2
+LOCK = "train.lock"
 
 
 class RunError(ValueError):
@@ -41,8 +47,17 @@ class Checkpoint:
     step: int
 
     def model(self) -> dict[str, Tensor]:
-        """The detector's state."""
+        """The state to detect with: the moving average of the weights, if one was kept."""
+        return self.average() or self.trained()
+
+    def trained(self) -> dict[str, Tensor]:
+        """The state to go on training from."""
         return load_file(self.folder / "model.safetensors")
+
+    def average(self) -> dict[str, Tensor] | None:
+        """The moving average of the weights; None if none was kept."""
+        path = self.folder / "average.safetensors"
+        return load_file(path) if path.exists() else None
 
     def optimiser(self) -> dict[str, Tensor]:
         """Flattened optimiser state, see `flatten_optimiser`."""
@@ -65,10 +80,25 @@ class Run:
         return cls(folder)
 
     @classmethod
+    @contextmanager
+    def claim(cls, folder: Path, card: Mapping[str, object], tables: Mapping[str, Tensor]) -> Iterator[Run]:
+        """Like `create_or_resume`, and other trainings are kept out as long as the context lasts."""
+        _refuse_foreign(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            yield cls.create_or_resume(folder, card, tables)
+
+    @classmethod
     def create_or_resume(cls, folder: Path, card: Mapping[str, object], tables: Mapping[str, Tensor]) -> Run:
-        """Start a run, or go on with the same one; RunError names what differs from an earlier one."""
+        """Start a run, or go on with the same one.
+
+        Raises:
+            RunError: the folder holds something else, or another run; names what differs.
+            OSError: it cannot be written to.
+        """
         run = cls(folder)
         wanted = json.loads(json.dumps(card))
+        _refuse_foreign(folder)
         if (folder / "run.json").is_file():
             differences = _differences(run.card, wanted)
             if differences:
@@ -76,13 +106,8 @@ class Run:
                     f"--run {folder}: holds another run: {'; '.join(differences[:4])}; choose another --run folder"
                 )
             return run
-        # What a start that was killed before run.json leaves behind is made again.
-        begun = {"checkpoints", "tables.safetensors", ".run.json.partial"}
-        if folder.exists() and any(p.name not in begun for p in folder.iterdir()):
-            raise RunError(f"--run {folder}: is not empty and holds no run; choose another --run folder")
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        save_file(dict(tables), folder / "tables.safetensors")
-        _fsync(folder / "tables.safetensors")
+        _write(folder / "tables.safetensors", save(dict(tables)))
         # Last, so that a folder with run.json is whole.
         write_json(folder / "run.json", wanted)
         return run
@@ -110,13 +135,19 @@ class Run:
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are what its state says; torn ones are passed over."""
         for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
-            state = folder / "state.json"
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                expected = json.loads(state.read_text())
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                expected = json.loads((folder / "state.json").read_text())
                 if all(_sha256(folder / name) == digest for name, digest in expected["sha256"].items()):
                     return Checkpoint(folder, int(expected["step"]))
             log.warning("%s: damaged, passed over", folder)
         return None
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The checkpoint of a step, unchecked: another process has found it whole."""
+        return Checkpoint(self._checkpoint_folder(step), step)
+
+    def _checkpoint_folder(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:08d}"
 
     def finished(self) -> Checkpoint:
         """The checkpoint of the last step. RunError when training has not reached it."""
@@ -127,30 +158,65 @@ class Run:
             raise RunError(f"--run {self.folder}: training is not finished ({at} of {steps}); run `ezsd train` again")
         return latest
 
-    def save(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        """Write a checkpoint: all of it or nothing, durable before older ones go."""
-        target = self.folder / "checkpoints" / f"step-{step:08d}"
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        average: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a checkpoint: all of it or nothing, durable before older ones go.
+
+        Raises:
+            OSError: the disk is full or cannot be written to; earlier checkpoints are still there.
+        """
+        target = self._checkpoint_folder(step)
         scratch = target.with_name(f".{target.name}.partial")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(tensors, scratch / "model.safetensors")
-        save_file(flatten_optimiser(optimiser), scratch / "optimiser.safetensors")
-        digests = {name: _sha256(scratch / name) for name in ("model.safetensors", "optimiser.safetensors")}
-        write_json(scratch / "state.json", {"step": step, "sha256": digests})
-        for path in (*scratch.iterdir(), scratch):
-            _fsync(path)
+        parts = {"model": model.state_dict(), "optimiser": flatten_optimiser(optimiser)}
+        if average is not None:
+            parts["average"] = dict(average)
+        digests = {}
+        for name, tensors in parts.items():
+            content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+            _write(scratch / f"{name}.safetensors", content)
+            digests[f"{name}.safetensors"] = hashlib.sha256(content).hexdigest()
+        write_json(scratch / "state.json", {"step": step, "sha256": digests, **self._identity()})
+        _fsync(scratch)
+        # Only a torn one can stand here: training goes on from the newest that is whole.
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
         _fsync(target.parent)
-        for old in sorted(target.parent.glob("step-*"))[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old)
+        self._forget_others(step)
+
+    def _identity(self) -> dict[str, object]:
+        """What a checkpoint needs to be told from others, and to be used for any names."""
+        card = self.card
+        return {
+            "names": card["names"],
+            "text_sha256": card["text_sha256"],
+            "store_digest": _nested(card, "store", "digest"),
+            "config": card["config"],
+        }
+
+    def _forget_others(self, step: int) -> None:
+        """Keep the newest checkpoints up to `step`; what is later or unfinished was torn."""
+        folder = self.folder / "checkpoints"
+        known = sorted(p for p in folder.glob("step-*") if p.name <= f"step-{step:08d}")[-KEEP_CHECKPOINTS:]
+        for old in folder.iterdir():
+            if old not in known:
+                shutil.rmtree(old)
+
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took, as far as recorded."""
+        path = self.folder / "seconds.json"
+        known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        return known
 
     def record_seconds(self, stage: str, seconds: float) -> None:
         """Note how long a stage took; kept apart from results, which are the same on a re-run."""
-        path = self.folder / "seconds.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        write_json(path, {**known, stage: round(seconds, 2)})
+        write_json(self.folder / "seconds.json", {**self.seconds(), stage: round(seconds, 2)})
 
     def read_metrics(self) -> list[dict[str, float]]:
         """All lines of metrics.jsonl."""
@@ -159,13 +225,45 @@ class Run:
 
     def cut_metrics(self, step: int) -> None:
         """Forget metrics after `step`, which a resumed run will write again; a torn last line goes too."""
-        path = self.folder / "metrics.jsonl"
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-        write_text(path, "".join(line + "\n" for line in kept))
+        for path in (self.folder / "metrics.jsonl", self.folder / "validation.jsonl"):
+            kept = []
+            for line in path.read_text().splitlines() if path.exists() else []:
+                with contextlib.suppress(json.JSONDecodeError):
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+            if path.exists():
+                write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if (folder / "run.json").is_file():
+        return
+    # What a start that was killed before run.json leaves behind is made again.
+    begun = {"checkpoints", "tables.safetensors", ".tables.safetensors.partial", ".run.json.partial", LOCK}
+    if folder.exists() and any(p.name not in begun for p in folder.iterdir()):
+        raise RunError(f"--run {folder}: is not empty and holds no run; choose another --run folder")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The right to train in a folder; the system frees it when the process ends, however it ends.
+
+    A record lock (not flock): processes forked to read images must not keep it alive after the training's death.
+    """
+    path = folder / LOCK
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = path.read_text().strip() or "unknown"
+            raise RunError(
+                f"--run {folder}: another training ({owner}) is writing to it; wait for it to end, "
+                "or choose another --run folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def flatten_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -195,10 +293,20 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file: all of it or nothing."""
+    _write(path, text.encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file: all of it or nothing. OSError names it, where the system's does not."""
     scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text)
-    _fsync(scratch)
-    scratch.rename(path)
+    try:
+        scratch.write_bytes(content)
+        _fsync(scratch)
+        scratch.rename(path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _fsync(path: Path) -> None:

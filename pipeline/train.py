@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,17 +19,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cache import Store, StoreMismatch
-from ezsd.data.dataset import DetectionDataset, collate, epoch_order
+from ezsd.data.augment import Augmentation
+from ezsd.data.dataset import DetectionDataset
 from ezsd.detector.backbone import build_backbone
 from ezsd.detector.model import Batch, Detector, DetectorSettings
 from ezsd.teacher import state_digest
+from pipeline.batches import Key, load_batches
 from pipeline.build import take_first
-from pipeline.config import Config, ConfigError, LossConfig, TrainConfig, to_tables
+from pipeline.config import Config, ConfigError, TrainConfig, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
+from pipeline.metrics import MetricsLog
 from pipeline.parsed import training_annotations
+from pipeline.processes import Processes, join_processes, own_device
 from pipeline.progress import Progress
 from pipeline.provenance import dataset_inputs
-from pipeline.runs import Run, restore_optimiser
+from pipeline.runs import Run, RunError, restore_optimiser
+from pipeline.step import AverageWeights, Objective, Trainer, build_optimiser, peak_rate
+from pipeline.stop import StopSignal
+from pipeline.validate import Validation
 
 log = logging.getLogger("ezsd")
 
@@ -53,115 +62,186 @@ def train(request: TrainRequest) -> Run:
 
     Raises:
         ValueError: (of many kinds) the store is unfinished or made from other data, or an input is wrong.
-        FloatingPointError: a loss is not finite; names step, images and parts.
+        FloatingPointError: a loss or gradient is not finite; names step, images and parts.
+        OSError: the run folder cannot be written to.
+        SystemExit: 143, after a checkpoint, when SIGTERM was received.
     """
-    store = Store(request.cache)
-    dataset = store_dataset(store, request.data_root)
-    file_names = _check_dataset(store, dataset)
-    config, device = request.config, torch.device(request.device)
-    names, text = store.text
+    device = own_device(request.device)
+    with ExitStack() as stack:
+        processes = stack.enter_context(join_processes(device))
+        _check_processes(request.config.train, processes)
+        store = Store(request.cache)
+        dataset = store_dataset(store, request.data_root)
+        samples = _samples(store, dataset, request.config.train)
+        detector, card = _begin(request, store, dataset)
+        tables = _tables(store)
+        if processes.first:
+            run = stack.enter_context(Run.claim(request.run, card, tables))
+            run.write_environment(_environment(store, dataset, request.device))
+        processes.wait()
+        run = Run.open(request.run)
+        trainer = _trainer(detector.to(device), request.config, tables["text"], len(dataset.split.base), processes)
+        step = _resume(run, trainer)
+        batches = load_batches(samples, request.config.train, first_step=step, processes=processes)
+        validation = Validation.of_run(run, trainer, dataset, request.config, len(samples))
+        try:
+            _loop(run, trainer, batches, samples, validation, step)
+        except RuntimeError as error:
+            # torch's own words; they name the process.
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise RunError(f"{reason} Run the same command to go on from the newest checkpoint.") from error
+    return run
+
+
+def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detector, dict[str, object]]:
+    """The detector with its first weights, and all that the run must be told from others by."""
+    config = request.config
     weights = None if request.backbone_weights is None else read_backbone(request.backbone_weights)
     torch.manual_seed(config.train.seed)
-    detector = build_detector(config, store.embed_dim, weights).to(device)
-    values, attributes = store.teacher
-    card = {
+    detector = build_detector(config, store.embed_dim, weights)
+    names, text = store.text
+    attributes = store.teacher[1]
+    return detector, {
         "config": to_tables(config),
         "store": {"digest": store.manifest.digest, "manifest": dict(store.manifest.fields)},
         "dataset": dataset.name,
         "names": list(names),
         "base_count": len(dataset.split.base),
+        "text_sha256": hashlib.sha256(text.tobytes()).hexdigest(),
         "embed_dim": store.embed_dim,
         "layer_norms": attributes["parameters"],
         "re_normalisation": _accuracy(attributes),
         "backbone_weights": None if weights is None else state_digest(weights),
     }
-    tables = {"text": torch.from_numpy(text.copy()), "layer_norms": torch.from_numpy(values.copy())}
-    run = Run.create_or_resume(request.run, card, tables)
-    run.write_environment(_environment(store, dataset, request.device))
-    rows = len(names) if config.loss.novel_names else len(dataset.split.base)
-    text_rows = tables["text"][:rows].to(device)
-    optimiser = build_optimiser(detector, config.train)
-    step = _resume(run, detector, optimiser)
-    reader = partial(_read_by_id, dataset.root / dataset.train_images, file_names)
-    samples = DetectionDataset(
+
+
+def _tables(store: Store) -> dict[str, Tensor]:
+    return {"text": torch.from_numpy(store.text[1].copy()), "layer_norms": torch.from_numpy(store.teacher[0].copy())}
+
+
+def _samples(store: Store, dataset: Dataset, config: TrainConfig) -> DetectionDataset:
+    file_names = _check_dataset(store, dataset)
+    return DetectionDataset(
         [int(i) for i in store.image_ids],
-        reader,
+        partial(_read_by_id, dataset.root / dataset.train_images, file_names),
         store.ground_truth,
         store.regions,
-        regions_per_image=config.train.regions,
-        short_side=config.train.short_side,
-        long_side=config.train.long_side,
-        seed=config.train.seed,
+        regions_per_image=config.regions,
+        short_side=config.short_side,
+        long_side=config.long_side,
+        seed=config.seed,
+        augmentation=Augmentation(
+            short_side_min=config.short_side_min,
+            jitter=(config.jitter[0], config.jitter[1]) if config.jitter else None,
+        ),
+        seeded=config.sampling == "image",
     )
-    batches = load_batches(samples, config.train, first_step=step)
-    _loop(run, detector, optimiser, batches, text_rows, config, device, step)
-    return run
+
+
+def _trainer(detector: Detector, config: Config, text: Tensor, base: int, processes: Processes) -> Trainer:
+    device = next(detector.parameters()).device
+    if config.train.channels_last:
+        detector.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        detector.backbone.compile()
+    rows = len(text) if config.loss.novel_names else base
+    average = AverageWeights(detector, config.train.average) if config.train.average else None
+    _say_what_differs(detector, config.train, processes)
+    return Trainer(
+        detector,
+        build_optimiser(detector, config.train),
+        Objective(text[:rows].to(device), config.loss),
+        config.train,
+        average,
+        processes,
+    )
+
+
+def _say_what_differs(detector: Detector, config: TrainConfig, processes: Processes) -> None:
+    if not processes.first:
+        return
+    if config.rate_images:
+        rate, images = config.learning_rate, config.images
+        log.info("learning rate %g = %g x %d / %d images per step", peak_rate(config), rate, images, config.rate_images)
+    parts = config.accumulate * processes.count
+    if parts > 1 and any(isinstance(m, nn.BatchNorm2d) for m in detector.modules()):
+        log.warning(
+            "batch normalisation sees the %d images of one batch, not all %d of a step: with ImageNet weights its "
+            "statistics are frozen, and nothing depends on how a step is shared out",
+            config.images // parts,
+            config.images,
+        )
+
+
+def _check_processes(config: TrainConfig, processes: Processes) -> None:
+    if processes.count > 1 and config.sampling != "image":
+        raise ConfigError(
+            f"{processes.count} processes need --set train.sampling=image: losses could not be added up otherwise"
+        )
 
 
 def _loop(
     run: Run,
-    detector: Detector,
-    optimiser: torch.optim.Optimizer,
-    batches: Iterator[tuple[list[tuple[int, int]], Batch]],
-    text: Tensor,
-    config: Config,
-    device: torch.device,
+    trainer: Trainer,
+    batches: Iterator[tuple[list[Key], list[Batch]]],
+    samples: DetectionDataset,
+    validation: Validation,
     step: int,
 ) -> None:
-    detector.train()
-    steps = config.train.steps
-    with (run.folder / "metrics.jsonl").open("a") as metrics, Progress("train", steps, unit="step", done=step) as bar:
-        for keys, batch in batches:
+    trainer.detector.train()
+    config, processes = trainer.config, trainer.processes
+    device = next(trainer.detector.parameters()).device
+    clock = _Clock(run)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        metrics = stack.enter_context(MetricsLog(run, tensorboard=config.tensorboard)) if processes.first else None
+        bar = Progress("train", config.steps, unit="step", done=step)
+        if processes.first:
+            stack.enter_context(bar)
+        for keys, parts in batches:
             began = time.perf_counter()
             # One seed per step: a resumed run samples the same regions as an unbroken one.
-            torch.manual_seed(config.train.seed * 1_000_003 + step)
-            parts = train_step(detector, optimiser, batch.to(device), text, config, step)
+            torch.manual_seed(config.seed * 1_000_003 + step)
+            ready = [_prepare(part, device, channels_last=config.channels_last) for part in parts]
+            try:
+                found = trainer.step(ready, step)
+            except FloatingPointError as error:
+                ids = [samples.image_ids[position] for _, position in keys]
+                raise FloatingPointError(f"{error}; images: {ids}") from error
             step += 1
-            _require_finite(parts, step, keys)
-            record = {"step": step, **parts, "seconds": round(time.perf_counter() - began, 4)}
-            metrics.write(json.dumps(record) + "\n")
-            if step % config.train.checkpoint_every == 0 or step == steps:
-                metrics.flush()
-                run.save(step, detector, optimiser)
-            bar.advance(note=f"loss {parts['loss']:.3f}")
+            stopped = processes.any(stop.received, device) and step < config.steps
+            if metrics is not None:
+                metrics.write({"step": step, **found, "seconds": round(time.perf_counter() - began, 4)})
+                if stopped or step % config.checkpoint_every == 0 or step == config.steps:
+                    metrics.flush()
+                    run.save(step, trainer.detector, trainer.optimiser, trainer.average and trainer.average.state)
+                    clock.record()
+                bar.advance(note=f"loss {found['loss']:.3f}")
+            if stopped:
+                log.warning("SIGTERM: checkpoint of step %d saved; run the same command to go on", step)
+                raise SystemExit(143)
+            validation.after(step, metrics)
 
 
-def train_step(
-    detector: Detector, optimiser: torch.optim.Optimizer, batch: Batch, text: Tensor, config: Config, step: int
-) -> dict[str, float]:
-    """One optimiser step; returns the weighted sum `loss`, its unweighted parts and the learning rate."""
-    rate = learning_rate(step, config.train)
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-    with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=batch.images.is_cuda):
-        parts = detector.losses(batch, text, distill=config.loss.metric if config.loss.distillation > 0 else None)
-    loss = weigh(parts, config.loss)
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(detector.parameters(), config.train.clip_norm)
-    optimiser.step()
-    values = torch.stack([loss.detach(), *(p.detach().float() for p in parts.values())]).tolist()
-    return {"loss": values[0], **dict(zip(parts, values[1:], strict=True)), "learning_rate": rate}
+def _prepare(batch: Batch, device: torch.device, *, channels_last: bool) -> Batch:
+    batch = batch.to(device)
+    if not channels_last:
+        return batch
+    return dataclasses.replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
 
 
-def weigh(parts: dict[str, Tensor], config: LossConfig) -> Tensor:
-    """The objective: weighted sum of the parts that are there."""
-    weight = {
-        "rpn_objectness": config.rpn,
-        "rpn_box": config.rpn,
-        "classification": config.classification,
-        "box": config.box,
-        "distillation": config.distillation,
-    }
-    return torch.stack([weight[name] * part.float() for name, part in parts.items()]).sum()
+class _Clock:
+    """Training time of a run, over all of its starts."""
 
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.before = run.seconds().get("train", 0.0)
+        self.began = time.perf_counter()
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine to zero; a pure function of the step."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    def record(self) -> None:
+        self.run.record_seconds("train", self.before + time.perf_counter() - self.began)
 
 
 def build_detector(
@@ -182,6 +262,7 @@ def build_detector(
         backbone,
         DetectorSettings(
             embed_dim=embed_dim,
+            head=model.head,
             rpn_sizes=tuple((size,) for size in model.rpn_sizes),
             rpn_proposals=model.rpn_proposals,
             pool_size=model.pool_size,
@@ -194,34 +275,11 @@ def build_detector(
             sampled_regions=model.sampled_regions,
             positive_share=model.positive_share,
             spare_confidence=model.spare_confidence,
+            spare_rpn=model.spare_rpn,
+            box_class=model.box_class,
             backend=config.train.backend,
         ),
     )
-
-
-def build_optimiser(detector: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; vectors (biases, norms, background row) and the temperature do not decay."""
-    trained = [p for p in detector.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if config.optimiser == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
-
-
-def load_batches(
-    samples: DetectionDataset, config: TrainConfig, *, first_step: int
-) -> Iterator[tuple[list[tuple[int, int]], Batch]]:
-    """The batches from `first_step` to the end, each with the (epoch, position) pairs it was made from."""
-    order = list(
-        epoch_order(len(samples), per_step=config.images, first_step=first_step, steps=config.steps, seed=config.seed)
-    )
-    loader = torch.utils.data.DataLoader(
-        samples, batch_sampler=order, num_workers=config.loader_workers, collate_fn=collate
-    )
-    yield from zip(order, loader, strict=True)
 
 
 def store_dataset(store: Store, data_root: Path | None) -> Dataset:
@@ -235,7 +293,15 @@ def store_dataset(store: Store, data_root: Path | None) -> Dataset:
         data_root = Path(environment["data_root"])
         if not data_root.is_dir():
             raise DatasetError(f"{store.path}: its images lay in {data_root}, which is gone; give --data-root DIR")
-    return recorded_dataset(environment.get("dataset"), str(fields["name"]), data_root).require()
+    return _require_training(recorded_dataset(environment.get("dataset"), str(fields["name"]), data_root))
+
+
+def _require_training(dataset: Dataset) -> Dataset:
+    """The dataset once its training half is there: training reads nothing else."""
+    for part in (dataset.train_annotations, dataset.train_images):
+        if not (dataset.root / part).exists():
+            raise DatasetError(f"--data-root {dataset.root}: no {part} in it; expected the {dataset.name} layout")
+    return dataset
 
 
 def _check_dataset(store: Store, dataset: Dataset) -> dict[int, tuple[str, int, int]]:
@@ -276,16 +342,27 @@ def read_backbone(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _resume(run: Run, detector: Detector, optimiser: torch.optim.Optimizer) -> int:
-    latest = run.latest()
-    if latest is None:
-        run.cut_metrics(0)
+def _resume(run: Run, trainer: Trainer) -> int:
+    """Load the newest whole checkpoint, which the first process looks for; returns its step."""
+    processes = trainer.processes
+    device = next(trainer.detector.parameters()).device
+    newest = run.latest() if processes.first else None
+    step = int(processes.add(torch.tensor(newest.step if newest else 0, device=device)))
+    if processes.first:
+        run.cut_metrics(step)
+    if step == 0:
         return 0
-    detector.load_state_dict(latest.model())
-    restore_optimiser(optimiser, latest.optimiser())
-    run.cut_metrics(latest.step)
-    log.info("resuming %s at step %d", run.folder, latest.step)
-    return latest.step
+    checkpoint = newest or run.checkpoint(step)
+    trainer.detector.load_state_dict(checkpoint.trained())
+    restore_optimiser(trainer.optimiser, checkpoint.optimiser())
+    if trainer.average is not None:
+        average = checkpoint.average()
+        if average is None:
+            raise RunError(f"{checkpoint.folder}: holds no average of the weights, which train.average asks for")
+        trainer.average.restore(average)
+    if processes.first:
+        log.info("resuming %s at step %d", run.folder, step)
+    return step
 
 
 def _environment(store: Store, dataset: Dataset, device: str) -> dict[str, object]:
@@ -301,12 +378,6 @@ def _environment(store: Store, dataset: Dataset, device: str) -> dict[str, objec
         "device": device,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "ezsd")},
     }
-
-
-def _require_finite(parts: dict[str, float], step: int, keys: list[tuple[int, int]]) -> None:
-    if not math.isfinite(parts["loss"]):
-        positions = [position for _, position in keys]
-        raise FloatingPointError(f"the loss is not finite at step {step}; parts: {parts}; image positions: {positions}")
 
 
 def _accuracy(attributes: dict[str, object]) -> dict[str, object]:

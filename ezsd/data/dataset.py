@@ -9,11 +9,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ezsd.boxes import flip_horizontal, scale
+from ezsd.data.augment import SEEN_SHARE, Augmentation, crop_boxes, draw_limits, draw_window, resize
 from ezsd.detector.model import Batch
 
 PAD_MULTIPLE = 32
@@ -86,6 +86,8 @@ class Sample:
     """(N + K, D) float16."""
     region_confidence: Tensor
     """1 for ground truth, (N + K,) float32."""
+    seed: int | None
+    """Of what the detector draws for this image; None leaves that to torch's global state."""
 
 
 class DetectionDataset(torch.utils.data.Dataset[Sample]):
@@ -100,6 +102,8 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         short_side: resize limit, pixels; 0 keeps the size.
         long_side: see there.
         seed: of flips and draws.
+        augmentation: of size, beside the flip; None for neither.
+        seeded: whether batches carry a seed per image, see `Batch.seeds`.
     """
 
     def __init__(
@@ -113,6 +117,8 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         short_side: int,
         long_side: int,
         seed: int,
+        augmentation: Augmentation | None = None,
+        seeded: bool = False,
     ) -> None:
         self.image_ids = image_ids
         self.read_image = read_image
@@ -122,6 +128,8 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         self.short_side = short_side
         self.long_side = long_side
         self.seed = seed
+        self.augmentation = augmentation or Augmentation()
+        self.seeded = seeded
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -132,42 +140,49 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         rng = np.random.default_rng([self.seed, epoch, image_id])
         truth, regions = self.ground_truth[image_id], self.regions[image_id]
         drawn = np.sort(rng.permutation(len(regions.box))[: self.regions_per_image])
-        pixels = self.read_image(image_id)
-        image, sx, sy = resize(pixels, short_side=self.short_side, long_side=self.long_side)
+        flipped = rng.random() < 0.5
+        short_side, long_side = draw_limits(rng, self.augmentation, self.short_side, self.long_side)
+        image, sx, sy = resize(self.read_image(image_id), short_side=short_side, long_side=long_side)
         boxes = scale(torch.from_numpy(truth.box.copy()), sx, sy)
         region_boxes = torch.cat([boxes, scale(torch.from_numpy(regions.box[drawn]), sx, sy)])
+        known, seen = slice(None), slice(None)
+        if self.augmentation.jitter is not None:
+            window = draw_window(rng, image, self.long_side)
+            image, boxes, region_boxes, known, seen = crop(image, boxes, region_boxes, window)
         # The target stays that of the unflipped crop: CLIP hardly notices a mirror.
-        if rng.random() < 0.5:
+        if flipped:
             image = image.flip(2)
             boxes = flip_horizontal(boxes, image.shape[2])
             region_boxes = flip_horizontal(region_boxes, image.shape[2])
+        confidence = [torch.ones(len(truth.box)), torch.from_numpy(regions.confidence[drawn].astype(np.float32))]
         return Sample(
             image=image,
             boxes=boxes,
-            labels=torch.from_numpy(truth.class_index.astype(np.int64)),
+            labels=torch.from_numpy(truth.class_index.astype(np.int64))[known],
             region_boxes=region_boxes,
-            region_target=torch.from_numpy(np.concatenate([truth.embedding, regions.embedding[drawn]])),
-            region_confidence=torch.cat(
-                [torch.ones(len(boxes)), torch.from_numpy(regions.confidence[drawn].astype(np.float32))]
-            ),
+            region_target=torch.from_numpy(np.concatenate([truth.embedding, regions.embedding[drawn]]))[seen],
+            region_confidence=torch.cat(confidence)[seen],
+            seed=int(rng.integers(2**62)) if self.seeded else None,
         )
 
 
-def resize(image: Tensor, *, short_side: int, long_side: int) -> tuple[Tensor, float, float]:
-    """Fit an image (3, H, W) uint8 into short_side x long_side, ratio kept; returns it and the x and y factors."""
-    height, width = image.shape[1:]
-    if short_side == 0:
-        return image, 1.0, 1.0
-    factor = min(short_side / min(height, width), long_side / max(height, width))
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    smaller = F.interpolate(image[None].contiguous(), size, mode="bilinear", antialias=True)[0]
-    return smaller, size[1] / width, size[0] / height
+def crop(
+    image: Tensor, boxes: Tensor, region_boxes: Tensor, window: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The image in a window, what is left of the boxes and regions, and which of them, as two masks."""
+    x, y, width, height = window
+    inside, _ = crop_boxes(boxes, window)
+    known = ((inside[:, 2:] - inside[:, :2]) >= 1).all(1)
+    shown, share = crop_boxes(region_boxes, window)
+    seen = share >= SEEN_SHARE
+    return image[:, y : y + height, x : x + width], inside[known], shown[seen], known, seen
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Pad images at the right and bottom to a common size and concatenate the regions."""
     counts = torch.tensor([len(s.region_boxes) for s in samples])
     images, sizes = pad_images([s.image for s in samples])
+    seeds = tuple(s.seed for s in samples if s.seed is not None)
     return Batch(
         images=images,
         sizes=sizes,
@@ -177,6 +192,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         region_image=torch.repeat_interleave(torch.arange(len(samples)), counts),
         region_target=torch.cat([s.region_target for s in samples]),
         region_confidence=torch.cat([s.region_confidence for s in samples]),
+        seeds=seeds or None,
     )
 
 

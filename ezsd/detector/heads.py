@@ -1,15 +1,24 @@
-"""The heads: region embedding, cosine classifier over frozen text, box regressor that knows the class."""
+"""Two region heads of the same parts: embedding, cosine classifier over frozen text, regressor that knows the class.
+
+`FastHead` convolves the maps and embeds a region by one fused operator; `PaperHead` convolves each pooled region, as
+the method's authors do.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ezsd.kernels import Backend, Metric, roi_align, roi_align_cosine, roi_embed
+from ezsd.kernels.reference import distances, unit, weighted_mean
+
+HeadName = Literal["fast", "paper"]
 
 
 class PoolingOptions(TypedDict):
@@ -37,6 +46,7 @@ class Pooling:
         self, *, strides: tuple[int, ...], size: int, canonical_size: int, canonical_level: int, backend: Backend
     ) -> None:
         self.levels = len(strides)
+        self.size = size
         self.options: PoolingOptions = {
             "spatial_scale": [1 / stride for stride in strides],
             "output_size": size,
@@ -89,17 +99,22 @@ class Pooling:
         )
 
 
+def convolutions(channels: int, depth: int) -> nn.ModuleList:
+    """So many 3 x 3 convolutions of one width, to be followed by ReLUs."""
+    made = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(depth)]
+    for convolution in made:
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        assert convolution.bias is not None
+        nn.init.zeros_(convolution.bias)
+    return nn.ModuleList(made)
+
+
 class Tower(nn.Module):
     """Convolutions shared by all levels: everything non-linear lies before the pooling (docs/kernel.md says why)."""
 
     def __init__(self, channels: int, depth: int) -> None:
         super().__init__()
-        convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(depth)]
-        self.convolutions = nn.ModuleList(convolutions)
-        for convolution in convolutions:
-            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-            assert convolution.bias is not None
-            nn.init.zeros_(convolution.bias)
+        self.convolutions = convolutions(channels, depth)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Maps in, maps of the same shapes out."""
@@ -130,23 +145,206 @@ class SemanticBoxRegressor(nn.Module):
     """Box deltas from pooled features and the text embedding of the class (EZSD, semantic-based regression).
 
     Args:
-        inputs: C * P * P.
-        hidden: width of the hidden layer.
+        trunk: pooled features (R, C, P, P) to non-negative features (R, width).
+        width: see there.
         embed_dim: D, or 0 for a regressor that does not know the class.
     """
 
-    def __init__(self, inputs: int, hidden: int, embed_dim: int) -> None:
+    def __init__(self, trunk: nn.Module, width: int, embed_dim: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(inputs, hidden)
-        self.deltas = nn.Linear(hidden + embed_dim, 4)
+        self.trunk = trunk
+        self.deltas = nn.Linear(width + embed_dim, 4)
         nn.init.normal_(self.deltas.weight, std=0.001)
         nn.init.zeros_(self.deltas.bias)
         self.semantic = embed_dim > 0
 
     def forward(self, pooled: Tensor, class_text: Tensor) -> Tensor:
         """Pooled (R, C, P, P) and the unit text row of each region's class (R, D) to deltas (R, 4)."""
-        hidden = F.relu(self.hidden(pooled.flatten(1)))
+        hidden = self.trunk(pooled)
         if self.semantic:
             hidden = torch.cat([hidden, class_text.to(hidden.dtype)], 1)
         deltas: Tensor = self.deltas(hidden)
         return deltas
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedRegions:
+    """Regions as a head sees them."""
+
+    embedding: Tensor
+    """(R, D), unit rows."""
+    pooled: Callable[[Tensor | slice], Tensor]
+    """What the box regressor reads of the regions of a mask (R,) or slice: (N, C, P, P)."""
+
+
+class Head(Protocol):
+    """What the detector asks of a head."""
+
+    pooling: Pooling
+    classifier: CosineClassifier
+    regressor: SemanticBoxRegressor
+
+    def features(self, maps: list[Tensor]) -> list[Tensor]:
+        """What regions are pooled from: maps (B, C, H, W), finest first, to maps of the same shapes."""
+        ...
+
+    def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
+        """Boxes (R, 4) in input pixels of images (R,)."""
+        ...
+
+    def distance(
+        self,
+        features: list[Tensor],
+        boxes: Tensor,
+        image_index: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        metric: Metric,
+    ) -> Tensor:
+        """Weighted mean of the distances between region embeddings and targets (R, D); scalar."""
+        ...
+
+
+class FastHead(nn.Module):
+    """Convolutions on the maps, then pooling, one linear layer and unit length as one operator.
+
+    Args:
+        pooling: how regions are pooled.
+        channels: width of the maps.
+        embed_dim: D.
+        tower_depth: convolutions before the pooling.
+        hidden: width of the box regressor's hidden layer.
+        semantic: whether the regressor knows the class.
+        temperature: start of the multiplier of cosines.
+    """
+
+    def __init__(
+        self,
+        pooling: Pooling,
+        channels: int,
+        embed_dim: int,
+        *,
+        tower_depth: int,
+        hidden: int,
+        semantic: bool,
+        temperature: float,
+    ) -> None:
+        super().__init__()
+        inputs = channels * pooling.size**2
+        self.pooling = pooling
+        self.tower = Tower(channels, tower_depth)
+        self.projection = nn.Linear(inputs, embed_dim)
+        self.classifier = CosineClassifier(embed_dim, temperature=temperature)
+        trunk = nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU())
+        self.regressor = SemanticBoxRegressor(trunk, hidden, embed_dim if semantic else 0)
+
+    def features(self, maps: list[Tensor]) -> list[Tensor]:
+        """See `Head`."""
+        features: list[Tensor] = self.tower(maps)
+        return features
+
+    def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
+        """See `Head`; pooled features are made for the regions that are asked for, when they are."""
+        embedding = self.pooling.embed(features, boxes, image_index, self.projection)
+        return EmbeddedRegions(embedding, lambda rows: self.pooling.align(features, boxes[rows], image_index[rows]))
+
+    def distance(
+        self,
+        features: list[Tensor],
+        boxes: Tensor,
+        image_index: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        metric: Metric,
+    ) -> Tensor:
+        """See `Head`; one operator for all regions of the batch."""
+        return self.pooling.distance(features, boxes, image_index, target, weight, self.projection, metric)
+
+
+class Branch(nn.Module):
+    """One convolution and two fully connected layers: pooled features (R, C, P, P) to (R, width)."""
+
+    def __init__(self, channels: int, size: int, width: int) -> None:
+        super().__init__()
+        self.convolutions = convolutions(channels, 1)
+        self.layers = nn.ModuleList([nn.Linear(channels * size**2, width), nn.Linear(width, width)])
+        for layer in self.layers:
+            _xavier(layer)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """See the class."""
+        hidden = _convolve(self.convolutions, pooled).flatten(1)
+        for layer in self.layers:
+            hidden = F.relu(layer(hidden))
+        return hidden
+
+
+class PaperHead(nn.Module):
+    """Convolutions on every pooled region, shared, then a branch for the embedding and one for the box.
+
+    Args:
+        pooling: how regions are pooled.
+        channels: width of the maps.
+        embed_dim: D.
+        shared_depth: convolutions that the branches share.
+        hidden: width of the fully connected layers.
+        semantic: whether the regressor knows the class.
+        temperature: start of the multiplier of cosines.
+
+    Source: EZAD (arXiv 2303.12145) and its authors' code, as docs/method.md describes them.
+    """
+
+    def __init__(
+        self,
+        pooling: Pooling,
+        channels: int,
+        embed_dim: int,
+        *,
+        shared_depth: int,
+        hidden: int,
+        semantic: bool,
+        temperature: float,
+    ) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.shared = convolutions(channels, shared_depth)
+        self.branch = Branch(channels, pooling.size, hidden)
+        self.projection = nn.Linear(hidden, embed_dim)
+        _xavier(self.projection)
+        self.classifier = CosineClassifier(embed_dim, temperature=temperature)
+        trunk = Branch(channels, pooling.size, hidden)
+        self.regressor = SemanticBoxRegressor(trunk, hidden, embed_dim if semantic else 0)
+
+    def features(self, maps: list[Tensor]) -> list[Tensor]:
+        """See `Head`; regions are pooled from the pyramid itself."""
+        return maps
+
+    def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
+        """See `Head`."""
+        shared = _convolve(self.shared, self.pooling.align(features, boxes, image_index))
+        return EmbeddedRegions(unit(self.projection(self.branch(shared))), lambda rows: shared[rows])
+
+    def distance(
+        self,
+        features: list[Tensor],
+        boxes: Tensor,
+        image_index: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        metric: Metric,
+    ) -> Tensor:
+        """See `Head`; the box branch is not run."""
+        embedding = self.embed(features, boxes, image_index).embedding
+        return weighted_mean(distances(embedding, target, metric), weight)
+
+
+def _convolve(layers: nn.ModuleList, pooled: Tensor) -> Tensor:
+    for layer in layers:
+        pooled = F.relu(layer(pooled))
+    return pooled
+
+
+def _xavier(layer: nn.Module) -> None:
+    assert isinstance(layer, nn.Linear)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)

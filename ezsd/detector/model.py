@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import batched_nms
 
-from ezsd.boxes import iou
 from ezsd.detector.backbone import Pyramid, normalise
-from ezsd.detector.heads import CosineClassifier, Pooling, SemanticBoxRegressor, Tower
+from ezsd.detector.heads import FastHead, Head, HeadName, PaperHead, Pooling
+from ezsd.detector.proposer import SAMPLED_ANCHORS, proposal_network
+from ezsd.detector.sampling import SampledRegions, sample_regions
 from ezsd.kernels import Backend, Metric
 from ezsd.losses import box_loss, classification_loss, decode_boxes, encode_boxes, region_weights
+
+BoxClass = Literal["foreground", "reference"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,8 @@ class Batch:
     """Cached teacher embeddings, (R, D), any float dtype."""
     region_confidence: Tensor
     """1 for base ground truth, the teacher's confidence for a proposal, (R,) float32."""
+    seeds: tuple[int, ...] | None = None
+    """One per image: what is drawn for it depends on no other image. None draws from torch's global state."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -50,7 +55,18 @@ class Batch:
             region_image=self.region_image.to(device, non_blocking=True),
             region_target=self.region_target.to(device, non_blocking=True),
             region_confidence=self.region_confidence.to(device, non_blocking=True),
+            seeds=self.seeds,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """What the losses of an optimiser step are divided by, when a batch is only a part of it."""
+
+    images: int
+    """Images of the step. Sampled anchors and regions count as asked for, whatever is found."""
+    regions: int
+    """Cached regions of the step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +87,8 @@ class DetectorSettings:
 
     embed_dim: int
     """D."""
+    head: HeadName
+    """See `ezsd.detector.heads`."""
     rpn_sizes: tuple[tuple[int, ...], ...]
     """Anchor sizes per level, input pixels."""
     rpn_proposals: int
@@ -82,9 +100,9 @@ class DetectorSettings:
     canonical_level: int
     """See `Pooling`."""
     tower_depth: int
-    """Convolutions before the pooling."""
+    """Convolutions before the pooling ("fast"), or on each pooled region, for both branches ("paper")."""
     box_hidden: int
-    """Width of the box regressor's hidden layer."""
+    """Width of the box regressor's hidden layer ("fast"), or of all fully connected layers ("paper")."""
     semantic_boxes: bool
     """Whether the box regressor knows the class."""
     temperature: float
@@ -95,33 +113,29 @@ class DetectorSettings:
     """At most this share of them on objects."""
     spare_confidence: float
     """Regions on a cached region of this confidence are no background; above 1 none is spared."""
+    spare_rpn: bool
+    """Whether these cached regions are no negatives of the proposal network either."""
+    box_class: BoxClass
+    """Whose text row the regressor sees at test time: the likeliest name's, or zeros where that is background."""
     backend: Backend
     """Kernel backend."""
 
 
 class Detector(nn.Module):
-    """Faster R-CNN whose regions are embedded in the teacher's space by one fused operator."""
+    """Faster R-CNN whose regions are embedded in the teacher's space."""
 
     def __init__(self, backbone: Pyramid, settings: DetectorSettings) -> None:
         super().__init__()
-        channels, pool = backbone.channels, settings.pool_size
         self.settings = settings
         self.backbone = backbone
-        self.rpn = _proposal_network(backbone, settings)
-        self.pooling = Pooling(
-            strides=backbone.strides[: len(backbone.strides) - _pool_only_levels(backbone)],
-            size=pool,
-            canonical_size=settings.canonical_size,
-            canonical_level=settings.canonical_level,
-            backend=settings.backend,
+        self.rpn, self._anchor_sampler = proposal_network(
+            backbone.channels, settings.rpn_sizes, proposals=settings.rpn_proposals
         )
-        self.tower = Tower(channels, settings.tower_depth)
-        self.projection = nn.Linear(channels * pool * pool, settings.embed_dim)
-        self.classifier = CosineClassifier(settings.embed_dim, temperature=settings.temperature)
-        embed_dim = settings.embed_dim if settings.semantic_boxes else 0
-        self.regressor = SemanticBoxRegressor(channels * pool * pool, settings.box_hidden, embed_dim)
+        self.head: Head = _build_head(backbone, settings)
 
-    def losses(self, batch: Batch, text: Tensor, *, distill: Metric | None) -> dict[str, Tensor]:
+    def losses(
+        self, batch: Batch, text: Tensor, *, distill: Metric | None, totals: Totals | None = None
+    ) -> dict[str, Tensor]:
         """Loss terms, unweighted: rpn_objectness, rpn_box, classification, box, and distillation when asked for.
 
         Args:
@@ -129,23 +143,35 @@ class Detector(nn.Module):
             text: unit rows of the base names, and of novel names if they are to compete with them, (C, D).
             distill: how the distance to the cached embeddings is measured; None leaves out the distillation. Cached
                 regions then still decide what is spared from being background, if `spare_confidence` asks for that.
+            totals: of the optimiser step that the batch is a part of; the terms of all parts then add up to those of
+                the step. None divides by what was found in this batch.
         """
         maps = self.backbone(normalise(batch.images))
         proposals, losses = self._propose(batch.images, batch.sizes, maps, batch)
-        features = self.tower(maps[: self.pooling.levels])
-        losses |= self._region_losses(features, proposals, batch, text)
+        features = self.head.features(maps[: self.head.pooling.levels])
+        sampled = self._sample(proposals, batch, len(text))
+        losses |= self._region_losses(features, sampled, text)
         if distill is not None:
             weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
-            losses["distillation"] = self.pooling.distance(
-                features,
-                batch.region_boxes,
-                batch.region_image,
-                batch.region_target,
-                weight,
-                self.projection,
-                distill,
+            losses["distillation"] = self.head.distance(
+                features, batch.region_boxes, batch.region_image, batch.region_target, weight, distill
             )
-        return losses
+        if totals is None:
+            return losses
+        share = self._shares(totals, sampled, batch)
+        return {name: part * share[name] for name, part in losses.items()}
+
+    def _shares(self, totals: Totals, sampled: list[SampledRegions], batch: Batch) -> dict[str, float | Tensor]:
+        """What share of its step's term each mean over this batch is."""
+        anchors = self._anchor_sampler.drawn / (totals.images * SAMPLED_ANCHORS)
+        regions = sum(len(s.labels) for s in sampled) / (totals.images * self.settings.sampled_regions)
+        return {
+            "rpn_objectness": anchors,
+            "rpn_box": anchors,
+            "classification": regions,
+            "box": regions,
+            "distillation": len(batch.region_boxes) / max(totals.regions, 1),
+        }
 
     @torch.no_grad()
     def detect(
@@ -170,12 +196,16 @@ class Detector(nn.Module):
         """
         maps = self.backbone(normalise(images))
         proposals, _ = self._propose(images, sizes, maps, None)
-        features = self.tower(maps[: self.pooling.levels])
+        features = self.head.features(maps[: self.head.pooling.levels])
         boxes, index = torch.cat(proposals), _image_index(proposals)
-        probability = self.classifier(self._embed(features, boxes, index), text).float().softmax(1)[:, :-1]
+        seen = self.head.embed(features, boxes, index)
+        every = self.head.classifier(seen.embedding, text).float().softmax(1)
+        probability = every[:, :-1]
         # The regressor is asked as for the likeliest object: a row of zeros for background was never trained.
         likeliest = text[probability.argmax(1)]
-        moved = decode_boxes(boxes, self.regressor(self.pooling.align(features, boxes, index), likeliest))
+        if self.settings.box_class == "reference":
+            likeliest = likeliest * (every.argmax(1) < len(text))[:, None]
+        moved = decode_boxes(boxes, self.head.regressor(seen.pooled(slice(None)), likeliest))
         return [
             _suppress(
                 moved[index == i], probability[index == i], size, score_floor=score_floor, nms_iou=nms_iou, keep=keep
@@ -183,99 +213,59 @@ class Detector(nn.Module):
             for i, size in enumerate(sizes)
         ]
 
-    def _embed(self, features: list[Tensor], boxes: Tensor, index: Tensor) -> Tensor:
-        return self.pooling.embed(features, boxes, index, self.projection)
-
     def _propose(
         self, images: Tensor, sizes: list[tuple[int, int]], maps: list[Tensor], batch: Batch | None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         levels = {str(i): m.float() for i, m in enumerate(maps)}
         targets = None if batch is None else [{"boxes": b} for b in batch.boxes]
+        if batch is not None and targets is not None and self.settings.spare_rpn:
+            for target, spared in zip(targets, self._spared(batch), strict=True):
+                target["spared"] = spared
+        self._anchor_sampler.seeds = None if batch is None else batch.seeds
         with torch.autocast(images.device.type, enabled=False):
             proposals, losses = self.rpn(ImageList(images, sizes), levels, targets)
         if not self.training:
             return proposals, {}
         return proposals, {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]}
 
-    def _region_losses(
-        self, features: list[Tensor], proposals: list[Tensor], batch: Batch, text: Tensor
-    ) -> dict[str, Tensor]:
-        likely_objects = batch.region_confidence >= self.settings.spare_confidence
-        sampled = [
-            sample_regions(
-                p,
-                b,
-                v,
-                background=len(text),
-                count=self.settings.sampled_regions,
-                share=self.settings.positive_share,
-                unknown=batch.region_boxes[(batch.region_image == i) & likely_objects],
+    def _spared(self, batch: Batch) -> list[Tensor]:
+        """Boxes of each image that may hold an object without a label, (U, 4)."""
+        likely = batch.region_confidence >= self.settings.spare_confidence
+        return [batch.region_boxes[(batch.region_image == i) & likely] for i in range(len(batch.sizes))]
+
+    def _sample(self, proposals: list[Tensor], batch: Batch, background: int) -> list[SampledRegions]:
+        sampled = []
+        for i, spared in enumerate(self._spared(batch)):
+            if batch.seeds is not None:
+                # Other numbers than the proposal network's.
+                torch.manual_seed(batch.seeds[i] + 1)
+            sampled.append(
+                sample_regions(
+                    proposals[i],
+                    batch.boxes[i],
+                    batch.labels[i],
+                    background=background,
+                    count=self.settings.sampled_regions,
+                    share=self.settings.positive_share,
+                    unknown=spared,
+                )
             )
-            for i, (p, b, v) in enumerate(zip(proposals, batch.boxes, batch.labels, strict=True))
-        ]
+        return sampled
+
+    def _region_losses(
+        self, features: list[Tensor], sampled: Sequence[SampledRegions], text: Tensor
+    ) -> dict[str, Tensor]:
         boxes, index = torch.cat([s.boxes for s in sampled]), _image_index([s.boxes for s in sampled])
         label, target = torch.cat([s.labels for s in sampled]), torch.cat([s.targets for s in sampled])
-        logits = self.classifier(self._embed(features, boxes, index), text)
+        seen = self.head.embed(features, boxes, index)
+        logits = self.head.classifier(seen.embedding, text)
         object_ = label < len(text)
-        pooled = self.pooling.align(features, boxes[object_], index[object_])
-        deltas = self.regressor(pooled, text[label[object_]])
+        deltas = self.head.regressor(seen.pooled(object_), text[label[object_]])
         wanted = encode_boxes(boxes[object_], target[object_])
         return {
             "classification": classification_loss(logits, label),
             "box": box_loss(deltas, wanted, sampled=len(label)),
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledRegions:
-    """Regions of one image that the box head learns from."""
-
-    boxes: Tensor
-    """(R, 4)."""
-    labels: Tensor
-    """(R,) int64; the background's number is the count of names."""
-    targets: Tensor
-    """The ground-truth box of each, (R, 4); zeros for background."""
-
-
-@torch.no_grad()
-def sample_regions(
-    proposals: Tensor, boxes: Tensor, labels: Tensor, *, background: int, count: int, share: float, unknown: Tensor
-) -> SampledRegions:
-    """Choose regions at random: IoU >= 0.5 with a ground-truth box is that object, the rest is background.
-
-    What overlaps an `unknown` box at IoU 0.5 or more, and no ground truth, is neither: it is not chosen.
-
-    Args:
-        proposals: (P, 4); the ground truth is added to them.
-        boxes: base ground truth, (N, 4).
-        labels: (N,) int64.
-        background: label of what is no object.
-        count: most regions in all.
-        share: most of them on objects.
-        unknown: boxes that may hold an object without a label, (U, 4).
-    """
-    likely = (
-        iou(proposals, unknown).amax(1) >= 0.5 if len(unknown) else torch.zeros_like(proposals[:, 0], dtype=torch.bool)
-    )
-    if not len(boxes):
-        proposals = proposals[~likely]
-        chosen = proposals[torch.randperm(len(proposals))[:count].to(proposals.device)]
-        label = torch.full((len(chosen),), background, device=proposals.device)
-        return SampledRegions(boxes=chosen, labels=label, targets=torch.zeros_like(chosen))
-    candidates = torch.cat([proposals, boxes])
-    overlap, nearest = iou(candidates, boxes).max(1)
-    nothing = overlap < 0.5
-    nothing[: len(proposals)] &= ~likely
-    positive, negative = torch.nonzero(overlap >= 0.5)[:, 0], torch.nonzero(nothing)[:, 0]
-    positive = positive[torch.randperm(len(positive))[: int(count * share)].to(positive.device)]
-    negative = negative[torch.randperm(len(negative))[: count - len(positive)].to(negative.device)]
-    rows = torch.cat([positive, negative])
-    label = labels[nearest[rows]].clone()
-    label[len(positive) :] = background
-    target = boxes[nearest[rows]].clone()
-    target[len(positive) :] = 0
-    return SampledRegions(boxes=candidates[rows], labels=label, targets=target)
 
 
 def _suppress(
@@ -302,19 +292,30 @@ def _pool_only_levels(backbone: Pyramid) -> int:
     return 1 if len(backbone.strides) == 5 else 0
 
 
-def _proposal_network(backbone: Pyramid, settings: DetectorSettings) -> RegionProposalNetwork:
-    ratios = ((0.5, 1.0, 2.0),) * len(settings.rpn_sizes)
-    anchors = AnchorGenerator(settings.rpn_sizes, ratios)
-    head = RPNHead(backbone.channels, anchors.num_anchors_per_location()[0])
-    count = settings.rpn_proposals
-    return RegionProposalNetwork(
-        anchors,
-        head,
-        fg_iou_thresh=0.7,
-        bg_iou_thresh=0.3,
-        batch_size_per_image=256,
-        positive_fraction=0.5,
-        pre_nms_top_n={"training": 2 * count, "testing": count},
-        post_nms_top_n={"training": count, "testing": count},
-        nms_thresh=0.7,
+def _build_head(backbone: Pyramid, settings: DetectorSettings) -> FastHead | PaperHead:
+    pooling = Pooling(
+        strides=backbone.strides[: len(backbone.strides) - _pool_only_levels(backbone)],
+        size=settings.pool_size,
+        canonical_size=settings.canonical_size,
+        canonical_level=settings.canonical_level,
+        backend=settings.backend,
+    )
+    if settings.head == "fast":
+        return FastHead(
+            pooling,
+            backbone.channels,
+            settings.embed_dim,
+            tower_depth=settings.tower_depth,
+            hidden=settings.box_hidden,
+            semantic=settings.semantic_boxes,
+            temperature=settings.temperature,
+        )
+    return PaperHead(
+        pooling,
+        backbone.channels,
+        settings.embed_dim,
+        shared_depth=settings.tower_depth,
+        hidden=settings.box_hidden,
+        semantic=settings.semantic_boxes,
+        temperature=settings.temperature,
     )

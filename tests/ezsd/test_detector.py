@@ -1,6 +1,7 @@
 """The detector: losses that stay finite, detections that obey their limits, names that are no positions."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -11,12 +12,15 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from ezsd.detector.backbone import BACKBONES, build_backbone, normalise
 from ezsd.detector.heads import CosineClassifier, Pooling, SemanticBoxRegressor, Tower
-from ezsd.detector.model import Batch, Detector, DetectorSettings, sample_regions
+from ezsd.detector.model import Batch, Detector, DetectorSettings, Totals
+from ezsd.detector.proposer import SAMPLED_ANCHORS
+from ezsd.detector.sampling import sample_regions
 from ezsd.losses import region_weights
 
 DIM, SIDE, NAMES = 12, 64, 5
 SETTINGS = {
     "embed_dim": DIM,
+    "head": "fast",
     "rpn_sizes": ((16,), (32,)),
     "rpn_proposals": 30,
     "pool_size": 3,
@@ -29,6 +33,8 @@ SETTINGS = {
     "sampled_regions": 16,
     "positive_share": 0.25,
     "spare_confidence": 2.0,
+    "spare_rpn": False,
+    "box_class": "foreground",
     "backend": "eager",
 }
 
@@ -40,9 +46,14 @@ def _seeded():
         yield
 
 
-@pytest.fixture
-def detector():
-    return Detector(build_backbone("tiny", channels=16, weights=None), DetectorSettings(**SETTINGS))
+def make_detector(**changes):
+    return Detector(build_backbone("tiny", channels=16, weights=None), DetectorSettings(**(SETTINGS | changes)))
+
+
+@pytest.fixture(params=["fast", "paper"])
+def detector(request):
+    """Both heads keep the same promises."""
+    return make_detector(head=request.param)
 
 
 def unit_rows(count, seed=1):
@@ -78,12 +89,12 @@ def replaced(batch, **fields):
     return Batch(**(values | fields))
 
 
-def losses_and_gradients(detector, batch, *, distill, weight=1.0, novel=0):
+def losses_and_gradients(detector, batch, *, distill, weight=1.0, novel=0, totals=None):
     """The parts, and the gradient of their sum by parameter, from the same random choices and statistics."""
     model = copy.deepcopy(detector).train()
     torch.manual_seed(5)
     text = torch.cat([unit_rows(NAMES), unit_rows(novel, seed=14)])
-    parts = model.losses(batch, text, distill=distill)
+    parts = model.losses(batch, text, distill=distill, totals=totals)
     sum(value * (weight if name == "distillation" else 1) for name, value in parts.items()).backward()
     return parts, {name: p.grad for name, p in model.named_parameters()}
 
@@ -151,8 +162,8 @@ def distillation(detector, batch, metric="cosine"):
 def test_distillation_is_the_weighted_mean_of_the_distance(detector):
     batch = make_batch()
     model = copy.deepcopy(detector).train()
-    features = model.tower(model.backbone(normalise(batch.images)))
-    embedding = model.pooling.embed(features, batch.region_boxes, batch.region_image, model.projection)
+    features = model.head.features(model.backbone(normalise(batch.images)))
+    embedding = model.head.embed(features, batch.region_boxes, batch.region_image).embedding
     distance = 1 - F.cosine_similarity(embedding, batch.region_target.float())
     confidence = batch.region_confidence
     # Mean one within each image, then the mean over all regions: 4 in the first image, 3 in the second.
@@ -178,8 +189,8 @@ def test_distillation_ignores_a_common_factor_and_a_doubled_set(detector):
 def test_distillation_vanishes_when_the_student_is_the_teacher(detector):
     batch = make_batch()
     model = copy.deepcopy(detector).train()
-    features = model.tower(model.backbone(normalise(batch.images)))
-    own = model.pooling.embed(features, batch.region_boxes, batch.region_image, model.projection).detach()
+    features = model.head.features(model.backbone(normalise(batch.images)))
+    own = model.head.embed(features, batch.region_boxes, batch.region_image).embedding.detach()
     assert distillation(detector, replaced(batch, region_target=own)) == pytest.approx(0, abs=1e-6)
     assert distillation(detector, replaced(batch, region_target=-own)) == pytest.approx(2, abs=1e-6)
 
@@ -293,12 +304,98 @@ def test_confident_cached_regions_are_spared_when_asked(detector):
     )
     values = {}
     for threshold in (0.4, 0.6):
-        detector.settings = DetectorSettings(**(SETTINGS | {"spare_confidence": threshold}))
+        detector.settings = dataclasses.replace(detector.settings, spare_confidence=threshold)
         values[threshold] = losses_and_gradients(detector, many, distill=None)[0]
     unspared, _ = losses_and_gradients(detector, batch, distill=None)
     assert torch.equal(values[0.6]["classification"], unspared["classification"])
     assert not torch.equal(values[0.4]["classification"], unspared["classification"])
     assert torch.equal(values[0.4]["rpn_objectness"], unspared["rpn_objectness"])
+
+
+def test_confident_cached_regions_are_spared_by_the_proposal_network_too_when_asked(detector):
+    batch = make_batch()
+    # Anchors of 16 and 32 px cannot but overlap these.
+    everywhere = torch.cartesian_prod(*[torch.arange(-16, SIDE, 4.0)] * 2)
+    regions = torch.cat([torch.cat([everywhere, everywhere + s], 1) for s in (16, 24, 32)])
+    many = replaced(
+        batch,
+        region_boxes=regions.repeat(2, 1),
+        region_image=torch.arange(2).repeat_interleave(len(regions)),
+        region_target=unit_rows(2 * len(regions)),
+        region_confidence=torch.full((2 * len(regions),), 0.5),
+    )
+    detector.settings = dataclasses.replace(detector.settings, spare_confidence=0.4, spare_rpn=True)
+    model = copy.deepcopy(detector).train()
+    model.losses(many, unit_rows(NAMES), distill=None)
+    unspared = copy.deepcopy(detector).train()
+    unspared.losses(batch, unit_rows(NAMES), distill=None)
+    # Anchors on objects are left, and those that stick out too far to overlap anything much.
+    assert 0 < model._anchor_sampler.drawn < unspared._anchor_sampler.drawn / 2
+
+
+def seeded(batch, seeds=(17, 400)):
+    return replaced(batch, seeds=seeds)
+
+
+def test_seeded_images_are_drawn_for_whatever_the_global_state(detector):
+    frozen = detector.eval()
+    frozen.rpn.train()
+    values = []
+    for start in (1, 2):
+        torch.manual_seed(start)
+        maps = frozen.backbone(normalise(make_batch().images))
+        frozen.training = True
+        proposals, losses = frozen._propose(make_batch().images, make_batch().sizes, maps, seeded(make_batch()))
+        sampled = frozen._sample(proposals, seeded(make_batch()), NAMES)
+        values.append((losses["rpn_objectness"], torch.cat([s.boxes for s in sampled])))
+    assert torch.equal(values[0][0], values[1][0])
+    assert torch.equal(values[0][1], values[1][1])
+
+
+def one_image(batch, number):
+    mine = batch.region_image == number
+    return replaced(
+        batch,
+        images=batch.images[number : number + 1],
+        sizes=batch.sizes[number : number + 1],
+        boxes=batch.boxes[number : number + 1],
+        labels=batch.labels[number : number + 1],
+        region_boxes=batch.region_boxes[mine],
+        region_image=torch.zeros(int(mine.sum()), dtype=torch.int64),
+        region_target=batch.region_target[mine],
+        region_confidence=batch.region_confidence[mine],
+        seeds=batch.seeds[number : number + 1],
+    )
+
+
+@pytest.mark.parametrize("head", ["fast", "paper"])
+def test_parts_of_a_step_add_up_to_the_step(head):
+    """Losses and gradients, with 4 regions in one image and 3 in the other, 2 and 1 objects."""
+    weights = torchvision.models.resnet18(weights=None).state_dict()
+    settings = SETTINGS | {"head": head, "rpn_sizes": ((8,), (16,), (32,), (64,), (128,))}
+    # Frozen statistics: those of a batch would depend on who is in it.
+    detector = Detector(build_backbone("resnet18", channels=16, weights=weights), DetectorSettings(**settings))
+    batch, totals = seeded(make_batch()), Totals(images=2, regions=7)
+    whole, gradients = losses_and_gradients(detector, batch, distill="l1", totals=totals)
+    parts = [losses_and_gradients(detector, one_image(batch, i), distill="l1", totals=totals) for i in range(2)]
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[0][0][name] + parts[1][0][name], value, rtol=1e-5, atol=1e-7)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            difference = parts[0][1][name] + parts[1][1][name] - gradient
+            assert difference.norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_with_totals_a_term_is_divided_by_what_was_asked_for(detector):
+    detector.settings = dataclasses.replace(detector.settings, sampled_regions=1000)
+    batch = seeded(make_batch())
+    found, _ = losses_and_gradients(detector, batch, distill="l1")
+    asked, _ = losses_and_gradients(detector, batch, distill="l1", totals=Totals(images=4, regions=70))
+    anchors = detector.rpn.anchor_generator.num_anchors_per_location()[0] * (8 * 8 + 4 * 4)
+    assert anchors < SAMPLED_ANCHORS
+    assert asked["distillation"].item() == pytest.approx(found["distillation"].item() / 10)
+    assert asked["classification"] < found["classification"] / 20
+    assert 0 < asked["rpn_objectness"] < found["rpn_objectness"] / 2
 
 
 # Detection.
@@ -366,8 +463,8 @@ def test_the_nearest_name_scores_highest(detector):
     model = detector.eval()
     boxes = detect(detector, unit_rows(1), nms_iou=1.0)[0].boxes
     with torch.no_grad():
-        features = model.tower(model.backbone(normalise(batch.images)))
-        near = model.pooling.embed(features, boxes[:1], torch.tensor([0]), model.projection)
+        features = model.head.features(model.backbone(normalise(batch.images)))
+        near = model.head.embed(features, boxes[:1], torch.tensor([0])).embedding
     text = torch.cat([-near, unit_rows(2), near])
     found = detect(detector, text)[0]
     assert found.labels[0] == 3
@@ -382,14 +479,26 @@ def test_any_number_of_names_may_be_asked_for(detector):
 
 def test_a_box_is_placed_for_the_likeliest_object_however_likely_background_is(detector):
     # A wilder regressor, so that its class matters by pixels.
-    torch.nn.init.normal_(detector.regressor.deltas.weight, std=0.3)
+    torch.nn.init.normal_(detector.head.regressor.deltas.weight, std=0.3)
     text, places = unit_rows(4), []
     for row in (torch.zeros(DIM), 2 * unit_rows(1, seed=8)[0]):
-        detector.classifier.background.data.copy_(row)
+        detector.head.classifier.background.data.copy_(row)
         places.append([rows(found, torch.zeros_like(found.labels)) for found in detect(detector, text, nms_iou=1.0)])
     for plain, background in zip(*places, strict=True):
         assert not torch.allclose(plain[:, 1], background[:, 1])
         torch.testing.assert_close(background[:, 2:], plain[:, 2:])
+
+
+def test_the_reference_places_a_background_region_by_a_row_of_zeros():
+    detector = make_detector()
+    torch.nn.init.normal_(detector.head.regressor.deltas.weight, std=0.3)
+    text = unit_rows(4)
+    detector.head.classifier.background.data.copy_(9 * unit_rows(1, seed=8)[0])
+    ours = detect(detector, text, nms_iou=1.0)
+    detector.settings = dataclasses.replace(detector.settings, box_class="reference")
+    theirs = detect(detector, text, nms_iou=1.0)
+    for plain, zeros in zip(ours, theirs, strict=True):
+        assert not torch.equal(plain.boxes, zeros.boxes)
 
 
 def test_detection_changes_no_statistics_and_needs_no_gradient(detector):
@@ -404,7 +513,10 @@ def test_detection_changes_no_statistics_and_needs_no_gradient(detector):
 
 def test_the_regressor_knows_the_class_unless_told_not_to():
     pooled, text = torch.randn(6, 4, 3, 3), unit_rows(12)
-    semantic, blind = SemanticBoxRegressor(36, 8, DIM), SemanticBoxRegressor(36, 8, 0)
+    semantic, blind = (
+        SemanticBoxRegressor(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 8)), 8, dim)
+        for dim in (DIM, 0)
+    )
     assert semantic(pooled, text[:6]).shape == (6, 4)
     assert not torch.allclose(semantic(pooled, text[:6]), semantic(pooled, text[6:]), atol=1e-5, rtol=0)
     assert torch.equal(blind(pooled, text[:6]), blind(pooled, text[6:]))
@@ -414,9 +526,8 @@ def test_the_regressor_knows_the_class_unless_told_not_to():
 
 @pytest.mark.parametrize("semantic", [True, False])
 def test_the_detectors_regressor_is_semantic_when_asked(semantic):
-    settings = DetectorSettings(**(SETTINGS | {"semantic_boxes": semantic}))
-    detector = Detector(build_backbone("tiny", channels=16, weights=None), settings)
-    assert detector.regressor.semantic is semantic
+    detector = make_detector(semantic_boxes=semantic)
+    assert detector.head.regressor.semantic is semantic
     parts, _ = losses_and_gradients(detector, make_batch(), distill="cosine")
     assert all(value.isfinite() for value in parts.values())
 
@@ -474,7 +585,7 @@ def test_a_backbone_has_the_strides_it_states(name, strides):
 def test_a_resnet_detector_pools_from_all_levels_but_the_last():
     settings = DetectorSettings(**(SETTINGS | {"rpn_sizes": ((8,), (16,), (32,), (64,), (128,))}))
     detector = Detector(build_backbone("resnet18", channels=16, weights=None), settings)
-    assert detector.pooling.options["spatial_scale"] == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert detector.head.pooling.options["spatial_scale"] == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
     parts, _ = losses_and_gradients(detector, make_batch(), distill="cosine")
     assert all(value.isfinite() for value in parts.values())
     assert len(detect(detector, unit_rows(3))) == 2

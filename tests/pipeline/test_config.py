@@ -33,6 +33,14 @@ def test_an_override_changes_one_value_alone():
         ("proposals.sizes=[-3]", r"proposals.sizes must be > 0"),
         ("model.backbone=vgg", "'vgg' is not one of tiny, resnet18"),
         ("loss.distillation=-1", "loss.distillation must be >= 0"),
+        ("train.accumulate=3", "train.images must be a multiple of train.accumulate, got 8 and 3"),
+        ("train.accumulate=2", "train.accumulate needs train.sampling=image"),
+        ("train.average=1", r"train.average must lie in \[0, 1\), got 1"),
+        ("train.decay_at=[0.5, 8]", r"train.decay_at must lie in \(0, 1\)"),
+        ("train.short_side_min=10", "train.short_side_min must lie between 0 and train.short_side"),
+        ("train.jitter=[1.0]", "train.jitter: two factors"),
+        ("train.jitter=[0.1, 2.0]", "train.jitter needs train.long_side"),
+        ("model.head=slow", "expected one of fast, paper, found 'slow'"),
     ],
 )
 def test_a_wrong_setting_is_named(override, message):
@@ -54,5 +62,5 @@ def test_a_bare_word_is_text_and_a_whole_number_serves_as_a_float():
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="coco, photos, shapes"):
+    with pytest.raises(ConfigError, match="coco, paper, photos, shapes"):
         load_preset("lvis")

@@ -12,7 +12,8 @@ from pipeline.config import ConfigError
 from pipeline.evaluate import evaluate_run
 from pipeline.figures import at_limit, headline
 from pipeline.runs import Run, RunError
-from pipeline.train import TrainRequest, learning_rate, train
+from pipeline.step import learning_rate
+from pipeline.train import TrainRequest, train
 
 
 def curve(run):
@@ -81,7 +82,7 @@ def test_distillation_changes_the_detector(shapes_run, shapes_store, with_settin
     plain = train(
         TrainRequest(cache=shapes_store, run=tmp_path / "plain", config=with_settings(loss={"distillation": 0.0}))
     )
-    assert not torch.equal(state(plain)["projection.weight"], state(shapes_run)["projection.weight"])
+    assert not torch.equal(state(plain)["head.projection.weight"], state(shapes_run)["head.projection.weight"])
 
 
 def test_a_run_folder_of_another_configuration_is_refused_by_name(shapes_run, shapes_store, with_settings):

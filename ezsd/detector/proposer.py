@@ -1,0 +1,85 @@
+"""The proposal network: torchvision's, with seeded sampling and boxes that are no negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+
+from ezsd.boxes import iou
+
+SAMPLED_ANCHORS = 256
+"""Anchors per image that the proposal network learns from, at most half of them on objects."""
+NEGATIVE_IOU = 0.3
+"""Below it an anchor is taught to be no object; what overlaps a spared box this much is not."""
+
+
+class AnchorSampler:
+    """torchvision's sampler, which counts what it drew.
+
+    Attributes:
+        seeds: one per image of the next call; None draws from torch's global state.
+        drawn: number of anchors chosen in the last call, a scalar.
+    """
+
+    def __init__(self) -> None:
+        self._draw = BalancedPositiveNegativeSampler(SAMPLED_ANCHORS, 0.5)
+        self.seeds: Sequence[int] | None = None
+        self.drawn = torch.zeros((), dtype=torch.int64)
+
+    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Masks of the chosen positives and negatives of each image; see torchvision."""
+        positives, negatives = [], []
+        for number, label in enumerate(labels):
+            if self.seeds is not None:
+                torch.manual_seed(self.seeds[number])
+            positive, negative = self._draw([label])
+            positives += positive
+            negatives += negative
+        self.drawn = torch.stack([mask.sum() for mask in (*positives, *negatives)]).sum()
+        return positives, negatives
+
+
+class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
+    """torchvision's network; a target's "spared" boxes, (U, 4), lie on what may be an object without a label."""
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Labels 1 (object), 0 (none) and -1 (left out) per anchor, and the box of each."""
+        labels, matched = super().assign_targets_to_anchors(anchors, targets)
+        for label, anchor, target in zip(labels, anchors, targets, strict=True):
+            spared = target.get("spared")
+            if spared is not None and len(spared):
+                label[(label == 0) & (iou(anchor, spared).amax(1) >= NEGATIVE_IOU)] = -1
+        return labels, matched
+
+
+def proposal_network(
+    channels: int, sizes: tuple[tuple[int, ...], ...], *, proposals: int
+) -> tuple[ProposalNetwork, AnchorSampler]:
+    """The network and the sampler it draws with.
+
+    Args:
+        channels: width of the pyramid.
+        sizes: anchor sizes per level, input pixels; ratios are 1/2, 1, 2.
+        proposals: boxes per image that it hands on.
+    """
+    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    network = ProposalNetwork(
+        anchors,
+        RPNHead(channels, anchors.num_anchors_per_location()[0]),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=NEGATIVE_IOU,
+        batch_size_per_image=SAMPLED_ANCHORS,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": 2 * proposals, "testing": proposals},
+        post_nms_top_n={"training": proposals, "testing": proposals},
+        nms_thresh=0.7,
+    )
+    network.fg_bg_sampler = sampler = AnchorSampler()
+    return network, sampler

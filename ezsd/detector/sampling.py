@@ -1,0 +1,62 @@
+"""Which regions the box head learns from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ezsd.boxes import iou
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledRegions:
+    """Regions of one image that the box head learns from."""
+
+    boxes: Tensor
+    """(R, 4)."""
+    labels: Tensor
+    """(R,) int64; the background's number is the count of names."""
+    targets: Tensor
+    """The ground-truth box of each, (R, 4); zeros for background."""
+
+
+@torch.no_grad()
+def sample_regions(
+    proposals: Tensor, boxes: Tensor, labels: Tensor, *, background: int, count: int, share: float, unknown: Tensor
+) -> SampledRegions:
+    """Choose regions at random: IoU >= 0.5 with a ground-truth box is that object, the rest is background.
+
+    What overlaps an `unknown` box at IoU 0.5 or more, and no ground truth, is neither: it is not chosen.
+
+    Args:
+        proposals: (P, 4); the ground truth is added to them.
+        boxes: base ground truth, (N, 4).
+        labels: (N,) int64.
+        background: label of what is no object.
+        count: most regions in all.
+        share: most of them on objects.
+        unknown: boxes that may hold an object without a label, (U, 4).
+    """
+    likely = (
+        iou(proposals, unknown).amax(1) >= 0.5 if len(unknown) else torch.zeros_like(proposals[:, 0], dtype=torch.bool)
+    )
+    if not len(boxes):
+        proposals = proposals[~likely]
+        chosen = proposals[torch.randperm(len(proposals))[:count].to(proposals.device)]
+        label = torch.full((len(chosen),), background, device=proposals.device)
+        return SampledRegions(boxes=chosen, labels=label, targets=torch.zeros_like(chosen))
+    candidates = torch.cat([proposals, boxes])
+    overlap, nearest = iou(candidates, boxes).max(1)
+    nothing = overlap < 0.5
+    nothing[: len(proposals)] &= ~likely
+    positive, negative = torch.nonzero(overlap >= 0.5)[:, 0], torch.nonzero(nothing)[:, 0]
+    positive = positive[torch.randperm(len(positive))[: int(count * share)].to(positive.device)]
+    negative = negative[torch.randperm(len(negative))[: count - len(positive)].to(negative.device)]
+    rows = torch.cat([positive, negative])
+    label = labels[nearest[rows]].clone()
+    label[len(positive) :] = background
+    target = boxes[nearest[rows]].clone()
+    target[len(positive) :] = 0
+    return SampledRegions(boxes=candidates[rows], labels=label, targets=target)

@@ -1,0 +1,98 @@
+"""AP50 on a slice of the validation images while training. It is looked at by people; it chooses no checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ezsd.metrics import evaluate
+from pipeline.config import Config
+from pipeline.datasets import Dataset
+from pipeline.metrics import MetricsLog
+from pipeline.parsed import evaluation_annotations
+from pipeline.runs import Run, write_text
+from pipeline.step import Trainer
+
+log = logging.getLogger("ezsd")
+SLICE = "validation_slice.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """When to look, and at what."""
+
+    run: Run
+    trainer: Trainer
+    dataset: Dataset
+    config: Config
+    images: int
+    """Training images: an epoch."""
+
+    @classmethod
+    def of_run(cls, run: Run, trainer: Trainer, dataset: Dataset, config: Config, images: int) -> Validation:
+        """Ready for a run. DatasetError when it is asked for and the validation files are not there."""
+        made = cls(run, trainer, dataset, config, images)
+        if config.train.validate_every and trainer.processes.first:
+            dataset.require()
+            cut_slice(dataset.root / dataset.val_annotations, run.folder / SLICE, config.train.validate_images)
+        return made
+
+    def after(self, step: int, metrics: MetricsLog | None) -> None:
+        """Evaluate if an epoch that asks for it has just ended; only the process that writes does."""
+        every = self.config.train.validate_every * self.images
+        per_step = self.config.train.images
+        if metrics is None or not every or step * per_step // every == (step - 1) * per_step // every:
+            return
+        scores = self._score()
+        metrics.write_validation({"step": step, **scores})
+        shown = ", ".join(f"{group} {'-' if v is None else f'{100 * v:.1f}'}" for group, v in scores.items())
+        log.info("step %d, AP50 on %d validation images: %s", step, self.config.train.validate_images, shown)
+
+    def _score(self) -> dict[str, float | None]:
+        # pipeline.evaluate builds detectors, which pipeline.train does too.
+        from pipeline.evaluate import detect_split
+        from pipeline.trained import TrainedDetector
+
+        detector, text = self.trainer.detector, self.run.tables()["text"]
+        split, path = self.dataset.split, self.run.folder / SLICE
+        trained = TrainedDetector(
+            detector=detector,
+            config=self.config,
+            names=split.names,
+            base_count=len(split.base),
+            text=text,
+            device=next(detector.parameters()).device,
+        )
+        own = None if self.trainer.average is None else {k: v.clone() for k, v in detector.state_dict().items()}
+        if self.trainer.average is not None:
+            detector.load_state_dict(self.trainer.average.state)
+        detector.eval()
+        try:
+            root = self.dataset.root / self.dataset.val_images
+            found = detect_split(trained, evaluation_annotations(path, split), root, text, "validate")
+        finally:
+            detector.train()
+            if own is not None:
+                detector.load_state_dict(own)
+        scores = evaluate(path, found, split)
+        return {group: scores[group]["AP50"] for group in ("base", "novel", "all")}
+
+
+def cut_slice(annotations: Path, out: Path, images: int) -> None:
+    """An annotation file of `images` images, evenly spread over the file's, by id."""
+    document = json.loads(annotations.read_bytes())
+    ids = sorted(image["id"] for image in document["images"])
+    kept = set(_spread(ids, images))
+    document["images"] = [image for image in document["images"] if image["id"] in kept]
+    document["annotations"] = [one for one in document["annotations"] if one["image_id"] in kept]
+    write_text(out, json.dumps(document))
+
+
+def _spread(ids: Sequence[int], count: int) -> list[int]:
+    count = min(count, len(ids))
+    return [ids[int(place)] for place in torch.linspace(0, len(ids) - 1, count).round()]
