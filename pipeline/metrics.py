@@ -59,5 +59,5 @@ def _board(run: Run) -> object:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("train.tensorboard: TensorBoard is not installed; pip install 'ezsd[tensorboard]'") from error
-    writer: object = SummaryWriter(str(run.folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    writer: object = SummaryWriter(str(run.folder / "tensorboard"))
     return writer

@@ -72,7 +72,7 @@ def train(request: TrainRequest) -> Run:
         _check_processes(request.config.train, processes)
         store = Store(request.cache)
         dataset = store_dataset(store, request.data_root)
-        samples = _samples(store, dataset, request.config.train)
+        samples = training_samples(store, dataset, request.config.train)
         detector, card = _begin(request, store, dataset)
         tables = _tables(store)
         if processes.first:
@@ -80,7 +80,8 @@ def train(request: TrainRequest) -> Run:
             run.write_environment(_environment(store, dataset, request.device))
         processes.wait()
         run = Run.open(request.run)
-        trainer = _trainer(detector.to(device), request.config, tables["text"], len(dataset.split.base), processes)
+        base = len(dataset.split.base)
+        trainer = build_trainer(detector.to(device), request.config, tables["text"], base, processes)
         step = _resume(run, trainer)
         batches = load_batches(samples, request.config.train, first_step=step, processes=processes)
         validation = Validation.of_run(run, trainer, dataset, request.config, len(samples))
@@ -121,7 +122,8 @@ def _tables(store: Store) -> dict[str, Tensor]:
     return {"text": torch.from_numpy(store.text[1].copy()), "layer_norms": torch.from_numpy(store.teacher[0].copy())}
 
 
-def _samples(store: Store, dataset: Dataset, config: TrainConfig) -> DetectionDataset:
+def training_samples(store: Store, dataset: Dataset, config: TrainConfig) -> DetectionDataset:
+    """The samples of a store. StoreMismatch when the annotations are others than it was made from."""
     file_names = _check_dataset(store, dataset)
     return DetectionDataset(
         [int(i) for i in store.image_ids],
@@ -140,7 +142,8 @@ def _samples(store: Store, dataset: Dataset, config: TrainConfig) -> DetectionDa
     )
 
 
-def _trainer(detector: Detector, config: Config, text: Tensor, base: int, processes: Processes) -> Trainer:
+def build_trainer(detector: Detector, config: Config, text: Tensor, base: int, processes: Processes) -> Trainer:
+    """How a detector, on its device, is trained; `text` holds the rows of all names (C, D), base ones first."""
     device = next(detector.parameters()).device
     if config.train.channels_last:
         detector.to(memory_format=torch.channels_last)
@@ -216,7 +219,8 @@ def _loop(
                 metrics.write({"step": step, **found, "seconds": round(time.perf_counter() - began, 4)})
                 if stopped or step % config.checkpoint_every == 0 or step == config.steps:
                     metrics.flush()
-                    run.save(step, trainer.detector, trainer.optimiser, trainer.average and trainer.average.state)
+                    average = None if trainer.average is None else trainer.average.state
+                    run.save(step, trainer.detector, trainer.optimiser, average)
                     clock.record()
                 bar.advance(note=f"loss {found['loss']:.3f}")
             if stopped:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ezsd.boxes import area, clip
@@ -26,17 +25,6 @@ class Augmentation:
     a window of the long side is cut. None does neither."""
 
 
-def resize(image: Tensor, *, short_side: int, long_side: int) -> tuple[Tensor, float, float]:
-    """Fit an image (3, H, W) uint8 into short_side x long_side, ratio kept; returns it and the x and y factors."""
-    height, width = image.shape[1:]
-    if short_side == 0:
-        return image, 1.0, 1.0
-    factor = min(short_side / min(height, width), long_side / max(height, width))
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    smaller = F.interpolate(image[None].contiguous(), size, mode="bilinear", antialias=True)[0]
-    return smaller, size[1] / width, size[0] / height
-
-
 def draw_limits(rng: np.random.Generator, how: Augmentation, short_side: int, long_side: int) -> tuple[int, int]:
     """The limits that this time's image is resized to."""
     if how.jitter is not None:
@@ -54,7 +42,7 @@ def draw_window(rng: np.random.Generator, image: Tensor, side: int) -> tuple[int
     return int(rng.integers(width - wide + 1)), int(rng.integers(height - high + 1)), wide, high
 
 
-def crop_boxes(boxes: Tensor, window: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+def boxes_in_window(boxes: Tensor, window: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
     """Boxes (N, 4) in a window's own pixels, clipped to it, and the share of each that it shows, (N,)."""
     x, y, width, height = window
     moved = boxes - boxes.new_tensor([x, y, x, y])

@@ -9,11 +9,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ezsd.boxes import flip_horizontal, scale
-from ezsd.data.augment import SEEN_SHARE, Augmentation, crop_boxes, draw_limits, draw_window, resize
+from ezsd.data.augment import SEEN_SHARE, Augmentation, boxes_in_window, draw_limits, draw_window
 from ezsd.detector.model import Batch
 
 PAD_MULTIPLE = 32
@@ -145,7 +146,8 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         image, sx, sy = resize(self.read_image(image_id), short_side=short_side, long_side=long_side)
         boxes = scale(torch.from_numpy(truth.box.copy()), sx, sy)
         region_boxes = torch.cat([boxes, scale(torch.from_numpy(regions.box[drawn]), sx, sy)])
-        known, seen = slice(None), slice(None)
+        known: Tensor | slice = slice(None)
+        seen: Tensor | slice = slice(None)
         if self.augmentation.jitter is not None:
             window = draw_window(rng, image, self.long_side)
             image, boxes, region_boxes, known, seen = crop(image, boxes, region_boxes, window)
@@ -171,11 +173,22 @@ def crop(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The image in a window, what is left of the boxes and regions, and which of them, as two masks."""
     x, y, width, height = window
-    inside, _ = crop_boxes(boxes, window)
+    inside, _ = boxes_in_window(boxes, window)
     known = ((inside[:, 2:] - inside[:, :2]) >= 1).all(1)
-    shown, share = crop_boxes(region_boxes, window)
+    shown, share = boxes_in_window(region_boxes, window)
     seen = share >= SEEN_SHARE
     return image[:, y : y + height, x : x + width], inside[known], shown[seen], known, seen
+
+
+def resize(image: Tensor, *, short_side: int, long_side: int) -> tuple[Tensor, float, float]:
+    """Fit an image (3, H, W) uint8 into short_side x long_side, ratio kept; returns it and the x and y factors."""
+    height, width = image.shape[1:]
+    if short_side == 0:
+        return image, 1.0, 1.0
+    factor = min(short_side / min(height, width), long_side / max(height, width))
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    smaller = F.interpolate(image[None].contiguous(), size, mode="bilinear", antialias=True)[0]
+    return smaller, size[1] / width, size[0] / height
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ezsd.boxes import flip_horizontal
+from ezsd.data.augment import Augmentation, boxes_in_window
 from ezsd.data.dataset import DetectionDataset, collate, epoch_order, pad_images, resize
 
 DIM = 6
@@ -79,6 +80,63 @@ def test_a_painted_box_stays_under_its_pixels(short_side, long_side):
         assert torch.equal(sample.region_boxes, sample.boxes.expand(2, 4))
         middles.add(round(columns.double().mean().item()))
     assert len(middles) == 2, "in twelve epochs an image is seen both ways round"
+
+
+@pytest.mark.parametrize(
+    "how", [Augmentation(short_side_min=30), Augmentation(jitter=(0.3, 2.0))], ids=["multi-scale", "jitter"]
+)
+def test_a_painted_box_stays_under_its_pixels_at_any_size_and_in_any_window(how):
+    box = np.array([[12, 7, 34, 29]], np.float32)
+
+    def read(_):
+        image = torch.zeros(3, *SIZES[4], dtype=torch.uint8)
+        image[:, 7:29, 12:34] = 255
+        return image
+
+    one = Record(box, np.zeros(1, np.int32), np.ones(1, np.float32), np.zeros((1, DIM), np.float16))
+    dataset = DetectionDataset(
+        [4], read, {4: one}, {4: one}, regions_per_image=1, short_side=60, long_side=90, seed=0, augmentation=how
+    )
+    sizes, shown = set(), 0
+    for epoch in range(40):
+        sample = dataset[epoch, 0]
+        sizes.add(sample.image.shape)
+        assert max(sample.image.shape[1:]) <= 90
+        assert len(sample.boxes) == len(sample.labels)
+        assert len(sample.region_boxes) == len(sample.region_target) == len(sample.region_confidence)
+        bright = sample.image[0] > 127
+        columns, rows = torch.nonzero(bright.any(0))[:, 0], torch.nonzero(bright.any(1))[:, 0]
+        if len(sample.boxes) and len(columns) and len(rows):
+            painted = torch.tensor([[columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]])
+            assert (sample.boxes - painted).abs().max() <= 1.6
+            shown += 1
+    assert len(sizes) > 8
+    assert shown > 10
+
+
+def test_a_window_shows_a_share_of_each_box():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [10, 10, 20, 20], [5, 5, 15, 15], [90, 90, 95, 95]])
+    inside, share = boxes_in_window(boxes, (5, 5, 20, 10))
+    assert inside.tolist() == [[0, 0, 5, 5], [5, 5, 15, 10], [0, 0, 10, 10], [20, 10, 20, 10]]
+    assert share.tolist() == [0.25, 0.5, 1, 0]
+
+
+def test_regions_of_which_a_window_leaves_little_are_not_distilled():
+    dataset = make([4], augmentation=Augmentation(jitter=(3.0, 3.0)), short_side=60, long_side=60, regions_per_image=10)
+    counts = set()
+    for epoch in range(20):
+        sample = dataset[epoch, 0]
+        counts.add(len(sample.region_boxes))
+        assert (sample.region_target[:, 1] == 4).all()
+    assert min(counts) < 13
+
+
+def test_seeds_are_one_per_image_and_epoch_and_only_when_asked_for():
+    assert collate([make()[0, p] for p in range(3)]).seeds is None
+    seeded = make(seeded=True)
+    seeds = [collate([seeded[epoch, p] for p in range(3)]).seeds for epoch in range(4)]
+    assert len({seed for some in seeds for seed in some}) == 12
+    assert collate([seeded[2, 1], seeded[2, 0]]).seeds == (seeds[2][1], seeds[2][0])
 
 
 def test_resizing_fits_both_limits_and_says_by_how_much():

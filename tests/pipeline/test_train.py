@@ -1,14 +1,20 @@
 """Stage two as a whole: reproducible, resumable, and deaf to what it must not use."""
 
+import hashlib
+import importlib.util
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 
-from cache import StoreIncomplete
+import pipeline.train
+from cache import Store, StoreIncomplete
 from ezsd.data.shapes import SHAPES_SPLIT
 from pipeline.config import ConfigError
+from pipeline.datasets import DatasetError
 from pipeline.evaluate import evaluate_run
 from pipeline.figures import at_limit, headline
 from pipeline.runs import Run, RunError
@@ -49,6 +55,59 @@ def test_stop_and_resume_is_bit_for_bit_an_unbroken_run(shapes_run, shapes_store
         assert torch.equal(value, state(shapes_run)[name]), name
     for name, value in resumed.finished().optimiser().items():
         assert torch.equal(value, shapes_run.finished().optimiser()[name]), name
+
+
+def test_all_that_a_step_reads_is_resumed(shapes_store, with_settings, tmp_path):
+    """The other optimiser, schedule and way of sampling, and a moving average of the weights."""
+    config = with_settings(
+        train={
+            "optimiser": "sgd",
+            "learning_rate": 1e-3,
+            "schedule": "step",
+            "sampling": "image",
+            "accumulate": 2,
+            "average": 0.9,
+            "steps": 4,
+        }
+    )
+    whole = train(TrainRequest(cache=shapes_store, run=tmp_path / "whole", config=config))
+    shutil.copytree(whole.folder, tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped/checkpoints/step-00000004")
+    resumed = train(TrainRequest(cache=shapes_store, run=tmp_path / "stopped", config=config))
+    assert curve(resumed) == curve(whole)
+    for name, value in state(whole).items():
+        assert torch.equal(value, state(resumed)[name]), name
+        assert torch.equal(whole.finished().trained()[name], resumed.finished().trained()[name]), name
+    assert not torch.equal(state(whole)["head.projection.weight"], whole.finished().trained()["head.projection.weight"])
+
+
+def test_a_run_asked_to_end_saves_and_goes_on_bit_for_bit(
+    shapes_run, shapes_store, quick_config, tmp_path, monkeypatch
+):
+    read, calls = pipeline.train.read_dataset_image, []
+
+    def asking(*arguments):
+        calls.append(arguments)
+        if len(calls) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(*arguments)
+
+    before = signal.getsignal(signal.SIGTERM)
+    request = TrainRequest(cache=shapes_store, run=tmp_path / "asked", config=quick_config)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.train, "read_dataset_image", asking)
+        with pytest.raises(SystemExit) as stopped:
+            train(request)
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    latest = Run.open(request.run).latest()
+    assert latest is not None
+    # The tenth of four images a step; checkpoints are otherwise made at even steps.
+    assert latest.step == 3
+    resumed = train(request)
+    assert curve(resumed) == curve(shapes_run)
+    for name, value in state(resumed).items():
+        assert torch.equal(value, state(shapes_run)[name]), name
 
 
 def test_a_torn_checkpoint_is_passed_over(shapes_run, tmp_path):
@@ -130,8 +189,87 @@ def test_backbone_weights_that_run_code_are_refused(shapes_store, with_settings,
 
 def test_a_loss_that_is_not_finite_stops_with_its_parts(shapes_store, with_settings, tmp_path):
     wild = with_settings(train={"learning_rate": 1e30, "clip_norm": 1e30, "warmup": 0})
-    with pytest.raises(FloatingPointError, match="step .*parts.*classification"):
+    with pytest.raises(FloatingPointError, match="step .*parts.*classification.*images: ") as caught:
         train(TrainRequest(cache=shapes_store, run=tmp_path / "wild", config=wild))
+    named = json.loads(str(caught.value).rpartition("images: ")[2])
+    assert len(named) == wild.train.images
+    assert set(named) <= {int(i) for i in Store(shapes_store).image_ids}
+
+
+def test_the_card_says_which_names_text_and_store(shapes_run, shapes_store):
+    store = Store(shapes_store)
+    card = shapes_run.card
+    assert tuple(card["names"]) == store.text[0]
+    assert card["text_sha256"] == hashlib.sha256(store.text[1].tobytes()).hexdigest()
+    assert card["store"]["digest"] == store.manifest.digest
+
+
+def test_training_time_is_recorded(shapes_run):
+    spent = sum(line["seconds"] for line in shapes_run.read_metrics())
+    assert shapes_run.seconds()["train"] >= spent * 0.9
+
+
+def test_validation_files_are_not_needed_to_train(shapes_run, shapes_root, shapes_store, quick_config, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(shapes_root, root)
+    shutil.rmtree(root / "val")
+    (root / "annotations/instances_val.json").unlink()
+    run = train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=quick_config, data_root=root))
+    assert curve(run) == curve(shapes_run)
+
+
+def test_validation_while_training_changes_nothing_and_is_written_down(
+    shapes_run, shapes_store, with_settings, tmp_path
+):
+    looking = with_settings(train={"validate_every": 1, "validate_images": 3})
+    run = train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=looking))
+    assert curve(run) == curve(shapes_run)
+    lines = [json.loads(line) for line in (run.folder / "validation.jsonl").read_text().splitlines()]
+    # Twelve images, four at a time.
+    assert [line["step"] for line in lines] == [3, 6]
+    assert all(set(line) == {"step", "base", "novel", "all"} for line in lines)
+    cut = json.loads((run.folder / "validation_slice.json").read_text())
+    assert len(cut["images"]) == 3
+    assert {one["image_id"] for one in cut["annotations"]} <= {image["id"] for image in cut["images"]}
+
+
+def test_the_papers_head_trains_and_detects(shapes_store, with_settings, tmp_path):
+    paper = with_settings(model={"head": "paper", "tower_depth": 3, "box_hidden": 32}, train={"steps": 2})
+    run = train(TrainRequest(cache=shapes_store, run=tmp_path / "paper", config=paper))
+    assert "head.branch.layers.0.weight" in state(run)
+    assert run.read_metrics()[-1]["distillation"] > 0
+    evaluate_run(run, data_root=None, device="cpu")
+
+
+def test_a_killed_reader_of_images_is_one_line_that_names_it(shapes_store, with_settings, tmp_path, monkeypatch):
+    # Forked readers inherit this.
+    monkeypatch.setattr(pipeline.train, "read_dataset_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    config = with_settings(train={"loader_workers": 1})
+    with pytest.raises(RunError, match=r"DataLoader worker \(pid\(?s?\)? \d+\).*Run the same command"):
+        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
+
+
+def test_readers_of_any_number_give_the_same_curve(shapes_run, shapes_store, with_settings, tmp_path):
+    config = with_settings(train={"loader_workers": 2})
+    assert curve(train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))) == curve(shapes_run)
+
+
+def test_an_unreadable_image_is_named_by_the_reader_in_one_line(shapes_store, shapes_root, with_settings, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(shapes_root, root)
+    for image in (root / "train").iterdir():
+        image.write_bytes(image.read_bytes()[:60])
+    config = with_settings(train={"loader_workers": 1})
+    with pytest.raises(DatasetError, match=r"data/train/\S+: (is no image|cannot be read)") as caught:
+        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config, data_root=root))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="TensorBoard is installed")
+def test_tensorboard_is_an_extra_that_is_named(shapes_store, with_settings, tmp_path):
+    config = with_settings(train={"tensorboard": True})
+    with pytest.raises(ConfigError, match=r"train.tensorboard: .* pip install 'ezsd\[tensorboard\]'"):
+        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
 
 
 def test_learning_rate_warms_up_and_decays(quick_config):
@@ -139,6 +277,17 @@ def test_learning_rate_warms_up_and_decays(quick_config):
     assert rates[0] == pytest.approx(quick_config.train.learning_rate / 2)
     assert max(rates) == pytest.approx(quick_config.train.learning_rate)
     assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_the_step_schedule_falls_twice_and_the_rate_follows_the_images(with_settings):
+    config = with_settings(
+        train={"schedule": "step", "steps": 120, "learning_rate": 0.005, "rate_images": 1, "warmup": 10}
+    ).train
+    rates = [learning_rate(step, config) for step in range(120)]
+    assert rates[10:80] == pytest.approx([0.02] * 70)
+    assert rates[80:110] == pytest.approx([0.002] * 30)
+    assert rates[110:] == pytest.approx([0.0002] * 10)
+    assert rates[:10] == sorted(rates[:10])
 
 
 def test_evaluation_is_the_same_on_a_re_run(shapes_run):

@@ -1,0 +1,153 @@
+"""What does distillation cost a step? `python benchmarks/train_step.py --cache STORE [--steps 30] [--set KEY=VALUE]`.
+
+Three arms that differ in the source of the distillation alone: none; embeddings from the store; embeddings of the same
+boxes from the teacher, run online at every step. They take turns on the same batches, so that other work on the machine
+slows all alike, and each head has its own detector. One row per head goes to results/train_step.jsonl: ratios of median
+step times, the share of time spent waiting for data, and the peak of memory. Times in seconds are in the row too; on a
+busy machine only the ratios mean something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import rows
+import torch
+
+from cache import Store
+from ezsd.adapt import restore
+from ezsd.crops import crop_boxes
+from ezsd.detector.model import Batch
+from ezsd.teacher import Teacher
+from pipeline.batches import load_batches
+from pipeline.command import resolve_device, train_config
+from pipeline.config import Config
+from pipeline.extract import load_config_teacher
+from pipeline.processes import Processes
+from pipeline.step import Trainer
+from pipeline.train import build_detector, build_trainer, store_dataset, training_samples
+
+ARMS = ("none", "store", "online")
+
+
+def with_online_targets(batch: Batch, teacher: Teacher, config: Config) -> Batch:
+    """The batch with embeddings that the teacher computes now, of the same boxes."""
+    targets = torch.zeros(len(batch.region_boxes), teacher.embed_dim, device=batch.images.device)
+    for number, (height, width) in enumerate(batch.sizes):
+        mine = batch.region_image == number
+        if not mine.any():
+            continue
+        image = (batch.images[number, :, :height, :width] * 255).round().to(torch.uint8)
+        rule = config.proposals
+        crops = crop_boxes(
+            image, batch.region_boxes[mine], size=teacher.input_size, ratio=rule.crop_ratio, surround=rule.surround
+        )
+        with torch.no_grad():
+            targets[mine] = teacher.encode_image(crops.float() / 255).float()
+    return dataclasses.replace(batch, region_target=targets)
+
+
+def build_arms(store: Store, config: Config, device: str, base: int) -> dict[str, Trainer]:
+    """A trainer per arm, from the same first weights."""
+    text, made = torch.from_numpy(store.text[1].copy()), {}
+    for arm in ARMS:
+        loss = dataclasses.replace(config.loss, distillation=config.loss.distillation * (arm != "none"))
+        torch.manual_seed(config.train.seed)
+        detector = build_detector(config, store.embed_dim, None).to(device).train()
+        made[arm] = build_trainer(detector, dataclasses.replace(config, loss=loss), text, base, Processes())
+    return made
+
+
+def store_teacher(store: Store, config: Config, device: str) -> Teacher:
+    """The teacher with the store's re-normalised LayerNorms."""
+    teacher = load_config_teacher(config, device)
+    values, attributes = store.teacher
+    restore(teacher.layer_norms(), values, attributes["parameters"])
+    return teacher
+
+
+def settle(device: str) -> float:
+    """Seconds, once the device has done what it was told."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(store: Store, config: Config, device: str) -> dict[str, object]:
+    """Median seconds per arm and what follows from them, for one head."""
+    dataset = store_dataset(store, None)
+    arms = build_arms(store, config, device, len(dataset.split.base))
+    teacher = store_teacher(store, config, device)
+    samples = training_samples(store, dataset, config.train)
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    waited, regions = [], []
+    batches = load_batches(samples, config.train, first_step=0)
+    for step in range(config.train.steps):
+        began = settle(device)
+        _, (loaded,) = next(batches)
+        waited.append(time.perf_counter() - began)
+        regions.append(len(loaded.region_boxes) / len(loaded.sizes))
+        for arm, trainer in arms.items():
+            torch.manual_seed(step)
+            began = settle(device)
+            batch = loaded.to(torch.device(device))
+            trainer.step([with_online_targets(batch, teacher, config) if arm == "online" else batch], step)
+            seconds[arm].append(settle(device) - began)
+    # The first steps tune kernels and fill caches.
+    skipped = min(3, config.train.steps - 1)
+    median = {arm: statistics.median(spent[skipped:]) for arm, spent in seconds.items()}
+    wait = statistics.median(waited[skipped:])
+    return {
+        "store_over_none": round(median["store"] / median["none"], 3),
+        "online_over_store": round(median["online"] / median["store"], 3),
+        "data_share": round(wait / (wait + median["store"]), 4),
+        "seconds": {arm: round(value, 4) for arm, value in median.items()},
+        "regions_per_image": round(statistics.mean(regions), 1),
+    }
+
+
+def peak_mib(device: str) -> float:
+    """Peak memory since the start, MiB: of the GPU, or of this process."""
+    if device != "cpu":
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
+
+
+def main() -> None:
+    """Parse, measure both heads, append rows, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--preset")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--note", default="", help="what else the machine was doing")
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    arguments = parser.parse_args()
+    device, store = resolve_device(arguments.device), Store(arguments.cache)
+    for head in ("fast", "paper"):
+        settings = [f"model.head={head}", f"train.steps={arguments.steps}", *arguments.overrides]
+        config = train_config(arguments.cache, arguments.preset, settings)
+        row = {
+            "head": head,
+            "backbone": config.model.backbone,
+            "images": config.train.images,
+            "steps": arguments.steps,
+            "device": device,
+            "threads": torch.get_num_threads(),
+            **measure(store, config, device),
+            # One process measures both heads: the second figure is the larger of the two.
+            "peak_mib": peak_mib(device),
+            "overrides": arguments.overrides,
+            "note": arguments.note,
+        }
+        rows.append("train_step", row)
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What a run learns does not depend on how its steps are shared out to processes and accumulated batches."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from ezsd.data.dataset import DetectionDataset, epoch_order
+from pipeline.batches import load_batches
+from pipeline.config import ConfigError, to_tables
+from pipeline.processes import Processes
+from pipeline.train import TrainRequest, train
+
+ROOT = Path(__file__).resolve().parents[2]
+# Statistics frozen by the presence of weights: those of a batch would depend on who is in it.
+MODEL = {
+    "backbone": "resnet18",
+    "channels": 16,
+    "rpn_sizes": (16, 24, 32, 48, 64),
+    "pool_size": 3,
+    "box_hidden": 32,
+    "rpn_proposals": 60,
+    "sampled_regions": 32,
+}
+TRAIN = {
+    "images": 4,
+    "sampling": "image",
+    "optimiser": "sgd",
+    "learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "warmup": 5,
+    "checkpoint_every": 100,
+}
+STEPS = {"one": 1, "twenty": 20}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A network that knows nothing, in the form that ImageNet weights have."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        state = torchvision.models.resnet18(weights=None, zero_init_residual=True).state_dict()
+    path = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
+    save_file(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(quick_config):
+    def of(steps, **changes):
+        model = dataclasses.replace(quick_config.model, **MODEL)
+        loop = dataclasses.replace(quick_config.train, **TRAIN, steps=steps, **changes)
+        return dataclasses.replace(quick_config, model=model, train=loop)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def alone(shapes_store, weights, settings, tmp_path_factory):
+    """Runs of one process with the whole batch at once."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        name: train(
+            TrainRequest(cache=shapes_store, run=folder / name, config=settings(steps), backbone_weights=weights)
+        )
+        for name, steps in STEPS.items()
+    }
+
+
+def first_gradients(run):
+    """SGD's momentum after one step is the gradient, clipped."""
+    return {name: value for name, value in run.finished().optimiser().items() if name.endswith("momentum_buffer")}
+
+
+def require_equal(runs, expected):
+    for name, gradient in first_gradients(expected["one"]).items():
+        difference = (first_gradients(runs["one"])[name] - gradient).norm()
+        assert difference <= 1e-5 * gradient.norm() + 1e-8, name
+    ours, theirs = (r["twenty"].read_metrics() for r in (runs, expected))
+    assert len(ours) == len(theirs) == 20
+    for mine, other in zip(ours, theirs, strict=True):
+        for part in ("loss", "rpn_objectness", "rpn_box", "classification", "box", "distillation"):
+            assert mine[part] == pytest.approx(other[part], rel=1e-3, abs=1e-5), (mine["step"], part)
+
+
+def test_two_processes_learn_what_one_does(alone, shapes_store, weights, settings, tmp_path):
+    tables = {name: to_tables(settings(steps)) for name, steps in STEPS.items()}
+    (tmp_path / "settings.json").write_text(json.dumps(tables))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(__file__).with_name("torchrun_train.py")
+    done = subprocess.run(
+        [*command, str(script), *map(str, (shapes_store, weights, tmp_path, tmp_path / "settings.json"))],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    runs = {name: type(alone["one"]).open(tmp_path / name) for name in STEPS}
+    assert runs["twenty"].card == alone["twenty"].card
+    require_equal(runs, alone)
+
+
+def test_accumulated_batches_learn_what_one_does(alone, shapes_store, weights, settings, tmp_path):
+    runs = {
+        name: train(
+            TrainRequest(
+                cache=shapes_store,
+                run=tmp_path / name,
+                config=settings(steps, accumulate=2),
+                backbone_weights=weights,
+            )
+        )
+        for name, steps in STEPS.items()
+    }
+    require_equal(runs, alone)
+
+
+def test_every_image_of_a_step_goes_to_one_process(quick_config):
+    config = dataclasses.replace(quick_config.train, images=12, accumulate=2, sampling="image", steps=4)
+
+    class Positions(DetectionDataset):
+        def __getitem__(self, key):
+            return key
+
+    samples = Positions(range(30), None, {}, {}, regions_per_image=1, short_side=0, long_side=0, seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.batches.collate", list)
+        shared = [list(load_batches(samples, config, first_step=1, processes=Processes(r, 3))) for r in range(3)]
+    expected = list(epoch_order(30, per_step=12, first_step=1, steps=4, seed=config.seed))
+    for step, keys in enumerate(expected):
+        parts = [parts for one in shared for parts in one[step][1]]
+        assert all(one[step][0] == keys for one in shared)
+        assert [len(part) for part in parts] == [2] * 6
+        assert sorted(key for part in parts for key in part) == sorted(keys)
+
+
+def test_images_that_cannot_be_shared_out_are_refused(quick_config):
+    with pytest.raises(ConfigError, match="train.images=4 cannot be shared out to 3 processes"):
+        next(load_batches(None, quick_config.train, first_step=0, processes=Processes(0, 3)))

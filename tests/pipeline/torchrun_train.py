@@ -1,0 +1,25 @@
+"""`torchrun ... torchrun_train.py STORE WEIGHTS RUNS SETTINGS`, a run per setting."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import from_tables
+from pipeline.train import TrainRequest, train
+
+
+def main():
+    store, weights, runs, settings = map(Path, sys.argv[1:])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for name, tables in json.loads(settings.read_text()).items():
+        config = from_tables(tables, where="test")
+        train(TrainRequest(cache=store, run=runs / name, config=config, backbone_weights=weights))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
