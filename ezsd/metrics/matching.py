@@ -45,7 +45,7 @@ def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64]) -> Matche
     row = rows[np.lexsort((-results.score[rows], results.image_id[rows], results.class_index[rows]))]
     key = _keys(truth, results.image_id[row], results.class_index[row])
     true_key = _keys(truth, truth.image_id, truth.class_index)
-    true_order = np.lexsort((truth.ignore, true_key))
+    true_order = np.argsort(true_key, kind="stable")
     xywh, ignore, crowd = truth.xywh[true_order], truth.ignore[true_order], truth.crowd[true_order]
     pairs, starts = np.unique(true_key[true_order], return_index=True)
     stops = np.append(starts[1:], len(true_key))

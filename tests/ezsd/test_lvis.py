@@ -44,6 +44,8 @@ def write(folder, seed, *, images=8, detections=600):
     for number in range(60):
         x, y, w, h = box()
         entry = {"id": number + 1, "image_id": int(rng.integers(1, images)), "bbox": [x, y, w, h]}
+        # LVIS has no crowds; the official package does not look at the flag.
+        entry |= {"iscrowd": int(number % 4 == 0)}
         entry |= {"category_id": IDS[NAMES[rng.integers(0, 6)]], "area": 0 if number % 20 == 7 else w * h}
         annotations.append(entry | ({"ignore": 1} if number % 20 == 3 else {}))
     lists = [rng.permutation(list(IDS.values())).tolist() for _ in range(images)]

@@ -177,6 +177,23 @@ def test_scores_are_those_of_pycocotools(tmp_path, seed, count):
     assert 0 < found["all"]["AP"] < 1
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_two_equal_overlaps_the_last_box_is_taken(tmp_path, swapped):
+    """The surer detection lies between two boxes; the other one fits the right box alone at IoU 0.75."""
+    path = write(tmp_path)
+    document = json.loads(path.read_text())
+    boxes = [[0, 0, 20, 20], [4, 0, 20, 20]][:: -1 if swapped else 1]
+    document["annotations"] = [
+        {"id": i, "image_id": 3, "category_id": CATEGORY["cat"], "bbox": box, "area": 400, "iscrowd": 0}
+        for i, box in enumerate(boxes, start=1)
+    ]
+    path.write_text(json.dumps(document))
+    given = detections([3, 3], [[2, 0, 22, 20], [6, 0, 26, 20]], [0.9, 0.8], [0, 0])
+    found = figures(evaluate(path, given, SPLIT)["per_class"]["cat"])
+    assert found == by_pycocotools(path, given, ["cat"], 100)
+    assert (found[2] > 0.9) is swapped
+
+
 def test_a_limit_per_image_is_pycocotools_on_each_images_best(tmp_path):
     path, given = crowded_scene(tmp_path, 0)
     order = np.argsort(-given.score, kind="stable")
