@@ -326,7 +326,9 @@ def main() -> None:
     parser.add_argument("--tag", default="headline")
     parser.add_argument("--rounds", type=int, default=50)
     arguments = parser.parse_args()
+    # What torch says of the sparse matrices of variant C.
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
     # The gate's matrix products must not be rounded to tf32.
     torch.set_float32_matmul_precision("highest")
     if torch.cuda.is_available():

@@ -32,11 +32,14 @@ def run_cases(name, **environment):
         pytest.skip(report)
 
 
+# Each of the next two is a whole suite in a process of its own, half a minute of a core that may be shared.
+@pytest.mark.timeout(1200)
 @needs_triton
 def test_interpreted_kernels_equal_the_reference():
     run_cases("interpreted_cases.py", TRITON_INTERPRET="1")
 
 
+@pytest.mark.timeout(1200)
 @needs_triton
 def test_kernels_compile_for_gpus_within_their_limits(tmp_path):
     run_cases("compiled_cases.py", TRITON_CACHE_DIR=str(tmp_path))
