@@ -9,7 +9,7 @@ from pathlib import Path
 from cache import encoding
 from cache.checksums import ChunkSums
 from cache.durable import FileDigest, discard, disk_room, make_folders, rename, scratch_name, write_atomic, write_new
-from cache.journal import drop_data, journal_folder, raw_bytes, scratch_folder, set_aside
+from cache.journal import drop_data, journal_folder, scratch_folder, set_aside
 from cache.manifest import JSON, canonical_json, seal, unseal
 from cache.plan import Plan, block_name, read_block, read_plan
 from cache.schema import ArraySpec, StoreError
@@ -104,13 +104,13 @@ def _piece_rows(plan: Plan, task: ShardTask) -> Iterator[memoryview]:
     for piece in task.pieces:
         try:
             entry = read_block(plan, piece.block)
-            rows = entry.array(task.array.name)
+            if entry.arrays[task.array.name]["crc32"] == piece.crc32:
+                yield from entry.stream(task.array.name, piece.start, piece.stop)
+                continue
         except StoreError as error:
             set_aside(plan.store, block_name(piece.block))
             raise StoreError(f"{error}; block {piece.block} was set aside, run the build again to redo it") from error
-        if entry.arrays[task.array.name]["crc32"] != piece.crc32:
-            raise StoreError(f"{entry.folder}: was written anew after the tasks were made; run the build again")
-        yield raw_bytes(rows[piece.start : piece.stop])
+        raise StoreError(f"{entry.folder}: was written anew after the tasks were made; run the build again")
 
 
 def _records_folder(store: Path) -> Path:
