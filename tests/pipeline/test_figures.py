@@ -48,8 +48,10 @@ def test_a_runs_detections_file_gives_the_runs_figures(shapes_run, truth):
     again = evaluated(shapes_run.folder / "detections.json", truth, novel=NOVEL)
     ours, theirs = at_limit(result, "generalised"), at_limit(again, "generalised")
     assert ours["all"]["boxes"] > 0
-    for group in ("base", "novel", "all", "per_class"):
-        assert theirs[group].items() >= ours[group].items() if group == "per_class" else theirs[group] == ours[group]
+    assert theirs["per_class"].items() >= ours["per_class"].items()
+    for group in ("base", "novel", "all"):
+        # The file lists its classes in another order, and a mean over them may differ in its last bit.
+        assert theirs[group] == pytest.approx(ours[group], rel=1e-12, abs=0)
     assert again["annotations"] == result["annotations"]
 
 

@@ -16,6 +16,7 @@ from pipeline.build import BuildRequest, build_cache
 from pipeline.config import load_preset
 from pipeline.datasets import find_dataset
 from pipeline.evaluate import evaluate_run, headline
+from pipeline.provenance import model_inputs
 from pipeline.train import TrainRequest, train
 
 PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
@@ -92,5 +93,5 @@ def test_clip_at_full_size_from_a_local_file(photos, tmp_path):
     # 26 vision and 25 text LayerNorms of width 768 and 512, weight and bias.
     assert len(attributes["parameters"]) == 2 * (26 + 25)
     assert len(values) == 2 * (26 * 768 + 25 * 512)
-    fields = store.manifest.fields["teacher"]
+    fields = model_inputs(store.manifest)
     assert fields["activation"] == "quick_gelu"
