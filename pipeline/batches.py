@@ -43,6 +43,8 @@ def load_batches(
         samples,
         batch_sampler=mine,
         num_workers=config.loader_workers,
+        # Not forked from here: a fork beside other threads, as the store's reader has, may hang.
+        multiprocessing_context="forkserver" if config.loader_workers else None,
         collate_fn=collate,
         worker_init_fn=_ignore_termination,
     )

@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 from ezsd.detector.backbone import BACKBONES, build_backbone, normalise
 from ezsd.detector.heads import CosineClassifier, Pooling, SemanticBoxRegressor, Tower
 from ezsd.detector.model import Batch, Detector, DetectorSettings, Totals
-from ezsd.detector.proposer import SAMPLED_ANCHORS
+from ezsd.detector.proposer import SAMPLED_ANCHORS, AnchorSampler
 from ezsd.detector.sampling import sample_regions
 from ezsd.losses import region_weights
 
@@ -337,21 +337,32 @@ def seeded(batch, seeds=(17, 400)):
     return replaced(batch, seeds=seeds)
 
 
-def test_seeded_images_are_drawn_for_whatever_the_global_state(detector):
-    frozen = detector.eval()
-    frozen.rpn.train()
-    values = []
+def test_seeded_anchors_are_drawn_whatever_the_global_state_and_the_neighbours():
+    sampler, labels = AnchorSampler(), [torch.zeros(900), torch.zeros(700)]
+    for label in labels:
+        label[::5] = 1
+    sampler.seeds = (17, 400)
+    torch.manual_seed(1)
+    first = sampler(labels)
+    assert sampler.drawn == 2 * SAMPLED_ANCHORS
+    torch.manual_seed(2)
+    sampler.seeds = (400, 17)
+    swapped = sampler(labels[::-1])
+    for kind in range(2):
+        assert torch.equal(first[kind][0], swapped[kind][1])
+        assert torch.equal(first[kind][1], swapped[kind][0])
+    sampler.seeds = None
+    assert not torch.equal(sampler(labels)[1][0], first[1][0])
+
+
+def test_seeded_regions_are_drawn_whatever_the_global_state(detector):
+    proposals, batch = [random_boxes(60), random_boxes(50, seed=8)], seeded(make_batch())
+    drawn = []
     for start in (1, 2):
         torch.manual_seed(start)
-        maps = frozen.backbone(normalise(make_batch().images))
-        frozen.training = True
-        proposals, losses = frozen._propose(make_batch().images, make_batch().sizes, maps, seeded(make_batch()))
-        # The proposal network's own seeds have set the state alike.
-        torch.manual_seed(start)
-        sampled = frozen._sample(proposals, seeded(make_batch()), NAMES)
-        values.append((losses["rpn_objectness"], torch.cat([s.boxes for s in sampled])))
-    assert torch.equal(values[0][0], values[1][0])
-    assert torch.equal(values[0][1], values[1][1])
+        drawn.append([s.boxes for s in detector._sample(proposals, batch, NAMES)])
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+    assert not torch.equal(detector._sample(proposals, seeded(batch, (5, 6)), NAMES)[0].boxes, drawn[0][0])
 
 
 def one_image(batch, number):

@@ -6,6 +6,10 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
+from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import torch
@@ -240,12 +244,31 @@ def test_the_papers_head_trains_and_detects(shapes_store, with_settings, tmp_pat
     evaluate_run(run, data_root=None, device="cpu")
 
 
-def test_a_killed_reader_of_images_is_one_line_that_names_it(shapes_store, with_settings, tmp_path, monkeypatch):
-    # Forked readers inherit this.
-    monkeypatch.setattr(pipeline.train, "read_dataset_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    config = with_settings(train={"loader_workers": 1})
-    with pytest.raises(RunError, match=r"DataLoader worker \(pid\(?s?\)? \d+\).*Run the same command"):
+def readers():
+    """Processes that the server of reading processes has started, by id."""
+    server = forkserver._forkserver._forkserver_pid
+    if server is None:
+        return set()
+    return {int(child) for child in Path(f"/proc/{server}/task/{server}/children").read_text().split()}
+
+
+def test_a_killed_reader_of_images_is_one_line_that_names_it(shapes_store, with_settings, tmp_path):
+    known, killed = readers(), []
+
+    def kill():
+        while not killed:
+            for reader in readers() - known:
+                os.kill(reader, signal.SIGKILL)
+                killed.append(reader)
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    config = with_settings(train={"loader_workers": 1, "steps": 100_000})
+    with pytest.raises(RunError, match=r"DataLoader worker \(pid.*Run the same command") as caught:
         train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
+    killer.join()
+    assert str(killed[0]) in str(caught.value)
 
 
 def test_readers_of_any_number_give_the_same_curve(shapes_run, shapes_store, with_settings, tmp_path):
