@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Generator, Iterator
+from functools import partial
+from types import FrameType
+from typing import Any
 
 import torch
 
@@ -15,12 +21,16 @@ from pipeline.processes import Processes
 
 Key = tuple[int, int]
 """Epoch and position of an image."""
+LINGER_SECONDS = 30
+LOOK_SECONDS = 2.0
 
 
 def load_batches(
     samples: DetectionDataset, config: TrainConfig, *, first_step: int, processes: Processes | None = None
-) -> Iterator[tuple[list[Key], list[Batch]]]:
+) -> Generator[tuple[list[Key], list[Batch]], None, None]:
     """This process' batches of each step from `first_step` to the end, and the keys of all images of the step.
+
+    Close it when it is left early: reading processes live as long as it does.
 
     Raises:
         ConfigError: the images of a step cannot be shared out evenly.
@@ -46,16 +56,37 @@ def load_batches(
         # Not forked from here: a fork beside other threads, as the store's reader has, may hang.
         multiprocessing_context="forkserver" if config.loader_workers else None,
         collate_fn=collate,
-        worker_init_fn=_ignore_termination,
+        worker_init_fn=partial(_begin_reading, os.getpid()),
     )
-    batches = iter(loader)
-    for keys in order:
-        yield keys, [_next(batches) for _ in range(config.accumulate)]
+    batches: Any = iter(loader)
+    try:
+        for keys in order:
+            yield keys, [_next(batches) for _ in range(config.accumulate)]
+    finally:
+        # torch ends readers once nothing refers to the iterator; an error's traceback may, until the interpreter's end.
+        if config.loader_workers:
+            batches._shutdown_workers()
 
 
-def _ignore_termination(_: int) -> None:
-    # A scheduler tells all processes at once; the training itself ends its readers, after its checkpoint.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _begin_reading(training: int, _: int) -> None:
+    """What a reading process does first."""
+    signal.signal(signal.SIGTERM, _linger)
+    threading.Thread(target=_end_with, args=(training,), daemon=True).start()
+
+
+def _linger(_: int, frame: FrameType | None) -> None:
+    # A scheduler tells all processes at once; the training needs its readers until its step and checkpoint are done.
+    signal.alarm(LINGER_SECONDS)
+
+
+def _end_with(training: int) -> None:
+    """End this process after the training that it reads for, which is not its parent."""
+    while True:
+        try:
+            os.kill(training, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(LOOK_SECONDS)
 
 
 def _next(batches: Iterator[Batch]) -> Batch:

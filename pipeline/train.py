@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,8 @@ def train(request: TrainRequest) -> Run:
         base = len(dataset.split.base)
         trainer = build_trainer(detector.to(device), request.config, tables["text"], base, processes)
         step = _resume(run, trainer)
-        batches = load_batches(samples, request.config.train, first_step=step, processes=processes)
+        loading = load_batches(samples, request.config.train, first_step=step, processes=processes)
+        batches = stack.enter_context(closing(loading))
         validation = Validation.of_run(run, trainer, dataset, request.config, len(samples))
         try:
             _loop(run, trainer, batches, samples, validation, step)

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing import forkserver
@@ -272,6 +274,44 @@ def test_a_killed_reader_of_images_is_one_line_that_names_it(shapes_store, with_
     assert str(killed[0]) in str(caught.value)
 
 
+def test_readers_end_with_a_training_that_is_killed(shapes_store, quick_config, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from pipeline.config import load_preset; from pipeline.train import *\n"
+        "config = load_preset('shapes', ['train.images=1', 'train.loader_workers=1', 'train.steps=100000'])\n"
+        "train(TrainRequest(cache=Path(sys.argv[1]), run=Path(sys.argv[2]), config=config))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    training = subprocess.Popen(
+        [sys.executable, "-c", code, str(shapes_store), str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert training.poll() is None
+        time.sleep(0.05)
+    family = descendants(training.pid)
+    training.kill()
+    training.wait()
+    # At least the server, its tracker and one reader.
+    assert len(family) >= 3
+    while any(alive(child) for child in family):
+        time.sleep(0.1)
+
+
+def descendants(process):
+    """Processes started by a process, and by those."""
+    children = [int(c) for c in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return children + [deeper for child in children for deeper in descendants(child)]
+
+
+def alive(process):
+    """Whether it is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_readers_of_any_number_give_the_same_curve(shapes_run, shapes_store, with_settings, tmp_path):
     config = with_settings(train={"loader_workers": 2})
     assert curve(train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))) == curve(shapes_run)
@@ -286,6 +326,7 @@ def test_an_unreadable_image_is_named_by_the_reader_in_one_line(shapes_store, sh
     with pytest.raises(DatasetError, match=r"data/train/\S+: (is no image|cannot be read)") as caught:
         train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config, data_root=root))
     assert "\n" not in str(caught.value)
+    assert readers() == set(), "a reader that lives on keeps the program from ending"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="TensorBoard is installed")
