@@ -164,7 +164,9 @@ def warm(readers: Readers, rounds: int) -> dict[str, float]:
     """CPU per image with everything in the page cache."""
     work = list(batches(readers.places, 3, 1600))
     json_work = list(batches(readers.places[: len(readers._json_places)], 3, 64))
-    first = cost(Readers.ours.__get__(readers), list(batches(readers.places, 3, len(readers.places))))[0]
+    # Pages are mapped for the first time, and ours looks at every value once.
+    everything = list(batches(readers.places, 3, len(readers.places)))
+    first, plain = cost(readers.ours, everything)[0], cost(readers.memmap, everything)[0]
     contestants = {
         "ours": (readers.ours, work),
         "memmap": (readers.memmap, work),
@@ -185,8 +187,9 @@ def warm(readers: Readers, rounds: int) -> dict[str, float]:
     return {
         **found,
         "ours_first_pass_cpu_us": round(first, 2),
+        "memmap_first_pass_cpu_us": round(plain, 2),
         "ours_over_memmap": round(middle["ours"] / middle["memmap"], 3),
-        "first_pass_over_memmap": round(first / middle["memmap"], 3),
+        "first_pass_over_memmap": round(first / plain, 3),
         "single_over_memmap_single": round(middle["ours_single"] / middle["memmap_single"], 3),
         "zarr_over_ours": round(middle["zarr"] / middle["ours"], 1),
         "json_over_ours": round(middle["json"] / middle["ours"], 1),
@@ -363,6 +366,7 @@ def main() -> None:
         readers = Readers(work, store, arguments.json_images)
         gate(readers)
         row: dict[str, object] = {
+            "what": "read",
             "images": arguments.images,
             "dim": arguments.dim,
             "rows": len(readers.map),
