@@ -6,6 +6,7 @@ whose shards hold their chunks in file order. Whoever asks is told so when that 
 
 import mmap
 import os
+import weakref
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,8 @@ _DTYPES = ("int8", "int32", "int64", "uint32", "float16", "float32")
 _PAGE = mmap.PAGESIZE
 # The kernel reads as much around a page fault of its own accord; a hint then costs more than it gains.
 _HINTED = 16 * 2**10
+# Where a byte goes that nobody looks at.
+_PROBE = (bytearray(1),)
 
 
 def open_mapped(folder: Path) -> "MappedArray | None":
@@ -34,13 +37,11 @@ def open_mapped(folder: Path) -> "MappedArray | None":
     spec = direct_spec(parse_json(read_bytes(file), str(file)), folder.name)
     if spec is None:
         return None
-    shards = []
+    array = MappedArray(spec)
     for index in range(spec.shards):
-        shard = _map_shard(folder.joinpath(*spec.shard_file(index).split("/")[1:]), spec, index)
-        if shard is None:
+        if not array.map_shard(folder.joinpath(*spec.shard_file(index).split("/")[1:]), index):
             return None
-        shards.append(shard)
-    return MappedArray(spec, shards)
+    return array
 
 
 def direct_spec(metadata: dict[str, Any], name: str) -> ArraySpec | None:
@@ -61,46 +62,59 @@ def direct_spec(metadata: dict[str, Any], name: str) -> ArraySpec | None:
     return spec if found == ours else None
 
 
-def _map_shard(file: Path, spec: ArraySpec, index: int) -> tuple[mmap.mmap, NDArray[Any]] | None:
-    """A shard's memory map and its rows in it; None when its chunks do not lie in file order."""
-    start, stop = spec.shard_range(index)
-    try:
-        with file.open("rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if size else None
-    except OSError as error:
-        raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error
-    expected = _index(spec.chunk_rows, spec.row_bytes, spec.shard_rows, stop - start)
-    if mapped is None or size < len(expected):
-        raise StoreError(f"{file}: is {size} bytes long, too short for a shard; the store is damaged")
-    found = mapped[size - len(expected) :]
-    if found != expected:
-        if crc32c(found[:-4]) != int.from_bytes(found[-4:], "little"):
-            raise StoreError(f"{file}: the chunk index does not match its checksum; the store is damaged")
-        return None
-    if size != shard_bytes_on_disk(spec, index):
-        return None
-    numbers = (stop - start) * (spec.row_bytes // np.dtype(spec.dtype).itemsize)
-    return mapped, np.frombuffer(mapped, spec.dtype, numbers).reshape(stop - start, *spec.shape[1:])
-
-
 @lru_cache(maxsize=64)
 def _index(chunk_rows: int, row_bytes: int, shard_rows: int, rows: int) -> bytes:
     """What `shard_index` gives; its checksum takes milliseconds, and all full shards of an array have the same."""
     return shard_index(ArraySpec("", "|i1", (rows, row_bytes), chunk_rows, shard_rows), rows)
 
 
+def _in_file_order(mapped: mmap.mmap, spec: ArraySpec, rows: int, file: Path) -> bool:
+    """Whether a shard's chunks lie one after another, as its index says."""
+    expected = _index(spec.chunk_rows, spec.row_bytes, spec.shard_rows, rows)
+    if len(mapped) < len(expected):
+        raise _too_short(file, len(mapped))
+    found = mapped[len(mapped) - len(expected) :]
+    if found != expected and crc32c(found[:-4]) != int.from_bytes(found[-4:], "little"):
+        raise StoreError(f"{file}: the chunk index does not match its checksum; the store is damaged")
+    return found == expected
+
+
+def _too_short(file: Path, size: int) -> StoreError:
+    return StoreError(f"{file}: is {size} bytes long, too short for a shard; the store is damaged")
+
+
 class MappedArray:
     """One array of a store on a local disk, read-only; safe to use on both sides of a fork."""
 
-    def __init__(self, spec: ArraySpec, shards: list[tuple[mmap.mmap, NDArray[Any]]]) -> None:
+    def __init__(self, spec: ArraySpec) -> None:
         """Use `open_mapped`."""
         self.shape = spec.shape
         self.dtype = np.dtype(spec.dtype)
+        self._spec = spec
         self._shard_rows = spec.shard_rows
         self._row_bytes = spec.row_bytes
-        self._maps = [mapped for mapped, _ in shards]
-        self._rows = [rows for _, rows in shards]
+        self._files: list[int] = []
+        self._maps: list[mmap.mmap] = []
+        self._rows: list[NDArray[Any]] = []
+        weakref.finalize(self, _close, self._files)
+
+    def map_shard(self, file: Path, index: int) -> bool:
+        """Map the next shard; False when its chunks do not lie in file order."""
+        try:
+            self._files.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+            size = os.fstat(self._files[-1]).st_size
+            if not size:
+                raise _too_short(file, size)
+            mapped = mmap.mmap(self._files[-1], 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error
+        start, stop = self._spec.shard_range(index)
+        if not _in_file_order(mapped, self._spec, stop - start, file) or size != shard_bytes_on_disk(self._spec, index):
+            return False
+        numbers = (stop - start) * (self._row_bytes // self.dtype.itemsize)
+        self._maps.append(mapped)
+        self._rows.append(np.frombuffer(mapped, self.dtype, numbers).reshape(stop - start, *self.shape[1:]))
+        return True
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Rows `start` to `stop` (exclusive), read-only: a view of the file unless they span two shards."""
@@ -117,8 +131,19 @@ class MappedArray:
             for shard, low, high in self._pieces(start, stop):
                 first = low * self._row_bytes // _PAGE * _PAGE
                 length = high * self._row_bytes - first
-                if length > _HINTED:
+                if length > _HINTED and not self._in_memory(shard, first + length // 2):
                     self._maps[shard].madvise(mmap.MADV_WILLNEED, first, length)
+
+    def _in_memory(self, shard: int, place: int) -> bool:
+        """Whether the byte at `place` can be had without the disk; a hint for what is there costs five times as much.
+
+        One byte stands for its range: what is read together mostly stays together, and a hint changes no result.
+        """
+        try:
+            return os.preadv(self._files[shard], _PROBE, place, os.RWF_NOWAIT) == 1
+        except OSError:
+            # It would have to wait, or this file system cannot tell.
+            return False
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         while start < stop:
@@ -126,6 +151,11 @@ class MappedArray:
             high = min(low + stop - start, self._shard_rows)
             yield shard, low, high
             start += high - low
+
+
+def _close(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
 
 
 def read_bytes(file: Path) -> bytes:

@@ -170,7 +170,13 @@ class Product(Mapping[int, Rows], Generic[Rows]):
         return iter(self._store.image_ids.tolist())
 
     def __contains__(self, image_id: object) -> bool:
-        return isinstance(image_id, int | np.integer) and self._store._here.position(int(image_id)) is not None
+        if not isinstance(image_id, int | np.integer):
+            return False
+        try:
+            self._store._here.positions([int(image_id)])
+        except StoreKeyError:
+            return False
+        return True
 
     def __getitem__(self, image_id: int) -> Rows:
         """Rows of one image.
@@ -207,7 +213,7 @@ class Product(Mapping[int, Rows], Generic[Rows]):
         self, fields: Sequence[Field], image_ids: Iterable[int]
     ) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
         here = self._store._here
-        where = [self._position(image_id) for image_id in image_ids]
+        where = here.positions([operator.index(image_id) for image_id in image_ids])
         spans = here.spans(self._name, where)
         here.read_ahead(self._name, [field.name for field in fields], spans)
         rows = {field.name: here.gather(self._name, field, where, spans) for field in fields}
@@ -216,12 +222,6 @@ class Product(Mapping[int, Rows], Generic[Rows]):
     @property
     def _fields(self) -> tuple[Field, ...]:
         return RAGGED[self._name]
-
-    def _position(self, image_id: int) -> int:
-        position = self._store._here.position(operator.index(image_id))
-        if position is None:
-            raise StoreKeyError(f"{self._store}: has no image with id {image_id}; it holds {len(self)} images")
-        return position
 
 
 class _Opened:
@@ -255,22 +255,26 @@ class _Opened:
             self._columns[name] = values
         return self._columns[name]
 
-    def position(self, image_id: int) -> int | None:
-        """Place of an image in the store's order."""
+    def positions(self, image_ids: Sequence[int]) -> list[int]:
+        """Places of images in the store's order; StoreKeyError for the first that is not there."""
         if self._order is None:
             ids = self.column("images/id")
             order = np.argsort(ids, kind="stable")
             self._order = order, ids[order]
         order, ordered = self._order
-        if not -(2**63) <= image_id < 2**63:
-            return None
-        at = int(ordered.searchsorted(image_id))
-        return int(order[at]) if at < len(ordered) and ordered[at] == image_id else None
+        places = []
+        for image_id in image_ids:
+            # An id beyond int64 would turn the whole array into objects.
+            at = int(ordered.searchsorted(image_id)) if -(2**63) <= image_id < 2**63 else len(ordered)
+            if at == len(ordered) or ordered.item(at) != image_id:
+                raise StoreKeyError(f"{self._place}: has no image with id {image_id}; it holds {len(ordered)} images")
+            places.append(order.item(at))
+        return places
 
     def spans(self, product: str, positions: Sequence[int]) -> list[tuple[int, int]]:
         """First and last (exclusive) row of each image."""
-        offset = self.column(f"{product}/offset")
-        return [(int(offset[at]), int(offset[at + 1])) for at in positions]
+        row = self.column(f"{product}/offset").item
+        return [(row(at), row(at + 1)) for at in positions]
 
     def read_ahead(self, product: str, fields: Iterable[str], spans: Sequence[tuple[int, int]]) -> None:
         """Have the rows of all these spans on their way from the disk."""
@@ -287,36 +291,27 @@ class _Opened:
         """
         name = f"{product}/{field.name}"
         array = self.array(name)
-        total = sum(stop - start for start, stop in spans)
-        rows = np.empty((total, *array.shape[1:]), array.dtype)
-        first = 0
-        for start, stop in spans:
-            last = first + stop - start
-            rows[first:last] = array.read(start, stop)
-            first = last
-        if rows.dtype == np.int8:
-            scale = Field(f"{field.name}_scale", "<f4")
-            rows = dequantise(rows, self.gather(product, scale, positions, spans)).astype(field.dtype)
-        self._require_finite(rows, name, positions, spans)
-        return rows
-
-    def _require_finite(
-        self, rows: NDArray[Any], name: str, positions: Sequence[int], spans: Sequence[tuple[int, int]]
-    ) -> None:
-        """Refuse rows that are not finite; an image's rows are looked at when they are first read."""
-        if rows.dtype.kind != "f":
-            return
-        known = self._finite.get(name)
-        if known is None:
-            known = self._finite[name] = bytearray(len(self.column("images/id")))
+        rows = np.empty((sum(stop - start for start, stop in spans), *array.shape[1:]), array.dtype)
+        checked = self._checked(name) if array.dtype.kind == "f" else None
         first = 0
         for position, (start, stop) in zip(positions, spans, strict=True):
             last = first + stop - start
-            if not known[position]:
+            rows[first:last] = array.read(start, stop)
+            if checked is not None and not checked[position]:
                 if not all_finite(rows[first:last]):
                     raise _not_finite(f"{self._place}: {name} of image {self.column('images/id')[position]}")
-                known[position] = 1
+                checked[position] = 1
             first = last
+        if array.dtype == np.int8:
+            scale = self.gather(product, Field(f"{field.name}_scale", "<f4"), positions, spans)
+            return dequantise(rows, scale).astype(field.dtype)
+        return rows
+
+    def _checked(self, name: str) -> bytearray:
+        """1 for each image whose rows of an array this process has found to be finite."""
+        if name not in self._finite:
+            self._finite[name] = bytearray(len(self.column("images/id")))
+        return self._finite[name]
 
 
 def _not_finite(where: str) -> StoreError:

@@ -1,7 +1,10 @@
 """Reading: straight from the shards, through zarr, one image or many, in every kind of process: the same rows."""
 
+import errno
+import gc
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 
@@ -225,9 +228,39 @@ def test_a_hint_reaches_the_kernel_for_long_ranges_and_changes_nothing(finished,
             self.mapped.madvise(*arguments)
 
     array._maps = [Spy(mapped) for mapped in array._maps]
+    monkeypatch.setattr(MappedArray, "_in_memory", lambda *_: True)
+    array.read_ahead([(0, 10), (250, 260)])
+    assert hints == []
+    monkeypatch.setattr(MappedArray, "_in_memory", lambda *_: False)
     array.read_ahead([(0, 10), (250, 260), (9, 9)])
     # Whole pages: rows 250 to 256 begin in the fourth page of the first shard, 256 to 260 begin the second.
     assert [(start, length) for _, start, length in hints] == [(0, 640), (3 * 4096, 4096), (0, 256)]
+
+
+def test_whether_rows_are_in_memory_is_asked_of_the_system(copy):
+    array = open_mapped(copy / "regions/embedding")
+    array.read(0, 256).sum()
+    try:
+        os.preadv(array._files[0], [bytearray(1)], 0, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            assert not array._in_memory(0, 0)
+            pytest.skip("this file system cannot tell")
+    assert array._in_memory(0, 0)
+    assert not array._in_memory(0, 2**40)
+
+
+def test_arrays_that_are_no_longer_used_leave_no_file_open(finished):
+    def opened():
+        return len(os.listdir("/proc/self/fd"))
+
+    gc.collect()
+    before = opened()
+    array = open_mapped(finished / "regions/embedding")
+    assert opened() > before
+    del array
+    gc.collect()
+    assert opened() == before
 
 
 # int8
