@@ -212,7 +212,7 @@ class FastHead(nn.Module):
         pooling: how regions are pooled.
         channels: width of the maps.
         embed_dim: D.
-        tower_depth: convolutions before the pooling.
+        depth: convolutions before the pooling.
         hidden: width of the box regressor's hidden layer.
         semantic: whether the regressor knows the class.
         temperature: start of the multiplier of cosines.
@@ -224,7 +224,7 @@ class FastHead(nn.Module):
         channels: int,
         embed_dim: int,
         *,
-        tower_depth: int,
+        depth: int,
         hidden: int,
         semantic: bool,
         temperature: float,
@@ -232,7 +232,7 @@ class FastHead(nn.Module):
         super().__init__()
         inputs = channels * pooling.size**2
         self.pooling = pooling
-        self.tower = Tower(channels, tower_depth)
+        self.tower = Tower(channels, depth)
         self.projection = nn.Linear(inputs, embed_dim)
         self.classifier = CosineClassifier(embed_dim, temperature=temperature)
         trunk = nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU())
@@ -286,7 +286,7 @@ class PaperHead(nn.Module):
         pooling: how regions are pooled.
         channels: width of the maps.
         embed_dim: D.
-        shared_depth: convolutions that the branches share.
+        depth: convolutions that the branches share.
         hidden: width of the fully connected layers.
         semantic: whether the regressor knows the class.
         temperature: start of the multiplier of cosines.
@@ -300,14 +300,14 @@ class PaperHead(nn.Module):
         channels: int,
         embed_dim: int,
         *,
-        shared_depth: int,
+        depth: int,
         hidden: int,
         semantic: bool,
         temperature: float,
     ) -> None:
         super().__init__()
         self.pooling = pooling
-        self.shared = convolutions(channels, shared_depth)
+        self.shared = convolutions(channels, depth)
         self.branch = Branch(channels, pooling.size, hidden)
         self.projection = nn.Linear(hidden, embed_dim)
         _xavier(self.projection)

@@ -300,21 +300,12 @@ def _build_head(backbone: Pyramid, settings: DetectorSettings) -> FastHead | Pap
         canonical_level=settings.canonical_level,
         backend=settings.backend,
     )
-    if settings.head == "fast":
-        return FastHead(
-            pooling,
-            backbone.channels,
-            settings.embed_dim,
-            tower_depth=settings.tower_depth,
-            hidden=settings.box_hidden,
-            semantic=settings.semantic_boxes,
-            temperature=settings.temperature,
-        )
-    return PaperHead(
+    kind = FastHead if settings.head == "fast" else PaperHead
+    return kind(
         pooling,
         backbone.channels,
         settings.embed_dim,
-        shared_depth=settings.tower_depth,
+        depth=settings.tower_depth,
         hidden=settings.box_hidden,
         semantic=settings.semantic_boxes,
         temperature=settings.temperature,

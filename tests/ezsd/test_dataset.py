@@ -57,8 +57,8 @@ def is_flipped(sample, image_id):
     return not torch.equal(sample.image, plain)
 
 
-@pytest.mark.parametrize(("short_side", "long_side"), [(0, 0), (80, 100), (25, 1000), (37, 50)])
-def test_a_painted_box_stays_under_its_pixels(short_side, long_side):
+def one_painted_box(**settings):
+    """A dataset of one dark image whose one object, a cached region too, is white."""
     box = np.array([[12, 7, 34, 29]], np.float32)
 
     def read(_):
@@ -67,9 +67,12 @@ def test_a_painted_box_stays_under_its_pixels(short_side, long_side):
         return image
 
     one = Record(box, np.zeros(1, np.int32), np.ones(1, np.float32), np.zeros((1, DIM), np.float16))
-    dataset = DetectionDataset(
-        [4], read, {4: one}, {4: one}, regions_per_image=1, short_side=short_side, long_side=long_side, seed=0
-    )
+    return DetectionDataset([4], read, {4: one}, {4: one}, regions_per_image=1, seed=0, **settings)
+
+
+@pytest.mark.parametrize(("short_side", "long_side"), [(0, 0), (80, 100), (25, 1000), (37, 50)])
+def test_a_painted_box_stays_under_its_pixels(short_side, long_side):
+    dataset = one_painted_box(short_side=short_side, long_side=long_side)
     middles = set()
     for epoch in range(12):
         sample = dataset[epoch, 0]
@@ -86,17 +89,7 @@ def test_a_painted_box_stays_under_its_pixels(short_side, long_side):
     "how", [Augmentation(short_side_min=30), Augmentation(jitter=(0.3, 2.0))], ids=["multi-scale", "jitter"]
 )
 def test_a_painted_box_stays_under_its_pixels_at_any_size_and_in_any_window(how):
-    box = np.array([[12, 7, 34, 29]], np.float32)
-
-    def read(_):
-        image = torch.zeros(3, *SIZES[4], dtype=torch.uint8)
-        image[:, 7:29, 12:34] = 255
-        return image
-
-    one = Record(box, np.zeros(1, np.int32), np.ones(1, np.float32), np.zeros((1, DIM), np.float16))
-    dataset = DetectionDataset(
-        [4], read, {4: one}, {4: one}, regions_per_image=1, short_side=60, long_side=90, seed=0, augmentation=how
-    )
+    dataset = one_painted_box(short_side=60, long_side=90, augmentation=how)
     sizes, shown = set(), 0
     for epoch in range(40):
         sample = dataset[epoch, 0]
