@@ -11,8 +11,9 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/ezsd demo
 
+# A file's tests share fixtures that cost seconds, so a file goes to one process whole.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # On a machine with a GPU: the kernels against float64, then the table of benchmarks/kernel.py with its own gates.
 # cuBLAS is deterministic only with a workspace of its own.
