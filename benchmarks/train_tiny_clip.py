@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ezsd.checkpoints import load_checkpoint
 from ezsd.data.shapes import COLOURS, SHAPES_SPLIT, TEXTURES, cluttered_picture, picture
-from ezsd.teacher import load_weights
 
 SEED = 20
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,7 +172,7 @@ def main() -> None:
     model = open_clip.CLIP(**{k: config[k] for k in ("embed_dim", "vision_cfg", "text_cfg")})
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.start:
-        load_weights(model, arguments.start)
+        load_checkpoint(model, "tiny-shapes", arguments.start)
     else:
         train(model, CLEAN)
         save_file(compact(model), arguments.out / "tiny-shapes-clean.safetensors")
