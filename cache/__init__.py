@@ -7,7 +7,8 @@ from cache.inspect import ProductInfo, StoreInfo, info, list_stores
 from cache.leftovers import collect
 from cache.manifest import JSON, Manifest, Origin, canonical_json, differences, images_digest
 from cache.plan import write_block
-from cache.reader import GroundTruthRows, Product, ProposalRows, RegionRows, Store
+from cache.reader import Product, Store
+from cache.records import GroundTruthRows, ProposalRows, RegionRows
 from cache.repair import RepairReport, RowSource, repair
 from cache.schema import (
     EMBEDDING_TYPES,

@@ -79,8 +79,7 @@ def train_config(cache: Path, preset: str | None, overrides: Sequence[str]) -> C
     """The configuration of a training: by default the preset that the store was built with."""
     store = Store(cache)
     if preset is None:
-        recorded = store.path / "environment.json"
-        preset = json.loads(recorded.read_text()).get("preset") if recorded.is_file() else None
+        preset = store.environment.get("preset")
     if preset is None:
         preset = str(dataset_inputs(store.manifest)["name"])
     return load_preset(preset, overrides)
