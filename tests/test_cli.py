@@ -105,6 +105,27 @@ except SystemExit as end:
     assert result.stdout == "2 False\n"
 
 
+STORES = {"info": ["cache/whole"], "ls": ["cache"], "verify": ["cache/whole", "--deep"]}
+
+
+@pytest.mark.parametrize("command", STORES)
+def test_looking_at_stores_loads_no_torch(command, shapes_store, tmp_path):
+    shutil.copytree(shapes_store, tmp_path / "cache/whole")
+    code = """if True:
+    import sys, cli
+    sys.argv = ["ezsd", "cache", *sys.argv[1:]]
+    try:
+        cli.main()
+    except SystemExit as end:
+        print(end.code or 0, "torch" in sys.modules)
+    """
+    for arguments, exit_code in ((STORES[command], 0), (["nowhere"], 2)):
+        words = [sys.executable, "-c", code, command, *arguments]
+        here = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=here, check=True)
+        assert done.stdout.splitlines()[-1] == f"{exit_code} False", done.stderr
+
+
 def test_a_gpu_that_is_not_there_is_refused(tmp_path):
     result = ezsd("cache", "build", "--dataset", "shapes", "--device", "cuda:99", cwd=tmp_path)
     assert_one_clear_line(result, "cuda:99", "--device cpu")
