@@ -154,7 +154,8 @@ def cache_repair(
 ) -> None:
     """Rebuild exactly what is damaged, or mark the store incomplete; the exit code is then 1."""
     from pipeline.command import resolve_device
-    from pipeline.store import repair_lines, repair_store
+    from pipeline.repair import repair_store
+    from pipeline.store import repair_lines
 
     report = repair_store(store, data_root, weights=weights, device=resolve_device(device))
     typer.echo("\n".join(repair_lines(store, report)))
@@ -187,7 +188,7 @@ def cache_push(
     url: Annotated[str, typer.Argument(help="Where it shall lie: s3://, gs://, file:// and others of fsspec.")],
 ) -> None:
     """Copy a store to a URL, or go on with that; what lies there with the right bytes is not sent again."""
-    from pipeline.command import transfer_line
+    from pipeline.store import transfer_line
 
     typer.echo(transfer_line("push", str(store), url))
 
@@ -198,7 +199,7 @@ def cache_pull(
     folder: Annotated[Path, typer.Argument(help="Where it shall lie.")],
 ) -> None:
     """Copy a store from a URL, or go on with that; every file is compared with its digest."""
-    from pipeline.command import transfer_line
+    from pipeline.store import transfer_line
 
     typer.echo(transfer_line("pull", url, str(folder)))
 
@@ -207,12 +208,12 @@ def cache_pull(
 def cache_export(
     store: Annotated[str, typer.Argument(help="A complete store, or its URL.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
-    format_: Annotated[str, typer.Option("--format", help="npz, parquet or webdataset.")],
+    format_: Annotated[Literal["npz", "parquet", "webdataset"], typer.Option("--format", help="Of the files.")],
 ) -> None:
     """Write a store's contents as files of another format, for those who leave."""
-    from pipeline.command import export_store
+    from pipeline.store import export_line
 
-    typer.echo(export_store(store, out, format_))
+    typer.echo(export_line(store, out, format_))
 
 
 @app.command(epilog="Example:  ezsd train --cache cache/shapes --run runs/a")

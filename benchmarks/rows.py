@@ -30,6 +30,12 @@ def conditions() -> dict[str, object]:
     }
 
 
+def file_system(folder: Path) -> str:
+    """Name of the file system that a folder lies on, as `stat -f` has it: ext2, ext3 and ext4 are one to it."""
+    done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def append(name: str, row: dict[str, object]) -> None:
     """Add a row to results/NAME.jsonl."""
     RESULTS.mkdir(exist_ok=True)

@@ -342,12 +342,6 @@ def sparse_coco(folder: Path) -> None:
     (folder / "COMMIT.json").write_bytes(CommitMark(manifest.digest, 512, "float16", files).to_bytes())
 
 
-def file_system(folder: Path) -> str:
-    """Name of the file system that a folder lies on."""
-    done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
 def main() -> None:
     """Measure, print, and add one row to results/store.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -371,7 +365,7 @@ def main() -> None:
             "dim": arguments.dim,
             "rows": len(readers.map),
             "rounds": arguments.rounds,
-            "file_system": file_system(work),
+            "file_system": result_rows.file_system(work),
             "warm": warm(readers, arguments.rounds),
             "loader": loader(readers, arguments.rounds),
             "cold": cold(readers, min(3, arguments.rounds)),

@@ -15,7 +15,6 @@ import contextlib
 import importlib.metadata
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -234,12 +233,6 @@ def pretend_blocks(journal: Path, model: Block, blocks: list[Block]) -> None:
             file.truncate(entry["bytes"])
 
 
-def file_system(folder: Path) -> str:
-    """Type of the file system that a folder lies on."""
-    found = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=True)
-    return found.stdout.strip()
-
-
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -253,7 +246,8 @@ def main() -> None:
         if not arguments.resume_only:
             results += [measure_build(Path(temporary), arguments.images), measure_peak(Path(temporary))]
         for result in results:
-            row = {**result, "file_system": file_system(arguments.folder), "page_cache": "warm", "dim": DIM, **versions}
+            place = {"file_system": rows.file_system(arguments.folder), "page_cache": "warm"}
+            row = {**result, **place, "dim": DIM, **versions}
             rows.append("store", row)
             for key, value in result.items():
                 print(f"{key}: {value}")

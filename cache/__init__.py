@@ -1,17 +1,15 @@
-"""The store: which regions, which embeddings, made how. Sharded Zarr with provenance; numpy and zarr alone."""
+"""The store: which regions, which embeddings, made how. Sharded Zarr with provenance; no learning library."""
 
 from cache.compare import Comparison, compare
-from cache.durable import FAILPOINTS, failpoint
 from cache.forecast import Forecast, forecast
 from cache.inspect import ProductInfo, StoreInfo, info, list_stores
 from cache.leftovers import collect
 from cache.manifest import JSON, Manifest, Origin, canonical_json, differences, images_digest
 from cache.plan import write_block
-from cache.reader import GroundTruthRows, Product, ProposalRows, RegionRows, Store
+from cache.reader import Product, Store
+from cache.records import GroundTruthRows, ProposalRows, RegionRows
 from cache.repair import RepairReport, RowSource, repair
 from cache.schema import (
-    EMBEDDING_TYPES,
-    FORMAT_VERSION,
     PRODUCTS,
     Block,
     EmbeddingType,
@@ -34,15 +32,12 @@ __all__ = [
     "compare",
     "list_stores",
     "repair",
-    "EMBEDDING_TYPES",
     "PRODUCTS",
     "EmbeddingType",
     "Forecast",
     "Origin",
     "forecast",
     "images_digest",
-    "FAILPOINTS",
-    "FORMAT_VERSION",
     "JSON",
     "Block",
     "GroundTruthRows",
@@ -63,7 +58,6 @@ __all__ = [
     "canonical_json",
     "differences",
     "commit_shard",
-    "failpoint",
     "info",
     "verify",
     "write_block",

@@ -14,7 +14,7 @@ from cache import encoding
 from cache.checksums import ChunkSums, checksum_spec
 from cache.durable import FileDigest, discard, failpoint, sync_folder, write_atomic
 from cache.journal import Entry, journal_folder, little_endian, raw_bytes, scratch_folder
-from cache.manifest import JSON
+from cache.manifest import JSON, Manifest
 from cache.mark import COMMIT, LOCK, MANIFEST, CommitMark, relative_files
 from cache.plan import Plan
 from cache.schema import (
@@ -105,17 +105,15 @@ class Committer:
         return arrays
 
 
-def root_attributes(
-    mark: CommitMark, rows: Mapping[str, int], images: int, fingerprints: Mapping[str, str]
-) -> dict[str, JSON]:
-    """What the store says about itself to any Zarr reader."""
+def root_attributes(manifest: Manifest, rows: Mapping[str, int], *, images: int, embed_dim: int) -> dict[str, JSON]:
+    """What the store says about itself to any Zarr reader; `rows` of each ragged product."""
     return {
         "ezsd_store": {
             "format_version": FORMAT_VERSION,
-            "manifest_digest": mark.manifest_digest,
-            "fingerprints": fingerprints,
-            "embed_dim": mark.embed_dim,
-            "embedding": mark.embedding,
+            "manifest_digest": manifest.digest,
+            "fingerprints": manifest.fingerprints,
+            "embed_dim": embed_dim,
+            "embedding": manifest.embedding,
             "images": images,
             "rows": rows,
         }
@@ -169,14 +167,9 @@ class Finisher:
         self._remove_strays()
         for folder in {(self._store / name).parent for name in self.files}:
             sync_folder(folder)
-        mark = self._mark
+        mark = CommitMark(plan.manifest.digest, plan.embed_dim, plan.manifest.embedding, self.files)
         write_atomic(self._store / COMMIT, mark.to_bytes(), scratch=scratch_folder(self._store), point="commit")
         remove_journal(self._store)
-
-    @property
-    def _mark(self) -> CommitMark:
-        manifest = self.committer.plan.manifest
-        return CommitMark(manifest.digest, self.committer.plan.embed_dim, manifest.embedding, self.files)
 
     def _write_metadata(self, nodes: Mapping[str, JSON]) -> None:
         for name, metadata in nodes.items():
@@ -184,7 +177,7 @@ class Finisher:
             self._write(f"{name}/zarr.json", encoding.metadata_bytes(metadata))
         plan = self.committer.plan
         rows = {product: self.committer.rows(product) for product in RAGGED}
-        attributes = root_attributes(self._mark, rows, len(plan.image_ids), plan.manifest.fingerprints)
+        attributes = root_attributes(plan.manifest, rows, images=len(plan.image_ids), embed_dim=plan.embed_dim)
         self._write("zarr.json", encoding.metadata_bytes(encoding.root_metadata(attributes, nodes)))
         self._write(MANIFEST, plan.manifest.to_json().encode())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from cache.durable import FileDigest
 from cache.manifest import Manifest
 from cache.mark import MANIFEST
-from cache.reader import require_mark
+from cache.place import require_mark
 from cache.schema import PRODUCTS
 
 

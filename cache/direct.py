@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.encoding import array_metadata, crc32c, shard_bytes_on_disk, shard_index
+from cache.durable import read_bytes
+from cache.encoding import array_metadata, crc32c, shard_bytes_on_disk, shard_index, shard_rows, spec_of_metadata
 from cache.manifest import parse_json
 from cache.schema import ArraySpec, StoreError
 
-_DTYPES = ("int8", "int32", "int64", "uint32", "float16", "float32")
 _PAGE = mmap.PAGESIZE
 # The kernel reads as much around a page fault of its own accord; a hint then costs more than it gains.
 _HINTED = 16 * 2**10
@@ -46,19 +46,12 @@ def open_mapped(folder: Path) -> "MappedArray | None":
 
 def direct_spec(metadata: dict[str, Any], name: str) -> ArraySpec | None:
     """Geometry of an array that can be sliced in its files, from its `zarr.json`; None for any other layout."""
-    try:
-        sharding = metadata["codecs"][0]["configuration"]
-        spec = ArraySpec(
-            name,
-            np.dtype(metadata["data_type"]).newbyteorder("<").str if metadata["data_type"] in _DTYPES else "",
-            tuple(metadata["shape"]),
-            sharding["chunk_shape"][0],
-            metadata["chunk_grid"]["configuration"]["chunk_shape"][0],
-        )
-    except (KeyError, IndexError, TypeError):
-        return None
     found = {key: value for key, value in metadata.items() if key != "dimension_names"}
-    ours = spec.dtype and array_metadata(spec, found.get("attributes"))
+    try:
+        spec = spec_of_metadata(name, metadata)
+        ours = array_metadata(spec, found.get("attributes"))
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
     return spec if found == ours else None
 
 
@@ -111,9 +104,8 @@ class MappedArray:
         start, stop = self._spec.shard_range(index)
         if not _in_file_order(mapped, self._spec, stop - start, file) or size != shard_bytes_on_disk(self._spec, index):
             return False
-        numbers = (stop - start) * (self._row_bytes // self.dtype.itemsize)
         self._maps.append(mapped)
-        self._rows.append(np.frombuffer(mapped, self.dtype, numbers).reshape(stop - start, *self.shape[1:]))
+        self._rows.append(shard_rows(self._spec, index, mapped))
         return True
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
@@ -138,7 +130,10 @@ class MappedArray:
         """Whether the byte at `place` can be had without the disk; a hint for what is there costs five times as much.
 
         One byte stands for its range: what is read together mostly stays together, and a hint changes no result.
+        A system other than Linux cannot be asked: every range then gets its hint.
         """
+        if not hasattr(os, "preadv") or not hasattr(os, "RWF_NOWAIT"):
+            return False
         try:
             return os.preadv(self._files[shard], _PROBE, place, os.RWF_NOWAIT) == 1
         except OSError:
@@ -156,15 +151,3 @@ class MappedArray:
 def _close(files: list[int]) -> None:
     for file in files:
         os.close(file)
-
-
-def read_bytes(file: Path) -> bytes:
-    """A small file of a store that must be there.
-
-    Raises:
-        StoreError: it cannot be read.
-    """
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error

@@ -136,6 +136,18 @@ def file_digest(path: Path) -> FileDigest:
         return FileDigest(file.tell(), digest.hexdigest())
 
 
+def read_bytes(file: Path) -> bytes:
+    """A small file of a store that must be there.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error
+
+
 def sync_folder(path: Path) -> None:
     """Flush a folder's list of names to the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from cache.commit import Committer
-from cache.manifest import Manifest, parse_json, unseal
+from cache.durable import read_bytes
+from cache.manifest import Manifest, parse_json
 from cache.mark import (
     COMMIT,
-    ENVIRONMENT,
     INCOMPLETE,
     MANIFEST,
+    TRANSFER,
     CommitMark,
+    file_problem,
     read_incomplete,
     read_mark,
     relative_files,
     size_problems,
 )
-from cache.plan import Plan, block_done, plan_folder, read_block, read_plan
-from cache.reader import require_mark
-from cache.schema import FORMAT_VERSION, RAGGED, EmbeddingType, StoreError, StoreIncomplete
+from cache.place import LocalPlace, read_environment, unfinished_plan
+from cache.plan import Plan, block_done, plan_folder, read_block
+from cache.schema import FORMAT_VERSION, RAGGED, EmbeddingType, StoreError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +64,8 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
     """Describe the store at `path`, complete or not; damage is reported in `problems`.
 
     Raises:
-        StoreError: no store, another format version, or damage that leaves nothing to describe.
+        StoreIncomplete: a copy that is not finished.
+        StoreError: no store, another format version, or damage to what describes it.
     """
     store = Path(path).absolute()
     mark = read_mark(store)
@@ -71,17 +74,13 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
     damaged = read_incomplete(store)
     if damaged is not None:
         return _committed_info(store, damaged, complete=False)
-    try:
-        require_mark(store)
-    except StoreIncomplete:
-        return _unfinished_info(read_plan(store))
-    raise AssertionError("a store without a mark is incomplete")
+    return _unfinished_info(unfinished_plan(store))
 
 
 def _committed_info(store: Path, mark: CommitMark, *, complete: bool) -> StoreInfo:
-    attributes = _load(store / "zarr.json")["attributes"]["ezsd_store"]
+    attributes = _load(store, mark, "zarr.json")["attributes"]["ezsd_store"]
     images = int(attributes["images"])
-    manifest = Manifest.from_fields(_load(store / MANIFEST), str(store / MANIFEST))
+    manifest = Manifest.from_fields(_load(store, mark, MANIFEST), str(store / MANIFEST))
     return StoreInfo(
         complete=complete,
         images=images,
@@ -128,29 +127,29 @@ def _products(manifest: Manifest, rows: Mapping[str, int], images: int) -> tuple
 
 def _folder(store: Path) -> dict[str, Any]:
     names = relative_files(store)
-    environment = store / ENVIRONMENT
     return {
         "path": store,
         "format_version": FORMAT_VERSION,
         "files": len(names),
         "bytes_": sum((store / name).stat().st_size for name in names),
-        "environment": _environment(environment) if environment.exists() else None,
+        "environment": _environment(store),
     }
 
 
-def _environment(file: Path) -> dict[str, Any] | None:
+def _environment(store: Path) -> dict[str, Any] | None:
     """What was recorded, or None where that is damaged: `verify` says so, and the store does not depend on it."""
     try:
-        return unseal(file.read_bytes(), str(file))
+        return read_environment(LocalPlace(store)) or None
     except StoreError:
         return None
 
 
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        return parse_json(file.read_bytes(), str(file))
-    except OSError as error:
-        raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error
+def _load(store: Path, mark: CommitMark, name: str) -> dict[str, Any]:
+    """A file that describes the store, once it is what was committed: a wrong figure would be told as a fact."""
+    reason = file_problem(store / name, mark.files[name], whole=True)
+    if reason is not None:
+        raise StoreError(f"{store / name}: {reason}; the store is damaged: `ezsd cache repair {store}` mends it")
+    return parse_json(read_bytes(store / name), str(store / name))
 
 
 def list_stores(folder: str | os.PathLike[str]) -> dict[Path, StoreInfo | StoreError]:
@@ -164,7 +163,7 @@ def list_stores(folder: str | os.PathLike[str]) -> dict[Path, StoreInfo | StoreE
         raise StoreError(f"{place}: is no folder; give one that holds stores, such as cache")
     found: dict[Path, StoreInfo | StoreError] = {}
     for path in sorted(place.iterdir()):
-        if path.is_dir() and any((path / sign).exists() for sign in (COMMIT, INCOMPLETE, plan_folder(path))):
+        if path.is_dir() and any((path / sign).exists() for sign in (COMMIT, INCOMPLETE, TRANSFER, plan_folder(path))):
             try:
                 found[path] = info(path)
             except StoreError as error:

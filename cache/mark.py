@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cache.durable import FileDigest
+from cache.durable import FileDigest, file_digest
 from cache.manifest import JSON, parse_json, seal, unseal
-from cache.schema import FORMAT_VERSION, EmbeddingType, StoreIncomplete, require_supported
+from cache.schema import FORMAT_VERSION, EmbeddingType, StoreError, StoreIncomplete, require_supported
 
 COMMIT = "COMMIT.json"
 INCOMPLETE = "INCOMPLETE.json"
@@ -80,6 +81,21 @@ def parse_mark(data: bytes, where: str) -> CommitMark:
     return CommitMark(record["manifest_digest"], record["embed_dim"], record["embedding"], files)
 
 
+def parse_environment(data: bytes | None, where: str) -> dict[str, Any]:
+    """What a build recorded of itself (host, versions, times, settings, places); empty when there is no record.
+
+    Raises:
+        StoreError: the record is damaged; says what to do.
+    """
+    if data is None:
+        return {}
+    try:
+        return unseal(data, where)
+    except StoreError as error:
+        cure = "nothing but this record is lost: `ezsd cache repair` or you may remove it"
+        raise StoreError(f"{error}; {cure}") from error
+
+
 def require_not_set_aside(store: Path) -> None:
     """Refuse a store that `repair` found damaged and could not make whole.
 
@@ -98,15 +114,20 @@ def relative_files(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
 
 
+def file_problem(file: Path, expected: FileDigest, *, whole: bool) -> str | None:
+    """Why a file is not as it was committed, or None; by its size alone, or with `whole` by its bytes too."""
+    try:
+        size = file.stat().st_size
+        if size != expected.size:
+            return f"is {size} bytes long, expected {expected.size}"
+        if whole and file_digest(file) != expected:
+            return "its bytes are not those that were committed (sha256 differs)"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
 def size_problems(store: Path, mark: CommitMark) -> list[str]:
     """The quick check: one line for each listed file that is missing or not as long as it was."""
-    problems = []
-    for name, expected in mark.files.items():
-        try:
-            size = (store / name).stat().st_size
-        except OSError as error:
-            problems.append(f"{store / name}: cannot be read ({error.strerror})")
-            continue
-        if size != expected.size:
-            problems.append(f"{store / name}: is {size} bytes long, expected {expected.size}")
-    return problems
+    found = ((name, file_problem(store / name, expected, whole=False)) for name, expected in mark.files.items())
+    return [f"{store / name}: {reason}" for name, reason in found if reason is not None]

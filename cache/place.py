@@ -2,13 +2,21 @@
 
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cache.arrays import RowArray, ZarrArray
-from cache.direct import open_mapped, read_bytes
-from cache.durable import FileDigest, file_digest
-from cache.mark import TRANSFER, CommitMark, read_mark, require_not_set_aside, size_problems
-from cache.plan import block_done, plan_folder, read_plan
+from cache.direct import open_mapped
+from cache.durable import FileDigest, file_digest, read_bytes
+from cache.mark import (
+    ENVIRONMENT,
+    TRANSFER,
+    CommitMark,
+    parse_environment,
+    read_mark,
+    require_not_set_aside,
+    size_problems,
+)
+from cache.plan import Plan, block_done, plan_folder, read_plan
 from cache.schema import StoreError, StoreIncomplete
 
 
@@ -25,6 +33,10 @@ class Place(Protocol):
 
     def read_file(self, name: str) -> bytes:
         """A small file; StoreError if it cannot be read."""
+        ...
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """A small file, or None where there is none."""
         ...
 
     def digest(self, name: str) -> FileDigest:
@@ -57,6 +69,10 @@ class LocalPlace:
         """See `Place`."""
         return read_bytes(self.path / name)
 
+    def read_if_there(self, name: str) -> bytes | None:
+        """See `Place`."""
+        return read_bytes(self.path / name) if (self.path / name).exists() else None
+
     def digest(self, name: str) -> FileDigest:
         """See `Place`."""
         return file_digest(self.path / name)
@@ -69,7 +85,13 @@ class LocalPlace:
         # Half a second to import: a worker that reads mapped shards never pays it.
         import zarr
 
-        return ZarrArray(zarr.open_array(self.path / name, mode="r"))
+        try:
+            return ZarrArray(zarr.open_array(self.path / name, mode="r"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"{self.path / name}/zarr.json: does not describe an array that zarr can read "
+                f"({type(error).__name__}: {error}); the store is damaged: `ezsd cache repair {self.path}` mends it"
+            ) from error
 
 
 def find_place(where: str | os.PathLike[str]) -> Place:
@@ -79,6 +101,11 @@ def find_place(where: str | os.PathLike[str]) -> Place:
 
         return RemotePlace(where)
     return LocalPlace(Path(where).absolute())
+
+
+def read_environment(place: Place) -> dict[str, Any]:
+    """What a build recorded of itself; empty when there is no record. StoreError if it is damaged."""
+    return parse_environment(place.read_if_there(ENVIRONMENT), f"{place}/{ENVIRONMENT}")
 
 
 def require_mark(store: Path) -> CommitMark:
@@ -91,14 +118,24 @@ def require_mark(store: Path) -> CommitMark:
     mark = read_mark(store)
     if mark is not None:
         return mark
-    require_not_set_aside(store)
-    if (store / TRANSFER).exists():
-        raise StoreIncomplete(f"{store}: not all files were copied here; run the same `ezsd cache pull` again to go on")
-    if not plan_folder(store).is_dir():
-        raise StoreError(f"{store}: is not a store (no COMMIT.json, no journal); `ezsd cache build` makes one")
-    plan = read_plan(store)
+    plan = unfinished_plan(store)
     done = sum(block_done(plan, block.index) for block in plan.blocks)
     raise StoreIncomplete(
         f"{store}: the store is not finished, {done} of {len(plan.blocks)} blocks are done; "
         "run the same `ezsd cache build` command again to go on"
     )
+
+
+def unfinished_plan(store: Path) -> Plan:
+    """The plan of the build that a folder without a commit mark holds.
+
+    Raises:
+        StoreIncomplete: no build, but a copy that is not finished, or a damaged store that `repair` set aside.
+        StoreError: no store at all, or a damaged plan.
+    """
+    require_not_set_aside(store)
+    if (store / TRANSFER).exists():
+        raise StoreIncomplete(f"{store}: not all files were copied here; run the same `ezsd cache pull` again to go on")
+    if not plan_folder(store).is_dir():
+        raise StoreError(f"{store}: is not a store (no COMMIT.json, no journal); `ezsd cache build` makes one")
+    return read_plan(store)

@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from cache.arrays import RowArray, VerifiedArray, all_finite
 from cache.manifest import Manifest, parse_json
 from cache.mark import MANIFEST, CommitMark
-from cache.place import LocalPlace, Place, find_place, require_mark
+from cache.place import LocalPlace, Place, find_place, read_environment
 from cache.plan import refuse
 from cache.quantise import dequantise
 from cache.records import GroundTruthRows, ProposalRows, RegionRows, RowBatch, Rows
 from cache.schema import CHECKSUMS, RAGGED, WHOLE, Field, StoreError, StoreKeyError
-
-__all__ = ["GroundTruthRows", "Product", "ProposalRows", "RegionRows", "RowBatch", "Store", "require_mark"]
 
 Verify: TypeAlias = Literal["quick", "full"]
 """How far a store is checked before its values are handed out, see `Store`."""
@@ -124,6 +122,15 @@ class Store:
         """The tuned parameters one after another (K,) float32, and the attributes that describe them."""
         arrays, attributes = self.read_whole("teacher")
         return arrays["values"], attributes
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What the build recorded of itself: host, versions, times, settings, places; empty without a record.
+
+        Raises:
+            StoreError: the record is damaged.
+        """
+        return read_environment(self._place)
 
     def read_whole(self, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Arrays and attributes of `teacher` or `text`."""

@@ -83,7 +83,7 @@ class RemotePlace:
         return data
 
     def read_if_there(self, name: str) -> bytes | None:
-        """A small file, or None."""
+        """See `Place`."""
         with self.errors():
             try:
                 return bytes(self.files.cat_file(self.path(name)))

@@ -17,6 +17,7 @@ from cache.durable import BuildLock, discard, make_folders, rename, scratch_name
 from cache.journal import journal_folder, little_endian, raw_bytes, scratch_folder
 from cache.manifest import Manifest, parse_json
 from cache.mark import COMMIT, ENVIRONMENT, INCOMPLETE, LOCK, MANIFEST, CommitMark, read_incomplete, read_mark
+from cache.place import unfinished_plan
 from cache.plan import stored_columns
 from cache.schema import (
     CHECKSUM,
@@ -32,7 +33,7 @@ from cache.schema import (
     StoreMismatch,
     stored_fields,
 )
-from cache.verify import Damage, Locator, verify_files
+from cache.verify import Damage, Locator, damaged_files
 
 BLOCK_IMAGES = 64
 """Images computed at once."""
@@ -82,12 +83,14 @@ def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> Rep
     again gets it back. A damaged `environment.json`, which only tells who built the store, is removed.
 
     Raises:
+        StoreIncomplete: a copy that is not finished.
         StoreError: no finished store, a damaged commit mark, or a build or repair is at work.
         StoreMismatch: `source` would make another store.
     """
     store = Path(path).absolute()
     mark = read_mark(store) or read_incomplete(store)
     if mark is None:
+        unfinished_plan(store)
         raise StoreError(f"{store}: was never finished, so there is nothing to repair; run `ezsd cache build` again")
     if source is not None and source.manifest.digest != mark.manifest_digest:
         raise StoreMismatch(
@@ -127,7 +130,7 @@ class _Repair:
         return RepairReport(repaired=tuple(sorted(repaired)), left=tuple(left))
 
     def _damages(self) -> list[Damage]:
-        return [found for found in verify_files(self.store, self.mark, deep=True) if found.kind == "damaged"]
+        return damaged_files(self.store, self.mark, deep=True)
 
     def _mark_as(self, *, complete: bool) -> None:
         before, after = (INCOMPLETE, COMMIT) if complete else (COMMIT, INCOMPLETE)
@@ -169,7 +172,8 @@ class _Repair:
         nodes = {file.removesuffix("/zarr.json"): self._json(file) for file in files}
         rows = {product: nodes[f"{product}/box"]["shape"][0] for product in RAGGED}
         manifest = Manifest.from_fields(self._json(MANIFEST))
-        attributes = root_attributes(self.mark, rows, nodes["images/id"]["shape"][0], manifest.fingerprints)
+        images = nodes["images/id"]["shape"][0]
+        attributes = root_attributes(manifest, rows, images=images, embed_dim=self.mark.embed_dim)
         return encoding.metadata_bytes(encoding.root_metadata(attributes, nodes))
 
     def _shard(self, name: str) -> Iterable[bytes | memoryview] | None:

@@ -10,14 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.checksums import checksum_spec, damaged_rows
-from cache.durable import FileDigest, file_digest
 from cache.encoding import shard_rows, spec_of_metadata
 from cache.journal import JOURNAL, Entry, journal_folder
-from cache.manifest import parse_json, unseal
-from cache.mark import ENVIRONMENT, UNLISTED, CommitMark, read_incomplete, read_mark, relative_files
-from cache.plan import block_name, read_plan
-from cache.reader import require_mark
-from cache.schema import CHECKSUMS, RAGGED, WHOLE, ArraySpec, StoreError, StoreIncomplete
+from cache.manifest import parse_json
+from cache.mark import ENVIRONMENT, UNLISTED, CommitMark, file_problem, read_incomplete, read_mark, relative_files
+from cache.place import LocalPlace, read_environment, unfinished_plan
+from cache.plan import Plan, block_name
+from cache.schema import CHECKSUMS, RAGGED, WHOLE, ArraySpec, StoreError
 
 _LISTED = 8
 """Most images named in one line."""
@@ -60,46 +59,40 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> list[Damage]:
             enough for truncated, missing and foreign files, not for a wrong bit in an array.
 
     Raises:
+        StoreIncomplete: a copy that is not finished.
         StoreError: not a store, another format version, or a damaged commit mark.
     """
     store = Path(path).absolute()
     mark = read_mark(store) or read_incomplete(store)
-    return _verify_journal(store, deep=deep) if mark is None else verify_files(store, mark, deep=deep)
+    if mark is None:
+        return damaged_entries(unfinished_plan(store), deep=deep)
+    return damaged_files(store, mark, deep=deep) + stray_files(store, mark)
 
 
-def verify_files(store: Path, mark: CommitMark, *, deep: bool) -> list[Damage]:
-    """Compare a store's files with its mark."""
+def damaged_files(store: Path, mark: CommitMark, *, deep: bool) -> list[Damage]:
+    """Files that are missing or not as they were committed, see `verify`."""
     locate = Locator(store, mark)
     found = []
     for name, expected in mark.files.items():
-        reason = _file_problem(store / name, expected, whole=deep or name.endswith(".json"))
+        reason = file_problem(store / name, expected, whole=deep or name.endswith(".json"))
         if reason:
             found.append(locate.damage(name, reason))
-    found += _environment_problems(store)
-    for name in relative_files(store):
-        if name not in mark.files and name not in UNLISTED and not name.startswith(f"{JOURNAL}/"):
-            found.append(Damage(file=store / name, name=name, kind="stray", reason="does not belong to the store"))
-    return found
+    return found + _environment_problems(store)
 
 
-def _file_problem(file: Path, expected: FileDigest, *, whole: bool) -> str | None:
-    try:
-        size = file.stat().st_size
-        if size != expected.size:
-            return f"is {size} bytes long, expected {expected.size}"
-        if whole and file_digest(file) != expected:
-            return "its bytes are not those that were committed (sha256 differs)"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None
+def stray_files(store: Path, mark: CommitMark) -> list[Damage]:
+    """Files that lie in the store's folder and are none of its own."""
+    return [
+        Damage(file=store / name, name=name, kind="stray", reason="does not belong to the store")
+        for name in relative_files(store)
+        if name not in mark.files and name not in UNLISTED and not name.startswith(f"{JOURNAL}/")
+    ]
 
 
 def _environment_problems(store: Path) -> list[Damage]:
     file = store / ENVIRONMENT
-    if not file.exists():
-        return []
     try:
-        unseal(file.read_bytes(), str(file))
+        read_environment(LocalPlace(store))
     except StoreError as error:
         reason = str(error).removeprefix(f"{file}: ")
         return [Damage(file=file, name=ENVIRONMENT, kind="damaged", reason=reason)]
@@ -131,7 +124,7 @@ class Locator:
 
     def intact(self, name: str) -> bool:
         """Whether a listed file is as it was committed."""
-        return _file_problem(self.store / name, self.mark.files[name], whole=True) is None
+        return file_problem(self.store / name, self.mark.files[name], whole=True) is None
 
     def spec(self, array: str) -> ArraySpec | None:
         """Geometry of an array, from its own metadata or the copy in the root; None where both are damaged."""
@@ -196,14 +189,13 @@ def image_places(offset: NDArray[np.int64], rows: Sequence[tuple[int, int]]) -> 
     return sorted(found)
 
 
-def _verify_journal(store: Path, *, deep: bool) -> list[Damage]:
-    try:
-        require_mark(store)
-    except StoreIncomplete:
-        plan = read_plan(store)
+def damaged_entries(plan: Plan, *, deep: bool) -> list[Damage]:
+    """Pieces of an unfinished build that are not as they were journaled."""
     names = [block_name(block.index) for block in plan.blocks] + [f"whole-{product}" for product in WHOLE]
-    folders = [journal_folder(store) / name for name in names]
-    return [damage for folder in folders if folder.exists() for damage in _entry_problems(store, folder, deep=deep)]
+    folders = [journal_folder(plan.store) / name for name in names]
+    return [
+        damage for folder in folders if folder.exists() for damage in _entry_problems(plan.store, folder, deep=deep)
+    ]
 
 
 def _entry_problems(store: Path, folder: Path, *, deep: bool) -> Iterator[Damage]:

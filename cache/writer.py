@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cache.checks import check_whole
 from cache.commit import Committer, Finisher, remove_journal
-from cache.durable import BuildLock, discard, disk_room, make_folders, require_room, writable, write_atomic
+from cache.durable import BuildLock, discard, disk_room, make_folders, read_bytes, require_room, writable, write_atomic
 from cache.forecast import room_to_commit, small_bytes
 from cache.journal import Entry, intact, journal_folder, little_endian, scratch_folder, set_aside, write_entry
 from cache.manifest import JSON, Manifest, canonical_json, seal
@@ -114,7 +114,7 @@ class StoreWriter:
     def _complete(cls, wanted: Plan, mark: CommitMark) -> Self:
         store = wanted.store
         file = store / MANIFEST
-        found = Manifest.from_json(_read(file), str(file))
+        found = Manifest.from_json(read_bytes(file), str(file))
         differences = found.differences(wanted.manifest)
         cure = another_folder(store, found, wanted.manifest)
         refuse(store, differences + geometry_differences({"embed_dim": mark.embed_dim}, wanted), cure=cure)
@@ -316,13 +316,6 @@ def _whole_numbers(values: ArrayLike, dtype: str) -> NDArray[Any]:
     if found.size and not np.array_equal(numbers, found):
         raise StoreError(f"images: ids, widths and heights must be whole numbers within {np.dtype(dtype).name}")
     return numbers
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error
 
 
 def _require_own(store: Path) -> None:

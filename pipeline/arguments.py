@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from cache.schema import StoreError
 from ezsd.data.records import AnnotationError
 from ezsd.metrics.results import ResultsError
 from ezsd.vocabulary import COCO_SPLIT, Split, VocabularyError, parse_classes, resolve
@@ -20,7 +21,7 @@ class ArgumentError(ValueError):
     """An argument, or a file that it names, is not what the command needs."""
 
 
-EARLY_ERRORS = (AnnotationError, ArgumentError, OSError, ResultsError, VocabularyError)
+EARLY_ERRORS = (AnnotationError, ArgumentError, OSError, ResultsError, StoreError, VocabularyError)
 """The user's errors that need no heavy import to be known; see `pipeline.command.USER_ERRORS` for all."""
 
 

@@ -7,13 +7,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from cache import Store, StoreError
-from cache.export import FORMATS, export
-from cache.transfer import pull, push
+from cache import Store
 from ezsd.kernels import BackendError
 from ezsd.teacher import TeacherError
 from pipeline.arguments import EARLY_ERRORS
@@ -30,7 +27,6 @@ USER_ERRORS = (
     DatasetError,
     FloatingPointError,
     RunError,
-    StoreError,
     TeacherError,
 )
 """Shown as one line; anything else is a bug."""
@@ -79,8 +75,7 @@ def train_config(cache: Path, preset: str | None, overrides: Sequence[str]) -> C
     """The configuration of a training: by default the preset that the store was built with."""
     store = Store(cache)
     if preset is None:
-        recorded = store.path / "environment.json"
-        preset = json.loads(recorded.read_text()).get("preset") if recorded.is_file() else None
+        preset = store.environment.get("preset")
     if preset is None:
         preset = str(dataset_inputs(store.manifest)["name"])
     return load_preset(preset, overrides)
@@ -91,19 +86,6 @@ def drawn(dataset: Dataset, root: Path | None) -> Dataset:
     if dataset.name == "shapes" and root is None and not dataset.root.exists():
         write_shapes(dataset.root)
     return dataset.require()
-
-
-def transfer_line(way: Literal["push", "pull"], source: str, target: str) -> str:
-    """Copy a store and say what was copied."""
-    files = push(source, target) if way == "push" else pull(source, target)
-    return f"{target}: complete already, nothing to do" if not files else f"{target}: complete ({files} files copied)"
-
-
-def export_store(store: str, out: Path, name: str) -> str:
-    """Export a store and say where it lies."""
-    if name not in FORMATS:
-        raise StoreError(f"--format {name}: expected {', '.join(FORMATS)}")
-    return f"{export(store, out, format=name)}: exported as {name}"
 
 
 def score_table(scores: Mapping[str, Mapping[str, float | None]]) -> str:

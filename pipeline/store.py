@@ -1,39 +1,18 @@
-"""What `ezsd cache` says about stores, and how it mends them."""
+"""What `ezsd cache` says about stores. Nothing here needs torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+from cache import Damage, RepairReport, StoreError, StoreInfo, collect, compare, info, list_stores, verify
+from cache.export import Format, export
+from cache.transfer import pull, push
 
-from cache import (
-    Block,
-    Damage,
-    Manifest,
-    RaggedRows,
-    RepairReport,
-    StoreError,
-    StoreInfo,
-    collect,
-    compare,
-    info,
-    list_stores,
-    repair,
-    verify,
-)
-from cache.repair import Whole
-from ezsd.adapt import restore
-from pipeline.build import BuildForecast, BuildReport, BuildRequest, adapted, embed_names, extract_job, read_annotations
-from pipeline.config import ConfigError, from_tables
-from pipeline.datasets import from_definition
-from pipeline.extract import block_rows, load_config_teacher
-from pipeline.provenance import describe
+if TYPE_CHECKING:
+    from pipeline.build import BuildForecast, BuildReport
 
 
 def build_lines(store: Path, report: BuildReport) -> list[str]:
@@ -109,16 +88,6 @@ def compare_lines(first: Path, second: Path) -> list[str]:
     ]
 
 
-def repair_store(path: Path, data_root: Path | None, *, weights: str | None, device: str) -> RepairReport:
-    """Repair a store, from its images if their folder is given.
-
-    Raises:
-        ConfigError: the store does not say how it was built.
-        StoreError: see `cache.repair`.
-    """
-    return repair(path, None if data_root is None else _source(path, data_root, weights=weights, device=device))
-
-
 def repair_lines(path: Path, report: RepairReport) -> list[str]:
     """What a repair did; the last line says how the store is now."""
     lines = [f"repaired {name}" for name in report.repaired]
@@ -132,63 +101,12 @@ def _left(damage: Damage) -> str:
     return f"not repaired {damage}"
 
 
-def _source(path: Path, data_root: Path, *, weights: str | None, device: str) -> _Images:
-    recorded = _environment(path)
-    if "config" not in recorded:
-        raise ConfigError(f"{path}: environment.json does not say how it was built; build it anew in another folder")
-    config = from_tables(recorded["config"], where=str(path / "environment.json"))
-    if weights is not None:
-        config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=weights))
-    dataset = from_definition(recorded["dataset"], data_root).require()
-    return _Images(BuildRequest(dataset=dataset, config=config, out=path, limit=recorded["limit"], device=device))
+def transfer_line(way: Literal["push", "pull"], source: str, target: str) -> str:
+    """Copy a store and say what was copied."""
+    files = push(source, target) if way == "push" else pull(source, target)
+    return f"{target}: complete already, nothing to do" if not files else f"{target}: complete ({files} files copied)"
 
 
-def _environment(path: Path) -> dict[str, Any]:
-    file = path / "environment.json"
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read ({error}); it says how the store was built") from error
-    return found
-
-
-class _Images:
-    """The images of a store and what computes its rows: `cache.RowSource`."""
-
-    def __init__(self, request: BuildRequest) -> None:
-        self._request = request
-        self._annotations = read_annotations(request)
-        self._teacher = load_config_teacher(request.config, request.device)
-
-    @cached_property
-    def manifest(self) -> Manifest:
-        """What the store is made from."""
-        request = self._request
-        return describe(request.dataset, self._annotations, request.config, self._teacher.fingerprint())
-
-    @property
-    def images(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
-        """Ids, widths, heights."""
-        images = self._annotations.images
-        return (
-            np.array([image.id for image in images], np.int64),
-            np.array([image.width for image in images], np.int32),
-            np.array([image.height for image in images], np.int32),
-        )
-
-    def whole(self, product: str, wholes: Mapping[str, Whole]) -> NDArray[np.float32]:
-        """The teacher's values, or the text rows."""
-        teacher = load_config_teacher(self._request.config, self._request.device)
-        if product == "teacher" or "teacher" not in wholes:
-            values, _ = adapted(self._request, teacher, self._annotations)
-            if product == "teacher":
-                return values
-        else:
-            values, attributes = wholes["teacher"]
-            restore(teacher.layer_norms(), values, attributes["parameters"])
-        return embed_names(teacher, self._request.dataset.split.names)
-
-    def rows(self, block: Block, wholes: Mapping[str, Whole]) -> Mapping[str, RaggedRows]:
-        """All rows of a slice of the images."""
-        (values, attributes), (text, _) = wholes["teacher"], wholes["text"]
-        return block_rows(extract_job(self._request, attributes["parameters"], values, text), block)
+def export_line(store: str, out: Path, name: Format) -> str:
+    """Export a store and say where it lies."""
+    return f"{export(store, out, format=name)}: exported as {name}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -290,8 +289,7 @@ def build_detector(
 def store_dataset(store: Store, data_root: Path | None) -> Dataset:
     """The dataset a store was built from, where it lies now."""
     fields = dataset_inputs(store.manifest)
-    recorded = store.path / "environment.json"
-    environment = json.loads(recorded.read_text()) if recorded.is_file() else {}
+    environment = store.environment
     if data_root is None:
         if "data_root" not in environment:
             raise DatasetError(f"{store.path}: does not say where its images lie; give --data-root DIR")
@@ -372,8 +370,7 @@ def _resume(run: Run, trainer: Trainer) -> int:
 
 def _environment(store: Store, dataset: Dataset, device: str) -> dict[str, object]:
     """Where things lie and what ran: recorded, never compared."""
-    recorded = store.path / "environment.json"
-    built = json.loads(recorded.read_text()) if recorded.is_file() else {}
+    built = store.environment
     return {
         "data_root": str(dataset.root.absolute()),
         "dataset": dataset.definition(),

@@ -60,8 +60,8 @@ def test_help_loads_neither_torch_nor_zarr():
         (["cache", "info", "nowhere"], ["nowhere"]),
         (["cache", "ls", "nowhere"], ["nowhere", "no folder"]),
         (["cache", "verify", "nowhere"], ["nowhere", "is not a store"]),
-        (["cache", "repair", "nowhere"], ["nowhere", "nothing to repair"]),
-        (["cache", "gc", "nowhere"], ["nowhere", "no store is being built"]),
+        (["cache", "repair", "nowhere"], ["nowhere", "is not a store"]),
+        (["cache", "gc", "nowhere"], ["nowhere", "is not a store"]),
         (["cache", "diff", "nowhere", "elsewhere"], ["nowhere", "is not a store"]),
         (["cache", "build", "--dataset", "shapes", "--set", "build.embedding=int4"], ["int4", "float16, int8"]),
         (["train", "--cache", "nowhere"], ["nowhere"]),
@@ -103,6 +103,27 @@ except SystemExit as end:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout == "2 False\n"
+
+
+STORES = {"info": ["cache/whole"], "ls": ["cache"], "verify": ["cache/whole", "--deep"]}
+
+
+@pytest.mark.parametrize("command", STORES)
+def test_looking_at_stores_loads_no_torch(command, shapes_store, tmp_path):
+    shutil.copytree(shapes_store, tmp_path / "cache/whole")
+    code = """if True:
+    import sys, cli
+    sys.argv = ["ezsd", "cache", *sys.argv[1:]]
+    try:
+        cli.main()
+    except SystemExit as end:
+        print(end.code or 0, "torch" in sys.modules)
+    """
+    for arguments, exit_code in ((STORES[command], 0), (["nowhere"], 2)):
+        words = [sys.executable, "-c", code, command, *arguments]
+        here = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=here, check=True)
+        assert done.stdout.splitlines()[-1] == f"{exit_code} False", done.stderr
 
 
 def test_a_gpu_that_is_not_there_is_refused(tmp_path):

@@ -138,6 +138,33 @@ def build(path, *, arrange=list, rows=block_rows, **changes):
     return Path(path)
 
 
+class Images:
+    """What `repair` asks for, from the synthetic images; `most` rows each, further arguments are the manifest's."""
+
+    def __init__(self, *, most=150, **changes):
+        self.manifest = manifest(**changes)
+        self.images = tuple(np.array(values) for values in (IDS, WIDTHS, HEIGHTS))
+        self.asked = []
+        self._most = most
+
+    def whole(self, product, wholes):
+        return next(iter(WHOLES[product][0].values()))
+
+    def rows(self, block, wholes):
+        assert set(wholes) == {"teacher", "text"}
+        self.asked.append((block.start, block.stop))
+        return block_rows(block, most=self._most)
+
+
+def flip(file, bit):
+    """Turn one bit of a file over."""
+    with file.open("r+b") as opened:
+        opened.seek(bit // 8)
+        byte = opened.read(1)[0]
+        opened.seek(bit // 8)
+        opened.write(bytes([byte ^ 1 << bit % 8]))
+
+
 def contents(path):
     """Digest of every file that must be equal in equal stores."""
     return {

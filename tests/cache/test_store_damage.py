@@ -1,23 +1,19 @@
 """Damage is found and named, and never read as data."""
 
 import random
+import re
 import shutil
 
 import numpy as np
 import pytest
 import storekit
+from storekit import flip
 
-from cache import Store, StoreError, StoreIncomplete, info, verify, write_block
+from cache import Store, StoreError, StoreIncomplete, info, list_stores, verify, write_block
 from cache.mark import read_mark
 
 REASON = "its bytes are not those that were committed (sha256 differs)"
 SHARD = "regions/embedding/c/0/0"
-
-
-def flip(file, bit):
-    data = bytearray(file.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(data)
 
 
 def test_an_intact_store_has_no_problems(finished):
@@ -63,6 +59,28 @@ def test_a_flipped_bit_in_the_commit_mark_is_found(copy):
             with pytest.raises(StoreError, match="COMMIT.json|store format"):
                 door(copy)
         flip(copy / "COMMIT.json", bit)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("zarr.json", b'"rows"'), ("zarr.json", b'"ezsd_store"'), ("manifest.json", b'"images_sha256"')]
+)
+def test_a_flipped_bit_in_a_key_that_describes_the_store_is_one_clear_line(copy, name, key):
+    file = copy / name
+    flip(file, 8 * (file.read_bytes().index(key) + 2) + 1)
+    with pytest.raises(StoreError, match=f"{name}: {re.escape(REASON)}; the store is damaged: `ezsd cache repair"):
+        info(copy)
+    assert name in str(list_stores(copy.parent)[copy])
+
+
+@pytest.mark.parametrize("key", [b'"shape"', b'"data_type"', b'"codecs"', b'"zarr_format"', b'"node_type"'])
+def test_a_flipped_bit_in_a_key_of_an_array_is_one_clear_line_for_a_reader(copy, key):
+    file = copy / "regions/embedding/zarr.json"
+    flip(file, 8 * (file.read_bytes().index(key) + 2) + 1)
+    store = Store(copy)
+    with pytest.raises(
+        StoreError, match="regions/embedding/zarr.json: does not describe an array .*the store is damaged"
+    ):
+        store.regions[3]
 
 
 def test_swapped_shards_and_foreign_files_are_found(copy):

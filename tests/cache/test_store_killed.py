@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import storekit
 
-from cache import FAILPOINTS, Store, StoreError, StoreIncomplete, verify, write_block
+from cache import Store, StoreError, StoreIncomplete, verify, write_block
+from cache.durable import FAILPOINTS
 
 ROOT = Path(__file__).resolve().parents[2]
 LATER = ["block.after_rename:3", "shard.half_written:4", "shard.after_rename:5", "metadata.before_rename:30"]

@@ -38,20 +38,6 @@ class Killed(BaseException):
     """Stands for a process that ends where it is."""
 
 
-class Images:
-    """The synthetic images, for repairs."""
-
-    def __init__(self, embedding):
-        self.manifest = storekit.manifest(embedding=embedding)
-        self.images = tuple(np.array(values) for values in (storekit.IDS, storekit.WIDTHS, storekit.HEIGHTS))
-
-    def whole(self, product, wholes):
-        return next(iter(storekit.WHOLES[product][0].values()))
-
-    def rows(self, block, wholes):
-        return storekit.block_rows(block, most=12)
-
-
 class StoreMachine(RuleBasedStateMachine):
     """The model: which blocks are journaled, whether all is committed, and which file is damaged."""
 
@@ -114,7 +100,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.complete and self.hurt is not None)
     @rule()
     def repair_from_images(self):
-        report = repair(self.path, Images(self.embedding))
+        report = repair(self.path, storekit.Images(most=12, embedding=self.embedding))
         assert report.repaired == (self.hurt,)
         assert report.left == ()
         self.hurt, self.marked = None, False

@@ -13,6 +13,7 @@ import pytest
 import storekit
 import zarr
 from readkit import digest, load
+from storekit import flip
 
 from cache import Store, StoreError, StoreKeyError
 from cache.arrays import ZarrArray, all_finite
@@ -237,6 +238,16 @@ def test_a_hint_reaches_the_kernel_for_long_ranges_and_changes_nothing(finished,
     assert [(start, length) for _, start, length in hints] == [(0, 640), (3 * 4096, 4096), (0, 256)]
 
 
+@pytest.mark.parametrize("missing", ["preadv", "RWF_NOWAIT"])
+def test_a_system_that_cannot_say_what_is_in_memory_hints_at_every_range(finished, monkeypatch, missing):
+    expected = Store(finished).regions.batch(storekit.IDS).rows
+    monkeypatch.delattr(os, missing)
+    monkeypatch.setattr("cache.direct._HINTED", 0)
+    store = Store(finished)
+    same_record(store.regions.batch(storekit.IDS).rows, expected)
+    assert not array_of(store, "regions/embedding")._in_memory(0, 0)
+
+
 def test_whether_rows_are_in_memory_is_asked_of_the_system(copy):
     array = open_mapped(copy / "regions/embedding")
     array.read(0, 256).sum()
@@ -323,12 +334,6 @@ def test_the_quick_look_at_float16_is_exact():
 
 
 # Full verification
-
-
-def flip(file, byte):
-    data = bytearray(file.read_bytes())
-    data[byte] ^= 1
-    file.write_bytes(data)
 
 
 def test_a_fully_verified_store_reads_the_same(finished):

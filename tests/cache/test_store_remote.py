@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import storekit
 
-from cache import Store, StoreError, StoreIncomplete, StoreKeyError, verify
+from cache import Store, StoreError, StoreIncomplete, StoreKeyError, collect, info, list_stores, repair, verify
 from cache.transfer import pull, push
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +160,17 @@ def test_a_killed_pull_is_refused_and_gone_on_with(finished, tmp_path, point):
     assert done >= (6 if point == "pull.after_rename:7" else 0)
     assert storekit.contents(copy) == storekit.contents(finished)
     assert verify(copy) == []
+
+
+def test_a_half_pulled_folder_is_named_as_such_by_every_command(finished, tmp_path):
+    copy, said = tmp_path / "copy", "copy: not all files were copied here; run the same `ezsd cache pull` again"
+    killed("pull", finished.as_uri(), str(copy), "pull.after_rename:7")
+    before = storekit.contents(copy)
+    for command in (Store, info, verify, collect, repair):
+        with pytest.raises(StoreIncomplete, match=said):
+            command(copy)
+    assert said in str(list_stores(tmp_path)[copy])
+    assert storekit.contents(copy) == before
 
 
 def test_a_pull_killed_just_before_its_mark_needs_no_file_again(finished, tmp_path):

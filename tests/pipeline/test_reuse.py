@@ -9,7 +9,8 @@ import pytest
 import pipeline.build
 from cache import Store, StoreMismatch, compare, repair, verify
 from pipeline.build import BuildRequest, build_cache, forecast_build
-from pipeline.store import repair_lines, repair_store
+from pipeline.repair import repair_store
+from pipeline.store import repair_lines
 
 
 def files(store):

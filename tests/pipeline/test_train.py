@@ -17,8 +17,10 @@ import pytest
 import torch
 
 import pipeline.train
-from cache import Store, StoreIncomplete
+from cache import Store, StoreError, StoreIncomplete
+from cache.manifest import seal, unseal
 from ezsd.data.shapes import SHAPES_SPLIT
+from pipeline.command import train_config
 from pipeline.config import ConfigError
 from pipeline.datasets import DatasetError
 from pipeline.evaluate import evaluate_run
@@ -168,10 +170,24 @@ def test_an_unfinished_store_is_refused(shapes_store, quick_config, tmp_path):
 def test_a_missing_data_root_is_named(shapes_store, quick_config, tmp_path):
     moved = tmp_path / "store"
     shutil.copytree(shapes_store, moved)
-    environment = json.loads((moved / "environment.json").read_text())
-    (moved / "environment.json").write_text(json.dumps(environment | {"data_root": "/gone/away"}))
+    file = moved / "environment.json"
+    file.write_bytes(seal(unseal(file.read_bytes(), str(file)) | {"data_root": "/gone/away"}))
     with pytest.raises(ValueError, match="/gone/away.*--data-root"):
         train(TrainRequest(cache=moved, run=tmp_path / "run", config=quick_config))
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"data_root":"elsewhere"}'])
+def test_a_damaged_record_of_the_build_is_one_clear_line(shapes_store, quick_config, tmp_path, damage):
+    hurt = tmp_path / "store"
+    shutil.copytree(shapes_store, hurt)
+    (hurt / "environment.json").write_bytes(damage)
+    for start in (
+        lambda: train_config(hurt, None, []),
+        lambda: train(TrainRequest(cache=hurt, run=tmp_path / "run", config=quick_config)),
+    ):
+        with pytest.raises(StoreError, match=r"environment\.json: .*nothing but this record is lost"):
+            start()
+    assert not (tmp_path / "run").exists()
 
 
 def test_backbone_weights_that_run_code_are_refused(shapes_store, with_settings, tmp_path):

@@ -1,0 +1,84 @@
+"""What computes a damaged store's rows again: its images and its teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache import Block, Manifest, RaggedRows, RepairReport, repair
+from cache.place import find_place, read_environment
+from cache.repair import Whole
+from ezsd.adapt import restore
+from pipeline.build import BuildRequest, adapted, embed_names, extract_job, read_annotations
+from pipeline.config import ConfigError, from_tables
+from pipeline.datasets import from_definition
+from pipeline.extract import block_rows, load_config_teacher
+from pipeline.provenance import describe
+
+
+def repair_store(path: Path, data_root: Path | None, *, weights: str | None, device: str) -> RepairReport:
+    """Repair a store, from its images if their folder is given.
+
+    Raises:
+        ConfigError: the store does not say how it was built.
+        StoreError: see `cache.repair`.
+    """
+    return repair(path, None if data_root is None else _source(path, data_root, weights=weights, device=device))
+
+
+def _source(path: Path, data_root: Path, *, weights: str | None, device: str) -> _Images:
+    recorded = read_environment(find_place(path))
+    if "config" not in recorded:
+        raise ConfigError(f"{path}: environment.json does not say how it was built; build it anew in another folder")
+    config = from_tables(recorded["config"], where=str(path / "environment.json"))
+    if weights is not None:
+        config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=weights))
+    dataset = from_definition(recorded["dataset"], data_root).require()
+    return _Images(BuildRequest(dataset=dataset, config=config, out=path, limit=recorded["limit"], device=device))
+
+
+class _Images:
+    """The images of a store and what computes its rows: `cache.RowSource`."""
+
+    def __init__(self, request: BuildRequest) -> None:
+        self._request = request
+        self._annotations = read_annotations(request)
+        self._teacher = load_config_teacher(request.config, request.device)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What the store is made from."""
+        request = self._request
+        return describe(request.dataset, self._annotations, request.config, self._teacher.fingerprint())
+
+    @property
+    def images(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+        """Ids, widths, heights."""
+        images = self._annotations.images
+        return (
+            np.array([image.id for image in images], np.int64),
+            np.array([image.width for image in images], np.int32),
+            np.array([image.height for image in images], np.int32),
+        )
+
+    def whole(self, product: str, wholes: Mapping[str, Whole]) -> NDArray[np.float32]:
+        """The teacher's values, or the text rows."""
+        teacher = load_config_teacher(self._request.config, self._request.device)
+        if product == "teacher" or "teacher" not in wholes:
+            values, _ = adapted(self._request, teacher, self._annotations)
+            if product == "teacher":
+                return values
+        else:
+            values, attributes = wholes["teacher"]
+            restore(teacher.layer_norms(), values, attributes["parameters"])
+        return embed_names(teacher, self._request.dataset.split.names)
+
+    def rows(self, block: Block, wholes: Mapping[str, Whole]) -> Mapping[str, RaggedRows]:
+        """All rows of a slice of the images."""
+        (values, attributes), (text, _) = wholes["teacher"], wholes["text"]
+        return block_rows(extract_job(self._request, attributes["parameters"], values, text), block)
