@@ -36,7 +36,7 @@ from pipeline.provenance import dataset_inputs
 from pipeline.runs import Run, RunError, restore_optimiser
 from pipeline.step import AverageWeights, Objective, Trainer, build_optimiser, peak_rate
 from pipeline.stop import StopSignal
-from pipeline.validate import Validation
+from pipeline.validate import Validation, require_validation
 
 log = logging.getLogger("ezsd")
 
@@ -72,6 +72,8 @@ def train(request: TrainRequest) -> Run:
         _check_processes(request.config.train, processes)
         store = Store(request.cache)
         dataset = store_dataset(store, request.data_root)
+        if processes.first:
+            require_validation(dataset, request.config.train)
         samples = training_samples(store, dataset, request.config.train)
         detector, card = _begin(request, store, dataset)
         tables = _tables(store)
