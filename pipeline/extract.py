@@ -184,7 +184,7 @@ class _View:
     def pixels(self) -> Tensor:
         """(3, H, W) uint8, where the teacher is."""
         folder = self.worker.dataset.root / self.worker.dataset.train_images
-        pixels = read_dataset_image(folder, self.record.file_name, self.record.width, self.record.height)
+        pixels = read_dataset_image(folder, self.record)
         return pixels.to(getattr(self.worker.teacher, "device", "cpu"))
 
 

@@ -21,9 +21,9 @@ from cache import Store, StoreIncomplete
 from ezsd.data.annotations import AnnotationError
 from ezsd.data.shapes import SHAPES_SPLIT
 from pipeline.config import ConfigError
-from pipeline.datasets import DatasetError
 from pipeline.evaluate import evaluate_run
 from pipeline.figures import at_limit, headline
+from pipeline.images import ImageError
 from pipeline.runs import Run, RunError
 from pipeline.step import learning_rate
 from pipeline.train import TrainRequest, train
@@ -382,7 +382,7 @@ def test_an_unreadable_image_is_named_by_the_reader_in_one_line(shapes_store, sh
     for image in (root / "train").iterdir():
         image.write_bytes(image.read_bytes()[:60])
     config = with_settings(train={"loader_workers": 1})
-    with pytest.raises(DatasetError, match=r"data/train/\S+: (is no image|cannot be read)") as caught:
+    with pytest.raises(ImageError, match=r"data/train/\S+: (is no image|cannot be read)") as caught:
         train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config, data_root=root))
     assert "\n" not in str(caught.value)
     assert readers() == set(), "a reader that lives on keeps the program from ending"
