@@ -40,8 +40,7 @@ class CropSource:
         label = torch.from_numpy(self.annotations.class_index[rows].astype(np.int64))
         if position in self._memo:
             return self._memo[position], label
-        record = self.annotations.images[position]
-        pixels = read_dataset_image(self.root, record.file_name, record.width, record.height)
+        pixels = read_dataset_image(self.root, self.annotations.images[position])
         boxes = torch.from_numpy(self.annotations.box[rows])
         crops = crop_boxes(pixels, boxes, size=self.size, ratio=self.ratio, surround=self.surround)
         if self._memo_bytes + crops.numel() <= _MEMO_BYTES:

@@ -7,12 +7,13 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cache.schema import StoreError
 from ezsd.data.records import AnnotationError
 from ezsd.metrics.results import ResultsError
 from ezsd.vocabulary import COCO_SPLIT, Split, VocabularyError, parse_classes, resolve
+from pipeline.images import ImageError, opened_image
 
 __all__ = ["parse_classes"]
 
@@ -21,7 +22,7 @@ class ArgumentError(ValueError):
     """An argument, or a file that it names, is not what the command needs."""
 
 
-EARLY_ERRORS = (AnnotationError, ArgumentError, OSError, ResultsError, StoreError, VocabularyError)
+EARLY_ERRORS = (AnnotationError, ArgumentError, ImageError, OSError, ResultsError, StoreError, VocabularyError)
 """The user's errors that need no heavy import to be known; see `pipeline.command.USER_ERRORS` for all."""
 
 
@@ -61,20 +62,15 @@ def find_images(places: Sequence[Path]) -> list[Path]:
     """The image files among files and folders, those of a folder by name; each is opened, none is decoded.
 
     Raises:
-        ArgumentError: a file is missing or no image, or a folder holds no file with an image's ending.
+        ImageError: a file is missing or no image.
+        ArgumentError: a folder holds no file with an image's ending.
     """
     images: list[Path] = []
     for place in places:
         images += _folder_images(place) if place.is_dir() else [place]
     for image in images:
-        try:
-            with Image.open(image):
-                pass
-        except FileNotFoundError:
-            raise ArgumentError(f"{image}: no such image") from None
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            reason = "is no image" if isinstance(error, UnidentifiedImageError) else f"cannot be read: {error}"
-            raise ArgumentError(f"{image}: {reason}") from error
+        with opened_image(image):
+            pass
     return images
 
 

@@ -16,7 +16,7 @@ import torch
 from ezsd.data.dataset import DetectionDataset, collate, epoch_order
 from ezsd.detector.model import Batch
 from pipeline.config import ConfigError, TrainConfig
-from pipeline.datasets import DatasetError
+from pipeline.images import ImageError
 from pipeline.processes import Processes
 
 Key = tuple[int, int]
@@ -34,7 +34,7 @@ def load_batches(
 
     Raises:
         ConfigError: the images of a step cannot be shared out evenly.
-        DatasetError: an image cannot be read.
+        ImageError: an image cannot be read.
     """
     processes = processes or Processes()
     parts = config.accumulate * processes.count
@@ -95,5 +95,5 @@ def _next(batches: Iterator[Batch]) -> Batch:
     except (ValueError, OSError) as error:
         # A reader's error arrives with the whole traceback in its message.
         if "Original Traceback" in str(error):
-            raise DatasetError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+            raise ImageError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
         raise

@@ -12,13 +12,13 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ezsd.data.annotations import AnnotationError, resolve_image_path, unknown_names
 from ezsd.data.records import clip_boxes
 from ezsd.data.table import Table, annotation_faults, category_faults, image_faults, read_table
 from ezsd.vocabulary import Split
-from pipeline.datasets import Dataset, DatasetError, read_image
+from pipeline.datasets import Dataset, read_image
+from pipeline.images import ImageError, opened_image
 from pipeline.progress import Progress
 
 # Reading is waiting, mostly for a disk or a network.
@@ -171,7 +171,7 @@ def _image_problem(folder: Path, decode: bool, entry: tuple[int, str, int, int])
     try:
         path = resolve_image_path(folder, file_name)
         size = _decoded_size(path) if decode else _stated_size(path)
-    except (AnnotationError, DatasetError) as error:
+    except (AnnotationError, ImageError) as error:
         return f"images[{position}].file_name: {error}"
     if width and height and size != (width, height):
         return (
@@ -182,13 +182,8 @@ def _image_problem(folder: Path, decode: bool, entry: tuple[int, str, int, int])
 
 
 def _stated_size(path: Path) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such image") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path}: is no image: {' '.join(str(error).split())}") from error
+    with opened_image(path) as image:
+        return image.size
 
 
 def _decoded_size(path: Path) -> tuple[int, int]:

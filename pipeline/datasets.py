@@ -13,12 +13,12 @@ from typing import cast
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ezsd.data.annotations import AnnotationError, resolve_image_path
+from ezsd.data.annotations import AnnotationError, ImageRecord, resolve_image_path
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.vocabulary import COCO_SPLIT, Split, clean_names, suggest
+from pipeline.images import opened_image
 from pipeline.parsed import Category, read_categories
 
 
@@ -252,23 +252,18 @@ def _is_names(value: object) -> bool:
 
 
 def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8 RGB. DatasetError when it is missing, truncated or no image."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such image") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        reason = "is no image" if isinstance(error, UnidentifiedImageError) else f"cannot be read: {error}"
-        raise DatasetError(f"{path}: {reason}") from error
+    """(3, H, W) uint8 RGB. ImageError when it is missing, truncated or no image."""
+    with opened_image(path) as image:
+        pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def read_dataset_image(root: Path, file_name: str, width: int, height: int) -> Tensor:
-    """Like `read_image`, for a file that annotations name: it must lie below root and have the stated size."""
-    path = resolve_image_path(root, file_name)
+def read_dataset_image(root: Path, record: ImageRecord) -> Tensor:
+    """Like `read_image`, for an image that annotations name: it must lie below root and have the stated size."""
+    path = resolve_image_path(root, record.file_name)
     pixels = read_image(path)
-    if tuple(pixels.shape[1:]) != (height, width):
-        found = f"{pixels.shape[2]} x {pixels.shape[1]}"
-        raise AnnotationError(f"{path}: the annotations say {width} x {height} pixels, the file has {found}")
+    _, height, width = pixels.shape
+    if (width, height) != (record.width, record.height):
+        stated = f"{record.width} x {record.height}"
+        raise AnnotationError(f"{path}: the annotations say {stated} pixels, the file has {width} x {height}")
     return pixels

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 
 from ezsd.vocabulary import VocabularyError
-from pipeline.arguments import ArgumentError
 from pipeline.draw import draw_boxes
+from pipeline.images import opened_image
 from pipeline.runs import Run
 from pipeline.trained import TrainedDetector, load_trained, run_teacher
 
@@ -83,13 +83,10 @@ def read_shown(path: Path) -> Tensor:
     """(3, H, W) uint8 RGB of an image turned as viewers show it, by its EXIF orientation.
 
     Raises:
-        ArgumentError: it is damaged.
+        ImageError: it is damaged.
     """
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ArgumentError(f"{path}: cannot be read: {error}") from error
+    with opened_image(path) as image:
+        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -58,7 +58,7 @@ def detect_split(
     parts: list[tuple[Floats, Floats, Integers]] = []
     with Progress(stage, len(annotations.images), unit="image") as progress:
         for records in _chunks(annotations.images, BATCH_IMAGES):
-            images = [read_dataset_image(root, r.file_name, r.width, r.height) for r in records]
+            images = [read_dataset_image(root, record) for record in records]
             for record, found in zip(records, trained.find(images, text, keep=KEEP), strict=True):
                 ids.append(np.full(len(found[0]), record.id, np.int64))
                 parts.append(found)

@@ -8,7 +8,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -162,7 +162,6 @@ class _View:
 
     def __init__(self, worker: _Worker, record: ImageRecord) -> None:
         self.worker, self.record = worker, record
-        self._pixels: Tensor | None = None
 
     def encode(self, boxes: Tensor) -> Tensor:
         """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4).
@@ -170,19 +169,23 @@ class _View:
         Batches never cross an image, and short ones are filled up: a matrix product of few rows adds in another order.
         An embedding then depends on its box alone, whatever is encoded beside it.
         """
-        if self._pixels is None:
-            folder = self.worker.dataset.root / self.worker.dataset.train_images
-            pixels = read_dataset_image(folder, self.record.file_name, self.record.width, self.record.height)
-            self._pixels = pixels.to(getattr(self.worker.teacher, "device", "cpu"))
-        size, config = self.worker.teacher.input_size, self.worker.config
-        parts = [torch.zeros(0, self.worker.teacher.embed_dim)]
-        for chunk in boxes.split(config.build.batch) if len(boxes) else ():
+        teacher, config = self.worker.teacher, self.worker.config
+        if not len(boxes):
+            return torch.zeros(0, teacher.embed_dim)
+        size, ratio, surround = teacher.input_size, config.proposals.crop_ratio, config.proposals.surround
+        parts = []
+        for chunk in boxes.split(config.build.batch):
             filled = torch.cat([chunk, chunk[:1].expand(max(0, _SHORT - len(chunk)), 4)])
-            crops = crop_boxes(
-                self._pixels, filled, size=size, ratio=config.proposals.crop_ratio, surround=config.proposals.surround
-            )
-            parts.append(self.worker.teacher.encode_image(crops.float() / 255).float().cpu()[: len(chunk)])
+            crops = crop_boxes(self.pixels, filled, size=size, ratio=ratio, surround=surround)
+            parts.append(teacher.encode_image(crops.float() / 255).float().cpu()[: len(chunk)])
         return torch.cat(parts)
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """(3, H, W) uint8, where the teacher is."""
+        folder = self.worker.dataset.root / self.worker.dataset.train_images
+        pixels = read_dataset_image(folder, self.record)
+        return pixels.to(getattr(self.worker.teacher, "device", "cpu"))
 
 
 def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:

@@ -55,7 +55,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
     }
     products = {name: Origin(VERSIONS[name], as_json(table), needs.get(name, ())) for name, table in inputs.items()}
     images = annotations.images
-    listed = images_digest([i.id for i in images], [i.width for i in images], [i.height for i in images])
+    listed = images_digest(images.id, images.width, images.height)
     return Manifest(products, listed, config.build.embedding)
 
 

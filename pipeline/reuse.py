@@ -82,8 +82,4 @@ class ReusedRows:
 
     def _columns(self, product: str, image_id: int) -> Columns:
         rows = getattr(self._store, product)[image_id]
-        columns = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
-        if "embedding" in columns:
-            # An int8 store gives float32; rounded again, it becomes the same whole numbers.
-            columns["embedding"] = columns["embedding"].astype(np.float16)
-        return columns
+        return {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}

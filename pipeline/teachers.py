@@ -79,7 +79,7 @@ def _first_crops(config: Config, dataset: Dataset, annotations: Annotations, siz
     settings = config.proposals
     for position, record in enumerate(annotations.images[: config.build.block_images]):
         folder = dataset.root / dataset.train_images
-        pixels = read_dataset_image(folder, record.file_name, record.width, record.height)
+        pixels = read_dataset_image(folder, record)
         x, y = record.width, record.height
         halves = [(0, 0, x, y), (0, 0, x / 2, y / 2), (x / 2, 0, x, y / 2), (0, y / 2, x / 2, y), (x / 2, y / 2, x, y)]
         boxes = torch.cat([torch.tensor(halves), torch.from_numpy(annotations.box[annotations.rows(position)])])

@@ -13,29 +13,30 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cache import Store, StoreMismatch
+from cache import Store
+from ezsd.data.annotations import ImageTable
 from ezsd.data.augment import Augmentation
 from ezsd.data.dataset import DetectionDataset
 from ezsd.detector.backbone import build_backbone
 from ezsd.detector.model import Batch, Detector, DetectorSettings
 from ezsd.teacher import state_digest
 from pipeline.batches import Key, load_batches
-from pipeline.build import take_first
 from pipeline.config import Config, ConfigError, TrainConfig, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.metrics import MetricsLog
-from pipeline.parsed import training_annotations
 from pipeline.processes import Processes, join_processes, own_device
 from pipeline.progress import Progress
 from pipeline.provenance import dataset_inputs
 from pipeline.runs import Run, RunError, restore_optimiser
 from pipeline.step import AverageWeights, Objective, Trainer, build_optimiser, peak_rate
 from pipeline.stop import StopSignal
-from pipeline.validate import Validation
+from pipeline.stored import checked_annotations
+from pipeline.validate import Validation, require_validation
 
 log = logging.getLogger("ezsd")
 
@@ -71,6 +72,8 @@ def train(request: TrainRequest) -> Run:
         _check_processes(request.config.train, processes)
         store = Store(request.cache)
         dataset = store_dataset(store, request.data_root)
+        if processes.first:
+            require_validation(dataset, request.config.train)
         samples = training_samples(store, dataset, request.config.train)
         detector, card = _begin(request, store, dataset)
         tables = _tables(store)
@@ -124,10 +127,10 @@ def _tables(store: Store) -> dict[str, Tensor]:
 
 def training_samples(store: Store, dataset: Dataset, config: TrainConfig) -> DetectionDataset:
     """The samples of a store. StoreMismatch when the annotations are others than it was made from."""
-    file_names = _check_dataset(store, dataset)
+    images = checked_annotations(store, dataset).images
     return DetectionDataset(
         [int(i) for i in store.image_ids],
-        partial(_read_by_id, dataset.root / dataset.train_images, file_names),
+        partial(_read_by_id, dataset.root / dataset.train_images, images),
         store.ground_truth,
         store.regions,
         regions_per_image=config.regions,
@@ -307,28 +310,8 @@ def _require_training(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def _check_dataset(store: Store, dataset: Dataset) -> dict[int, tuple[str, int, int]]:
-    """Compare the annotations as they are now with those the store was made from; returns files and sizes by id."""
-    annotations = take_first(
-        training_annotations(dataset.root / dataset.train_annotations, dataset.split), len(store.image_ids)
-    )
-    fields = dataset_inputs(store.manifest)
-    digest = annotations.digest()
-    now = {"image_list_sha256": digest["images"], "base_boxes_sha256": digest["boxes"]}
-    changed = [
-        f"dataset.{key}: store has {fields[key]}, now {value}" for key, value in now.items() if fields[key] != value
-    ]
-    if changed:
-        raise StoreMismatch(
-            f"{store.path}: made from other annotations than {dataset.root / dataset.train_annotations}: "
-            f"{'; '.join(changed)}; build a new store, or give the --data-root it was made from"
-        )
-    return {image.id: (image.file_name, image.width, image.height) for image in annotations.images}
-
-
-def _read_by_id(root: Path, files: dict[int, tuple[str, int, int]], image_id: int) -> Tensor:
-    file_name, width, height = files[image_id]
-    return read_dataset_image(root, file_name, width, height)
+def _read_by_id(root: Path, images: ImageTable, image_id: int) -> Tensor:
+    return read_dataset_image(root, images[int(np.searchsorted(images.id, image_id))])
 
 
 def read_backbone(path: Path) -> dict[str, Tensor]:

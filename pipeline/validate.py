@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ezsd.metrics import evaluate
-from pipeline.config import Config
+from ezsd.metrics import evaluate, read_truth
+from pipeline.config import Config, TrainConfig
 from pipeline.datasets import Dataset
 from pipeline.metrics import MetricsLog
 from pipeline.parsed import evaluation_annotations
@@ -35,10 +35,9 @@ class Validation:
 
     @classmethod
     def of_run(cls, run: Run, trainer: Trainer, dataset: Dataset, config: Config, images: int) -> Validation:
-        """Ready for a run. DatasetError when it is asked for and the validation files are not there."""
+        """Ready for a run whose dataset `require_validation` has seen."""
         made = cls(run, trainer, dataset, config, images)
         if config.train.validate_every and trainer.processes.first:
-            dataset.require()
             cut_slice(dataset.root / dataset.val_annotations, run.folder / SLICE, config.train.validate_images)
         return made
 
@@ -83,14 +82,32 @@ class Validation:
         return {group: scores[group]["AP50"] for group in ("base", "novel", "all")}
 
 
+def require_validation(dataset: Dataset, config: TrainConfig) -> None:
+    """Read the validation annotations if they will be looked at: a fault would else show after the first epoch.
+
+    Raises:
+        DatasetError: files are missing.
+        AnnotationError: the annotations are not in order, or do not know a name of the split.
+    """
+    if config.validate_every:
+        dataset.require()
+        read_truth(dataset.root / dataset.val_annotations, dataset.split)
+
+
 def cut_slice(annotations: Path, out: Path, images: int) -> None:
-    """An annotation file of `images` images, evenly spread over the file's, by id."""
+    """An annotation file of `images` images, evenly spread over the file's, by id; `read_truth` has read it."""
     document = json.loads(annotations.read_bytes())
     ids = sorted(image["id"] for image in document["images"])
     kept = set(_spread(ids, images))
     document["images"] = [image for image in document["images"] if image["id"] in kept]
-    document["annotations"] = [one for one in document["annotations"] if one["image_id"] in kept]
+    document["annotations"] = [one for one in document["annotations"] if _belongs(one, kept)]
     write_text(out, json.dumps(document))
+
+
+def _belongs(annotation: Mapping[str, object], images: Set[int]) -> bool:
+    # Of annotations outside the split nothing but the class was checked.
+    image = annotation.get("image_id")
+    return isinstance(image, int) and image in images
 
 
 def _spread(ids: Sequence[int], count: int) -> list[int]:

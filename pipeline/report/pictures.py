@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cache import RegionRows, Store, StoreError, StoreMismatch
+from cache import RegionRows, StoreError
 from ezsd.data.annotations import AnnotationError, Annotations
-from pipeline.build import take_first
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image
 from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
-from pipeline.parsed import evaluation_annotations, training_annotations
-from pipeline.provenance import dataset_inputs
+from pipeline.images import ImageError
+from pipeline.parsed import evaluation_annotations
 from pipeline.report.facts import Facts, run_store
 from pipeline.report.html import Html, element, note, section
 from pipeline.runs import RunError
+from pipeline.stored import checked_annotations
 
 log = logging.getLogger("ezsd")
 
@@ -52,7 +52,7 @@ def pictures_section(title: str, lead: str, make: Callable[[], Html]) -> Html:
     """A gallery, or the reason why there is none."""
     try:
         body = make()
-    except (AnnotationError, DatasetError, RunError, StoreError, OSError) as error:
+    except (AnnotationError, DatasetError, ImageError, RunError, StoreError, OSError) as error:
         log.warning("report: no pictures: %s", error)
         body = note(f"No pictures: {error}")
     return section(title, lead, body)
@@ -65,7 +65,7 @@ def detection_gallery(main: Facts, dataset: Dataset, count: int) -> Html:
     figures = []
     for position in _choose(annotations, range(len(annotations.images)), main.novel, count):
         record = annotations.images[position]
-        pixels = read_dataset_image(dataset.root / dataset.val_images, record.file_name, record.width, record.height)
+        pixels = read_dataset_image(dataset.root / dataset.val_images, record)
         best = sorted(found.get(record.id, []), key=lambda one: -one["score"])[:SHOWN_DETECTIONS]
         xywh = np.array([one["bbox"] for one in best], np.float32).reshape(-1, 4)
         boxes = torch.from_numpy(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1))
@@ -91,14 +91,14 @@ def _detections_by_image(main: Facts) -> dict[int, list[dict[str, Any]]]:
 def region_gallery(main: Facts, dataset: Dataset, count: int) -> Html:
     """Ground truth beside the store's surest regions."""
     store = run_store(main)
-    _require_same_boxes(store, dataset)
+    checked_annotations(store, dataset)
     annotations = evaluation_annotations(dataset.root / dataset.train_annotations, dataset.split)
     regions, (table, _) = store.regions, store.text
-    positions = [position for position, record in enumerate(annotations.images) if record.id in regions]
+    positions = [position for position, image_id in enumerate(annotations.images.id.tolist()) if image_id in regions]
     figures = []
     for position in _choose(annotations, positions, main.novel, count):
         record = annotations.images[position]
-        pixels = read_dataset_image(dataset.root / dataset.train_images, record.file_name, record.width, record.height)
+        pixels = read_dataset_image(dataset.root / dataset.train_images, record)
         boxes, names = _best_regions(regions[record.id], table)
         proposed = _panel("teacher's regions", pixels, boxes, names, main.novel)
         figures.append(_figure(record.file_name, _truth_panel(pixels, annotations, position, main.novel), proposed))
@@ -109,13 +109,6 @@ def _best_regions(rows: RegionRows, table: Sequence[str]) -> tuple[Tensor, list[
     """Boxes (n, 4) of the surest regions, best first, and their guessed names."""
     order = np.argsort(-rows.score, kind="stable")[:SHOWN_REGIONS]
     return torch.from_numpy(rows.box[order]), [table[index] for index in rows.class_index[order]]
-
-
-def _require_same_boxes(store: Store, dataset: Dataset) -> None:
-    path = dataset.root / dataset.train_annotations
-    digest = take_first(training_annotations(path, dataset.split), len(store.image_ids)).digest()
-    if digest["boxes"] != dataset_inputs(store.manifest)["base_boxes_sha256"]:
-        raise StoreMismatch(f"{store.path}: made from other annotations than {path}; give the right --data-root")
 
 
 def _choose(annotations: Annotations, positions: Iterable[int], novel: frozenset[str], count: int) -> list[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import load_preset, preset_names, to_tables
+from pipeline.datasets import DATASETS
 from pipeline.provenance import built_settings
 from pipeline.report.facts import (
     Facts,
@@ -59,17 +60,17 @@ def _drawing(main: Facts, card: Mapping[str, Any]) -> list[str]:
 def _commands(facts: Sequence[Facts]) -> list[str]:
     """What makes this page again, from the images on."""
     main = facts[0]
-    dataset, store, root = str(main.card["dataset"]), _shown_place(main, "cache"), _shown_place(main, "data_root")
+    store, root = _shown_place(main, "cache"), _shown_place(main, "data_root")
     limit = store_environment(main).get("limit")
     built: dict[str, Mapping[str, object]] = {**built_settings(run_manifest(main.run))}
     if isinstance(main.environment.get("teacher"), dict):
         built["teacher"] = main.environment["teacher"]
-    build = ["ezsd", "cache", "build", "--dataset", dataset, "--data-root", root, "--out", store]
+    build = ["ezsd", "cache", "build", "--dataset", _asked_for(main), "--data-root", root, "--out", store]
     build += ["--limit", str(limit)] if limit else []
-    lines = [shell_command(*build, *_options(built, dataset))]
+    lines = [shell_command(*build, *_options(built))]
     for fact in facts:
         folder = shown_path(fact.run.folder)
-        options = _options(fact.card["config"], dataset)
+        options = _options(fact.card["config"])
         lines.append(shell_command("ezsd", "train", "--cache", _shown_place(fact, "cache"), "--run", folder, *options))
         lines.append(fact.command("eval", "--crops") if fact is main else fact.command("eval"))
     others = [word for fact in facts[1:] for word in ("--compare", shown_path(fact.run.folder))]
@@ -80,7 +81,13 @@ def _shown_place(fact: Facts, key: str) -> str:
     return shown_path(Path(str(fact.environment[key])))
 
 
-def _options(tables: Mapping[str, Mapping[str, object]], dataset: str) -> list[str]:
+def _asked_for(main: Facts) -> str:
+    """The dataset as `--dataset` has it; of one's own file the place is not recorded."""
+    name = str(main.card["dataset"])
+    return name if name in DATASETS else f"{name}.toml"
+
+
+def _options(tables: Mapping[str, Mapping[str, object]]) -> list[str]:
     """The nearest preset and the settings that differ from it, as command-line options."""
     wanted = flat_settings(tables)
     choices = {}
@@ -88,8 +95,8 @@ def _options(tables: Mapping[str, Mapping[str, object]], dataset: str) -> list[s
         preset = flat_settings(to_tables(load_preset(name)))
         # TOML knows no null; where a preset has a value and the run none, no option can say so.
         choices[name] = {k: v for k, v in wanted.items() if v is not None and v != preset.get(k)}
-    best = min(choices, key=lambda name: (len(choices[name]), name != dataset))
-    options = [] if best == dataset else ["--preset", best]
+    best = min(choices, key=lambda name: len(choices[name]))
+    options = ["--preset", best]
     for key, value in sorted(choices[best].items()):
         options += ["--set", f"{key}={json.dumps(value)}"]
     return options

@@ -8,6 +8,7 @@ from PIL import Image
 
 from pipeline.arguments import ArgumentError, find_images, picture_places
 from pipeline.detect import coco_document, detect_images, found_lines, read_shown
+from pipeline.images import ImageError
 
 ORIENTATION = 0x0112
 
@@ -79,7 +80,7 @@ def test_what_cannot_be_detected_or_drawn_is_refused_before_it_starts(turned, tm
         ([shown, tmp_path / "notes.png"], "notes.png: is no image"),
         ([tmp_path / "empty"], "no images in this folder"),
     ):
-        with pytest.raises(ArgumentError, match=words):
+        with pytest.raises((ArgumentError, ImageError), match=words):
             find_images(places)
     for images, out, alone, words in (
         ([shown], tmp_path / "drawn.txt", True, "no picture format"),
@@ -94,5 +95,21 @@ def test_what_cannot_be_detected_or_drawn_is_refused_before_it_starts(turned, tm
 def test_a_truncated_image_is_named(shapes_run, turned):
     shown, _ = turned
     shown.write_bytes(shown.read_bytes()[:200])
-    with pytest.raises(ArgumentError, match=r"shown.png: cannot be read"):
+    with pytest.raises(ImageError, match=r"shown.png: cannot be read"):
         detect(shapes_run, [shown])
+
+
+def test_a_damaged_table_of_exif_is_named(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "broken.png", exif=b"Exif\0\0MM no table")
+    with pytest.raises(ImageError, match=r"broken.png: cannot be read: not a TIFF"):
+        read_shown(tmp_path / "broken.png")
+
+
+def test_a_damaged_head_of_a_png_is_named(turned):
+    shown, _ = turned
+    content = bytearray(shown.read_bytes())
+    # The length of the first chunk.
+    content[11] = 3
+    shown.write_bytes(content)
+    with pytest.raises(ImageError, match=r"shown.png: "):
+        find_images([shown])

@@ -389,9 +389,24 @@ def test_the_commands_make_the_same_settings(untouched, page):
     trainings = [line for line in lines if line[1] == "train"]
     for line, run in zip(trainings, (untouched.run, untouched.plain), strict=True):
         settings = [line[i + 1] for i, word in enumerate(line) if word == "--set"]
-        assert to_tables(load_preset("shapes", settings)) == run.card["config"]
+        assert to_tables(load_preset(after(line, "--preset"), settings)) == run.card["config"]
     assert "proposals.regions=7" in lines[1]
     assert lines[0][-2:] == ["--seed", "9"]
+    assert after(lines[1], "--dataset") == "shapes"
+    assert after(lines[1], "--preset") == "shapes"
+
+
+def after(line, option):
+    """The value of an option on a command line."""
+    return line[line.index(option) + 1]
+
+
+def test_a_dataset_of_ones_own_is_asked_for_as_a_file(home):
+    for run in (home.run, home.plain):
+        write_json(run.folder / "run.json", run.card | {"dataset": "farm"})
+    lines = [shlex.split(line) for line in Page(report(home)).commands.splitlines()]
+    assert [line[1] for line in lines] == ["cache", "train", "eval", "train", "eval", "report"]
+    assert after(lines[0], "--dataset") == "farm.toml"
 
 
 def test_a_run_without_metrics_and_pictures_still_has_a_page(home):

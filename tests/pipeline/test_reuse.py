@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import pipeline.build
+import pipeline.extract
 from cache import Store, StoreMismatch, compare, repair, verify
 from pipeline.build import BuildRequest, build_cache, forecast_build
 from pipeline.repair import repair_store
@@ -72,6 +73,18 @@ def test_other_filters_choose_again_among_the_same_proposals(
     build(config, "fresh")
     assert files(tmp_path / "reusing") == files(tmp_path / "fresh")
     assert reencoded < sum(crops_seen)
+
+
+def test_no_image_is_read_of_which_nothing_is_encoded(build, with_settings, tmp_path, crops_seen, monkeypatch):
+    """Few regions are chosen where the earlier store kept every proposal that is clear of base boxes."""
+    every = {"drop_base_guesses": False, "regions": 1000}
+    build(with_settings(teacher={"background": None}, proposals=every), "every")
+    crops_seen.clear()
+    read, real = [], pipeline.extract.read_dataset_image
+    monkeypatch.setattr(pipeline.extract, "read_dataset_image", lambda *place: read.append(place) or real(*place))
+    few = with_settings(teacher={"background": None}, proposals=every | {"regions": 4})
+    assert build(few, "few", reuse=tmp_path / "every").computed == ("regions",)
+    assert (crops_seen, read) == ([], [])
 
 
 def test_smaller_embeddings_are_converted_and_nothing_is_encoded(

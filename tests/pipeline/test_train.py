@@ -19,12 +19,13 @@ import torch
 import pipeline.train
 from cache import Store, StoreError, StoreIncomplete
 from cache.manifest import seal, unseal
+from ezsd.data.annotations import AnnotationError
 from ezsd.data.shapes import SHAPES_SPLIT
 from pipeline.command import train_config
 from pipeline.config import ConfigError
-from pipeline.datasets import DatasetError
 from pipeline.evaluate import evaluate_run
 from pipeline.figures import at_limit, headline
+from pipeline.images import ImageError
 from pipeline.runs import Run, RunError
 from pipeline.step import learning_rate
 from pipeline.train import TrainRequest, train
@@ -255,6 +256,64 @@ def test_validation_while_training_changes_nothing_and_is_written_down(
     assert {one["image_id"] for one in cut["annotations"]} <= {image["id"] for image in cut["images"]}
 
 
+@pytest.fixture
+def own_validation(shapes_root, tmp_path):
+    """A copy of the dataset whose validation annotations are what a function makes of the good ones."""
+
+    def make(change):
+        root = shutil.copytree(shapes_root, tmp_path / "data")
+        path = root / "annotations/instances_val.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        return root
+
+    return make
+
+
+def renamed(document):
+    return document | {
+        "categories": [c | {"name": "rung"} if c["name"] == "ring" else c for c in document["categories"]]
+    }
+
+
+def without_a_box(document):
+    first, *others = document["annotations"]
+    return document | {"annotations": [{k: v for k, v in first.items() if k != "bbox"}, *others]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (renamed, r"instances_val.json: categories: expected an entry named 'ring'.*'rung'"),
+        (without_a_box, r"instances_val.json: annotations\[0\].bbox"),
+        (lambda document: document["images"], r"instances_val.json: .*expected an object"),
+    ],
+)
+def test_validation_that_cannot_be_is_refused_before_the_first_step(
+    change, words, own_validation, shapes_store, with_settings, tmp_path
+):
+    looking = with_settings(train={"validate_every": 1})
+    root = own_validation(change)
+    with pytest.raises(AnnotationError, match=words) as caught:
+        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=looking, data_root=root))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_annotations_outside_the_split_may_be_anything_in_a_validation_slice(
+    own_validation, shapes_store, with_settings, tmp_path
+):
+    def with_strange_ones(document):
+        document["categories"].append({"id": 999, "name": "tree"})
+        strange = {"id": 90001, "category_id": 999}
+        document["annotations"] += [strange, {**strange, "id": 90002, "image_id": []}]
+        return document
+
+    looking = with_settings(train={"validate_every": 1, "validate_images": 3, "steps": 3})
+    root = own_validation(with_strange_ones)
+    run = train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=looking, data_root=root))
+    assert len((run.folder / "validation.jsonl").read_text().splitlines()) == 1
+
+
 def test_the_papers_head_trains_and_detects(shapes_store, with_settings, tmp_path):
     paper = with_settings(model={"head": "paper", "tower_depth": 3, "box_hidden": 32}, train={"steps": 2})
     run = train(TrainRequest(cache=shapes_store, run=tmp_path / "paper", config=paper))
@@ -339,7 +398,7 @@ def test_an_unreadable_image_is_named_by_the_reader_in_one_line(shapes_store, sh
     for image in (root / "train").iterdir():
         image.write_bytes(image.read_bytes()[:60])
     config = with_settings(train={"loader_workers": 1})
-    with pytest.raises(DatasetError, match=r"data/train/\S+: (is no image|cannot be read)") as caught:
+    with pytest.raises(ImageError, match=r"data/train/\S+: (is no image|cannot be read)") as caught:
         train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config, data_root=root))
     assert "\n" not in str(caught.value)
     assert readers() == set(), "a reader that lives on keeps the program from ending"
