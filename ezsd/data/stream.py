@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,18 @@ _DECODER = json.JSONDecoder()
 # The longest literal is -Infinity, the longest escape a pair of \uXXXX: what stops further from
 # the window's end than this is an error and no cut.
 _CUT = 16
+
+
+def is_finite(value: object) -> bool:
+    """Whether a JSON value is a number that a float64 can hold."""
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) is not int:
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond 1e308
+        return False
 
 
 class JsonError(ValueError):

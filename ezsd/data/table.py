@@ -7,7 +7,6 @@ place and stands as a zero in its column; nothing is raised before the whole fil
 
 from __future__ import annotations
 
-import math
 import reprlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ezsd.data.records import AnnotationError, unfit
-from ezsd.data.stream import FILE_CURE, JsonError, JsonReader, open_json
+from ezsd.data.stream import FILE_CURE, JsonError, JsonReader, is_finite, open_json
 
 Section = Literal["images", "annotations", "categories"]
 SECTIONS: tuple[Section, ...] = ("images", "categories", "annotations")
@@ -220,7 +219,7 @@ class _Entry:
     def box(self, key: str) -> tuple[float, float, float, float]:
         """Four finite numbers."""
         value = self.values.get(key)
-        if isinstance(value, list) and len(value) == 4 and all(map(_is_finite, value)):
+        if isinstance(value, list) and len(value) == 4 and all(map(is_finite, value)):
             left, top, width, height = value
             return float(left), float(top), float(width), float(height)
         self._wrong(key, "four finite numbers: left, top, width, height", "Correct or remove the annotation.")
@@ -250,18 +249,6 @@ def _read_annotation(table: Table, entry: _Entry) -> None:
     columns.image_id.append(entry.integer("image_id"))
     columns.xywh.extend(entry.box("bbox"))
     columns.crowd.append(entry.flag("iscrowd"))
-
-
-def _is_finite(value: object) -> bool:
-    """Whether a JSON value is a number that a float64 can hold."""
-    if type(value) is float:
-        return math.isfinite(value)
-    if type(value) is not int:
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond 1e308
-        return False
 
 
 def image_faults(table: Table) -> Iterator[Fault]:
