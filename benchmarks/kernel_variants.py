@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
@@ -126,14 +126,14 @@ class _SparseProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, cells: Tensor, rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]
+        ctx: FunctionCtx, cells: Tensor, rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]
     ) -> Tensor:
         ctx.save_for_backward(rows, columns, values)
         ctx.shape = shape
         return _compressed(rows, columns, values, shape) @ cells
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         rows, columns, values = ctx.saved_tensors
         order = columns.argsort(stable=True)
         transposed = _compressed(columns[order], rows[order], values[order], ctx.shape[::-1])
