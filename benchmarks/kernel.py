@@ -101,7 +101,7 @@ class Case:
 
 
 def gpu_cases() -> Iterator[Case]:
-    """The issue's table: 16 images, an FPN at 800 x 1344 pixels and one map of stride 8."""
+    """What is promised of a GPU: 16 images, an FPN at 800 x 1344 pixels and one map of stride 8."""
     pyramid = ((200, 336), (100, 168), (50, 84), (25, 42))
     for dtype, bins, boxes in itertools.product((torch.bfloat16, torch.float32), (7, 1), (216, 50, 1000)):
         common = {"images": 16, "boxes": boxes, "channels": 256, "bins": bins, "dim": 512, "dtype": dtype}

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from ezsd import kernels
+from ezsd.kernels.eager import taps
 from ezsd.kernels.geometry import make_pooling
 
 SAMPLES = 2
@@ -123,13 +125,15 @@ class _SparseProduct(torch.autograd.Function):
     """K @ cells with K in compressed rows, and K^T @ gradient with K^T in compressed rows."""
 
     @staticmethod
-    def forward(ctx, cells, rows, columns, values, shape):  # noqa: ANN001, ANN205
+    def forward(
+        ctx: FunctionCtx, cells: Tensor, rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]
+    ) -> Tensor:
         ctx.save_for_backward(rows, columns, values)
         ctx.shape = shape
         return _compressed(rows, columns, values, shape) @ cells
 
     @staticmethod
-    def backward(ctx, gradient):  # noqa: ANN001, ANN205
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         rows, columns, values = ctx.saved_tensors
         order = columns.argsort(stable=True)
         transposed = _compressed(columns[order], rows[order], values[order], ctx.shape[::-1])
@@ -146,35 +150,7 @@ def _taps(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Row (box, bin), column (cell) and weight of every bilinear tap, in the order of rows."""
     options = {"output_size": problem.bins, "sampling_ratio": SAMPLES, **problem.levels}
     pooling = make_pooling(problem.maps, problem.scales, **options)
-    level = pooling.level_of(problem.boxes)
-    heights = torch.tensor([feature.shape[2] for feature in problem.maps], device=level.device)
-    widths = torch.tensor([feature.shape[3] for feature in problem.maps], device=level.device)
-    firsts = functional.pad((heights * widths * pooling.images).cumsum(0), (1, 0))
-    scale = (pooling.scale / 2.0**level)[:, None]
-    x1, y1, x2, y2 = ((problem.boxes * scale).to(torch.promote_types(problem.boxes.dtype, torch.float32)) - 0.5).unbind(
-        1
-    )
-    height, width = heights[level], widths[level]
-    y, down = _axis_taps(y1, y2, height, problem.bins)
-    x, across = _axis_taps(x1, x2, width, problem.bins)
-    first = firsts[level] + problem.image_index * height * width
-    # (R, P, P, taps of y, taps of x)
-    column = first[:, None, None, None, None] + y[:, :, None, :, None] * width[:, None, None, None, None]
-    column = column + x[:, None, :, None, :]
-    value = down[:, :, None, :, None] * across[:, None, :, None, :]
-    row = torch.arange(len(level) * problem.bins**2, device=level.device)
-    return row.repeat_interleave((2 * SAMPLES) ** 2), column.flatten(), value.flatten()
-
-
-def _axis_taps(start: Tensor, stop: Tensor, size: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Cells and weights of the two taps of each sample of each bin: (R, P, 2 S) each."""
-    step = (torch.arange(bins * SAMPLES, device=start.device) + 0.5) / (bins * SAMPLES)
-    sample = start[:, None] + step * (stop - start)[:, None]
-    inside = (sample >= -1) & (sample <= size[:, None])
-    sample = torch.minimum(sample.clamp(min=0), size[:, None] - 1)
-    low = sample.long()
-    high = torch.minimum(low + 1, size[:, None] - 1)
-    fraction = sample - low
-    cell = torch.stack([low, high], 2).view(len(start), bins, 2 * SAMPLES)
-    weight = torch.stack([1 - fraction, fraction], 2) * inside[:, :, None] / SAMPLES
-    return cell, weight.view(len(start), bins, 2 * SAMPLES)
+    dtype = torch.promote_types(problem.boxes.dtype, torch.float32)
+    cell, weight = taps(pooling, problem.boxes.to(dtype), problem.image_index)
+    row = torch.arange(len(cell), device=cell.device)
+    return row.repeat_interleave(cell.shape[1]), cell.flatten(), weight.flatten()

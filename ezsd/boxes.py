@@ -70,6 +70,20 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(shared > 0, shared / union, torch.zeros_like(shared))
 
 
+def overlaps_any(boxes: Tensor, others: Tensor, *, iou_floor: float) -> Tensor:
+    """Which boxes have an IoU of `iou_floor` or more with at least one of `others`.
+
+    Args:
+        boxes: xyxy, (A, 4).
+        others: xyxy, (B, 4), in the same pixels; none overlap nothing.
+        iou_floor: in (0, 1].
+
+    Returns:
+        (A,) bool.
+    """
+    return (iou(boxes, others) >= iou_floor).any(1)
+
+
 def flip_horizontal(boxes: Tensor, width: float) -> Tensor:
     """Mirror boxes left to right, as the image of that width is mirrored.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from ezsd.boxes import iou
+from ezsd.boxes import overlaps_any
 
 Score = Literal["entropy", "novel"]
 
@@ -183,9 +183,7 @@ def select_regions(
 
 def clear_of_base(boxes: Tensor, base_boxes: Tensor, *, base_iou: float) -> Tensor:
     """Which boxes (R, 4) overlap each of the base boxes (N, 4) less than `base_iou`: (R,) bool."""
-    if not len(base_boxes):
-        return torch.ones(len(boxes), dtype=torch.bool)
-    return iou(boxes, base_boxes).amax(1) < base_iou
+    return ~overlaps_any(boxes, base_boxes, iou_floor=base_iou)
 
 
 def may_be_unseen(present: Tensor, guess: Tensor, *, base_count: int, drop_base_guesses: bool) -> Tensor:

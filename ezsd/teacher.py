@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -258,12 +258,13 @@ def _in_bf16(model: open_clip.CLIP, name: str) -> open_clip.CLIP:
     return twin
 
 
-def _tokenizer(name: str) -> Any:  # noqa: ANN401 - open_clip has several classes without a common one
+def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
     try:
-        return open_clip.get_tokenizer(name)
+        tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TeacherError(f"--teacher {name}: its tokenizer cannot be had: {reason}") from error
+    return tokenizer
 
 
 def _preprocessing(name: str) -> dict[str, Any]:

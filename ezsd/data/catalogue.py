@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from ezsd.data.records import AnnotationError
-from ezsd.data.stream import JsonError, JsonReader
+from ezsd.data.records import AnnotationError, unfit
+from ezsd.data.stream import FILE_CURE, open_json
 
-_FORMAT = "Give the path of a COCO-format annotation file."
 _FEDERATED = "A federated file, as LVIS's are, has these lists in every image and a frequency in every category."
 FREQUENCIES = ("r", "c", "f")
 """LVIS's groups: rare, common and frequent classes of its training split."""
@@ -62,20 +61,20 @@ def read_catalogue(path: Path) -> Catalogue:
         if section == "categories":
             name = entry.get("name")
             if not isinstance(name, str) or type(entry.get("id")) is not int:
-                raise _error(path, f"categories[{position}]", "a name and an id", reprlib.repr(entry), _FORMAT)
+                raise unfit(path, f"categories[{position}]", "a name and an id", reprlib.repr(entry), FILE_CURE)
             categories.append(entry)
         elif section == "annotations":
             _note_annotation(lists, entry)
         elif "neg_category_ids" in entry:
             number = entry.get("id")
             if type(number) is not int:
-                raise _error(path, f"images[{position}].id", "a whole number", reprlib.repr(number), _FORMAT)
+                raise unfit(path, f"images[{position}].id", "a whole number", reprlib.repr(number), FILE_CURE)
             lists.negative[number] = _numbers(path, position, entry, "neg_category_ids")
             lists.not_exhaustive[number] = _numbers(path, position, entry, "not_exhaustive_category_ids")
         else:
             bare = position if bare is None else bare
     if not categories:
-        raise _error(path, "categories", "a list of classes", "none", _FORMAT)
+        raise unfit(path, "categories", "a list of classes", "none", FILE_CURE)
     if lists.negative and bare is not None:
         raise _wrong(path, f"images[{bare}].neg_category_ids", "a list, as other images of the file have", "nothing")
     federated = lists if lists.negative else None
@@ -88,21 +87,15 @@ def read_catalogue(path: Path) -> Catalogue:
 
 def _entries(path: Path) -> Iterator[tuple[str, int, Mapping[str, object]]]:
     """Section, position and values of each object of the file's three lists."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = JsonReader(file)
-            for section in reader.members():
-                if section not in ("images", "annotations", "categories") or reader.peek() != "[":
-                    reader.value()
-                    continue
-                for position, entry in enumerate(reader.entries()):
-                    if not isinstance(entry, dict):
-                        raise _error(path, f"{section}[{position}]", "an object", reprlib.repr(entry), _FORMAT)
-                    yield section, position, entry
-    except OSError as error:
-        raise _error(path, "the file", "a readable file", error.strerror or str(error), _FORMAT) from error
-    except JsonError as error:
-        raise _error(path, "the file", "JSON in UTF-8", f"something else ({error})", _FORMAT) from error
+    with open_json(path) as reader:
+        for section in reader.members():
+            if section not in ("images", "annotations", "categories") or reader.peek() != "[":
+                reader.value()
+                continue
+            for position, entry in enumerate(reader.entries()):
+                if not isinstance(entry, dict):
+                    raise unfit(path, f"{section}[{position}]", "an object", reprlib.repr(entry), FILE_CURE)
+                yield section, position, entry
 
 
 def _note_annotation(lists: Federated, entry: Mapping[str, object]) -> None:
@@ -134,8 +127,4 @@ def _frequencies(path: Path, categories: list[Mapping[str, object]]) -> dict[str
 
 
 def _wrong(path: Path, where: str, expected: str, found: str) -> AnnotationError:
-    return _error(path, where, expected, found, _FEDERATED)
-
-
-def _error(path: Path, where: str, expected: str, found: str, cure: str) -> AnnotationError:
-    return AnnotationError(f"{path}: {where}: expected {expected}, found {found}. {cure}")
+    return unfit(path, where, expected, found, _FEDERATED)

@@ -82,11 +82,11 @@ class Sample:
     labels: Tensor
     """(N,) int64."""
     region_boxes: Tensor
-    """Base ground truth first, then drawn regions, (N + K, 4)."""
+    """Base ground truth first, then drawn regions, (R, 4); with jitter only those of which the window shows enough."""
     region_target: Tensor
-    """(N + K, D) float16."""
+    """(R, D) float16."""
     region_confidence: Tensor
-    """1 for ground truth, (N + K,) float32."""
+    """1 for ground truth, (R,) float32."""
     seed: int | None
     """Of what the detector draws for this image; None leaves that to torch's global state."""
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -29,6 +30,11 @@ class AnnotationError(ValueError):
     The message names the file, the place inside it, what was expected, what was found and what
     to do.
     """
+
+
+def unfit(path: Path, where: str, expected: str, found: str, cure: str) -> AnnotationError:
+    """The error of a file that is not what it must be at one place."""
+    return AnnotationError(f"{path}: {where}: expected {expected}, found {found}. {cure}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +102,6 @@ class ImageTable(Sequence[ImageRecord]):
             width=int(self.width[position]),
             height=int(self.height[position]),
         )
-
-    def __iter__(self) -> Iterator[ImageRecord]:
-        return (self[position] for position in range(len(self)))
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, ImageTable)
-            and len(self) == len(other)
-            and all(a == b for a, b in zip(self, other, strict=True))
-        )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def _slice(self, key: slice) -> ImageTable:
         start, stop, step = key.indices(len(self))
@@ -179,7 +173,9 @@ class Annotations:
         """
         if not 0 <= image_position < len(self.images):
             raise IndexError(f"image position {image_position} is outside 0 .. {len(self.images) - 1}")
-        start, stop = np.searchsorted(self.image_index, [image_position, image_position + 1])
+        # Needles of another type would have numpy convert the whole column at each call.
+        ends = np.array([image_position, image_position + 1], dtype=self.image_index.dtype)
+        start, stop = np.searchsorted(self.image_index, ends)
         return slice(int(start), int(stop))
 
     def digest(self) -> dict[str, str]:

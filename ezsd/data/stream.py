@@ -6,13 +6,21 @@ are read and can be named; a file of any size takes the memory of one window and
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
+
+from ezsd.data.records import unfit
 
 WINDOW = 2**22
 """Characters read at a time."""
+FILE_CURE = "Give the path of a COCO-format annotation file."
+"""What to do about a file that is none."""
 
 _BLANK = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
@@ -21,8 +29,39 @@ _DECODER = json.JSONDecoder()
 _CUT = 16
 
 
+def is_finite(value: object) -> bool:
+    """Whether a JSON value is a number that a float64 can hold."""
+    if type(value) is float:
+        return math.isfinite(value)
+    if type(value) is not int:
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond 1e308
+        return False
+
+
 class JsonError(ValueError):
     """The text is no JSON; the message says what is wrong with it."""
+
+
+@contextlib.contextmanager
+def open_json(path: Path) -> Iterator[JsonReader]:
+    """A reader of an annotation file.
+
+    Raises:
+        AnnotationError: the file cannot be read or is no UTF-8 JSON without a byte order mark; also while it is read.
+    """
+    try:
+        with path.open("rb") as start:
+            if start.read(3) == b"\xef\xbb\xbf":
+                raise unfit(path, "byte 0", "JSON", "a UTF-8 byte order mark", "Save the file as UTF-8 without one.")
+        with path.open(encoding="utf-8", newline="") as file:
+            yield JsonReader(file)
+    except OSError as error:
+        raise unfit(path, "the file", "a readable file", error.strerror or str(error), FILE_CURE) from error
+    except JsonError as error:
+        raise unfit(path, "the file", "JSON in UTF-8", f"something else ({error})", FILE_CURE) from error
 
 
 class JsonReader:
@@ -64,6 +103,15 @@ class JsonReader:
                 continue
             except RecursionError as error:
                 raise JsonError("nested too deeply") from error
+            except ValueError as error:
+                # Python's own limit on texts that become whole numbers. Behind the window's end a fraction may begin.
+                digits = sys.get_int_max_str_digits()
+                long = re.compile(rf"-?\d{{{digits + 1},}}").search(self._text, self._at)
+                assert long is not None
+                if long.end() < len(self._text) or not self._read():
+                    at = self._before + long.start()
+                    raise JsonError(f"a whole number of more than {digits} digits at character {at}") from error
+                continue
             # A number may go on behind the window: 1 of 1e+5, with at most e+ of it within.
             if end < len(self._text) - 2 or not self._read():
                 self._at = end

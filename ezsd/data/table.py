@@ -7,7 +7,6 @@ place and stands as a zero in its column; nothing is raised before the whole fil
 
 from __future__ import annotations
 
-import math
 import reprlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +17,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ezsd.data.records import AnnotationError
-from ezsd.data.stream import JsonError, JsonReader
+from ezsd.data.records import AnnotationError, unfit
+from ezsd.data.stream import FILE_CURE, JsonError, JsonReader, is_finite, open_json
 
 Section = Literal["images", "annotations", "categories"]
 SECTIONS: tuple[Section, ...] = ("images", "categories", "annotations")
@@ -29,7 +28,6 @@ Positions: TypeAlias = npt.NDArray[np.int64]
 _INT64_MAX = 2**63 - 1
 # Larger whole numbers are not exact in float32, and a box could then reach outside its image.
 _EXTENT_MAX = 2**24
-_FILE_CURE = "Give the path of a COCO-format annotation file."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,17 +117,8 @@ def read_table(path: Path) -> Table:
     """
     table = Table(path=path)
     seen: set[str] = set()
-    try:
-        with path.open("rb") as start:
-            if start.read(3) == b"\xef\xbb\xbf":
-                cure = "Save the file as UTF-8 without one."
-                raise _unreadable(path, "byte 0", "JSON", "a UTF-8 byte order mark", cure)
-        with path.open(encoding="utf-8", newline="") as file:
-            _read_document(JsonReader(file), table, seen)
-    except OSError as error:
-        raise _unreadable(path, "the file", "a readable file", error.strerror or str(error), _FILE_CURE) from error
-    except JsonError as error:
-        raise _unreadable(path, "the file", "JSON in UTF-8", f"something else ({error})", _FILE_CURE) from error
+    with open_json(path) as reader:
+        _read_document(reader, table, seen)
     for section in SECTIONS:
         if section not in seen:
             table.faults.append(_list_fault(section, "nothing"))
@@ -138,7 +127,7 @@ def read_table(path: Path) -> Table:
 
 def _read_document(reader: JsonReader, table: Table, seen: set[str]) -> None:
     if reader.peek() not in ("{", ""):
-        raise _unreadable(table.path, "$", "an object", reprlib.repr(reader.value()), _FILE_CURE)
+        raise unfit(table.path, "$", "an object", reprlib.repr(reader.value()), FILE_CURE)
     for key in reader.members():
         _read_section(reader, key, table, seen)
     if reader.peek():
@@ -230,7 +219,7 @@ class _Entry:
     def box(self, key: str) -> tuple[float, float, float, float]:
         """Four finite numbers."""
         value = self.values.get(key)
-        if isinstance(value, list) and len(value) == 4 and all(map(_is_finite, value)):
+        if isinstance(value, list) and len(value) == 4 and all(map(is_finite, value)):
             left, top, width, height = value
             return float(left), float(top), float(width), float(height)
         self._wrong(key, "four finite numbers: left, top, width, height", "Correct or remove the annotation.")
@@ -260,18 +249,6 @@ def _read_annotation(table: Table, entry: _Entry) -> None:
     columns.image_id.append(entry.integer("image_id"))
     columns.xywh.extend(entry.box("bbox"))
     columns.crowd.append(entry.flag("iscrowd"))
-
-
-def _is_finite(value: object) -> bool:
-    """Whether a JSON value is a number that a float64 can hold."""
-    if type(value) is float:
-        return math.isfinite(value)
-    if type(value) is not int:
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond 1e308
-        return False
 
 
 def image_faults(table: Table) -> Iterator[Fault]:
@@ -361,7 +338,3 @@ def _dangling(
 def _list_fault(section: Section, found: str) -> Fault:
     cure = f"A COCO-format file has lists images, annotations and categories; correct {section}."
     return Fault(section=section, position=-1, key="", expected="a list of objects", found=found, cure=cure)
-
-
-def _unreadable(path: Path, where: str, expected: str, found: str, cure: str) -> AnnotationError:
-    return AnnotationError(f"{path}: {where}: expected {expected}, found {found}. {cure}")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
-from ezsd.boxes import iou
+from ezsd.boxes import overlaps_any
+from ezsd.detector.sampling import draw_balanced
 
 SAMPLED_ANCHORS = 256
 """Anchors per image that the proposal network learns from, at most half of them on objects."""
@@ -19,7 +19,7 @@ NEGATIVE_IOU = 0.3
 
 
 class AnchorSampler:
-    """torchvision's sampler, which counts what it drew.
+    """Stands in for torchvision's sampler, draws the same, and counts what it drew.
 
     Attributes:
         seeds: one per image of the next call; None draws from torch's global state.
@@ -27,19 +27,21 @@ class AnchorSampler:
     """
 
     def __init__(self) -> None:
-        self._draw = BalancedPositiveNegativeSampler(SAMPLED_ANCHORS, 0.5)
         self.seeds: Sequence[int] | None = None
         self.drawn = torch.zeros((), dtype=torch.int64)
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Masks of the chosen positives and negatives of each image; see torchvision."""
+        """Masks of the chosen positives and negatives of each image, by labels 1 (object), 0 (none), -1 (left out)."""
         positives, negatives = [], []
         for number, label in enumerate(labels):
             if self.seeds is not None:
                 torch.manual_seed(self.seeds[number])
-            positive, negative = self._draw([label])
-            positives += positive
-            negatives += negative
+            positive, negative = draw_balanced(
+                torch.nonzero(label >= 1)[:, 0], torch.nonzero(label == 0)[:, 0], count=SAMPLED_ANCHORS, share=0.5
+            )
+            nowhere = torch.zeros_like(label, dtype=torch.bool)
+            positives.append(nowhere.index_fill(0, positive, value=True))
+            negatives.append(nowhere.index_fill(0, negative, value=True))
         self.drawn = torch.stack([mask.sum() for mask in (*positives, *negatives)]).sum()
         return positives, negatives
 
@@ -54,8 +56,8 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         labels, matched = super().assign_targets_to_anchors(anchors, targets)
         for label, anchor, target in zip(labels, anchors, targets, strict=True):
             spared = target.get("spared")
-            if spared is not None and len(spared):
-                label[(label == 0) & (iou(anchor, spared).amax(1) >= NEGATIVE_IOU)] = -1
+            if spared is not None:
+                label[(label == 0) & overlaps_any(anchor, spared, iou_floor=NEGATIVE_IOU)] = -1
         return labels, matched
 
 

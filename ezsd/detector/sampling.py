@@ -1,4 +1,4 @@
-"""Which regions the box head learns from."""
+"""What is drawn to be learned from: so many objects, and for the rest what is none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ezsd.boxes import iou
+from ezsd.boxes import iou, overlaps_any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,22 @@ class SampledRegions:
     """(R,) int64; the background's number is the count of names."""
     targets: Tensor
     """The ground-truth box of each, (R, 4); zeros for background."""
+
+
+def draw_balanced(positive: Tensor, negative: Tensor, *, count: int, share: float) -> tuple[Tensor, Tensor]:
+    """Draw from torch's global state, without replacement: positives first, then negatives for what they leave.
+
+    Args:
+        positive: positions, (P,) int64.
+        negative: positions, (N,) int64.
+        count: most in all.
+        share: most of them positives, as a share of `count`.
+
+    Returns:
+        The drawn positions of both.
+    """
+    positive = positive[torch.randperm(len(positive))[: int(count * share)].to(positive.device)]
+    return positive, negative[torch.randperm(len(negative))[: count - len(positive)].to(negative.device)]
 
 
 @torch.no_grad()
@@ -39,21 +55,19 @@ def sample_regions(
         share: most of them on objects.
         unknown: boxes that may hold an object without a label, (U, 4).
     """
-    likely = (
-        iou(proposals, unknown).amax(1) >= 0.5 if len(unknown) else torch.zeros_like(proposals[:, 0], dtype=torch.bool)
-    )
+    likely = overlaps_any(proposals, unknown, iou_floor=0.5)
     if not len(boxes):
-        proposals = proposals[~likely]
-        chosen = proposals[torch.randperm(len(proposals))[:count].to(proposals.device)]
+        free = torch.nonzero(~likely)[:, 0]
+        chosen = proposals[draw_balanced(free[:0], free, count=count, share=share)[1]]
         label = torch.full((len(chosen),), background, device=proposals.device)
         return SampledRegions(boxes=chosen, labels=label, targets=torch.zeros_like(chosen))
     candidates = torch.cat([proposals, boxes])
     overlap, nearest = iou(candidates, boxes).max(1)
     nothing = overlap < 0.5
     nothing[: len(proposals)] &= ~likely
-    positive, negative = torch.nonzero(overlap >= 0.5)[:, 0], torch.nonzero(nothing)[:, 0]
-    positive = positive[torch.randperm(len(positive))[: int(count * share)].to(positive.device)]
-    negative = negative[torch.randperm(len(negative))[: count - len(positive)].to(negative.device)]
+    positive, negative = draw_balanced(
+        torch.nonzero(overlap >= 0.5)[:, 0], torch.nonzero(nothing)[:, 0], count=count, share=share
+    )
     rows = torch.cat([positive, negative])
     label = labels[nearest[rows]].clone()
     label[len(positive) :] = background

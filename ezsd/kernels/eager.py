@@ -22,7 +22,7 @@ def pool(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Tensor:
     _check_images(pooling, image_index)
     dtype = torch.promote_types(pooling.maps[0].dtype, torch.float32)
     cells = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, pooling.channels) for feature in pooling.maps]).to(dtype)
-    cell, weight = _taps(pooling, boxes.to(dtype), image_index)
+    cell, weight = taps(pooling, boxes.to(dtype), image_index)
     pooled = embedding_bag(cell, cells, mode="sum", per_sample_weights=weight)
     return pooled.view(-1, pooling.bins, pooling.bins, pooling.channels)
 
@@ -37,7 +37,7 @@ def pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_in
         image_index: as in the forward.
     """
     pooled_grad = pooled_grad.to(torch.promote_types(pooled_grad.dtype, torch.float32))
-    cell, weight = _taps(pooling, boxes.to(pooled_grad.dtype), image_index)
+    cell, weight = taps(pooling, boxes.to(pooled_grad.dtype), image_index)
     sizes = [feature.numel() // pooling.channels for feature in pooling.maps]
     # Keys of 32 bits are sorted in half the time.
     keys = cell.flatten() if sum(sizes) > torch.iinfo(torch.int32).max else cell.flatten().int()
@@ -62,7 +62,7 @@ def _check_images(pooling: Pooling, image_index: Tensor) -> None:
         raise ValueError(f"image_index spans {low} to {high}, but the batch has {pooling.images} images")
 
 
-def _taps(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+def taps(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of K: cells, numbered through all maps, and their weights, both (R * P * P, (2 S)^2)."""
     level = pooling.level_of(boxes)
     sizes = torch.tensor([(feature.shape[3], feature.shape[2]) for feature in pooling.maps], device=boxes.device)

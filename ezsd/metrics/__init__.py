@@ -1,7 +1,7 @@
-"""Average precision and recall of base, novel and all classes, by COCO's rules and by LVIS's.
+"""Average precision and recall of base, novel and all classes, by COCO's rules and by LVIS's; recall of proposals.
 
 pycocotools and the official lvis package are the truth: the figures here are theirs, found faster, and tests compare
-them number by number. Nothing here loads torch.
+them number by number. Importing this package loads no torch; `ezsd.metrics.recall`, about proposals, does.
 
 Two label spaces are in use. *Generalised*: detections scored against all names at once; evaluate them with
 `names=None`. *Novel only*: the caller runs the detector with the novel names alone and evaluates with

@@ -13,8 +13,6 @@ from ezsd.metrics.truth import Truth
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """Least overlap (IoU) of a hit, T of them."""
-# As in pycocotools, where a threshold of 1 would be met by equal boxes despite rounding.
-_FLOOR = np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]
 # The largest area of COCO's size class "all", pixels.
 _AREA_MAX = 1e10
 
@@ -82,7 +80,7 @@ def _greedy(
     void = np.zeros_like(hit)
     free = np.ones((len(THRESHOLDS), len(ignore)), dtype=np.bool_)
     for one in np.flatnonzero(overlap.max(axis=1) >= THRESHOLDS[0]):
-        fits = free & (overlap[one] >= _FLOOR)  # (T, G)
+        fits = free & (overlap[one] >= THRESHOLDS[:, None])  # (T, G)
         regular = fits & ~ignore
         fits = np.where(regular.any(axis=1, keepdims=True), regular, fits)
         # Of equal overlaps the last box is taken, as in pycocotools.

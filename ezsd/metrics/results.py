@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from ezsd.data.stream import is_finite
 
 _CURE = "A results file is a list of objects with image_id, category_id, bbox and score."
 
@@ -103,10 +104,10 @@ def read_results(path: Path, *, images: Collection[int], categories: Mapping[int
         index = categories.get(category) if type(category) is int else None
         if index is None:
             raise _wrong(path, position, entry, "category_id", "the id of a category of the annotation file")
-        if not _is_finite(entry.get("score")):
+        if not is_finite(entry.get("score")):
             raise _wrong(path, position, entry, "score", "a finite number")
         box = entry.get("bbox")
-        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)) and min(box[2:]) >= 0):
+        if not (isinstance(box, list) and len(box) == 4 and all(map(is_finite, box)) and min(box[2:]) >= 0):
             expected = "four finite numbers: left, top, width, height, the last two not negative"
             raise _wrong(path, position, entry, "bbox", expected)
         image_id.append(image)
@@ -131,13 +132,6 @@ def _entries(path: Path) -> Iterable[object]:
     if not isinstance(document, list):
         raise _error(path, "$", "a list", reprlib.repr(document))
     return document
-
-
-def _is_finite(value: object) -> bool:
-    try:
-        return (type(value) is float or type(value) is int) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond 1e308
-        return False
 
 
 def _wrong(path: Path, position: int, entry: Mapping[str, object], key: str, expected: str) -> ResultsError:

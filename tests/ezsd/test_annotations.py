@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import pickle
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +57,8 @@ def write(folder, document, name="instances.json"):
 def same(a, b):
     """Whether two records agree in every field and digest."""
     arrays = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ARRAYS)
-    return arrays and (a.images, a.names, dict(a.dropped), a.digest()) == (
-        b.images,
+    return arrays and (list(a.images), a.names, dict(a.dropped), a.digest()) == (
+        list(b.images),
         b.names,
         dict(b.dropped),
         b.digest(),
@@ -94,6 +96,17 @@ def test_rows_are_the_boxes_of_one_image(tmp_path):
     for position in (-1, 3):
         with pytest.raises(IndexError):
             record.rows(position)
+
+
+def test_rows_are_found_without_copying_the_column(tmp_path):
+    record = load_evaluation(write(tmp_path, small()), SPLIT)
+    record = dataclasses.replace(record, image_index=np.repeat(np.arange(3, dtype=np.int32), 100_000))
+    tracemalloc.start()
+    try:
+        assert record.rows(1) == slice(100_000, 200_000)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_evaluation_has_novel_boxes_and_flags_crowds(tmp_path):
@@ -296,6 +309,7 @@ def test_an_entry_that_is_no_object_is_refused(tmp_path):
         (b'{"images": [', "the file: expected JSON"),
         (b"\xff\xfe{\x00}\x00", "the file: expected JSON"),
         (b"[" * 100_000, "the file: expected JSON"),
+        (b'{"images": [{"id": ' + b"7" * 5000 + b"}]}", r"the file: .* more than 4300 digits at character 19\)"),
         (b"\xef\xbb\xbf{}", "byte 0: expected JSON, found a UTF-8 byte order mark"),
         (b"[]", r"\$: expected an object, found \[\]"),
     ],

@@ -45,6 +45,14 @@ def test_iou_of_large_half_precision_boxes_does_not_overflow():
     assert found.tolist() == [[1, 0.5], [0.5, 1]]
 
 
+@pytest.mark.parametrize(("floor", "expected"), [(0.5, [True, False, False]), (0.25, [True, True, False])])
+def test_a_box_overlaps_any_from_the_floor_on(floor, expected):
+    given_boxes = torch.tensor([[0, 0, 4, 2], [0, 0, 4, 1], [20, 20, 21, 21]]).float()
+    others = torch.tensor([[8, 8, 9, 9], [0, 0, 4, 4]]).float()
+    assert boxes.overlaps_any(given_boxes, others, iou_floor=floor).tolist() == expected
+    assert boxes.overlaps_any(given_boxes, others[:0], iou_floor=floor).tolist() == [False] * 3
+
+
 @given(box_sets())
 def test_flipping_twice_is_identity_and_keeps_order(given_boxes):
     flipped = boxes.flip_horizontal(given_boxes, WIDTH)

@@ -65,6 +65,17 @@ def test_what_is_no_json_is_refused(text, window):
         read(text, window)
 
 
+@pytest.mark.parametrize("window", [1, 4310, 100_000])
+def test_a_whole_number_longer_than_python_takes_is_refused_where_it_stands(window):
+    with pytest.raises(JsonError, match="more than 4300 digits at character 13"):
+        read('{"a": [1, 2, -' + "7" * 4301 + ", 3]}", window)
+
+
+@pytest.mark.parametrize("window", [1, 4310, 100_000])
+def test_a_fraction_may_have_any_number_of_digits(window):
+    assert read('{"a": [' + "7" * 4310 + "e-4309, 3]}", window) == {"a": [7.777777777777778, 3]}
+
+
 def test_an_error_in_the_middle_is_told_without_reading_to_the_end():
     file = io.StringIO('{"a": [1, 2, {"b": x}, ' + "0, " * 100_000 + "0]}")
     with pytest.raises(JsonError, match="at character 19"):

@@ -46,7 +46,7 @@ def parses(monkeypatch):
 def same(a, b):
     names = ("image_index", "box", "class_index", "annotation_id", "crowd")
     assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
-    assert (a.images, a.names, a.dropped, a.digest()) == (b.images, b.names, b.dropped, b.digest())
+    assert (list(a.images), a.names, a.dropped, a.digest()) == (list(b.images), b.names, b.dropped, b.digest())
 
 
 def test_a_record_is_parsed_once_and_mapped_after_that(file, parses):
