@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cache import encoding
 from cache.checksums import ChunkSums, checksum_spec
-from cache.durable import FileDigest, discard, failpoint, sync_folder, write_atomic
+from cache.durable import FileDigest, discard, failpoint, sync, sync_together, write_atomic
 from cache.journal import Entry, journal_folder, little_endian, raw_bytes, scratch_folder
 from cache.manifest import JSON, Manifest
 from cache.mark import COMMIT, LOCK, MANIFEST, CommitMark, relative_files
@@ -165,8 +165,7 @@ class Finisher:
             nodes[of.name] = encoding.array_metadata(of)
         self._write_metadata(nodes)
         self._remove_strays()
-        for folder in {(self._store / name).parent for name in self.files}:
-            sync_folder(folder)
+        self._flush()
         mark = CommitMark(plan.manifest.digest, plan.embed_dim, plan.manifest.embedding, self.files)
         write_atomic(self._store / COMMIT, mark.to_bytes(), scratch=scratch_folder(self._store), point="commit")
         remove_journal(self._store)
@@ -195,7 +194,14 @@ class Finisher:
 
     def _write(self, name: str, data: bytes) -> None:
         target, scratch = self._store / name, scratch_folder(self._store)
-        self.files[name] = write_atomic(target, data, scratch=scratch, point="metadata", sync=False)
+        self.files[name] = write_atomic(target, data, scratch=scratch, point="metadata", flush=False)
+
+    def _flush(self) -> None:
+        """Have all that the commit mark is going to list on the disk; shards were flushed when they were written."""
+        files = [self._store / name for name in self.files if name not in self.shards]
+        folders = {self._store / above for name in self.files for above in Path(name).parents}
+        sync_together(files)
+        sync_together(folders)
 
     def _remove_strays(self) -> None:
         """Remove files that an earlier attempt left and this commit does not list."""
@@ -214,4 +220,4 @@ def remove_journal(store: Path) -> None:
         shutil.rmtree(journal)
         failpoint("journal.removed")
     discard(store / LOCK)
-    sync_folder(store)
+    sync(store)

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,8 +101,10 @@ class FileDigest:
     sha256: str
 
 
-def write_unhashed(path: Path, parts: Iterable[bytes | memoryview], *, point: str | None = None) -> None:
-    """Write a new file and flush it to the disk.
+def write_unhashed(
+    path: Path, parts: Iterable[bytes | memoryview], *, point: str | None = None, flush: bool = True
+) -> None:
+    """Write a new file and flush it to the disk, or leave that to the caller.
 
     `point` names a failpoint `POINT.half_written`, reached after each part.
     """
@@ -111,10 +114,13 @@ def write_unhashed(path: Path, parts: Iterable[bytes | memoryview], *, point: st
             if point:
                 failpoint(f"{point}.half_written")
         file.flush()
-        os.fsync(file.fileno())
+        if flush:
+            os.fsync(file.fileno())
 
 
-def write_new(path: Path, parts: Iterable[bytes | memoryview], *, point: str | None = None) -> FileDigest:
+def write_new(
+    path: Path, parts: Iterable[bytes | memoryview], *, point: str | None = None, flush: bool = True
+) -> FileDigest:
     """Like `write_unhashed`; also the size and sha256 of what was written."""
     digest, size = hashlib.sha256(), 0
 
@@ -125,7 +131,7 @@ def write_new(path: Path, parts: Iterable[bytes | memoryview], *, point: str | N
             size += len(part)
             yield part
 
-    write_unhashed(path, watched(), point=point)
+    write_unhashed(path, watched(), point=point, flush=flush)
     return FileDigest(size, digest.hexdigest())
 
 
@@ -148,13 +154,24 @@ def read_bytes(file: Path) -> bytes:
         raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error
 
 
-def sync_folder(path: Path) -> None:
-    """Flush a folder's list of names to the disk."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Flush a file's bytes, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+_TOGETHER = 8
+"""Flushes under way at once."""
+
+
+def sync_together(paths: Iterable[Path]) -> None:
+    """Flush files and folders, several at a time: the file system then writes its own journal once for many."""
+    with ThreadPoolExecutor(_TOGETHER) as pool:
+        for _ in pool.map(sync, paths):
+            pass
 
 
 def make_folders(path: Path) -> None:
@@ -163,22 +180,22 @@ def make_folders(path: Path) -> None:
         return
     make_folders(path.parent)
     path.mkdir(exist_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def rename(source: Path, target: Path, *, point: str, sync: bool = True) -> None:
+def rename(source: Path, target: Path, *, point: str, flush: bool = True) -> None:
     """Move a finished file or folder to its place; nothing in between is ever visible.
 
-    Without `sync` the move may still be lost with the machine's power: the caller flushes the folder later.
+    Without `flush` the move may still be lost with the machine's power: the caller flushes the folder later.
     """
     failpoint(f"{point}.before_rename")
     source.rename(target)
-    if sync:
-        sync_folder(target.parent)
+    if flush:
+        sync(target.parent)
     failpoint(f"{point}.after_rename")
 
 
-def write_atomic(path: Path, data: bytes, *, scratch: Path, point: str, sync: bool = True) -> FileDigest:
+def write_atomic(path: Path, data: bytes, *, scratch: Path, point: str, flush: bool = True) -> FileDigest:
     """Write a small file so that `path` holds its old or its new bytes, never a part.
 
     Args:
@@ -186,13 +203,17 @@ def write_atomic(path: Path, data: bytes, *, scratch: Path, point: str, sync: bo
         data: all of its bytes.
         scratch: a folder on the same disk, to prepare the file in.
         point: prefix of the failpoints passed on the way.
-        sync: see `rename`.
+        flush: without it all may still be lost with the machine's power, or half of it be there after that: the
+            caller flushes the file, its folder and those above it, before anything says that they are there.
     """
-    make_folders(path.parent)
+    if flush:
+        make_folders(path.parent)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = scratch_name(scratch, path.name)
     try:
-        digest = write_new(temporary, [data])
-        rename(temporary, path, point=point, sync=sync)
+        digest = write_new(temporary, [data], flush=flush)
+        rename(temporary, path, point=point, flush=flush)
     finally:
         discard(temporary)
     return digest

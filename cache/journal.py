@@ -7,6 +7,7 @@ An entry is `data.raw` (arrays one after another, little-endian, C order, each o
 
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cache.durable import discard, failpoint, make_folders, rename, scratch_name, sync_folder, write_unhashed
+from cache.durable import discard, failpoint, make_folders, rename, scratch_name, sync, write_unhashed
 from cache.manifest import JSON, seal, unseal
 from cache.schema import StoreError
 
@@ -121,18 +122,13 @@ def raw_bytes(rows: NDArray[Any]) -> memoryview:
     return rows.reshape(-1).view(np.uint8).data
 
 
-def _layout(arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Any], int]:
+def _layout(arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, dict[str, Any]], int]:
     """Where each array goes in data.raw, and the length of the file in bytes."""
-    places: dict[str, Any] = {}
+    places: dict[str, dict[str, Any]] = {}
     end = 0
     for name, rows in arrays.items():
         offset = -(-end // _ALIGNMENT) * _ALIGNMENT
-        places[name] = {
-            "dtype": rows.dtype.str,
-            "shape": list(rows.shape),
-            "offset": offset,
-            "crc32": zlib.crc32(raw_bytes(rows)),
-        }
+        places[name] = {"dtype": rows.dtype.str, "shape": list(rows.shape), "offset": offset}
         end = offset + rows.nbytes
     return places, end
 
@@ -158,13 +154,20 @@ def write_entry(
         point: prefix of the failpoints passed on the way.
     """
     target, temporary = journal_folder(store) / name, scratch_name(scratch_folder(store), name)
-    make_folders(temporary)
+    # It need not outlive the machine's power until it is renamed.
+    temporary.mkdir(parents=True)
     try:
         places, end = _layout(arrays)
-        write_unhashed(temporary / DATA, _parts(arrays, places), point=point)
-        record = seal({"arrays": places, "attributes": attributes, "bytes": end})
-        write_unhashed(temporary / "entry.json", [record])
-        sync_folder(temporary)
+        # The checksums are computed, and then described, while the disk is at work.
+        with ThreadPoolExecutor(1) as beside:
+            data = beside.submit(write_unhashed, temporary / DATA, _parts(arrays, places), point=point)
+            described = {
+                name: {**place, "crc32": zlib.crc32(raw_bytes(arrays[name]))} for name, place in places.items()
+            }
+            record = seal({"arrays": described, "attributes": attributes, "bytes": end})
+            write_unhashed(temporary / "entry.json", [record])
+            data.result()
+        sync(temporary)
         _rename_entry(temporary, target, point)
     finally:
         discard(temporary)

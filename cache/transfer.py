@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from cache.durable import FileDigest, discard, failpoint, make_folders, rename, scratch_name, sync_folder, write_new
+from cache.durable import FileDigest, discard, failpoint, make_folders, rename, scratch_name, sync, write_new
 from cache.mark import COMMIT, ENVIRONMENT, TRANSFER, CommitMark, parse_mark, relative_files
 from cache.place import LocalPlace
 from cache.reader import Store
@@ -128,7 +128,7 @@ def pull(url: str, folder: str | os.PathLike[str]) -> int:
         discard(here / ENVIRONMENT)
         write_new(here / ENVIRONMENT, [environment])
     for parent in {(here / name).parent for name in mark.files}:
-        sync_folder(parent)
+        sync(parent)
     discard(here / _SCRATCH)
     rename(here / TRANSFER, here / COMMIT, point="pull_mark")
     return fetched
@@ -167,6 +167,6 @@ def _fetch(there: RemotePlace, here: Path, name: str, expected: FileDigest) -> N
                 "or its sha256 differs); pull again, and if this stays so the store there is damaged"
             )
         make_folders((here / name).parent)
-        rename(temporary, here / name, point="pull", sync=False)
+        rename(temporary, here / name, point="pull", flush=False)
     finally:
         discard(temporary)

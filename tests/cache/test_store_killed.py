@@ -102,3 +102,22 @@ def test_a_store_without_teacher_is_not_finished(path):
             storekit.commit_shard(path, task)
         with pytest.raises(StoreIncomplete, match="teacher was not written yet"):
             writer.finish()
+
+
+def test_all_that_the_commit_mark_lists_is_on_the_disk_before_it(path, monkeypatch):
+    flushed, seen, fsync = set(), [], os.fsync
+
+    def watched_fsync(handle):
+        flushed.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def watched_failpoint(name):
+        if name == "commit.before_rename":
+            places = [place for place in path.rglob("*") if not place.is_relative_to(path / "journal")]
+            seen.extend(place for place in places if place.stat().st_ino not in flushed)
+            seen.append(None)
+
+    monkeypatch.setattr("cache.durable.os.fsync", watched_fsync)
+    monkeypatch.setattr("cache.durable.failpoint", watched_failpoint)
+    storekit.build(path)
+    assert seen == [path / ".lock", None]
