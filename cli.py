@@ -291,7 +291,7 @@ def evaluate(
         )
         typer.echo(evaluation_tables(result, per_class=per_class))
         if out is not None:
-            from pipeline.runs import write_json
+            from pipeline.files import write_json
 
             write_json(out, result)
         return

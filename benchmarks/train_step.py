@@ -27,10 +27,11 @@ from ezsd.teacher import Teacher
 from pipeline.batches import load_batches
 from pipeline.command import resolve_device, train_config
 from pipeline.config import Config
+from pipeline.detector import build_detector
 from pipeline.extract import load_config_teacher
 from pipeline.processes import Processes
 from pipeline.step import Trainer
-from pipeline.train import build_detector, build_trainer, store_dataset, training_samples
+from pipeline.train import build_trainer, store_dataset, training_samples
 
 ARMS = ("none", "store", "online")
 HEADS = {

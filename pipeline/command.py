@@ -16,6 +16,7 @@ from ezsd.teacher import TeacherError
 from pipeline.arguments import EARLY_ERRORS
 from pipeline.config import Config, ConfigError, load_preset
 from pipeline.datasets import Dataset, DatasetError
+from pipeline.figures import percent
 from pipeline.provenance import dataset_inputs
 from pipeline.runs import RunError
 from pipeline.shapes import write_shapes
@@ -93,7 +94,7 @@ def score_table(scores: Mapping[str, Mapping[str, float | None]]) -> str:
     width = max(len(name) for name in [*scores, "AP50"])
     lines = [f"{'AP50':<{width}}   base  novel    all  novel names only"]
     for name, row in scores.items():
-        values = [_percent(row[group]) for group in ("base", "novel", "all", "novel_only")]
+        values = [percent(row[group]) for group in ("base", "novel", "all", "novel_only")]
         lines.append(f"{name:<{width}}  {values[0]:>5}  {values[1]:>5}  {values[2]:>5}  {values[3]:>16}")
     return "\n".join(lines)
 
@@ -104,7 +105,7 @@ def crop_table(crops: Mapping[str, object]) -> str:
     for name in ("raw", "re_normalised"):
         row = crops[name]
         assert isinstance(row, Mapping)
-        lines.append(f"{name:<16} {_percent(row['base']):>5}  {_percent(row['novel']):>5}")
+        lines.append(f"{name:<16} {percent(row['base']):>5}  {percent(row['novel']):>5}")
     return "\n".join(lines)
 
 
@@ -112,7 +113,3 @@ def seconds_table(seconds: Mapping[str, float]) -> str:
     """Time per stage."""
     total = sum(seconds.values())
     return "\n".join(f"{stage:<16} {spent:7.1f} s" for stage, spent in [*seconds.items(), ("total", total)])
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"

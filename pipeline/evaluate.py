@@ -19,10 +19,11 @@ from pipeline.arguments import ArgumentError
 from pipeline.config import from_tables, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.figures import Classes, coco_results, document, headline, looked_for
+from pipeline.files import write_json, write_text
 from pipeline.parsed import evaluation_annotations
 from pipeline.progress import Progress
 from pipeline.provenance import proposal_settings
-from pipeline.runs import Run, RunError, write_json, write_text
+from pipeline.runs import Run, RunError
 from pipeline.trained import (
     Floats,
     Integers,

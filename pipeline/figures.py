@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal, cast
 from ezsd.data.catalogue import read_catalogue
 from ezsd.metrics import Limit, Results, Truth, evaluate_at, limits_of, read_results, read_truth
 from pipeline.arguments import ArgumentError, chosen_split
+from pipeline.files import sha256
 
 Classes = Literal["all", "base", "novel"]
 """Which names a detector looked for at once."""
@@ -97,10 +97,8 @@ def document(truth: Truth, found: Mapping[Classes, Results], max_detections: int
         rules = "LVIS" if truth.federated else "COCO"
         offered = ", ".join(limit.label for limit in limits if not limit.per_class)
         raise ArgumentError(f"--max-detections {max_detections}: by {rules}'s rules results are reported at {offered}")
-    with truth.path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     result: dict[str, object] = {
-        "annotations": {"file": truth.path.name, "sha256": digest},
+        "annotations": {"file": truth.path.name, "sha256": sha256(truth.path)},
         "limit": headline_limit.label,
     }
     for classes, results in found.items():

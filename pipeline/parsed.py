@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ezsd.data.annotations import AnnotationError, Annotations, ImageTable, load_evaluation, load_training
 from ezsd.data.table import category_faults, read_table
 from ezsd.vocabulary import Split
+from pipeline.files import sha256
 
 log = logging.getLogger("ezsd")
 
@@ -105,8 +106,7 @@ def _remembered(path: Path, names: tuple[str, ...], loader: str, load: Callable[
 
 def _content(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         cure = "Give the path of a COCO-format annotation file."
         raise AnnotationError(

@@ -1,14 +1,17 @@
 """The run folder: what was trained on what, metrics, checkpoints that survive a kill.
 
-run.json             configuration, store manifest and digest, names, digest of their text rows, teacher
-environment.json     data root, cache, teacher, device, versions: recorded, not compared
-tables.safetensors   text rows of all names, re-normalised LayerNorms
-metrics.jsonl        one line per step
-validation.jsonl     AP50 on a slice of the validation images, if asked for
-checkpoints/         step-00000400/{model.safetensors, optimiser.safetensors, average.safetensors, state.json}
-seconds.json         time of each stage
-train.lock           locked while a training writes here
-eval.json, crops.json, detections.json, report.html   written by the later commands
+run.json                configuration, store's manifest, names, digest of their text rows, table of LayerNorms
+environment.json        places, definition of the dataset, teacher, device, versions: recorded, not compared
+tables.safetensors      text rows of all names, re-normalised LayerNorms
+metrics.jsonl           one line per step
+checkpoints/            step-00000400/{model.safetensors, optimiser.safetensors, state.json} and, where an average of
+                        the weights is kept, average.safetensors
+seconds.json            time of each stage
+train.lock              locked while a training writes here
+
+If asked for: validation_slice.json (annotations of the images looked at while training), validation.jsonl (AP50 on
+them), tensorboard/. Written by the later commands: eval.json and detections.json, also with a suffix for another split
+or label space (eval-train-novel.json), crops.json, report.html.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from pipeline.files import fsync, sha256, write_bytes, write_json, write_text
 
 log = logging.getLogger("ezsd")
 KEEP_CHECKPOINTS = 2
@@ -107,7 +112,7 @@ class Run:
                 )
             return run
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        _write(folder / "tables.safetensors", save(dict(tables)))
+        write_bytes(folder / "tables.safetensors", save(dict(tables)))
         # Last, so that a folder with run.json is whole.
         write_json(folder / "run.json", wanted)
         return run
@@ -137,7 +142,7 @@ class Run:
         for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 expected = json.loads((folder / "state.json").read_text())
-                if all(_sha256(folder / name) == digest for name, digest in expected["sha256"].items()):
+                if all(sha256(folder / name) == digest for name, digest in expected["sha256"].items()):
                     return Checkpoint(folder, int(expected["step"]))
             log.warning("%s: damaged, passed over", folder)
         return None
@@ -180,14 +185,14 @@ class Run:
         digests = {}
         for name, tensors in parts.items():
             content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-            _write(scratch / f"{name}.safetensors", content)
+            write_bytes(scratch / f"{name}.safetensors", content)
             digests[f"{name}.safetensors"] = hashlib.sha256(content).hexdigest()
         write_json(scratch / "state.json", {"step": step, "sha256": digests, **self._identity()})
-        _fsync(scratch)
+        fsync(scratch)
         # Only a torn one can stand here: training goes on from the newest that is whole.
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
-        _fsync(target.parent)
+        fsync(target.parent)
         self._forget_others(step)
 
     def _identity(self) -> dict[str, object]:
@@ -284,42 +289,6 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, flat: Mapping[str, Tenso
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file: all of it or nothing."""
-    _write(path, text.encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file: all of it or nothing. OSError names it, where the system's does not."""
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        scratch.write_bytes(content)
-        _fsync(scratch)
-        scratch.rename(path)
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _nested(card: Mapping[str, object], *keys: str) -> object:

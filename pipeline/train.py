@@ -15,19 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cache import Store
 from ezsd.data.annotations import ImageTable
 from ezsd.data.augment import Augmentation
 from ezsd.data.dataset import DetectionDataset
-from ezsd.detector.backbone import build_backbone
-from ezsd.detector.model import Batch, Detector, DetectorSettings
+from ezsd.detector.model import Batch, Detector
 from ezsd.teacher import state_digest
 from pipeline.batches import Key, load_batches
 from pipeline.config import Config, ConfigError, TrainConfig, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
+from pipeline.detector import build_detector, read_backbone
 from pipeline.metrics import MetricsLog
 from pipeline.processes import Processes, join_processes, own_device
 from pipeline.progress import Progress
@@ -251,44 +250,6 @@ class _Clock:
         self.run.record_seconds("train", self.before + time.perf_counter() - self.began)
 
 
-def build_detector(
-    config: Config, embed_dim: int, weights: dict[str, Tensor] | None, *, frozen_norms: bool | None = None
-) -> Detector:
-    """The detector of a configuration, freshly initialised; `build_backbone` explains the last two arguments."""
-    model = config.model
-    try:
-        backbone = build_backbone(model.backbone, channels=model.channels, weights=weights, frozen_norms=frozen_norms)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if len(model.rpn_sizes) != len(backbone.strides):
-        raise ConfigError(
-            f"model.rpn_sizes needs one size per level of {model.backbone} (strides {backbone.strides}), "
-            f"got {len(model.rpn_sizes)}"
-        )
-    return Detector(
-        backbone,
-        DetectorSettings(
-            embed_dim=embed_dim,
-            head=model.head,
-            rpn_sizes=tuple((size,) for size in model.rpn_sizes),
-            rpn_proposals=model.rpn_proposals,
-            pool_size=model.pool_size,
-            canonical_size=model.canonical_size,
-            canonical_level=model.canonical_level,
-            tower_depth=model.tower_depth,
-            box_hidden=model.box_hidden,
-            semantic_boxes=model.semantic_boxes,
-            temperature=model.temperature,
-            sampled_regions=model.sampled_regions,
-            positive_share=model.positive_share,
-            spare_confidence=model.spare_confidence,
-            spare_rpn=model.spare_rpn,
-            box_class=model.box_class,
-            backend=config.train.backend,
-        ),
-    )
-
-
 def store_dataset(store: Store, data_root: Path | None) -> Dataset:
     """The dataset a store was built from, where it lies now."""
     fields = dataset_inputs(store.manifest)
@@ -312,20 +273,6 @@ def _require_training(dataset: Dataset) -> Dataset:
 
 def _read_by_id(root: Path, images: ImageTable, image_id: int) -> Tensor:
     return read_dataset_image(root, images[int(np.searchsorted(images.id, image_id))])
-
-
-def read_backbone(path: Path) -> dict[str, Tensor]:
-    """An ImageNet state from .safetensors, or from .pth without running code in it."""
-    if not path.is_file():
-        raise ConfigError(f"--backbone-weights {path}: no such file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"--backbone-weights {path}: not a plain state of tensors: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ConfigError(f"--backbone-weights {path}: expected a dictionary of tensors")
-    return state
 
 
 def _resume(run: Run, trainer: Trainer) -> int:

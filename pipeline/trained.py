@@ -16,10 +16,10 @@ from ezsd.data.dataset import pad_images, resize
 from ezsd.detector.model import Detector
 from ezsd.teacher import Teacher, TeacherError
 from pipeline.config import Config, TeacherConfig, from_tables
+from pipeline.detector import build_detector
 from pipeline.provenance import as_json, model_inputs
 from pipeline.runs import Run, RunError
 from pipeline.teachers import configured_teacher
-from pipeline.train import build_detector
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

@@ -13,10 +13,13 @@ import torch
 from ezsd.metrics import evaluate, read_truth
 from pipeline.config import Config, TrainConfig
 from pipeline.datasets import Dataset
+from pipeline.evaluate import detect_split
+from pipeline.files import write_text
 from pipeline.metrics import MetricsLog
 from pipeline.parsed import evaluation_annotations
-from pipeline.runs import Run, write_text
+from pipeline.runs import Run
 from pipeline.step import Trainer
+from pipeline.trained import TrainedDetector
 
 log = logging.getLogger("ezsd")
 SLICE = "validation_slice.json"
@@ -53,10 +56,6 @@ class Validation:
         log.info("step %d, AP50 on %d validation images: %s", step, self.config.train.validate_images, shown)
 
     def _score(self) -> dict[str, float | None]:
-        # pipeline.evaluate builds detectors, which pipeline.train does too.
-        from pipeline.evaluate import detect_split
-        from pipeline.trained import TrainedDetector
-
         detector, text = self.trainer.detector, self.run.tables()["text"]
         split, path = self.dataset.split, self.run.folder / SLICE
         trained = TrainedDetector(

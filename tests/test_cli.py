@@ -126,6 +126,23 @@ def test_looking_at_stores_loads_no_torch(command, shapes_store, tmp_path):
         assert done.stdout.splitlines()[-1] == f"{exit_code} False", done.stderr
 
 
+def test_a_results_file_is_evaluated_and_written_without_torch(shapes_run, shapes_root, tmp_path):
+    found, truth = shapes_run.folder / "detections.json", shapes_root / "annotations/instances_val.json"
+    arguments = ["eval", "--detections", found, "--annotations", truth, "--base", "circle,square"]
+    arguments = [str(word) for word in [*arguments, "--out", tmp_path / "figures.json"]]
+    code = f"""
+import sys, cli
+sys.argv[1:] = {arguments!r}
+try:
+    cli.main()
+except SystemExit as end:
+    print(end.code, "torch" in sys.modules, file=sys.stderr)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stderr.splitlines()[-1] == "0 False"
+    assert (tmp_path / "figures.json").is_file()
+
+
 def test_a_gpu_that_is_not_there_is_refused(tmp_path):
     result = ezsd("cache", "build", "--dataset", "shapes", "--device", "cuda:99", cwd=tmp_path)
     assert_one_clear_line(result, "cuda:99", "--device cpu")

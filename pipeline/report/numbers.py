@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -161,7 +160,7 @@ def times_section(facts: Sequence[Facts]) -> Html:
     """Wall-clock time of each stage."""
     recorded = store_environment(facts[0]).get("seconds")
     build = facts[0].environment.get("build_seconds") or (recorded if isinstance(recorded, dict) else {})
-    columns = [_stages(fact) for fact in facts]
+    columns = [fact.seconds for fact in facts]
     columns[0] = {f"cache: {stage}": float(spent) for stage, spent in build.items()} | columns[0]
     stages = list(dict.fromkeys(stage for column in columns for stage in column))
     head = element("tr", element("th", "stage"), *(element("th", fact.label) for fact in facts))
@@ -171,13 +170,8 @@ def times_section(facts: Sequence[Facts]) -> Html:
     ]
     table = element("table", element("thead", head), element("tbody", *body))
     where = facts[0].environment.get("device", "unknown device")
-    lead = f"Wall-clock time of each stage as recorded, on {where}; training is the sum of its steps."
+    lead = f"Wall-clock time of each stage as recorded, on {where}; training is all of its starts together."
     return section("Time", lead, wide_table(table) if body else note("No times were recorded."))
-
-
-def _stages(fact: Facts) -> dict[str, float]:
-    steps = [line["seconds"] for line in fact.metrics if "seconds" in line]
-    return ({"train": math.fsum(steps)} if steps and "train" not in fact.seconds else {}) | dict(fact.seconds)
 
 
 def _duration(seconds: float | None) -> str:

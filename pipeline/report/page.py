@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.evaluate import run_dataset
+from pipeline.files import write_text
 from pipeline.report.curves import curves_section
 from pipeline.report.facts import Facts, collect, dataset_label
 from pipeline.report.html import Html, element
@@ -13,7 +14,7 @@ from pipeline.report.numbers import classes_section, renormalisation_section, re
 from pipeline.report.pictures import SHOWN_REGIONS, SHOWN_SCORE, detection_gallery, pictures_section, region_gallery
 from pipeline.report.provenance import provenance_section
 from pipeline.report.style import style_sheet
-from pipeline.runs import Run, RunError, write_text
+from pipeline.runs import Run, RunError
 
 
 def write_report(run: Run, *, data_root: Path | None, compare: Sequence[Run] = (), images: int = 12) -> Path:

@@ -19,9 +19,10 @@ from ezsd.data.shapes import SHAPES_SPLIT, scene
 from pipeline.config import load_preset, to_tables
 from pipeline.datasets import DatasetError, find_dataset
 from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
+from pipeline.files import write_json
 from pipeline.provenance import describe
 from pipeline.report import write_report
-from pipeline.runs import Run, RunError, write_json
+from pipeline.runs import Run, RunError
 
 NASTY = """</td><script>alert("x&y")</script><img src=http://evil.example/'>"""
 NASTY_FILE = '"><b onclick=x>&amp;.png'
