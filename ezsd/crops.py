@@ -12,6 +12,9 @@ from torch import Tensor
 Surround = Literal["black", "context"]
 """What lies beside a box that is not square: nothing, or what the image shows there."""
 
+_AT_ONCE = 16
+"""Windows of one size are resampled together, up to this many and, large ones, to the memory of so many crops."""
+
 
 def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surround: Surround) -> Tensor:
     """Cut boxes out of one image as square crops of a teacher's input size.
@@ -30,14 +33,16 @@ def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surroun
     Returns:
         (R, 3, size, size) uint8 on the image's device, channels last in memory.
     """
-    # The channels-last view is what makes uint8 resampling quick on CPU.
     boxes = _square(boxes) if surround == "context" else boxes
-    pixels = image[None].contiguous(memory_format=torch.channels_last)
     shape = (len(boxes), 3, size, size)
-    # In the layout that resampling writes: turning each crop around took a third of its time.
+    # Channels last is what makes uint8 resampling quick on CPU; turning each crop around took a third of its time.
+    pixels = image[None].contiguous(memory_format=torch.channels_last)[0]
     out = torch.empty(shape, dtype=torch.uint8, device=image.device, memory_format=torch.channels_last)
-    for row, window in enumerate(crop_windows(boxes, ratio=ratio, width=image.shape[2], height=image.shape[1])):
-        out[row] = _resample(pixels, window, size)
+    windows = crop_windows(boxes, ratio=ratio, width=image.shape[2], height=image.shape[1])
+    for rows in _alike(windows, size=size):
+        squares = _squares(pixels, [windows[row] for row in rows])
+        for row, crop in zip(rows, _resample(squares, size), strict=True):
+            out[row] = crop
     return out
 
 
@@ -60,18 +65,36 @@ def crop_windows(boxes: Tensor, *, ratio: float, width: int, height: int) -> lis
     return windows
 
 
-def _resample(pixels: Tensor, window: tuple[int, int, int, int], size: int) -> Tensor:
-    left, top, right, bottom = window
-    crop = pixels[:, :, top:bottom, left:right]
-    wide, high = right - left, bottom - top
-    if wide != high:
-        side = max(wide, high)
+def _alike(windows: list[tuple[int, int, int, int]], *, size: int) -> list[list[int]]:
+    """Rows of windows whose longer sides are the same, in groups that are resampled at once."""
+    by_side: dict[int, list[int]] = {}
+    for row, (left, top, right, bottom) in enumerate(windows):
+        by_side.setdefault(max(right - left, bottom - top), []).append(row)
+    groups = []
+    for side, rows in by_side.items():
+        count = max(1, _AT_ONCE * size**2 // max(side, size) ** 2)
+        groups += [rows[start : start + count] for start in range(0, len(rows), count)]
+    return groups
+
+
+def _squares(image: Tensor, windows: list[tuple[int, int, int, int]]) -> Tensor:
+    """Windows of one longer side in the middle of black, (N, 3, side, side), channels last in memory."""
+    left, top, right, bottom = windows[0]
+    side = max(right - left, bottom - top)
+    shape = (len(windows), side, side, 3)
+    squares = torch.zeros(shape, dtype=torch.uint8, device=image.device).permute(0, 3, 1, 2)
+    for square, (left, top, right, bottom) in zip(squares, windows, strict=True):
+        wide, high = right - left, bottom - top
         x, y = (side - wide) // 2, (side - high) // 2
-        crop = F.pad(crop, (x, side - wide - x, y, side - high - y))
-    if crop.shape[-1] == size:
-        return crop[0]
-    if pixels.device.type == "cpu":
-        return F.interpolate(crop, (size, size), mode="bicubic", antialias=True)[0]
+        square[:, y : y + high, x : x + wide] = image[:, top:bottom, left:right]
+    return squares
+
+
+def _resample(squares: Tensor, size: int) -> Tensor:
+    if squares.shape[-1] == size:
+        return squares
+    if squares.device.type == "cpu":
+        return F.interpolate(squares, (size, size), mode="bicubic", antialias=True)
     # Only the CPU resamples bytes; bicubic overshoot has to be cut off by hand elsewhere.
-    smooth = F.interpolate(crop.float(), (size, size), mode="bicubic", antialias=True)[0]
+    smooth = F.interpolate(squares.float(), (size, size), mode="bicubic", antialias=True)
     return smooth.round().clamp(0, 255).to(torch.uint8)

@@ -12,6 +12,8 @@ from torch.nn.functional import embedding_bag
 from ezsd.kernels.geometry import Pooling
 from ezsd.kernels.reference import unit
 
+_KEYS = (torch.int16, torch.int32, torch.int64)
+
 
 def pool(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Tensor:
     """Pool every box on its level: (R, P, P, C), contiguous; maps of 16 bits are pooled in float32.
@@ -39,10 +41,10 @@ def pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_in
     pooled_grad = pooled_grad.to(torch.promote_types(pooled_grad.dtype, torch.float32))
     cell, weight = taps(pooling, boxes.to(pooled_grad.dtype), image_index)
     sizes = [feature.numel() // pooling.channels for feature in pooling.maps]
-    # Keys of 32 bits are sorted in half the time.
-    keys = cell.flatten() if sum(sizes) > torch.iinfo(torch.int32).max else cell.flatten().int()
+    # The narrower the keys, the sooner they are sorted.
+    keys = cell.flatten().to(next(kind for kind in _KEYS if sum(sizes) - 1 <= torch.iinfo(kind).max))
     order = keys.argsort(stable=True)
-    counts = torch.bincount(cell.flatten(), minlength=sum(sizes))
+    counts = torch.bincount(keys, minlength=sum(sizes))
     gradient = embedding_bag(
         order // cell.shape[1],
         pooled_grad.reshape(-1, pooling.channels),

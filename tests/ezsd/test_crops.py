@@ -101,6 +101,9 @@ def test_ratio_enlarges_about_the_centre():
 
 def test_crops_keep_the_order_of_the_boxes(image):
     boxes = torch.tensor(list(NASTY.values()), dtype=torch.float32)
+    # Windows of one size, of one longer side, and more of them than are resampled at once.
+    alike = torch.tensor([[x, x % 7, x + wide, x % 7 + 12] for x in range(20) for wide in (12, 7)])
+    boxes = torch.cat([boxes, alike])
     together = crop_boxes(image, boxes, size=16, ratio=1.2, surround="black")
     for box, crop in zip(boxes, together, strict=True):
         assert torch.equal(crop_boxes(image, box[None], size=16, ratio=1.2, surround="black")[0], crop)
