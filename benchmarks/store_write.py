@@ -246,7 +246,11 @@ def main() -> None:
         if not arguments.resume_only:
             results += [measure_build(Path(temporary), arguments.images), measure_peak(Path(temporary))]
         for result in results:
-            place = {"file_system": rows.file_system(arguments.folder), "page_cache": "warm"}
+            place = {
+                "file_system": rows.file_system(arguments.folder),
+                "page_cache": "warm",
+                "load": round(os.getloadavg()[0], 2),
+            }
             row = {**result, **place, "dim": DIM, **versions}
             rows.append("store", row)
             for key, value in result.items():
