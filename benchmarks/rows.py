@@ -36,16 +36,16 @@ def file_system(folder: Path) -> str:
     return done.stdout.strip()
 
 
-def append(name: str, row: dict[str, object]) -> None:
-    """Add a row to results/NAME.jsonl."""
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a") as file:
+def append(name: str, row: dict[str, object], folder: Path = RESULTS) -> None:
+    """Add a row to results/NAME.jsonl, or to that of another folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.jsonl").open("a") as file:
         file.write(json.dumps({"bench": name, **row, **conditions()}) + "\n")
 
 
-def read(name: str) -> list[dict[str, object]]:
-    """All rows of results/NAME.jsonl."""
-    path = RESULTS / f"{name}.jsonl"
+def read(name: str, folder: Path = RESULTS) -> list[dict[str, object]]:
+    """All rows of results/NAME.jsonl, or of that of another folder."""
+    path = folder / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

@@ -141,6 +141,7 @@ def select_regions(
     base_iou: float,
     drop_base_guesses: bool,
     keep_regions: int,
+    drop_background: bool = True,
 ) -> Selection:
     """Score an image's anchors, suppress, and keep the regions that may hold unseen objects.
 
@@ -150,8 +151,7 @@ def select_regions(
         text: unit text rows of base names, then novel names, (C, D).
         base_boxes: BASE ground truth of the image, (N, 4).
         base_count: how many of the text rows are base names.
-        background: unit text row of a background prompt, (D,), or None. With it a crop of nothing has a name to go to,
-            and regions that are background with a probability of one half or more are dropped.
+        background: unit text row of a background prompt, (D,), or None. With it a crop of nothing has a name to go to.
         logit_scale: multiplier of cosines before the softmax.
         score: "entropy" is log C - H over the names (times the probability that it is no background, if there is a
             prompt for it); "novel" is the probability of all novel names together.
@@ -160,6 +160,7 @@ def select_regions(
         base_iou: regions that overlap a base box this much or more are dropped.
         drop_base_guesses: drop regions whose likeliest name is a base one.
         keep_regions: how many regions to keep.
+        drop_background: drop regions that are background with a probability of one half or more.
 
     Source: EZSD, section on CLIP proposals.
     """
@@ -169,7 +170,13 @@ def select_regions(
     kept = nms(anchors, value, nms_iou)[:keep_proposals]
     confidence, guess = names[kept].max(1)
     clear = clear_of_base(anchors[kept], base_boxes, base_iou=base_iou)
-    clear &= may_be_unseen(present[kept], guess, base_count=base_count, drop_base_guesses=drop_base_guesses)
+    clear &= may_be_unseen(
+        present[kept],
+        guess,
+        base_count=base_count,
+        drop_base_guesses=drop_base_guesses,
+        drop_background=drop_background,
+    )
     rows = torch.nonzero(clear)[:keep_regions, 0]
     return Selection(
         proposal=kept,
@@ -186,7 +193,9 @@ def clear_of_base(boxes: Tensor, base_boxes: Tensor, *, base_iou: float) -> Tens
     return ~overlaps_any(boxes, base_boxes, iou_floor=base_iou)
 
 
-def may_be_unseen(present: Tensor, guess: Tensor, *, base_count: int, drop_base_guesses: bool) -> Tensor:
-    """Which regions are likelier an object than background (R,) and, if asked for, not likeliest a base name: bool."""
-    clear = present > 0.5
+def may_be_unseen(
+    present: Tensor, guess: Tensor, *, base_count: int, drop_base_guesses: bool, drop_background: bool = True
+) -> Tensor:
+    """Which regions (R,) are, as far as asked for, likelier an object than background and no base name: bool."""
+    clear = present > 0.5 if drop_background else torch.ones_like(present, dtype=torch.bool)
     return clear & (guess >= base_count) if drop_base_guesses else clear

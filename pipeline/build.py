@@ -30,6 +30,7 @@ from pipeline.adapt import adapt_teacher
 from pipeline.config import Config, ConfigError, to_tables
 from pipeline.datasets import Dataset
 from pipeline.extract import ExtractJob, extract_block, load_config_teacher, run_tasks
+from pipeline.given import given_proposals
 from pipeline.parsed import training_annotations
 from pipeline.progress import Progress
 from pipeline.provenance import as_json, describe, model_inputs
@@ -86,6 +87,9 @@ def build_cache(request: BuildRequest) -> BuildReport:
     annotations = read_annotations(request)
     if _known_complete(request, annotations):
         return BuildReport(request.out, already_complete=True, seconds={}, reused=(), computed=())
+    if request.config.proposals.boxes:
+        # Whatever is wrong with them is said before anything is written.
+        given_proposals(request.config.proposals, read_annotations(dataclasses.replace(request, limit=None)).images)
     teacher = load_config_teacher(request.config, request.device)
     manifest = describe(request.dataset, annotations, request.config, teacher.fingerprint())
     reuse = None if request.reuse is None else plan_reuse(request.reuse, manifest)

@@ -102,6 +102,10 @@ class ProposalConfig:
     """Drop regions whose likeliest name is a base one."""
     regions: int = 300
     """Regions kept per image."""
+    drop_background: bool = True
+    """Drop regions that `teacher.background` is likelier for than all names together."""
+    boxes: str = ""
+    """A results file in COCO's format: its boxes are the proposals, best score first, instead of scored anchors."""
 
     def __post_init__(self) -> None:
         _require(self.stride > 0, f"proposals.stride must be > 0, got {self.stride}")

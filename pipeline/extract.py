@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -32,6 +32,7 @@ from ezsd.proposals import (
 from ezsd.teacher import Teacher
 from pipeline.config import Config, ProposalConfig, from_tables
 from pipeline.datasets import Dataset, from_definition, read_dataset_image
+from pipeline.given import given_proposals
 from pipeline.parsed import training_annotations
 from pipeline.progress import Progress
 from pipeline.reuse import Columns, KnownRegion, Reuse, ReusedRows
@@ -74,6 +75,8 @@ class _Worker:
     text: Tensor
     background: Tensor | None
     reused: ReusedRows | None
+    given: Mapping[int, Columns] | None
+    """Proposals by image, where a file has them."""
 
 
 def load_config_teacher(config: Config, device: str) -> Teacher:
@@ -92,14 +95,16 @@ def _worker(job: ExtractJob) -> _Worker:
     if config.teacher.background is not None:
         with torch.no_grad():
             background = teacher.encode_text([config.teacher.background])[0].cpu()
+    annotations = training_annotations(dataset.root / dataset.train_annotations, dataset.split)
     return _Worker(
         config=config,
         dataset=dataset,
-        annotations=training_annotations(dataset.root / dataset.train_annotations, dataset.split),
+        annotations=annotations,
         teacher=teacher,
         text=rows,
         background=background,
         reused=None if job.reuse is None else ReusedRows(job.reuse),
+        given=given_proposals(config.proposals, annotations.images) if config.proposals.boxes else None,
     )
 
 
@@ -148,6 +153,8 @@ def _extract_image(worker: _Worker, position: int) -> dict[str, Columns]:
     view = _View(worker, record)
     if "ground_truth" not in rows:
         rows["ground_truth"] = _ground_truth(view, worker.annotations, worker.annotations.rows(position))
+    if "proposals" not in rows and worker.given is not None:
+        rows["proposals"] = worker.given[record.id]
     if "regions" not in rows:
         base_boxes = torch.from_numpy(worker.annotations.box[worker.annotations.rows(position)])
         if "proposals" in rows:
@@ -208,6 +215,7 @@ def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:
         base_iou=settings.base_iou,
         drop_base_guesses=settings.drop_base_guesses,
         keep_regions=settings.regions,
+        drop_background=settings.drop_background,
     )
     return {
         "proposals": {"box": anchors[found.proposal].numpy(), "score": found.proposal_score.numpy()},
@@ -234,8 +242,13 @@ def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
         for place in places.tolist():
             one = known[box[place].numpy().tobytes()]
             present, guess = torch.tensor([one.present]), torch.tensor([one.class_index])
-            count, drop = len(worker.dataset.split.base), settings.drop_base_guesses
-            if may_be_unseen(present, guess, base_count=count, drop_base_guesses=drop):
+            if may_be_unseen(
+                present,
+                guess,
+                base_count=len(worker.dataset.split.base),
+                drop_base_guesses=settings.drop_base_guesses,
+                drop_background=settings.drop_background,
+            ):
                 found.append((place, one.confidence, one.class_index, one.embedding))
         if len(found) >= settings.regions:
             break

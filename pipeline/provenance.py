@@ -10,6 +10,7 @@ from cache import JSON, Manifest, Origin, images_digest
 from ezsd.data.annotations import Annotations
 from pipeline.config import Config, to_tables
 from pipeline.datasets import Dataset
+from pipeline.given import boxes_digest
 
 VERSIONS = {"teacher": 1, "text": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
 """Raised when the way a product is computed changes: stores made the old way are then another product."""
@@ -34,12 +35,15 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
         "text": {"base_names": dataset.split.base, "novel_names": dataset.split.novel},
         "proposals": {
             **{key: proposals[key] for key in _ANCHORS},
+            **({"boxes_sha256": boxes_digest(config.proposals.boxes)} if config.proposals.boxes else {}),
             "background": config.teacher.background,
             "batch": config.build.batch,
             "image_list_sha256": digests["images"],
         },
         "regions": {
             **{key: proposals[key] for key in _FILTERS},
+            # Named only where it is not as ever: stores made before it was a setting stay what they are.
+            **({} if config.proposals.drop_background else {"drop_background": False}),
             "base_boxes_sha256": digests["boxes"],
         },
         "ground_truth": {
@@ -87,6 +91,7 @@ def proposal_settings(manifest: Manifest) -> dict[str, JSON]:
     return {
         **{key: anchors[key] for key in _ANCHORS},
         **{key: filters[key] for key in _FILTERS},
+        "drop_background": filters.get("drop_background", True),
         "crop_ratio": crop["ratio"],
         "surround": crop["surround"],
     }

@@ -57,7 +57,9 @@ def plan_reuse(path: Path, wanted: Manifest) -> Reuse:
         if fingerprint == wanted.fingerprint(name, embedding=found.embedding)
         and (convertible or fingerprint == wanted.fingerprints[name])
     )
-    choose_again = "proposals" in products and "regions" not in products and convertible
+    # What `ReusedRows.known` says of kept regions holds of those that background was dropped from.
+    no_background = found.products["regions"].inputs.get("drop_background", True)
+    choose_again = "proposals" in products and "regions" not in products and convertible and bool(no_background)
     return Reuse(str(path.absolute()), products, choose_again)
 
 

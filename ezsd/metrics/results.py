@@ -78,13 +78,14 @@ class Detections:
         )
 
 
-def read_results(path: Path, *, images: Collection[int], categories: Mapping[int, int]) -> Results:
+def read_results(path: Path, *, images: Collection[int], categories: Mapping[int, int] | None) -> Results:
     """Read anybody's results in COCO's format: a JSON list of image_id, category_id, bbox and score.
 
     Args:
         path: the file; what else its objects hold is not looked at.
         images: ids of the images that the annotation file has.
         categories: for each category id of the annotation file its position in `Split.names`, -1 outside the split.
+            None for boxes of no class: category ids are then not looked at, and all indices are -1.
 
     Returns:
         All detections of the file, in its order.
@@ -101,7 +102,7 @@ def read_results(path: Path, *, images: Collection[int], categories: Mapping[int
         image, category = entry.get("image_id"), entry.get("category_id")
         if type(image) is not int or image not in known:
             raise _wrong(path, position, entry, "image_id", "the id of an image of the annotation file")
-        index = categories.get(category) if type(category) is int else None
+        index = -1 if categories is None else categories.get(category) if type(category) is int else None
         if index is None:
             raise _wrong(path, position, entry, "category_id", "the id of a category of the annotation file")
         if not is_finite(entry.get("score")):

@@ -1,0 +1,73 @@
+"""Boxes to distil that are no CLIP proposals of the store they go into, as results files in COCO's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.models.detection.image_list import ImageList
+
+from cache import Store
+from ezsd.data.annotations import ImageRecord
+from ezsd.data.dataset import pad_images
+from ezsd.detector.backbone import normalise
+from pipeline.config import ProposalConfig
+from pipeline.datasets import Dataset, read_dataset_image
+from pipeline.extract import image_anchors
+from pipeline.files import write_text
+from pipeline.parsed import training_annotations
+from pipeline.runs import Run
+from pipeline.trained import load_trained
+
+Found = Iterator[tuple[int, np.ndarray, np.ndarray]]
+"""Image id, boxes (K, 4) xyxy float32, scores (K,)."""
+
+
+def write_boxes(path: Path, found: Found) -> None:
+    """Write boxes as a results file, which gives the same float32 corners when it is read."""
+    entries = [
+        json.dumps({"image_id": image_id, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score})
+        for image_id, boxes, scores in found
+        for (x1, y1, x2, y2), score in zip(boxes.astype(np.float64).tolist(), scores.tolist(), strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "[\n" + ",\n".join(entries) + "\n]\n")
+
+
+def store_proposals(store: Store) -> Found:
+    """The CLIP proposals of a store."""
+    for image_id in store.image_ids.tolist():
+        rows = store.proposals[image_id]
+        yield image_id, rows.box, rows.score
+
+
+def random_anchors(store: Store, dataset: Dataset, grid: ProposalConfig, *, seed: int, as_many: bool) -> Found:
+    """Anchors in random order: as many as an image has regions in the store, or all."""
+    for image in _images(dataset):
+        anchors = image_anchors(grid, image.width, image.height).numpy()
+        order = np.random.default_rng([seed, image.id]).permutation(len(anchors))
+        yield _ranked(image.id, anchors[order], store if as_many else None)
+
+
+@torch.no_grad()
+def network_proposals(run: Run, store: Store, dataset: Dataset, *, as_many: bool) -> Found:
+    """What a run's proposal network hands on, best first: as many as an image has regions in the store, or all."""
+    detector = load_trained(run, "cpu").detector
+    for image in _images(dataset):
+        pixels = read_dataset_image(dataset.root / dataset.train_images, image.file_name, image.width, image.height)
+        batch, sizes = pad_images([pixels])
+        levels = {str(i): m for i, m in enumerate(detector.backbone(normalise(batch)))}
+        (boxes,), _ = detector.rpn(ImageList(batch, sizes), levels)
+        yield _ranked(image.id, boxes.numpy(), store if as_many else None)
+
+
+def _ranked(image_id: int, boxes: np.ndarray, store: Store | None) -> tuple[int, np.ndarray, np.ndarray]:
+    boxes = boxes if store is None else boxes[: len(store.regions[image_id].box)]
+    return image_id, boxes, -np.arange(len(boxes), dtype=np.float64)
+
+
+def _images(dataset: Dataset) -> Iterator[ImageRecord]:
+    return iter(training_annotations(dataset.root / dataset.train_annotations, dataset.split).images)
