@@ -10,7 +10,7 @@ from ezsd.metrics import ResultsError
 from pipeline.build import BuildRequest, build_cache
 from pipeline.config import ConfigError
 from pipeline.given import given_proposals
-from pipeline.store import repair_store
+from pipeline.repair import repair_store
 
 
 def entries(proposals):
