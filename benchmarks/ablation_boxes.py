@@ -57,7 +57,7 @@ def network_proposals(run: Run, store: Store, dataset: Dataset, *, as_many: bool
     """What a run's proposal network hands on, best first: as many as an image has regions in the store, or all."""
     detector = load_trained(run, "cpu").detector
     for image in _images(dataset):
-        pixels = read_dataset_image(dataset.root / dataset.train_images, image.file_name, image.width, image.height)
+        pixels = read_dataset_image(dataset.root / dataset.train_images, image)
         batch, sizes = pad_images([pixels])
         levels = {str(i): m for i, m in enumerate(detector.backbone(normalise(batch)))}
         (boxes,), _ = detector.rpn(ImageList(batch, sizes), levels)
