@@ -297,8 +297,8 @@ def evaluate(
         return
     require_run(run)
     from pipeline.command import crop_table, resolve_device, score_table
-    from pipeline.evaluate import evaluate_crops, evaluate_run, headline
-    from pipeline.figures import evaluation_tables
+    from pipeline.evaluate import evaluate_crops, evaluate_run
+    from pipeline.figures import evaluation_tables, headline
     from pipeline.runs import Run
 
     opened, where = Run.open(run), resolve_device(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cache import Store, StoreMismatch
+from pipeline.files import read_object
 from pipeline.runs import Run, RunError
 
 _LABELS = {
@@ -79,11 +79,10 @@ def _read_evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def read_table(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None if there is no such file."""
+    """A JSON object from a file; None if there is no such file. RunError when it holds something else."""
     if not path.is_file():
         return None
-    table: dict[str, Any] = json.loads(path.read_text())
-    return table
+    return read_object(path)
 
 
 def shown_path(path: Path) -> str:

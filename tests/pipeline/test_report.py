@@ -19,7 +19,7 @@ from ezsd.data.shapes import SHAPES_SPLIT, scene
 from pipeline.config import load_preset, to_tables
 from pipeline.datasets import DatasetError, find_dataset
 from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
-from pipeline.files import write_json
+from pipeline.files import DamagedFile, write_json
 from pipeline.provenance import describe
 from pipeline.report import write_report
 from pipeline.runs import Run, RunError
@@ -181,6 +181,7 @@ def write_run(folder, root, store, manifest, *, novel=0.361, steps=6, **loss):
     found = [{"image_id": 2, "name": NASTY, "bbox": [20, 20, 40, 40], "score": 0.9}]
     found += [{"image_id": 2, "name": "gear", "bbox": [70, 70, 30, 30], "score": 0.29}]
     write_json(folder / "detections.json", found)
+    run.record_seconds("train", 13)
     run.record_seconds("eval", 75.25)
     return run
 
@@ -262,7 +263,7 @@ def test_stage_times_and_accuracies_are_told(home):
     assert page.row("base, validation") == ["56.1", "80.2", "21"]
     assert page.row("novel, validation") == ["–", "–", "0"]
     assert page.row("cache: extract") == ["61.0 s", "–"]
-    assert page.row("train") == ["12.0 s", "12.0 s"]
+    assert page.row("train") == ["13.0 s", "13.0 s"]
     assert page.row("eval") == ["75.2 s", "75.2 s"]
 
 
@@ -285,6 +286,28 @@ def test_a_run_that_another_version_evaluated_is_refused(home):
     write_json(home.run.folder / "eval.json", {"generalised": {"base": {"AP50": 0.5}}})
     with pytest.raises(RunError, match="another version"):
         report(home)
+
+
+@pytest.mark.parametrize("name", ["run.json", "environment.json", "eval.json", "crops.json", "seconds.json"])
+def test_a_damaged_file_of_a_run_is_named(home, name):
+    file = home.plain.folder / name
+    for content in ("{", "[]"):
+        file.write_text(content)
+        with pytest.raises(DamagedFile, match=rf"plain/{name}: is damaged"):
+            report(home)
+
+
+def test_a_torn_line_of_metrics_is_named(home):
+    with (home.run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    with pytest.raises(DamagedFile, match=r"metrics.jsonl, line 7: is damaged"):
+        report(home)
+
+
+def test_a_run_of_another_version_is_refused(home):
+    write_json(home.run.folder / "run.json", {"dataset": "shapes"})
+    with pytest.raises(RunError, match="run.json has no config; another version"):
+        Run.open(home.run.folder)
 
 
 def test_runs_of_two_datasets_are_not_compared(home):
