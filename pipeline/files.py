@@ -60,6 +60,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         fsync(scratch)
         scratch.rename(path)
     except OSError as error:
+        if scratch.is_file():
+            scratch.unlink()
         if error.filename is None:
             error.filename = str(path)
         raise

@@ -40,8 +40,17 @@ from pipeline.files import fsync, parse_object, read_object, sha256, write_bytes
 log = logging.getLogger("ezsd")
 KEEP_CHECKPOINTS = 2
 LOCK = "train.lock"
-_KEYS = ("config", "store", "dataset", "names", "base_count", "re_normalisation", "backbone_weights")
-"""What every command reads of run.json."""
+_CARD = {
+    "config": dict,
+    "store": dict,
+    "dataset": str,
+    "names": list,
+    "base_count": int,
+    "embed_dim": int,
+    "layer_norms": list,
+    "re_normalisation": dict,
+}
+"""What later commands read of run.json."""
 
 
 class RunError(ValueError):
@@ -90,9 +99,10 @@ class Run:
         """
         require_run(folder)
         run = cls(folder)
-        missing = [key for key in _KEYS if key not in run.card]
-        if missing:
-            raise RunError(f"--run {folder}: run.json has no {missing[0]}; another version made it, train it again")
+        card = run.card
+        for key, kind in _CARD.items():
+            if not isinstance(card.get(key), kind):
+                raise RunError(f"--run {folder}: run.json has no {key}; another version made it, train it again")
         return run
 
     @classmethod
@@ -136,7 +146,12 @@ class Run:
     @property
     def environment(self) -> dict[str, object]:
         """What environment.json says: places and versions, never compared."""
-        return read_object(self.folder / "environment.json")
+        path = self.folder / "environment.json"
+        found = read_object(path)
+        for key in ("data_root", "cache"):
+            if not isinstance(found.get(key), str):
+                raise RunError(f"{path}: does not say {key}; run the same `ezsd train` again to write it")
+        return found
 
     def write_environment(self, environment: Mapping[str, object]) -> None:
         """Record places and versions of the latest start."""

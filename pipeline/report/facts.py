@@ -73,7 +73,7 @@ def collect(runs: Sequence[Run]) -> list[Facts]:
 
 def _read_evaluation(folder: Path) -> dict[str, Any] | None:
     table = read_table(folder / "eval.json")
-    if table is not None and "limit" not in table:
+    if table is not None and not {"limit", "generalised"} <= table.keys():
         raise RunError(f"--run {folder}: was evaluated by another version of ezsd; run `ezsd eval` again")
     return table
 

@@ -83,6 +83,8 @@ def _detections_by_image(main: Facts) -> dict[int, list[dict[str, Any]]]:
         raise RunError(f"{path}: missing; `{main.command('eval')}` makes it")
     by_image: dict[int, list[dict[str, Any]]] = {}
     for one in read_objects(path):
+        if not {"image_id", "name", "bbox", "score"} <= one.keys():
+            raise DamagedFile(f"{path}: has a detection without image_id, name, bbox or score")
         if one["score"] >= SHOWN_SCORE:
             by_image.setdefault(one["image_id"], []).append(one)
     return by_image

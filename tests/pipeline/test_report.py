@@ -167,6 +167,8 @@ def write_run(folder, root, store, manifest, *, novel=0.361, steps=6, **loss):
         "base_count": BASE,
         "re_normalisation": {"base_accuracy_before": 0.4567, "base_accuracy_after": 0.7891, "held_out_crops": 123},
         "backbone_weights": None,
+        "embed_dim": 3,
+        "layer_norms": [],
     }
     run = Run.create_or_resume(folder, card, {"text": torch.eye(3)})
     teacher = {"name": "tiny-shapes", "weights": None, "template": "a {}", "background": "background"}
@@ -283,9 +285,10 @@ def test_a_run_that_is_not_evaluated_is_refused_with_the_command(home):
 
 
 def test_a_run_that_another_version_evaluated_is_refused(home):
-    write_json(home.run.folder / "eval.json", {"generalised": {"base": {"AP50": 0.5}}})
-    with pytest.raises(RunError, match="another version"):
-        report(home)
+    for table in ({"generalised": {"base": {"AP50": 0.5}}}, {"limit": "100"}):
+        write_json(home.run.folder / "eval.json", table)
+        with pytest.raises(RunError, match="another version"):
+            report(home)
 
 
 @pytest.mark.parametrize("name", ["run.json", "environment.json", "eval.json", "crops.json", "seconds.json"])
@@ -305,9 +308,24 @@ def test_a_torn_line_of_metrics_is_named(home):
 
 
 def test_a_run_of_another_version_is_refused(home):
-    write_json(home.run.folder / "run.json", {"dataset": "shapes"})
-    with pytest.raises(RunError, match="run.json has no config; another version"):
-        Run.open(home.run.folder)
+    card = home.run.card
+    for key, value in (("config", None), ("names", "ring"), ("base_count", None)):
+        write_json(home.run.folder / "run.json", card | {key: value})
+        with pytest.raises(RunError, match=rf"run.json has no {key}; another version"):
+            Run.open(home.run.folder)
+
+
+def test_a_run_that_does_not_say_where_its_images_are_is_refused(home):
+    write_json(home.run.folder / "environment.json", {"cache": str(home.store)})
+    with pytest.raises(RunError, match=r"environment.json: does not say data_root"):
+        report(home)
+
+
+def test_detections_without_a_score_are_said_and_no_more(home):
+    write_json(home.run.folder / "detections.json", [{"image_id": 1}])
+    page = Page(report(home, images=1))
+    assert "has a detection without image_id, name, bbox or score" in page.text
+    assert len(page.images) == 2
 
 
 def test_runs_of_two_datasets_are_not_compared(home):
