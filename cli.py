@@ -261,7 +261,7 @@ def evaluate(
         typer.Option(help="Names looked for at once; with --run all, then novel alone, by default."),
     ] = None,
     max_detections: Annotated[
-        int | None, typer.Option(help="Detections per image in the headline; 100 by default, LVIS 300.")
+        int | None, typer.Option(min=1, help="Detections per image in the headline; 100 by default, LVIS 300.")
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also show every class.")] = False,
     crops: Annotated[bool, typer.Option("--crops", help="With --run: crop accuracy, raw and re-normalised.")] = False,
@@ -269,7 +269,7 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Evaluate a run, or anybody's results: base, novel, all; COCO's rules, or LVIS's for its files."""
-    from pipeline.arguments import require_device_name, require_one_source, require_run
+    from pipeline.arguments import require_device_name, require_one_source, require_output, require_run
 
     of_run = {"--split": split, "--crops": crops or None, "--data-root": data_root}
     of_file = {"--annotations": annotations, "--split-file": split_file, "--base": base, "--novel": novel, "--out": out}
@@ -280,6 +280,8 @@ def evaluate(
 
         assert detections is not None
         assert annotations is not None
+        if out is not None:
+            require_output(out)
         result = evaluate_results(
             detections,
             annotations,
@@ -297,8 +299,8 @@ def evaluate(
         return
     require_run(run)
     from pipeline.command import crop_table, resolve_device, score_table
-    from pipeline.evaluate import evaluate_crops, evaluate_run, headline
-    from pipeline.figures import evaluation_tables
+    from pipeline.evaluate import evaluate_crops, evaluate_run
+    from pipeline.figures import evaluation_tables, headline
     from pipeline.runs import Run
 
     opened, where = Run.open(run), resolve_device(device)
@@ -392,7 +394,7 @@ def main() -> None:
     logging.getLogger("ezsd").setLevel(logging.INFO)
     try:
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except Exception as error:
         if not _is_users(error):
             raise
         typer.echo(f"ezsd: {' '.join(str(error).split())}", err=True)

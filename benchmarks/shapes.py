@@ -19,8 +19,9 @@ from ezsd.data.annotations import load_evaluation
 from ezsd.data.shapes import TEST_SEEDS
 from ezsd.metrics import evaluate
 from pipeline.demo import ARMS, run_demo
-from pipeline.evaluate import detect_split, load_trained, run_dataset
+from pipeline.evaluate import detect_split, run_dataset
 from pipeline.runs import Run
+from pipeline.trained import load_trained
 
 GROUPS = ("base", "novel", "all", "novel_only")
 

@@ -13,6 +13,7 @@ from cache.schema import StoreError
 from ezsd.data.records import AnnotationError
 from ezsd.metrics.results import ResultsError
 from ezsd.vocabulary import COCO_SPLIT, Split, VocabularyError, parse_classes, resolve
+from pipeline.files import DamagedFile
 from pipeline.images import ImageError, opened_image
 
 __all__ = ["parse_classes"]
@@ -22,7 +23,16 @@ class ArgumentError(ValueError):
     """An argument, or a file that it names, is not what the command needs."""
 
 
-EARLY_ERRORS = (AnnotationError, ArgumentError, ImageError, OSError, ResultsError, StoreError, VocabularyError)
+EARLY_ERRORS = (
+    AnnotationError,
+    ArgumentError,
+    DamagedFile,
+    ImageError,
+    OSError,
+    ResultsError,
+    StoreError,
+    VocabularyError,
+)
 """The user's errors that need no heavy import to be known; see `pipeline.command.USER_ERRORS` for all."""
 
 
@@ -32,6 +42,14 @@ def require_run(folder: Path) -> None:
         raise ArgumentError(
             f"--run {folder}: no run here (run.json is missing); `ezsd train --cache ... --run` makes one"
         )
+
+
+def require_output(file: Path) -> None:
+    """ArgumentError when no file can be written to a place: it is a folder, or there is no folder around it."""
+    if file.is_dir():
+        raise ArgumentError(f"--out {file}: is a folder; give the name of a file")
+    if not file.parent.is_dir():
+        raise ArgumentError(f"--out {file}: there is no folder {file.parent}; make it first")
 
 
 def require_one_source(

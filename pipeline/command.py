@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from cache import Store
 from ezsd.kernels import BackendError
 from ezsd.teacher import TeacherError
-from pipeline.arguments import EARLY_ERRORS
+from pipeline.arguments import EARLY_ERRORS, ArgumentError, require_device_name
 from pipeline.config import Config, ConfigError, load_preset
 from pipeline.datasets import Dataset, DatasetError
 from pipeline.figures import percent
@@ -34,14 +33,17 @@ USER_ERRORS = (
 
 
 def resolve_device(name: str) -> str:
-    """Resolve a device name; "auto" takes a GPU if there is one. ConfigError for one that is not there."""
+    """Resolve a device name; "auto" takes a GPU if there is one.
+
+    Raises:
+        ArgumentError: no device's name, or that of a GPU which is not there.
+    """
+    require_device_name(name)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise ConfigError(
+        raise ArgumentError(
             f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu"
         )
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -70,7 +71,8 @@ class AdaptConfig:
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"adapt.steps must be >= 0, got {self.steps}")
-        _require(self.crops > 0, f"adapt.crops must be > 0, got {self.crops}")
+        _above_zero("adapt", self, "crops", "learning_rate", "clip_norm")
+        _at_least(0, "adapt", self, "weight_decay")
         _require(0 < self.held_out < 1, f"adapt.held_out must lie between 0 and 1, got {self.held_out}")
 
 
@@ -108,12 +110,17 @@ class ProposalConfig:
     """A results file in COCO's format: its boxes are the proposals, best score first, instead of scored anchors."""
 
     def __post_init__(self) -> None:
-        _require(self.stride > 0, f"proposals.stride must be > 0, got {self.stride}")
-        _require(bool(self.sizes) and all(s > 0 for s in self.sizes), f"proposals.sizes must be > 0, got {self.sizes}")
+        # Less would be more anchors than any memory holds.
+        _at_least(1 if self.grid == "faithful" else 0.01, "proposals", self, "stride")
         _require(
-            bool(self.ratios) and all(r > 0 for r in self.ratios), f"proposals.ratios must be > 0, got {self.ratios}"
+            bool(self.sizes) and all(s >= 1 for s in self.sizes), f"proposals.sizes must be >= 1, got {self.sizes}"
         )
-        _require(self.crop_ratio >= 1, f"proposals.crop_ratio must be >= 1, got {self.crop_ratio}")
+        _require(
+            bool(self.ratios) and all(0.01 <= r <= 100 for r in self.ratios),
+            f"proposals.ratios must lie between 0.01 and 100, got {self.ratios}",
+        )
+        _at_least(1, "proposals", self, "crop_ratio", "keep")
+        _above_zero("proposals", self, "base_iou")
         _require(0 < self.nms_iou <= 1, f"proposals.nms_iou must lie in (0, 1], got {self.nms_iou}")
         _require(self.regions > 0, f"proposals.regions must be > 0, got {self.regions}")
 
@@ -181,6 +188,10 @@ class ModelConfig:
         _require(self.pool_size > 0, f"model.pool_size must be > 0, got {self.pool_size}")
         _require(self.canonical_size > 0, f"model.canonical_size must be > 0, got {self.canonical_size}")
         _require(self.temperature > 0, f"model.temperature must be > 0, got {self.temperature}")
+        _above_zero("model", self, "channels", "rpn_proposals", "box_hidden", "sampled_regions")
+        _at_least(0, "model", self, "canonical_level", "tower_depth", "spare_confidence")
+        _require(all(size > 0 for size in self.rpn_sizes), f"model.rpn_sizes must be > 0, got {self.rpn_sizes}")
+        _require(0 <= self.positive_share <= 1, f"model.positive_share must lie in [0, 1], got {self.positive_share}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +212,7 @@ class LossConfig:
     """Of the box regression."""
 
     def __post_init__(self) -> None:
-        _require(self.distillation >= 0, f"loss.distillation must be >= 0, got {self.distillation}")
+        _at_least(0, "loss", self, "distillation", "rpn", "classification", "box")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,15 +277,13 @@ class TrainConfig:
     """Whether metrics also go to RUN/tensorboard; needs the extra "tensorboard"."""
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, f"train.seed must be >= 0, got {self.seed}")
+        _at_least(0, "train", self, "seed", "weight_decay", "warmup", "regions", "loader_workers")
+        _above_zero("train", self, "steps", "images", "checkpoint_every", "learning_rate", "clip_norm")
         sides = (self.short_side, self.long_side)
         _require(
             sides == (0, 0) or 0 < sides[0] <= sides[1],
             f"train.short_side, long_side: 0 and 0, or 0 < short <= long; got {sides}",
         )
-        _require(self.steps > 0, f"train.steps must be > 0, got {self.steps}")
-        _require(self.images > 0, f"train.images must be > 0, got {self.images}")
-        _require(self.checkpoint_every > 0, f"train.checkpoint_every must be > 0, got {self.checkpoint_every}")
         self._check_step()
         self._check_augmentation()
 
@@ -317,6 +326,11 @@ class EvalConfig:
     """Suppression within a class."""
     keep: int = 100
     """Most detections per image of `ezsd detect`; an evaluation asks for 300."""
+
+    def __post_init__(self) -> None:
+        _above_zero("eval", self, "keep")
+        _require(0 <= self.score_floor < 1, f"eval.score_floor must lie in [0, 1), got {self.score_floor}")
+        _require(0 < self.nms_iou <= 1, f"eval.nms_iou must lie in (0, 1], got {self.nms_iou}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,7 +416,7 @@ def _section(cls: type, table: dict[str, object], where: str) -> object:
 
 
 def _convert(value: object, wanted: object, where: str) -> object:
-    """Check a TOML value against a field's type; integers serve as floats, lists become tuples."""
+    """Check a TOML value against a field's type; integers serve as floats, lists become tuples; all are finite."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(value, next(a for a in arguments if a is not type(None)), where)
@@ -414,8 +428,12 @@ def _convert(value: object, wanted: object, where: str) -> object:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{where}: expected a list, found {value!r}")
         return tuple(_convert(v, arguments[0], where) for v in value)
+    if isinstance(value, int) and not -(2**31) <= value < 2**31:
+        raise ConfigError(f"{where}: expected a whole number of 32 bits, found {value}")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, found {value}")
     if (
         not isinstance(wanted, type)
         or not isinstance(value, wanted)
@@ -424,6 +442,18 @@ def _convert(value: object, wanted: object, where: str) -> object:
         name = wanted.__name__ if isinstance(wanted, type) else str(wanted)
         raise ConfigError(f"{where}: expected {name}, found {value!r}")
     return value
+
+
+def _at_least(limit: float, section: str, settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _require(value >= limit, f"{section}.{name} must be >= {limit}, got {value}")
+
+
+def _above_zero(section: str, settings: object, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _require(value > 0, f"{section}.{name} must be > 0, got {value}")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from pipeline.build import BuildRequest, build_cache
 from pipeline.config import load_preset
 from pipeline.datasets import find_dataset
-from pipeline.evaluate import evaluate_crops, evaluate_run, headline
+from pipeline.evaluate import evaluate_crops, evaluate_run
+from pipeline.figures import headline
 from pipeline.report import write_report
 from pipeline.runs import Run, RunError
 from pipeline.shapes import write_shapes

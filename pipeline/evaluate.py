@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ezsd.adapt import crop_accuracy
 from ezsd.data.annotations import Annotations
-from ezsd.metrics import Detections, Results, read_truth
+from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Detections, Results, read_truth
 from pipeline.adapt import CropSource
 from pipeline.arguments import ArgumentError
 from pipeline.config import from_tables, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
-from pipeline.figures import Classes, coco_results, document, headline, looked_for
+from pipeline.figures import Classes, coco_results, document, looked_for
 from pipeline.files import write_json, write_text
 from pipeline.parsed import evaluation_annotations
 from pipeline.progress import Progress
@@ -35,11 +35,9 @@ from pipeline.trained import (
     run_teacher,
 )
 
-__all__ = ["detect_split", "evaluate_crops", "evaluate_run", "headline", "load_trained", "run_dataset"]
-
 BATCH_IMAGES = 16
-KEEP = 300
-"""Detections per image that an evaluation asks for: the most of all limits."""
+KEEP = max(limit.count for limit in (*COCO_LIMITS, *LVIS_LIMITS))
+"""Detections per image that an evaluation asks for: the most that any limit counts."""
 T = TypeVar("T")
 
 

@@ -56,7 +56,7 @@ def evaluate_results(
         novel=novel,
         split_file=split_file,
     )
-    truth = read_truth(annotations, split)
+    truth = read_truth(annotations, split, catalogue)
     results = read_results(
         detections, images=frozenset(truth.image_ids.tolist()), categories=truth.category_positions()
     )

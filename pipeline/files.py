@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and their digests. Loads no torch."""
+"""Files written whole or not at all, JSON read back, and digests. Loads no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,40 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
+
+
+class DamagedFile(ValueError):
+    """A file that ezsd wrote holds something else now."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. DamagedFile when it holds something else."""
+    return parse_object(path.read_bytes(), str(path))
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The objects that a JSON file lists. DamagedFile when it holds something else."""
+    found = _parse(path.read_bytes(), str(path))
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise DamagedFile(f"{path}: is damaged, expected a JSON list of objects")
+    return found
+
+
+def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
+    """The object that JSON says; DamagedFile names `where` it should have been."""
+    found = _parse(text, where)
+    if not isinstance(found, dict):
+        raise DamagedFile(f"{where}: is damaged, expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _parse(text: bytes | str, where: str) -> object:
+    try:
+        found: object = json.loads(text)
+    except ValueError as error:
+        raise DamagedFile(f"{where}: is damaged, no JSON: {error}") from error
+    return found
 
 
 def write_json(path: Path, value: object) -> None:
@@ -26,6 +60,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         fsync(scratch)
         scratch.rename(path)
     except OSError as error:
+        if scratch.is_file():
+            scratch.unlink()
         if error.filename is None:
             error.filename = str(path)
         raise

@@ -30,14 +30,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from pipeline.files import fsync, sha256, write_bytes, write_json, write_text
+from pipeline.arguments import require_run
+from pipeline.files import fsync, parse_object, read_object, sha256, write_bytes, write_json, write_text
 
 log = logging.getLogger("ezsd")
 KEEP_CHECKPOINTS = 2
 LOCK = "train.lock"
+_CARD = {
+    "config": dict,
+    "store": dict,
+    "dataset": str,
+    "names": list,
+    "base_count": int,
+    "embed_dim": int,
+    "layer_norms": list,
+    "re_normalisation": dict,
+}
+"""What later commands read of run.json."""
 
 
 class RunError(ValueError):
@@ -77,12 +90,20 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path) -> Run:
-        """An existing run. RunError when the folder holds none."""
-        if not (folder / "run.json").is_file():
-            raise RunError(
-                f"--run {folder}: no run here (run.json is missing); `ezsd train --cache ... --run` makes one"
-            )
-        return cls(folder)
+        """An existing run.
+
+        Raises:
+            ArgumentError: the folder holds none.
+            RunError: another version made it.
+            DamagedFile: run.json is no JSON object.
+        """
+        require_run(folder)
+        run = cls(folder)
+        card = run.card
+        for key, kind in _CARD.items():
+            if not isinstance(card.get(key), kind):
+                raise RunError(f"--run {folder}: run.json has no {key}; another version made it, train it again")
+        return run
 
     @classmethod
     @contextmanager
@@ -120,14 +141,17 @@ class Run:
     @property
     def card(self) -> dict[str, object]:
         """What run.json says."""
-        card: dict[str, object] = json.loads((self.folder / "run.json").read_text())
-        return card
+        return read_object(self.folder / "run.json")
 
     @property
     def environment(self) -> dict[str, object]:
         """What environment.json says: places and versions, never compared."""
-        environment: dict[str, object] = json.loads((self.folder / "environment.json").read_text())
-        return environment
+        path = self.folder / "environment.json"
+        found = read_object(path)
+        for key in ("data_root", "cache"):
+            if not isinstance(found.get(key), str):
+                raise RunError(f"{path}: does not say {key}; run the same `ezsd train` again to write it")
+        return found
 
     def write_environment(self, environment: Mapping[str, object]) -> None:
         """Record places and versions of the latest start."""
@@ -135,7 +159,11 @@ class Run:
 
     def tables(self) -> dict[str, Tensor]:
         """`text` (C, D) and `layer_norms` (K,), float32."""
-        return load_file(self.folder / "tables.safetensors")
+        path = self.folder / "tables.safetensors"
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise RunError(f"{path}: is damaged ({error}); train again in another --run folder") from error
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are what its state says; torn ones are passed over."""
@@ -216,8 +244,7 @@ class Run:
     def seconds(self) -> dict[str, float]:
         """How long each stage took, as far as recorded."""
         path = self.folder / "seconds.json"
-        known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-        return known
+        return read_object(path) if path.exists() else {}
 
     def record_seconds(self, stage: str, seconds: float) -> None:
         """Note how long a stage took; kept apart from results, which are the same on a re-run."""
@@ -226,7 +253,8 @@ class Run:
     def read_metrics(self) -> list[dict[str, float]]:
         """All lines of metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [parse_object(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
     def cut_metrics(self, step: int) -> None:
         """Forget metrics after `step`, which a resumed run will write again; a torn last line goes too."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ezsd.data.shapes import IMAGE_SIZE, SHAPES_SPLIT, Scene, SceneSplit, scene
 from pipeline.datasets import DatasetError
+from pipeline.files import read_object
 from pipeline.progress import Progress
 
 TRAIN_IMAGES = 500
@@ -36,11 +37,12 @@ def write_shapes(
 
     Raises:
         DatasetError: `out` is something else already.
+        DamagedFile: it was one, and its shapes.json is no JSON.
     """
     card = {"dataset": "shapes", "version": 1, "train": train, "val": val, "seed": seed}
     if out.exists():
         found = out / "shapes.json"
-        if found.is_file() and json.loads(found.read_text()) == card:
+        if found.is_file() and read_object(found) == card:
             return
         raise DatasetError(f"--out {out}: exists and is not this very dataset; choose another folder or remove it")
     partial_folder = out.with_name(f".{out.name}.partial")

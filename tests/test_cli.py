@@ -75,6 +75,9 @@ def test_help_loads_neither_torch_nor_zarr():
         (["eval", "--detections", "b", "--annotations", "c", "--crops"], ["--crops", "--run alone"]),
         (["eval", "--detections", "b", "--annotations", "c"], ["--detections b", "no such file"]),
         (["eval", "--run", "a", "--device", "gpu"], ["--device gpu"]),
+        (["eval", "--run", "a", "--max-detections", "0"], ["--max-detections", "1"]),
+        (["eval", "--detections", "b", "--annotations", "c", "--out", "d/e.json"], ["--out d/e.json", "no folder d"]),
+        (["eval", "--detections", "b", "--annotations", "c", "--out", "."], ["--out .", "is a folder"]),
     ],
 )
 def test_misuse_is_one_clear_line(arguments, words, tmp_path):
@@ -162,6 +165,14 @@ def test_cache_info_tells_rows_and_teacher(shapes_store):
     assert found["complete"] is True
     assert found["images"] == 12
     assert "tiny-shapes" in result.stdout
+
+
+def test_a_backend_that_cannot_run_here_is_refused(shapes_store, tmp_path):
+    words = ["train", "--cache", shapes_store, "--run", tmp_path / "run", "--set", "train.backend=triton"]
+    result = ezsd(*words, "--device", "cpu", TRITON_INTERPRET="0")
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.splitlines()[-1].startswith('ezsd: backend="triton" cannot run here')
+    assert "Traceback" not in result.stderr
 
 
 def test_a_store_is_listed_verified_and_compared(shapes_store, tmp_path):

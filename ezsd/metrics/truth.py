@@ -45,7 +45,7 @@ class Truth:
         return {number: position.get(name, -1) for name, number in self.catalogue.ids.items()}
 
 
-def read_truth(path: Path, split: Split) -> Truth:
+def read_truth(path: Path, split: Split, catalogue: Catalogue | None = None) -> Truth:
     """Read what an evaluation needs of an annotation file.
 
     A file whose images have `neg_category_ids` is a federated one, as LVIS's are; its `iscrowd` means nothing then,
@@ -54,14 +54,15 @@ def read_truth(path: Path, split: Split) -> Truth:
     Args:
         path: a COCO- or LVIS-format file that knows all names of the split.
         split: the classes.
+        catalogue: the file's, where it was read before; None reads it.
 
     Raises:
         AnnotationError: the file is not in order, or has no image.
     """
-    raw, catalogue = read_raw(path, split.names), read_catalogue(path)
+    raw = read_raw(path, split.names)
+    catalogue = read_catalogue(path) if catalogue is None else catalogue
     if not len(raw.images):
         raise AnnotationError(f"{path}: images: expected at least one image to evaluate, found none")
-    ids = np.array([image.id for image in raw.images], dtype=np.int64)
     crowd, ignore, kept = raw.crowd, raw.crowd, np.ones(len(raw.crowd), dtype=np.bool_)
     if catalogue.federated is not None:
         crowd = np.zeros_like(crowd)
@@ -70,7 +71,7 @@ def read_truth(path: Path, split: Split) -> Truth:
     return Truth(
         path=path,
         split=split,
-        image_ids=ids,
+        image_ids=raw.images.id,
         image_id=raw.image_id[kept],
         class_index=raw.class_index[kept].astype(np.int64),
         xywh=raw.xywh[kept],

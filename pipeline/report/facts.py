@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cache import Store, StoreMismatch
+from pipeline.files import read_object
 from pipeline.runs import Run, RunError
 
 _LABELS = {
@@ -73,17 +73,16 @@ def collect(runs: Sequence[Run]) -> list[Facts]:
 
 def _read_evaluation(folder: Path) -> dict[str, Any] | None:
     table = read_table(folder / "eval.json")
-    if table is not None and "limit" not in table:
+    if table is not None and not {"limit", "generalised"} <= table.keys():
         raise RunError(f"--run {folder}: was evaluated by another version of ezsd; run `ezsd eval` again")
     return table
 
 
 def read_table(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None if there is no such file."""
+    """A JSON object from a file; None if there is no such file. RunError when it holds something else."""
     if not path.is_file():
         return None
-    table: dict[str, Any] = json.loads(path.read_text())
-    return table
+    return read_object(path)
 
 
 def shown_path(path: Path) -> str:

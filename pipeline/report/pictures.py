@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from cache import RegionRows, StoreError
 from ezsd.data.annotations import AnnotationError, Annotations
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image
 from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
+from pipeline.files import DamagedFile, read_objects
 from pipeline.images import ImageError
 from pipeline.parsed import evaluation_annotations
 from pipeline.report.facts import Facts, run_store
@@ -52,7 +52,7 @@ def pictures_section(title: str, lead: str, make: Callable[[], Html]) -> Html:
     """A gallery, or the reason why there is none."""
     try:
         body = make()
-    except (AnnotationError, DatasetError, ImageError, RunError, StoreError, OSError) as error:
+    except (AnnotationError, DamagedFile, DatasetError, ImageError, RunError, StoreError, OSError) as error:
         log.warning("report: no pictures: %s", error)
         body = note(f"No pictures: {error}")
     return section(title, lead, body)
@@ -82,7 +82,9 @@ def _detections_by_image(main: Facts) -> dict[int, list[dict[str, Any]]]:
     if not path.is_file():
         raise RunError(f"{path}: missing; `{main.command('eval')}` makes it")
     by_image: dict[int, list[dict[str, Any]]] = {}
-    for one in json.loads(path.read_text()):
+    for one in read_objects(path):
+        if not {"image_id", "name", "bbox", "score"} <= one.keys():
+            raise DamagedFile(f"{path}: has a detection without image_id, name, bbox or score")
         if one["score"] >= SHOWN_SCORE:
             by_image.setdefault(one["image_id"], []).append(one)
     return by_image

@@ -30,7 +30,7 @@ def test_an_override_changes_one_value_alone():
         ("steps=3", "expected section.key=value"),
         ("train.optimiser=adam", "expected one of adamw, sgd, found 'adam'"),
         ("proposals.sizes=3", "expected a list, found 3"),
-        ("proposals.sizes=[-3]", r"proposals.sizes must be > 0"),
+        ("proposals.sizes=[-3]", "proposals.sizes must be >= 1"),
         ("model.backbone=vgg", "'vgg' is not one of tiny, resnet18"),
         ("loss.distillation=-1", "loss.distillation must be >= 0"),
         ("train.accumulate=3", "train.images must be a multiple of train.accumulate, got 8 and 3"),
@@ -40,12 +40,37 @@ def test_an_override_changes_one_value_alone():
         ("train.short_side_min=10", "train.short_side_min must lie between 0 and train.short_side"),
         ("train.jitter=[1.0]", "train.jitter: two factors"),
         ("train.jitter=[0.1, 2.0]", "train.jitter needs train.long_side"),
+        ("adapt.learning_rate=-1", "adapt.learning_rate must be > 0, got -1"),
+        ("adapt.clip_norm=0", "adapt.clip_norm must be > 0"),
+        ("proposals.keep=0", "proposals.keep must be >= 1, got 0"),
+        ("proposals.base_iou=0", "proposals.base_iou must be > 0"),
+        ("proposals.stride=1e-9", "proposals.stride must be >= 0.01"),
+        ("proposals.sizes=[1e-9]", "proposals.sizes must be >= 1"),
+        ("proposals.ratios=[1e300]", "proposals.ratios must lie between 0.01 and 100"),
+        ("proposals.crop_ratio=inf", "expected a finite number, found inf"),
+        ("loss.rpn=nan", "expected a finite number, found nan"),
+        ("loss.box=-1", "loss.box must be >= 0"),
+        ("build.seed=99999999999999999999", "expected a whole number of 32 bits"),
+        ("train.learning_rate=99999999999999999999", "expected a whole number of 32 bits"),
+        ("train.warmup=-1", "train.warmup must be >= 0"),
+        ("train.loader_workers=-1", "train.loader_workers must be >= 0"),
+        ("model.channels=0", "model.channels must be > 0"),
+        ("model.rpn_sizes=[0]", "model.rpn_sizes must be > 0"),
+        ("model.positive_share=2", r"model.positive_share must lie in \[0, 1\]"),
+        ("model.tower_depth=-1", "model.tower_depth must be >= 0"),
+        ("eval.keep=0", "eval.keep must be > 0"),
+        ("eval.score_floor=7", r"eval.score_floor must lie in \[0, 1\)"),
         ("model.head=slow", "expected one of fast, paper, found 'slow'"),
     ],
 )
 def test_a_wrong_setting_is_named(override, message):
     with pytest.raises(ConfigError, match=message):
         load_preset("shapes", [override])
+
+
+def test_a_faithful_grid_has_a_stride_of_whole_pixels():
+    with pytest.raises(ConfigError, match="proposals.stride must be >= 1, got 0.4"):
+        load_preset("coco", ["proposals.stride=0.4"])
 
 
 def test_a_missing_key_is_named():

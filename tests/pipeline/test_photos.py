@@ -15,7 +15,8 @@ from ezsd.vocabulary import COCO_SPLIT
 from pipeline.build import BuildRequest, build_cache
 from pipeline.config import load_preset
 from pipeline.datasets import find_dataset
-from pipeline.evaluate import evaluate_run, headline
+from pipeline.evaluate import evaluate_run
+from pipeline.figures import headline
 from pipeline.provenance import model_inputs
 from pipeline.train import TrainRequest, train
 

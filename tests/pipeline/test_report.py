@@ -19,7 +19,7 @@ from ezsd.data.shapes import SHAPES_SPLIT, scene
 from pipeline.config import load_preset, to_tables
 from pipeline.datasets import DatasetError, find_dataset
 from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
-from pipeline.files import write_json
+from pipeline.files import DamagedFile, write_json
 from pipeline.provenance import describe
 from pipeline.report import write_report
 from pipeline.runs import Run, RunError
@@ -167,6 +167,8 @@ def write_run(folder, root, store, manifest, *, novel=0.361, steps=6, **loss):
         "base_count": BASE,
         "re_normalisation": {"base_accuracy_before": 0.4567, "base_accuracy_after": 0.7891, "held_out_crops": 123},
         "backbone_weights": None,
+        "embed_dim": 3,
+        "layer_norms": [],
     }
     run = Run.create_or_resume(folder, card, {"text": torch.eye(3)})
     teacher = {"name": "tiny-shapes", "weights": None, "template": "a {}", "background": "background"}
@@ -181,7 +183,7 @@ def write_run(folder, root, store, manifest, *, novel=0.361, steps=6, **loss):
     found = [{"image_id": 2, "name": NASTY, "bbox": [20, 20, 40, 40], "score": 0.9}]
     found += [{"image_id": 2, "name": "gear", "bbox": [70, 70, 30, 30], "score": 0.29}]
     write_json(folder / "detections.json", found)
-    run.record_seconds("train", 12.0)
+    run.record_seconds("train", 13)
     run.record_seconds("eval", 75.25)
     return run
 
@@ -263,7 +265,7 @@ def test_stage_times_and_accuracies_are_told(home):
     assert page.row("base, validation") == ["56.1", "80.2", "21"]
     assert page.row("novel, validation") == ["–", "–", "0"]
     assert page.row("cache: extract") == ["61.0 s", "–"]
-    assert page.row("train") == ["12.0 s", "12.0 s"]
+    assert page.row("train") == ["13.0 s", "13.0 s"]
     assert page.row("eval") == ["75.2 s", "75.2 s"]
 
 
@@ -283,9 +285,47 @@ def test_a_run_that_is_not_evaluated_is_refused_with_the_command(home):
 
 
 def test_a_run_that_another_version_evaluated_is_refused(home):
-    write_json(home.run.folder / "eval.json", {"generalised": {"base": {"AP50": 0.5}}})
-    with pytest.raises(RunError, match="another version"):
+    for table in ({"generalised": {"base": {"AP50": 0.5}}}, {"limit": "100"}):
+        write_json(home.run.folder / "eval.json", table)
+        with pytest.raises(RunError, match="another version"):
+            report(home)
+
+
+@pytest.mark.parametrize("name", ["run.json", "environment.json", "eval.json", "crops.json", "seconds.json"])
+def test_a_damaged_file_of_a_run_is_named(home, name):
+    file = home.plain.folder / name
+    for content in ("{", "[]"):
+        file.write_text(content)
+        with pytest.raises(DamagedFile, match=rf"plain/{name}: is damaged"):
+            report(home)
+
+
+def test_a_torn_line_of_metrics_is_named(home):
+    with (home.run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    with pytest.raises(DamagedFile, match=r"metrics.jsonl, line 7: is damaged"):
         report(home)
+
+
+def test_a_run_of_another_version_is_refused(home):
+    card = home.run.card
+    for key, value in (("config", None), ("names", "ring"), ("base_count", None)):
+        write_json(home.run.folder / "run.json", card | {key: value})
+        with pytest.raises(RunError, match=rf"run.json has no {key}; another version"):
+            Run.open(home.run.folder)
+
+
+def test_a_run_that_does_not_say_where_its_images_are_is_refused(home):
+    write_json(home.run.folder / "environment.json", {"cache": str(home.store)})
+    with pytest.raises(RunError, match=r"environment.json: does not say data_root"):
+        report(home)
+
+
+def test_detections_without_a_score_are_said_and_no_more(home):
+    write_json(home.run.folder / "detections.json", [{"image_id": 1}])
+    page = Page(report(home, images=1))
+    assert "has a detection without image_id, name, bbox or score" in page.text
+    assert len(page.images) == 2
 
 
 def test_runs_of_two_datasets_are_not_compared(home):
