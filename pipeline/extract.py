@@ -154,6 +154,24 @@ def _extract_image(worker: _Worker, position: int) -> tuple[dict[str, Columns], 
     return rows, view.passes
 
 
+def encode_boxes(teacher: Teacher, pixels: Tensor, boxes: Tensor, config: Config) -> tuple[Tensor, int]:
+    """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4) of one image, and how many crops were encoded.
+
+    Batches never cross an image, and short ones are filled up: a matrix product of few rows adds in another order.
+    An embedding then depends on its crop alone, whatever is encoded beside it, and boxes with the same crop share one
+    pass.
+    """
+    size, height, width = teacher.input_size, *pixels.shape[1:]
+    ratio, surround = config.proposals.crop_ratio, config.proposals.surround
+    first, crop = distinct_crops(boxes, ratio=ratio, surround=surround, width=width, height=height)
+    parts = [torch.zeros(0, teacher.embed_dim)]
+    for chunk in boxes[first].split(config.build.batch) if len(boxes) else ():
+        filled = torch.cat([chunk, chunk[:1].expand(max(0, _SHORT - len(chunk)), 4)])
+        crops = crop_boxes(pixels, filled, size=size, ratio=ratio, surround=surround)
+        parts.append(teacher.encode_image(crops.float() / 255).float().cpu()[: len(chunk)])
+    return torch.cat(parts)[crop], len(first)
+
+
 class _View:
     """One image as the teacher sees it; read only if anything of it has to be encoded."""
 
@@ -164,27 +182,14 @@ class _View:
         """Crops that the teacher was shown, but for those that fill up a batch."""
 
     def encode(self, boxes: Tensor) -> Tensor:
-        """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4).
-
-        Batches never cross an image, and short ones are filled up: a matrix product of few rows adds in another order.
-        An embedding then depends on its crop alone, whatever is encoded beside it, and boxes with the same crop share
-        one pass.
-        """
+        """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4); see `encode_boxes`."""
         if self._pixels is None:
             folder = self.worker.dataset.root / self.worker.dataset.train_images
             pixels = read_dataset_image(folder, self.record.file_name, self.record.width, self.record.height)
             self._pixels = pixels.to(getattr(self.worker.teacher, "device", "cpu"))
-        size, config = self.worker.teacher.input_size, self.worker.config
-        ratio, surround = config.proposals.crop_ratio, config.proposals.surround
-        width, height = self.record.width, self.record.height
-        first, crop = distinct_crops(boxes, ratio=ratio, surround=surround, width=width, height=height)
-        self.passes += len(first)
-        parts = [torch.zeros(0, self.worker.teacher.embed_dim)]
-        for chunk in boxes[first].split(config.build.batch) if len(boxes) else ():
-            filled = torch.cat([chunk, chunk[:1].expand(max(0, _SHORT - len(chunk)), 4)])
-            crops = crop_boxes(self._pixels, filled, size=size, ratio=ratio, surround=surround)
-            parts.append(self.worker.teacher.encode_image(crops.float() / 255).float().cpu()[: len(chunk)])
-        return torch.cat(parts)[crop]
+        embedding, passes = encode_boxes(self.worker.teacher, self._pixels, boxes, self.worker.config)
+        self.passes += passes
+        return embedding
 
     def score(self, embedding: Tensor) -> Tensor:
         """Scores (R,) of embeddings (R, D); see `select_regions`."""
