@@ -203,6 +203,7 @@ def photos_bench(data_root: Path, teacher_name: str, work: Path, images: int) ->
     return make_bench(on_grid(config), configured_teacher(config.teacher, "cpu"), dataset, work / "photos"), pictures
 
 
+@torch.no_grad()
 def make_bench(config: Config, teacher: Teacher, dataset: Dataset, folder: Path) -> Bench:
     """A bench whose names are embedded."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -217,6 +218,7 @@ def make_bench(config: Config, teacher: Teacher, dataset: Dataset, folder: Path)
     )
 
 
+@torch.no_grad()
 def measure(bench: Bench, pictures: list[Picture]) -> list[dict[str, object]]:
     """Recall and passes of every arm and control: one row each."""
     grids = [bench.grid(picture) for picture in pictures]
@@ -296,7 +298,6 @@ def table(result: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-@torch.no_grad()
 def recall_of(arguments: argparse.Namespace) -> None:
     """Measure one set of images, print and keep the rows."""
     if arguments.kind == "photos":

@@ -107,7 +107,7 @@ class ProposalConfig:
     """Which anchors the teacher is shown: "faithful" all of the grid, "grown-stride" less of large ones,
     "coarse-to-fine" a sparse grid and then what lies around the best of it. The latter two thin out the faithful grid;
     sliding windows have a spacing that grows as it is."""
-    growth: float = 0.25
+    growth: float = 0.375
     """Spacing of anchors as a share of their size: of all ("grown-stride"), of the sparse grid ("coarse-to-fine")."""
     passes: float = 0.1
     """Share of the grid's anchors that "coarse-to-fine" looks at."""
