@@ -18,10 +18,10 @@ import torch
 from cache import Store
 from ezsd.data.annotations import load_evaluation
 from ezsd.metrics.recall import recall_at
+from pipeline.anchors import image_anchors
 from pipeline.config import from_tables, load_preset, to_tables
 from pipeline.datasets import read_dataset_image
 from pipeline.draw import draw_boxes
-from pipeline.extract import image_anchors
 from pipeline.figures import headline
 from pipeline.provenance import model_inputs, proposal_settings
 from pipeline.runs import Run

@@ -33,17 +33,49 @@ def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surroun
     Returns:
         (R, 3, size, size) uint8 on the image's device, channels last in memory.
     """
-    boxes = _square(boxes) if surround == "context" else boxes
     shape = (len(boxes), 3, size, size)
     # Channels last is what makes uint8 resampling quick on CPU; turning each crop around took a third of its time.
     pixels = image[None].contiguous(memory_format=torch.channels_last)[0]
     out = torch.empty(shape, dtype=torch.uint8, device=image.device, memory_format=torch.channels_last)
-    windows = crop_windows(boxes, ratio=ratio, width=image.shape[2], height=image.shape[1])
+    windows = _windows(boxes, ratio=ratio, surround=surround, width=image.shape[2], height=image.shape[1])
     for rows in _alike(windows, size=size):
         squares = _squares(pixels, [windows[row] for row in rows])
         for row, crop in zip(rows, _resample(squares, size), strict=True):
             out[row] = crop
     return out
+
+
+def distinct_crops(
+    boxes: Tensor, *, ratio: float, surround: Surround, width: int, height: int
+) -> tuple[Tensor, Tensor]:
+    """Which boxes have a crop of their own; the others' crops are the same pixels.
+
+    A crop is decided by its whole-pixel window, and boxes clamped to the image or grown to squares share some.
+
+    Args:
+        boxes: (R, 4) as for `crop_boxes`, and so are `ratio` and `surround`.
+        ratio: see there.
+        surround: see there.
+        width: of the image, pixels.
+        height: likewise.
+
+    Returns:
+        Ascending positions (U,) of the first box of every crop, and for each box (R,) the position of its crop among
+        those; int64.
+    """
+    windows = _windows(boxes, ratio=ratio, surround=surround, width=width, height=height)
+    crops: dict[tuple[int, int, int, int], int] = {}
+    number = [crops.setdefault(window, len(crops)) for window in windows]
+    place = dict(zip(reversed(number), reversed(range(len(number))), strict=True))
+    first = [place[crop] for crop in range(len(crops))]
+    return torch.tensor(first, dtype=torch.int64), torch.tensor(number, dtype=torch.int64)
+
+
+def _windows(
+    boxes: Tensor, *, ratio: float, surround: Surround, width: int, height: int
+) -> list[tuple[int, int, int, int]]:
+    boxes = _square(boxes) if surround == "context" else boxes
+    return crop_windows(boxes, ratio=ratio, width=width, height=height)
 
 
 def _square(boxes: Tensor) -> Tensor:

@@ -47,15 +47,21 @@ def faithful_anchors(
     Returns:
         (A, 4) xyxy, float32, original-image pixels, clamped to the image; some may be thin.
     """
-    scale = min(long_side / max(width, height), short_side / min(width, height))
-    columns = math.ceil(round(width * scale) / stride)
-    rows = math.ceil(round(height * scale) / stride)
+    scale, rows, columns = faithful_cells(width, height, stride=stride, short_side=short_side, long_side=long_side)
     shapes = _shapes(sizes, ratios)
     y, x = torch.meshgrid(torch.arange(rows) * stride, torch.arange(columns) * stride, indexing="ij")
     centres = torch.stack([x, y], -1).reshape(-1, 1, 2).double()
     boxes = torch.cat([centres - shapes / 2, centres + shapes / 2], -1).reshape(-1, 4) / scale
     limit = torch.tensor([width, height, width, height], dtype=torch.float64)
     return torch.minimum(boxes.clamp(min=0), limit).float()
+
+
+def faithful_cells(
+    width: int, height: int, *, stride: int, short_side: int = 800, long_side: int = 1333
+) -> tuple[float, int, int]:
+    """Factor to the resized image, and how many rows and columns of cells it has; see `faithful_anchors`."""
+    scale = min(long_side / max(width, height), short_side / min(width, height))
+    return scale, math.ceil(round(height * scale) / stride), math.ceil(round(width * scale) / stride)
 
 
 def sliding_anchors(
@@ -106,6 +112,12 @@ def entropy_score(probability: Tensor) -> Tensor:
     """Certainty log C - H(p) per row (R,), in nats: 0 for a uniform guess, log C for certainty."""
     surprise = torch.xlogy(probability, probability).sum(1)
     return math.log(probability.shape[1]) + surprise
+
+
+def anchor_scores(names: Tensor, present: Tensor, *, base_count: int, score: Score) -> Tensor:
+    """Scores (R,) of name probabilities (R, C) and probabilities (R,) of no background; see `select_regions`."""
+    value = entropy_score(names) if score == "entropy" else names[:, base_count:].sum(1)
+    return value * present
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +177,7 @@ def select_regions(
     Source: EZSD, section on CLIP proposals.
     """
     names, present = guesses(embedding, text, background, logit_scale=logit_scale)
-    value = entropy_score(names) if score == "entropy" else names[:, base_count:].sum(1)
-    value = value * present
+    value = anchor_scores(names, present, base_count=base_count, score=score)
     kept = nms(anchors, value, nms_iou)[:keep_proposals]
     confidence, guess = names[kept].max(1)
     clear = clear_of_base(anchors[kept], base_boxes, base_iou=base_iou)

@@ -100,15 +100,15 @@ def build_cache(request: BuildRequest) -> BuildReport:
             return BuildReport(request.out, already_complete=True, seconds={}, reused=(), computed=())
         with _log_file(writer.log_path):
             _warn_of_room(request, annotations, teacher.embed_dim)
-            _record_environment(writer, request, seconds)
+            _record_environment(writer, request, seconds, {})
             with _timed(seconds, "adapt"):
                 job = _prepare(writer, request, teacher, annotations, reuse)
             workers = request.workers or (1 if request.device != "cpu" else os.cpu_count() or 1)
             with _timed(seconds, "extract"):
-                _extract(writer, job, workers)
+                passes = _extract(writer, job, workers)
             with _timed(seconds, "commit"):
                 _write_shards(writer, workers)
-                _record_environment(writer, request, seconds)
+                _record_environment(writer, request, seconds, passes)
                 writer.finish()
     computed = tuple(product for product in PRODUCTS if product not in reused)
     return BuildReport(request.out, already_complete=False, seconds=seconds, reused=reused, computed=computed)
@@ -309,12 +309,16 @@ def extract_job(
     )
 
 
-def _extract(writer: StoreWriter, job: ExtractJob, workers: int) -> None:
+def _extract(writer: StoreWriter, job: ExtractJob, workers: int) -> dict[str, int]:
+    """Do what is left to do; says how many images that were, and how many crops the teacher was shown for them."""
     pending, total = writer.pending(), len(writer.blocks)
     if len(pending) < total:
         log.info("resuming: %d of %d blocks are done", total - len(pending), total)
     with Progress("extract", total, unit="block", done=total - len(pending)) as progress:
-        run_tasks(partial(extract_block, job), pending, workers=workers, progress=progress)
+        crops = sum(run_tasks(partial(extract_block, job), pending, workers=workers, progress=progress))
+    images = sum(block.stop - block.start for block in pending)
+    log.info("the teacher saw %s crops, %.0f an image", f"{crops:,}", crops / max(images, 1))
+    return {"images": images, "crops": crops}
 
 
 def _write_shards(writer: StoreWriter, workers: int) -> None:
@@ -325,7 +329,9 @@ def _write_shards(writer: StoreWriter, workers: int) -> None:
         run_tasks(partial(commit_shard, writer.path), tasks, workers=workers, progress=progress)
 
 
-def _record_environment(writer: StoreWriter, request: BuildRequest, seconds: dict[str, float]) -> None:
+def _record_environment(
+    writer: StoreWriter, request: BuildRequest, seconds: dict[str, float], passes: dict[str, int]
+) -> None:
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "zarr", "numpy", "ezsd")
     }
@@ -344,6 +350,8 @@ def _record_environment(writer: StoreWriter, request: BuildRequest, seconds: dic
             "python": platform.python_version(),
             "versions": dict(versions),
             "seconds": {stage: round(spent, 2) for stage, spent in seconds.items()},
+            # Of the images that were extracted by the last call of the build.
+            "encoded": dict(passes),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
     )

@@ -21,6 +21,7 @@ from ezsd.detector.heads import HeadName
 from ezsd.detector.model import BoxClass
 from ezsd.kernels import Backend, Metric
 from ezsd.proposals import Score
+from ezsd.selectors import Mode
 from ezsd.teacher import Activation, Names, Precision
 
 
@@ -108,6 +109,14 @@ class ProposalConfig:
     """Drop regions that `teacher.background` is likelier for than all names together."""
     boxes: str = ""
     """A results file in COCO's format: its boxes are the proposals, best score first, instead of scored anchors."""
+    mode: Mode = "faithful"
+    """Which anchors the teacher is shown: "faithful" all of the grid, "grown-stride" less of large ones,
+    "coarse-to-fine" a sparse grid and then what lies around the best of it. The latter two thin out the faithful grid;
+    sliding windows have a spacing that grows as it is."""
+    growth: float = 0.375
+    """Spacing of anchors as a share of their size: of all ("grown-stride"), of the sparse grid ("coarse-to-fine")."""
+    passes: float = 0.1
+    """Share of the grid's anchors that "coarse-to-fine" looks at."""
 
     def __post_init__(self) -> None:
         # Less would be more anchors than any memory holds.
@@ -123,6 +132,19 @@ class ProposalConfig:
         _above_zero("proposals", self, "base_iou")
         _require(0 < self.nms_iou <= 1, f"proposals.nms_iou must lie in (0, 1], got {self.nms_iou}")
         _require(self.regions > 0, f"proposals.regions must be > 0, got {self.regions}")
+        _require(self.growth > 0, f"proposals.growth must be > 0, got {self.growth}")
+        _require(0 < self.passes <= 1, f"proposals.passes must lie in (0, 1], got {self.passes}")
+        _require(
+            self.mode == "faithful" or self.grid == "faithful",
+            f'proposals.mode={self.mode} thins out the grid "faithful", and proposals.grid is {self.grid!r}; '
+            "set proposals.mode=faithful",
+        )
+        for name in ("sizes", "ratios") if self.mode == "coarse-to-fine" else ():
+            values: tuple[float, ...] = getattr(self, name)
+            _require(
+                list(values) == sorted(set(values)),
+                f"proposals.{name} must ascend for proposals.mode=coarse-to-fine, got {values}",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,19 +18,18 @@ from torch import Tensor
 
 from cache import Block, RaggedRows, write_block
 from ezsd.adapt import restore
-from ezsd.boxes import clip
-from ezsd.crops import crop_boxes
+from ezsd.crops import crop_boxes, distinct_crops
 from ezsd.data.annotations import Annotations, ImageRecord
 from ezsd.proposals import (
+    anchor_scores,
     clear_of_base,
-    faithful_anchors,
     guesses,
     may_be_unseen,
     select_regions,
-    sliding_anchors,
 )
 from ezsd.teacher import Teacher
-from pipeline.config import Config, ProposalConfig, from_tables
+from pipeline.anchors import look_at_anchors
+from pipeline.config import Config, from_tables
 from pipeline.datasets import Dataset, from_definition, read_dataset_image
 from pipeline.given import given_proposals
 from pipeline.parsed import training_annotations
@@ -39,6 +38,7 @@ from pipeline.reuse import Columns, KnownRegion, Reuse, ReusedRows
 from pipeline.teachers import configured_teacher
 
 T = TypeVar("T")
+U = TypeVar("U")
 _SHORT = 16
 """Batches are never shorter."""
 
@@ -109,21 +109,28 @@ def _worker(job: ExtractJob) -> _Worker:
 
 
 def extract_block(job: ExtractJob, block: Block) -> int:
-    """Compute one block and write it whole into the store's journal; returns its number."""
-    write_block(job.store, block, block_rows(job, block))
-    return block.index
+    """Compute one block and write it whole into the store's journal; returns how many crops the teacher was shown."""
+    rows, passes = _extract(job, block)
+    write_block(job.store, block, rows)
+    return passes
 
 
 def block_rows(job: ExtractJob, block: Block) -> dict[str, RaggedRows]:
-    """All rows of one block of images.
+    """All rows of one block of images."""
+    rows, _ = _extract(job, block)
+    return rows
+
+
+def _extract(job: ExtractJob, block: Block) -> tuple[dict[str, RaggedRows], int]:
+    """The rows of a block, and how many crops the teacher was shown for them.
 
     One thread per process: sums are then added in one order, and the store has the same bytes from any number of
     workers.
     """
     with _single_thread():
         worker = _worker(job)
-        images = [_extract_image(worker, position) for position in range(block.start, block.stop)]
-    return _collate(images)
+        images, passes = zip(*(_extract_image(worker, p) for p in range(block.start, block.stop)), strict=True)
+    return _collate(images), sum(passes)
 
 
 @contextlib.contextmanager
@@ -136,18 +143,8 @@ def _single_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def image_anchors(config: ProposalConfig, width: int, height: int) -> Tensor:
-    """Anchors (A, 4) of an image that are at least one pixel wide and high, original-image pixels."""
-    if config.grid == "faithful":
-        stride = round(config.stride)
-        anchors = faithful_anchors(width, height, sizes=config.sizes, ratios=config.ratios, stride=stride)
-    else:
-        anchors = sliding_anchors(width, height, sizes=config.sizes, ratios=config.ratios, stride=config.stride)
-    return anchors[((anchors[:, 2:] - anchors[:, :2]) >= 1).all(1)]
-
-
 @torch.no_grad()
-def _extract_image(worker: _Worker, position: int) -> dict[str, Columns]:
+def _extract_image(worker: _Worker, position: int) -> tuple[dict[str, Columns], int]:
     record = worker.annotations.images[position]
     rows = {} if worker.reused is None else worker.reused.taken(record.id)
     view = _View(worker, record)
@@ -161,7 +158,25 @@ def _extract_image(worker: _Worker, position: int) -> dict[str, Columns]:
             rows["regions"] = _filtered(view, rows["proposals"], base_boxes)
         else:
             rows |= _proposed(view, base_boxes)
-    return rows
+    return rows, view.passes
+
+
+def encode_boxes(teacher: Teacher, pixels: Tensor, boxes: Tensor, config: Config) -> tuple[Tensor, int]:
+    """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4) of one image, and how many crops were encoded.
+
+    Batches never cross an image, and short ones are filled up: a matrix product of few rows adds in another order.
+    An embedding then depends on its crop alone, whatever is encoded beside it, and boxes with the same crop share one
+    pass.
+    """
+    size, height, width = teacher.input_size, *pixels.shape[1:]
+    ratio, surround = config.proposals.crop_ratio, config.proposals.surround
+    first, crop = distinct_crops(boxes, ratio=ratio, surround=surround, width=width, height=height)
+    parts = [torch.zeros(0, teacher.embed_dim)]
+    for chunk in boxes[first].split(config.build.batch) if len(boxes) else ():
+        filled = torch.cat([chunk, chunk[:1].expand(max(0, _SHORT - len(chunk)), 4)])
+        crops = crop_boxes(pixels, filled, size=size, ratio=ratio, surround=surround)
+        parts.append(teacher.encode_image(crops.float() / 255).float().cpu()[: len(chunk)])
+    return torch.cat(parts)[crop], len(first)
 
 
 class _View:
@@ -169,23 +184,23 @@ class _View:
 
     def __init__(self, worker: _Worker, record: ImageRecord) -> None:
         self.worker, self.record = worker, record
+        self.passes = 0
+        """Crops that the teacher was shown, but for those that fill up a batch."""
 
     def encode(self, boxes: Tensor) -> Tensor:
-        """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4).
-
-        Batches never cross an image, and short ones are filled up: a matrix product of few rows adds in another order.
-        An embedding then depends on its box alone, whatever is encoded beside it.
-        """
-        teacher, config = self.worker.teacher, self.worker.config
+        """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4); see `encode_boxes`."""
         if not len(boxes):
-            return torch.zeros(0, teacher.embed_dim)
-        size, ratio, surround = teacher.input_size, config.proposals.crop_ratio, config.proposals.surround
-        parts = []
-        for chunk in boxes.split(config.build.batch):
-            filled = torch.cat([chunk, chunk[:1].expand(max(0, _SHORT - len(chunk)), 4)])
-            crops = crop_boxes(self.pixels, filled, size=size, ratio=ratio, surround=surround)
-            parts.append(teacher.encode_image(crops.float() / 255).float().cpu()[: len(chunk)])
-        return torch.cat(parts)
+            return torch.zeros(0, self.worker.teacher.embed_dim)
+        embedding, passes = encode_boxes(self.worker.teacher, self.pixels, boxes, self.worker.config)
+        self.passes += passes
+        return embedding
+
+    def score(self, embedding: Tensor) -> Tensor:
+        """Scores (R,) of embeddings (R, D); see `select_regions`."""
+        worker = self.worker
+        names, present = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
+        base_count = len(worker.dataset.split.base)
+        return anchor_scores(names, present, base_count=base_count, score=worker.config.proposals.score)
 
     @cached_property
     def pixels(self) -> Tensor:
@@ -199,8 +214,7 @@ def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:
     """Proposals and regions from the anchors."""
     worker, record = view.worker, view.record
     settings = worker.config.proposals
-    anchors = clip(image_anchors(settings, record.width, record.height), record.width, record.height)
-    embedding = view.encode(anchors)
+    anchors, embedding = look_at_anchors(settings, record.width, record.height, view.encode, view.score)
     found = select_regions(
         anchors,
         embedding,
@@ -285,7 +299,7 @@ def _ground_truth(view: _View, annotations: Annotations, rows: slice) -> Columns
     }
 
 
-def _collate(images: list[dict[str, Columns]]) -> dict[str, RaggedRows]:
+def _collate(images: Sequence[dict[str, Columns]]) -> dict[str, RaggedRows]:
     return {
         product: RaggedRows(
             counts=np.array([len(image[product]["box"]) for image in images], np.int32),
@@ -295,11 +309,13 @@ def _collate(images: list[dict[str, Columns]]) -> dict[str, RaggedRows]:
     }
 
 
-def run_tasks(task: Callable[[T], object], items: Sequence[T], *, workers: int, progress: Progress) -> None:
-    """Run one Dask task per item, in this process or in `workers` of them; the first failure is raised.
+def run_tasks(task: Callable[[T], U], items: Sequence[T], *, workers: int, progress: Progress) -> list[U]:
+    """Results of one Dask task per item, as they come, in this process or in `workers` of them.
+
+    The first failure is raised.
 
     Args:
-        task: picklable; its results are thrown away.
+        task: picklable, and so is its result, which travels: keep it small.
         items: small and picklable: only numbers travel in the graph.
         workers: processes; 1 runs here.
         progress: advanced by one per finished item.
@@ -308,10 +324,11 @@ def run_tasks(task: Callable[[T], object], items: Sequence[T], *, workers: int, 
         from dask.base import compute
         from dask.delayed import delayed
 
+        results: list[U] = []
         for item in items:
-            compute(delayed(task)(item), scheduler="synchronous")
+            results += compute(delayed(task)(item), scheduler="synchronous")
             progress.advance()
-        return
+        return results
     from dask import config
     from distributed import Client, LocalCluster, as_completed
 
@@ -338,7 +355,9 @@ def run_tasks(task: Callable[[T], object], items: Sequence[T], *, workers: int, 
         Client(cluster) as client,
     ):
         futures = client.map(task, items, pure=False)
+        results = []
         for future in as_completed(futures):
             # A failed task raises its own error here.
-            future.result()
+            results.append(future.result())
             progress.advance()
+        return results

@@ -16,6 +16,8 @@ VERSIONS = {"teacher": 1, "text": 1, "proposals": 1, "regions": 1, "ground_truth
 """Raised when the way a product is computed changes: stores made the old way are then another product."""
 
 _ANCHORS = ("grid", "sizes", "ratios", "stride", "score", "nms_iou", "keep")
+_MODES = {"faithful": (), "grown-stride": ("mode", "growth"), "coarse-to-fine": ("mode", "growth", "passes")}
+"""What a mode reads. The faithful one names nothing: stores made before there were others stay what they are."""
 _FILTERS = ("base_iou", "drop_base_guesses", "regions")
 
 
@@ -34,7 +36,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
         },
         "text": {"base_names": dataset.split.base, "novel_names": dataset.split.novel},
         "proposals": {
-            **{key: proposals[key] for key in _ANCHORS},
+            **{key: proposals[key] for key in (*_ANCHORS, *_MODES[config.proposals.mode])},
             **({"boxes_sha256": boxes_digest(config.proposals.boxes)} if config.proposals.boxes else {}),
             "background": config.teacher.background,
             "batch": config.build.batch,
@@ -90,6 +92,8 @@ def proposal_settings(manifest: Manifest) -> dict[str, JSON]:
     assert isinstance(crop, dict)
     return {
         **{key: anchors[key] for key in _ANCHORS},
+        "mode": "faithful",
+        **{key: anchors[key] for key in ("mode", "growth", "passes") if key in anchors},
         **{key: filters[key] for key in _FILTERS},
         "drop_background": filters.get("drop_background", True),
         "crop_ratio": crop["ratio"],

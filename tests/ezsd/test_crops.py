@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ezsd.crops import crop_boxes, crop_windows
+from ezsd.crops import crop_boxes, crop_windows, distinct_crops
+from ezsd.proposals import faithful_anchors
 
 WIDTH, HEIGHT = 90, 70
 NASTY = {
@@ -153,3 +154,21 @@ def test_windows_cover_the_enlarged_box_and_less_than_a_pixel_more(corner, exten
     assert max(y1 - dy, 0) - slack < top <= max(y1 - dy, 0) + 1e-9
     assert min(x2 + dx, WIDTH) - 1e-9 <= right < min(x2 + dx, WIDTH) + slack
     assert min(y2 + dy, HEIGHT) - 1e-9 <= bottom < min(y2 + dy, HEIGHT) + slack
+
+
+@pytest.mark.parametrize("surround", ["black", "context"])
+def test_boxes_share_a_crop_where_their_crops_are_the_same_pixels(image, surround):
+    boxes = faithful_anchors(WIDTH, HEIGHT)[::11]
+    boxes = torch.cat([boxes, boxes[:40], boxes[5:9] + 1e-4])
+    settings = {"ratio": 1.2, "surround": surround}
+    first, crop = distinct_crops(boxes, **settings, width=WIDTH, height=HEIGHT)
+    whole = crop_boxes(image, boxes, size=24, **settings)
+    assert torch.equal(crop_boxes(image, boxes[first], size=24, **settings)[crop], whole)
+    assert len(first) < len(boxes) - 40
+    assert first.tolist() == sorted(set(first.tolist()))
+    assert crop[first].tolist() == list(range(len(first)))
+
+
+def test_without_boxes_there_are_no_crops():
+    first, crop = distinct_crops(torch.zeros(0, 4), ratio=1.0, surround="black", width=WIDTH, height=HEIGHT)
+    assert len(first) == len(crop) == 0

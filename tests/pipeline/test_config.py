@@ -31,6 +31,14 @@ def test_an_override_changes_one_value_alone():
         ("train.optimiser=adam", "expected one of adamw, sgd, found 'adam'"),
         ("proposals.sizes=3", "expected a list, found 3"),
         ("proposals.sizes=[-3]", "proposals.sizes must be >= 1"),
+        ("proposals.mode=coarse", "expected one of faithful, grown-stride, coarse-to-fine, found 'coarse'"),
+        (
+            "proposals.mode=grown-stride",
+            'mode=grown-stride thins out the grid "faithful", and proposals.grid is .sliding',
+        ),
+        ("proposals.passes=0", r"proposals.passes must lie in \(0, 1\], got 0"),
+        ("proposals.passes=12", r"proposals.passes must lie in \(0, 1\], got 12"),
+        ("proposals.growth=0", "proposals.growth must be > 0, got 0"),
         ("model.backbone=vgg", "'vgg' is not one of tiny, resnet18"),
         ("loss.distillation=-1", "loss.distillation must be >= 0"),
         ("train.accumulate=3", "train.images must be a multiple of train.accumulate, got 8 and 3"),
@@ -71,6 +79,12 @@ def test_a_wrong_setting_is_named(override, message):
 def test_a_faithful_grid_has_a_stride_of_whole_pixels():
     with pytest.raises(ConfigError, match="proposals.stride must be >= 1, got 0.4"):
         load_preset("coco", ["proposals.stride=0.4"])
+
+
+def test_a_search_of_the_grid_needs_neighbours_in_order():
+    options = ["proposals.mode=coarse-to-fine", "proposals.sizes=[64, 32]"]
+    with pytest.raises(ConfigError, match=r"proposals.sizes must ascend for .*mode=coarse-to-fine, got \(64.0, 32.0\)"):
+        load_preset("coco", options)
 
 
 def test_a_missing_key_is_named():

@@ -1,0 +1,348 @@
+"""How many encoder passes do proposals need? `python benchmarks/proposals.py scenes|mosaics|photos --work DIR`.
+
+Share of NOVEL objects with a proposal at IoU 0.5 among the best 50, 200 and 300, against crops encoded per image, for
+the whole of the method's grid, for the cheaper modes of `proposals.mode`, and for two controls: as many anchors drawn
+at random as "coarse-to-fine" looks at, scored as usual; and anchors in random order, which nobody scored.
+
+"scenes" are training images of `shapes` (128 px), "mosaics" six of them side by side (384 x 256 px, so that objects
+are as small as COCO's), "photos" are those COCO photos of --data-root that show most novel objects, seen by --teacher.
+The whole grid is embedded once per image and kept in DIR: a stopped benchmark goes on where it was, and every mode
+reads from there. Before that counts, anchors of every image are encoded again by themselves and have to come out bit
+for bit. With --train, "scenes" also builds a store per mode and trains a detector on each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import rows
+import torch
+from torch import Tensor
+
+from cache import Store, info
+from ezsd.adapt import restore
+from ezsd.crops import distinct_crops
+from ezsd.data.annotations import Annotations, load_evaluation
+from ezsd.metrics.recall import recall_at
+from ezsd.proposals import anchor_scores, guesses, select_regions
+from ezsd.teacher import Teacher
+from pipeline.anchors import image_anchors, look_at_anchors
+from pipeline.build import BuildRequest, build_cache
+from pipeline.config import Config, load_preset
+from pipeline.datasets import Dataset, find_dataset, read_dataset_image
+from pipeline.evaluate import evaluate_run, headline
+from pipeline.extract import encode_boxes
+from pipeline.shapes import write_shapes
+from pipeline.teachers import configured_teacher
+from pipeline.train import TrainRequest, train
+
+TOP = (50, 200, 300)
+GRID = ("grid", "sizes", "ratios", "stride")
+ARMS: dict[str, dict[str, object]] = {
+    "faithful": {"mode": "faithful"},
+    **{f"grown-stride {growth}": {"mode": "grown-stride", "growth": growth} for growth in (0.25, 0.5, 1.0)},
+    **{
+        f"coarse-to-fine {growth}, {passes}": {"mode": "coarse-to-fine", "growth": growth, "passes": passes}
+        for growth in (0.25, 0.375, 0.5)
+        for passes in (0.05, 0.08, 0.1, 0.2)
+    },
+}
+DRAWS = 5
+"""Random controls are means of as many draws."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One image, and the novel objects in it: read for the evaluation alone."""
+
+    name: str
+    pixels: Tensor
+    """(3, H, W) uint8."""
+    novel: np.ndarray
+    """(N, 4) xyxy pixels."""
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Width and height, pixels."""
+        return self.pixels.shape[2], self.pixels.shape[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """What all arms of one set of images share."""
+
+    config: Config
+    """With the faithful grid; arms change its mode."""
+    teacher: Teacher
+    text: Tensor
+    background: Tensor | None
+    base_count: int
+    folder: Path
+    """Where embeddings of whole grids are kept."""
+
+    def score(self, embedding: Tensor) -> Tensor:
+        """Scores (R,) of embeddings (R, D)."""
+        scale = self.teacher.logit_scale
+        names, present = guesses(embedding, self.text, self.background, logit_scale=scale)
+        return anchor_scores(names, present, base_count=self.base_count, score=self.config.proposals.score)
+
+    def proposals(self, boxes: Tensor, embedding: Tensor) -> Tensor:
+        """Boxes (P, 4) that scoring and suppression leave of looked-at ones, best first."""
+        settings = self.config.proposals
+        found = select_regions(
+            boxes,
+            embedding,
+            self.text,
+            torch.zeros(0, 4),
+            base_count=self.base_count,
+            background=self.background,
+            logit_scale=self.teacher.logit_scale,
+            score=settings.score,
+            nms_iou=settings.nms_iou,
+            keep_proposals=settings.keep,
+            base_iou=settings.base_iou,
+            drop_base_guesses=False,
+            keep_regions=settings.keep,
+        )
+        return boxes[found.proposal]
+
+    def grid(self, picture: Picture) -> tuple[Tensor, Tensor]:
+        """All anchors of an image (A, 4) and their embeddings (A, D), kept and checked."""
+        anchors = image_anchors(self.config.proposals, *picture.extent)
+        kept = self.folder / f"{picture.name}.npy"
+        if not kept.exists():
+            embedding, _ = encode_boxes(self.teacher, picture.pixels, anchors, self.config)
+            unfinished = kept.with_suffix(".partial.npy")
+            np.save(unfinished, embedding.numpy())
+            unfinished.rename(kept)
+            print(f"{kept}: {len(anchors)} anchors", flush=True)
+        embedding = torch.from_numpy(np.load(kept))
+        some = torch.randperm(len(anchors), generator=torch.Generator().manual_seed(0))[:16]
+        again, _ = encode_boxes(self.teacher, picture.pixels, anchors[some], self.config)
+        if not torch.equal(again, embedding[some]):
+            raise SystemExit(f"{kept}: anchors encoded by themselves come out differently; no figures. Remove it?")
+        return anchors, embedding
+
+    def passes(self, boxes: Tensor, picture: Picture) -> int:
+        """Crops that have to be encoded for boxes of an image."""
+        settings, (width, height) = self.config.proposals, picture.extent
+        ratio, surround = settings.crop_ratio, settings.surround
+        first, _ = distinct_crops(boxes, ratio=ratio, surround=surround, width=width, height=height)
+        return len(first)
+
+
+def on_grid(config: Config) -> Config:
+    """A configuration with the anchors of the preset `coco`."""
+    faithful = load_preset("coco", ["proposals.mode=faithful"]).proposals
+    grid = {key: getattr(faithful, key) for key in GRID}
+    return dataclasses.replace(config, proposals=dataclasses.replace(config.proposals, **grid, keep=faithful.keep))
+
+
+def with_arm(config: Config, arm: dict[str, object]) -> Config:
+    """A configuration with an arm's mode."""
+    return dataclasses.replace(config, proposals=dataclasses.replace(config.proposals, **arm))
+
+
+def novel_boxes(truth: Annotations, position: int, base_count: int) -> np.ndarray:
+    """Boxes (N, 4) of the novel objects of an image that are no crowds."""
+    of = truth.rows(position)
+    novel = (truth.class_index[of] >= base_count) & ~truth.crowd[of]
+    return np.asarray(truth.box[of][novel], np.float32)
+
+
+def read_picture(dataset: Dataset, truth: Annotations, position: int) -> Picture:
+    """One training image."""
+    image = truth.images[position]
+    pixels = read_dataset_image(dataset.root / dataset.train_images, image.file_name, image.width, image.height)
+    return Picture(name=str(image.id), pixels=pixels, novel=novel_boxes(truth, position, len(dataset.split.base)))
+
+
+def mosaic(tiles: list[Picture], number: int) -> Picture:
+    """Six pictures of one size in two rows."""
+    width, height = tiles[0].extent
+    pixels = torch.cat([torch.cat([tile.pixels for tile in tiles[row : row + 3]], 2) for row in (0, 3)], 1)
+    corners = [np.array([width * (n % 3), height * (n // 3)] * 2, np.float32) for n in range(6)]
+    novel = np.concatenate([tile.novel + corner for tile, corner in zip(tiles, corners, strict=True)])
+    return Picture(name=str(number), pixels=pixels, novel=novel)
+
+
+def shapes_bench(kind: str, work: Path, seed: int, images: int) -> tuple[Bench, list[Picture]]:
+    """Scenes or mosaics of a seed, and the re-normalised teacher of its cache."""
+    data, cache = work / f"data-{seed}", work / f"cache-{seed}"
+    write_shapes(data, seed=seed)
+    dataset, config = find_dataset("shapes", data), load_preset("shapes")
+    build_cache(BuildRequest(dataset=dataset, config=config, out=cache, preset="shapes", workers=1))
+    teacher, (values, tuned) = configured_teacher(config.teacher, "cpu"), Store(cache).teacher
+    restore(teacher.layer_norms(), values, tuned["parameters"])
+    truth = load_evaluation(dataset.root / dataset.train_annotations, dataset.split)
+    if kind == "mosaics":
+        scenes = [read_picture(dataset, truth, position) for position in range(6 * images)]
+        pictures = [mosaic(scenes[6 * number : 6 * number + 6], number) for number in range(images)]
+    else:
+        pictures = [read_picture(dataset, truth, position) for position in range(images)]
+    return make_bench(on_grid(config), teacher, dataset, work / f"{kind}-{seed}"), pictures
+
+
+def photos_bench(data_root: Path, teacher_name: str, work: Path, images: int) -> tuple[Bench, list[Picture]]:
+    """The photos with most novel objects, as a plug-in teacher sees them."""
+    dataset = find_dataset("coco", data_root)
+    config = load_preset("coco", ["build.batch=16"])
+    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, name=teacher_name, weights=None))
+    truth = load_evaluation(dataset.root / dataset.train_annotations, dataset.split)
+    base = len(dataset.split.base)
+    order = sorted(
+        range(len(truth.images)), key=lambda place: (-len(novel_boxes(truth, place, base)), truth.images[place].id)
+    )
+    pictures = [read_picture(dataset, truth, place) for place in order[:images]]
+    return make_bench(on_grid(config), configured_teacher(config.teacher, "cpu"), dataset, work / "photos"), pictures
+
+
+@torch.no_grad()
+def make_bench(config: Config, teacher: Teacher, dataset: Dataset, folder: Path) -> Bench:
+    """A bench whose names are embedded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    background = config.teacher.background
+    return Bench(
+        config=config,
+        teacher=teacher,
+        text=teacher.encode_text(list(dataset.split.names)).float(),
+        background=None if background is None else teacher.encode_text([background])[0],
+        base_count=len(dataset.split.base),
+        folder=folder,
+    )
+
+
+@torch.no_grad()
+def measure(bench: Bench, pictures: list[Picture]) -> list[dict[str, object]]:
+    """Recall and passes of every arm and control: one row each."""
+    grids = [bench.grid(picture) for picture in pictures]
+    novel = [picture.novel for picture in pictures]
+    shared: dict[str, object] = {"images": len(pictures), "novel_objects": sum(map(len, novel))}
+    result: list[dict[str, object]] = []
+    for name, arm in ARMS.items():
+        config = with_arm(bench.config, arm).proposals
+        found, passes = [], []
+        for picture, (anchors, embedding) in zip(pictures, grids, strict=True):
+            row_of = {box.numpy().tobytes(): row for row, box in enumerate(anchors)}
+
+            def known(boxes: Tensor, rows_of: dict[bytes, int] = row_of, table: Tensor = embedding) -> Tensor:
+                return table[[rows_of[box.numpy().tobytes()] for box in boxes]]
+
+            boxes, vectors = look_at_anchors(config, *picture.extent, known, bench.score)
+            found.append(bench.proposals(boxes, vectors))
+            passes.append(bench.passes(boxes, picture))
+        result.append({**shared, "arm": name, **recall_row(found, novel, passes)})
+    result += [{**shared, **row} for row in controls(bench, pictures, grids)]
+    return result
+
+
+def controls(bench: Bench, pictures: list[Picture], grids: list[tuple[Tensor, Tensor]]) -> Iterable[dict[str, object]]:
+    """A tenth of the anchors drawn at random and scored; and anchors in random order, which cost nothing."""
+    novel = [picture.novel for picture in pictures]
+    scored, unscored = [], []
+    for draw in range(DRAWS):
+        found, passes, blind = [], [], []
+        for number, (picture, (anchors, embedding)) in enumerate(zip(pictures, grids, strict=True)):
+            order = torch.randperm(len(anchors), generator=torch.Generator().manual_seed(1000 * draw + number))
+            some = order[: round(0.1 * len(anchors))].sort().values
+            found.append(bench.proposals(anchors[some], embedding[some]))
+            passes.append(bench.passes(anchors[some], picture))
+            blind.append(anchors[order])
+        scored.append(recall_row(found, novel, passes))
+        unscored.append(recall_row(blind, novel, [0]))
+    yield {"arm": "a tenth drawn at random, scored", **mean_row(scored)}
+    yield {"arm": "anchors in random order, not scored", **mean_row(unscored)}
+
+
+def recall_row(found: list[Tensor], novel: list[np.ndarray], passes: list[int]) -> dict[str, float]:
+    """Recall by number of proposals, and passes per image."""
+    recall = recall_at(found, novel, top=TOP)
+    return {"passes": float(np.mean(passes)), **{f"recall@{k}": float(recall[k] or 0.0) for k in TOP}}
+
+
+def mean_row(draws: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of several rows."""
+    return {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
+
+
+def train_modes(work: Path, seed: int, images: int, arms: list[str], *, train_seed: int) -> Iterable[dict[str, object]]:
+    """AP50 of a detector per arm, trained on the first training images alone."""
+    dataset = find_dataset("shapes", work / f"data-{seed}")
+    for name in arms:
+        config = with_arm(on_grid(load_preset("shapes")), ARMS[name])
+        store = work / f"train-{seed}-{name.replace(' ', '-').replace(',', '')}"
+        reuse = work / f"cache-{seed}"
+        build_cache(BuildRequest(dataset=dataset, config=config, out=store, limit=images, workers=1, reuse=reuse))
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=train_seed))
+        folder = store.with_name(f"run-{train_seed}-{store.name}")
+        run = train(TrainRequest(cache=store, run=folder, config=config))
+        encoded = (info(store).environment or {})["encoded"]
+        yield {
+            "arm": name,
+            "images": images,
+            "train_seed": train_seed,
+            "encoded": encoded,
+            "AP50": headline(evaluate_run(run, data_root=None, device="cpu")),
+        }
+
+
+def table(result: list[dict[str, object]]) -> str:
+    """Rows for a person."""
+    lines = [f"{'arm':<38}{'passes':>9}" + "".join(f"{f'top {k}':>9}" for k in TOP)]
+    for row in result:
+        recall = "".join(f"{100 * float(str(row[f'recall@{k}'])):>8.1f}%" for k in TOP)
+        lines.append(f"{row['arm']!s:<38}{float(str(row['passes'])):>9.0f}{recall}")
+    return "\n".join(lines)
+
+
+def recall_of(arguments: argparse.Namespace) -> None:
+    """Measure one set of images, print and keep the rows."""
+    if arguments.kind == "photos":
+        bench, pictures = photos_bench(arguments.data_root, arguments.teacher, arguments.work, arguments.images)
+    else:
+        bench, pictures = shapes_bench(arguments.kind, arguments.work, arguments.seed, arguments.images)
+    result = measure(bench, pictures)
+    common = {"data": arguments.kind, "teacher": bench.teacher.fingerprint()["name"]}
+    if arguments.kind != "photos":
+        common["seed"] = arguments.seed
+    for row in result:
+        rows.append("proposals", {**common, **row})
+    print(table(result))
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("scenes", "mosaics", "photos"))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of shapes; 0 is the one to choose on")
+    parser.add_argument("--data-root", type=Path, help="COCO's folder, for photos")
+    parser.add_argument("--teacher", help="plugin:package.module:factory, for photos")
+    parser.add_argument("--train", nargs="*", metavar="ARM", help="train on these arms instead; none means all")
+    parser.add_argument("--train-seed", type=int, default=0)
+    arguments = parser.parse_args()
+    # Contended cores make multi-threaded torch collapse.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if arguments.kind == "photos" and not (arguments.data_root and arguments.teacher):
+        parser.error("photos needs --data-root and --teacher")
+    if arguments.train is None:
+        recall_of(arguments)
+        return
+    if arguments.kind != "scenes" or not set(arguments.train) <= set(ARMS):
+        parser.error(f"--train goes with scenes, and arms are {'; '.join(ARMS)}")
+    arms = arguments.train or list(ARMS)
+    train_seed = arguments.train_seed
+    for row in train_modes(arguments.work, arguments.seed, arguments.images, arms, train_seed=train_seed):
+        rows.append("proposals", {"data": "scenes", "seed": arguments.seed, **row})
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Which anchors of the method's grid are worth an encoder pass.
+
+Scoring every anchor is most of stage one's cost, and suppression throws most of the large ones away again. The
+selectors here look at a part of the grid. What they look at are anchors of the grid and nothing else, so that a
+cheaper store holds regions which the faithful one could have held, with the same embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Mode = Literal["faithful", "grown-stride", "coarse-to-fine"]
+"""How much of a grid is looked at: all of it, less of large anchors, or what a first look found promising."""
+
+_ROUND = 64
+"""Anchors that a round of refinement looks around. Fewer follow the scores more closely, more fill an accelerator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lattice:
+    """The places of a faithful grid; anchor ((row * columns + column) * sizes + size) * ratios + ratio is one of it."""
+
+    rows: int
+    columns: int
+    sizes: tuple[float, ...]
+    """Square roots of anchor areas, ascending, resized-image pixels."""
+    ratios: tuple[float, ...]
+    """Height over width, ascending."""
+    stride: float
+    """Between cells, resized-image pixels."""
+
+    def __len__(self) -> int:
+        """Number of anchors."""
+        return self.rows * self.columns * len(self.sizes) * len(self.ratios)
+
+    def places(self) -> Tensor:
+        """(A, 4) int64: row, column, position of the size, position of the ratio of every anchor."""
+        axes = [torch.arange(n) for n in (self.rows, self.columns, len(self.sizes), len(self.ratios))]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 4)
+
+    def anchors(self, places: Tensor) -> Tensor:
+        """Numbers (N,) of anchors at places (N, 4); -1 outside the grid."""
+        limits = torch.tensor([self.rows, self.columns, len(self.sizes), len(self.ratios)])
+        inside = ((places >= 0) & (places < limits)).all(1)
+        row, column, size, ratio = places.unbind(1)
+        numbers = ((row * self.columns + column) * len(self.sizes) + size) * len(self.ratios) + ratio
+        return torch.where(inside, numbers, -1)
+
+    def steps(self, growth: float, *, least: int = 1) -> Tensor:
+        """(sizes,) int64: whole cells between anchors that are `growth` of their size apart, at least `least`."""
+        return torch.tensor([max(least, round(growth * size / self.stride)) for size in self.sizes])
+
+
+def thinned(lattice: Lattice, steps: Tensor, ratios: Sequence[int]) -> Tensor:
+    """Every `steps[size]`-th row and column of each size, centred on the grid: numbers (N,), ascending.
+
+    Args:
+        lattice: the grid.
+        steps: (sizes,) int64, >= 1.
+        ratios: positions of the ratios that are taken.
+    """
+    row, column, size, ratio = lattice.places().unbind(1)
+    step = steps[size]
+    # Both margins are then the same, within a cell.
+    keep = row % step == (lattice.rows - 1) % step // 2
+    keep &= column % step == (lattice.columns - 1) % step // 2
+    keep &= torch.isin(ratio, torch.tensor(ratios))
+    return torch.nonzero(keep)[:, 0]
+
+
+def grown_stride(lattice: Lattice, *, growth: float) -> Tensor:
+    """Anchors whose spacing grows with their size, and is never below the grid's: numbers (N,), ascending."""
+    return thinned(lattice, lattice.steps(growth), range(len(lattice.ratios)))
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What a selector looked at."""
+
+    anchor: Tensor
+    """Numbers (N,) of anchors, ascending, int64."""
+    embedding: Tensor
+    """Their embeddings, (N, D)."""
+
+
+def coarse_to_fine(
+    lattice: Lattice,
+    allowed: Tensor,
+    look: Callable[[Tensor], tuple[Tensor, Tensor]],
+    *,
+    growth: float,
+    passes: int,
+) -> Looked:
+    """Look at a sparse grid, then around what scores best there, until the passes are used up.
+
+    The sparse grid has one ratio (the middle one) and a spacing of `growth` of an anchor's size, two cells at least.
+    A round looks around the best anchors that were not looked around before: half as far as the last time in all eight
+    directions, and at the next ratios and sizes in the same place. An anchor whose neighbours are less than two cells
+    away is done after that.
+
+    Args:
+        lattice: the grid; all its anchors are candidates.
+        allowed: (A,) bool, anchors that may be looked at.
+        look: gives score (N,) and embedding (N, D) of anchor numbers (N,).
+        growth: spacing of the sparse grid as a share of the anchor's size, > 0.
+        passes: anchors looked at, at most. Of a sparse grid that is larger still, evenly spaced ones are taken.
+
+    Returns:
+        Everything looked at; the same for the same scores.
+    """
+    steps = lattice.steps(growth, least=2)
+    start = thinned(lattice, steps, [len(lattice.ratios) // 2])
+    start = start[allowed[start]]
+    if len(start) > passes:
+        start = start[torch.arange(passes) * len(start) // passes]
+    search = _Search(lattice, allowed.clone(), look, steps)
+    search.add(start, steps[lattice.places()[start, 2]])
+    while search.looked < passes:
+        around, reach = search.next_round()
+        if not len(around):
+            break
+        search.add(around[: passes - search.looked], reach[: passes - search.looked])
+    return search.result()
+
+
+class _Search:
+    """What has been looked at so far, and from how far apart."""
+
+    def __init__(
+        self, lattice: Lattice, unseen: Tensor, look: Callable[[Tensor], tuple[Tensor, Tensor]], steps: Tensor
+    ) -> None:
+        self._lattice, self._unseen, self._look, self._steps = lattice, unseen, look, steps
+        self._places = lattice.places()
+        self._score = torch.full((len(lattice),), -torch.inf)
+        # Cells to the neighbours that an anchor was last looked at with; 1 is as close as the grid allows.
+        self._reach = torch.zeros(len(lattice), dtype=torch.int64)
+        self._open = torch.zeros(len(lattice), dtype=torch.bool)
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self.looked = 0
+
+    def add(self, anchors: Tensor, reach: Tensor) -> None:
+        """Look at anchors (N,), unseen ones, that lie `reach` (N,) cells from their neighbours."""
+        score, embedding = self._look(anchors)
+        self._parts.append((anchors, embedding))
+        self._unseen[anchors], self._open[anchors] = False, True
+        self._score[anchors], self._reach[anchors] = score, reach
+        self.looked += len(anchors)
+
+    def next_round(self) -> tuple[Tensor, Tensor]:
+        """Unseen neighbours (N,) of the best open anchors and their reach (N,), those of the best first."""
+        while self._open.any():
+            waiting = torch.nonzero(self._open)[:, 0]
+            best = waiting[self._score[waiting].argsort(descending=True, stable=True)[:_ROUND]]
+            half = (self._reach[best] // 2).clamp(min=1)
+            # As close as can be: what lies around is looked at once.
+            self._open[best] = half > 1
+            self._reach[best] = half
+            anchors, reach = self._neighbours(best, half)
+            if len(anchors):
+                return anchors, reach
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+
+    def _neighbours(self, anchors: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+        across = torch.tensor([[r, c, 0, 0] for r in (-1, 0, 1) for c in (-1, 0, 1) if r or c])
+        beside = torch.tensor([[0, 0, 0, -1], [0, 0, 0, 1], [0, 0, -1, 0], [0, 0, 1, 0]])
+        near = self._places[anchors][:, None]
+        places = torch.cat([near + across * half[:, None, None], near + beside], 1).reshape(-1, 4)
+        reach = half.repeat_interleave(len(across) + len(beside))
+        numbers = self._lattice.anchors(places)
+        wanted = (numbers >= 0) & self._unseen[numbers]
+        numbers, reach = numbers[wanted], reach[wanted]
+        first = _first_of_each(numbers)
+        return numbers[first], reach[first]
+
+    def result(self) -> Looked:
+        """Everything looked at, in the grid's order."""
+        anchors = torch.cat([part for part, _ in self._parts])
+        order = anchors.argsort()
+        return Looked(anchors[order], torch.cat([part for _, part in self._parts])[order])
+
+
+def _first_of_each(numbers: Tensor) -> Tensor:
+    """Ascending positions (U,) at which a value occurs for the first time in (N,) values."""
+    order = numbers.argsort(stable=True)
+    ordered = numbers[order]
+    new = torch.ones(len(ordered), dtype=torch.bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return order[new].sort().values
