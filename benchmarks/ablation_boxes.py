@@ -14,9 +14,9 @@ from cache import Store
 from ezsd.data.annotations import ImageRecord
 from ezsd.data.dataset import pad_images
 from ezsd.detector.backbone import normalise
+from pipeline.anchors import image_anchors
 from pipeline.config import ProposalConfig
 from pipeline.datasets import Dataset, read_dataset_image
-from pipeline.extract import image_anchors
 from pipeline.files import write_text
 from pipeline.parsed import training_annotations
 from pipeline.runs import Run
