@@ -16,8 +16,10 @@ Classes = Literal["all", "base", "novel"]
 """Which names a detector looked for at once."""
 SPACES: dict[Classes, str] = {"all": "generalised", "base": "base_only", "novel": "novel_only"}
 """What an evaluation of such detections is called."""
-_COLUMNS = ("AP", "AP50", "AP75", "AR")
-_GROUPS = ("base", "novel", "all", "rare", "common", "frequent")
+COLUMNS = ("AP", "AP50", "AP75", "AR")
+"""Figures of a group or a class."""
+GROUPS = ("base", "novel", "all", "rare", "common", "frequent")
+"""Groups of classes, of which a file may have the first three alone."""
 
 
 def evaluate_results(
@@ -168,8 +170,8 @@ def _block(space: str, found: Mapping[str, Any], fullest: int) -> str:
         f"{space.replace('_', ' ')}: {found['rules'].upper()} rules, boxes, {found['images']} images, at most "
         f"{found['max_detections']} detections per {found['counted_per']} (the fullest image has {fullest})"
     )
-    present = [group for group in _GROUPS if group in found]
-    head = f"{'':<10}" + "".join(f"{column:>7}" for column in (*_COLUMNS, "classes", "boxes"))
+    present = [group for group in GROUPS if group in found]
+    head = f"{'':<10}" + "".join(f"{column:>7}" for column in (*COLUMNS, "classes", "boxes"))
     rows = [
         f"{group:<10}" + _cells(found[group]) + f"{found[group]['classes']:>8}{found[group]['boxes']:>8}"
         for group in present
@@ -179,7 +181,7 @@ def _block(space: str, found: Mapping[str, Any], fullest: int) -> str:
 
 def _class_block(space: str, found: Mapping[str, Any]) -> str:
     width = max(len(name) for name in found["names"])
-    head = f"{'class':<{width}}" + "".join(f"{column:>7}" for column in (*_COLUMNS, "boxes"))
+    head = f"{'class':<{width}}" + "".join(f"{column:>7}" for column in (*COLUMNS, "boxes"))
     rows = [
         f"{name:<{width}}{_cells(found['per_class'][name])}{found['per_class'][name]['boxes']:>7}"
         for name in found["names"]
@@ -189,7 +191,7 @@ def _class_block(space: str, found: Mapping[str, Any]) -> str:
 
 
 def _cells(scores: Mapping[str, float | None]) -> str:
-    return "".join(f"{percent(scores[column]):>7}" for column in _COLUMNS)
+    return "".join(f"{percent(scores[column]):>7}" for column in COLUMNS)
 
 
 def percent(value: float | None) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from html import escape
 
-_DASH = "\u2013"
+from pipeline import figures
+
+DASH = "\u2013"
+"""Where there is no number."""
 _VOID = frozenset({"meta", "img"})
 
 
@@ -39,4 +42,4 @@ def wide_table(table: Html) -> Html:
 
 def percent(value: float | None) -> str:
     """A share in percent; a dash for none."""
-    return _DASH if value is None else f"{100 * value:.1f}"
+    return DASH if value is None else figures.percent(value)

@@ -7,19 +7,16 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pipeline.figures import at_limit, headline
+from pipeline.figures import COLUMNS, GROUPS, at_limit, headline
 from pipeline.report.facts import Facts, dataset_label, flat_settings, store_environment
-from pipeline.report.html import Html, element, note, percent, section, wide_table
+from pipeline.report.html import DASH, Html, element, note, percent, section, wide_table
 
-_GROUPS = {"base": "base", "novel": "novel", "all": "all", "novel_only": "novel names only"}
-_FIGURES = ("AP", "AP50", "AP75", "AR")
-_ALL_GROUPS = ("base", "novel", "all", "rare", "common", "frequent")
-_DASH = "\u2013"
+_SHOWN = {"base": "base", "novel": "novel", "all": "all", "novel_only": "novel names only"}
 
 
 def results_section(facts: Sequence[Facts]) -> Html:
     """AP50 of all runs, and all figures of the main one."""
-    head = element("tr", element("th", "run"), *(element("th", said) for said in _GROUPS.values()))
+    head = element("tr", element("th", "run"), *(element("th", said) for said in _SHOWN.values()))
     rows = [_result_row(fact, facts[0]) for fact in facts]
     table = element("table", element("thead", head), element("tbody", *rows), class_="results")
     missing = [fact for fact in facts if fact.evaluation is None]
@@ -33,7 +30,7 @@ def _all_figures(main: Facts) -> Html:
     tables = []
     for space in ("generalised", "novel_only"):
         for found in main.evaluation[space]["at"].values() if space in main.evaluation else ():
-            rows = {group: found[group] for group in _ALL_GROUPS if found.get(group, {}).get("boxes")}
+            rows = {group: found[group] for group in GROUPS if found.get(group, {}).get("boxes")}
             title = (
                 f"{space.replace('_', ' ')}, at most {found['max_detections']} detections per {found['counted_per']}"
             )
@@ -59,7 +56,7 @@ def _result_row(fact: Facts, main: Facts) -> Html:
     scores: Mapping[str, float | None] = {} if fact.evaluation is None else headline(fact.evaluation)
     differs = "this run" if fact is main else "; ".join(_differences(main, fact)) or "the same settings"
     name = element("th", fact.label, element("small", differs), scope="row")
-    return element("tr", name, *(_bar_cell(scores.get(group), group) for group in _GROUPS))
+    return element("tr", name, *(_bar_cell(scores.get(group), group) for group in _SHOWN))
 
 
 def _bar_cell(value: float | None, group: str) -> Html:
@@ -98,7 +95,7 @@ def _accuracies(main: Facts) -> dict[str, tuple[str, str, str]]:
     before, after = card["base_accuracy_before"], card["base_accuracy_after"]
     rows = {"base, held out of the tuning": (percent(before), percent(after), str(card["held_out_crops"]))}
     for group in ("base", "novel"):
-        rows[f"{group}, validation"] = (_DASH, _DASH, _DASH)
+        rows[f"{group}, validation"] = (DASH, DASH, DASH)
         if crops is not None:
             raw, tuned, count = (crops[key][group] for key in ("raw", "re_normalised", "crops"))
             rows[f"{group}, validation"] = (percent(raw), percent(tuned), str(count))
@@ -131,12 +128,12 @@ def classes_section(facts: Sequence[Facts]) -> Html:
 
 def _figures(what: str, rows: Mapping[str, Mapping[str, Any]]) -> Html:
     """A table of AP, AP50, AP75, AR and boxes."""
-    head = [element("th", text) for text in (what, *_FIGURES, "objects")]
+    head = [element("th", text) for text in (what, *COLUMNS, "objects")]
     body = [
         element(
             "tr",
             element("th", name, scope="row"),
-            *(element("td", percent(scores[key])) for key in _FIGURES),
+            *(element("td", percent(scores[key])) for key in COLUMNS),
             element("td", str(scores["boxes"])),
         )
         for name, scores in rows.items()
@@ -176,7 +173,7 @@ def times_section(facts: Sequence[Facts]) -> Html:
 
 def _duration(seconds: float | None) -> str:
     if seconds is None:
-        return _DASH
+        return DASH
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
