@@ -36,8 +36,9 @@ from pipeline.anchors import image_anchors, look_at_anchors
 from pipeline.build import BuildRequest, build_cache
 from pipeline.config import Config, load_preset
 from pipeline.datasets import Dataset, find_dataset, read_dataset_image
-from pipeline.evaluate import evaluate_run, headline
+from pipeline.evaluate import evaluate_run
 from pipeline.extract import encode_boxes
+from pipeline.figures import headline
 from pipeline.shapes import write_shapes
 from pipeline.teachers import configured_teacher
 from pipeline.train import TrainRequest, train
