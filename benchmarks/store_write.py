@@ -1,7 +1,7 @@
 """What writing a store costs beside writing its bytes: journal, commit, disk, resumption.
 
-    python -m benchmarks.store_write --folder DIR --images 1024
-    python -m benchmarks.store_write --folder DIR --resume-only
+    python benchmarks/store_write.py --folder DIR --images 1024
+    python benchmarks/store_write.py --folder DIR --resume-only
 
 All stores are synthetic: unit vectors of noise, 200 regions, 200 proposals and 7 base boxes per image. Ratios are taken
 within one run, of wall and of CPU time: under other load the second are the sturdy ones. The page cache is warm. Rows
@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import rows
 
-from benchmarks import rows
 from cache import PRODUCTS, Block, Manifest, Origin, RaggedRows, StoreWriter, commit_shard, images_digest, write_block
 from cache.checks import check_block
 from cache.manifest import seal, unseal
