@@ -162,7 +162,10 @@ class ModelConfig:
     semantic_boxes: bool = True
     """Whether the box regressor knows the class."""
     box_class: BoxClass = "foreground"
-    """Whose text row it sees at test time: the likeliest name's, or ("reference") zeros where that is background."""
+    """Whose text row it sees at test time: the likeliest name's; "reference": zeros where background is likelier;
+    "topk": each of the `box_top_k` likeliest names has a box of its own, the others take the first one's."""
+    box_top_k: int = 5
+    """See there."""
     sampled_regions: int = 512
     """Regions per image that the box head learns from."""
     positive_share: float = 0.25
@@ -177,6 +180,7 @@ class ModelConfig:
         _require(self.pool_size > 0, f"model.pool_size must be > 0, got {self.pool_size}")
         _require(self.canonical_size > 0, f"model.canonical_size must be > 0, got {self.canonical_size}")
         _require(self.temperature > 0, f"model.temperature must be > 0, got {self.temperature}")
+        _require(self.box_top_k > 0, f"model.box_top_k must be > 0, got {self.box_top_k}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,7 +348,7 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"no preset {name!r}; choose one of {', '.join(preset_names())}")
     tables = tomllib.loads((files("pipeline.presets") / f"{name}.toml").read_text())
     for override in overrides:
-        _apply(tables, override)
+        apply_override(tables, override)
     return from_tables(tables, where=f"preset {name}")
 
 
@@ -364,7 +368,8 @@ def to_tables(config: Config) -> dict[str, dict[str, object]]:
     }
 
 
-def _apply(tables: dict[str, dict[str, object]], override: str) -> None:
+def apply_override(tables: dict[str, dict[str, object]], override: str) -> None:
+    """Put one `section.key=value` into tables. ConfigError when it is not of that form."""
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")
     if not equals or not dot:

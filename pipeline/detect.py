@@ -53,6 +53,7 @@ def detect_images(
     threshold: float,
     device: str,
     drawn: Sequence[Path] | None,
+    overrides: Sequence[str] = (),
 ) -> Iterator[Seen]:
     """Detect named classes in images, a few at a time.
 
@@ -63,11 +64,12 @@ def detect_images(
         threshold: least score.
         device: where to run.
         drawn: where each image with boxes is written; None for nowhere. Missing folders are made.
+        overrides: settings to look with instead of the run's, see `pipeline.looking.at_test_time`.
 
     Raises:
         ValueError: (of many kinds) a damaged image, an unfinished run, a class that nobody can embed.
     """
-    trained = load_trained(run, device)
+    trained = load_trained(run, device, overrides)
     text = class_text(trained, run, classes, device)
     for start in range(0, len(images), BATCH_IMAGES):
         paths = images[start : start + BATCH_IMAGES]

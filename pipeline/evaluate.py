@@ -19,6 +19,7 @@ from pipeline.arguments import ArgumentError
 from pipeline.config import from_tables, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.figures import Classes, coco_results, document, headline, looked_for
+from pipeline.looking import changed_settings
 from pipeline.parsed import evaluation_annotations
 from pipeline.progress import Progress
 from pipeline.provenance import proposal_settings
@@ -79,11 +80,13 @@ def evaluate_run(
     split: str = "val",
     classes: Classes | None = None,
     max_detections: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, object]:
     """Evaluate a finished run and write eval.json and detections.json.
 
     "generalised" looks for all names at once and is the headline; "novel_only" looks for novel names alone. Another
-    split or an only label space goes into files named after it, as eval-train-novel.json.
+    split or an only label space goes into files named after it, as eval-train-novel.json, and what other settings
+    give into eval-set.json.
 
     Args:
         run: a finished run.
@@ -92,11 +95,12 @@ def evaluate_run(
         split: "val" or "train".
         classes: the names looked for, at once: all, base or novel; None for all, and then novel alone.
         max_detections: the limit of the headline; None for the usual one of the file's rules.
+        overrides: settings to look with instead of the run's, see `at_test_time`.
 
     Raises:
         ValueError: (of many kinds) an unfinished run, images or annotations that are not in order or none.
     """
-    trained, dataset = load_trained(run, device), run_dataset(run, data_root)
+    trained, dataset = load_trained(run, device, overrides), run_dataset(run, data_root)
     if trained.names != dataset.split.names:
         raise RunError(f"--run {run.folder}: trained for other names than dataset {dataset.name} has now")
     path, root = _split_places(dataset, split)
@@ -107,7 +111,10 @@ def evaluate_run(
         space: _as_stored(_search(trained, annotations, root, space)) for space in ([classes] if classes else _DEFAULT)
     }
     result = document(truth, found, max_detections)
-    suffix = "".join(f"-{word}" for word in ("" if split == "val" else split, classes or "") if word)
+    if overrides:
+        result["settings"] = changed_settings(overrides, trained.config)
+    words = ("" if split == "val" else split, classes or "", "set" if overrides else "")
+    suffix = "".join(f"-{word}" for word in words if word)
     write_json(run.folder / f"eval{suffix}.json", result)
     first = next(iter(found.values()))
     write_text(run.folder / f"detections{suffix}.json", coco_results(first, truth))

@@ -16,6 +16,7 @@ from ezsd.data.dataset import pad_images, resize
 from ezsd.detector.model import Detector
 from ezsd.teacher import Teacher, TeacherError
 from pipeline.config import Config, TeacherConfig, from_tables
+from pipeline.looking import at_test_time
 from pipeline.provenance import as_json, model_inputs
 from pipeline.runs import Run, RunError
 from pipeline.teachers import configured_teacher
@@ -67,10 +68,15 @@ class TrainedDetector:
         return results
 
 
-def load_trained(run: Run, device: str) -> TrainedDetector:
-    """The detector of a finished run. RunError when training has not ended."""
+def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> TrainedDetector:
+    """The detector of a finished run, with some settings changed as `at_test_time` allows.
+
+    Raises:
+        RunError: training has not ended.
+        ConfigError: see `at_test_time`.
+    """
     checkpoint, card, tables = run.finished(), run.card, run.tables()
-    config = run_config(run)
+    config = at_test_time(run_config(run), overrides)
     embed_dim, base_count = card["embed_dim"], card["base_count"]
     assert isinstance(embed_dim, int)
     assert isinstance(base_count, int)

@@ -18,7 +18,7 @@ from ezsd.detector.sampling import SampledRegions, sample_regions
 from ezsd.kernels import Backend, Metric
 from ezsd.losses import box_loss, classification_loss, decode_boxes, encode_boxes, region_weights
 
-BoxClass = Literal["foreground", "reference"]
+BoxClass = Literal["foreground", "reference", "topk"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,10 @@ class DetectorSettings:
     spare_rpn: bool
     """Whether these cached regions are no negatives of the proposal network either."""
     box_class: BoxClass
-    """Whose text row the regressor sees at test time: the likeliest name's, or zeros where that is background."""
+    """Whose text row the regressor sees at test time: the likeliest name's; "reference": zeros where background is
+    likelier; "topk": each of the `box_top_k` likeliest names has a box of its own, the others take the first one's."""
+    box_top_k: int
+    """See there."""
     backend: Backend
     """Kernel backend."""
 
@@ -201,17 +204,35 @@ class Detector(nn.Module):
         seen = self.head.embed(features, boxes, index)
         every = self.head.classifier(seen.embedding, text).float().softmax(1)
         probability = every[:, :-1]
-        # The regressor is asked as for the likeliest object: a row of zeros for background was never trained.
-        likeliest = text[probability.argmax(1)]
+        names = self._box_names(probability)
+        rows = text[names]
         if self.settings.box_class == "reference":
-            likeliest = likeliest * (every.argmax(1) < len(text))[:, None]
-        moved = decode_boxes(boxes, self.head.regressor(seen.pooled(slice(None)), likeliest))
+            rows = rows * (every.argmax(1) < len(text))[:, None, None]
+        deltas = self.head.regressor(seen.pooled(slice(None)), rows)
+        count = names.shape[1]
+        moved = decode_boxes(boxes.repeat_interleave(count, 0), deltas.flatten(0, 1)).unflatten(0, (-1, count))
+        own = torch.zeros_like(probability, dtype=torch.int64).scatter_(
+            1, names, torch.arange(count, device=names.device).expand_as(names)
+        )
         return [
             _suppress(
-                moved[index == i], probability[index == i], size, score_floor=score_floor, nms_iou=nms_iou, keep=keep
+                moved[index == i],
+                own[index == i],
+                probability[index == i],
+                size,
+                score_floor=score_floor,
+                nms_iou=nms_iou,
+                keep=keep,
             )
             for i, size in enumerate(sizes)
         ]
+
+    def _box_names(self, probability: Tensor) -> Tensor:
+        """Whose boxes are made at test time: positions of names for each region, the likeliest first, (R, K)."""
+        if self.settings.box_class == "topk":
+            return probability.topk(min(self.settings.box_top_k, probability.shape[1]), 1).indices
+        # As for the likeliest object, never for background: a row of zeros was never trained.
+        return probability.argmax(1, keepdim=True)
 
     def _propose(
         self, images: Tensor, sizes: list[tuple[int, int]], maps: list[Tensor], batch: Batch | None
@@ -269,17 +290,34 @@ class Detector(nn.Module):
 
 
 def _suppress(
-    boxes: Tensor, probability: Tensor, size: tuple[int, int], *, score_floor: float, nms_iou: float, keep: int
+    boxes: Tensor,
+    own: Tensor,
+    probability: Tensor,
+    size: tuple[int, int],
+    *,
+    score_floor: float,
+    nms_iou: float,
+    keep: int,
 ) -> Detections:
-    """One box per region, a score per name: drop the faint and the empty, suppress within each name, keep the best."""
+    """Drop the faint and the empty, suppress within each name, keep the best.
+
+    Args:
+        boxes: K for each region, (R, K, 4).
+        own: which of them is each name's, (R, C) int64.
+        probability: (R, C).
+        size: height and width of the image.
+        score_floor: see `Detector.detect`, as the rest.
+        nms_iou: see there.
+        keep: see there.
+    """
     height, width = size
     limit = boxes.new_tensor([width, height, width, height])
     boxes = torch.minimum(boxes.clamp(min=0), limit)
-    whole = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
-    region, label = torch.nonzero((probability >= score_floor) & whole[:, None], as_tuple=True)
-    score = probability[region, label]
-    kept = batched_nms(boxes[region], score, label, nms_iou)[:keep]
-    return Detections(boxes=boxes[region[kept]], scores=score[kept], labels=label[kept])
+    whole = ((boxes[..., 2:] - boxes[..., :2]) >= 1).all(-1)
+    region, label = torch.nonzero((probability >= score_floor) & whole.gather(1, own), as_tuple=True)
+    box, score = boxes[region, own[region, label]], probability[region, label]
+    kept = batched_nms(box, score, label, nms_iou)[:keep]
+    return Detections(boxes=box[kept], scores=score[kept], labels=label[kept])
 
 
 def _image_index(groups: list[Tensor]) -> Tensor:

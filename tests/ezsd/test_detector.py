@@ -35,6 +35,7 @@ SETTINGS = {
     "spare_confidence": 2.0,
     "spare_rpn": False,
     "box_class": "foreground",
+    "box_top_k": 3,
     "backend": "eager",
 }
 
@@ -512,6 +513,78 @@ def test_the_reference_places_a_background_region_by_a_row_of_zeros():
     theirs = detect(detector, text, nms_iou=1.0)
     for plain, zeros in zip(ours, theirs, strict=True):
         assert not torch.equal(plain.boxes, zeros.boxes)
+
+
+def plant(detector, names):
+    """A detector whose boxes say which text row its regressor saw: name k moves its box right by k + 1 widths."""
+    text = torch.eye(DIM)[:names]
+    deltas = detector.head.regressor.deltas
+    torch.nn.init.zeros_(deltas.weight)
+    # Deltas are in tenths of a width.
+    deltas.weight.data[0, -DIM:] = 10 * (torch.arange(DIM) + 1)
+    return text
+
+
+def shifts(detector, text, proposals):
+    """By region and name, how many widths its box was moved, (R, C)."""
+    batch = make_batch()
+    detector.rpn.forward = lambda *_: ([proposals, proposals[:0]], {})
+    # A wide image: nothing is cut off at its edge.
+    found = detector.eval().detect(
+        batch.images, [(SIDE, 4000), (SIDE, 50)], text, score_floor=0.0, nms_iou=1.0, keep=10_000
+    )[0]
+    moved = torch.full((len(proposals), len(text)), -1.0)
+    scores = torch.zeros_like(moved)
+    for box, label, score in zip(found.boxes, found.labels, found.scores, strict=True):
+        region = int((proposals[:, 1] - box[1]).abs().argmin())
+        moved[region, label] = (box[0] - proposals[region, 0]) / (proposals[region, 2] - proposals[region, 0])
+        scores[region, label] = score
+    return moved, scores
+
+
+@pytest.mark.parametrize("choice", ["foreground", "reference", "topk"])
+def test_whose_box_a_region_gets_at_test_time(detector, choice):
+    """With a planted regressor: boxes by the likeliest name, by none where background is likelier, by three names."""
+    detector.settings = dataclasses.replace(detector.settings, box_class=choice, box_top_k=3)
+    text = plant(detector, 6)
+    top = 4.0 * torch.arange(12)
+    proposals = torch.stack([torch.full_like(top, 5), top, torch.full_like(top, 17), top + 12], 1)
+    batch = make_batch()
+    with torch.no_grad():
+        features = detector.eval().head.features(detector.backbone(normalise(batch.images)))
+        seen = detector.head.embed(features, proposals, torch.zeros(12, dtype=torch.int64)).embedding
+    # Likelier than any name for six regions.
+    ratio = (seen @ text.T).amax(1) / (seen @ seen.mean(0))
+    middle = ratio.sort().values[5:7].mean()
+    detector.head.classifier.background.data.copy_(middle * seen.mean(0))
+    background = ratio < middle
+    moved, scores = shifts(detector, text, proposals)
+    ranked = scores.argsort(dim=1, descending=True)
+    likeliest = (ranked[:, :1] + 1.0).expand(-1, 6)
+    if choice == "foreground":
+        expected = likeliest
+    elif choice == "reference":
+        assert background.sum() == 6
+        expected = torch.where(background[:, None], 0.0, likeliest)
+    else:
+        expected = likeliest.scatter(1, ranked[:, :3], ranked[:, :3] + 1.0)
+        assert len(expected[0].unique()) == 3
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_one_name_of_its_own_is_the_likeliest_and_more_names_than_there_are_do_no_harm(detector):
+    torch.nn.init.normal_(detector.head.regressor.deltas.weight, std=0.3)
+    text = unit_rows(4)
+    found = {}
+    for choice, count in (("foreground", 3), ("topk", 1), ("topk", 4), ("topk", 50)):
+        detector.settings = dataclasses.replace(detector.settings, box_class=choice, box_top_k=count)
+        found[choice, count] = detect(detector, text)
+    for number in range(2):
+        plain, one, four, fifty = (found[key][number] for key in found)
+        assert torch.equal(plain.boxes, one.boxes)
+        assert torch.equal(plain.scores, one.scores)
+        assert torch.equal(four.boxes, fifty.boxes)
+        assert not torch.equal(plain.boxes, four.boxes)
 
 
 def test_detection_changes_no_statistics_and_needs_no_gradient(detector):
