@@ -172,6 +172,8 @@ class ModelConfig:
     """At most this share of them on objects."""
     spare_confidence: float = 2.0
     """Regions on a cached region of this confidence are not taught to be background; above 1 none is spared."""
+    masks: bool = False
+    """Whether objects get masks, one channel for all classes, learned from the base objects' segmentations."""
     spare_rpn: bool = False
     """Whether these cached regions are no negatives of the proposal network either."""
 
@@ -199,6 +201,8 @@ class LossConfig:
     """Of the cross-entropy."""
     box: float = 1.0
     """Of the box regression."""
+    mask: float = 1.0
+    """Of the masks, with model.masks."""
 
     def __post_init__(self) -> None:
         _require(self.distillation >= 0, f"loss.distillation must be >= 0, got {self.distillation}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cache import Store, StoreMismatch
 from ezsd.data.augment import Augmentation
-from ezsd.data.dataset import DetectionDataset
+from ezsd.data.dataset import DetectionDataset, MaskSource
 from ezsd.detector.backbone import build_backbone
 from ezsd.detector.model import Batch, Detector, DetectorSettings
 from ezsd.teacher import state_digest
@@ -29,6 +29,7 @@ from pipeline.build import take_first
 from pipeline.config import Config, ConfigError, TrainConfig, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.metrics import MetricsLog
+from pipeline.outlines import training_masks
 from pipeline.parsed import training_annotations
 from pipeline.processes import Processes, join_processes, own_device
 from pipeline.progress import Progress
@@ -72,7 +73,8 @@ def train(request: TrainRequest) -> Run:
         _check_processes(request.config.train, processes)
         store = Store(request.cache)
         dataset = store_dataset(store, request.data_root)
-        samples = training_samples(store, dataset, request.config.train)
+        masks = training_masks(dataset) if request.config.model.masks else None
+        samples = training_samples(store, dataset, request.config.train, masks)
         detector, card = _begin(request, store, dataset)
         tables = _tables(store)
         if processes.first:
@@ -123,7 +125,9 @@ def _tables(store: Store) -> dict[str, Tensor]:
     return {"text": torch.from_numpy(store.text[1].copy()), "layer_norms": torch.from_numpy(store.teacher[0].copy())}
 
 
-def training_samples(store: Store, dataset: Dataset, config: TrainConfig) -> DetectionDataset:
+def training_samples(
+    store: Store, dataset: Dataset, config: TrainConfig, masks: MaskSource | None = None
+) -> DetectionDataset:
     """The samples of a store. StoreMismatch when the annotations are others than it was made from."""
     file_names = _check_dataset(store, dataset)
     return DetectionDataset(
@@ -140,6 +144,7 @@ def training_samples(store: Store, dataset: Dataset, config: TrainConfig) -> Det
             jitter=(config.jitter[0], config.jitter[1]) if config.jitter else None,
         ),
         seeded=config.sampling == "image",
+        masks=masks,
     )
 
 
@@ -283,6 +288,7 @@ def build_detector(
             spare_rpn=model.spare_rpn,
             box_class=model.box_class,
             box_top_k=model.box_top_k,
+            masks=model.masks,
             backend=config.train.backend,
         ),
     )

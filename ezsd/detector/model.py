@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,7 @@ from torchvision.ops import batched_nms
 
 from ezsd.detector.backbone import Pyramid, normalise
 from ezsd.detector.heads import FastHead, Head, HeadName, PaperHead, Pooling
+from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, mask_loss, mask_targets
 from ezsd.detector.proposer import SAMPLED_ANCHORS, proposal_network
 from ezsd.detector.sampling import SampledRegions, sample_regions
 from ezsd.kernels import Backend, Metric
@@ -43,6 +45,8 @@ class Batch:
     """1 for base ground truth, the teacher's confidence for a proposal, (R,) float32."""
     seeds: tuple[int, ...] | None = None
     """One per image: what is drawn for it depends on no other image. None draws from torch's global state."""
+    masks: list[ObjectMasks] | None = None
+    """Of the base ground truth of each image; None where none are learned."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -56,6 +60,7 @@ class Batch:
             region_target=self.region_target.to(device, non_blocking=True),
             region_confidence=self.region_confidence.to(device, non_blocking=True),
             seeds=self.seeds,
+            masks=None if self.masks is None else [m.to(device) for m in self.masks],
         )
 
 
@@ -79,6 +84,8 @@ class Detections:
     """(N,) in [0, 1]."""
     labels: Tensor
     """(N,) int64, positions in the text rows that were asked for."""
+    masks: Tensor | None = None
+    """What fills each box: probabilities, (N, M, M) float32; None where none were asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +127,8 @@ class DetectorSettings:
     likelier; "topk": each of the `box_top_k` likeliest names has a box of its own, the others take the first one's."""
     box_top_k: int
     """See there."""
+    masks: bool
+    """Whether there is a mask head."""
     backend: Backend
     """Kernel backend."""
 
@@ -135,11 +144,15 @@ class Detector(nn.Module):
             backbone.channels, settings.rpn_sizes, proposals=settings.rpn_proposals
         )
         self.head: Head = _build_head(backbone, settings)
+        # Last, so that all else starts with the same weights without it.
+        self.mask_head = (
+            MaskHead(_pooling(backbone, settings, POOL_SIZE), backbone.channels) if settings.masks else None
+        )
 
     def losses(
         self, batch: Batch, text: Tensor, *, distill: Metric | None, totals: Totals | None = None
     ) -> dict[str, Tensor]:
-        """Loss terms, unweighted: rpn_objectness, rpn_box, classification, box, and distillation when asked for.
+        """Loss terms, unweighted: rpn_objectness, rpn_box, classification, box; mask and distillation if asked for.
 
         Args:
             batch: images, base boxes and cached regions.
@@ -154,6 +167,8 @@ class Detector(nn.Module):
         features = self.head.features(maps[: self.head.pooling.levels])
         sampled = self._sample(proposals, batch, len(text))
         losses |= self._region_losses(features, sampled, text)
+        if self.mask_head is not None:
+            losses["mask"] = self._mask_loss(self.mask_head, maps[: self.head.pooling.levels], sampled, batch)
         if distill is not None:
             weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
             losses["distillation"] = self.head.distance(
@@ -168,11 +183,13 @@ class Detector(nn.Module):
         """What share of its step's term each mean over this batch is."""
         anchors = self._anchor_sampler.drawn / (totals.images * SAMPLED_ANCHORS)
         regions = sum(len(s.labels) for s in sampled) / (totals.images * self.settings.sampled_regions)
+        most = max(int(self.settings.sampled_regions * self.settings.positive_share), 1)
         return {
             "rpn_objectness": anchors,
             "rpn_box": anchors,
             "classification": regions,
             "box": regions,
+            "mask": torch.cat([s.objects >= 0 for s in sampled]).sum() / (totals.images * most),
             "distillation": len(batch.region_boxes) / max(totals.regions, 1),
         }
 
@@ -186,6 +203,7 @@ class Detector(nn.Module):
         score_floor: float,
         nms_iou: float,
         keep: int,
+        masks: bool = False,
     ) -> list[Detections]:
         """Find objects of any named classes.
 
@@ -196,6 +214,7 @@ class Detector(nn.Module):
             score_floor: detections below it are dropped.
             nms_iou: suppression within a class.
             keep: most detections per image.
+            masks: whether to say which part of a box is the object; for a detector that has learned it.
         """
         maps = self.backbone(normalise(images))
         proposals, _ = self._propose(images, sizes, maps, None)
@@ -214,7 +233,7 @@ class Detector(nn.Module):
         own = torch.zeros_like(probability, dtype=torch.int64).scatter_(
             1, names, torch.arange(count, device=names.device).expand_as(names)
         )
-        return [
+        found = [
             _suppress(
                 moved[index == i],
                 own[index == i],
@@ -226,6 +245,16 @@ class Detector(nn.Module):
             )
             for i, size in enumerate(sizes)
         ]
+        return self._filled(maps[: self.head.pooling.levels], found) if masks else found
+
+    def _filled(self, maps: list[Tensor], found: list[Detections]) -> list[Detections]:
+        """The same detections with masks, made image by image: hundreds of regions need much memory."""
+        assert self.mask_head is not None
+        filled = []
+        for i, one in enumerate(found):
+            logits = self.mask_head(maps, one.boxes, torch.full_like(one.labels, i))
+            filled.append(dataclasses.replace(one, masks=logits.float().sigmoid()))
+        return filled
 
     def _box_names(self, probability: Tensor) -> Tensor:
         """Whose boxes are made at test time: positions of names for each region, the likeliest first, (R, K)."""
@@ -288,6 +317,14 @@ class Detector(nn.Module):
             "box": box_loss(deltas, wanted, sampled=len(label)),
         }
 
+    def _mask_loss(self, head: MaskHead, maps: list[Tensor], sampled: Sequence[SampledRegions], batch: Batch) -> Tensor:
+        assert batch.masks is not None
+        known = [s.objects >= 0 for s in sampled]
+        boxes = [s.boxes[k] for s, k in zip(sampled, known, strict=True)]
+        logits = head(maps, torch.cat(boxes), _image_index(boxes))
+        objects = [s.objects[k] for s, k in zip(sampled, known, strict=True)]
+        return mask_loss(logits, mask_targets(batch.masks, boxes, objects, logits.shape[-1]))
+
 
 def _suppress(
     boxes: Tensor,
@@ -330,17 +367,20 @@ def _pool_only_levels(backbone: Pyramid) -> int:
     return 1 if len(backbone.strides) == 5 else 0
 
 
-def _build_head(backbone: Pyramid, settings: DetectorSettings) -> FastHead | PaperHead:
-    pooling = Pooling(
+def _pooling(backbone: Pyramid, settings: DetectorSettings, size: int) -> Pooling:
+    return Pooling(
         strides=backbone.strides[: len(backbone.strides) - _pool_only_levels(backbone)],
-        size=settings.pool_size,
+        size=size,
         canonical_size=settings.canonical_size,
         canonical_level=settings.canonical_level,
         backend=settings.backend,
     )
+
+
+def _build_head(backbone: Pyramid, settings: DetectorSettings) -> FastHead | PaperHead:
     kind = FastHead if settings.head == "fast" else PaperHead
     return kind(
-        pooling,
+        _pooling(backbone, settings, settings.pool_size),
         backbone.channels,
         settings.embed_dim,
         depth=settings.tower_depth,

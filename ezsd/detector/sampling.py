@@ -20,6 +20,8 @@ class SampledRegions:
     """(R,) int64; the background's number is the count of names."""
     targets: Tensor
     """The ground-truth box of each, (R, 4); zeros for background."""
+    objects: Tensor
+    """Its position among the ground truth, (R,) int64; -1 for background."""
 
 
 @torch.no_grad()
@@ -46,7 +48,8 @@ def sample_regions(
         proposals = proposals[~likely]
         chosen = proposals[torch.randperm(len(proposals))[:count].to(proposals.device)]
         label = torch.full((len(chosen),), background, device=proposals.device)
-        return SampledRegions(boxes=chosen, labels=label, targets=torch.zeros_like(chosen))
+        none = torch.full_like(label, -1)
+        return SampledRegions(boxes=chosen, labels=label, targets=torch.zeros_like(chosen), objects=none)
     candidates = torch.cat([proposals, boxes])
     overlap, nearest = iou(candidates, boxes).max(1)
     nothing = overlap < 0.5
@@ -59,4 +62,6 @@ def sample_regions(
     label[len(positive) :] = background
     target = boxes[nearest[rows]].clone()
     target[len(positive) :] = 0
-    return SampledRegions(boxes=candidates[rows], labels=label, targets=target)
+    objects = nearest[rows]
+    objects[len(positive) :] = -1
+    return SampledRegions(boxes=candidates[rows], labels=label, targets=target, objects=objects)

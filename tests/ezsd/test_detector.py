@@ -12,6 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from ezsd.detector.backbone import BACKBONES, build_backbone, normalise
 from ezsd.detector.heads import CosineClassifier, Pooling, SemanticBoxRegressor, Tower
+from ezsd.detector.masks import GRID, ObjectMasks
 from ezsd.detector.model import Batch, Detector, DetectorSettings, Totals
 from ezsd.detector.proposer import SAMPLED_ANCHORS, AnchorSampler
 from ezsd.detector.sampling import sample_regions
@@ -36,6 +37,7 @@ SETTINGS = {
     "spare_rpn": False,
     "box_class": "foreground",
     "box_top_k": 3,
+    "masks": False,
     "backend": "eager",
 }
 
@@ -83,6 +85,13 @@ def make_batch(objects=(2, 1), regions=(4, 3)):
         region_target=unit_rows(count, seed=4).half(),
         region_confidence=torch.linspace(0.2, 1, count),
     )
+
+
+def with_masks(batch):
+    """The batch with a mask for every object: the upper left triangle of its box."""
+    triangle = torch.ones(GRID, GRID, dtype=torch.bool).triu().flip(1)
+    masks = [ObjectMasks(boxes, triangle.expand(len(boxes), -1, -1)) for boxes in batch.boxes]
+    return replaced(batch, masks=masks)
 
 
 def replaced(batch, **fields):
@@ -228,6 +237,8 @@ def test_sampled_regions_obey_overlap_count_and_share():
         assert torch.equal(positive, overlap >= 0.5)
         assert torch.equal(found.labels[positive], labels[nearest[positive]])
         assert torch.equal(found.targets[positive], boxes[nearest[positive]])
+        assert torch.equal(found.objects[positive], nearest[positive])
+        assert (found.objects[~positive] == -1).all()
         assert (found.targets[~positive] == 0).all()
 
 
@@ -379,19 +390,22 @@ def one_image(batch, number):
         region_target=batch.region_target[mine],
         region_confidence=batch.region_confidence[mine],
         seeds=batch.seeds[number : number + 1],
+        masks=None if batch.masks is None else batch.masks[number : number + 1],
     )
 
 
+@pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("head", ["fast", "paper"])
-def test_parts_of_a_step_add_up_to_the_step(head):
+def test_parts_of_a_step_add_up_to_the_step(head, masks):
     """Losses and gradients, with 4 regions in one image and 3 in the other, 2 and 1 objects."""
     weights = torchvision.models.resnet18(weights=None).state_dict()
-    settings = SETTINGS | {"head": head, "rpn_sizes": ((8,), (16,), (32,), (64,), (128,))}
+    settings = SETTINGS | {"head": head, "masks": masks, "rpn_sizes": ((8,), (16,), (32,), (64,), (128,))}
     # Frozen statistics: those of a batch would depend on who is in it.
     detector = Detector(build_backbone("resnet18", channels=16, weights=weights), DetectorSettings(**settings))
-    batch, totals = seeded(make_batch()), Totals(images=2, regions=7)
+    batch, totals = with_masks(seeded(make_batch())), Totals(images=2, regions=7)
     whole, gradients = losses_and_gradients(detector, batch, distill="l1", totals=totals)
     parts = [losses_and_gradients(detector, one_image(batch, i), distill="l1", totals=totals) for i in range(2)]
+    assert ("mask" in whole) is masks
     for name, value in whole.items():
         torch.testing.assert_close(parts[0][0][name] + parts[1][0][name], value, rtol=1e-5, atol=1e-7)
     for name, gradient in gradients.items():
@@ -410,6 +424,81 @@ def test_with_totals_a_term_is_divided_by_what_was_asked_for(detector):
     assert asked["distillation"].item() == pytest.approx(found["distillation"].item() / 10)
     assert asked["classification"] < found["classification"] / 20
     assert 0 < asked["rpn_objectness"] < found["rpn_objectness"] / 2
+
+
+# Masks.
+
+
+def test_all_else_is_as_without_masks():
+    """Weights at the start and every other loss, to the last bit."""
+    made = []
+    for masks in (False, True):
+        torch.manual_seed(8)
+        made.append(make_detector(masks=masks))
+    plain, masked = made
+    state = masked.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+    first, _ = losses_and_gradients(plain, make_batch(), distill="cosine")
+    second, _ = losses_and_gradients(masked, with_masks(make_batch()), distill="cosine")
+    assert set(second) - set(first) == {"mask"}
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("objects", [(2, 1), (0, 2), (0, 0)])
+def test_the_mask_loss_is_a_mean_over_regions_on_objects(objects):
+    detector = make_detector(masks=True)
+    parts, gradients = losses_and_gradients(detector, with_masks(make_batch(objects=objects)), distill="cosine")
+    learned = [g for name, g in gradients.items() if name.startswith("mask_head")]
+    assert all(g.isfinite().all() for g in learned)
+    if objects == (0, 0):
+        assert parts["mask"] == 0
+        return
+    assert all(g.any() for g in learned)
+    # A head that always says one half: ln 2, however many regions there are.
+    for parameter in detector.mask_head.predictor.mask_fcn_logits.parameters():
+        torch.nn.init.zeros_(parameter)
+    parts, _ = losses_and_gradients(detector, with_masks(make_batch(objects=objects)), distill="cosine")
+    assert parts["mask"].item() == pytest.approx(math.log(2))
+    totals = Totals(images=2, regions=7)
+    asked, _ = losses_and_gradients(detector, with_masks(make_batch(objects=objects)), distill=None, totals=totals)
+    # A quarter of 16 regions of two images.
+    assert asked["mask"].item() / math.log(2) * 8 == pytest.approx(round(asked["mask"].item() / math.log(2) * 8))
+    assert 1 <= round(asked["mask"].item() / math.log(2) * 8) <= 8
+
+
+def test_the_mask_head_learns_the_shape_of_an_object_and_no_other_image_is_asked():
+    detector = make_detector(masks=True).train()
+    batch = with_masks(make_batch(objects=(1, 1)))
+    optimiser = torch.optim.Adam(detector.mask_head.parameters(), lr=3e-3)
+    torch.manual_seed(1)
+    for _ in range(60):
+        optimiser.zero_grad()
+        detector.losses(batch, unit_rows(NAMES), distill=None)["mask"].backward()
+        optimiser.step()
+    with torch.no_grad():
+        maps = detector.eval().backbone(normalise(batch.images))
+        levels = maps[: detector.head.pooling.levels]
+        seen = detector.mask_head(levels, torch.cat(batch.boxes), torch.tensor([0, 1])) > 0
+    triangle = torch.ones(28, 28, dtype=torch.bool).triu().flip(1)
+    for one in seen:
+        assert (one & triangle).sum() / (one | triangle).sum() > 0.8
+
+
+def test_a_detection_has_a_mask_if_one_is_asked_for():
+    detector = make_detector(masks=True)
+    plain, filled = detect(detector, unit_rows(4), keep=9), detect(detector, unit_rows(4), keep=9, masks=True)
+    for without, found in zip(plain, filled, strict=True):
+        assert without.masks is None
+        assert torch.equal(without.boxes, found.boxes)
+        assert found.masks.shape == (9, 28, 28)
+        assert 0 <= found.masks.min() <= found.masks.max() <= 1
+    batch = make_batch()
+    maps = detector.backbone(normalise(batch.images))[: detector.head.pooling.levels]
+    with torch.no_grad():
+        alone = detector.mask_head(maps, filled[1].boxes, torch.ones(9, dtype=torch.int64)).sigmoid()
+    torch.testing.assert_close(alone, filled[1].masks)
+    (nothing, _) = detect(detector, unit_rows(4), score_floor=1.1, masks=True)
+    assert nothing.masks.shape == (0, 28, 28)
 
 
 # Detection.
