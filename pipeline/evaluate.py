@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from ezsd.adapt import crop_accuracy
 from ezsd.data.annotations import Annotations
-from ezsd.metrics import Detections, Results, read_truth
+from ezsd.metrics import Detections, Results, read_truth, with_masks
 from pipeline.adapt import CropSource
 from pipeline.arguments import ArgumentError
 from pipeline.config import from_tables, to_tables
@@ -25,8 +27,7 @@ from pipeline.progress import Progress
 from pipeline.provenance import proposal_settings
 from pipeline.runs import Run, RunError, write_json, write_text
 from pipeline.trained import (
-    Floats,
-    Integers,
+    Located,
     TrainedDetector,
     adapt_back,
     load_trained,
@@ -52,23 +53,28 @@ def run_dataset(run: Run, data_root: Path | None) -> Dataset:
 
 
 def detect_split(
-    trained: TrainedDetector, annotations: Annotations, root: Path, text: Tensor, stage: str
+    trained: TrainedDetector, annotations: Annotations, root: Path, text: Tensor, stage: str, *, masks: bool = True
 ) -> Detections:
-    """The `KEEP` best detections in each image of a record; class indices are rows of `text`."""
-    ids: list[Integers] = []
-    parts: list[tuple[Floats, Floats, Integers]] = []
+    """The `KEEP` best detections in each image of a record; class indices are rows of `text`.
+
+    Masks are made if the settings have them, unless `masks` is false.
+    """
+    masks = masks and trained.config.model.masks
+    ids: list[NDArray[np.int64]] = []
+    parts: list[Located] = []
     with Progress(stage, len(annotations.images), unit="image") as progress:
         for records in _chunks(annotations.images, BATCH_IMAGES):
             images = [read_dataset_image(root, r.file_name, r.width, r.height) for r in records]
-            for record, found in zip(records, trained.find(images, text, keep=KEEP), strict=True):
-                ids.append(np.full(len(found[0]), record.id, np.int64))
+            for record, found in zip(records, trained.find(images, text, keep=KEEP, masks=masks), strict=True):
+                ids.append(np.full(len(found.boxes), record.id, np.int64))
                 parts.append(found)
             progress.advance(len(records))
     return Detections(
         image_id=np.concatenate(ids),
-        box=np.concatenate([p[0] for p in parts]).astype(np.float32),
-        score=np.concatenate([p[1] for p in parts]).astype(np.float32),
-        class_index=np.concatenate([p[2] for p in parts]).astype(np.int64),
+        box=np.concatenate([p.boxes for p in parts]).astype(np.float32),
+        score=np.concatenate([p.scores for p in parts]).astype(np.float32),
+        class_index=np.concatenate([p.labels for p in parts]).astype(np.int64),
+        masks=tuple(chain.from_iterable(p.masks or () for p in parts)) if masks else None,
     )
 
 
@@ -105,6 +111,8 @@ def evaluate_run(
         raise RunError(f"--run {run.folder}: trained for other names than dataset {dataset.name} has now")
     path, root = _split_places(dataset, split)
     truth = read_truth(path, dataset.split)
+    if trained.config.model.masks:
+        truth = with_masks(truth)
     annotations = evaluation_annotations(path, dataset.split)
     began = time.perf_counter()
     found = {
@@ -142,9 +150,7 @@ def _search(trained: TrainedDetector, annotations: Annotations, root: Path, clas
     members = looked_for(classes, len(trained.names), trained.base_count)
     stage = "detect" if classes == "all" else f"detect {classes}"
     found = detect_split(trained, annotations, root, trained.text[members], stage)
-    return Detections(
-        image_id=found.image_id, box=found.box, score=found.score, class_index=found.class_index + members.start
-    )
+    return dataclasses.replace(found, class_index=found.class_index + members.start)
 
 
 def _as_stored(found: Detections) -> Results:
@@ -156,6 +162,7 @@ def _as_stored(found: Detections) -> Results:
         # Nine digits tell all float32 apart: no two scores become equal.
         score=np.array([float(f"{score:.9g}") for score in exact.score], dtype=np.float64),
         class_index=exact.class_index,
+        masks=exact.masks,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pipeline.config import Config, ConfigError, apply_override, from_tables, to_tables
 
-TEST_TIME = ("model.box_class", "model.box_top_k", "eval.score_floor", "eval.nms_iou", "eval.keep")
+TEST_TIME = ("model.box_class", "model.box_top_k", "model.masks", "eval.score_floor", "eval.nms_iou", "eval.keep")
 """What no weight depends on."""
 
 

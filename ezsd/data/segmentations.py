@@ -119,6 +119,26 @@ def to_run_lengths(outline: Outline, height: int, width: int) -> bytes:
     return drawn
 
 
+def overlaps(
+    found: Sequence[bytes], true: Sequence[bytes], crowd: npt.NDArray[np.bool_], size: tuple[int, int]
+) -> npt.NDArray[np.float64]:
+    """IoU of masks of one image of height and width `size`, (D, G); over the found mask alone where G is a crowd."""
+    pairs = [[{"size": list(size), "counts": one} for one in masks] for masks in (found, true)]
+    values: npt.NDArray[np.float64] = mask.iou(*pairs, crowd.astype(np.uint8))
+    return values
+
+
+def to_box(counts: bytes, height: int, width: int) -> list[float]:
+    """Left, top, width and height of the pixels of a mask."""
+    box: list[float] = mask.toBbox({"size": [height, width], "counts": counts}).tolist()
+    return box
+
+
+def json_run_lengths(counts: bytes, size: tuple[int, int]) -> dict[str, object]:
+    """Run lengths of a mask of height and width `size` as COCO's files hold them."""
+    return {"size": list(size), "counts": counts.decode("ascii")}
+
+
 def encode(pixels: npt.NDArray[np.bool_]) -> bytes:
     """Run lengths of a mask (H, W)."""
     counts: bytes = mask.encode(np.asfortranarray(pixels, dtype=np.uint8))["counts"]
@@ -211,8 +231,3 @@ def _resampled(pixels: npt.NDArray[np.bool_], side: int) -> tuple[npt.NDArray[np
     at = (np.arange(side) + 0.5) / side
     y, x = (top + at * (bottom - top)).astype(np.int64), (left + at * (right - left)).astype(np.int64)
     return np.array([left, top, right, bottom], dtype=np.float32), pixels[y[:, None], x[None]]
-
-
-def rle_dictionaries(counts: Sequence[bytes], height: int, width: int) -> list[dict[str, object]]:
-    """Run lengths in the form that pycocotools takes."""
-    return [{"size": [height, width], "counts": one} for one in counts]

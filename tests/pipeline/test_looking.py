@@ -58,7 +58,7 @@ def test_what_training_has_used_or_what_does_not_fit_is_refused(quick_config, ov
 
 
 def test_every_setting_that_is_offered_is_one(quick_config):
-    values = {"model.box_class": "topk", "model.box_top_k": 2, "eval.keep": 7}
+    values = {"model.box_class": "topk", "model.box_top_k": 2, "eval.keep": 7, "model.masks": "true"}
     changed = at_test_time(quick_config, [f"{key}={values.get(key, 0.25)}" for key in TEST_TIME])
     assert (changed.model.box_class, changed.model.box_top_k) == ("topk", 2)
     assert (changed.eval.score_floor, changed.eval.nms_iou, changed.eval.keep) == (0.25, 0.25, 7)
