@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -63,27 +64,32 @@ def training_masks(dataset: Dataset) -> StoredMasks:
 
 def _fill(path: Path, annotations: Annotations, draft: Path) -> Mapping[str, object]:
     """Write the outlines of a record as they are read, and where each row's lies."""
-    row_of = {int(number): row for row, number in enumerate(annotations.annotation_id)}
-    images = annotations.images
+    ids, images = read_catalogue(path).ids, annotations.images
     size = np.stack([images.height, images.width], axis=1)[annotations.image_index]
-    wanted = {number: (int(size[row, 0]), int(size[row, 1])) for number, row in row_of.items()}
-    ids = read_catalogue(path).ids
-    spans = np.zeros((len(row_of), 2), dtype=np.int64)
-    at = 0
+    # One pair for all images of a size: a large file has few sizes and very many objects.
+    pairs = {(height, width): (height, width) for height, width in np.unique(size, axis=0).tolist()}
+    numbers = annotations.annotation_id.tolist()
+    wanted = {number: pairs[height, width] for number, (height, width) in zip(numbers, size.tolist(), strict=True)}
+    found, length = array("q"), array("q")
     with (draft / "packed.npy").open("w+b") as file:
         _write_header(file, 0)
         for number, outline in read_outlines(path, wanted, {ids[name] for name in annotations.names}):
-            content = pack(outline)
-            file.write(content)
-            spans[row_of[number]] = at, at + len(content)
-            at += len(content)
+            found.append(number)
+            length.append(file.write(pack(outline)))
         file.seek(0)
-        _write_header(file, at)
-    if not (spans[:, 1] > spans[:, 0]).all():
+        _write_header(file, sum(length))
+    order = np.argsort(annotations.annotation_id)
+    if not np.array_equal(np.sort(np.array(found, dtype=np.int64)), annotations.annotation_id[order]):
         raise AnnotationError(f"{path}: changed while it was read; run the same command again")
+    # Rows in the order in which they were found.
+    rows = order[np.argsort(np.argsort(np.array(found, dtype=np.int64)))]
+    stop = np.zeros(len(rows), dtype=np.int64)
+    stop[rows] = np.cumsum(np.array(length, dtype=np.int64))
+    start = stop.copy()
+    start[rows] -= np.array(length, dtype=np.int64)
     arrays: dict[str, NDArray[Any]] = {
-        "start": spans[:, 0],
-        "stop": spans[:, 1],
+        "start": start,
+        "stop": stop,
         "image_size": size,
         "image_id": images.id[annotations.image_index],
     }
