@@ -267,11 +267,12 @@ def evaluate(
     crops: Annotated[bool, typer.Option("--crops", help="With --run: crop accuracy, raw and re-normalised.")] = False,
     data_root: DataRoot = None,
     device: Device = "auto",
+    set_: Set = None,
 ) -> None:
     """Evaluate a run, or anybody's results: base, novel, all; COCO's rules, or LVIS's for its files."""
     from pipeline.arguments import require_device_name, require_one_source, require_output, require_run
 
-    of_run = {"--split": split, "--crops": crops or None, "--data-root": data_root}
+    of_run = {"--split": split, "--crops": crops or None, "--data-root": data_root, "--set": set_}
     of_file = {"--annotations": annotations, "--split-file": split_file, "--base": base, "--novel": novel, "--out": out}
     require_one_source(run=run, of_run=of_run, detections=detections, of_file=of_file)
     require_device_name(device)
@@ -311,6 +312,7 @@ def evaluate(
         split=split or "val",
         classes=classes,
         max_detections=max_detections,
+        overrides=set_ or [],
     )
     typer.echo(score_table({str(run): headline(result)}))
     typer.echo(f"\n{evaluation_tables(result, per_class=per_class)}")
@@ -329,6 +331,7 @@ def detect(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one COCO-format document instead of lines.")] = False,
     device: Device = "auto",
+    set_: Set = None,
 ) -> None:
     """Find objects of any named classes in images; boxes are those of the image as it is shown."""
     from pipeline.arguments import find_images, parse_classes, picture_places, require_device_name, require_run
@@ -342,7 +345,15 @@ def detect(
     from pipeline.detect import coco_document, detect_images, found_lines
     from pipeline.runs import Run
 
-    seen = detect_images(found, Run.open(run), names, threshold=threshold, device=resolve_device(device), drawn=drawn)
+    seen = detect_images(
+        found,
+        Run.open(run),
+        names,
+        threshold=threshold,
+        device=resolve_device(device),
+        drawn=drawn,
+        overrides=set_ or [],
+    )
     if json_:
         typer.echo(coco_document(list(seen), names))
         return

@@ -195,13 +195,18 @@ class ModelConfig:
     semantic_boxes: bool = True
     """Whether the box regressor knows the class."""
     box_class: BoxClass = "foreground"
-    """Whose text row it sees at test time: the likeliest name's, or ("reference") zeros where that is background."""
+    """Whose text row it sees at test time: the likeliest name's; "reference": zeros where background is likelier;
+    "topk": each of the `box_top_k` likeliest names has a box of its own, the others take the first one's."""
+    box_top_k: int = 5
+    """See there."""
     sampled_regions: int = 512
     """Regions per image that the box head learns from."""
     positive_share: float = 0.25
     """At most this share of them on objects."""
     spare_confidence: float = 2.0
     """Regions on a cached region of this confidence are not taught to be background; above 1 none is spared."""
+    masks: bool = False
+    """Whether objects get masks, one channel for all classes, learned from the base objects' segmentations."""
     spare_rpn: bool = False
     """Whether these cached regions are no negatives of the proposal network either."""
 
@@ -214,6 +219,7 @@ class ModelConfig:
         _at_least(0, "model", self, "canonical_level", "tower_depth", "spare_confidence")
         _require(all(size > 0 for size in self.rpn_sizes), f"model.rpn_sizes must be > 0, got {self.rpn_sizes}")
         _require(0 <= self.positive_share <= 1, f"model.positive_share must lie in [0, 1], got {self.positive_share}")
+        _require(self.box_top_k > 0, f"model.box_top_k must be > 0, got {self.box_top_k}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,9 +238,11 @@ class LossConfig:
     """Of the cross-entropy."""
     box: float = 1.0
     """Of the box regression."""
+    mask: float = 1.0
+    """Of the masks, with model.masks."""
 
     def __post_init__(self) -> None:
-        _at_least(0, "loss", self, "distillation", "rpn", "classification", "box")
+        _at_least(0, "loss", self, "distillation", "rpn", "classification", "box", "mask")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -384,7 +392,7 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"no preset {name!r}; choose one of {', '.join(preset_names())}")
     tables = tomllib.loads((files("pipeline.presets") / f"{name}.toml").read_text())
     for override in overrides:
-        _apply(tables, override)
+        apply_override(tables, override)
     return from_tables(tables, where=f"preset {name}")
 
 
@@ -404,7 +412,8 @@ def to_tables(config: Config) -> dict[str, dict[str, object]]:
     }
 
 
-def _apply(tables: dict[str, dict[str, object]], override: str) -> None:
+def apply_override(tables: dict[str, dict[str, object]], override: str) -> None:
+    """Put one `section.key=value` into tables. ConfigError when it is not of that form."""
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")
     if not equals or not dot:

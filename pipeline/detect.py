@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch
 from PIL import ImageOps
 from torch import Tensor
 
+from ezsd.data.segmentations import decode, decompress, json_run_lengths
 from ezsd.vocabulary import VocabularyError
 from pipeline.draw import draw_boxes
 from pipeline.images import opened_image
 from pipeline.runs import Run
-from pipeline.trained import TrainedDetector, load_trained, run_teacher
+from pipeline.trained import Located, TrainedDetector, load_trained, run_teacher
 
 BATCH_IMAGES = 8
 
@@ -30,6 +32,8 @@ class Found:
     """In [0, 1]."""
     box: tuple[float, float, float, float]
     """xyxy, pixels of the image as it is shown."""
+    mask: bytes | None
+    """Run lengths of its mask over the image as it is shown; None without masks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +57,7 @@ def detect_images(
     threshold: float,
     device: str,
     drawn: Sequence[Path] | None,
+    overrides: Sequence[str] = (),
 ) -> Iterator[Seen]:
     """Detect named classes in images, a few at a time.
 
@@ -63,11 +68,12 @@ def detect_images(
         threshold: least score.
         device: where to run.
         drawn: where each image with boxes is written; None for nowhere. Missing folders are made.
+        overrides: settings to look with instead of the run's, see `pipeline.looking.at_test_time`.
 
     Raises:
         ValueError: (of many kinds) a damaged image, an unfinished run, a class that nobody can embed.
     """
-    trained = load_trained(run, device)
+    trained = load_trained(run, device, overrides)
     text = class_text(trained, run, classes, device)
     for start in range(0, len(images), BATCH_IMAGES):
         paths = images[start : start + BATCH_IMAGES]
@@ -99,7 +105,10 @@ def found_lines(seen: Seen, *, with_path: bool) -> Iterator[str]:
 
 
 def coco_document(seen: Sequence[Seen], classes: Sequence[str]) -> str:
-    """A COCO-format document; its `annotations` have scores, so that they are a results file as well."""
+    """A COCO-format document; its `annotations` have scores, so that they are a results file as well.
+
+    Where an object has a mask, `area` is that of the mask.
+    """
     number = {name: position for position, name in enumerate(classes, start=1)}
     images = [
         {"id": i, "file_name": str(one.path), "width": one.width, "height": one.height}
@@ -109,10 +118,15 @@ def coco_document(seen: Sequence[Seen], classes: Sequence[str]) -> str:
     for i, one in enumerate(seen, start=1):
         for found in one.objects:
             x1, y1, x2, y2 = found.box
-            entry = {"id": len(annotations) + 1, "image_id": i, "category_id": number[found.name]}
+            entry: dict[str, object] = {"id": len(annotations) + 1, "image_id": i}
+            entry["category_id"] = number[found.name]
             bbox = [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)]
             area = round((x2 - x1) * (y2 - y1), 2)
-            annotations.append({**entry, "bbox": bbox, "area": area, "iscrowd": 0, "score": round(found.score, 5)})
+            entry |= {"bbox": bbox, "area": area, "iscrowd": 0, "score": round(found.score, 5)}
+            if found.mask is not None:
+                entry["segmentation"] = json_run_lengths(found.mask, (one.height, one.width))
+                entry["area"] = int(decompress(found.mask)[1::2].sum())
+            annotations.append(entry)
     categories = [{"id": position, "name": name} for name, position in number.items()]
     return json.dumps({"images": images, "categories": categories, "annotations": annotations}, indent=1)
 
@@ -135,13 +149,19 @@ def class_text(trained: TrainedDetector, run: Run, classes: Sequence[str], devic
 def _seen(
     path: Path,
     pixels: Tensor,
-    found: tuple[np.typing.NDArray[np.float32], np.typing.NDArray[np.float32], np.typing.NDArray[np.int64]],
+    found: Located,
     classes: Sequence[str],
     threshold: float,
 ) -> Seen:
     objects = [
-        Found(name=classes[int(label)], score=float(score), box=(float(b[0]), float(b[1]), float(b[2]), float(b[3])))
-        for b, score, label in zip(*found, strict=True)
+        Found(name=classes[label], score=score, box=(box[0], box[1], box[2], box[3]), mask=mask)
+        for box, score, label, mask in zip(
+            found.boxes.tolist(),
+            found.scores.tolist(),
+            found.labels.tolist(),
+            found.masks or repeat(None, len(found.boxes)),
+            strict=True,
+        )
         if score >= threshold
     ]
     return Seen(path=path, width=pixels.shape[2], height=pixels.shape[1], objects=tuple(objects))
@@ -151,4 +171,5 @@ def _draw(seen: Seen, pixels: Tensor, place: Path) -> None:
     corners = torch.tensor([one.box for one in seen.objects]).reshape(-1, 4)
     captions = [f"{one.name} {one.score:.2f}" for one in seen.objects]
     place.parent.mkdir(parents=True, exist_ok=True)
-    draw_boxes(pixels, corners, captions).save(place)
+    masks = [decode(one.mask, seen.height, seen.width) for one in seen.objects if one.mask is not None]
+    draw_boxes(pixels, corners, captions, masks=masks or None).save(place)

@@ -46,6 +46,8 @@ def build_detector(
             spare_confidence=model.spare_confidence,
             spare_rpn=model.spare_rpn,
             box_class=model.box_class,
+            box_top_k=model.box_top_k,
+            masks=model.masks,
             backend=config.train.backend,
         ),
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
 BASE_COLOUR = "#2ecc71"
@@ -28,6 +30,7 @@ def draw_boxes(
     colours: str | Sequence[str] = BASE_COLOUR,
     *,
     scale: float | None = None,
+    masks: Sequence[NDArray[np.bool_]] | None = None,
 ) -> Image.Image:
     """Draw boxes with captions over an image.
 
@@ -39,14 +42,17 @@ def draw_boxes(
         captions: one per box, (N,); "" draws the box alone.
         colours: of box and caption strip, one for all or one per box; anything Pillow reads.
         scale: side of the picture over side of the image; None enlarges small images, see `fit_scale`.
+        masks: one per box, (H, W), of which the outline is drawn; None for none.
 
     Returns:
         A new RGB picture of about scale * W x scale * H pixels.
 
     Raises:
-        ValueError: not an image, or not one box, caption and colour each.
+        ValueError: not an image, or not one box, caption, colour and mask each.
     """
     _check(image, boxes, captions, colours)
+    if masks is not None and [np.shape(mask) for mask in masks] != [tuple(image.shape[1:])] * len(boxes):
+        raise ValueError(f"{len(boxes)} boxes need as many masks of the image's size")
     height, width = image.shape[1:]
     factor = fit_scale(width, height) if scale is None else scale
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
@@ -57,8 +63,10 @@ def draw_boxes(
     draw = ImageDraw.Draw(canvas)
     line = max(2, round(min(size) / 130))
     # The last box is drawn first, so that the most important one lies on top.
-    for box, colour in reversed(list(zip(corners.tolist(), each, strict=True))):
+    for number, (box, colour) in reversed(list(enumerate(zip(corners.tolist(), each, strict=True)))):
         _outline(draw, box, colour, line)
+        if masks is not None:
+            _rim(canvas, masks[number], colour, line)
     font = ImageFont.load_default(max(12.0, min(size) / 23))
     taken: list[Corners] = []
     for box, caption, colour in zip(corners.tolist(), captions, each, strict=True):
@@ -98,6 +106,17 @@ def _outline(draw: ImageDraw.ImageDraw, box: Sequence[float], colour: str, line:
     right, bottom = max(x2 - 1, x1), max(y2 - 1, y1)
     draw.rectangle((x1 - 1, y1 - 1, right + 1, bottom + 1), outline=_DARK, width=line + 2)
     draw.rectangle((x1, y1, right, bottom), outline=colour, width=line)
+
+
+def _rim(canvas: Image.Image, mask: NDArray[np.bool_], colour: str, line: int) -> None:
+    """The inner edge of a mask, `line` pixels wide, with a dark rim."""
+    whole = Image.fromarray(mask).convert("L").resize(canvas.size, Image.Resampling.NEAREST)
+    # Beyond the picture there is nothing: the edge is drawn there too.
+    padded = ImageOps.expand(whole, border=line + 2, fill=0)
+    for width, ink in ((line + 2, _DARK), (line, colour)):
+        inner = padded.filter(ImageFilter.MinFilter(2 * width + 1))
+        edge = ImageOps.crop(ImageChops.subtract(padded, inner), border=line + 2)
+        canvas.paste(ink, mask=edge)
 
 
 def _write(

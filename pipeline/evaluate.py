@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,20 +15,20 @@ from torch import Tensor
 
 from ezsd.adapt import crop_accuracy
 from ezsd.data.annotations import Annotations
-from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Detections, Results, read_truth
+from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Detections, Results, read_truth, with_masks
 from pipeline.adapt import CropSource
 from pipeline.arguments import ArgumentError
 from pipeline.config import from_tables, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.figures import Classes, coco_results, document, looked_for
 from pipeline.files import write_json, write_text
+from pipeline.looking import changed_settings
 from pipeline.parsed import evaluation_annotations
 from pipeline.progress import Progress
 from pipeline.provenance import proposal_settings
 from pipeline.runs import Run, RunError
 from pipeline.trained import (
-    Floats,
-    Integers,
+    Located,
     TrainedDetector,
     adapt_back,
     load_trained,
@@ -50,23 +52,28 @@ def run_dataset(run: Run, data_root: Path | None) -> Dataset:
 
 
 def detect_split(
-    trained: TrainedDetector, annotations: Annotations, root: Path, text: Tensor, stage: str
+    trained: TrainedDetector, annotations: Annotations, root: Path, text: Tensor, stage: str, *, masks: bool = True
 ) -> Detections:
-    """The `KEEP` best detections in each image of a record; class indices are rows of `text`."""
-    ids: list[Integers] = []
-    parts: list[tuple[Floats, Floats, Integers]] = []
+    """The `KEEP` best detections in each image of a record; class indices are rows of `text`.
+
+    Masks are made if the settings have them, unless `masks` is false.
+    """
+    masks = masks and trained.config.model.masks
+    ids: list[NDArray[np.int64]] = []
+    parts: list[Located] = []
     with Progress(stage, len(annotations.images), unit="image") as progress:
         for records in _chunks(annotations.images, BATCH_IMAGES):
             images = [read_dataset_image(root, record) for record in records]
-            for record, found in zip(records, trained.find(images, text, keep=KEEP), strict=True):
-                ids.append(np.full(len(found[0]), record.id, np.int64))
+            for record, found in zip(records, trained.find(images, text, keep=KEEP, masks=masks), strict=True):
+                ids.append(np.full(len(found.boxes), record.id, np.int64))
                 parts.append(found)
             progress.advance(len(records))
     return Detections(
         image_id=np.concatenate(ids),
-        box=np.concatenate([p[0] for p in parts]).astype(np.float32),
-        score=np.concatenate([p[1] for p in parts]).astype(np.float32),
-        class_index=np.concatenate([p[2] for p in parts]).astype(np.int64),
+        box=np.concatenate([p.boxes for p in parts]).astype(np.float32),
+        score=np.concatenate([p.scores for p in parts]).astype(np.float32),
+        class_index=np.concatenate([p.labels for p in parts]).astype(np.int64),
+        masks=tuple(chain.from_iterable(p.masks or () for p in parts)) if masks else None,
     )
 
 
@@ -78,11 +85,13 @@ def evaluate_run(
     split: str = "val",
     classes: Classes | None = None,
     max_detections: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, object]:
     """Evaluate a finished run and write eval.json and detections.json.
 
     "generalised" looks for all names at once and is the headline; "novel_only" looks for novel names alone. Another
-    split or an only label space goes into files named after it, as eval-train-novel.json.
+    split or an only label space goes into files named after it, as eval-train-novel.json, and what other settings
+    give into eval-set.json.
 
     Args:
         run: a finished run.
@@ -91,22 +100,28 @@ def evaluate_run(
         split: "val" or "train".
         classes: the names looked for, at once: all, base or novel; None for all, and then novel alone.
         max_detections: the limit of the headline; None for the usual one of the file's rules.
+        overrides: settings to look with instead of the run's, see `at_test_time`.
 
     Raises:
         ValueError: (of many kinds) an unfinished run, images or annotations that are not in order or none.
     """
-    trained, dataset = load_trained(run, device), run_dataset(run, data_root)
+    trained, dataset = load_trained(run, device, overrides), run_dataset(run, data_root)
     if trained.names != dataset.split.names:
         raise RunError(f"--run {run.folder}: trained for other names than dataset {dataset.name} has now")
     path, root = _split_places(dataset, split)
     truth = read_truth(path, dataset.split)
+    if trained.config.model.masks:
+        truth = with_masks(truth)
     annotations = evaluation_annotations(path, dataset.split)
     began = time.perf_counter()
     found = {
         space: _as_stored(_search(trained, annotations, root, space)) for space in ([classes] if classes else _DEFAULT)
     }
     result = document(truth, found, max_detections)
-    suffix = "".join(f"-{word}" for word in ("" if split == "val" else split, classes or "") if word)
+    if overrides:
+        result["settings"] = changed_settings(overrides, trained.config)
+    words = ("" if split == "val" else split, classes or "", "set" if overrides else "")
+    suffix = "".join(f"-{word}" for word in words if word)
     write_json(run.folder / f"eval{suffix}.json", result)
     first = next(iter(found.values()))
     write_text(run.folder / f"detections{suffix}.json", coco_results(first, truth))
@@ -134,9 +149,7 @@ def _search(trained: TrainedDetector, annotations: Annotations, root: Path, clas
     members = looked_for(classes, len(trained.names), trained.base_count)
     stage = "detect" if classes == "all" else f"detect {classes}"
     found = detect_split(trained, annotations, root, trained.text[members], stage)
-    return Detections(
-        image_id=found.image_id, box=found.box, score=found.score, class_index=found.class_index + members.start
-    )
+    return dataclasses.replace(found, class_index=found.class_index + members.start)
 
 
 def _as_stored(found: Detections) -> Results:
@@ -148,6 +161,7 @@ def _as_stored(found: Detections) -> Results:
         # Nine digits tell all float32 apart: no two scores become equal.
         score=np.array([float(f"{score:.9g}") for score in exact.score], dtype=np.float64),
         class_index=exact.class_index,
+        masks=exact.masks,
     )
 
 

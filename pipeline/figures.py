@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from ezsd.data.catalogue import read_catalogue
-from ezsd.metrics import Limit, Results, Truth, evaluate_at, limits_of, read_results, read_truth
+from ezsd.data.segmentations import json_run_lengths
+from ezsd.metrics import Limit, Results, Truth, evaluate_at, limits_of, read_results, read_truth, with_masks
 from pipeline.arguments import ArgumentError, chosen_split
 from pipeline.files import sha256
 
@@ -16,6 +18,7 @@ Classes = Literal["all", "base", "novel"]
 """Which names a detector looked for at once."""
 SPACES: dict[Classes, str] = {"all": "generalised", "base": "base_only", "novel": "novel_only"}
 """What an evaluation of such detections is called."""
+_SHAPES = {"bbox": "boxes", "segm": "masks"}
 COLUMNS = ("AP", "AP50", "AP75", "AR")
 """Figures of a group or a class."""
 GROUPS = ("base", "novel", "all", "rare", "common", "frequent")
@@ -59,9 +62,9 @@ def evaluate_results(
         split_file=split_file,
     )
     truth = read_truth(annotations, split, catalogue)
-    results = read_results(
-        detections, images=frozenset(truth.image_ids.tolist()), categories=truth.category_positions()
-    )
+    results = read_results(detections, images=truth.sizes(), categories=truth.category_positions())
+    if results.masks is not None:
+        truth = with_masks(truth)
     space: Classes = classes or "all"
     _refuse_others(detections, results, truth, space)
     return document(truth, {space: results}, max_detections)
@@ -90,6 +93,8 @@ def _refuse_others(path: Path, results: Results, truth: Truth, classes: Classes)
 def document(truth: Truth, found: Mapping[Classes, Results], max_detections: int | None) -> dict[str, object]:
     """Everything that is said of detections: what eval.json holds, the same bytes for the same detections.
 
+    "at" has the figures of boxes, "masks_at" those of masks, where the truth and the detections have them.
+
     Raises:
         ArgumentError: results are not reported at this limit.
     """
@@ -110,6 +115,9 @@ def document(truth: Truth, found: Mapping[Classes, Results], max_detections: int
             "most_per_image": results.fullest(),
             "at": evaluate_at(truth, results, names=names, limits=limits),
         }
+        if truth.masks is not None and results.masks is not None:
+            table = cast("dict[str, object]", result[SPACES[classes]])
+            table["masks_at"] = evaluate_at(truth, results, names=names, limits=limits, shape="segm")
     return result
 
 
@@ -133,9 +141,14 @@ def headline(result: Mapping[str, object]) -> dict[str, float | None]:
 
 def coco_results(found: Results, truth: Truth) -> str:
     """Detections as a results file in COCO's format, one a line, best first within an image, with the class's name."""
-    category = [truth.catalogue.ids[name] for name in truth.split.names]
+    category, sizes = [truth.catalogue.ids[name] for name in truth.split.names], truth.sizes()
     columns = zip(
-        found.image_id.tolist(), found.class_index.tolist(), found.xywh.tolist(), found.score.tolist(), strict=True
+        found.image_id.tolist(),
+        found.class_index.tolist(),
+        found.xywh.tolist(),
+        found.score.tolist(),
+        found.masks or repeat(None, len(found.score)),
+        strict=True,
     )
     lines = [
         json.dumps(
@@ -145,9 +158,10 @@ def coco_results(found: Results, truth: Truth) -> str:
                 "name": truth.split.names[index],
                 "bbox": xywh,
                 "score": score,
+                **({} if counts is None else {"segmentation": json_run_lengths(counts, sizes[image])}),
             }
         )
-        for image, index, xywh, score in columns
+        for image, index, xywh, score, counts in columns
     ]
     return "[\n" + ",\n".join(lines) + "\n]\n"
 
@@ -159,7 +173,9 @@ def evaluation_tables(result: Mapping[str, object], *, per_class: bool) -> str:
         if space in result:
             table = cast("dict[str, Any]", result[space])
             labels = sorted(table["at"], key=lambda label: label != result["limit"])
-            blocks += [_block(space, table["at"][label], table["most_per_image"]) for label in labels]
+            for figures in ("at", "masks_at"):
+                found = table.get(figures, {})
+                blocks += [_block(space, found[label], table["most_per_image"]) for label in labels if found]
             if per_class:
                 blocks.append(_class_block(space, table["at"][result["limit"]]))
     return "\n\n".join(blocks)
@@ -167,7 +183,8 @@ def evaluation_tables(result: Mapping[str, object], *, per_class: bool) -> str:
 
 def _block(space: str, found: Mapping[str, Any], fullest: int) -> str:
     title = (
-        f"{space.replace('_', ' ')}: {found['rules'].upper()} rules, boxes, {found['images']} images, at most "
+        f"{space.replace('_', ' ')}: {found['rules'].upper()} rules, {_SHAPES[found['iou_type']]}, "
+        f"{found['images']} images, at most "
         f"{found['max_detections']} detections per {found['counted_per']} (the fullest image has {fullest})"
     )
     present = [group for group in GROUPS if group in found]

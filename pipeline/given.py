@@ -36,7 +36,8 @@ def given_proposals(config: ProposalConfig, images: Iterable[ImageRecord]) -> di
         ResultsError: the file is not in order, or has a box in another image.
     """
     sizes = {image.id: (image.width, image.height) for image in images}
-    found = read_results(_file(config.boxes), images=sizes.keys(), categories=None)
+    shapes = {image_id: (height, width) for image_id, (width, height) in sizes.items()}
+    found = read_results(_file(config.boxes), images=shapes, categories=None)
     corners = np.concatenate([found.xywh[:, :2], found.xywh[:, :2] + found.xywh[:, 2:]], 1)
     order = np.lexsort((-found.score, found.image_id))
     edges = np.searchsorted(found.image_id[order], [[i, i + 1] for i in sizes])

@@ -14,10 +14,11 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,17 +92,48 @@ def parsed_folder() -> Path:
 
 
 def _remembered(path: Path, names: tuple[str, ...], loader: str, load: Callable[[], Annotations]) -> Annotations:
+    def fill(draft: Path) -> Mapping[str, object]:
+        record = load()
+        for name, values in _arrays(record).items():
+            np.save(draft / f"{name}.npy", values, allow_pickle=False)
+        return {"names": record.names, "dropped": dict(record.dropped)}
+
+    _, meta, arrays = kept_arrays(path, [loader, names], fill)
+    return Annotations(
+        images=ImageTable(**{name: arrays[f"images_{name}"] for name in _IMAGES}),
+        names=tuple(meta["names"]),
+        dropped=meta["dropped"],
+        **{name: arrays[name] for name in _BOXES},
+    )
+
+
+def kept_arrays(
+    path: Path, asked: Sequence[object], fill: Callable[[Path], Mapping[str, object]]
+) -> tuple[Path, dict[str, Any], dict[str, NDArray[Any]]]:
+    """Arrays made once per content of a file, memory-mapped.
+
+    Args:
+        path: the file.
+        asked: what they depend on beside it, for JSON.
+        fill: makes them: writes .npy files into the folder given and returns what else there is to know, for JSON.
+
+    Returns:
+        The folder they lie in, what else there is to know, and the arrays by name.
+
+    Raises:
+        AnnotationError: the file cannot be read, or the arrays cannot be kept.
+    """
     content = _content(path)
-    asked = json.dumps([LAYOUT, loader, names]).encode()
-    folder = parsed_folder() / f"{content[:32]}-{hashlib.sha256(asked).hexdigest()[:16]}"
+    key = hashlib.sha256(json.dumps([LAYOUT, *asked]).encode()).hexdigest()
+    folder = parsed_folder() / f"{content[:32]}-{key[:16]}"
     if folder.is_dir():
         try:
-            return _open(folder)
+            return folder, *_open(folder)
         except (OSError, ValueError, KeyError) as error:
             log.warning("%s: damaged (%s), parsing %s again", folder, error, path)
             shutil.rmtree(folder, ignore_errors=True)
-    _write(folder, load())
-    return _open(folder)
+    _write(folder, fill)
+    return folder, *_open(folder)
 
 
 def _content(path: Path) -> str:
@@ -136,29 +168,26 @@ def _arrays(record: Annotations) -> dict[str, NDArray[np.generic]]:
     return own | {f"images_{name}": getattr(record.images, name) for name in _IMAGES}
 
 
-def _write(folder: Path, record: Annotations) -> None:
+def _write(folder: Path, fill: Callable[[Path], Mapping[str, object]]) -> None:
     """All arrays, then a rename: a folder is whole or not there."""
-    arrays = _arrays(record)
-    meta = {
-        "names": record.names,
-        "dropped": dict(record.dropped),
-        "crc32": {name: _checksum(values) for name, values in arrays.items()},
-    }
-    with _writing(folder.parent):
-        draft = Path(tempfile.mkdtemp(prefix="draft-", dir=folder.parent))
-        for name, values in arrays.items():
-            np.save(draft / f"{name}.npy", values, allow_pickle=False)
+    with _writing(folder.parent), tempfile.TemporaryDirectory(prefix="draft-", dir=folder.parent) as made:
+        draft = Path(made) / "record"
+        draft.mkdir()
+        meta = dict(fill(draft))
+        meta["crc32"] = {
+            file.stem: _checksum(np.load(file, mmap_mode="r", allow_pickle=False))
+            for file in sorted(draft.glob("*.npy"))
+        }
         (draft / "record.json").write_text(json.dumps(meta))
         try:
             draft.rename(folder)
         except OSError:
-            # Another process was quicker with the same content.
-            shutil.rmtree(draft)
+            # Another process may have been quicker with the same content.
             if not folder.is_dir():
                 raise
 
 
-def _open(folder: Path) -> Annotations:
+def _open(folder: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     meta = json.loads((folder / "record.json").read_text())
     arrays = {}
     for name, checksum in meta["crc32"].items():
@@ -168,9 +197,4 @@ def _open(folder: Path) -> Annotations:
         if _checksum(values) != checksum:
             raise ValueError(f"{name}.npy has another checksum")
         arrays[name] = values
-    return Annotations(
-        images=ImageTable(**{name: arrays[f"images_{name}"] for name in _IMAGES}),
-        names=tuple(meta["names"]),
-        dropped=meta["dropped"],
-        **{name: arrays[name] for name in _BOXES},
-    )
+    return meta, arrays

@@ -114,6 +114,7 @@ def weigh(parts: dict[str, Tensor], config: LossConfig) -> Tensor:
         "rpn_box": config.rpn,
         "classification": config.classification,
         "box": config.box,
+        "mask": config.mask,
         "distillation": config.distillation,
     }
     return torch.stack([weight[name] * part.float() for name, part in parts.items()]).sum()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cache import Store
 from ezsd.data.annotations import ImageTable
 from ezsd.data.augment import Augmentation
-from ezsd.data.dataset import DetectionDataset
+from ezsd.data.dataset import DetectionDataset, MaskSource
 from ezsd.detector.model import Batch, Detector
 from ezsd.teacher import state_digest
 from pipeline.batches import Key, load_batches
@@ -28,6 +28,7 @@ from pipeline.config import Config, ConfigError, TrainConfig, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.detector import build_detector, read_backbone
 from pipeline.metrics import MetricsLog
+from pipeline.outlines import training_masks
 from pipeline.processes import Processes, join_processes, own_device
 from pipeline.progress import Progress
 from pipeline.provenance import dataset_inputs
@@ -73,7 +74,8 @@ def train(request: TrainRequest) -> Run:
         dataset = store_dataset(store, request.data_root)
         if processes.first:
             require_validation(dataset, request.config.train)
-        samples = training_samples(store, dataset, request.config.train)
+        masks = training_masks(dataset) if request.config.model.masks else None
+        samples = training_samples(store, dataset, request.config.train, masks)
         detector, card = _begin(request, store, dataset)
         tables = _tables(store)
         if processes.first:
@@ -124,7 +126,9 @@ def _tables(store: Store) -> dict[str, Tensor]:
     return {"text": torch.from_numpy(store.text[1].copy()), "layer_norms": torch.from_numpy(store.teacher[0].copy())}
 
 
-def training_samples(store: Store, dataset: Dataset, config: TrainConfig) -> DetectionDataset:
+def training_samples(
+    store: Store, dataset: Dataset, config: TrainConfig, masks: MaskSource | None = None
+) -> DetectionDataset:
     """The samples of a store. StoreMismatch when the annotations are others than it was made from."""
     images = checked_annotations(store, dataset).images
     return DetectionDataset(
@@ -141,6 +145,7 @@ def training_samples(store: Store, dataset: Dataset, config: TrainConfig) -> Det
             jitter=(config.jitter[0], config.jitter[1]) if config.jitter else None,
         ),
         seeded=config.sampling == "image",
+        masks=masks,
     )
 
 

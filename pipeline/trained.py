@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,16 +14,33 @@ from torch import Tensor
 from cache import Manifest, differences
 from ezsd.adapt import restore
 from ezsd.data.dataset import pad_images, resize
+from ezsd.data.segmentations import encode
+from ezsd.detector.masks import paste
 from ezsd.detector.model import Detector
 from ezsd.teacher import Teacher, TeacherError
 from pipeline.config import Config, TeacherConfig, from_tables
 from pipeline.detector import build_detector
+from pipeline.looking import at_test_time
 from pipeline.provenance import as_json, model_inputs
 from pipeline.runs import Run, RunError
 from pipeline.teachers import configured_teacher
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """What was found in one image, best first, in its own pixels."""
+
+    boxes: Floats
+    """xyxy, (N, 4)."""
+    scores: Floats
+    """In [0, 1], (N,)."""
+    labels: Integers
+    """Rows of the text that was looked for, (N,)."""
+    masks: tuple[bytes, ...] | None
+    """Run lengths of an image-sized mask each; None where none were made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,14 +57,15 @@ class TrainedDetector:
     device: torch.device
 
     def find(
-        self, images: Sequence[Tensor], text: Tensor, *, keep: int | None = None
-    ) -> list[tuple[Floats, Floats, Integers]]:
-        """Boxes (N, 4) in the pixels of the given images, scores (N,) and rows of `text` (N,), best first.
+        self, images: Sequence[Tensor], text: Tensor, *, keep: int | None = None, masks: bool = True
+    ) -> list[Located]:
+        """Look for named objects.
 
         Args:
             images: (3, H, W) uint8 RGB each, at original size.
             text: unit rows of the names to look for, (C, D).
             keep: most detections per image; None for the run's own setting.
+            masks: whether to make masks, if the settings have them.
         """
         settings = self.config.train
         resized = [resize(i, short_side=settings.short_side, long_side=settings.long_side) for i in images]
@@ -59,25 +78,45 @@ class TrainedDetector:
                 score_floor=self.config.eval.score_floor,
                 nms_iou=self.config.eval.nms_iou,
                 keep=self.config.eval.keep if keep is None else keep,
+                masks=masks and self.config.model.masks,
             )
         results = []
-        for one, (_, sx, sy) in zip(found, resized, strict=True):
+        for image, one, (_, sx, sy) in zip(images, found, resized, strict=True):
             boxes = one.boxes.float().cpu() / torch.tensor([sx, sy, sx, sy])
-            results.append((boxes.numpy(), one.scores.float().cpu().numpy(), one.labels.cpu().numpy()))
+            runs = None
+            if one.masks is not None:
+                runs = tuple(encode(pixels) for pixels in paste(one.masks.cpu(), boxes, *image.shape[1:]))
+            results.append(
+                Located(
+                    boxes=boxes.numpy(),
+                    scores=one.scores.float().cpu().numpy(),
+                    labels=one.labels.cpu().numpy(),
+                    masks=runs,
+                )
+            )
         return results
 
 
-def load_trained(run: Run, device: str) -> TrainedDetector:
-    """The detector of a finished run. RunError when training has not ended."""
+def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> TrainedDetector:
+    """The detector of a finished run, with some settings changed as `at_test_time` allows.
+
+    Raises:
+        RunError: training has not ended.
+        ConfigError: see `at_test_time`.
+    """
     checkpoint, card, tables = run.finished(), run.card, run.tables()
-    config = run_config(run)
+    own = run_config(run)
+    config = at_test_time(own, overrides)
+    if config.model.masks and not own.model.masks:
+        raise RunError(f"--run {run.folder}: was trained without masks; train another one with --set model.masks=true")
     embed_dim, base_count = card["embed_dim"], card["base_count"]
     assert isinstance(embed_dim, int)
     assert isinstance(base_count, int)
     state = checkpoint.model()
     # Frozen normalisation is chosen by the presence of weights; the state replaces them whole.
     frozen = card["backbone_weights"] is not None
-    detector = build_detector(config, embed_dim, None, frozen_norms=frozen)
+    shaped = dataclasses.replace(config, model=dataclasses.replace(config.model, masks=own.model.masks))
+    detector = build_detector(shaped, embed_dim, None, frozen_norms=frozen)
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:

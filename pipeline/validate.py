@@ -72,7 +72,7 @@ class Validation:
         detector.eval()
         try:
             root = self.dataset.root / self.dataset.val_images
-            found = detect_split(trained, evaluation_annotations(path, split), root, text, "validate")
+            found = detect_split(trained, evaluation_annotations(path, split), root, text, "validate", masks=False)
         finally:
             detector.train()
             if own is not None:

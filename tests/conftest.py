@@ -1,12 +1,16 @@
 """Small real datasets, stores and runs, made once per session."""
 
 import dataclasses
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from pycocotools import mask
 
+from ezsd.data.shapes import SHAPES_SPLIT
 from pipeline.build import BuildRequest, build_cache
 from pipeline.config import Config, load_preset
 from pipeline.datasets import Dataset, find_dataset
@@ -73,6 +77,48 @@ def shapes_run(shapes_store, quick_config, tmp_path_factory) -> Run:
     run = train(TrainRequest(cache=shapes_store, run=folder, config=quick_config))
     evaluate_run(run, data_root=None, device="cpu")
     evaluate_crops(run, data_root=None, device="cpu")
+    return run
+
+
+@pytest.fixture(scope="session")
+def outlined_root(shapes_root, tmp_path_factory) -> Path:
+    """The shapes with outlines: each object's is the diamond within its box, every third one's as run lengths.
+
+    Outlines of novel training objects, and of a crowd of base ones, are no outlines: nobody may look at them.
+    """
+    root = tmp_path_factory.mktemp("outlined") / "shapes"
+    shutil.copytree(shapes_root, root)
+    for part in ("train", "val"):
+        path = root / f"annotations/instances_{part}.json"
+        document = json.loads(path.read_text())
+        names = {one["id"]: one["name"] for one in document["categories"]}
+        size = {one["id"]: (one["height"], one["width"]) for one in document["images"]}
+        for one in document["annotations"]:
+            x, y, w, h = one["bbox"]
+            diamond = [x + w / 2, y, x + w, y + h / 2, x + w / 2, y + h, x, y + h / 2]
+            one["segmentation"] = [diamond]
+            if one["id"] % 3 == 0:
+                height, width = size[one["image_id"]]
+                runs = mask.merge(mask.frPyObjects([diamond], height, width))
+                one["segmentation"] = {"size": [height, width], "counts": runs["counts"].decode()}
+            if part == "train" and names[one["category_id"]] in SHAPES_SPLIT.novel:
+                one["segmentation"] = "novel"
+        if part == "train":
+            first = document["annotations"][0]
+            base = next(number for number, name in names.items() if name in SHAPES_SPLIT.base)
+            crowd = {"id": 10**6, "category_id": base, "iscrowd": 1, "segmentation": "crowd"}
+            document["annotations"].append({**first, **crowd})
+        path.write_text(json.dumps(document))
+    return root
+
+
+@pytest.fixture(scope="session")
+def masked_run(shapes_store, outlined_root, tmp_path_factory) -> Run:
+    """A quick run with masks from the same store."""
+    folder = tmp_path_factory.mktemp("runs") / "masked"
+    config = load_preset("shapes", [*QUICK, "model.masks=true"])
+    run = train(TrainRequest(cache=shapes_store, run=folder, config=config, data_root=outlined_root))
+    evaluate_run(run, data_root=None, device="cpu")
     return run
 
 

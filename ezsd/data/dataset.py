@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ezsd.boxes import flip_horizontal, scale
 from ezsd.data.augment import SEEN_SHARE, Augmentation, boxes_in_window, draw_limits, draw_window
+from ezsd.detector.masks import ObjectMasks
 from ezsd.detector.model import Batch
 
 PAD_MULTIPLE = 32
@@ -71,6 +72,12 @@ class RegionSource(Protocol):
     def __getitem__(self, image_id: int, /) -> Regions: ...
 
 
+class MaskSource(Protocol):
+    """Anything that returns the masks of an image's base objects, in the order of its ground truth."""
+
+    def __getitem__(self, image_id: int, /) -> ObjectMasks: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One image ready for batching; boxes in its resized pixels."""
@@ -89,6 +96,8 @@ class Sample:
     """1 for ground truth, (R,) float32."""
     seed: int | None
     """Of what the detector draws for this image; None leaves that to torch's global state."""
+    masks: ObjectMasks | None = None
+    """Of the base ground truth; None where none are learned."""
 
 
 class DetectionDataset(torch.utils.data.Dataset[Sample]):
@@ -105,6 +114,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         seed: of flips and draws.
         augmentation: of size, beside the flip; None for neither.
         seeded: whether batches carry a seed per image, see `Batch.seeds`.
+        masks: masks by image id, in original pixels; None for none.
     """
 
     def __init__(
@@ -120,6 +130,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         seed: int,
         augmentation: Augmentation | None = None,
         seeded: bool = False,
+        masks: MaskSource | None = None,
     ) -> None:
         self.image_ids = image_ids
         self.read_image = read_image
@@ -131,6 +142,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         self.seed = seed
         self.augmentation = augmentation or Augmentation()
         self.seeded = seeded
+        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -145,17 +157,21 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         short_side, long_side = draw_limits(rng, self.augmentation, self.short_side, self.long_side)
         image, sx, sy = resize(self.read_image(image_id), short_side=short_side, long_side=long_side)
         boxes = scale(torch.from_numpy(truth.box.copy()), sx, sy)
+        masks = None if self.masks is None else self.masks[image_id].scaled(sx, sy)
+        assert masks is None or len(masks) == len(boxes)
         region_boxes = torch.cat([boxes, scale(torch.from_numpy(regions.box[drawn]), sx, sy)])
         known: Tensor | slice = slice(None)
         seen: Tensor | slice = slice(None)
         if self.augmentation.jitter is not None:
             window = draw_window(rng, image, self.long_side)
             image, boxes, region_boxes, known, seen = crop(image, boxes, region_boxes, window)
+            masks = None if masks is None else masks.in_window(*window[:2])[known]
         # The target stays that of the unflipped crop: CLIP hardly notices a mirror.
         if flipped:
             image = image.flip(2)
             boxes = flip_horizontal(boxes, image.shape[2])
             region_boxes = flip_horizontal(region_boxes, image.shape[2])
+            masks = None if masks is None else masks.mirrored(image.shape[2])
         confidence = [torch.ones(len(truth.box)), torch.from_numpy(regions.confidence[drawn].astype(np.float32))]
         return Sample(
             image=image,
@@ -165,6 +181,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
             region_target=torch.from_numpy(np.concatenate([truth.embedding, regions.embedding[drawn]]))[seen],
             region_confidence=torch.cat(confidence)[seen],
             seed=int(rng.integers(2**62)) if self.seeded else None,
+            masks=masks,
         )
 
 
@@ -206,6 +223,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         region_target=torch.cat([s.region_target for s in samples]),
         region_confidence=torch.cat([s.region_confidence for s in samples]),
         seeds=seeds or None,
+        masks=[s.masks for s in samples if s.masks is not None] or None,
     )
 
 

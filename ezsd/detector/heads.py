@@ -159,10 +159,15 @@ class SemanticBoxRegressor(nn.Module):
         self.semantic = embed_dim > 0
 
     def forward(self, pooled: Tensor, class_text: Tensor) -> Tensor:
-        """Pooled (R, C, P, P) and the unit text row of each region's class (R, D) to deltas (R, 4)."""
+        """Pooled (R, C, P, P) and the unit text row of each region's class (R, D) to deltas (R, 4).
+
+        Rows of K classes for each region, (R, K, D), give deltas (R, K, 4).
+        """
         hidden = self.trunk(pooled)
+        if class_text.ndim == 3:
+            hidden = hidden[:, None].expand(-1, class_text.shape[1], -1)
         if self.semantic:
-            hidden = torch.cat([hidden, class_text.to(hidden.dtype)], 1)
+            hidden = torch.cat([hidden, class_text.to(hidden.dtype)], -1)
         deltas: Tensor = self.deltas(hidden)
         return deltas
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,12 +14,13 @@ from torchvision.ops import batched_nms
 
 from ezsd.detector.backbone import Pyramid, normalise
 from ezsd.detector.heads import FastHead, Head, HeadName, PaperHead, Pooling
+from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, mask_loss, mask_targets
 from ezsd.detector.proposer import SAMPLED_ANCHORS, proposal_network
 from ezsd.detector.sampling import SampledRegions, sample_regions
 from ezsd.kernels import Backend, Metric
 from ezsd.losses import box_loss, classification_loss, decode_boxes, encode_boxes, region_weights
 
-BoxClass = Literal["foreground", "reference"]
+BoxClass = Literal["foreground", "reference", "topk"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,8 @@ class Batch:
     """1 for base ground truth, the teacher's confidence for a proposal, (R,) float32."""
     seeds: tuple[int, ...] | None = None
     """One per image: what is drawn for it depends on no other image. None draws from torch's global state."""
+    masks: list[ObjectMasks] | None = None
+    """Of the base ground truth of each image; None where none are learned."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -56,6 +60,7 @@ class Batch:
             region_target=self.region_target.to(device, non_blocking=True),
             region_confidence=self.region_confidence.to(device, non_blocking=True),
             seeds=self.seeds,
+            masks=None if self.masks is None else [m.to(device) for m in self.masks],
         )
 
 
@@ -79,6 +84,8 @@ class Detections:
     """(N,) in [0, 1]."""
     labels: Tensor
     """(N,) int64, positions in the text rows that were asked for."""
+    masks: Tensor | None = None
+    """What fills each box: probabilities, (N, M, M) float32; None where none were asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +123,12 @@ class DetectorSettings:
     spare_rpn: bool
     """Whether these cached regions are no negatives of the proposal network either."""
     box_class: BoxClass
-    """Whose text row the regressor sees at test time: the likeliest name's, or zeros where that is background."""
+    """Whose text row the regressor sees at test time: the likeliest name's; "reference": zeros where background is
+    likelier; "topk": each of the `box_top_k` likeliest names has a box of its own, the others take the first one's."""
+    box_top_k: int
+    """See there."""
+    masks: bool
+    """Whether there is a mask head."""
     backend: Backend
     """Kernel backend."""
 
@@ -132,11 +144,15 @@ class Detector(nn.Module):
             backbone.channels, settings.rpn_sizes, proposals=settings.rpn_proposals
         )
         self.head: Head = _build_head(backbone, settings)
+        # Last, so that all else starts with the same weights without it.
+        self.mask_head = (
+            MaskHead(_pooling(backbone, settings, POOL_SIZE), backbone.channels) if settings.masks else None
+        )
 
     def losses(
         self, batch: Batch, text: Tensor, *, distill: Metric | None, totals: Totals | None = None
     ) -> dict[str, Tensor]:
-        """Loss terms, unweighted: rpn_objectness, rpn_box, classification, box, and distillation when asked for.
+        """Loss terms, unweighted: rpn_objectness, rpn_box, classification, box; mask and distillation if asked for.
 
         Args:
             batch: images, base boxes and cached regions.
@@ -151,6 +167,8 @@ class Detector(nn.Module):
         features = self.head.features(maps[: self.head.pooling.levels])
         sampled = self._sample(proposals, batch, len(text))
         losses |= self._region_losses(features, sampled, text)
+        if self.mask_head is not None:
+            losses["mask"] = self._mask_loss(self.mask_head, maps[: self.head.pooling.levels], sampled, batch)
         if distill is not None:
             weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
             losses["distillation"] = self.head.distance(
@@ -165,11 +183,13 @@ class Detector(nn.Module):
         """What share of its step's term each mean over this batch is."""
         anchors = self._anchor_sampler.drawn / (totals.images * SAMPLED_ANCHORS)
         regions = sum(len(s.labels) for s in sampled) / (totals.images * self.settings.sampled_regions)
+        most = max(int(self.settings.sampled_regions * self.settings.positive_share), 1)
         return {
             "rpn_objectness": anchors,
             "rpn_box": anchors,
             "classification": regions,
             "box": regions,
+            "mask": torch.cat([s.objects >= 0 for s in sampled]).sum() / (totals.images * most),
             "distillation": len(batch.region_boxes) / max(totals.regions, 1),
         }
 
@@ -183,6 +203,7 @@ class Detector(nn.Module):
         score_floor: float,
         nms_iou: float,
         keep: int,
+        masks: bool = False,
     ) -> list[Detections]:
         """Find objects of any named classes.
 
@@ -193,6 +214,7 @@ class Detector(nn.Module):
             score_floor: detections below it are dropped.
             nms_iou: suppression within a class.
             keep: most detections per image.
+            masks: whether to say which part of a box is the object; for a detector that has learned it.
         """
         maps = self.backbone(normalise(images))
         proposals, _ = self._propose(images, sizes, maps, None)
@@ -201,17 +223,45 @@ class Detector(nn.Module):
         seen = self.head.embed(features, boxes, index)
         every = self.head.classifier(seen.embedding, text).float().softmax(1)
         probability = every[:, :-1]
-        # The regressor is asked as for the likeliest object: a row of zeros for background was never trained.
-        likeliest = text[probability.argmax(1)]
+        names = self._box_names(probability)
+        rows = text[names]
         if self.settings.box_class == "reference":
-            likeliest = likeliest * (every.argmax(1) < len(text))[:, None]
-        moved = decode_boxes(boxes, self.head.regressor(seen.pooled(slice(None)), likeliest))
-        return [
+            rows = rows * (every.argmax(1) < len(text))[:, None, None]
+        deltas = self.head.regressor(seen.pooled(slice(None)), rows)
+        count = names.shape[1]
+        moved = decode_boxes(boxes.repeat_interleave(count, 0), deltas.flatten(0, 1)).unflatten(0, (-1, count))
+        own = torch.zeros_like(probability, dtype=torch.int64).scatter_(
+            1, names, torch.arange(count, device=names.device).expand_as(names)
+        )
+        found = [
             _suppress(
-                moved[index == i], probability[index == i], size, score_floor=score_floor, nms_iou=nms_iou, keep=keep
+                moved[index == i],
+                own[index == i],
+                probability[index == i],
+                size,
+                score_floor=score_floor,
+                nms_iou=nms_iou,
+                keep=keep,
             )
             for i, size in enumerate(sizes)
         ]
+        return self._filled(maps[: self.head.pooling.levels], found) if masks else found
+
+    def _filled(self, maps: list[Tensor], found: list[Detections]) -> list[Detections]:
+        """The same detections with masks, made image by image: hundreds of regions need much memory."""
+        assert self.mask_head is not None
+        filled = []
+        for i, one in enumerate(found):
+            logits = self.mask_head(maps, one.boxes, torch.full_like(one.labels, i))
+            filled.append(dataclasses.replace(one, masks=logits.float().sigmoid()))
+        return filled
+
+    def _box_names(self, probability: Tensor) -> Tensor:
+        """Whose boxes are made at test time: positions of names for each region, the likeliest first, (R, K)."""
+        if self.settings.box_class == "topk":
+            return probability.topk(min(self.settings.box_top_k, probability.shape[1]), 1).indices
+        # As for the likeliest object, never for background: a row of zeros was never trained.
+        return probability.argmax(1, keepdim=True)
 
     def _propose(
         self, images: Tensor, sizes: list[tuple[int, int]], maps: list[Tensor], batch: Batch | None
@@ -267,19 +317,44 @@ class Detector(nn.Module):
             "box": box_loss(deltas, wanted, sampled=len(label)),
         }
 
+    def _mask_loss(self, head: MaskHead, maps: list[Tensor], sampled: Sequence[SampledRegions], batch: Batch) -> Tensor:
+        assert batch.masks is not None
+        known = [s.objects >= 0 for s in sampled]
+        boxes = [s.boxes[k] for s, k in zip(sampled, known, strict=True)]
+        logits = head(maps, torch.cat(boxes), _image_index(boxes))
+        objects = [s.objects[k] for s, k in zip(sampled, known, strict=True)]
+        return mask_loss(logits, mask_targets(batch.masks, boxes, objects, logits.shape[-1]))
+
 
 def _suppress(
-    boxes: Tensor, probability: Tensor, size: tuple[int, int], *, score_floor: float, nms_iou: float, keep: int
+    boxes: Tensor,
+    own: Tensor,
+    probability: Tensor,
+    size: tuple[int, int],
+    *,
+    score_floor: float,
+    nms_iou: float,
+    keep: int,
 ) -> Detections:
-    """One box per region, a score per name: drop the faint and the empty, suppress within each name, keep the best."""
+    """Drop the faint and the empty, suppress within each name, keep the best.
+
+    Args:
+        boxes: K for each region, (R, K, 4).
+        own: which of them is each name's, (R, C) int64.
+        probability: (R, C).
+        size: height and width of the image.
+        score_floor: see `Detector.detect`, as the rest.
+        nms_iou: see there.
+        keep: see there.
+    """
     height, width = size
     limit = boxes.new_tensor([width, height, width, height])
     boxes = torch.minimum(boxes.clamp(min=0), limit)
-    whole = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
-    region, label = torch.nonzero((probability >= score_floor) & whole[:, None], as_tuple=True)
-    score = probability[region, label]
-    kept = batched_nms(boxes[region], score, label, nms_iou)[:keep]
-    return Detections(boxes=boxes[region[kept]], scores=score[kept], labels=label[kept])
+    whole = ((boxes[..., 2:] - boxes[..., :2]) >= 1).all(-1)
+    region, label = torch.nonzero((probability >= score_floor) & whole.gather(1, own), as_tuple=True)
+    box, score = boxes[region, own[region, label]], probability[region, label]
+    kept = batched_nms(box, score, label, nms_iou)[:keep]
+    return Detections(boxes=box[kept], scores=score[kept], labels=label[kept])
 
 
 def _image_index(groups: list[Tensor]) -> Tensor:
@@ -292,17 +367,20 @@ def _pool_only_levels(backbone: Pyramid) -> int:
     return 1 if len(backbone.strides) == 5 else 0
 
 
-def _build_head(backbone: Pyramid, settings: DetectorSettings) -> FastHead | PaperHead:
-    pooling = Pooling(
+def _pooling(backbone: Pyramid, settings: DetectorSettings, size: int) -> Pooling:
+    return Pooling(
         strides=backbone.strides[: len(backbone.strides) - _pool_only_levels(backbone)],
-        size=settings.pool_size,
+        size=size,
         canonical_size=settings.canonical_size,
         canonical_level=settings.canonical_level,
         backend=settings.backend,
     )
+
+
+def _build_head(backbone: Pyramid, settings: DetectorSettings) -> FastHead | PaperHead:
     kind = FastHead if settings.head == "fast" else PaperHead
     return kind(
-        pooling,
+        _pooling(backbone, settings, settings.pool_size),
         backbone.channels,
         settings.embed_dim,
         depth=settings.tower_depth,

@@ -20,6 +20,8 @@ class SampledRegions:
     """(R,) int64; the background's number is the count of names."""
     targets: Tensor
     """The ground-truth box of each, (R, 4); zeros for background."""
+    objects: Tensor
+    """Its position among the ground truth, (R,) int64; -1 for background."""
 
 
 def draw_balanced(positive: Tensor, negative: Tensor, *, count: int, share: float) -> tuple[Tensor, Tensor]:
@@ -60,7 +62,8 @@ def sample_regions(
         free = torch.nonzero(~likely)[:, 0]
         chosen = proposals[draw_balanced(free[:0], free, count=count, share=share)[1]]
         label = torch.full((len(chosen),), background, device=proposals.device)
-        return SampledRegions(boxes=chosen, labels=label, targets=torch.zeros_like(chosen))
+        none = torch.full_like(label, -1)
+        return SampledRegions(boxes=chosen, labels=label, targets=torch.zeros_like(chosen), objects=none)
     candidates = torch.cat([proposals, boxes])
     overlap, nearest = iou(candidates, boxes).max(1)
     nothing = overlap < 0.5
@@ -73,4 +76,6 @@ def sample_regions(
     label[len(positive) :] = background
     target = boxes[nearest[rows]].clone()
     target[len(positive) :] = 0
-    return SampledRegions(boxes=candidates[rows], labels=label, targets=target)
+    objects = nearest[rows]
+    objects[len(positive) :] = -1
+    return SampledRegions(boxes=candidates[rows], labels=label, targets=target, objects=objects)

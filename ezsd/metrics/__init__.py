@@ -20,7 +20,7 @@ from ezsd.metrics.evaluation import (
 from ezsd.metrics.limits import Limit
 from ezsd.metrics.results import Detections, Results, ResultsError, read_results
 from ezsd.metrics.scores import ClassScores, GroupScores
-from ezsd.metrics.truth import Truth, read_truth
+from ezsd.metrics.truth import Truth, read_truth, with_masks
 
 __all__ = [
     "COCO_LIMITS",
@@ -38,4 +38,5 @@ __all__ = [
     "limits_of",
     "read_results",
     "read_truth",
+    "with_masks",
 ]

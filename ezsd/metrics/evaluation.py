@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ezsd.data.catalogue import FREQUENCIES
 from ezsd.metrics.limits import Limit
-from ezsd.metrics.matching import Matches, is_listed, match
+from ezsd.metrics.matching import Matches, Shape, is_listed, match
 from ezsd.metrics.results import Detections, Results
 from ezsd.metrics.scores import ClassScores, Curves, GroupScores
 from ezsd.metrics.truth import Truth, read_truth
@@ -29,7 +29,7 @@ class Evaluation(TypedDict):
     rules: str
     """"coco" or "lvis"."""
     iou_type: str
-    """"bbox": boxes are all there is."""
+    """What must overlap: "bbox" or "segm"."""
     max_detections: int
     """Detections that counted, in all figures."""
     counted_per: str
@@ -90,9 +90,16 @@ def limits_of(truth: Truth) -> tuple[Limit, ...]:
 
 
 def evaluate_at(
-    truth: Truth, detections: Detections | Results, *, names: Sequence[str] | None = None, limits: Sequence[Limit]
+    truth: Truth,
+    detections: Detections | Results,
+    *,
+    names: Sequence[str] | None = None,
+    limits: Sequence[Limit],
+    shape: Shape = "bbox",
 ) -> dict[str, Evaluation]:
     """Like `evaluate`, for a file already read and several limits: boxes are matched once.
+
+    With `shape` "segm" masks must overlap instead of boxes; the truth and the detections must have them.
 
     Returns:
         An evaluation by each limit's label.
@@ -105,9 +112,9 @@ def evaluate_at(
     rows = np.flatnonzero(asked)
     if truth.federated:
         rows = rows[_was_looked_for(truth, results, rows)]
-    matches = match(truth, results, rows)
+    matches = match(truth, results, rows, shape)
     return {
-        limit.label: _summary(truth, chosen, _curves(truth, results, matches, chosen, kept), limit)
+        limit.label: _summary(truth, chosen, _curves(truth, results, matches, chosen, kept), limit, shape)
         for limit, kept in counting.items()
     }
 
@@ -147,7 +154,7 @@ def _curves(
     return curves
 
 
-def _summary(truth: Truth, chosen: npt.NDArray[np.int64], curves: Curves, limit: Limit) -> Evaluation:
+def _summary(truth: Truth, chosen: npt.NDArray[np.int64], curves: Curves, limit: Limit, shape: Shape) -> Evaluation:
     split = truth.split
     is_base = chosen < len(split.base)
     names = [split.names[index] for index in chosen]
@@ -155,7 +162,7 @@ def _summary(truth: Truth, chosen: npt.NDArray[np.int64], curves: Curves, limit:
     nothing = ClassScores(AP=None, AP50=None, AP75=None, AR=None, boxes=0)
     evaluation = Evaluation(
         rules="lvis" if truth.federated else "coco",
-        iou_type="bbox",
+        iou_type=shape,
         max_detections=limit.count,
         counted_per=limit.counted,
         images=len(truth.image_ids),

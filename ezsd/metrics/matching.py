@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from pycocotools import mask
 
+from ezsd.data.segmentations import overlaps
 from ezsd.metrics.results import Results
 from ezsd.metrics.truth import Truth
 
+Shape: TypeAlias = Literal["bbox", "segm"]
+"""What must overlap: boxes or masks."""
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """Least overlap (IoU) of a hit, T of them."""
 # The largest area of COCO's size class "all", pixels.
@@ -29,7 +33,7 @@ class Matches:
     """Whether it counts neither as right nor as wrong, (T, M)."""
 
 
-def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64]) -> Matches:
+def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64], shape: Shape = "bbox") -> Matches:
     """Match detections with the boxes of their image and class, the surest first.
 
     A detection takes the free box which it overlaps most, and a box that is to be ignored only if no other is left.
@@ -39,25 +43,43 @@ def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64]) -> Matche
         truth: the boxes.
         results: the detections.
         rows: positions in `results` to match, (M,), of classes in the split.
+        shape: whether boxes must overlap or masks, which both must then have.
     """
     row = rows[np.lexsort((-results.score[rows], results.image_id[rows], results.class_index[rows]))]
     key = _keys(truth, results.image_id[row], results.class_index[row])
     true_key = _keys(truth, truth.image_id, truth.class_index)
     true_order = np.argsort(true_key, kind="stable")
-    xywh, ignore, crowd = truth.xywh[true_order], truth.ignore[true_order], truth.crowd[true_order]
+    ignore, crowd = truth.ignore[true_order], truth.crowd[true_order]
     pairs, starts = np.unique(true_key[true_order], return_index=True)
     stops = np.append(starts[1:], len(true_key))
     firsts, lasts = np.searchsorted(key, pairs), np.searchsorted(key, pairs, side="right")
     hit = np.zeros((len(THRESHOLDS), len(row)), dtype=np.bool_)
     void = np.zeros_like(hit)
-    boxes = results.xywh[row]
     for pair in np.flatnonzero(lasts > firsts):
         found, true = slice(firsts[pair], lasts[pair]), slice(starts[pair], stops[pair])
-        overlap = mask.iou(boxes[found], xywh[true], crowd[true].astype(np.uint8))  # (D, G)
+        overlap = _overlap(truth, results, row[found], true_order[true], shape)  # (D, G)
         hit[:, found], void[:, found] = _greedy(overlap, ignore[true], crowd[true])
-    unknowable = (boxes[:, 2] * boxes[:, 3] > _AREA_MAX) | _open(truth, results, row)
+    unknowable = _open(truth, results, row)
+    if shape == "bbox":
+        boxes = results.xywh[row]
+        unknowable |= boxes[:, 2] * boxes[:, 3] > _AREA_MAX
     void |= ~hit & unknowable
     return Matches(row, hit, void)
+
+
+def _overlap(
+    truth: Truth, results: Results, row: npt.NDArray[np.int64], true_row: npt.NDArray[np.int64], shape: Shape
+) -> npt.NDArray[np.float64]:
+    """IoU of detections with the objects of their image, (D, G)."""
+    crowd = truth.crowd[true_row]
+    if shape == "bbox":
+        boxes: npt.NDArray[np.float64] = mask.iou(results.xywh[row], truth.xywh[true_row], crowd.astype(np.uint8))
+        return boxes
+    assert results.masks is not None
+    assert truth.masks is not None
+    height, width = truth.image_size[np.searchsorted(truth.image_ids, results.image_id[row[0]])].tolist()
+    found, true = [results.masks[i] for i in row], [truth.masks[i] for i in true_row]
+    return overlaps(found, true, crowd, (height, width))
 
 
 def _keys(truth: Truth, image_id: npt.NDArray[np.int64], class_index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from ezsd.data.segmentations import parse_outline, to_box, to_run_lengths
 from ezsd.data.stream import is_finite
 
 _CURE = "A results file is a list of objects with image_id, category_id, bbox and score."
@@ -32,6 +33,8 @@ class Results:
     """Larger is surer, (N,)."""
     class_index: npt.NDArray[np.int64]
     """Position in `Split.names`, (N,); -1 for a class outside the split, which takes part in a limit alone."""
+    masks: tuple[bytes, ...] | None = None
+    """Run lengths of an image-sized mask each, N of them; None without masks."""
 
     def fullest(self) -> int:
         """Detections of the image that has most."""
@@ -54,6 +57,8 @@ class Detections:
     """Larger is surer, (N,)."""
     class_index: npt.NDArray[np.int64]
     """Position in `Split.names`, (N,)."""
+    masks: tuple[bytes, ...] | None = None
+    """Run lengths of an image-sized mask each, N of them; None without masks."""
 
     def __post_init__(self) -> None:
         count = len(self.image_id)
@@ -62,6 +67,8 @@ class Detections:
             found = np.shape(getattr(self, name))
             if found != shape:
                 raise ValueError(f"detections: {name} must have shape {shape}, got {found}")
+        if self.masks is not None and len(self.masks) != count:
+            raise ValueError(f"detections: {count} need as many masks, got {len(self.masks)}")
         if not (np.isfinite(self.box).all() and np.isfinite(self.score).all()):
             raise ValueError("detections: boxes and scores must be finite")
         if (self.box[:, 2:] < self.box[:, :2]).any():
@@ -75,15 +82,18 @@ class Detections:
             xywh=np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1),
             score=self.score.astype(np.float64),
             class_index=self.class_index.astype(np.int64),
+            masks=self.masks,
         )
 
 
-def read_results(path: Path, *, images: Collection[int], categories: Mapping[int, int] | None) -> Results:
+def read_results(path: Path, *, images: Mapping[int, tuple[int, int]], categories: Mapping[int, int] | None) -> Results:
     """Read anybody's results in COCO's format: a JSON list of image_id, category_id, bbox and score.
+
+    Where every object also has a `segmentation`, or has one instead of its `bbox`, these are the masks.
 
     Args:
         path: the file; what else its objects hold is not looked at.
-        images: ids of the images that the annotation file has.
+        images: height and width of each image that the annotation file has, by id.
         categories: for each category id of the annotation file its position in `Split.names`, -1 outside the split.
             None for boxes of no class: category ids are then not looked at, and all indices are -1.
 
@@ -92,15 +102,16 @@ def read_results(path: Path, *, images: Collection[int], categories: Mapping[int
 
     Raises:
         ResultsError: the file cannot be read, is no JSON list of objects, lacks a key, names an unknown image or
-            category, or holds a score or box that is not finite, a box without four numbers or with a negative side.
+            category, or holds a score or box that is not finite, a box without four numbers or with a negative side,
+            or a segmentation that is none.
     """
-    known = frozenset(images)
     image_id, xywh, score, class_index = [], [], [], []
+    masks: list[bytes] = []
     for position, entry in enumerate(_entries(path)):
         if not isinstance(entry, dict):
             raise _error(path, f"[{position}]", "an object", reprlib.repr(entry))
         image, category = entry.get("image_id"), entry.get("category_id")
-        if type(image) is not int or image not in known:
+        if type(image) is not int or image not in images:
             raise _wrong(path, position, entry, "image_id", "the id of an image of the annotation file")
         index = -1 if categories is None else categories.get(category) if type(category) is int else None
         if index is None:
@@ -108,6 +119,10 @@ def read_results(path: Path, *, images: Collection[int], categories: Mapping[int
         if not is_finite(entry.get("score")):
             raise _wrong(path, position, entry, "score", "a finite number")
         box = entry.get("bbox")
+        # Some tools leave an empty one in results of boxes.
+        if entry.get("segmentation") not in (None, []):
+            masks.append(_mask(path, position, entry, images[image]))
+            box = to_box(masks[-1], *images[image]) if box is None else box
         if not (isinstance(box, list) and len(box) == 4 and all(map(is_finite, box)) and min(box[2:]) >= 0):
             expected = "four finite numbers: left, top, width, height, the last two not negative"
             raise _wrong(path, position, entry, "bbox", expected)
@@ -120,7 +135,17 @@ def read_results(path: Path, *, images: Collection[int], categories: Mapping[int
         xywh=np.array(xywh, dtype=np.float64).reshape(-1, 4),
         score=np.array(score, dtype=np.float64),
         class_index=np.array(class_index, dtype=np.int64),
+        # Of boxes and masks mixed, boxes are what all have.
+        masks=tuple(masks) if masks and len(masks) == len(score) else None,
     )
+
+
+def _mask(path: Path, position: int, entry: Mapping[str, object], size: tuple[int, int]) -> bytes:
+    try:
+        return to_run_lengths(parse_outline(entry["segmentation"], *size), *size)
+    except ValueError as error:
+        expected = "polygons or run lengths of the image's size"
+        raise _error(path, f"[{position}].segmentation", expected, str(error)) from error
 
 
 def _entries(path: Path) -> Iterable[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from ezsd.data.annotations import AnnotationError, read_raw
 from ezsd.data.catalogue import Catalogue, read_catalogue
+from ezsd.data.segmentations import read_outlines, to_run_lengths
 from ezsd.vocabulary import Split
 
 
@@ -31,13 +33,24 @@ class Truth:
     """Whether any number of detections may lie on the box, (N,); never true in a federated file."""
     ignore: npt.NDArray[np.bool_]
     """Whether the box is neither found nor missed, (N,)."""
+    annotation_id: npt.NDArray[np.int64]
+    """(N,), unique."""
     catalogue: Catalogue
     """Category ids and, of a federated file, its lists."""
+    image_size: npt.NDArray[np.int64]
+    """Height and width of each image, pixels, (I, 2)."""
+    masks: tuple[bytes, ...] | None = None
+    """Run lengths of each box's object; None until `with_masks` has read them."""
 
     @property
     def federated(self) -> bool:
         """Whether LVIS's rules apply instead of COCO's."""
         return self.catalogue.federated is not None
+
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """Height and width of each image by its id."""
+        pairs = zip(self.image_ids.tolist(), self.image_size.tolist(), strict=True)
+        return {number: (height, width) for number, (height, width) in pairs}
 
     def category_positions(self) -> dict[int, int]:
         """For each category id of the file its position in `split.names`; -1 outside the split."""
@@ -77,5 +90,21 @@ def read_truth(path: Path, split: Split, catalogue: Catalogue | None = None) -> 
         xywh=raw.xywh[kept],
         crowd=crowd[kept],
         ignore=ignore[kept],
+        annotation_id=raw.annotation_id[kept],
         catalogue=catalogue,
+        image_size=np.stack([raw.images.height, raw.images.width], axis=1).astype(np.int64),
     )
+
+
+def with_masks(truth: Truth) -> Truth:
+    """The same with the objects' masks, which are read from the file.
+
+    Raises:
+        AnnotationError: an object of a class of the split has no segmentation, or one that is not in order.
+    """
+    size, ids = truth.sizes(), truth.annotation_id.tolist()
+    wanted = {number: size[image] for number, image in zip(ids, truth.image_id.tolist(), strict=True)}
+    categories = {truth.catalogue.ids[name] for name in truth.split.names}
+    outlines = read_outlines(truth.path, wanted, categories)
+    drawn = {number: to_run_lengths(outline, *wanted[number]) for number, outline in outlines}
+    return dataclasses.replace(truth, masks=tuple(drawn[number] for number in ids))

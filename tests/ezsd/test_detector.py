@@ -12,6 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from ezsd.detector.backbone import BACKBONES, build_backbone, normalise
 from ezsd.detector.heads import CosineClassifier, Pooling, SemanticBoxRegressor, Tower
+from ezsd.detector.masks import GRID, ObjectMasks
 from ezsd.detector.model import Batch, Detector, DetectorSettings, Totals
 from ezsd.detector.proposer import SAMPLED_ANCHORS, AnchorSampler
 from ezsd.detector.sampling import sample_regions
@@ -35,6 +36,8 @@ SETTINGS = {
     "spare_confidence": 2.0,
     "spare_rpn": False,
     "box_class": "foreground",
+    "box_top_k": 3,
+    "masks": False,
     "backend": "eager",
 }
 
@@ -82,6 +85,13 @@ def make_batch(objects=(2, 1), regions=(4, 3)):
         region_target=unit_rows(count, seed=4).half(),
         region_confidence=torch.linspace(0.2, 1, count),
     )
+
+
+def with_masks(batch):
+    """The batch with a mask for every object: the upper left triangle of its box."""
+    triangle = torch.ones(GRID, GRID, dtype=torch.bool).triu().flip(1)
+    masks = [ObjectMasks(boxes, triangle.expand(len(boxes), -1, -1)) for boxes in batch.boxes]
+    return replaced(batch, masks=masks)
 
 
 def replaced(batch, **fields):
@@ -227,6 +237,8 @@ def test_sampled_regions_obey_overlap_count_and_share():
         assert torch.equal(positive, overlap >= 0.5)
         assert torch.equal(found.labels[positive], labels[nearest[positive]])
         assert torch.equal(found.targets[positive], boxes[nearest[positive]])
+        assert torch.equal(found.objects[positive], nearest[positive])
+        assert (found.objects[~positive] == -1).all()
         assert (found.targets[~positive] == 0).all()
 
 
@@ -378,19 +390,22 @@ def one_image(batch, number):
         region_target=batch.region_target[mine],
         region_confidence=batch.region_confidence[mine],
         seeds=batch.seeds[number : number + 1],
+        masks=None if batch.masks is None else batch.masks[number : number + 1],
     )
 
 
+@pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("head", ["fast", "paper"])
-def test_parts_of_a_step_add_up_to_the_step(head):
+def test_parts_of_a_step_add_up_to_the_step(head, masks):
     """Losses and gradients, with 4 regions in one image and 3 in the other, 2 and 1 objects."""
     weights = torchvision.models.resnet18(weights=None).state_dict()
-    settings = SETTINGS | {"head": head, "rpn_sizes": ((8,), (16,), (32,), (64,), (128,))}
+    settings = SETTINGS | {"head": head, "masks": masks, "rpn_sizes": ((8,), (16,), (32,), (64,), (128,))}
     # Frozen statistics: those of a batch would depend on who is in it.
     detector = Detector(build_backbone("resnet18", channels=16, weights=weights), DetectorSettings(**settings))
-    batch, totals = seeded(make_batch()), Totals(images=2, regions=7)
+    batch, totals = with_masks(seeded(make_batch())), Totals(images=2, regions=7)
     whole, gradients = losses_and_gradients(detector, batch, distill="l1", totals=totals)
     parts = [losses_and_gradients(detector, one_image(batch, i), distill="l1", totals=totals) for i in range(2)]
+    assert ("mask" in whole) is masks
     for name, value in whole.items():
         torch.testing.assert_close(parts[0][0][name] + parts[1][0][name], value, rtol=1e-5, atol=1e-7)
     for name, gradient in gradients.items():
@@ -409,6 +424,81 @@ def test_with_totals_a_term_is_divided_by_what_was_asked_for(detector):
     assert asked["distillation"].item() == pytest.approx(found["distillation"].item() / 10)
     assert asked["classification"] < found["classification"] / 20
     assert 0 < asked["rpn_objectness"] < found["rpn_objectness"] / 2
+
+
+# Masks.
+
+
+def test_all_else_is_as_without_masks():
+    """Weights at the start and every other loss, to the last bit."""
+    made = []
+    for masks in (False, True):
+        torch.manual_seed(8)
+        made.append(make_detector(masks=masks))
+    plain, masked = made
+    state = masked.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+    first, _ = losses_and_gradients(plain, make_batch(), distill="cosine")
+    second, _ = losses_and_gradients(masked, with_masks(make_batch()), distill="cosine")
+    assert set(second) - set(first) == {"mask"}
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("objects", [(2, 1), (0, 2), (0, 0)])
+def test_the_mask_loss_is_a_mean_over_regions_on_objects(objects):
+    detector = make_detector(masks=True)
+    parts, gradients = losses_and_gradients(detector, with_masks(make_batch(objects=objects)), distill="cosine")
+    learned = [g for name, g in gradients.items() if name.startswith("mask_head")]
+    assert all(g.isfinite().all() for g in learned)
+    if objects == (0, 0):
+        assert parts["mask"] == 0
+        return
+    assert all(g.any() for g in learned)
+    # A head that always says one half: ln 2, however many regions there are.
+    for parameter in detector.mask_head.predictor.mask_fcn_logits.parameters():
+        torch.nn.init.zeros_(parameter)
+    parts, _ = losses_and_gradients(detector, with_masks(make_batch(objects=objects)), distill="cosine")
+    assert parts["mask"].item() == pytest.approx(math.log(2))
+    totals = Totals(images=2, regions=7)
+    asked, _ = losses_and_gradients(detector, with_masks(make_batch(objects=objects)), distill=None, totals=totals)
+    # A quarter of 16 regions of two images.
+    assert asked["mask"].item() / math.log(2) * 8 == pytest.approx(round(asked["mask"].item() / math.log(2) * 8))
+    assert 1 <= round(asked["mask"].item() / math.log(2) * 8) <= 8
+
+
+def test_the_mask_head_learns_the_shape_of_an_object_and_no_other_image_is_asked():
+    detector = make_detector(masks=True).train()
+    batch = with_masks(make_batch(objects=(1, 1)))
+    optimiser = torch.optim.Adam(detector.mask_head.parameters(), lr=3e-3)
+    torch.manual_seed(1)
+    for _ in range(60):
+        optimiser.zero_grad()
+        detector.losses(batch, unit_rows(NAMES), distill=None)["mask"].backward()
+        optimiser.step()
+    with torch.no_grad():
+        maps = detector.eval().backbone(normalise(batch.images))
+        levels = maps[: detector.head.pooling.levels]
+        seen = detector.mask_head(levels, torch.cat(batch.boxes), torch.tensor([0, 1])) > 0
+    triangle = torch.ones(28, 28, dtype=torch.bool).triu().flip(1)
+    for one in seen:
+        assert (one & triangle).sum() / (one | triangle).sum() > 0.8
+
+
+def test_a_detection_has_a_mask_if_one_is_asked_for():
+    detector = make_detector(masks=True)
+    plain, filled = detect(detector, unit_rows(4), keep=9), detect(detector, unit_rows(4), keep=9, masks=True)
+    for without, found in zip(plain, filled, strict=True):
+        assert without.masks is None
+        assert torch.equal(without.boxes, found.boxes)
+        assert found.masks.shape == (9, 28, 28)
+        assert 0 <= found.masks.min() <= found.masks.max() <= 1
+    batch = make_batch()
+    maps = detector.backbone(normalise(batch.images))[: detector.head.pooling.levels]
+    with torch.no_grad():
+        alone = detector.mask_head(maps, filled[1].boxes, torch.ones(9, dtype=torch.int64)).sigmoid()
+    torch.testing.assert_close(alone, filled[1].masks)
+    (nothing, _) = detect(detector, unit_rows(4), score_floor=1.1, masks=True)
+    assert nothing.masks.shape == (0, 28, 28)
 
 
 # Detection.
@@ -512,6 +602,78 @@ def test_the_reference_places_a_background_region_by_a_row_of_zeros():
     theirs = detect(detector, text, nms_iou=1.0)
     for plain, zeros in zip(ours, theirs, strict=True):
         assert not torch.equal(plain.boxes, zeros.boxes)
+
+
+def plant(detector, names):
+    """A detector whose boxes say which text row its regressor saw: name k moves its box right by k + 1 widths."""
+    text = torch.eye(DIM)[:names]
+    deltas = detector.head.regressor.deltas
+    torch.nn.init.zeros_(deltas.weight)
+    # Deltas are in tenths of a width.
+    deltas.weight.data[0, -DIM:] = 10 * (torch.arange(DIM) + 1)
+    return text
+
+
+def shifts(detector, text, proposals):
+    """By region and name, how many widths its box was moved, (R, C)."""
+    batch = make_batch()
+    detector.rpn.forward = lambda *_: ([proposals, proposals[:0]], {})
+    # A wide image: nothing is cut off at its edge.
+    found = detector.eval().detect(
+        batch.images, [(SIDE, 4000), (SIDE, 50)], text, score_floor=0.0, nms_iou=1.0, keep=10_000
+    )[0]
+    moved = torch.full((len(proposals), len(text)), -1.0)
+    scores = torch.zeros_like(moved)
+    for box, label, score in zip(found.boxes, found.labels, found.scores, strict=True):
+        region = int((proposals[:, 1] - box[1]).abs().argmin())
+        moved[region, label] = (box[0] - proposals[region, 0]) / (proposals[region, 2] - proposals[region, 0])
+        scores[region, label] = score
+    return moved, scores
+
+
+@pytest.mark.parametrize("choice", ["foreground", "reference", "topk"])
+def test_whose_box_a_region_gets_at_test_time(detector, choice):
+    """With a planted regressor: boxes by the likeliest name, by none where background is likelier, by three names."""
+    detector.settings = dataclasses.replace(detector.settings, box_class=choice, box_top_k=3)
+    text = plant(detector, 6)
+    top = 4.0 * torch.arange(12)
+    proposals = torch.stack([torch.full_like(top, 5), top, torch.full_like(top, 17), top + 12], 1)
+    batch = make_batch()
+    with torch.no_grad():
+        features = detector.eval().head.features(detector.backbone(normalise(batch.images)))
+        seen = detector.head.embed(features, proposals, torch.zeros(12, dtype=torch.int64)).embedding
+    # Likelier than any name for six regions.
+    ratio = (seen @ text.T).amax(1) / (seen @ seen.mean(0))
+    middle = ratio.sort().values[5:7].mean()
+    detector.head.classifier.background.data.copy_(middle * seen.mean(0))
+    background = ratio < middle
+    moved, scores = shifts(detector, text, proposals)
+    ranked = scores.argsort(dim=1, descending=True)
+    likeliest = (ranked[:, :1] + 1.0).expand(-1, 6)
+    if choice == "foreground":
+        expected = likeliest
+    elif choice == "reference":
+        assert background.sum() == 6
+        expected = torch.where(background[:, None], 0.0, likeliest)
+    else:
+        expected = likeliest.scatter(1, ranked[:, :3], ranked[:, :3] + 1.0)
+        assert len(expected[0].unique()) == 3
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_one_name_of_its_own_is_the_likeliest_and_more_names_than_there_are_do_no_harm(detector):
+    torch.nn.init.normal_(detector.head.regressor.deltas.weight, std=0.3)
+    text = unit_rows(4)
+    found = {}
+    for choice, count in (("foreground", 3), ("topk", 1), ("topk", 4), ("topk", 50)):
+        detector.settings = dataclasses.replace(detector.settings, box_class=choice, box_top_k=count)
+        found[choice, count] = detect(detector, text)
+    for number in range(2):
+        plain, one, four, fifty = (found[key][number] for key in found)
+        assert torch.equal(plain.boxes, one.boxes)
+        assert torch.equal(plain.scores, one.scores)
+        assert torch.equal(four.boxes, fifty.boxes)
+        assert not torch.equal(plain.boxes, four.boxes)
 
 
 def test_detection_changes_no_statistics_and_needs_no_gradient(detector):

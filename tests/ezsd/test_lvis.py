@@ -7,9 +7,10 @@ import types
 
 import numpy as np
 import pytest
+from pycocotools import mask
 
 from ezsd.data.annotations import AnnotationError
-from ezsd.metrics import LVIS_LIMITS, Limit, evaluate, read_results, read_truth
+from ezsd.metrics import LVIS_LIMITS, Limit, evaluate, evaluate_at, read_results, read_truth, with_masks
 from ezsd.vocabulary import Split
 
 NAMES = ("ant", "bee", "cod", "doe", "elk", "fox")
@@ -82,9 +83,49 @@ def write(folder, seed, *, images=8, detections=600):
     return folder / "truth.json", folder / "results.json"
 
 
+def add_masks(truth_path, results_path, seed):
+    """Diamonds and triangles within the boxes; a third of the results' are as run lengths."""
+    rng = np.random.default_rng(seed)
+
+    def outline(box):
+        x, y, w, h = box
+        diamond = [x + w / 2, y, x + w, y + h / 2, x + w / 2, y + h, x, y + h / 2]
+        return [diamond[: 8 if rng.random() < 0.6 else 6]]
+
+    truth, results = json.loads(truth_path.read_text()), json.loads(results_path.read_text())
+    for one in (*truth["annotations"], *results):
+        one["segmentation"] = outline(one["bbox"])
+    for one in results:
+        runs = mask.merge(mask.frPyObjects(one["segmentation"], 100, 100))
+        one["segmentation"] = {"size": [100, 100], "counts": runs["counts"].decode()}
+    truth_path.write_text(json.dumps(truth))
+    results_path.write_text(json.dumps(results))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_figures_of_masks_are_those_of_the_official_package(tmp_path, official, seed):
+    truth_path, results_path = write(tmp_path, seed)
+    add_masks(truth_path, results_path, seed)
+    truth = with_masks(read_truth(truth_path, SPLIT))
+    given = read_results(results_path, images=truth.sizes(), categories=truth.category_positions())
+    found = evaluate_at(truth, given, limits=[Limit(300)], shape="segm")["300"]
+    from lvis.lvis import LVIS
+    from lvis.results import LVISResults
+
+    table = LVIS(str(truth_path))
+    run = official(table, LVISResults(table, str(results_path), max_dets=300), "segm")
+    run.run()
+    expected = run.get_results()
+    figures = {key: found["all"][key] for key in ("AP", "AP50", "AP75")} | {"AR@300": found["all"]["AR"]}
+    figures |= {f"AP{group[0]}": found[group]["AP"] for group in ("rare", "common", "frequent")}
+    assert figures == pytest.approx({key: expected[key] for key in figures}, abs=1e-12)
+    assert found["iou_type"] == "segm"
+    assert 0 < expected["AP"] < 1
+
+
 def ours(truth_path, results_path, **options):
     truth = read_truth(truth_path, SPLIT)
-    found = read_results(results_path, images=truth.image_ids.tolist(), categories=truth.category_positions())
+    found = read_results(results_path, images=truth.sizes(), categories=truth.category_positions())
     return evaluate(truth_path, found, SPLIT, **options)
 
 

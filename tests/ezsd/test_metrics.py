@@ -1,6 +1,7 @@
 """Scores are those of pycocotools and mean what their names say."""
 
 import contextlib
+import dataclasses
 import io
 import json
 
@@ -10,7 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ezsd.data.annotations import AnnotationError, load_evaluation
-from ezsd.metrics import Detections, Limit, evaluate, evaluate_at, read_truth
+from ezsd.data.segmentations import decompress, to_run_lengths
+from ezsd.metrics import Detections, Limit, evaluate, evaluate_at, read_truth, with_masks
 from ezsd.vocabulary import Split, VocabularyError
 
 SPLIT = Split(base=("cat", "dog"), novel=("cow", "yak"))
@@ -134,7 +136,7 @@ def crowded_scene(folder, seed):
     return path, detections(image_id, box, rng.integers(0, 8, count) / 8, class_index)
 
 
-def by_pycocotools(path, given, members, count):
+def by_pycocotools(path, given, members, count, shape="bbox"):
     """AP, AP50, AP75 and AR of these classes as pycocotools itself has them."""
     xywh = np.concatenate([given.box[:, :2], given.box[:, 2:] - given.box[:, :2]], axis=1).astype(float)
     rows = [
@@ -146,9 +148,13 @@ def by_pycocotools(path, given, members, count):
         }
         for i in range(len(xywh))
     ]
+    if shape == "segm":
+        for row, counts in zip(rows, given.masks, strict=True):
+            del row["bbox"]
+            row["segmentation"] = {"size": [100, 100], "counts": counts}
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(path))
-        run = COCOeval(truth, truth.loadRes(rows), "bbox")
+        run = COCOeval(truth, truth.loadRes(rows), shape)
         run.params.catIds = [CATEGORY[name] for name in members]
         run.params.maxDets = [count]
         run.evaluate()
@@ -156,6 +162,52 @@ def by_pycocotools(path, given, members, count):
     precision, recall = run.eval["precision"][:, :, :, 0, 0], run.eval["recall"][:, :, 0, 0]
     curves = [precision, precision[0], precision[5], recall]
     return [float(values[values > -1].mean()) if (values > -1).any() else None for values in curves]
+
+
+def masked_scene(folder, seed):
+    """`crowded_scene` with an outline for every box: polygons, and run lengths for crowds."""
+    path, given = crowded_scene(folder, seed)
+    rng = np.random.default_rng(seed)
+
+    def outline(x, y, w, h):
+        corners = [[x, y], [x + w, y], [x + w, y + h], [x, y + h]]
+        return [np.array(corners[: 3 if rng.random() < 0.5 else 4], dtype=float)]
+
+    document = json.loads(path.read_text())
+    for one in document["annotations"]:
+        rings = outline(*one["bbox"])
+        one["segmentation"] = [ring.ravel().tolist() for ring in rings]
+        if one["iscrowd"]:
+            counts = decompress(to_run_lengths(rings, 100, 100)).tolist()
+            one["segmentation"] = {"size": [100, 100], "counts": counts}
+    path.write_text(json.dumps(document))
+    # A side of 0 makes a mask of nothing.
+    xywh = np.concatenate([given.box[:, :2], given.box[:, 2:] - given.box[:, :2]], axis=1).astype(float)
+    masks = tuple(to_run_lengths(outline(*box), 100, 100) for box in xywh)
+    return path, dataclasses.replace(given, masks=masks)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("count", [2, 100])
+def test_scores_of_masks_are_those_of_pycocotools(tmp_path, seed, count):
+    path, given = masked_scene(tmp_path, seed)
+    limit = Limit(count, per_class=True)
+    truth = with_masks(read_truth(path, SPLIT))
+    found = evaluate_at(truth, given, limits=[limit], shape="segm")[limit.label]
+    for group, members in (("base", SPLIT.base), ("novel", SPLIT.novel), ("all", SPLIT.names)):
+        expected = by_pycocotools(path, given, members, count, "segm")
+        assert figures(found[group]) == pytest.approx(expected, abs=1e-12)
+    for name in SPLIT.names:
+        assert figures(found["per_class"][name]) == by_pycocotools(path, given, [name], count, "segm")
+    assert 0 < found["all"]["AP"] < 1
+    assert found["all"]["AP"] != evaluate_at(truth, given, limits=[limit])[limit.label]["all"]["AP"]
+
+
+def test_truth_without_outlines_has_no_masks(tmp_path):
+    with pytest.raises(AnnotationError, match=r"annotations\[0\].segmentation: .*found nothing"):
+        with_masks(read_truth(write(tmp_path), SPLIT))
+    with pytest.raises(ValueError, match="1 need as many masks, got 2"):
+        dataclasses.replace(detections([3], [[0, 0, 1, 1]], [1], [0]), masks=(b"", b""))
 
 
 def figures(scores):

@@ -2,17 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from ezsd.data.segmentations import encode
 from ezsd.metrics import ResultsError, read_results
 
-GOOD = {"image_id": 7, "category_id": 3, "bbox": [1, 2, 3.5, 0], "score": 0.25, "segmentation": "unread"}
+GOOD = {"image_id": 7, "category_id": 3, "bbox": [1, 2, 3.5, 0], "score": 0.25, "area": "unread"}
 
 
 def read(folder, content):
     path = folder / "results.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return read_results(path, images=[7, 8], categories={3: 0, 90: -1})
+    return read_results(path, images={7: (20, 30), 8: (20, 30)}, categories={3: 0, 90: -1})
 
 
 def test_numbers_are_kept_as_they_stand(tmp_path):
@@ -22,6 +24,23 @@ def test_numbers_are_kept_as_they_stand(tmp_path):
     assert found.class_index.tolist() == [0, -1]
     assert found.fullest() == 2
     assert read(tmp_path, []).fullest() == 0
+
+
+def test_masks_are_read_where_all_have_one(tmp_path):
+    square = [[2, 3, 12, 3, 12, 9, 2, 9]]
+    pixels = np.zeros((20, 30), dtype=np.bool_)
+    pixels[3:9, 2:12] = True
+    counts = encode(pixels)
+    runs = {"size": [20, 30], "counts": counts.decode()}
+    bare = {key: GOOD[key] for key in ("image_id", "category_id", "score")}
+    found = read(tmp_path, [GOOD | {"segmentation": square}, bare | {"segmentation": runs}])
+    assert found.masks == (counts, counts)
+    # A mask's own box, where none is given.
+    assert found.xywh.tolist() == [GOOD["bbox"], [2, 3, 10, 6]]
+    for empty in ({}, {"segmentation": []}):
+        assert read(tmp_path, [GOOD | {"segmentation": runs}, GOOD | empty]).masks is None
+    with pytest.raises(ResultsError, match=r"\[1\]\.segmentation: expected polygons or run lengths .* found size"):
+        read(tmp_path, [GOOD, GOOD | {"segmentation": runs | {"size": [30, 20]}}])
 
 
 @pytest.mark.parametrize(
@@ -54,4 +73,4 @@ def test_what_is_no_results_file_is_refused_with_its_place(tmp_path, content, wo
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ResultsError, match="none.json: the file: expected a readable file"):
-        read_results(tmp_path / "none.json", images=[], categories={})
+        read_results(tmp_path / "none.json", images={}, categories={})

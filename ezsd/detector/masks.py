@@ -1,0 +1,143 @@
+"""Masks of regions, one channel for all classes: what they learn from, what they cost, how they fill an image.
+
+An object's mask is kept in its own frame on a grid of fixed size: boxes are scaled, moved and mirrored with the image,
+and the grid is at most mirrored. Memory depends on the number of objects, not on the size of the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import roi_align
+
+from ezsd.boxes import flip_horizontal, scale
+from ezsd.detector.heads import Pooling
+
+GRID = 112
+"""Cells per side of an object's own mask: two for each cell of a target that covers half of the object."""
+POOL_SIZE = 14
+"""Bins per side of what the head sees of a region; a mask has twice as many cells."""
+LAYERS = 4
+"""Convolutions before the one that doubles the resolution."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectMasks:
+    """Masks of the objects of one image, in the order of its boxes."""
+
+    frame: Tensor
+    """Where each grid lies, xyxy, (N, 4); may reach out of the image."""
+    grid: Tensor
+    """(N, GRID, GRID) bool."""
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def __getitem__(self, rows: Tensor | slice) -> ObjectMasks:
+        return ObjectMasks(self.frame[rows], self.grid[rows])
+
+    def scaled(self, sx: float, sy: float) -> ObjectMasks:
+        """In an image resized by these factors."""
+        return ObjectMasks(scale(self.frame, sx, sy), self.grid)
+
+    def in_window(self, x: int, y: int) -> ObjectMasks:
+        """In a window whose upper left corner lies there."""
+        return ObjectMasks(self.frame - self.frame.new_tensor([x, y, x, y]), self.grid)
+
+    def mirrored(self, width: float) -> ObjectMasks:
+        """In the image mirrored left to right."""
+        return ObjectMasks(flip_horizontal(self.frame, width), self.grid.flip(2))
+
+    def to(self, device: torch.device) -> ObjectMasks:
+        """The same on another device."""
+        return ObjectMasks(
+            self.frame.to(device, non_blocking=True),
+            self.grid.to(device, non_blocking=True),
+        )
+
+
+class MaskHead(nn.Module):
+    """torchvision's Mask R-CNN head with one channel: regions' features to logits of 28 x 28 cells.
+
+    Args:
+        pooling: how regions are pooled from the pyramid, in POOL_SIZE bins.
+        channels: width of the maps.
+
+    Source: Mask R-CNN (arXiv 1703.06870); one channel for all classes as EZAD (arXiv 2303.12145) has it.
+    """
+
+    def __init__(self, pooling: Pooling, channels: int) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.layers = MaskRCNNHeads(channels, (channels,) * LAYERS, 1)
+        self.predictor = MaskRCNNPredictor(channels, channels, 1)
+
+    def forward(self, maps: list[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
+        """Boxes (R, 4) in input pixels of images (R,) to logits (R, M, M)."""
+        logits: Tensor = self.predictor(self.layers(self.pooling.align(maps, boxes, image_index)))
+        return logits[:, 0]
+
+
+def mask_targets(masks: Sequence[ObjectMasks], boxes: Sequence[Tensor], objects: Sequence[Tensor], size: int) -> Tensor:
+    """What part of each cell of a region belongs to its object.
+
+    Args:
+        masks: of each image's objects.
+        boxes: regions of each image, (P, 4).
+        objects: the object of each region, positions in the image's masks, (P,) int64.
+        size: M, cells per side.
+
+    Returns:
+        Shares in [0, 1], (all P, M, M) float32.
+    """
+    frame = torch.cat([m.frame[o] for m, o in zip(masks, objects, strict=True)])
+    corner, side = frame[:, :2].repeat(1, 2), (frame[:, 2:] - frame[:, :2]).repeat(1, 2)
+    places = (torch.cat(list(boxes)) - corner) / side * GRID
+    grids = torch.cat([m.grid for m in masks])[:, None].float()
+    first = np.cumsum([0, *(len(m) for m in masks[:-1])])
+    which = torch.cat([o + int(start) for o, start in zip(objects, first, strict=True)])
+    # Continuous coordinates, as everywhere: the centre of cell 0 is at one half.
+    shares: Tensor = roi_align(grids, torch.cat([which[:, None].to(places), places], 1), size, aligned=True)
+    return shares[:, 0]
+
+
+def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean binary cross-entropy of the cells of P masks (P, M, M); zero when P is 0."""
+    total = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum")
+    return total / max(target.numel(), 1)
+
+
+def paste(probability: Tensor, boxes: Tensor, height: int, width: int) -> Iterator[NDArray[np.bool_]]:
+    """Masks of an image's size, one after the other: a pixel belongs to an object whose mask is >= 1/2 at its centre.
+
+    Args:
+        probability: of each cell, (N, M, M), on the CPU.
+        boxes: where the masks lie, xyxy, (N, 4), in the image's pixels; parts outside are cut off.
+        height: of the image, pixels.
+        width: the same, to the right.
+    """
+    for cells, box in zip(probability.float(), boxes.tolist(), strict=True):
+        x, y = _centres(box[0], box[2], width), _centres(box[1], box[3], height)
+        across, down = (2 * (at + 0.5 - low) / (high - low) - 1 for at, low, high in ((x, *box[::2]), (y, *box[1::2])))
+        places = torch.stack(torch.meshgrid(down, across, indexing="ij")[::-1], 2)
+        # Beyond the outermost cells' centres it fades, to one half at the edge of the box.
+        values = F.grid_sample(cells[None, None], places[None].float(), align_corners=False)[0, 0]
+        pixels = np.zeros((height, width), dtype=np.bool_)
+        if values.numel():
+            top, left = int(y[0]), int(x[0])
+            pixels[top : top + len(y), left : left + len(x)] = (values >= 0.5).numpy()
+        yield pixels
+
+
+def _centres(low: float, high: float, limit: int) -> Tensor:
+    """Pixels of 0 .. limit - 1 whose centre lies between two coordinates."""
+    first, end = max(int(np.floor(low)), 0), min(int(np.ceil(high)), limit)
+    pixels = torch.arange(first, max(end, first), dtype=torch.float64)
+    return pixels[(pixels + 0.5 >= low) & (pixels + 0.5 <= high)]
