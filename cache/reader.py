@@ -169,6 +169,7 @@ class Product(Mapping[int, Rows], Generic[Rows]):
         """Use `Store.regions` and its like."""
         self._store, self._name = store, name
         self._record = record
+        self._known = {field.name: field for field in RAGGED[name]}
 
     def __len__(self) -> int:
         return len(self._store.image_ids)
@@ -210,10 +211,9 @@ class Product(Mapping[int, Rows], Generic[Rows]):
         Raises:
             StoreError: the product has no such field; see also `batch`.
         """
-        known = {known.name: known for known in self._fields}
-        if field not in known:
-            raise StoreError(f"{self._store}: {self._name} has no field {field!r}; it has {', '.join(known)}")
-        rows, counts = self._read([known[field]], image_ids)
+        if field not in self._known:
+            raise StoreError(f"{self._store}: {self._name} has no field {field!r}; it has {', '.join(self._known)}")
+        rows, counts = self._read([self._known[field]], image_ids)
         return rows[field], counts
 
     def _read(
@@ -222,7 +222,9 @@ class Product(Mapping[int, Rows], Generic[Rows]):
         here = self._store._here
         where = here.positions([operator.index(image_id) for image_id in image_ids])
         spans = here.spans(self._name, where)
-        here.read_ahead(self._name, [field.name for field in fields], spans)
+        # What is read at once anyway needs no hint, which costs a system call.
+        if len(spans) * len(fields) > 1:
+            here.read_ahead(self._name, [field.name for field in fields], spans)
         rows = {field.name: here.gather(self._name, field, where, spans) for field in fields}
         return rows, np.array([stop - start for start, stop in spans], np.int64)
 
@@ -298,7 +300,7 @@ class _Opened:
         """
         name = f"{product}/{field.name}"
         array = self.array(name)
-        rows = np.empty((sum(stop - start for start, stop in spans), *array.shape[1:]), array.dtype)
+        rows = np.empty((sum([stop - start for start, stop in spans]), *array.shape[1:]), array.dtype)
         checked = self._checked(name) if array.dtype.kind == "f" else None
         first = 0
         for position, (start, stop) in zip(positions, spans, strict=True):
