@@ -300,27 +300,33 @@ class _Opened:
         """
         name = f"{product}/{field.name}"
         array = self.array(name)
-        rows = np.empty((sum([stop - start for start, stop in spans]), *array.shape[1:]), array.dtype)
-        checked = self._checked(name) if array.dtype.kind == "f" else None
-        first = 0
-        for position, (start, stop) in zip(positions, spans, strict=True):
-            last = first + stop - start
-            rows[first:last] = array.read(start, stop)
-            if checked is not None and not checked[position]:
-                if not all_finite(rows[first:last]):
-                    raise _not_finite(f"{self._place}: {name} of image {self.column('images/id')[position]}")
-                checked[position] = 1
-            first = last
+        parts = [array.read(start, stop) for start, stop in spans]
+        # One part is copied too: rows are the caller's own, and a view would hold the file.
+        rows = parts[0].copy() if len(parts) == 1 else np.concatenate(parts or [array.read(0, 0)])
+        if array.dtype.kind == "f":
+            self._require_finite(name, positions, spans, rows)
         if array.dtype == np.int8:
             scale = self.gather(product, Field(f"{field.name}_scale", "<f4"), positions, spans)
             return dequantise(rows, scale).astype(field.dtype)
         return rows
 
-    def _checked(self, name: str) -> bytearray:
-        """1 for each image whose rows of an array this process has found to be finite."""
+    def _require_finite(
+        self, name: str, positions: Sequence[int], spans: Sequence[tuple[int, int]], rows: NDArray[Any]
+    ) -> None:
+        """Look at the rows of those images that this process has not found to be finite before."""
         if name not in self._finite:
             self._finite[name] = bytearray(len(self.column("images/id")))
-        return self._finite[name]
+        found = self._finite[name]
+        if all(map(found.__getitem__, positions)):
+            return
+        first = 0
+        for position, (start, stop) in zip(positions, spans, strict=True):
+            last = first + stop - start
+            if not found[position]:
+                if not all_finite(rows[first:last]):
+                    raise _not_finite(f"{self._place}: {name} of image {self.column('images/id')[position]}")
+                found[position] = 1
+            first = last
 
 
 def _not_finite(where: str) -> StoreError:
