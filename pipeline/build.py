@@ -29,12 +29,13 @@ from ezsd.teacher import TINY_SHAPES, Teacher, shipped_weights
 from pipeline.adapt import adapt_teacher
 from pipeline.config import Config, ConfigError, to_tables
 from pipeline.datasets import Dataset
-from pipeline.extract import ExtractJob, extract_block, load_config_teacher, run_tasks
+from pipeline.extract import ExtractJob, extract_block, load_config_teacher
 from pipeline.given import given_proposals
 from pipeline.parsed import training_annotations
 from pipeline.progress import Progress
 from pipeline.provenance import as_json, describe, model_inputs
 from pipeline.reuse import Reuse, plan_reuse
+from pipeline.schedule import run_tasks
 from pipeline.teachers import check_precision
 
 log = logging.getLogger("ezsd")
