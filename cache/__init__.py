@@ -1,8 +1,10 @@
 """The store: which regions, which embeddings, made how. Sharded Zarr with provenance; no learning library."""
 
+from cache.commit import commit_numbered
 from cache.compare import Comparison, compare
 from cache.forecast import Forecast, forecast
 from cache.inspect import ProductInfo, StoreInfo, info, list_stores
+from cache.journal import read_note
 from cache.leftovers import collect
 from cache.manifest import JSON, Manifest, Origin, canonical_json, differences, images_digest
 from cache.plan import write_block
@@ -14,6 +16,7 @@ from cache.schema import (
     Block,
     EmbeddingType,
     RaggedRows,
+    StoreBusy,
     StoreError,
     StoreIncomplete,
     StoreKeyError,
@@ -49,6 +52,7 @@ __all__ = [
     "RegionRows",
     "ShardTask",
     "Store",
+    "StoreBusy",
     "StoreError",
     "StoreIncomplete",
     "StoreInfo",
@@ -57,8 +61,10 @@ __all__ = [
     "StoreWriter",
     "canonical_json",
     "differences",
+    "commit_numbered",
     "commit_shard",
     "info",
     "verify",
+    "read_note",
     "write_block",
 ]

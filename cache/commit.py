@@ -1,9 +1,11 @@
 """From journal to store: the shard tasks, then the small arrays and metadata, then the commit mark."""
 
+import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from cache.durable import FileDigest, discard, failpoint, sync, sync_together, w
 from cache.journal import Entry, journal_folder, little_endian, raw_bytes, scratch_folder
 from cache.manifest import JSON, Manifest
 from cache.mark import COMMIT, LOCK, MANIFEST, CommitMark, relative_files
-from cache.plan import Plan
+from cache.plan import Plan, read_block, read_plan
 from cache.schema import (
     CHECKSUM,
     CHECKSUMS,
@@ -25,10 +27,11 @@ from cache.schema import (
     RAGGED,
     WHOLE,
     ArraySpec,
+    StoreError,
     array_spec,
     stored_fields,
 )
-from cache.shards import Piece, ShardRecord, ShardTask, record_name
+from cache.shards import Piece, ShardRecord, ShardTask, commit_shard, record_name
 
 GROUPS = ("images", *RAGGED, *WHOLE)
 """Groups of data; each has its like below `checksums`."""
@@ -76,6 +79,11 @@ class Committer:
             for spec, shard, pieces in shards
         ]
 
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that goes into the shards: sha256, hexadecimal."""
+        return hashlib.sha256("".join(task.sources for task in self.tasks).encode()).hexdigest()
+
     def _pieces(self, spec: ArraySpec, shard: int) -> Iterator[Piece]:
         start, stop = spec.shard_range(shard)
         first = 0
@@ -103,6 +111,25 @@ class Committer:
         }
         arrays |= {f"{product}/{field.name}": wholes[product].array(field.name) for product, field in WHOLE.items()}
         return arrays
+
+
+def commit_numbered(path: str | os.PathLike[str], digest: str, number: int) -> None:
+    """Like `commit_shard`, for a shard of `StoreWriter.commit_numbers`.
+
+    Raises:
+        StoreError: a block was computed again since; see also `commit_shard`.
+    """
+    committer = _committer(Path(path).absolute(), digest)
+    commit_shard(path, committer.tasks[number])
+
+
+@lru_cache(maxsize=1)
+def _committer(store: Path, digest: str) -> Committer:
+    plan = read_plan(store)
+    committer = Committer(plan, [read_block(plan, block.index) for block in plan.blocks])
+    if committer.digest != digest:
+        raise StoreError(f"{store}: a block was written anew after the tasks were made; run the build again")
+    return committer
 
 
 def root_attributes(manifest: Manifest, rows: Mapping[str, int], *, images: int, embed_dim: int) -> dict[str, JSON]:

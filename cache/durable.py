@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.schema import StoreError
+from cache.schema import StoreBusy, StoreError
 
 FAILPOINTS: tuple[str, ...] = (
     "plan.half_written",
@@ -236,19 +236,21 @@ _held: set[tuple[int, str]] = set()
 
 
 class BuildLock:
-    """Exclusive right to build in one folder; the system frees it when the process ends, however it ends.
+    """The right to build in one folder; the system frees it when the process ends, however it ends.
 
-    A record lock (not flock): worker processes forked by the builder must not keep it alive after the builder's death.
-    Such locks do not exclude the own process, so what this process holds is remembered beside them.
+    One process has it alone, or several share it. A record lock (not flock): worker processes forked by the builder
+    must not keep it alive after the builder's death. Such locks do not exclude the own process, so what this process
+    holds is remembered beside them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
         """Take the lock file `path`.
 
         Raises:
-            StoreError: another builder has it.
+            StoreBusy: another builder has it; for `shared`, one that does not share it.
         """
         self._path = path
+        self.shared = shared
         self._key = (os.getpid(), str(path.resolve()))
         if self._key in _held:
             raise self._busy()
@@ -260,7 +262,7 @@ class BuildLock:
         """Lock the file; False when its last owner removed it meanwhile, and the lock is on nothing."""
         self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._handle, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             os.close(self._handle)
             raise self._busy() from error
@@ -272,9 +274,14 @@ class BuildLock:
         os.close(self._handle)
         return False
 
-    def _busy(self) -> StoreError:
-        return StoreError(
-            f"{self._path.parent}: another process is building this store; wait for it to end, "
+    def share(self) -> None:
+        """Let others share the lock from now on."""
+        fcntl.lockf(self._handle, fcntl.LOCK_SH)
+        self.shared = True
+
+    def _busy(self) -> StoreBusy:
+        return StoreBusy(
+            f"{self._path.parent}: another process is building this store, or a share of it; wait for it to end, "
             "or choose another --out folder"
         )
 

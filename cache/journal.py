@@ -5,6 +5,7 @@ An entry is `data.raw` (arrays one after another, little-endian, C order, each o
 `journal/tmp`, flushed and renamed: what a killed process leaves behind is in `journal/tmp` and nowhere else.
 """
 
+import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cache.durable import discard, failpoint, make_folders, rename, scratch_name, sync, write_unhashed
+from cache.durable import (
+    discard,
+    failpoint,
+    make_folders,
+    read_bytes,
+    rename,
+    scratch_name,
+    sync,
+    write_atomic,
+    write_unhashed,
+)
 from cache.manifest import JSON, seal, unseal
 from cache.schema import StoreError
 
@@ -34,6 +45,42 @@ def journal_folder(store: Path) -> Path:
 def scratch_folder(store: Path) -> Path:
     """Where unfinished work lies; whatever is here when a build starts belongs to nobody."""
     return store / JOURNAL / "tmp"
+
+
+def clear_scratch(store: Path) -> None:
+    """Remove all unfinished work, and leave an empty place for more.
+
+    It is moved away first: a worker that outlived its builder then finds its work gone, and never half of it.
+    """
+    scratch = scratch_folder(store)
+    if scratch.is_dir():
+        scratch.rename(scratch_name(journal_folder(store), "tmp"))
+    for stale in journal_folder(store).glob("tmp-*"):
+        discard(stale)
+    make_folders(scratch)
+
+
+def write_note(store: Path, data: bytes) -> str:
+    """Leave bytes for the workers of a build, until it is finished; returns their sha256, by which they are read."""
+    name = hashlib.sha256(data).hexdigest()
+    write_atomic(_note(store, name), data, scratch=scratch_folder(store), point="metadata")
+    return name
+
+
+def read_note(store: Path, name: str) -> bytes:
+    """The bytes that `write_note` left.
+
+    Raises:
+        StoreError: they are not there, or not those that were left.
+    """
+    data = read_bytes(_note(store, name))
+    if hashlib.sha256(data).hexdigest() != name:
+        raise StoreError(f"{_note(store, name)}: is damaged; run the build again")
+    return data
+
+
+def _note(store: Path, name: str) -> Path:
+    return journal_folder(store) / "notes" / name
 
 
 @dataclass(frozen=True)

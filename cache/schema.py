@@ -41,6 +41,10 @@ class StoreMismatch(StoreError):
     """The store was made from something else than what is wanted now."""
 
 
+class StoreBusy(StoreError):
+    """Another process is at work on the store."""
+
+
 class StoreKeyError(StoreError, KeyError):
     """The store has no image with this id."""
 

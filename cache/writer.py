@@ -11,11 +11,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from cache.checks import check_whole
 from cache.commit import Committer, Finisher, remove_journal
-from cache.durable import BuildLock, discard, disk_room, make_folders, read_bytes, require_room, writable, write_atomic
+from cache.durable import BuildLock, disk_room, make_folders, read_bytes, require_room, writable, write_atomic
 from cache.forecast import room_to_commit, small_bytes
-from cache.journal import Entry, intact, journal_folder, little_endian, scratch_folder, set_aside, write_entry
+from cache.journal import (
+    Entry,
+    clear_scratch,
+    intact,
+    journal_folder,
+    little_endian,
+    scratch_folder,
+    set_aside,
+    write_entry,
+    write_note,
+)
 from cache.manifest import JSON, Manifest, canonical_json, seal
 from cache.mark import ENVIRONMENT, LOCK, LOG, MANIFEST, CommitMark, read_mark, require_not_set_aside, size_problems
+from cache.place import unfinished_plan
 from cache.plan import (
     Plan,
     another_folder,
@@ -25,15 +36,16 @@ from cache.plan import (
     read_plan,
     refuse,
 )
-from cache.schema import SHARD_BYTES, WHOLE, Block, StoreError, StoreIncomplete
+from cache.schema import SHARD_BYTES, WHOLE, Block, StoreBusy, StoreError, StoreIncomplete
 from cache.shards import ShardTask, forget_record, recorded
 
 
 class StoreWriter:
-    """The single builder of one store; a context manager, since it holds the build lock.
+    """The builder of one store; a context manager, since it holds the build lock.
 
     Its steps: `write_whole` for teacher and text, `write_block` for each of `pending()`, `commit_shard` for each of
-    `commit_tasks()`, `finish()`. Blocks and shards may be written by other processes, in any order.
+    `commit_tasks()`, `finish()`. Blocks and shards may be written by other processes, in any order. Once teacher and
+    text are written, several builders may `share` the lock, each for some of the blocks.
     """
 
     def __init__(self, plan: Plan, lock: BuildLock | None) -> None:
@@ -53,6 +65,7 @@ class StoreWriter:
         embed_dim: int,
         block_images: int,
         shard_bytes: int = SHARD_BYTES,
+        shared: bool = False,
     ) -> Self:
         """Create the store, or go on with it: an unfinished or complete one with this manifest and these images.
 
@@ -65,10 +78,12 @@ class StoreWriter:
             embed_dim: D, the width of the embeddings.
             block_images: images per block, the unit of work that survives a kill.
             shard_bytes: about how large a shard of the finished store may be.
+            shared: beside other builders that share the lock, of a store with teacher and text; see `share`.
 
         Raises:
             StoreMismatch: a store made from something else lies there; names the differences.
-            StoreError: another builder is at work, the folder holds other things, or the images make no sense.
+            StoreBusy: another builder is at work; for `shared`, also when there is no teacher or text yet.
+            StoreError: the folder holds other things, or the images make no sense.
         """
         store = Path(path).absolute()
         wanted = Plan(
@@ -86,9 +101,23 @@ class StoreWriter:
             return cls._complete(wanted, mark)
         require_not_set_aside(store)
         _require_own(store)
-        with writable(store):
-            make_folders(store)
-            lock = BuildLock(store / LOCK)
+        return cls._locked(wanted, shared=shared)
+
+    @classmethod
+    def reopen(cls, path: str | os.PathLike[str]) -> Self:
+        """Go on with an unfinished store as it was planned.
+
+        Raises:
+            StoreBusy: another builder is at work.
+            StoreError: nothing unfinished lies there.
+        """
+        return cls._locked(unfinished_plan(Path(path).absolute()), shared=False)
+
+    @classmethod
+    def _locked(cls, wanted: Plan, *, shared: bool) -> Self:
+        with writable(wanted.store):
+            make_folders(wanted.store)
+            lock = BuildLock(wanted.store / LOCK, shared=shared)
         try:
             return cls._start(wanted, lock)
         except BaseException:
@@ -102,10 +131,12 @@ class StoreWriter:
         if mark is not None:
             lock.release()
             return cls._complete(wanted, mark)
-        discard(scratch_folder(wanted.store))
-        make_folders(scratch_folder(wanted.store))
-        if not plan_folder(wanted.store).is_dir():
-            wanted.write()
+        if not lock.shared:
+            clear_scratch(wanted.store)
+            if not plan_folder(wanted.store).is_dir():
+                wanted.write()
+        elif not all(intact(_whole_folder(wanted.store, product)) for product in WHOLE):
+            raise StoreBusy(f"{wanted.store}: is not prepared yet for builders that share it")
         plan = read_plan(wanted.store)
         plan.require_same(wanted)
         return cls(plan, lock)
@@ -162,6 +193,23 @@ class StoreWriter:
         """All blocks, finished or not: consecutive slices of the image list."""
         return list(self._plan.blocks)
 
+    @property
+    def shared(self) -> bool:
+        """Whether other builders may be at work beside this one."""
+        return self._lock is not None and self._lock.shared
+
+    def share(self) -> None:
+        """Let other builders in; this one can then do nothing but write blocks.
+
+        Raises:
+            StoreIncomplete: teacher or text are missing, which no two builders may write.
+        """
+        for product in WHOLE:
+            if not self.has_whole(product):
+                raise StoreIncomplete(f"{self.path}: {product} was not written yet; use write_whole first")
+        if self._lock is not None:
+            self._lock.share()
+
     def pending(self) -> list[Block]:
         """The blocks that are still to be written.
 
@@ -185,7 +233,7 @@ class StoreWriter:
 
     def has_whole(self, product: str) -> bool:
         """Whether `teacher` or `text` is written already."""
-        return self.complete or intact(self._whole_folder(product))
+        return self.complete or intact(_whole_folder(self.path, product))
 
     def write_whole(self, product: str, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JSON]) -> None:
         """Write `teacher` or `text`, all of it or nothing; the same contents a second time are accepted.
@@ -200,7 +248,7 @@ class StoreWriter:
         """
         check_whole(product, arrays, attributes, embed_dim=self._plan.embed_dim)
         self._require_unfinished(f"write {product}")
-        name, field = self._whole_folder(product).name, WHOLE[product]
+        name, field = _whole_folder(self.path, product).name, WHOLE[product]
         rows = {field.name: little_endian(arrays[field.name], field.dtype)}
         described: dict[str, JSON] = {"plan": self._plan.digest, "user": attributes}
         canonical_json(described, product)
@@ -227,13 +275,8 @@ class StoreWriter:
         entry = self._whole(product)
         return {field.name: np.array(entry.array(field.name))}, dict(entry.attributes["user"])
 
-    def _whole_folder(self, product: str) -> Path:
-        if product not in WHOLE:
-            raise StoreError(f"{product!r} is not a whole product; there are {', '.join(WHOLE)}")
-        return journal_folder(self.path) / f"whole-{product}"
-
     def _whole(self, product: str) -> Entry:
-        folder = self._whole_folder(product)
+        folder = _whole_folder(self.path, product)
         if not folder.is_dir():
             raise StoreIncomplete(f"{self.path}: {product} was not written yet; use write_whole first")
         entry = Entry.read(folder)
@@ -263,7 +306,20 @@ class StoreWriter:
         require_room(self.path, room_to_commit(committer, tasks))
         return tasks
 
+    def commit_numbers(self) -> tuple[str, list[int]]:
+        """Like `commit_tasks`, as what `commit_numbered` needs: a digest, and the shards' numbers.
+
+        A task lists all that goes into its shard; a number is small enough to be sent to any worker.
+        """
+        left = {task.file for task in self.commit_tasks()}
+        if not left:
+            return "", []
+        committer = self._committer()
+        return committer.digest, [number for number, task in enumerate(committer.tasks) if task.file in left]
+
     def _committer(self) -> Committer:
+        if self.shared:
+            raise StoreError(f"{self.path}: a builder that shares the store cannot commit it; open it alone")
         entries = self._entries()
         present = [entry for entry in entries if entry is not None]
         if len(present) < len(entries):
@@ -293,6 +349,12 @@ class StoreWriter:
         self.close()
         self._lock = None
 
+    def write_note(self, data: bytes) -> str:
+        """Leave bytes for the workers of this build; returns their name for `cache.read_note`."""
+        self._require_unfinished("leave a note")
+        with disk_room(self.path, len(data)):
+            return write_note(self.path, data)
+
     def write_environment(self, environment: Mapping[str, JSON]) -> None:
         """Record who built this, where and with what (`environment.json`); neither compared nor checked later."""
         self._require_unfinished("write the environment")
@@ -304,6 +366,12 @@ class StoreWriter:
     def _require_unfinished(self, action: str) -> None:
         if self.complete:
             raise StoreError(f"{self.path}: the store is complete; cannot {action} any more")
+
+
+def _whole_folder(store: Path, product: str) -> Path:
+    if product not in WHOLE:
+        raise StoreError(f"{product!r} is not a whole product; there are {', '.join(WHOLE)}")
+    return journal_folder(store) / f"whole-{product}"
 
 
 def _fingerprint(arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JSON]) -> tuple[object, ...]:
