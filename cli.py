@@ -65,6 +65,13 @@ def data_check(
     typer.echo(check_table(found))
 
 
+Scheduler = Annotated[
+    str, typer.Option(metavar="local|sync|tcp://HOST:PORT", help="Worker processes here, none, or a Dask cluster's.")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes here; 0 takes one per GPU, or per core.")]
+Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve Dask's pages about the work.")]
+
+
 @cache_app.command("build", epilog="Example:  ezsd cache build --dataset shapes")
 def cache_build(
     dataset: DatasetName,
@@ -81,16 +88,29 @@ def cache_build(
     preset: Preset = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
     device: Device = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 chooses.")] = 0,
+    scheduler: Scheduler = "local",
+    workers: Workers = 0,
+    dashboard: Dashboard = False,
+    blocks: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Only the I-th (1 to N) of N shares of the blocks; then: ezsd cache commit."),
+    ] = None,
     reuse: Annotated[Path | None, typer.Option(help="A store to take over what would be the same.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how large it would get, and stop.")] = False,
     set_: Set = None,
 ) -> None:
     """Re-normalise the teacher, find CLIP proposals, embed them: once per dataset and teacher."""
-    from pipeline.build import BuildRequest, build_cache, forecast_build
+    from pipeline.arguments import parse_share, require_scheduler
+
+    share = None if blocks is None else parse_share(blocks)
+    require_scheduler(scheduler, workers=workers, dashboard=dashboard, share=share)
+    from pipeline.build import build_cache, build_share
     from pipeline.command import build_config, drawn, resolve_device
     from pipeline.datasets import find_dataset
-    from pipeline.store import build_lines, forecast_lines
+    from pipeline.forecast import forecast_build
+    from pipeline.request import BuildRequest
+    from pipeline.shares import Share
+    from pipeline.store import build_lines, forecast_lines, share_lines
 
     # Everything that can be refused is, before the benchmark is drawn.
     where = resolve_device(device)
@@ -108,11 +128,37 @@ def cache_build(
         preset=start,
         limit=limit,
         device=where,
+        scheduler=scheduler,
         workers=workers,
+        dashboard=dashboard,
         reuse=reuse,
     )
-    lines = forecast_lines(store, forecast_build(request)) if dry_run else build_lines(store, build_cache(request))
+    if dry_run:
+        lines = forecast_lines(store, forecast_build(request))
+    elif share is not None:
+        lines = share_lines(store, build_share(request, Share(*share)))
+    else:
+        lines = build_lines(store, build_cache(request))
     typer.echo("\n".join(lines))
+
+
+@cache_app.command("commit", epilog="Example:  ezsd cache commit cache/coco")
+def cache_commit(
+    store: Annotated[Path, typer.Argument(help="A store whose blocks are all there.")],
+    scheduler: Scheduler = "local",
+    workers: Workers = 0,
+    dashboard: Dashboard = False,
+) -> None:
+    """Finish a store that was built in shares (`ezsd cache build --blocks I/N`)."""
+    from pipeline.arguments import require_scheduler
+
+    require_scheduler(scheduler, workers=workers, dashboard=dashboard)
+    from pipeline.commit import commit_cache
+    from pipeline.schedule import Schedule
+    from pipeline.store import commit_line
+
+    schedule = Schedule(scheduler=scheduler, workers=workers, dashboard=dashboard)
+    typer.echo(commit_line(store, commit_cache(store, schedule)))
 
 
 @cache_app.command("ls", epilog="Example:  ezsd cache ls cache")

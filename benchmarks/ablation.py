@@ -30,12 +30,13 @@ from ablation_table import tables
 from cache import Store
 from ezsd.data.shapes import DEV_SEED, SHAPES_SPLIT
 from ezsd.metrics import Detections, evaluate
-from pipeline.build import BuildRequest, build_cache
+from pipeline.build import build_cache
 from pipeline.config import load_preset
 from pipeline.datasets import Dataset, find_dataset
 from pipeline.evaluate import detect_split
 from pipeline.files import write_text
 from pipeline.parsed import evaluation_annotations
+from pipeline.request import BuildRequest
 from pipeline.runs import Run
 from pipeline.shapes import TRAIN_IMAGES, VAL_IMAGES, write_shapes
 from pipeline.train import TrainRequest, train

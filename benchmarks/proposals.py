@@ -33,12 +33,13 @@ from ezsd.metrics.recall import recall_at
 from ezsd.proposals import anchor_scores, guesses, select_regions
 from ezsd.teacher import Teacher
 from pipeline.anchors import image_anchors, look_at_anchors
-from pipeline.build import BuildRequest, build_cache
+from pipeline.build import build_cache
 from pipeline.config import Config, load_preset
 from pipeline.datasets import Dataset, find_dataset, read_dataset_image
 from pipeline.evaluate import evaluate_run
 from pipeline.extract import encode_boxes
 from pipeline.figures import headline
+from pipeline.request import BuildRequest
 from pipeline.shapes import write_shapes
 from pipeline.teachers import configured_teacher
 from pipeline.train import TrainRequest, train

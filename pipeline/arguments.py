@@ -124,6 +124,29 @@ def _folder_images(folder: Path) -> list[Path]:
     return found
 
 
+def require_scheduler(scheduler: str, *, workers: int, dashboard: bool, share: tuple[int, int] | None = None) -> None:
+    """ArgumentError for what is no place to run tasks in, and for options that do not go with it."""
+    address = re.fullmatch(r"(tcp|tls)://.+:\d+", scheduler)
+    if address is None and scheduler not in ("local", "sync"):
+        raise ArgumentError(
+            f"--scheduler {scheduler}: expected local, sync, or a Dask scheduler's tcp://HOST:PORT or tls://HOST:PORT"
+        )
+    if workers and scheduler != "local":
+        raise ArgumentError(f"--workers goes with --scheduler local alone, not with {scheduler}")
+    if dashboard and scheduler == "sync":
+        raise ArgumentError("--dashboard: with --scheduler sync there is no Dask to look at")
+    if share is not None and address is not None:
+        raise ArgumentError("--blocks is for jobs without a scheduler; leave --scheduler out, or --blocks")
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """Number and count of a share such as "2/8"; ArgumentError when it is none."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ArgumentError(f"--blocks {text}: expected I/N with I from 1 to N, such as 1/8 to 8/8")
+    return int(found[1]), int(found[2])
+
+
 def chosen_split(
     names: Sequence[str],
     frequency: dict[str, str],

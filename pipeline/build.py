@@ -3,63 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import logging
-import os
-import platform
-import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import as_file
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cache import PRODUCTS, Forecast, Manifest, Store, StoreWriter, commit_shard, forecast, info
+from cache import JSON, PRODUCTS, Block, Manifest, Store, StoreWriter, info
 from ezsd.adapt import restore
 from ezsd.data.annotations import Annotations
-from ezsd.teacher import TINY_SHAPES, Teacher, shipped_weights
+from ezsd.teacher import Teacher
 from pipeline.adapt import adapt_teacher
-from pipeline.config import Config, ConfigError, to_tables
-from pipeline.datasets import Dataset
-from pipeline.extract import ExtractJob, extract_block, load_config_teacher
+from pipeline.commit import require_workers, write_shards
+from pipeline.config import to_tables
+from pipeline.environment import describe_build, weights_file_digest
+from pipeline.extract import ExtractJob, load_config_teacher
+from pipeline.forecast import warn_of_room
 from pipeline.given import given_proposals
-from pipeline.parsed import training_annotations
-from pipeline.progress import Progress
+from pipeline.jobs import extract_numbered, leave_job
+from pipeline.progress import Progress, log_file, now, timed
 from pipeline.provenance import as_json, describe, model_inputs
+from pipeline.request import BuildRequest, read_annotations
 from pipeline.reuse import Reuse, plan_reuse
-from pipeline.schedule import run_tasks
+from pipeline.schedule import Pool
+from pipeline.shares import Share, open_share
 from pipeline.teachers import check_precision
 
 log = logging.getLogger("ezsd")
 WHOLE_PRODUCTS = ("teacher", "text")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildRequest:
-    """One build, as the command line asks for it."""
-
-    dataset: Dataset
-    config: Config
-    out: Path
-    """The store's folder."""
-    preset: str | None = None
-    """Name of the preset that the configuration came from: `ezsd train` then starts from the same."""
-    limit: int | None = None
-    """Only the first images of the training split, by id."""
-    device: str = "cpu"
-    """Where the teacher runs."""
-    workers: int = 0
-    """Processes that extract; 0 takes one per core on the CPU and one with a GPU."""
-    reuse: Path | None = None
-    """A complete store to take over what would come out the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +53,20 @@ class BuildReport:
     """The others."""
 
 
+@dataclass(frozen=True, slots=True)
+class ShareReport:
+    """What a share of a build did."""
+
+    path: Path
+    share: Share
+    already_complete: bool
+    """The whole store."""
+    blocks: int = 0
+    """Of this share; all of them are finished."""
+    missing: int = 0
+    """Blocks of other shares that are not finished yet."""
+
+
 def build_cache(request: BuildRequest) -> BuildReport:
     """Build a store, or go on with an unfinished one; a complete one with the same fingerprint is left alone.
 
@@ -84,47 +75,106 @@ def build_cache(request: BuildRequest) -> BuildReport:
     Raises:
         ValueError: (of many kinds) something about the input is wrong; the message is one line.
     """
+    nothing_left = BuildReport(request.out, already_complete=True, seconds={}, reused=(), computed=())
+    source = _source(request)
+    if source is None:
+        return nothing_left
+    seconds: dict[str, float] = {}
+    with Pool(request.schedule) as pool, _open_writer(request, source) as writer:
+        if writer.complete:
+            return nothing_left
+        with log_file(writer.log_path):
+            environment = _begin(writer, request, source, pool)
+            with timed(seconds, "adapt"):
+                job = _prepare(writer, request, source)
+            with timed(seconds, "extract"):
+                passes = _extract(writer, job, pool, writer.pending(), len(writer.blocks))
+            with timed(seconds, "commit"):
+                write_shards(writer, pool)
+                spent = {stage: round(duration, 2) for stage, duration in seconds.items()}
+                writer.write_environment({**environment, "seconds": spent, "encoded": passes, "finished": now()})
+                writer.finish()
+    computed = tuple(product for product in PRODUCTS if product not in source.reused)
+    return BuildReport(request.out, already_complete=False, seconds=seconds, reused=source.reused, computed=computed)
+
+
+def build_share(request: BuildRequest, share: Share) -> ShareReport:
+    """Extract one share's blocks of a store, beside other processes that extract other shares of it.
+
+    The first to come prepares the store, the others wait for it. `commit_cache` finishes what all of them did.
+
+    Raises:
+        ValueError: see `build_cache`.
+    """
+    source = _source(request)
+    if source is None:
+        return ShareReport(request.out, share, already_complete=True)
+    with (
+        Pool(request.schedule) as pool,
+        open_share(lambda shared: _open_writer(request, source, shared=shared)) as writer,
+    ):
+        if writer.complete:
+            return ShareReport(request.out, share, already_complete=True)
+        with log_file(writer.log_path):
+            if not writer.shared:
+                _begin(writer, request, source, pool, shares=share.count)
+            job = _prepare(writer, request, source)
+            writer.share()
+            own = [block for block in writer.blocks if share.has(block)]
+            _extract(writer, job, pool, [block for block in writer.pending() if share.has(block)], len(own))
+            missing = len(writer.pending())
+    return ShareReport(request.out, share, already_complete=False, blocks=len(own), missing=missing)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What a store is made from, as far as it is known before anything is written."""
+
+    annotations: Annotations
+    teacher: Teacher
+    manifest: Manifest
+    reuse: Reuse | None
+
+    @property
+    def reused(self) -> tuple[str, ...]:
+        """Products taken over from another store."""
+        return () if self.reuse is None else self.reuse.products
+
+
+def _source(request: BuildRequest) -> _Source | None:
+    """What the store is to be made from; None when a complete one is there, decided without loading the teacher."""
     request.dataset.require()
     annotations = read_annotations(request)
     if _known_complete(request, annotations):
-        return BuildReport(request.out, already_complete=True, seconds={}, reused=(), computed=())
+        return None
     if request.config.proposals.boxes:
         # Whatever is wrong with them is said before anything is written.
         given_proposals(request.config.proposals, read_annotations(dataclasses.replace(request, limit=None)).images)
     teacher = load_config_teacher(request.config, request.device)
     manifest = describe(request.dataset, annotations, request.config, teacher.fingerprint())
     reuse = None if request.reuse is None else plan_reuse(request.reuse, manifest)
-    reused = () if reuse is None else reuse.products
-    seconds: dict[str, float] = {}
-    with _open_writer(request, manifest, annotations, teacher.embed_dim) as writer:
-        if writer.complete:
-            return BuildReport(request.out, already_complete=True, seconds={}, reused=(), computed=())
-        with _log_file(writer.log_path):
-            _warn_of_room(request, annotations, teacher.embed_dim)
-            _record_environment(writer, request, seconds, {})
-            with _timed(seconds, "adapt"):
-                job = _prepare(writer, request, teacher, annotations, reuse)
-            workers = request.workers or (1 if request.device != "cpu" else os.cpu_count() or 1)
-            with _timed(seconds, "extract"):
-                passes = _extract(writer, job, workers)
-            with _timed(seconds, "commit"):
-                _write_shards(writer, workers)
-                _record_environment(writer, request, seconds, passes)
-                writer.finish()
-    computed = tuple(product for product in PRODUCTS if product not in reused)
-    return BuildReport(request.out, already_complete=False, seconds=seconds, reused=reused, computed=computed)
+    return _Source(annotations, teacher, manifest, reuse)
 
 
-def read_annotations(request: BuildRequest) -> Annotations:
-    """The images and base boxes that a build is of."""
-    file = request.dataset.root / request.dataset.train_annotations
-    annotations = take_first(training_annotations(file, request.dataset.split), request.limit)
-    if not annotations.images:
-        raise ConfigError(f"{file}: no images; there is nothing to build")
-    return annotations
+def _begin(
+    writer: StoreWriter, request: BuildRequest, source: _Source, pool: Pool, shares: int | None = None
+) -> dict[str, JSON]:
+    """What comes before any work: can it be done, and who does it; returns the record of that."""
+    annotations = request.dataset.root.absolute() / request.dataset.train_annotations
+    require_workers(pool, writer, device=request.device, files=(annotations,))
+    warn_of_room(request, source.annotations, source.teacher.embed_dim)
+    environment = describe_build(request, workers=pool.workers, shares=shares)
+    writer.write_environment(environment)
+    return environment
 
 
-def _open_writer(request: BuildRequest, manifest: Manifest, annotations: Annotations, embed_dim: int) -> StoreWriter:
+def _open_writer(request: BuildRequest, source: _Source, *, shared: bool = False) -> StoreWriter:
+    return _writer(request, source.manifest, source.annotations, source.teacher.embed_dim, shared=shared)
+
+
+def _writer(
+    request: BuildRequest, manifest: Manifest, annotations: Annotations, embed_dim: int, *, shared: bool = False
+) -> StoreWriter:
     return StoreWriter.open(
         request.out,
         manifest,
@@ -133,6 +183,7 @@ def _open_writer(request: BuildRequest, manifest: Manifest, annotations: Annotat
         heights=[image.height for image in annotations.images],
         embed_dim=embed_dim,
         block_images=request.config.build.block_images,
+        shared=shared,
     )
 
 
@@ -158,93 +209,13 @@ def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
     if wanted != found.manifest:
         return False
     # The store may have leftovers of its build, which opening it for writing removes.
-    _open_writer(request, wanted, annotations, found.embed_dim).close()
+    _writer(request, wanted, annotations, found.embed_dim).close()
     return True
 
 
-def weights_file_digest(config: Config) -> str | None:
-    """Sha256 of the local file that the teacher's weights come from; None where they come from elsewhere."""
-    file = Path(config.teacher.weights) if config.teacher.weights else None
-    if file is None and config.teacher.name == TINY_SHAPES:
-        with as_file(shipped_weights()) as shipped:
-            return _file_sha256(shipped)
-    return _file_sha256(file) if file is not None and file.is_file() else None
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildForecast:
-    """What a build would do, without doing any of it."""
-
-    images: int
-    blocks: int
-    at_most: Forecast
-    """With as many proposals and regions in each image as are kept at most."""
-    free: int
-    """Bytes free where the store would lie."""
-
-
-def forecast_build(request: BuildRequest) -> BuildForecast:
-    """How large the store would become, and how much the disk must hold meanwhile."""
-    request.dataset.require()
-    annotations = read_annotations(request)
-    teacher = load_config_teacher(request.config, "cpu")
-    images, size = len(annotations.images), request.config.build.block_images
-    return BuildForecast(
-        images=images,
-        blocks=-(-images // size),
-        at_most=_at_most(request, annotations, teacher.embed_dim),
-        free=_free(request.out),
-    )
-
-
-def _at_most(request: BuildRequest, annotations: Annotations, embed_dim: int) -> Forecast:
-    images, settings = len(annotations.images), request.config.proposals
-    rows = {
-        "proposals": images * settings.keep,
-        "regions": images * min(settings.keep, settings.regions),
-        "ground_truth": len(annotations.box),
-    }
-    return forecast(rows, images=images, embed_dim=embed_dim, embedding=request.config.build.embedding)
-
-
-def _free(folder: Path) -> int:
-    there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
-    return shutil.disk_usage(there).free
-
-
-def _warn_of_room(request: BuildRequest, annotations: Annotations, embed_dim: int) -> None:
-    most, free = _at_most(request, annotations, embed_dim), _free(request.out)
-    if most.peak > free:
-        log.warning("%s: the build may need up to %s bytes, %s are free", request.out, f"{most.peak:,}", f"{free:,}")
-
-
-def take_first(annotations: Annotations, limit: int | None) -> Annotations:
-    """The record of the first `limit` images."""
-    if limit is None or limit >= len(annotations.images):
-        return annotations
-    if limit < 1:
-        raise ConfigError(f"--limit must be at least 1, got {limit}")
-    rows = annotations.image_index < limit
-    return dataclasses.replace(
-        annotations,
-        images=annotations.images[:limit],
-        image_index=annotations.image_index[rows],
-        box=annotations.box[rows],
-        class_index=annotations.class_index[rows],
-        annotation_id=annotations.annotation_id[rows],
-        crowd=annotations.crowd[rows],
-    )
-
-
-def _prepare(
-    writer: StoreWriter, request: BuildRequest, teacher: Teacher, annotations: Annotations, reuse: Reuse | None
-) -> ExtractJob:
+def _prepare(writer: StoreWriter, request: BuildRequest, source: _Source) -> ExtractJob:
     """Re-normalise and embed the names, or take both from the journal or an earlier store."""
+    teacher, annotations, reuse = source.teacher, source.annotations, source.reuse
     for product in WHOLE_PRODUCTS:
         if reuse is not None and product in reuse.products and not writer.has_whole(product):
             writer.write_whole(product, *Store(reuse.store).read_whole(product))
@@ -310,69 +281,14 @@ def extract_job(
     )
 
 
-def _extract(writer: StoreWriter, job: ExtractJob, workers: int) -> dict[str, int]:
-    """Do what is left to do; says how many images that were, and how many crops the teacher was shown for them."""
-    pending, total = writer.pending(), len(writer.blocks)
+def _extract(writer: StoreWriter, job: ExtractJob, pool: Pool, pending: Sequence[Block], total: int) -> dict[str, JSON]:
+    """Do what is left of `total` blocks; says how many images that were, and how many crops were encoded for them."""
     if len(pending) < total:
         log.info("resuming: %d of %d blocks are done", total - len(pending), total)
+    task = partial(extract_numbered, leave_job(writer, job))
+    numbers = [block.index for block in pending]
     with Progress("extract", total, unit="block", done=total - len(pending)) as progress:
-        crops = sum(run_tasks(partial(extract_block, job), pending, workers=workers, progress=progress))
+        crops = sum(pool.run(task, numbers, named=lambda number: f"block {number}", progress=progress))
     images = sum(block.stop - block.start for block in pending)
     log.info("the teacher saw %s crops, %.0f an image", f"{crops:,}", crops / max(images, 1))
     return {"images": images, "crops": crops}
-
-
-def _write_shards(writer: StoreWriter, workers: int) -> None:
-    tasks = writer.commit_tasks()
-    # Small commits are over before worker processes have started.
-    workers = workers if len(tasks) > 64 else 1
-    with Progress("commit", len(tasks), unit="shard") as progress:
-        run_tasks(partial(commit_shard, writer.path), tasks, workers=workers, progress=progress)
-
-
-def _record_environment(
-    writer: StoreWriter, request: BuildRequest, seconds: dict[str, float], passes: dict[str, int]
-) -> None:
-    versions = {
-        name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "zarr", "numpy", "ezsd")
-    }
-    writer.write_environment(
-        {
-            "dataset": as_json(request.dataset.definition()),
-            "data_root": str(request.dataset.root.absolute()),
-            "preset": request.preset,
-            "limit": request.limit,
-            "device": request.device,
-            "teacher": dataclasses.asdict(request.config.teacher),
-            "weights_file_sha256": weights_file_digest(request.config),
-            "config": as_json(to_tables(request.config)),
-            "reused_from": None if request.reuse is None else str(request.reuse.absolute()),
-            "host": platform.node(),
-            "python": platform.python_version(),
-            "versions": dict(versions),
-            "seconds": {stage: round(spent, 2) for stage, spent in seconds.items()},
-            # Of the images that were extracted by the last call of the build.
-            "encoded": dict(passes),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-    )
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - began
-
-
-@contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Everything logged meanwhile also goes into the store's build.log."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()

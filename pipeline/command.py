@@ -13,6 +13,7 @@ from cache import Store
 from ezsd.kernels import BackendError
 from ezsd.teacher import TeacherError
 from pipeline.arguments import EARLY_ERRORS, ArgumentError, require_device_name
+from pipeline.cluster import ClusterError
 from pipeline.config import Config, ConfigError, load_preset
 from pipeline.datasets import Dataset, DatasetError
 from pipeline.figures import percent
@@ -23,6 +24,7 @@ from pipeline.shapes import write_shapes
 USER_ERRORS = (
     *EARLY_ERRORS,
     BackendError,
+    ClusterError,
     ConfigError,
     DatasetError,
     FloatingPointError,

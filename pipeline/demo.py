@@ -10,12 +10,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.build import BuildRequest, build_cache
+from pipeline.build import build_cache
 from pipeline.config import load_preset
 from pipeline.datasets import find_dataset
 from pipeline.evaluate import evaluate_crops, evaluate_run
 from pipeline.figures import headline
 from pipeline.report import write_report
+from pipeline.request import BuildRequest
 from pipeline.runs import Run, RunError
 from pipeline.shapes import write_shapes
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 
 log = logging.getLogger("ezsd")
@@ -70,3 +73,29 @@ class Progress:
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else ""
         note = f", {self._note}" if self._note else ""
         log.info("%s: %d/%d %ss, %.1f/s%s%s", self.stage, self.done, self.total, self.unit, rate, left, note)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add a stage's duration to `seconds`."""
+    began = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - began
+
+
+def now() -> str:
+    """The time of day, UTC, for a record."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Everything logged meanwhile also goes to the end of a file."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        handler.close()

@@ -14,11 +14,12 @@ from cache import Block, Manifest, RaggedRows, RepairReport, repair
 from cache.place import find_place, read_environment
 from cache.repair import Whole
 from ezsd.adapt import restore
-from pipeline.build import BuildRequest, adapted, embed_names, extract_job, read_annotations
+from pipeline.build import adapted, embed_names, extract_job
 from pipeline.config import ConfigError, from_tables
 from pipeline.datasets import from_definition
 from pipeline.extract import block_rows, load_config_teacher
 from pipeline.provenance import describe
+from pipeline.request import BuildRequest, read_annotations
 
 
 def repair_store(path: Path, data_root: Path | None, *, weights: str | None, device: str) -> RepairReport:

@@ -12,7 +12,8 @@ from cache.export import Format, export
 from cache.transfer import pull, push
 
 if TYPE_CHECKING:
-    from pipeline.build import BuildForecast, BuildReport
+    from pipeline.build import BuildReport, ShareReport
+    from pipeline.forecast import BuildForecast
 
 
 def build_lines(store: Path, report: BuildReport) -> list[str]:
@@ -24,6 +25,21 @@ def build_lines(store: Path, report: BuildReport) -> list[str]:
     if report.reused:
         lines.append(f"reused: {', '.join(report.reused)}; computed: {', '.join(report.computed) or 'nothing'}")
     return lines
+
+
+def share_lines(store: Path, report: ShareReport) -> list[str]:
+    """What a share of a build did, and what comes next."""
+    if report.already_complete:
+        return [f"{store}: complete already, nothing to do"]
+    done = f"{store}: share {report.share} is done, {report.blocks} blocks"
+    if report.missing:
+        return [f"{done}; other shares' {report.missing} blocks are missing"]
+    return [f"{done}; all blocks are there, next: ezsd cache commit {store}"]
+
+
+def commit_line(store: Path, seconds: float | None) -> str:
+    """What a commit did."""
+    return f"{store}: complete already, nothing to do" if seconds is None else f"{store}: complete ({seconds:.1f} s)"
 
 
 def forecast_lines(store: Path, found: BuildForecast) -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from cache import Store, StoreMismatch
 from ezsd.data.annotations import Annotations
-from pipeline.build import take_first
 from pipeline.datasets import Dataset
 from pipeline.parsed import training_annotations
 from pipeline.provenance import dataset_inputs
+from pipeline.request import take_first
 
 
 def checked_annotations(store: Store, dataset: Dataset) -> Annotations:

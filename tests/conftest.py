@@ -11,10 +11,11 @@ import torch
 from pycocotools import mask
 
 from ezsd.data.shapes import SHAPES_SPLIT
-from pipeline.build import BuildRequest, build_cache
+from pipeline.build import build_cache
 from pipeline.config import Config, load_preset
 from pipeline.datasets import Dataset, find_dataset
 from pipeline.evaluate import evaluate_crops, evaluate_run
+from pipeline.request import BuildRequest
 from pipeline.runs import Run
 from pipeline.shapes import write_shapes
 from pipeline.train import TrainRequest, train

@@ -8,9 +8,10 @@ import torch
 
 from cache import Store, StoreMismatch, info
 from pipeline.anchors import image_anchors, look_at_anchors
-from pipeline.build import BuildRequest, build_cache
+from pipeline.build import build_cache
 from pipeline.config import load_preset, to_tables
 from pipeline.provenance import proposal_settings
+from pipeline.request import BuildRequest
 
 MODES = ("grown-stride", "coarse-to-fine")
 

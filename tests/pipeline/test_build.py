@@ -15,9 +15,10 @@ import zarr
 
 from cache import Store, StoreIncomplete, StoreMismatch
 from ezsd.data.shapes import SHAPES_SPLIT
-from pipeline.build import BuildRequest, build_cache
+from pipeline.build import build_cache
 from pipeline.config import to_tables
 from pipeline.datasets import find_dataset
+from pipeline.request import BuildRequest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOT_COMPARED = {"environment.json", "build.log"}

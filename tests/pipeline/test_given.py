@@ -7,10 +7,11 @@ import pytest
 
 from cache import Store, StoreMismatch
 from ezsd.metrics import ResultsError
-from pipeline.build import BuildRequest, build_cache
+from pipeline.build import build_cache
 from pipeline.config import ConfigError
 from pipeline.given import given_proposals
 from pipeline.repair import repair_store
+from pipeline.request import BuildRequest
 
 
 def entries(proposals):

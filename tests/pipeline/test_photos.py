@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 
 from cache import Store
 from ezsd.vocabulary import COCO_SPLIT
-from pipeline.build import BuildRequest, build_cache
+from pipeline.build import build_cache
 from pipeline.config import load_preset
 from pipeline.datasets import find_dataset
 from pipeline.evaluate import evaluate_run
 from pipeline.figures import headline
 from pipeline.provenance import model_inputs
+from pipeline.request import BuildRequest
 from pipeline.train import TrainRequest, train
 
 PLUGINS = Path(__file__).resolve().parent.parent / "plugins"

@@ -8,9 +8,12 @@ import pytest
 
 import pipeline.build
 import pipeline.extract
+import pipeline.jobs
 from cache import Store, StoreMismatch, compare, repair, verify
-from pipeline.build import BuildRequest, build_cache, forecast_build
+from pipeline.build import build_cache
+from pipeline.forecast import forecast_build
 from pipeline.repair import repair_store
+from pipeline.request import BuildRequest
 from pipeline.store import repair_lines
 
 
@@ -35,7 +38,7 @@ def build(shapes_dataset, tmp_path):
 def crops_seen(monkeypatch):
     """How many crops the teacher was shown while regions were extracted."""
     seen = []
-    real = pipeline.build.extract_block
+    real = pipeline.jobs.extract_block
 
     def counting(job, block):
         from pipeline.extract import _worker
@@ -50,7 +53,7 @@ def crops_seen(monkeypatch):
         monkeypatch.setattr(teacher, "encode_image", encode_image)
         return real(job, block)
 
-    monkeypatch.setattr(pipeline.build, "extract_block", counting)
+    monkeypatch.setattr(pipeline.jobs, "extract_block", counting)
     return seen
 
 

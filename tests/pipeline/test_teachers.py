@@ -12,8 +12,9 @@ from ezsd.data.annotations import load_training
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.teacher import TeacherError
 from pipeline import teachers
-from pipeline.build import BuildRequest, build_cache
+from pipeline.build import build_cache
 from pipeline.datasets import find_dataset
+from pipeline.request import BuildRequest
 from pipeline.train import store_dataset
 
 

@@ -1,0 +1,135 @@
+"""An existing Dask cluster: reached in time, and looked over before any work, worker by worker."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distributed import Client, Worker
+
+CONNECT_SECONDS = 10
+"""How long a scheduler may take to answer, and its workers to come."""
+SHAPES_BYTES = ("ezsd", "torch", "torchvision", "open_clip_torch", "numpy", "zarr", "pillow")
+"""What every process of a build must have in one version."""
+
+
+class ClusterError(ValueError):
+    """A Dask cluster, or a worker of it, cannot do the work."""
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Client]:
+    """A client of the scheduler at an address that has workers.
+
+    Raises:
+        ClusterError: it does not answer in time, or has no workers.
+    """
+    from distributed import Client
+
+    silence_dask()
+    # It compares versions by a list of its own; see `check_workers`.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise ClusterError(
+                f"--scheduler {address}: no Dask scheduler answers there within {CONNECT_SECONDS} s "
+                f"({type(error).__name__}: {error}); start one with `dask scheduler`, or check the address"
+            ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+        except TimeoutError as error:
+            raise ClusterError(
+                f"--scheduler {address}: has no workers, none came within {CONNECT_SECONDS} s; "
+                f"start some with `dask worker {address} --nthreads 1`"
+            ) from error
+        yield client
+
+
+def silence_dask() -> None:
+    """Keep Dask from logging: its workers' comings and goings are no user's business, and what fails is raised."""
+    # Both have levels of their own once Dask is imported.
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def require_bokeh() -> None:
+    """ClusterError where Dask cannot draw its pages."""
+    if importlib.util.find_spec("bokeh") is None:
+        raise ClusterError("--dashboard: needs the package bokeh; install it, or leave the option out")
+
+
+def dashboard_address(client: Client) -> str:
+    """Where the scheduler's pages are; ClusterError when it serves none."""
+    if "dashboard" not in client.scheduler_info()["services"]:
+        raise ClusterError("--dashboard: this scheduler serves no dashboard; it needs the package bokeh where it runs")
+    return str(client.dashboard_link)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a worker must find."""
+
+    files: tuple[str, ...]
+    """Of the store and of the images, by absolute path."""
+    device: str | None
+    """Where the teacher shall run; None where none does."""
+
+
+def versions() -> dict[str, str]:
+    """Of what shapes the bytes, in this process; builds for different hardware of one release count as one."""
+    found = {name: importlib.metadata.version(name).partition("+")[0] for name in SHAPES_BYTES}
+    return {"python": ".".join(map(str, sys.version_info[:2])), **found}
+
+
+def require_versions(wanted: Mapping[str, str], *, who: str) -> None:
+    """ClusterError where this process has another version of something than the one that began the build."""
+    found = versions()
+    other = [f"{name} {found[name]} instead of {version}" for name, version in wanted.items() if found[name] != version]
+    if other:
+        raise ClusterError(f"{who}: has {', '.join(other)}; the bytes could differ. Install the same versions there")
+
+
+def look_around(needs: Needs, wanted: Mapping[str, str], dask_worker: Worker) -> str | None:
+    """Why this process, a worker, cannot do the work; None when it can."""
+    from pipeline.command import resolve_device
+
+    threads = dask_worker.state.nthreads
+    if threads != 1:
+        return f"runs {threads} threads; start it with --nthreads 1, which keeps sums in one order"
+    missing = [file for file in needs.files if not Path(file).is_file()]
+    if missing:
+        return f"does not see {missing[0]}; all machines must reach the store and the images under the same paths"
+    try:
+        require_versions(wanted, who="it")
+        if needs.device is not None:
+            resolve_device(needs.device)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_workers(client: Client, needs: Needs) -> None:
+    """Have every worker look around before any work.
+
+    Raises:
+        ClusterError: one of them cannot do it; says which, and why.
+    """
+    answers: Mapping[str, Any] = client.run(look_around, needs, versions(), on_error="return")
+    bad = {worker: answer for worker, answer in answers.items() if answer is not None}
+    for worker, answer in bad.items():
+        why = answer
+        if isinstance(answer, Exception):
+            why = f"cannot run ezsd ({answer}); install it there, in the version that is used here"
+        raise ClusterError(f"worker {worker}: {why} ({len(bad)} of {len(answers)} workers cannot do the work)")

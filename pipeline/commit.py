@@ -1,0 +1,69 @@
+"""The last step of a build: from journaled blocks to shards and commit mark; also as a command, after shares."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+from cache import Block, StoreIncomplete, StoreWriter, commit_numbered
+from cache.place import find_place, read_environment
+from cache.plan import plan_folder
+from pipeline.cluster import Needs, check_workers
+from pipeline.progress import Progress, log_file, now, timed
+from pipeline.schedule import Pool, Schedule
+
+log = logging.getLogger("ezsd")
+
+_FEW_SHARDS = 64
+"""A commit of so many is over before worker processes have started."""
+
+
+def write_shards(writer: StoreWriter, pool: Pool) -> None:
+    """Write what is left of the shards."""
+    digest, left = writer.commit_numbers()
+    task = partial(commit_numbered, str(writer.path), digest)
+    with Progress("commit", len(left), unit="shard") as progress:
+        pool.run(task, left, named=lambda number: f"shard {number}", progress=progress, few=_FEW_SHARDS)
+
+
+def commit_cache(store: Path, schedule: Schedule) -> float | None:
+    """Finish a store whose blocks are all there; returns the seconds it took, or None for a complete one.
+
+    Raises:
+        StoreIncomplete: blocks are missing; says which, and what makes them.
+        StoreError: no store, or another process is at work on it.
+    """
+    if (store / "COMMIT.json").is_file():
+        return None
+    seconds: dict[str, float] = {}
+    with Pool(schedule) as pool, StoreWriter.reopen(store) as writer, log_file(writer.log_path):
+        require_workers(pool, writer, device=None, files=())
+        environment = read_environment(find_place(store))
+        missing = writer.pending()
+        if missing:
+            raise StoreIncomplete(f"{store}: {missing_line(missing, len(writer.blocks), environment.get('shares'))}")
+        with timed(seconds, "commit"):
+            write_shards(writer, pool)
+        spent = {**environment.get("seconds", {}), "commit": round(seconds["commit"], 2)}
+        writer.write_environment({**environment, "seconds": spent, "finished": now()})
+        writer.finish()
+    return seconds["commit"]
+
+
+def require_workers(pool: Pool, writer: StoreWriter, *, device: str | None, files: tuple[Path, ...]) -> None:
+    """Have the workers of a cluster look whether they reach the store and further files; see `check_workers`."""
+    if pool.client is not None:
+        plan = plan_folder(writer.path) / "entry.json"
+        check_workers(pool.client, Needs(files=tuple(str(file) for file in (plan, *files)), device=device))
+
+
+def missing_line(missing: list[Block], total: int, shares: int | None) -> str:
+    """Which blocks of a store are missing, and what makes them; `shares` as the build was cut, if it was."""
+    listed = ", ".join(str(block.index) for block in missing[:10]) + (", ..." if len(missing) > 10 else "")
+    text = f"{len(missing)} of {total} blocks are missing ({listed})"
+    if shares is None:
+        return f"{text}; run the same `ezsd cache build` command again"
+    wanted = sorted({block.index % shares + 1 for block in missing})
+    options = ", ".join(f"--blocks {number}/{shares}" for number in wanted)
+    return f"{text}; run the same `ezsd cache build` command again with {options}"
