@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import encoding
+from cache.bad_images import all_bad_images, bad_attributes
 from cache.checksums import ChunkSums, checksum_spec
 from cache.durable import FileDigest, discard, failpoint, sync, sync_together, write_atomic
 from cache.journal import Entry, journal_folder, little_endian, raw_bytes, scratch_folder
@@ -174,6 +175,8 @@ class Finisher:
         self.files.update({name: record.digest for name, record in self.shards.items()})
         for group in GROUPS:
             nodes[group] = encoding.group_metadata(wholes[group].attributes["user"] if group in WHOLE else {})
+        bad = all_bad_images(entry.attributes for entry in self.committer.entries)
+        nodes["images"] = encoding.group_metadata(bad_attributes(bad))
         for name in (CHECKSUMS, *(f"{CHECKSUMS}/{group}" for group in GROUPS)):
             nodes[name] = encoding.group_metadata({})
         sums: list[tuple[ArraySpec, list[int]]] = []

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.bad_images import all_bad_images, bad_images_of
 from cache.commit import Committer
 from cache.durable import read_bytes
 from cache.manifest import Manifest, parse_json
@@ -53,6 +54,8 @@ class StoreInfo:
     bytes_: int
     """Bytes of all files in the folder."""
     files: int
+    bad_images: Mapping[int, str]
+    """Images that could not be read when the store was built, by id, and why: they have no rows."""
     manifest: Manifest
     environment: Mapping[str, Any] | None
     """Who built it, where and with what; None when nothing is recorded."""
@@ -78,7 +81,8 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
 
 
 def _committed_info(store: Path, mark: CommitMark, *, complete: bool) -> StoreInfo:
-    attributes = _load(store, mark, "zarr.json")["attributes"]["ezsd_store"]
+    root = _load(store, mark, "zarr.json")
+    attributes = root["attributes"]["ezsd_store"]
     images = int(attributes["images"])
     manifest = Manifest.from_fields(_load(store, mark, MANIFEST), str(store / MANIFEST))
     return StoreInfo(
@@ -89,6 +93,7 @@ def _committed_info(store: Path, mark: CommitMark, *, complete: bool) -> StoreIn
         embed_dim=mark.embed_dim,
         embedding=mark.embedding,
         products=_products(manifest, attributes["rows"], images),
+        bad_images=bad_images_of(root),
         manifest=manifest,
         problems=tuple(size_problems(store, mark)),
         **_folder(store),
@@ -107,6 +112,7 @@ def _unfinished_info(plan: Plan) -> StoreInfo:
         embed_dim=plan.embed_dim,
         embedding=plan.manifest.embedding,
         products=_products(plan.manifest, {product: rows.rows(product) for product in RAGGED}, present),
+        bad_images=all_bad_images(entry.attributes for entry in rows.entries),
         manifest=plan.manifest,
         problems=(),
         **_folder(plan.store),

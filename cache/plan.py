@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.bad_images import all_bad_images, bad_attributes, require_no_rows
 from cache.checks import check_block, check_images
 from cache.durable import disk_room
 from cache.journal import Entry, journal_folder, little_endian, set_aside, write_entry
@@ -210,7 +212,13 @@ def stored_columns(given: Mapping[str, NDArray[Any]], embedding: EmbeddingType) 
     return {**given, "embedding": codes, "embedding_scale": scale}
 
 
-def write_block(path: str | os.PathLike[str], block: Block, products: Mapping[str, RaggedRows]) -> None:
+def write_block(
+    path: str | os.PathLike[str],
+    block: Block,
+    products: Mapping[str, RaggedRows],
+    *,
+    bad_images: Mapping[int, str] = MappingProxyType({}),
+) -> None:
     """Check and journal all rows of one block: the whole block, or nothing. Called in a worker process.
 
     Args:
@@ -218,6 +226,7 @@ def write_block(path: str | os.PathLike[str], block: Block, products: Mapping[st
         block: one of `StoreWriter.blocks`.
         products: the rows of proposals, regions and ground_truth of the block's images; embeddings are float16, also
             where the store keeps them as int8.
+        bad_images: by id, why an image of the block could not be read; it has no rows.
 
     Raises:
         StoreError: rows that must not get into a store; says which field, row and image. No room on the disk.
@@ -237,11 +246,19 @@ def write_block(path: str | os.PathLike[str], block: Block, products: Mapping[st
         embed_dim=plan.embed_dim,
         where=f"block {block.index}",
     )
+    require_no_rows(bad_images, products, plan.image_ids[images], where=f"block {block.index}")
     name = block_name(block.index)
     arrays = _block_arrays(products, plan.manifest.embedding)
     counts: dict[str, JSON] = {product: products[product].counts.tolist() for product in RAGGED}
-    attributes = {**_block_attributes(plan, block), "counts": counts}
+    attributes = {**_block_attributes(plan, block), "counts": counts, **bad_attributes(bad_images)}
     with disk_room(plan.store, sum(rows.nbytes for rows in arrays.values())):
         # Not done, yet something is there: damaged, dropped, or of another build.
         set_aside(plan.store, name)
         write_entry(plan.store, name, arrays, attributes, point="block")
+
+
+def journaled_bad_images(path: str | os.PathLike[str]) -> dict[int, str]:
+    """Images of an unfinished store that could not be read so far, by id, and why."""
+    plan = read_plan(Path(path).absolute())
+    entries = (finished_block(plan, block.index) for block in plan.blocks)
+    return all_bad_images(entry.attributes for entry in entries if entry is not None)

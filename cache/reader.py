@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.arrays import RowArray, VerifiedArray, all_finite
+from cache.bad_images import bad_images_of
 from cache.manifest import Manifest, parse_json
 from cache.mark import MANIFEST, CommitMark
 from cache.place import LocalPlace, Place, find_place, read_environment
@@ -95,6 +96,11 @@ class Store:
     def sizes(self) -> NDArray[np.int32]:
         """Width and height of each image in pixels, (n, 2) int32, in the order of `image_ids`."""
         return np.stack([self._here.column("images/width"), self._here.column("images/height")], axis=1)
+
+    @property
+    def bad_images(self) -> dict[int, str]:
+        """Images that could not be read when the store was built, by id, and why: they have no rows."""
+        return bad_images_of(parse_json(self._place.read_file("zarr.json"), f"{self}/zarr.json"))
 
     @property
     def proposals(self) -> "Product[ProposalRows]":

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cache.bad_images import all_bad_images
 from cache.checks import check_whole
 from cache.commit import Committer, Finisher, remove_journal
 from cache.durable import BuildLock, disk_room, make_folders, read_bytes, require_room, writable, write_atomic
@@ -30,8 +31,10 @@ from cache.place import unfinished_plan
 from cache.plan import (
     Plan,
     another_folder,
+    block_name,
     finished_block,
     geometry_differences,
+    journaled_bad_images,
     plan_folder,
     read_plan,
     refuse,
@@ -220,6 +223,16 @@ class StoreWriter:
         entries = self._entries()
         missing = [block for block, entry in zip(self.blocks, entries, strict=True) if entry is None]
         return missing or self._lost(Committer(self._plan, [entry for entry in entries if entry is not None]))
+
+    def bad_images(self) -> dict[int, str]:
+        """Images of the finished blocks that could not be read, by id, and why."""
+        return {} if self.complete else journaled_bad_images(self.path)
+
+    def retry_bad_images(self) -> None:
+        """Make blocks with images that could not be read pending again; a block whose rows are committed stays."""
+        for block, entry in zip(self.blocks, self._entries(), strict=True):
+            if entry is not None and entry.sized and all_bad_images([entry.attributes]):
+                set_aside(self.path, block_name(block.index))
 
     def _entries(self) -> list[Entry | None]:
         return [finished_block(self._plan, block.index) for block in self.blocks]

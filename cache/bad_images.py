@@ -1,0 +1,46 @@
+"""Images that could not be read when a store was built: it lists them, says why, and has no rows for them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.manifest import JSON
+from cache.schema import RaggedRows, StoreError
+
+_NAME = "bad_images"
+"""Attribute of a block's journal entry and of the group `images`, where there are any: id -> reason."""
+
+
+def bad_attributes(bad: Mapping[int, str]) -> dict[str, JSON]:
+    """Bad images, by id, as they are written among other attributes; JSON has texts for keys. Nothing for none."""
+    return {_NAME: {str(image): reason for image, reason in sorted(bad.items())}} if bad else {}
+
+
+def all_bad_images(attributes: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """The bad images that attributes tell of, by id."""
+    return {int(image): reason for found in attributes for image, reason in found.get(_NAME, {}).items()}
+
+
+def bad_images_of(root: Mapping[str, Any]) -> dict[int, str]:
+    """The bad images of a finished store, by id, from the metadata of its root."""
+    return all_bad_images([root["consolidated_metadata"]["metadata"]["images"]["attributes"]])
+
+
+def require_no_rows(
+    bad: Mapping[int, str], products: Mapping[str, RaggedRows], image_ids: NDArray[np.int64], *, where: str
+) -> None:
+    """Refuse rows of images that could not be read, and such images as are none of the block's.
+
+    Raises:
+        StoreError: says which image.
+    """
+    for image in bad:
+        place = np.flatnonzero(image_ids == image)
+        if not len(place):
+            raise StoreError(f"{where}: bad image {image} is not one of its images")
+        for product, rows in products.items():
+            count = int(rows.counts[place[0]])
+            if count:
+                raise StoreError(f"{where}: bad image {image} has {count} rows of {product}, expected none")
