@@ -37,7 +37,7 @@ from pipeline.build import build_cache
 from pipeline.config import Config, load_preset
 from pipeline.datasets import Dataset, find_dataset, read_dataset_image
 from pipeline.evaluate import evaluate_run
-from pipeline.extract import encode_boxes
+from pipeline.encode import CropEncoder
 from pipeline.figures import headline
 from pipeline.request import BuildRequest
 from pipeline.shapes import write_shapes
@@ -119,14 +119,14 @@ class Bench:
         anchors = image_anchors(self.config.proposals, *picture.extent)
         kept = self.folder / f"{picture.name}.npy"
         if not kept.exists():
-            embedding, _ = encode_boxes(self.teacher, picture.pixels, anchors, self.config)
+            embedding, _ = CropEncoder(self.teacher, self.config).encode(picture.pixels, anchors)
             unfinished = kept.with_suffix(".partial.npy")
             np.save(unfinished, embedding.numpy())
             unfinished.rename(kept)
             print(f"{kept}: {len(anchors)} anchors", flush=True)
         embedding = torch.from_numpy(np.load(kept))
         some = torch.randperm(len(anchors), generator=torch.Generator().manual_seed(0))[:16]
-        again, _ = encode_boxes(self.teacher, picture.pixels, anchors[some], self.config)
+        again, _ = CropEncoder(self.teacher, self.config).encode(picture.pixels, anchors[some])
         if not torch.equal(again, embedding[some]):
             raise SystemExit(f"{kept}: anchors encoded by themselves come out differently; no figures. Remove it?")
         return anchors, embedding

@@ -13,6 +13,7 @@ from cache.records import GroundTruthRows, ProposalRows, RegionRows
 from cache.repair import RepairReport, RowSource, repair
 from cache.schema import (
     PRODUCTS,
+    RAGGED,
     Block,
     EmbeddingType,
     RaggedRows,
@@ -36,6 +37,7 @@ __all__ = [
     "list_stores",
     "repair",
     "PRODUCTS",
+    "RAGGED",
     "EmbeddingType",
     "Forecast",
     "Origin",

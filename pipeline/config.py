@@ -157,12 +157,17 @@ class BuildConfig:
     """Images per block: one task, one journal entry. Batches never cross a block."""
     batch: int = 256
     """Crops per encoder call."""
+    max_bad_images: float = 0.001
+    """Share of the images that may be left out because they cannot be read; with fewer than one, the first stops."""
     embedding: EmbeddingType = "float16"
     """How the store keeps embeddings; "int8" with a scale per row takes half the disk."""
 
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"build.seed must be >= 0, got {self.seed}")
         _require(self.block_images > 0, f"build.block_images must be > 0, got {self.block_images}")
+        _require(
+            0 <= self.max_bad_images < 1, f"build.max_bad_images must lie in [0, 1), got {self.max_bad_images}"
+        )
         _require(self.batch > 0, f"build.batch must be > 0, got {self.batch}")
 
 

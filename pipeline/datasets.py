@@ -18,7 +18,7 @@ from torch import Tensor
 from ezsd.data.annotations import AnnotationError, ImageRecord, resolve_image_path
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.vocabulary import COCO_SPLIT, Split, clean_names, suggest
-from pipeline.images import opened_image
+from pipeline.images import ImageError, opened_image
 from pipeline.parsed import Category, read_categories
 
 
@@ -265,5 +265,5 @@ def read_dataset_image(root: Path, record: ImageRecord) -> Tensor:
     _, height, width = pixels.shape
     if (width, height) != (record.width, record.height):
         stated = f"{record.width} x {record.height}"
-        raise AnnotationError(f"{path}: the annotations say {stated} pixels, the file has {width} x {height}")
+        raise ImageError(f"{path}: the annotations say {stated} pixels, the file has {width} x {height}")
     return pixels

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache import Block, RaggedRows, write_block
+from cache import RAGGED, Block, RaggedRows, journaled_bad_images, write_block
 from ezsd.adapt import restore
-from ezsd.crops import crop_boxes, distinct_crops
-from ezsd.data.annotations import Annotations, ImageRecord
+from ezsd.data.annotations import Annotations
 from ezsd.proposals import (
     anchor_scores,
     clear_of_base,
@@ -28,13 +29,15 @@ from ezsd.teacher import Teacher
 from pipeline.anchors import look_at_anchors
 from pipeline.config import Config, from_tables
 from pipeline.datasets import Dataset, from_definition, read_dataset_image
+from pipeline.encode import SHORT, CropEncoder
 from pipeline.given import given_proposals
+from pipeline.images import ImageError, require_few_bad
 from pipeline.parsed import training_annotations
-from pipeline.reuse import Columns, KnownRegion, Reuse, ReusedRows
+from pipeline.reuse import PER_IMAGE, Columns, KnownRegion, Reuse, ReusedRows
 from pipeline.teachers import configured_teacher
 
-_SHORT = 16
-"""Batches are never shorter."""
+_READ_AHEAD = 2
+"""Images that are read while another one is encoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class _Worker:
     dataset: Dataset
     annotations: Annotations
     teacher: Teacher
+    encoder: CropEncoder
     text: Tensor
     background: Tensor | None
     reused: ReusedRows | None
@@ -95,6 +99,7 @@ def _worker(job: ExtractJob) -> _Worker:
         dataset=dataset,
         annotations=annotations,
         teacher=teacher,
+        encoder=CropEncoder(teacher, config),
         text=rows,
         background=background,
         reused=None if job.reuse is None else ReusedRows(job.reuse),
@@ -103,28 +108,87 @@ def _worker(job: ExtractJob) -> _Worker:
 
 
 def extract_block(job: ExtractJob, block: Block) -> int:
-    """Compute one block and write it whole into the store's journal; returns how many crops the teacher was shown."""
-    rows, passes = _extract(job, block)
-    write_block(job.store, block, rows)
-    return passes
+    """Compute one block and write it whole into the store's journal; returns how many crops the teacher was shown.
+
+    Raises:
+        ImageError: with the block's, more images cannot be read than `build.max_bad_images` allows. Nothing of the
+            block is written then.
+    """
+    found = _extract(job, block)
+    if found.bad:
+        worker = _worker(job)
+        known = {image: ImageError(reason) for image, reason in journaled_bad_images(job.store).items()}
+        require_few_bad(known | found.bad, worker.config.build, len(worker.annotations.images))
+    reasons = {image: _reason(job, error) for image, error in found.bad.items()}
+    write_block(job.store, block, found.rows, bad_images=reasons)
+    return found.passes
 
 
 def block_rows(job: ExtractJob, block: Block) -> dict[str, RaggedRows]:
-    """All rows of one block of images."""
-    rows, _ = _extract(job, block)
-    return rows
+    """All rows of one block of images; none of those that cannot be read."""
+    return _extract(job, block).rows
 
 
-def _extract(job: ExtractJob, block: Block) -> tuple[dict[str, RaggedRows], int]:
-    """The rows of a block, and how many crops the teacher was shown for them.
+@dataclass(frozen=True, slots=True)
+class _Extracted:
+    rows: dict[str, RaggedRows]
+    passes: int
+    """Crops that the teacher was shown."""
+    bad: dict[int, ImageError]
+    """By id, what is wrong with images that cannot be read."""
 
-    One thread per process: sums are then added in one order, and the store has the same bytes from any number of
-    workers.
+
+def _extract(job: ExtractJob, block: Block) -> _Extracted:
+    """The rows of a block.
+
+    One thread computes in a process: sums are then added in one order, and the store has the same bytes from any number
+    of workers.
     """
-    with _single_thread():
-        worker = _worker(job)
-        images, passes = zip(*(_extract_image(worker, p) for p in range(block.start, block.stop)), strict=True)
-    return _collate(images), sum(passes)
+    images: list[dict[str, Columns]] = []
+    bad: dict[int, ImageError] = {}
+    passes = 0
+    with _single_thread(), contextlib.closing(_views(_worker(job), block)) as views:
+        for view in views:
+            try:
+                images.append(_extract_image(view))
+            except ImageError as error:
+                bad[view.record.id] = error
+                images.append(_no_rows(view.worker.teacher.embed_dim))
+            passes += view.passes
+    return _Extracted(_collate(images), passes, bad)
+
+
+def _views(worker: _Worker, block: Block) -> Generator[_View, None, None]:
+    """The images of a block in order. The next ones are read while one is encoded, unless they may not be needed."""
+    positions = range(block.start, block.stop)
+    if worker.reused is not None:
+        yield from (_View(worker, position, partial(_read, worker, position)) for position in positions)
+        return
+    ahead: deque[_View] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        for position in positions:
+            ahead.append(_View(worker, position, reader.submit(_read, worker, position).result))
+            if len(ahead) > _READ_AHEAD:
+                yield ahead.popleft()
+        yield from ahead
+
+
+def _read(worker: _Worker, position: int) -> Tensor:
+    """(3, H, W) uint8."""
+    return read_dataset_image(worker.dataset.root / worker.dataset.train_images, worker.annotations.images[position])
+
+
+def _reason(job: ExtractJob, error: ImageError) -> str:
+    """What is wrong with an image, in words that hold wherever the dataset lies."""
+    return str(error).replace(f"{Path(job.root).resolve()}/", "").replace(f"{job.root}/", "")
+
+
+def _no_rows(embed_dim: int) -> dict[str, Columns]:
+    """The rows of an image that cannot be read."""
+    return {
+        product: {field.name: np.zeros((0, *field.row_shape(embed_dim)), field.dtype) for field in RAGGED[product]}
+        for product in PER_IMAGE
+    }
 
 
 @contextlib.contextmanager
@@ -138,10 +202,9 @@ def _single_thread() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _extract_image(worker: _Worker, position: int) -> tuple[dict[str, Columns], int]:
-    record = worker.annotations.images[position]
+def _extract_image(view: _View) -> dict[str, Columns]:
+    worker, record, position = view.worker, view.record, view.position
     rows = {} if worker.reused is None else worker.reused.taken(record.id)
-    view = _View(worker, record)
     if "ground_truth" not in rows:
         rows["ground_truth"] = _ground_truth(view, worker.annotations, worker.annotations.rows(position))
     if "proposals" not in rows and worker.given is not None:
@@ -152,40 +215,23 @@ def _extract_image(worker: _Worker, position: int) -> tuple[dict[str, Columns], 
             rows["regions"] = _filtered(view, rows["proposals"], base_boxes)
         else:
             rows |= _proposed(view, base_boxes)
-    return rows, view.passes
-
-
-def encode_boxes(teacher: Teacher, pixels: Tensor, boxes: Tensor, config: Config) -> tuple[Tensor, int]:
-    """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4) of one image, and how many crops were encoded.
-
-    Batches never cross an image, and short ones are filled up: a matrix product of few rows adds in another order.
-    An embedding then depends on its crop alone, whatever is encoded beside it, and boxes with the same crop share one
-    pass.
-    """
-    size, height, width = teacher.input_size, *pixels.shape[1:]
-    ratio, surround = config.proposals.crop_ratio, config.proposals.surround
-    first, crop = distinct_crops(boxes, ratio=ratio, surround=surround, width=width, height=height)
-    parts = [torch.zeros(0, teacher.embed_dim)]
-    for chunk in boxes[first].split(config.build.batch) if len(boxes) else ():
-        filled = torch.cat([chunk, chunk[:1].expand(max(0, _SHORT - len(chunk)), 4)])
-        crops = crop_boxes(pixels, filled, size=size, ratio=ratio, surround=surround)
-        parts.append(teacher.encode_image(crops.float() / 255).float().cpu()[: len(chunk)])
-    return torch.cat(parts)[crop], len(first)
+    return rows
 
 
 class _View:
-    """One image as the teacher sees it; read only if anything of it has to be encoded."""
+    """One image as the teacher sees it."""
 
-    def __init__(self, worker: _Worker, record: ImageRecord) -> None:
-        self.worker, self.record = worker, record
+    def __init__(self, worker: _Worker, position: int, read: Callable[[], Tensor]) -> None:
+        self.worker, self.position, self._read = worker, position, read
+        self.record = worker.annotations.images[position]
         self.passes = 0
         """Crops that the teacher was shown, but for those that fill up a batch."""
 
     def encode(self, boxes: Tensor) -> Tensor:
-        """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4); see `encode_boxes`."""
+        """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4)."""
         if not len(boxes):
             return torch.zeros(0, self.worker.teacher.embed_dim)
-        embedding, passes = encode_boxes(self.worker.teacher, self.pixels, boxes, self.worker.config)
+        embedding, passes = self.worker.encoder.encode(self.pixels, boxes)
         self.passes += passes
         return embedding
 
@@ -198,10 +244,8 @@ class _View:
 
     @cached_property
     def pixels(self) -> Tensor:
-        """(3, H, W) uint8, where the teacher is."""
-        folder = self.worker.dataset.root / self.worker.dataset.train_images
-        pixels = read_dataset_image(folder, self.record)
-        return pixels.to(getattr(self.worker.teacher, "device", "cpu"))
+        """(3, H, W) uint8, where the teacher is. ImageError when it cannot be read."""
+        return self._read().to(getattr(self.worker.teacher, "device", "cpu"))
 
 
 def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:
@@ -244,7 +288,7 @@ def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
     clear = torch.nonzero(clear_of_base(box, base_boxes, base_iou=settings.base_iou))[:, 0]
     known = {} if worker.reused is None else worker.reused.known(view.record.id)
     found: list[tuple[int, np.float32, int, np.ndarray]] = []
-    for places in clear.split(max(settings.regions, _SHORT)):
+    for places in clear.split(max(settings.regions, SHORT)):
         missing = [place for place in places.tolist() if box[place].numpy().tobytes() not in known]
         known |= _encoded(view, box[missing])
         for place in places.tolist():

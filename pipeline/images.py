@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
+if TYPE_CHECKING:
+    from pipeline.config import BuildConfig
+
+_NAMED = 3
+"""Most images that one error names."""
+
 
 class ImageError(ValueError):
-    """A file is missing, damaged or no image."""
+    """A file is missing, damaged, no image, or not the one that the annotations describe."""
+
+
+def require_few_bad(bad: Mapping[int, ImageError], config: BuildConfig, images: int) -> None:
+    """Stop a build when more images cannot be read than it may leave out.
+
+    Args:
+        bad: what is wrong with them, by id.
+        config: says how many may be left out.
+        images: of the whole dataset.
+
+    Raises:
+        ImageError: names the first ones; the only one's own error where none may be left out.
+    """
+    most = int(config.max_bad_images * images)
+    if len(bad) <= most:
+        return
+    named = [bad[image] for image in sorted(bad)[:_NAMED]]
+    if most == 0 and len(bad) == 1:
+        raise named[0]
+    raise ImageError(
+        f"{len(bad)} images cannot be read, more than the {most} that build.max_bad_images={config.max_bad_images:g} "
+        f"allows: {'; '.join(map(str, named))}{'; ...' if len(bad) > _NAMED else ''}; mend them or raise the limit, and "
+        "run the same command again"
+    )
 
 
 @contextmanager

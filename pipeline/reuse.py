@@ -68,9 +68,13 @@ class ReusedRows:
 
     def __init__(self, reuse: Reuse) -> None:
         self._reuse, self._store = reuse, Store(reuse.store)
+        # These may have been mended since.
+        self._bad = self._store.bad_images
 
     def taken(self, image_id: int) -> dict[str, Columns]:
         """The rows of one image that are taken as they are, by product."""
+        if image_id in self._bad:
+            return {}
         return {name: self._columns(name, image_id) for name in PER_IMAGE if name in self._reuse.products}
 
     def known(self, image_id: int) -> dict[bytes, KnownRegion]:
