@@ -36,8 +36,8 @@ from pipeline.anchors import image_anchors, look_at_anchors
 from pipeline.build import build_cache
 from pipeline.config import Config, load_preset
 from pipeline.datasets import Dataset, find_dataset, read_dataset_image
-from pipeline.evaluate import evaluate_run
 from pipeline.encode import CropEncoder
+from pipeline.evaluate import evaluate_run
 from pipeline.figures import headline
 from pipeline.request import BuildRequest
 from pipeline.shapes import write_shapes

@@ -7,7 +7,7 @@ from cache.inspect import ProductInfo, StoreInfo, info, list_stores
 from cache.journal import read_note
 from cache.leftovers import collect
 from cache.manifest import JSON, Manifest, Origin, canonical_json, differences, images_digest
-from cache.plan import journaled_bad_images, write_block
+from cache.plan import forget_block, journaled_bad_images, write_block
 from cache.reader import Product, Store
 from cache.records import GroundTruthRows, ProposalRows, RegionRows
 from cache.repair import RepairReport, RowSource, repair
@@ -42,6 +42,7 @@ __all__ = [
     "Forecast",
     "Origin",
     "forecast",
+    "forget_block",
     "images_digest",
     "JSON",
     "Block",

@@ -262,3 +262,8 @@ def journaled_bad_images(path: str | os.PathLike[str]) -> dict[int, str]:
     plan = read_plan(Path(path).absolute())
     entries = (finished_block(plan, block.index) for block in plan.blocks)
     return all_bad_images(entry.attributes for entry in entries if entry is not None)
+
+
+def forget_block(path: str | os.PathLike[str], block: Block) -> None:
+    """Take a block out of the journal again: it is then still to be written."""
+    set_aside(Path(path).absolute(), block_name(block.index))

@@ -1,7 +1,7 @@
 """The builder of a store: plan, journal, commit. Killed anywhere, it goes on where it was."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,8 +31,8 @@ from cache.place import unfinished_plan
 from cache.plan import (
     Plan,
     another_folder,
-    block_name,
     finished_block,
+    forget_block,
     geometry_differences,
     journaled_bad_images,
     plan_folder,
@@ -228,11 +228,15 @@ class StoreWriter:
         """Images of the finished blocks that could not be read, by id, and why."""
         return {} if self.complete else journaled_bad_images(self.path)
 
-    def retry_bad_images(self) -> None:
-        """Make blocks with images that could not be read pending again; a block whose rows are committed stays."""
+    def retry_images(self, image_ids: Collection[int]) -> None:
+        """Make blocks pending again in which some of these images could not be read, unless shards hold their rows."""
         for block, entry in zip(self.blocks, self._entries(), strict=True):
-            if entry is not None and entry.sized and all_bad_images([entry.attributes]):
-                set_aside(self.path, block_name(block.index))
+            if (
+                entry is not None
+                and entry.sized
+                and not all_bad_images([entry.attributes]).keys().isdisjoint(image_ids)
+            ):
+                forget_block(self.path, block)
 
     def _entries(self) -> list[Entry | None]:
         return [finished_block(self._plan, block.index) for block in self.blocks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,17 +17,25 @@ from ezsd.data.annotations import Annotations
 from ezsd.teacher import Teacher
 from pipeline.config import AdaptConfig, ConfigError, ProposalConfig
 from pipeline.datasets import read_dataset_image
+from pipeline.images import ImageError, require_few_bad
 from pipeline.progress import Progress
+
+log = logging.getLogger("ezsd")
 
 # Crops of small benchmarks are kept; those of large ones are made again when their image comes up.
 _MEMO_BYTES = 2**30
 
 
 class CropSource:
-    """Crops of an annotation record's boxes, image by image."""
+    """Crops of an annotation record's boxes, image by image; images that cannot be read have none, up to a limit."""
 
-    def __init__(self, annotations: Annotations, root: Path, *, size: int, ratio: float, surround: Surround) -> None:
+    def __init__(
+        self, annotations: Annotations, root: Path, *, size: int, ratio: float, surround: Surround, most_bad: int = 0
+    ) -> None:
         self.annotations = annotations
+        self.most_bad = most_bad
+        self.bad: dict[int, str] = {}
+        """Images left out so far, by id, and why."""
         self.root = root
         self.size = size
         self.ratio = ratio
@@ -35,18 +44,35 @@ class CropSource:
         self._memo_bytes = 0
 
     def image(self, position: int) -> tuple[Tensor, Tensor]:
-        """Crops (R, 3, S, S) uint8 of one image's boxes, and their classes (R,) int64."""
+        """Crops (R, 3, S, S) uint8 of one image's boxes, and their classes (R,) int64.
+
+        Raises:
+            ImageError: it cannot be read, and with it more than may be left out.
+        """
         rows = self.annotations.rows(position)
         label = torch.from_numpy(self.annotations.class_index[rows].astype(np.int64))
         if position in self._memo:
             return self._memo[position], label
-        pixels = read_dataset_image(self.root, self.annotations.images[position])
+        record = self.annotations.images[position]
+        try:
+            pixels = read_dataset_image(self.root, record)
+        except ImageError as error:
+            self._leave_out(record.id, error)
+            return torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8), label[:0]
         boxes = torch.from_numpy(self.annotations.box[rows])
         crops = crop_boxes(pixels, boxes, size=self.size, ratio=self.ratio, surround=self.surround)
         if self._memo_bytes + crops.numel() <= _MEMO_BYTES:
             self._memo[position] = crops
             self._memo_bytes += crops.numel()
         return crops, label
+
+    def _leave_out(self, image_id: int, error: ImageError) -> None:
+        if not self.most_bad:
+            raise error
+        if image_id not in self.bad:
+            log.warning("left out of re-normalisation: %s", error)
+            self.bad[image_id] = str(error)
+            require_few_bad(self.bad, self.most_bad)
 
     def batches(self, positions: Iterable[int], *, crops: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Crops (up to `crops`, 3, S, S), float in [0, 1], and classes of the given images in order."""
@@ -77,7 +103,14 @@ class CropSource:
 
 
 def adapt_teacher(
-    teacher: Teacher, annotations: Annotations, root: Path, *, config: AdaptConfig, crops: ProposalConfig, seed: int
+    teacher: Teacher,
+    annotations: Annotations,
+    root: Path,
+    *,
+    config: AdaptConfig,
+    crops: ProposalConfig,
+    seed: int,
+    most_bad: int = 0,
 ) -> tuple[NDArray[np.float32], dict[str, object]]:
     """Tune the teacher's LayerNorms in place on base crops of the training images.
 
@@ -88,15 +121,24 @@ def adapt_teacher(
         config: see `AdaptConfig`.
         crops: how boxes are cropped, as in the later stages.
         seed: of the held-out choice and the shuffling.
+        most_bad: images that may be left out because they cannot be read.
 
     Returns:
         The tuned values (K,), and attributes for the store: parameter table, steps, base accuracy before and after on
-        the held-out images.
+        the held-out images, ids of images left out if there are any.
 
     Raises:
-        ConfigError: there are too few base boxes to hold some out.
+        ConfigError: there are too few base boxes to hold some out, or too many crops in a step for the memory.
+        ImageError: more images than that cannot be read.
     """
-    source = CropSource(annotations, root, size=teacher.input_size, ratio=crops.crop_ratio, surround=crops.surround)
+    source = CropSource(
+        annotations,
+        root,
+        size=teacher.input_size,
+        ratio=crops.crop_ratio,
+        surround=crops.surround,
+        most_bad=most_bad,
+    )
     with_boxes = np.unique(annotations.image_index)
     held = max(1, round(len(with_boxes) * config.held_out))
     if len(with_boxes) <= held:
@@ -104,12 +146,14 @@ def adapt_teacher(
     order = np.random.default_rng([seed, 0]).permutation(with_boxes)
     tuned_on, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
 
-    def accuracy() -> float:
+    def accuracy() -> tuple[float, int]:
         right = crop_accuracy(teacher, source.batches(held_out, crops=config.crops), annotations.names)
-        return float(right.float().mean())
+        if not len(right):
+            raise ConfigError("re-normalisation needs base boxes in images that can be read, found none to hold out")
+        return float(right.float().mean()), len(right)
 
     parameters = teacher.layer_norms()
-    before = accuracy()
+    before, measured = accuracy()
     learning = list(teacher.layer_norms(vision_only=config.towers == "vision").values())
     steps = config.steps if learning else 0
     if steps:
@@ -124,14 +168,23 @@ def adapt_teacher(
             weight_decay=config.weight_decay,
             clip_norm=config.clip_norm,
         )
-        with Progress("adapt", steps, unit="step") as progress:
-            for _, value in zip(range(steps), losses, strict=False):
-                progress.advance(note=f"loss {value:.3f}")
+        try:
+            with Progress("adapt", steps, unit="step") as progress:
+                for _, value in zip(range(steps), losses, strict=False):
+                    progress.advance(note=f"loss {value:.3f}")
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"adapt.crops={config.crops}: so many crops in a step do not fit the memory; use "
+                f"--set adapt.crops={max(1, config.crops // 2)}"
+            ) from error
     values, table = flatten(parameters)
-    return values, {
+    attributes: dict[str, object] = {
         "parameters": table,
         "steps": steps,
-        "held_out_crops": int(np.isin(annotations.image_index, held_out).sum()),
+        "held_out_crops": measured,
         "base_accuracy_before": before,
-        "base_accuracy_after": accuracy() if steps else before,
+        "base_accuracy_after": accuracy()[0] if steps else before,
     }
+    if source.bad:
+        attributes["left_out_images"] = sorted(source.bad)
+    return values, attributes

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from ezsd.teacher import Teacher
 from pipeline.adapt import adapt_teacher
 from pipeline.commit import require_workers, write_shards
 from pipeline.config import to_tables
+from pipeline.datasets import read_dataset_image
 from pipeline.environment import describe_build, weights_file_digest
 from pipeline.extract import ExtractJob, load_config_teacher
 from pipeline.forecast import warn_of_room
 from pipeline.given import given_proposals
+from pipeline.images import ImageError, most_bad_images
 from pipeline.jobs import extract_numbered, leave_job
 from pipeline.progress import Progress, log_file, now, timed
 from pipeline.provenance import as_json, describe, model_inputs
@@ -45,11 +48,18 @@ class BuildReport:
 
     path: Path
     already_complete: bool
-    seconds: dict[str, float]
+    images: int = 0
+    extracted: int = 0
+    """Images of which this call made the rows."""
+    crops: int = 0
+    """That the teacher was shown for them."""
+    bad_images: int = 0
+    """Left out because they cannot be read; the store says which and why."""
+    seconds: dict[str, float] = field(default_factory=dict)
     """By stage: adapt, extract, commit."""
-    reused: tuple[str, ...]
+    reused: tuple[str, ...] = ()
     """Products taken over from another store."""
-    computed: tuple[str, ...]
+    computed: tuple[str, ...] = ()
     """The others."""
 
 
@@ -75,27 +85,37 @@ def build_cache(request: BuildRequest) -> BuildReport:
     Raises:
         ValueError: (of many kinds) something about the input is wrong; the message is one line.
     """
-    nothing_left = BuildReport(request.out, already_complete=True, seconds={}, reused=(), computed=())
     source = _source(request)
     if source is None:
-        return nothing_left
+        return BuildReport(request.out, already_complete=True)
     seconds: dict[str, float] = {}
     with Pool(request.schedule) as pool, _open_writer(request, source) as writer:
         if writer.complete:
-            return nothing_left
+            return BuildReport(request.out, already_complete=True)
         with log_file(writer.log_path):
             environment = _begin(writer, request, source, pool)
             with timed(seconds, "adapt"):
                 job = _prepare(writer, request, source)
             with timed(seconds, "extract"):
+                _retry_mended(writer, request, source)
                 passes = _extract(writer, job, pool, writer.pending(), len(writer.blocks))
             with timed(seconds, "commit"):
                 write_shards(writer, pool)
+                bad = len(writer.bad_images())
                 spent = {stage: round(duration, 2) for stage, duration in seconds.items()}
-                writer.write_environment({**environment, "seconds": spent, "encoded": passes, "finished": now()})
+                writer.write_environment({**environment, "seconds": spent, "encoded": dict(passes), "finished": now()})
                 writer.finish()
-    computed = tuple(product for product in PRODUCTS if product not in source.reused)
-    return BuildReport(request.out, already_complete=False, seconds=seconds, reused=source.reused, computed=computed)
+    return BuildReport(
+        request.out,
+        already_complete=False,
+        images=len(source.annotations.images),
+        extracted=passes["images"],
+        crops=passes["crops"],
+        bad_images=bad,
+        seconds=seconds,
+        reused=source.reused,
+        computed=tuple(product for product in PRODUCTS if product not in source.reused),
+    )
 
 
 def build_share(request: BuildRequest, share: Share) -> ShareReport:
@@ -119,6 +139,8 @@ def build_share(request: BuildRequest, share: Share) -> ShareReport:
             if not writer.shared:
                 _begin(writer, request, source, pool, shares=share.count)
             job = _prepare(writer, request, source)
+            if not writer.shared:
+                _retry_mended(writer, request, source)
             writer.share()
             own = [block for block in writer.blocks if share.has(block)]
             _extract(writer, job, pool, [block for block in writer.pending() if share.has(block)], len(own))
@@ -247,10 +269,23 @@ def adapted(
         config=config.adapt,
         crops=config.proposals,
         seed=config.build.seed,
+        most_bad=most_bad_images(config.build.max_bad_images, len(annotations.images)),
     )
     before, after = tuned["base_accuracy_before"], tuned["base_accuracy_after"]
     log.info("re-normalised: held-out base accuracy %.3f -> %.3f", before, after)
     return values, tuned
+
+
+def _retry_mended(writer: StoreWriter, request: BuildRequest, source: _Source) -> None:
+    """Have the blocks done again of which an image could not be read when they were, and now can."""
+    folder = request.dataset.root / request.dataset.train_images
+    bad, mended = writer.bad_images(), list[int]()
+    for record in source.annotations.images:
+        if record.id in bad:
+            with contextlib.suppress(ImageError):
+                read_dataset_image(folder, record)
+                mended.append(record.id)
+    writer.retry_images(mended)
 
 
 def embed_names(teacher: Teacher, names: Sequence[str]) -> NDArray[np.float32]:
@@ -281,7 +316,7 @@ def extract_job(
     )
 
 
-def _extract(writer: StoreWriter, job: ExtractJob, pool: Pool, pending: Sequence[Block], total: int) -> dict[str, JSON]:
+def _extract(writer: StoreWriter, job: ExtractJob, pool: Pool, pending: Sequence[Block], total: int) -> dict[str, int]:
     """Do what is left of `total` blocks; says how many images that were, and how many crops were encoded for them."""
     if len(pending) < total:
         log.info("resuming: %d of %d blocks are done", total - len(pending), total)

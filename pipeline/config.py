@@ -165,9 +165,7 @@ class BuildConfig:
     def __post_init__(self) -> None:
         _require(self.seed >= 0, f"build.seed must be >= 0, got {self.seed}")
         _require(self.block_images > 0, f"build.block_images must be > 0, got {self.block_images}")
-        _require(
-            0 <= self.max_bad_images < 1, f"build.max_bad_images must lie in [0, 1), got {self.max_bad_images}"
-        )
+        _require(0 <= self.max_bad_images < 1, f"build.max_bad_images must lie in [0, 1), got {self.max_bad_images}")
         _require(self.batch > 0, f"build.batch must be > 0, got {self.batch}")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ezsd.data.annotations import AnnotationError, ImageRecord, resolve_image_path
+from ezsd.data.annotations import ImageRecord, resolve_image_path
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.vocabulary import COCO_SPLIT, Split, clean_names, suggest
 from pipeline.images import ImageError, opened_image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import RAGGED, Block, RaggedRows, journaled_bad_images, write_block
+from cache import RAGGED, Block, RaggedRows, forget_block, journaled_bad_images, write_block
 from ezsd.adapt import restore
 from ezsd.data.annotations import Annotations
 from ezsd.proposals import (
@@ -31,10 +32,12 @@ from pipeline.config import Config, from_tables
 from pipeline.datasets import Dataset, from_definition, read_dataset_image
 from pipeline.encode import SHORT, CropEncoder
 from pipeline.given import given_proposals
-from pipeline.images import ImageError, require_few_bad
+from pipeline.images import ImageError, most_bad_images, portable_reason, require_few_bad
 from pipeline.parsed import training_annotations
 from pipeline.reuse import PER_IMAGE, Columns, KnownRegion, Reuse, ReusedRows
 from pipeline.teachers import configured_teacher
+
+log = logging.getLogger("ezsd")
 
 _READ_AHEAD = 2
 """Images that are read while another one is encoded."""
@@ -73,6 +76,8 @@ class _Worker:
     text: Tensor
     background: Tensor | None
     reused: ReusedRows | None
+    most_bad: int
+    """Images that may be left out because they cannot be read."""
     given: Mapping[int, Columns] | None
     """Proposals by image, where a file has them."""
 
@@ -102,6 +107,7 @@ def _worker(job: ExtractJob) -> _Worker:
         encoder=CropEncoder(teacher, config),
         text=rows,
         background=background,
+        most_bad=most_bad_images(config.build.max_bad_images, len(annotations.images)),
         reused=None if job.reuse is None else ReusedRows(job.reuse),
         given=given_proposals(config.proposals, annotations.images) if config.proposals.boxes else None,
     )
@@ -111,16 +117,18 @@ def extract_block(job: ExtractJob, block: Block) -> int:
     """Compute one block and write it whole into the store's journal; returns how many crops the teacher was shown.
 
     Raises:
-        ImageError: with the block's, more images cannot be read than `build.max_bad_images` allows. Nothing of the
-            block is written then.
+        ImageError: with the block's, more images cannot be read than `build.max_bad_images` allows; nothing of the
+            block is kept then.
     """
     found = _extract(job, block)
+    write_block(job.store, block, found.rows, bad_images=found.bad)
     if found.bad:
-        worker = _worker(job)
-        known = {image: ImageError(reason) for image, reason in journaled_bad_images(job.store).items()}
-        require_few_bad(known | found.bad, worker.config.build, len(worker.annotations.images))
-    reasons = {image: _reason(job, error) for image, error in found.bad.items()}
-    write_block(job.store, block, found.rows, bad_images=reasons)
+        try:
+            # Counted once they are written: of two processes that find one each, the later sees both.
+            require_few_bad(journaled_bad_images(job.store), _worker(job).most_bad)
+        except ImageError:
+            forget_block(job.store, block)
+            raise
     return found.passes
 
 
@@ -134,7 +142,7 @@ class _Extracted:
     rows: dict[str, RaggedRows]
     passes: int
     """Crops that the teacher was shown."""
-    bad: dict[int, ImageError]
+    bad: dict[int, str]
     """By id, what is wrong with images that cannot be read."""
 
 
@@ -145,15 +153,19 @@ def _extract(job: ExtractJob, block: Block) -> _Extracted:
     of workers.
     """
     images: list[dict[str, Columns]] = []
-    bad: dict[int, ImageError] = {}
+    bad: dict[int, str] = {}
     passes = 0
-    with _single_thread(), contextlib.closing(_views(_worker(job), block)) as views:
+    worker = _worker(job)
+    with _single_thread(), contextlib.closing(_views(worker, block)) as views:
         for view in views:
             try:
                 images.append(_extract_image(view))
             except ImageError as error:
-                bad[view.record.id] = error
-                images.append(_no_rows(view.worker.teacher.embed_dim))
+                if not worker.most_bad:
+                    raise
+                log.warning("left out: %s", error)
+                bad[view.record.id] = portable_reason(error, worker.dataset.root)
+                images.append(_no_rows(worker.teacher.embed_dim))
             passes += view.passes
     return _Extracted(_collate(images), passes, bad)
 
@@ -176,11 +188,6 @@ def _views(worker: _Worker, block: Block) -> Generator[_View, None, None]:
 def _read(worker: _Worker, position: int) -> Tensor:
     """(3, H, W) uint8."""
     return read_dataset_image(worker.dataset.root / worker.dataset.train_images, worker.annotations.images[position])
-
-
-def _reason(job: ExtractJob, error: ImageError) -> str:
-    """What is wrong with an image, in words that hold wherever the dataset lies."""
-    return str(error).replace(f"{Path(job.root).resolve()}/", "").replace(f"{job.root}/", "")
 
 
 def _no_rows(embed_dim: int) -> dict[str, Columns]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
-
-if TYPE_CHECKING:
-    from pipeline.config import BuildConfig
 
 _NAMED = 3
 """Most images that one error names."""
@@ -20,28 +17,32 @@ class ImageError(ValueError):
     """A file is missing, damaged, no image, or not the one that the annotations describe."""
 
 
-def require_few_bad(bad: Mapping[int, ImageError], config: BuildConfig, images: int) -> None:
+def portable_reason(error: ImageError, root: Path) -> str:
+    """What is wrong with an image of a dataset, in words that hold wherever the dataset lies."""
+    return str(error).replace(f"{root.resolve()}{os.sep}", "")
+
+
+def most_bad_images(share: float, images: int) -> int:
+    """How many images of a dataset a build may leave out, given `BuildConfig.max_bad_images`."""
+    return int(share * images)
+
+
+def require_few_bad(bad: Mapping[int, str], most: int) -> None:
     """Stop a build when more images cannot be read than it may leave out.
 
     Args:
-        bad: what is wrong with them, by id.
-        config: says how many may be left out.
-        images: of the whole dataset.
+        bad: by id, why.
+        most: how many may be left out.
 
     Raises:
-        ImageError: names the first ones; the only one's own error where none may be left out.
+        ImageError: names the first ones.
     """
-    most = int(config.max_bad_images * images)
-    if len(bad) <= most:
-        return
-    named = [bad[image] for image in sorted(bad)[:_NAMED]]
-    if most == 0 and len(bad) == 1:
-        raise named[0]
-    raise ImageError(
-        f"{len(bad)} images cannot be read, more than the {most} that build.max_bad_images={config.max_bad_images:g} "
-        f"allows: {'; '.join(map(str, named))}{'; ...' if len(bad) > _NAMED else ''}; mend them or raise the limit, and "
-        "run the same command again"
-    )
+    if len(bad) > most:
+        named = [bad[image] for image in sorted(bad)[:_NAMED]] + ["..."] * (len(bad) > _NAMED)
+        raise ImageError(
+            f"{len(bad)} images cannot be read, build.max_bad_images allows {most}: {'; '.join(named)}; mend them or "
+            "raise the limit, and run the same command again"
+        )
 
 
 @contextmanager

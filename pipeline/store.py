@@ -21,10 +21,22 @@ def build_lines(store: Path, report: BuildReport) -> list[str]:
     if report.already_complete:
         return [f"{store}: complete already, nothing to do"]
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
-    lines = [f"{store}: complete ({times})"]
+    found = info(store)
+    regions = next(product.rows for product in found.products if product.name == "regions")
+    lines = [
+        f"{store}: complete ({times})",
+        f"{report.images:,} images, {regions:,} regions, {found.bytes_:,} bytes in {found.files} files",
+    ]
+    if report.crops:
+        rate = report.crops / max(report.seconds["extract"], 1e-9)
+        lines.append(f"the teacher saw {report.crops:,} crops of {report.extracted:,} images, {rate:,.0f} a second")
+    if report.bad_images:
+        lines.append(
+            f"{report.bad_images} images cannot be read and were left out; `ezsd cache info {store}` says which and why"
+        )
     if report.reused:
         lines.append(f"reused: {', '.join(report.reused)}; computed: {', '.join(report.computed) or 'nothing'}")
-    return lines
+    return [*lines, f"next: ezsd train --cache {store}"]
 
 
 def share_lines(store: Path, report: ShareReport) -> list[str]:

@@ -16,6 +16,7 @@ from ezsd.data.annotations import Annotations
 from ezsd.teacher import Teacher, TeacherError, load_teacher
 from pipeline.config import Config, TeacherConfig
 from pipeline.datasets import Dataset, read_dataset_image
+from pipeline.images import ImageError
 
 log = logging.getLogger("ezsd")
 
@@ -76,10 +77,16 @@ def check_precision(
 def _first_crops(config: Config, dataset: Dataset, annotations: Annotations, size: int) -> Tensor:
     """Crops (B, 3, S, S), float in [0, 1]: base boxes, quarters and whole of the block's first images."""
     crops: list[Tensor] = []
+    bad: ImageError | None = None
     settings = config.proposals
     for position, record in enumerate(annotations.images[: config.build.block_images]):
         folder = dataset.root / dataset.train_images
-        pixels = read_dataset_image(folder, record)
+        try:
+            pixels = read_dataset_image(folder, record)
+        except ImageError as error:
+            # Whether it may be left out is decided where its rows would be made.
+            bad = error
+            continue
         x, y = record.width, record.height
         halves = [(0, 0, x, y), (0, 0, x / 2, y / 2), (x / 2, 0, x, y / 2), (0, y / 2, x / 2, y), (x / 2, y / 2, x, y)]
         boxes = torch.cat([torch.tensor(halves), torch.from_numpy(annotations.box[annotations.rows(position)])])
@@ -88,4 +95,6 @@ def _first_crops(config: Config, dataset: Dataset, annotations: Annotations, siz
         )
         if sum(map(len, crops)) >= _CHECKED_CROPS:
             break
+    if bad is not None and not crops:
+        raise bad
     return torch.cat(crops)[:_CHECKED_CROPS]

@@ -131,8 +131,11 @@ def training_samples(
 ) -> DetectionDataset:
     """The samples of a store. StoreMismatch when the annotations are others than it was made from."""
     images = checked_annotations(store, dataset).images
+    bad = store.bad_images
+    if bad:
+        log.info("%d of %d images could not be read when the store was built and are left out", len(bad), len(images))
     return DetectionDataset(
-        [int(i) for i in store.image_ids],
+        [image for image in store.image_ids.tolist() if image not in bad],
         partial(_read_by_id, dataset.root / dataset.train_images, images),
         store.ground_truth,
         store.regions,

@@ -61,7 +61,9 @@ def test_blocks_with_bad_images_are_written_again_on_request(tmp_path):
     journal(tmp_path / "store")
     with storekit.open_writer(tmp_path / "store") as writer:
         assert writer.pending() == []
-        writer.retry_bad_images()
+        writer.retry_images([storekit.IDS[0]])
+        assert writer.pending() == []
+        writer.retry_images([BAD])
         (block,) = writer.pending()
         assert BAD in storekit.IDS[block.start : block.stop]
         storekit.write_one(tmp_path / "store", block)

@@ -1,0 +1,128 @@
+"""Images that cannot be read: a few are left out of a build with their reasons, more stop it, mended ones are taken in."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cache import Store, journaled_bad_images
+from pipeline.build import build_cache
+from pipeline.datasets import find_dataset
+from pipeline.images import ImageError
+from pipeline.request import BuildRequest
+from pipeline.train import TrainRequest, train
+
+
+@pytest.fixture
+def dataset(shapes_root, tmp_path):
+    """A copy of the drawn images that may be damaged."""
+    shutil.copytree(shapes_root, tmp_path / "data")
+    return find_dataset("shapes", tmp_path / "data")
+
+
+@pytest.fixture
+def files(dataset) -> list[Path]:
+    return sorted((dataset.root / dataset.train_images).iterdir())
+
+
+@pytest.fixture
+def build(dataset, with_settings, tmp_path):
+    def run(share: float, name: str = "store", *, steps: int = 2, **changes):
+        config = with_settings(build={"max_bad_images": share, "block_images": 4}, adapt={"steps": steps})
+        request = BuildRequest(dataset=dataset, config=config, out=tmp_path / name, **{"workers": 1, **changes})
+        return build_cache(request)
+
+    return run
+
+
+def damage(file: Path) -> bytes:
+    before = file.read_bytes()
+    file.write_bytes(before[: len(before) // 2])
+    return before
+
+
+def rows(store: Store, image: int) -> int:
+    return len(store.regions[image].box) + len(store.proposals[image].box) + len(store.ground_truth[image].box)
+
+
+def test_bad_images_are_left_out_with_their_reason(build, files, tmp_path, caplog):
+    damage(files[2])
+    files[7].unlink()
+    report = build(0.2)
+    store = Store(tmp_path / "store")
+    assert report.bad_images == len(store.bad_images) == 2
+    for file, said in ((files[2], "cannot be read"), (files[7], "no such image")):
+        (reason,) = (reason for reason in store.bad_images.values() if file.name in reason)
+        assert said in reason
+        assert str(tmp_path) not in reason
+    assert all(rows(store, image) == 0 for image in store.bad_images)
+    assert sum(rows(store, image) > 0 for image in store.image_ids.tolist()) == 10
+
+
+def test_re_normalisation_leaves_out_as_many_and_says_which(build, files, tmp_path):
+    before = {file: damage(file) for file in (files[1], files[6])}
+    with pytest.raises(ImageError, match=r"2 images cannot be read, build.max_bad_images allows 1"):
+        build(0.1, "stopped")
+    files[6].write_bytes(before[files[6]])
+    build(0.1)
+    store = Store(tmp_path / "store")
+    assert store.teacher[1]["left_out_images"] == list(store.bad_images)
+
+
+def test_workers_leave_out_the_same_images(build, files, tmp_path):
+    damage(files[0])
+    files[9].unlink()
+    build(0.2, "one")
+    build(0.2, "two", workers=2)
+    for name in ("zarr.json", "images/zarr.json", "COMMIT.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_one_image_too_many_stops_the_build_and_is_taken_in_once_mended(build, files, tmp_path):
+    before = {file: damage(file) for file in (files[1], files[6])}
+    with pytest.raises(ImageError, match=r"2 images cannot be read, build.max_bad_images allows 1: .*mend them or raise"):
+        build(0.1, steps=0)
+    assert len(journaled_bad_images(tmp_path / "store")) == 1
+    for file, content in before.items():
+        file.write_bytes(content)
+    assert build(0.1, steps=0).bad_images == 0
+    assert all(rows(Store(tmp_path / "store"), image) for image in Store(tmp_path / "store").image_ids.tolist())
+
+
+def test_without_room_for_any_the_first_bad_image_stops_the_build(build, files, tmp_path):
+    damage(files[4])
+    with pytest.raises(ImageError, match=f"{files[4].name}: cannot be read"):
+        build(0.001)
+    assert journaled_bad_images(tmp_path / "store") == {}
+
+
+def test_an_image_of_another_size_is_bad(build, files, tmp_path):
+    shutil.copy(files[3], files[3].with_suffix(".new"))
+    from PIL import Image
+
+    with Image.open(files[3]) as image:
+        image.resize((64, 48)).save(files[3])
+    build(0.1)
+    (reason,) = Store(tmp_path / "store").bad_images.values()
+    assert "64 x 48" in reason
+
+
+def test_a_reused_store_gives_no_rows_for_its_bad_images(build, files, tmp_path):
+    before = damage(files[6])
+    build(0.1, "first")
+    (image,) = Store(tmp_path / "first").bad_images
+    files[6].write_bytes(before)
+    report = build(0.1, "second", reuse=tmp_path / "first")
+    second = Store(tmp_path / "second")
+    assert (report.bad_images, second.bad_images) == (0, {})
+    assert rows(second, image) > 0
+    assert 0 < report.crops < sum(rows(second, other) for other in second.image_ids.tolist())
+
+
+def test_training_leaves_bad_images_out(build, files, tmp_path, with_settings, caplog):
+    damage(files[2])
+    build(0.1)
+    with caplog.at_level("INFO", logger="ezsd"):
+        run = train(TrainRequest(cache=tmp_path / "store", run=tmp_path / "run", config=with_settings()))
+    assert "1 of 12 images could not be read when the store was built and are left out" in caplog.text
+    assert run.latest() is not None

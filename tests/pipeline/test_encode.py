@@ -1,0 +1,67 @@
+"""Crops turned into embeddings: each by its crop alone, in batches that the memory holds."""
+
+import pytest
+import torch
+
+from ezsd.teacher import TeacherError
+from pipeline.encode import SHORT, CropEncoder
+from pipeline.teachers import configured_teacher
+
+
+@pytest.fixture(scope="module")
+def teacher(quick_config):
+    return configured_teacher(quick_config.teacher, "cpu")
+
+
+@pytest.fixture
+def image():
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 96, 96), generator=random, dtype=torch.uint8)
+    corner = torch.rand(70, 2, generator=random) * 60
+    return pixels, torch.cat([corner, corner + 8 + 20 * torch.rand(70, 2, generator=random)], 1)
+
+
+class SmallMemory:
+    """The real teacher on a device that holds no more than some crops at once."""
+
+    def __init__(self, teacher, most):
+        self._teacher, self._most, self.seen = teacher, most, []
+
+    def __getattr__(self, name):
+        return getattr(self._teacher, name)
+
+    def encode_image(self, pixels):
+        if len(pixels) > self._most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.seen.append(len(pixels))
+        return self._teacher.encode_image(pixels)
+
+
+def test_too_large_a_batch_is_halved_for_good_and_says_the_same(teacher, image, with_settings, caplog):
+    config = with_settings(build={"batch": 64})
+    wanted, passes = CropEncoder(teacher, config).encode(*image)
+    small = SmallMemory(teacher, 20)
+    encoder = CropEncoder(small, config)
+    found, again = encoder.encode(*image)
+    assert torch.equal(found, wanted)
+    assert passes == again == 70
+    assert small.seen == [16, 16, 16, 16, 16]
+    assert [record.getMessage() for record in caplog.records] == [
+        "out of memory: going on with 32 crops at once",
+        "out of memory: going on with 16 crops at once",
+    ]
+    encoder.encode(*image)
+    assert len(caplog.records) == 2
+
+
+def test_a_memory_for_less_than_the_shortest_batch_is_one_clear_line(teacher, image, quick_config):
+    encoder = CropEncoder(SmallMemory(teacher, SHORT - 1), quick_config)
+    with pytest.raises(TeacherError, match=r"tiny-shapes: out of memory with 16 crops at once.*--device cpu"):
+        encoder.encode(*image)
+
+
+def test_boxes_with_the_same_crop_share_a_pass(teacher, image, quick_config):
+    pixels, boxes = image
+    found, passes = CropEncoder(teacher, quick_config).encode(pixels, torch.cat([boxes, boxes.flip(0)]))
+    assert passes == 70
+    assert torch.equal(found[:70], found[70:].flip(0))
