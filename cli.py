@@ -96,7 +96,9 @@ def cache_build(
         typer.Option(metavar="I/N", help="Only the I-th (1 to N) of N shares of the blocks; then: ezsd cache commit."),
     ] = None,
     reuse: Annotated[Path | None, typer.Option(help="A store to take over what would be the same.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how large it would get, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how large it would get and how long it would take, and stop.")
+    ] = False,
     set_: Set = None,
 ) -> None:
     """Re-normalise the teacher, find CLIP proposals, embed them: once per dataset and teacher."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ezsd.boxes import clip
+from ezsd.crops import distinct_crops
 from ezsd.proposals import faithful_anchors, faithful_cells, sliding_anchors
 from ezsd.selectors import Lattice, coarse_to_fine, grown_stride
 from pipeline.config import ProposalConfig
@@ -16,6 +17,19 @@ def image_anchors(config: ProposalConfig, width: int, height: int) -> Tensor:
     """Anchors (A, 4) of an image that are at least one pixel wide and high, original-image pixels."""
     anchors = _grid(config, width, height)
     return anchors[_wide(anchors)]
+
+
+def encoded_at_most(config: ProposalConfig, width: int, height: int) -> int:
+    """How many crops of an image the teacher is shown for its anchors: "coarse-to-fine" so many at most, else just so.
+
+    Anchors with the same crop share one.
+    """
+    if config.mode == "coarse-to-fine":
+        return _most_looks(config, _lattice(config, width, height))
+    anchors = _grid(config, width, height)
+    boxes = _chosen(config, anchors, _wide(anchors), width, height)
+    first, _ = distinct_crops(boxes, ratio=config.crop_ratio, surround=config.surround, width=width, height=height)
+    return len(first)
 
 
 def look_at_anchors(
@@ -39,23 +53,32 @@ def look_at_anchors(
     """
     anchors = _grid(config, width, height)
     wide = _wide(anchors)
-    anchors = clip(anchors, width, height)
     if config.mode == "coarse-to-fine":
+        anchors = clip(anchors, width, height)
 
         def look(chosen: Tensor) -> tuple[Tensor, Tensor]:
             embedding = encode(anchors[chosen])
             return score(embedding), embedding
 
         lattice = _lattice(config, width, height)
-        most = max(1, round(config.passes * len(lattice)))
-        looked = coarse_to_fine(lattice, wide, look, growth=config.growth, passes=most)
+        passes = _most_looks(config, lattice)
+        looked = coarse_to_fine(lattice, wide, look, growth=config.growth, passes=passes)
         return anchors[looked.anchor], looked.embedding
-    if config.mode == "grown-stride":
-        chosen = grown_stride(_lattice(config, width, height), growth=config.growth)
-        boxes = anchors[chosen[wide[chosen]]]
-    else:
-        boxes = anchors[wide]
+    boxes = _chosen(config, anchors, wide, width, height)
     return boxes, encode(boxes)
+
+
+def _chosen(config: ProposalConfig, anchors: Tensor, wide: Tensor, width: int, height: int) -> Tensor:
+    """The boxes of a mode that need not see anything to choose, within the image."""
+    anchors = clip(anchors, width, height)
+    if config.mode == "faithful":
+        return anchors[wide]
+    chosen = grown_stride(_lattice(config, width, height), growth=config.growth)
+    return anchors[chosen[wide[chosen]]]
+
+
+def _most_looks(config: ProposalConfig, lattice: Lattice) -> int:
+    return max(1, round(config.passes * len(lattice)))
 
 
 def _grid(config: ProposalConfig, width: int, height: int) -> Tensor:

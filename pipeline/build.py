@@ -98,7 +98,7 @@ def build_cache(request: BuildRequest) -> BuildReport:
                 job = _prepare(writer, request, source)
             with timed(seconds, "extract"):
                 _retry_mended(writer, request, source)
-                passes = _extract(writer, job, pool, writer.pending(), len(writer.blocks))
+                passes = _extract(writer, job, pool, writer.pending(), writer.blocks)
             with timed(seconds, "commit"):
                 write_shards(writer, pool)
                 bad = len(writer.bad_images())
@@ -143,7 +143,7 @@ def build_share(request: BuildRequest, share: Share) -> ShareReport:
                 _retry_mended(writer, request, source)
             writer.share()
             own = [block for block in writer.blocks if share.has(block)]
-            _extract(writer, job, pool, [block for block in writer.pending() if share.has(block)], len(own))
+            _extract(writer, job, pool, [block for block in writer.pending() if share.has(block)], own)
             missing = len(writer.pending())
     return ShareReport(request.out, share, already_complete=False, blocks=len(own), missing=missing)
 
@@ -316,14 +316,17 @@ def extract_job(
     )
 
 
-def _extract(writer: StoreWriter, job: ExtractJob, pool: Pool, pending: Sequence[Block], total: int) -> dict[str, int]:
-    """Do what is left of `total` blocks; says how many images that were, and how many crops were encoded for them."""
-    if len(pending) < total:
-        log.info("resuming: %d of %d blocks are done", total - len(pending), total)
+def _extract(
+    writer: StoreWriter, job: ExtractJob, pool: Pool, pending: Sequence[Block], blocks: Sequence[Block]
+) -> dict[str, int]:
+    """Do what is left of some blocks; says how many images that were, and how many crops were encoded for them."""
+    if len(pending) < len(blocks):
+        log.info("resuming: %d of %d blocks are done", len(blocks) - len(pending), len(blocks))
     task = partial(extract_numbered, leave_job(writer, job))
-    numbers = [block.index for block in pending]
-    with Progress("extract", total, unit="block", done=total - len(pending)) as progress:
-        crops = sum(pool.run(task, numbers, named=lambda number: f"block {number}", progress=progress))
-    images = sum(block.stop - block.start for block in pending)
-    log.info("the teacher saw %s crops, %.0f an image", f"{crops:,}", crops / max(images, 1))
-    return {"images": images, "crops": crops}
+    images = {block.index: block.stop - block.start for block in pending}
+    done = sum(block.stop - block.start for block in blocks) - sum(images.values())
+    with Progress("extract", done + sum(images.values()), unit="image", done=done) as progress:
+        found = pool.run(task, list(images), named=lambda n: f"block {n}", progress=progress, steps=images.__getitem__)
+    made, crops = sum(images.values()), sum(found)
+    log.info("the teacher saw %s crops, %.0f an image", f"{crops:,}", crops / max(made, 1))
+    return {"images": made, "crops": crops}

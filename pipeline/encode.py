@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +17,17 @@ log = logging.getLogger("ezsd")
 
 SHORT = 16
 """Batches are never shorter: a matrix product of few rows adds in another order."""
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread computes meanwhile: sums are then added in one order, whatever else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class CropEncoder:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -30,7 +30,7 @@ from ezsd.teacher import Teacher
 from pipeline.anchors import look_at_anchors
 from pipeline.config import Config, from_tables
 from pipeline.datasets import Dataset, from_definition, read_dataset_image
-from pipeline.encode import SHORT, CropEncoder
+from pipeline.encode import SHORT, CropEncoder, single_thread
 from pipeline.given import given_proposals
 from pipeline.images import ImageError, most_bad_images, portable_reason, require_few_bad
 from pipeline.parsed import training_annotations
@@ -149,14 +149,13 @@ class _Extracted:
 def _extract(job: ExtractJob, block: Block) -> _Extracted:
     """The rows of a block.
 
-    One thread computes in a process: sums are then added in one order, and the store has the same bytes from any number
-    of workers.
+    The store has the same bytes from any number of workers, see `single_thread`.
     """
     images: list[dict[str, Columns]] = []
     bad: dict[int, str] = {}
     passes = 0
     worker = _worker(job)
-    with _single_thread(), contextlib.closing(_views(worker, block)) as views:
+    with single_thread(), contextlib.closing(_views(worker, block)) as views:
         for view in views:
             try:
                 images.append(_extract_image(view))
@@ -196,16 +195,6 @@ def _no_rows(embed_dim: int) -> dict[str, Columns]:
         product: {field.name: np.zeros((0, *field.row_shape(embed_dim)), field.dtype) for field in RAGGED[product]}
         for product in PER_IMAGE
     }
-
-
-@contextlib.contextmanager
-def _single_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

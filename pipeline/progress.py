@@ -39,9 +39,10 @@ class Progress:
             from rich.progress import Progress as Bar
 
             columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = bar = Bar(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+            said = (TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[note]}"))
+            self._bar = bar = Bar(*columns, *said, console=Console(stderr=True))
             bar.start()
-            self._task = bar.add_task(self.stage, total=self.total, completed=self.done, note="")
+            self._task = bar.add_task(self.stage, total=self.total, completed=self.done, rate="", note="")
         return self
 
     def __exit__(
@@ -62,17 +63,32 @@ class Progress:
             from rich.progress import Progress as Bar
 
             assert isinstance(self._bar, Bar)
-            self._bar.update(self._task, completed=self.done, note=note)
+            self._bar.update(self._task, completed=self.done, rate=self._rate_text(), note=note)
         elif time.monotonic() - self._last_line > LINE_EVERY_SECONDS:
             self._line()
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
-        seconds = max(self._last_line - self._began, 1e-9)
-        rate = (self.done - self._start_done) / seconds
-        left = f", {(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else ""
+        rate = self._rate()
+        left = f", {duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
         note = f", {self._note}" if self._note else ""
-        log.info("%s: %d/%d %ss, %.1f/s%s%s", self.stage, self.done, self.total, self.unit, rate, left, note)
+        log.info("%s: %d/%d %ss, %s%s%s", self.stage, self.done, self.total, self.unit, self._rate_text(), left, note)
+
+    def _rate(self) -> float:
+        """Steps a second."""
+        return (self.done - self._start_done) / max(time.monotonic() - self._began, 1e-9)
+
+    def _rate_text(self) -> str:
+        rate = self._rate()
+        return f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
+
+
+def duration(seconds: float) -> str:
+    """A time to wait, as one says it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager

@@ -49,6 +49,13 @@ class Schedule:
             return "local"
         return "sync" if self.scheduler == "sync" else "cluster"
 
+    @property
+    def processes(self) -> int | None:
+        """Processes that run tasks; None on a cluster, which has to be asked."""
+        if self.kind == "cluster":
+            return None
+        return 1 if self.kind == "sync" else self.workers or _processes(self.device)
+
 
 class Pool:
     """Runs the tasks of one build; a context manager. Worker processes are started once they are worth it."""
@@ -65,8 +72,8 @@ class Pool:
         if self._schedule.kind == "cluster":
             self.client = self._stack.enter_context(connected(self._schedule.scheduler))
             self.workers = len(self.client.nthreads())
-        elif self._schedule.kind == "local":
-            self.workers = self._schedule.workers or _processes(self._schedule.device)
+        else:
+            self.workers = self._schedule.processes or 1
         try:
             if self._schedule.dashboard:
                 self._show_dashboard()
@@ -87,6 +94,7 @@ class Pool:
         *,
         named: Callable[[T], str],
         progress: Progress,
+        steps: Callable[[T], int] = lambda _: 1,
         few: int = 1,
     ) -> list[U]:
         """Results of one task per item, as they come. The first failure is raised; what was not begun then is not.
@@ -95,17 +103,18 @@ class Pool:
             task: small and picklable, and so is its result: both travel.
             items: numbers.
             named: what an error calls an item.
-            progress: advanced by one per finished item.
+            progress: advanced when an item is finished,
+            steps: by so much.
             few: so many items are done here sooner than worker processes are started for them.
         """
         if self.client is None and self.workers > 1 and len(items) > few:
             self.client = self._stack.enter_context(_local(self._schedule, min(self.workers, len(items))))
         if self.client is not None:
-            return _gathered(self.client, task, items, named=named, progress=progress)
+            return _gathered(self.client, task, items, named=named, finished=lambda item: progress.advance(steps(item)))
         results: list[U] = []
         for item in items:
             results.append(task(item))
-            progress.advance()
+            progress.advance(steps(item))
         return results
 
     def _show_dashboard(self) -> None:
@@ -116,7 +125,12 @@ class Pool:
 
 
 def _gathered(
-    client: Client, task: Callable[[T], U], items: Sequence[T], *, named: Callable[[T], str], progress: Progress
+    client: Client,
+    task: Callable[[T], U],
+    items: Sequence[T],
+    *,
+    named: Callable[[T], str],
+    finished: Callable[[T], None],
 ) -> list[U]:
     from distributed import CancelledError, KilledWorker, wait
 
@@ -141,7 +155,7 @@ def _gathered(
                         f"{named(item)}: {error.allowed_failures + 1} worker processes died while they had it (out of "
                         "memory, or killed from outside?); what is finished stays, run the same command again"
                     ) from error
-                progress.advance()
+                finished(item)
             seen = time.monotonic()
     except CancelledError as error:
         raise ClusterError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from cache import Damage, RepairReport, StoreError, StoreInfo, collect, compare, info, list_stores, verify
 from cache.export import Format, export
 from cache.transfer import pull, push
+from pipeline.progress import duration
 
 if TYPE_CHECKING:
     from pipeline.build import BuildReport, ShareReport
@@ -61,7 +62,16 @@ def forecast_lines(store: Path, found: BuildForecast) -> list[str]:
         f"store, at most: {found.at_most.final:,} bytes",
         f"disk while it is built, at most: {found.at_most.peak:,} bytes",
         f"free there: {found.free:,} bytes",
+        f"crops for the teacher, at most: {found.passes:,}, {found.passes / found.images:,.0f} an image",
+        f"extraction, at most: {duration(found.seconds)} {_by(found.processes)} (a probe: one process of this machine "
+        f"encoded {found.probe.crops:,} crops in {found.probe.seconds:.0f} s; re-normalisation comes on top)",
     ]
+
+
+def _by(processes: int | None) -> str:
+    if processes is None:
+        return "for each worker, divided by their number,"
+    return f"by {processes} processes" if processes > 1 else "by one process"
 
 
 def info_text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Images that cannot be read: a few are left out of a build with their reasons, more stop it, mended ones are taken in."""
+"""Images that cannot be read: a few are left out with their reasons, more stop the build, mended ones are taken in."""
 
 import shutil
 from pathlib import Path
@@ -80,7 +80,9 @@ def test_workers_leave_out_the_same_images(build, files, tmp_path):
 
 def test_one_image_too_many_stops_the_build_and_is_taken_in_once_mended(build, files, tmp_path):
     before = {file: damage(file) for file in (files[1], files[6])}
-    with pytest.raises(ImageError, match=r"2 images cannot be read, build.max_bad_images allows 1: .*mend them or raise"):
+    with pytest.raises(
+        ImageError, match=r"2 images cannot be read, build.max_bad_images allows 1: .*mend them or raise"
+    ):
         build(0.1, steps=0)
     assert len(journaled_bad_images(tmp_path / "store")) == 1
     for file, content in before.items():

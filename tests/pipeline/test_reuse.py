@@ -11,7 +11,6 @@ import pipeline.extract
 import pipeline.jobs
 from cache import Store, StoreMismatch, compare, repair, verify
 from pipeline.build import build_cache
-from pipeline.forecast import forecast_build
 from pipeline.repair import repair_store
 from pipeline.request import BuildRequest
 from pipeline.store import repair_lines
@@ -146,15 +145,6 @@ def test_training_settings_do_not_make_another_store(shapes_dataset, shapes_stor
     assert build_cache(
         BuildRequest(dataset=shapes_dataset, config=config, out=shapes_store, workers=1)
     ).already_complete
-
-
-def test_a_forecast_is_no_less_than_what_is_built(shapes_dataset, shapes_store, quick_config, tmp_path):
-    request = BuildRequest(dataset=shapes_dataset, config=quick_config, out=tmp_path / "none")
-    found = forecast_build(request)
-    assert found.images == 12
-    assert found.at_most.peak >= found.at_most.final
-    assert found.at_most.final >= sum(len(data) for data in files(shapes_store).values())
-    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

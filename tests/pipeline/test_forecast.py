@@ -1,0 +1,67 @@
+"""What a build would need is said before anything is written, and holds afterwards."""
+
+import shutil
+
+import pytest
+
+from cache import Store, info
+from pipeline.build import build_cache
+from pipeline.datasets import find_dataset
+from pipeline.forecast import forecast_build
+from pipeline.images import ImageError
+from pipeline.request import BuildRequest
+from pipeline.store import forecast_lines
+
+
+@pytest.fixture
+def forecast(shapes_dataset, tmp_path):
+    def run(config, **changes):
+        request = BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "none", **changes)
+        found = forecast_build(request, probe_seconds=0.1)
+        assert not (tmp_path / "none").exists()
+        return found
+
+    return run
+
+
+def test_bytes_are_no_less_than_what_is_built(forecast, quick_config, shapes_store):
+    found = forecast(quick_config)
+    assert (found.images, len(Store(shapes_store).image_ids)) == (12, 12)
+    assert found.at_most.peak >= found.at_most.final >= info(shapes_store).bytes_ - 20_000
+
+
+def test_crops_are_those_that_are_then_encoded(forecast, shapes_dataset, quick_config, tmp_path):
+    found = forecast(quick_config)
+    report = build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=tmp_path / "store", workers=1))
+    assert found.passes == report.crops
+
+
+def test_crops_of_a_mode_that_follows_scores_are_at_most_so_many(forecast, shapes_dataset, with_settings, tmp_path):
+    grid = {"grid": "faithful", "sizes": (128.0, 256.0), "stride": 64.0, "mode": "coarse-to-fine", "passes": 0.3}
+    config = with_settings(proposals=grid)
+    found = forecast(config)
+    report = build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "store", workers=1))
+    assert found.passes / 2 < report.crops <= found.passes
+
+
+def test_time_follows_from_the_probe_and_the_number_of_processes(forecast, with_settings):
+    config = with_settings(build={"block_images": 2})
+    one, four = forecast(config, workers=1), forecast(config, workers=4)
+    assert one.seconds == pytest.approx(one.passes * one.probe.seconds / one.probe.crops)
+    assert four.seconds == pytest.approx(four.passes * four.probe.seconds / four.probe.crops / 4)
+    assert one.probe.seconds >= 0.1
+    assert any("by 4 processes" in line for line in forecast_lines("store", four))
+
+
+def test_a_cluster_is_not_asked(forecast, quick_config):
+    found = forecast(quick_config, scheduler="tcp://192.0.2.1:8786")
+    assert found.processes is None
+    assert any("for each worker, divided by their number" in line for line in forecast_lines("store", found))
+
+
+def test_an_image_that_is_missing_is_one_clear_line(shapes_root, quick_config, tmp_path):
+    shutil.copytree(shapes_root, tmp_path / "data")
+    (tmp_path / "data/train/000001.png").unlink()
+    dataset = find_dataset("shapes", tmp_path / "data")
+    with pytest.raises(ImageError, match=r"000001\.png: no such image"):
+        forecast_build(BuildRequest(dataset=dataset, config=quick_config, out=tmp_path / "none"), probe_seconds=0.1)

@@ -1,0 +1,26 @@
+"""What long work says where there is no terminal."""
+
+import logging
+
+import pytest
+
+from pipeline import progress
+from pipeline.progress import Progress, duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5940, "99 min"), (7260, "2 h 1 min")]
+)
+def test_times_are_said_as_one_says_them(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_lines_tell_what_is_done_how_fast_and_what_is_left(monkeypatch, caplog):
+    """Ten images were done earlier; two of the other ninety take ten seconds."""
+    clock = iter([100.0, 100.0, *[110.0] * 9])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 5.0)
+    with caplog.at_level(logging.INFO, logger="ezsd"), Progress("extract", 100, unit="image", done=10) as bar:
+        next(clock)
+        bar.advance(2)
+        assert caplog.messages == ["extract: 12/100 images, 12.0/min, 7 min left"]
