@@ -152,4 +152,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
         raise StoreError(f"{url}: a library for {protocol}:// is missing ({error}); install {cure}") from error
     except ValueError as error:
         raise StoreError(f"{url}: fsspec knows no {protocol}:// ({error})") from error
+    if "file" in files.protocol and "://" in url and protocol not in files.protocol and "::" not in protocol:
+        # fsspec takes a scheme of one letter for a drive, and would make a folder of that name here.
+        raise StoreError(f"{url}: fsspec knows no {protocol}://; expected s3://, gs://, https://, file:// or the like")
     return files, str(root)

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 from pipeline.config import Config, ConfigError, apply_override, from_tables, to_tables
 
-TEST_TIME = ("model.box_class", "model.box_top_k", "model.masks", "eval.score_floor", "eval.nms_iou", "eval.keep")
+TEST_TIME = (
+    "model.box_class",
+    "model.box_top_k",
+    "model.masks",
+    "eval.score_floor",
+    "eval.nms_iou",
+    "eval.keep",
+    "train.backend",
+)
 """What no weight depends on."""
 
 
@@ -18,12 +26,12 @@ def at_test_time(config: Config, overrides: Sequence[str]) -> Config:
     """
     tables = to_tables(config)
     for override in overrides:
+        apply_override(tables, override)
         key = override.partition("=")[0].strip()
         if key not in TEST_TIME:
             raise ConfigError(
                 f"--set {override}: {key} cannot be changed once a run is trained; what can is {', '.join(TEST_TIME)}"
             )
-        apply_override(tables, override)
     return from_tables(tables, where="--set")
 
 

@@ -22,6 +22,7 @@ from ezsd.data.annotations import ImageTable
 from ezsd.data.augment import Augmentation
 from ezsd.data.dataset import DetectionDataset, MaskSource
 from ezsd.detector.model import Batch, Detector
+from ezsd.kernels import require_backend
 from ezsd.teacher import state_digest
 from pipeline.batches import Key, load_batches
 from pipeline.config import Config, ConfigError, TrainConfig, to_tables
@@ -67,6 +68,7 @@ def train(request: TrainRequest) -> Run:
         SystemExit: 143, after a checkpoint, when SIGTERM was received.
     """
     device = own_device(request.device)
+    require_backend(request.config.train.backend, device)
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(device))
         _check_processes(request.config.train, processes)

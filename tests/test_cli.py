@@ -173,6 +173,7 @@ def test_a_backend_that_cannot_run_here_is_refused(shapes_store, tmp_path):
     assert result.returncode == 2, result.stderr
     assert result.stderr.splitlines()[-1].startswith('ezsd: backend="triton" cannot run here')
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_store_is_listed_verified_and_compared(shapes_store, tmp_path):

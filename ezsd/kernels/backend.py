@@ -46,7 +46,7 @@ def resolve_backend(backend: Backend, maps: tuple[Tensor, ...]) -> Resolved:
     obstacle = "the maps are on the CPU" if backend == "auto" and on_cpu else triton_obstacle(maps)
     if backend == "triton":
         if obstacle is not None:
-            raise BackendError(f'backend="triton" cannot run here: {obstacle}. Use backend="auto" or "eager".')
+            raise BackendError(_refusal(obstacle))
         return "triton"
     if not torch.compiler.is_compiling():
         _announce(obstacle)
@@ -55,15 +55,32 @@ def resolve_backend(backend: Backend, maps: tuple[Tensor, ...]) -> Resolved:
 
 def triton_obstacle(maps: tuple[Tensor, ...]) -> str | None:
     """Say why Triton cannot serve these maps, or None if it can."""
-    if not _installed():
-        return "the package triton is not installed"
-    device = maps[0].device.type
-    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"the maps are on {device}, not on a GPU (and TRITON_INTERPRET is not 1)"
+    obstacle = _device_obstacle(maps[0].device.type)
+    if obstacle is not None:
+        return obstacle
     if maps[0].dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the maps are {maps[0].dtype}, not float32, float16 or bfloat16"
     if len(maps) > MAX_LEVELS:
         return f"there are {len(maps)} levels, a launch takes {MAX_LEVELS}"
+    return None
+
+
+def require_backend(backend: Backend, device: torch.device) -> None:
+    """Refuse a backend that no maps on this device can be served by, before any work. BackendError says why."""
+    obstacle = _device_obstacle(device.type) if backend == "triton" else None
+    if obstacle is not None:
+        raise BackendError(_refusal(obstacle))
+
+
+def _refusal(obstacle: str) -> str:
+    return f'backend="triton" cannot run here: {obstacle}. Use backend="auto" or "eager".'
+
+
+def _device_obstacle(device: str) -> str | None:
+    if not _installed():
+        return "the package triton is not installed"
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the maps are on {device}, not on a GPU (and TRITON_INTERPRET is not 1)"
     return None
 
 

@@ -119,6 +119,7 @@ def test_what_is_no_store_or_damaged_is_one_line(finished, place):
     ("url", "message"),
     [
         ("nonsense://a/b", "fsspec knows no nonsense://"),
+        ("x://a/b", "fsspec knows no x://; expected s3://"),
         ("gs://bucket/store", r"a library for gs:// is missing .* install `pip install 'ezsd\[gcs\]'`"),
         ("http://127.0.0.1:9/store", "cannot be reached: ClientConnectorError"),
     ],

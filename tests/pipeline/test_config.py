@@ -28,6 +28,8 @@ def test_an_override_changes_one_value_alone():
         ("train.steps=true", "expected int, found True"),
         ("train.steps", "expected section.key=value"),
         ("steps=3", "expected section.key=value"),
+        ("train.steps=3\ntrain.images=2", r"'train.steps=3\\ntrain.images=2': has a line break"),
+        ("model.backbone=tiny\nresnet18", "has a line break"),
         ("train.optimiser=adam", "expected one of adamw, sgd, found 'adam'"),
         ("proposals.sizes=3", "expected a list, found 3"),
         ("proposals.sizes=[-3]", "proposals.sizes must be >= 1"),

@@ -50,6 +50,7 @@ def test_an_evaluation_with_other_settings_names_them_in_a_file_of_its_own(shape
         ("model.box_class=nearest", "expected one of foreground, reference, topk"),
         ("model.box_top_k=0", "model.box_top_k must be > 0"),
         ("eval.keep", "expected section.key=value"),
+        ("eval.keep=3\neval.nms_iou=0.9", "has a line break"),
     ],
 )
 def test_what_training_has_used_or_what_does_not_fit_is_refused(quick_config, override, words):
@@ -58,7 +59,14 @@ def test_what_training_has_used_or_what_does_not_fit_is_refused(quick_config, ov
 
 
 def test_every_setting_that_is_offered_is_one(quick_config):
-    values = {"model.box_class": "topk", "model.box_top_k": 2, "eval.keep": 7, "model.masks": "true"}
+    values = {
+        "model.box_class": "topk",
+        "model.box_top_k": 2,
+        "eval.keep": 7,
+        "model.masks": "true",
+        "train.backend": "eager",
+    }
     changed = at_test_time(quick_config, [f"{key}={values.get(key, 0.25)}" for key in TEST_TIME])
     assert (changed.model.box_class, changed.model.box_top_k) == ("topk", 2)
+    assert changed.train.backend == "eager"
     assert (changed.eval.score_floor, changed.eval.nms_iou, changed.eval.keep) == (0.25, 0.25, 7)
