@@ -1,0 +1,284 @@
+"""What would COCO and LVIS cost on a GPU? `python benchmarks/cost.py`, or `--count --photos DIR` to count anew.
+
+Arithmetic and no measurement: no GPU ran any of it. "--count" counts floating-point operations with torch's counter, on
+tensors without memory, and the crops that the presets look at in images of the sizes of a folder in COCO's layout; one
+row goes to results/cost.jsonl. Without it the newest row becomes the tables of docs/cost.md: operations over what a
+GPU is published to do in bf16 times --utilisation, which is assumed, and bytes by `cache.forecast`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import open_clip
+import rows
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from cache import EmbeddingType, forecast
+from ezsd.crops import distinct_crops
+from ezsd.detector.model import Detector
+from ezsd.vocabulary import COCO_SPLIT
+from pipeline.anchors import look_at_anchors
+from pipeline.config import Config, load_preset
+from pipeline.datasets import find_dataset
+from pipeline.detector import build_detector
+from pipeline.parsed import training_annotations
+
+Row = dict[str, Any]
+PEAK_TFLOPS = {"H200": 989, "A100": 312, "RTX 4090": 165}
+"""Published peaks of dense products in bf16."""
+UTILISATION = 0.3
+IMAGES = {"COCO": 118_287, "LVIS": 100_170}
+"""Training images."""
+BASE_NAMES = {"COCO": 48, "LVIS": 866}
+TEACHERS = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "RN50-quickgelu")
+PRESETS = ("coco", "paper")
+"""Their stores differ in the mode of the proposals, their detectors in the head."""
+EMBED_DIM = 512
+"""Of ViT-B/32 and ViT-B/16."""
+IMAGE = (800, 1344)
+"""Height and width of a training image, padded to whole cells."""
+
+
+def fused(boxes: int, projection: int, products: int) -> Callable[..., int]:
+    """Operations of the linear layer in one of our operators, by the places of boxes and weight (D, P * P * C)."""
+
+    def operations(*shapes: tuple[int, ...] | None, **_: object) -> int:
+        regions, weight = shapes[boxes], shapes[projection]
+        return 0 if regions is None or weight is None else 2 * products * regions[0] * weight[0] * weight[1]
+
+    return operations
+
+
+OPERATORS = {
+    torch.ops.ezsd.roi_embed: fused(1, 3, 1),
+    torch.ops.ezsd.roi_align_cosine: fused(1, 5, 1),
+    torch.ops.ezsd.regions_backward: fused(2, 4, 2),
+}
+
+
+class Count:
+    """What was done in a `counting` block."""
+
+    gflop = 0.0
+    kept_gb = 0.0
+    """Activations in float32 that the backward pass needs."""
+
+
+@contextmanager
+def counting(module: nn.Module) -> Iterator[Count]:
+    """Count operations, and what is kept for the backward pass beside the module's own tensors."""
+    own = {value.untyped_storage()._cdata for value in (*module.parameters(), *module.buffers())}
+    count, kept = Count(), {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        # Held on to, so that its number is given to no other.
+        kept[storage._cdata] = storage
+        return value
+
+    counter = FlopCounterMode(display=False, custom_mapping=OPERATORS)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), counter:
+        yield count
+    count.gflop = counter.get_total_flops() / 1e9
+    count.kept_gb = sum(storage.nbytes() for number, storage in kept.items() if number not in own) / 1e9
+
+
+def count_teacher(name: str) -> dict[str, float]:
+    """GFLOP of a pass; of a step of re-normalisation per crop, and of its text tower per name; GB kept of each."""
+    model = open_clip.create_model(name, pretrained=None).to("meta").eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+            module.requires_grad_(True)
+    size = model.visual.image_size
+    crop = torch.zeros(1, 3, *(size if isinstance(size, tuple) else (size, size)), device="meta")
+    with counting(model) as forward, torch.no_grad():
+        model.encode_image(crop)
+    with counting(model) as image:
+        model.encode_image(crop).sum().backward()
+    with counting(model) as text:
+        model.encode_text(torch.zeros(1, model.context_length, dtype=torch.int64, device="meta")).sum().backward()
+    return {
+        "pass_gflop": forward.gflop,
+        "tuned_crop_gflop": image.gflop,
+        "tuned_crop_gb": image.kept_gb,
+        "tuned_name_gflop": text.gflop,
+        "tuned_name_gb": text.kept_gb,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def count_step(config: Config) -> dict[str, float]:
+    """GFLOP of an optimiser step per image, what is kept of an image for its backward pass, and parameters.
+
+    Matching, sampling and suppression count as nothing; a quarter of the regions are on objects, which is the most.
+    """
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    detector = build_detector(config, EMBED_DIM, state).train()
+    with counting(detector) as step:
+        step_losses(detector, config).backward()
+    parameters = list(detector.parameters())
+    return {
+        "image_gflop": step.gflop,
+        "image_gb": step.kept_gb,
+        "parameters": sum(p.numel() for p in parameters),
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+    }
+
+
+def step_losses(detector: Detector, config: Config) -> Tensor:
+    """A sum over all that a step computes for one image, on the device that is set."""
+    model, head = config.model, detector.head
+    maps = detector.backbone(torch.zeros(1, 3, *IMAGE))
+    scores, deltas = detector.rpn.head(maps)
+    features = head.features(maps[: head.pooling.levels])
+    boxes, image = torch.zeros(model.sampled_regions, 4), torch.zeros(model.sampled_regions, dtype=torch.int64)
+    text = torch.zeros(len(COCO_SPLIT.base), EMBED_DIM)
+    seen = head.embed(features, boxes, image)
+    logits = head.classifier(seen.embedding, text)
+    on_objects = slice(round(model.sampled_regions * model.positive_share))
+    moved = head.regressor(seen.pooled(on_objects), torch.zeros(on_objects.stop, EMBED_DIM))
+    regions = config.train.regions
+    distance = head.distance(
+        features,
+        torch.zeros(regions, 4),
+        torch.zeros(regions, dtype=torch.int64),
+        torch.zeros(regions, EMBED_DIM),
+        torch.ones(regions),
+        config.loss.metric,
+    )
+    return torch.stack([part.sum() for part in (*scores, *deltas, logits, moved, distance)]).sum()
+
+
+def count_passes(config: Config, sizes: list[tuple[int, int]]) -> float:
+    """Mean crops that a preset looks at in an image, with scores drawn at random where it follows scores."""
+    torch.manual_seed(0)
+    rule, counts = config.proposals, []
+    for width, height in sizes:
+        boxes, _ = look_at_anchors(
+            rule, width, height, lambda boxes: torch.zeros(len(boxes), 1), lambda vectors: torch.rand(len(vectors))
+        )
+        crops, _ = distinct_crops(boxes, ratio=rule.crop_ratio, surround=rule.surround, width=width, height=height)
+        counts.append(len(crops))
+    return float(np.mean(counts))
+
+
+def count(photos: Path) -> Row:
+    """The row that the tables are made of."""
+    dataset = find_dataset("coco", photos)
+    files = (dataset.train_annotations, dataset.val_annotations)
+    records = [training_annotations(dataset.root / file, dataset.split) for file in files]
+    sizes = [(image.width, image.height) for record in records for image in record.images]
+    presets = {name: load_preset(name) for name in PRESETS}
+    passes = {config.proposals.mode: count_passes(config, sizes) for config in presets.values()}
+    teachers = {name: count_teacher(name) for name in TEACHERS}
+    # The detector asks for a device that can compute; tensors without memory pretend to have one.
+    with FakeTensorMode():
+        steps = {name: count_step(config) for name, config in presets.items()}
+    boxes = sum(len(record.box) for record in records) / len(sizes)
+    return {"images": len(sizes), "base_boxes": boxes, "passes": passes, "teachers": teachers, "steps": steps}
+
+
+def hours(gflop: float, utilisation: float) -> list[str]:
+    """Cells of a table: hours on each GPU."""
+    return [f"{gflop / (1e3 * peak * utilisation) / 3600:.1f}" for peak in PEAK_TFLOPS.values()]
+
+
+def tuning_table(row: Row, utilisation: float) -> list[list[str]]:
+    """Re-normalisation: all steps of the preset `coco`, the table of names embedded at each; memory in float32."""
+    settings, lines = load_preset("coco").adapt, []
+    for name, counted in row["teachers"].items():
+        for data, names in BASE_NAMES.items():
+            step = settings.crops * counted["tuned_crop_gflop"] + names * counted["tuned_name_gflop"]
+            kept = settings.crops * counted["tuned_crop_gb"] + names * counted["tuned_name_gb"]
+            total = settings.steps * step
+            lines.append([data, name, f"{total / 1e9:.2f}", *hours(total, utilisation), f"{kept:.0f}"])
+    return [["data", "teacher", "EFLOP", *PEAK_TFLOPS, "GB"], *lines]
+
+
+def looking_table(row: Row, utilisation: float) -> list[list[str]]:
+    """Proposals, regions and ground truth."""
+    lines = []
+    for data, images in IMAGES.items():
+        for name, counted in row["teachers"].items():
+            for mode, passes in row["passes"].items():
+                crops = images * (passes + row["base_boxes"])
+                total = crops * counted["pass_gflop"]
+                cells = [data, name, mode, f"{crops / 1e6:,.0f}", f"{total / 1e9:.2f}"]
+                lines.append([*cells, *hours(total, utilisation)])
+    return [["data", "teacher", "`proposals.mode`", "million crops", "EFLOP", *PEAK_TFLOPS], *lines]
+
+
+def store_table(row: Row) -> list[list[str]]:
+    """Disk of a store, with as many proposals and regions as are kept at most."""
+    rule, lines = load_preset("coco").proposals, []
+    for data, images in IMAGES.items():
+        counts = {
+            "proposals": images * rule.keep,
+            "regions": images * rule.regions,
+            "ground_truth": round(images * row["base_boxes"]),
+        }
+        for embedding in get_args(EmbeddingType):
+            size = forecast(counts, images=images, embed_dim=EMBED_DIM, embedding=embedding)
+            lines.append([data, f"`{embedding}`", f"{size.final / 1e9:.0f}", f"{size.peak / 1e9:.0f}"])
+    return [["data", "`build.embedding`", "GB", "GB while it is built"], *lines]
+
+
+def training_table(row: Row, utilisation: float) -> list[list[str]]:
+    """All steps of a preset; memory where one GPU takes a whole step, in float32 and without workspace."""
+    lines = []
+    for preset, counted in row["steps"].items():
+        settings = load_preset(preset).train
+        seen = settings.steps * settings.images
+        total = seen * counted["image_gflop"]
+        # Weight, gradient and momentum of what is trained.
+        gb = 4e-9 * (counted["parameters"] + 2 * counted["trained_parameters"])
+        gb += settings.images * counted["image_gb"]
+        for data, images in IMAGES.items():
+            cells = [data, f"`{preset}`", f"{seen / images:.1f}", f"{total / 1e9:.2f}"]
+            lines.append([*cells, *hours(total, utilisation), f"{gb:.0f}"])
+    return [["data", "preset", "epochs", "EFLOP", *PEAK_TFLOPS, "GB"], *lines]
+
+
+def markdown(cells: list[list[str]]) -> str:
+    """A table, its head first."""
+    head, *lines = ("| " + " | ".join(line) + " |" for line in cells)
+    return "\n".join([head, "|---" * len(cells[0]) + "|", *lines])
+
+
+def tables(row: Row, utilisation: float = UTILISATION) -> dict[str, str]:
+    """The tables of docs/cost.md, by what they are about."""
+    return {
+        "Re-normalisation, hours": markdown(tuning_table(row, utilisation)),
+        "Proposals, regions and ground truth, hours": markdown(looking_table(row, utilisation)),
+        "The store": markdown(store_table(row)),
+        "Training, hours": markdown(training_table(row, utilisation)),
+    }
+
+
+def main() -> None:
+    """Count, or print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", action="store_true")
+    parser.add_argument("--photos", type=Path, help="folder in COCO's layout, for --count")
+    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="of the published peak, assumed")
+    arguments = parser.parse_args()
+    if arguments.count:
+        if arguments.photos is None:
+            parser.error("--count needs --photos")
+        rows.append("cost", count(arguments.photos))
+    for title, table in tables(rows.read("cost")[-1], arguments.utilisation).items():
+        print(f"## {title}\n\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()
