@@ -316,6 +316,28 @@ def extract_job(
     )
 
 
+class _Extraction(Progress):
+    """Counts blocks as the images and crops that they are."""
+
+    def __init__(self, blocks: Sequence[Block], pending: Sequence[Block]) -> None:
+        done = _images(blocks) - _images(pending)
+        super().__init__("extract", _images(blocks), unit="image", done=done)
+        self._sizes = {block.index: _images([block]) for block in pending}
+        self.crops = 0
+        """That the teacher was shown."""
+
+    def finish(self, item: object, result: object) -> None:
+        """Count a block, by its number, and the crops that were encoded for it."""
+        assert isinstance(item, int)
+        assert isinstance(result, int)
+        self.crops += result
+        self.advance(self._sizes[item], note=f"{self.crops / self.seconds:,.0f} crops/s")
+
+
+def _images(blocks: Sequence[Block]) -> int:
+    return sum(block.stop - block.start for block in blocks)
+
+
 def _extract(
     writer: StoreWriter, job: ExtractJob, pool: Pool, pending: Sequence[Block], blocks: Sequence[Block]
 ) -> dict[str, int]:
@@ -323,10 +345,9 @@ def _extract(
     if len(pending) < len(blocks):
         log.info("resuming: %d of %d blocks are done", len(blocks) - len(pending), len(blocks))
     task = partial(extract_numbered, leave_job(writer, job))
-    images = {block.index: block.stop - block.start for block in pending}
-    done = sum(block.stop - block.start for block in blocks) - sum(images.values())
-    with Progress("extract", done + sum(images.values()), unit="image", done=done) as progress:
-        found = pool.run(task, list(images), named=lambda n: f"block {n}", progress=progress, steps=images.__getitem__)
-    made, crops = sum(images.values()), sum(found)
-    log.info("the teacher saw %s crops, %.0f an image", f"{crops:,}", crops / max(made, 1))
-    return {"images": made, "crops": crops}
+    numbers = [block.index for block in pending]
+    with _Extraction(blocks, pending) as progress:
+        pool.run(task, numbers, named=lambda number: f"block {number}", progress=progress)
+    images, crops = _images(pending), progress.crops
+    log.info("the teacher saw %s crops, %.0f an image", f"{crops:,}", crops / max(images, 1))
+    return {"images": images, "crops": crops}

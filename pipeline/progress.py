@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 log = logging.getLogger("ezsd")
 LINE_EVERY_SECONDS = 15.0
@@ -30,7 +31,7 @@ class Progress:
         self._note = ""
         self._bar: object | None = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         self._began = self._last_line = time.monotonic()
         if sys.stderr.isatty():
             # Imported here: a log file needs no bar.
@@ -67,6 +68,10 @@ class Progress:
         elif time.monotonic() - self._last_line > LINE_EVERY_SECONDS:
             self._line()
 
+    def finish(self, item: object, result: object) -> None:
+        """Count a finished task as one step; a stage that counts otherwise overrides this."""
+        self.advance()
+
     def _line(self) -> None:
         self._last_line = time.monotonic()
         rate = self._rate()
@@ -74,9 +79,14 @@ class Progress:
         note = f", {self._note}" if self._note else ""
         log.info("%s: %d/%d %ss, %s%s%s", self.stage, self.done, self.total, self.unit, self._rate_text(), left, note)
 
+    @property
+    def seconds(self) -> float:
+        """Since the stage began, > 0."""
+        return max(time.monotonic() - self._began, 1e-9)
+
     def _rate(self) -> float:
         """Steps a second."""
-        return (self.done - self._start_done) / max(time.monotonic() - self._began, 1e-9)
+        return (self.done - self._start_done) / self.seconds
 
     def _rate_text(self) -> str:
         rate = self._rate()

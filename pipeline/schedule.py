@@ -94,7 +94,6 @@ class Pool:
         *,
         named: Callable[[T], str],
         progress: Progress,
-        steps: Callable[[T], int] = lambda _: 1,
         few: int = 1,
     ) -> list[U]:
         """Results of one task per item, as they come. The first failure is raised; what was not begun then is not.
@@ -103,18 +102,17 @@ class Pool:
             task: small and picklable, and so is its result: both travel.
             items: numbers.
             named: what an error calls an item.
-            progress: advanced when an item is finished,
-            steps: by so much.
+            progress: told of each finished item and its result.
             few: so many items are done here sooner than worker processes are started for them.
         """
         if self.client is None and self.workers > 1 and len(items) > few:
             self.client = self._stack.enter_context(_local(self._schedule, min(self.workers, len(items))))
         if self.client is not None:
-            return _gathered(self.client, task, items, named=named, finished=lambda item: progress.advance(steps(item)))
+            return _gathered(self.client, task, items, named=named, progress=progress)
         results: list[U] = []
         for item in items:
             results.append(task(item))
-            progress.advance(steps(item))
+            progress.finish(item, results[-1])
         return results
 
     def _show_dashboard(self) -> None:
@@ -125,12 +123,7 @@ class Pool:
 
 
 def _gathered(
-    client: Client,
-    task: Callable[[T], U],
-    items: Sequence[T],
-    *,
-    named: Callable[[T], str],
-    finished: Callable[[T], None],
+    client: Client, task: Callable[[T], U], items: Sequence[T], *, named: Callable[[T], str], progress: Progress
 ) -> list[U]:
     from distributed import CancelledError, KilledWorker, wait
 
@@ -155,7 +148,7 @@ def _gathered(
                         f"{named(item)}: {error.allowed_failures + 1} worker processes died while they had it (out of "
                         "memory, or killed from outside?); what is finished stays, run the same command again"
                     ) from error
-                finished(item)
+                progress.finish(item, results[-1])
             seen = time.monotonic()
     except CancelledError as error:
         raise ClusterError(
