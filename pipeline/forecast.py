@@ -6,18 +6,23 @@ import itertools
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from cache import Forecast, forecast
 from ezsd.boxes import clip
-from ezsd.data.annotations import Annotations
+from ezsd.data.annotations import Annotations, ImageRecord, resolve_image_path
 from ezsd.teacher import Teacher
 from pipeline.anchors import encoded_at_most, image_anchors
-from pipeline.config import Config
+from pipeline.config import Config, ProposalConfig
 from pipeline.datasets import read_dataset_image
-from pipeline.encode import CropEncoder, single_thread
+from pipeline.encode import SHORT, CropEncoder, single_thread
 from pipeline.extract import load_config_teacher
+from pipeline.images import most_bad_images, require_few_bad
 from pipeline.request import BuildRequest, read_annotations
 
 log = logging.getLogger("ezsd")
@@ -31,6 +36,8 @@ class BuildForecast:
     """What a build would do, without doing any of it."""
 
     images: int
+    missing: int
+    """Of them, images that are not there: so few that a build would leave them out."""
     blocks: int
     at_most: Forecast
     """With as many proposals and regions in each image as are kept at most."""
@@ -69,58 +76,83 @@ def forecast_build(request: BuildRequest, *, probe_seconds: float = 10.0) -> Bui
         probe_seconds: time for which crops of the dataset are encoded to see how fast that is.
 
     Raises:
-        ValueError: see `build_cache`; an image that is looked at cannot be read.
+        ImageError: more images are missing than a build may leave out, or one that is looked at cannot be read.
+        ValueError: (of other kinds) see `build_cache`.
     """
     request.dataset.require()
     annotations = read_annotations(request)
-    teacher = load_config_teacher(request.config, request.device)
     images, size = len(annotations.images), request.config.build.block_images
     blocks, processes = -(-images // size), request.schedule.processes
+    missing = _missing(request, annotations)
+    require_few_bad(missing, most_bad_images(request.config.build.max_bad_images, images))
+    there = [image for image in annotations.images if image.id not in missing]
+    teacher = load_config_teacher(request.config, request.device)
     return BuildForecast(
         passes=_passes(request.config, annotations),
-        probe=_probe(request, annotations, teacher, probe_seconds),
+        probe=_probe(request, _some(there), teacher, probe_seconds),
         processes=processes and min(processes, blocks),
         images=images,
+        missing=len(missing),
         blocks=blocks,
         at_most=_at_most(request, annotations, teacher.embed_dim),
         free=_free(request.out),
     )
 
 
-def _some(annotations: Annotations) -> list[int]:
-    """Places of some images, far apart."""
-    count = len(annotations.images)
-    return sorted({place * count // _LOOKED_AT for place in range(_LOOKED_AT)})
+def _missing(request: BuildRequest, annotations: Annotations) -> dict[int, str]:
+    """Images that are not there, by id, and what there is to say of them."""
+    folder, missing = request.dataset.root / request.dataset.train_images, dict[int, str]()
+    for image in annotations.images:
+        path = resolve_image_path(folder, image.file_name)
+        if not path.is_file():
+            missing[image.id] = f"{path}: no such image"
+    return missing
+
+
+def _some(images: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """A few images, far apart."""
+    count = len(images)
+    return [images[place] for place in sorted({part * count // _LOOKED_AT for part in range(_LOOKED_AT)})]
 
 
 def _passes(config: Config, annotations: Annotations) -> int:
     """Crops of all images: for anchors by the sizes of some of them, and one for each base box."""
     if config.proposals.boxes:
         return len(annotations.images) * config.proposals.keep + len(annotations.box)
-    some = [annotations.images[place] for place in _some(annotations)]
+    some = _some(annotations.images)
     seen = sum(encoded_at_most(config.proposals, image.width, image.height) for image in some)
     return round(seen / len(some) * len(annotations.images)) + len(annotations.box)
 
 
-def _probe(request: BuildRequest, annotations: Annotations, teacher: Teacher, seconds: float) -> Probe:
-    """Encode anchors of some images, over and over, until the time is up."""
+def _probe(request: BuildRequest, images: Sequence[ImageRecord], teacher: Teacher, seconds: float) -> Probe:
+    """Encode anchors of images, over and over, as long as there is time for another batch."""
     encoder = CropEncoder(teacher, request.config)
     folder = request.dataset.root / request.dataset.train_images
-    crops, began = 0, None
+    # A slow machine is not done with a whole batch in time: batches grow to a fifth of it at most.
+    size, crops, began = SHORT, 0, None
     with single_thread():
-        for place in itertools.cycle(_some(annotations)):
-            record = annotations.images[place]
-            pixels = read_dataset_image(folder, record).to(getattr(teacher, "device", "cpu"))
-            anchors = clip(image_anchors(request.config.proposals, record.width, record.height), *pixels.shape[:0:-1])
-            for boxes in anchors.split(encoder.batch):
+        for image in itertools.cycle(images):
+            pixels = read_dataset_image(folder, image).to(getattr(teacher, "device", "cpu"))
+            boxes = _some_boxes(request.config.proposals, image)
+            while len(boxes):
                 if began is None:
                     # The first call makes ready what later ones find.
-                    encoder.encode(pixels, boxes)
+                    encoder.encode(pixels, boxes[:size])
                     began = time.perf_counter()
-                crops += encoder.encode(pixels, boxes)[1]
-                if time.perf_counter() - began >= seconds:
-                    return Probe(crops, time.perf_counter() - began)
+                started = time.perf_counter()
+                crops += encoder.encode(pixels, boxes[:size])[1]
+                now = time.perf_counter()
+                if now - began + now - started >= seconds:
+                    return Probe(crops, now - began)
+                boxes = boxes[size:]
+                size = min(encoder.batch, max(SHORT, int(crops / (now - began) * seconds / 5)))
     raise AssertionError("a cycle ends")
+
+
+def _some_boxes(config: ProposalConfig, image: ImageRecord) -> Tensor:
+    """The anchors (R, 4) of an image; the whole of one that has none."""
+    anchors = clip(image_anchors(config, image.width, image.height), image.width, image.height)
+    return anchors if len(anchors) else torch.tensor([[0.0, 0.0, image.width, image.height]])
 
 
 def _at_most(request: BuildRequest, annotations: Annotations, embed_dim: int) -> Forecast:

@@ -57,8 +57,9 @@ def commit_line(store: Path, seconds: float | None) -> str:
 
 def forecast_lines(store: Path, found: BuildForecast) -> list[str]:
     """What a build would do."""
+    missing = f", {found.missing} of them missing" if found.missing else ""
     return [
-        f"{store}: {found.images:,} images in {found.blocks:,} blocks",
+        f"{store}: {found.images:,} images in {found.blocks:,} blocks{missing}",
         f"store, at most: {found.at_most.final:,} bytes",
         f"disk while it is built, at most: {found.at_most.peak:,} bytes",
         f"free there: {found.free:,} bytes",

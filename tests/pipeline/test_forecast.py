@@ -4,9 +4,11 @@ import shutil
 
 import pytest
 
+import pipeline.forecast
 from cache import Store, info
 from pipeline.build import build_cache
 from pipeline.datasets import find_dataset
+from pipeline.encode import CropEncoder
 from pipeline.forecast import forecast_build
 from pipeline.images import ImageError
 from pipeline.request import BuildRequest
@@ -15,9 +17,9 @@ from pipeline.store import forecast_lines
 
 @pytest.fixture
 def forecast(shapes_dataset, tmp_path):
-    def run(config, **changes):
+    def run(config, *, probe_seconds=0.1, **changes):
         request = BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "none", **changes)
-        found = forecast_build(request, probe_seconds=0.1)
+        found = forecast_build(request, probe_seconds=probe_seconds)
         assert not (tmp_path / "none").exists()
         return found
 
@@ -59,9 +61,35 @@ def test_a_cluster_is_not_asked(forecast, quick_config):
     assert any("for each worker, divided by their number" in line for line in forecast_lines("store", found))
 
 
-def test_an_image_that_is_missing_is_one_clear_line(shapes_root, quick_config, tmp_path):
+def test_missing_images_are_said_or_stop_it_as_they_would_a_build(shapes_root, with_settings, tmp_path):
     shutil.copytree(shapes_root, tmp_path / "data")
+    config, dataset = with_settings(build={"max_bad_images": 0.1}), find_dataset("shapes", tmp_path / "data")
+    request = BuildRequest(dataset=dataset, config=config, out=tmp_path / "none")
     (tmp_path / "data/train/000001.png").unlink()
-    dataset = find_dataset("shapes", tmp_path / "data")
-    with pytest.raises(ImageError, match=r"000001\.png: no such image"):
-        forecast_build(BuildRequest(dataset=dataset, config=quick_config, out=tmp_path / "none"), probe_seconds=0.1)
+    found = forecast_build(request, probe_seconds=0.1)
+    assert found.missing == 1
+    assert "12 images in 3 blocks, 1 of them missing" in forecast_lines("store", found)[0]
+    (tmp_path / "data/train/000007.png").unlink()
+    with pytest.raises(ImageError, match=r"2 images cannot be read, .* allows 1: .*000001\.png: no such image"):
+        forecast_build(request, probe_seconds=0.1)
+
+
+def test_a_probe_ends_in_time_on_a_slow_machine(forecast, quick_config, monkeypatch):
+    """Crops take a hundredth of a second each: there is no time for a batch of 64."""
+    clock = [0.0]
+
+    class Slow(CropEncoder):
+        def encode(self, pixels, boxes):
+            clock[0] += len(boxes) / 100
+            return super().encode(pixels, boxes)
+
+    monkeypatch.setattr(pipeline.forecast, "CropEncoder", Slow)
+    monkeypatch.setattr(pipeline.forecast.time, "perf_counter", lambda: clock[0])
+    found = forecast(quick_config, probe_seconds=0.5)
+    assert found.probe.rate == pytest.approx(100)
+    assert 0.3 < found.probe.seconds <= 0.5
+
+
+def test_images_without_anchors_are_tried_whole(forecast, with_settings):
+    found = forecast(with_settings(proposals={"sizes": (1.0,), "ratios": (2.0,)}))
+    assert (found.passes, found.probe.crops > 0) == (20, True)

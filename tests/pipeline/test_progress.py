@@ -1,11 +1,14 @@
 """What long work says where there is no terminal."""
 
 import logging
+import re
 
 import pytest
 
 from pipeline import progress
+from pipeline.build import build_cache
 from pipeline.progress import Progress, duration
+from pipeline.request import BuildRequest
 
 
 @pytest.mark.parametrize(
@@ -24,3 +27,11 @@ def test_lines_tell_what_is_done_how_fast_and_what_is_left(monkeypatch, caplog):
         next(clock)
         bar.advance(2)
         assert caplog.messages == ["extract: 12/100 images, 12.0/min, 7 min left"]
+
+
+def test_a_build_counts_images_and_crops(shapes_dataset, quick_config, tmp_path, caplog):
+    request = BuildRequest(dataset=shapes_dataset, config=quick_config, out=tmp_path / "store", workers=1)
+    with caplog.at_level(logging.INFO, logger="ezsd"):
+        build_cache(request)
+    (said,) = (line for line in caplog.messages if line.startswith("extract: "))
+    assert re.fullmatch(r"extract: 12/12 images, .*, [1-9][0-9,]* crops/s", said)
