@@ -312,6 +312,7 @@ def extract_job(
         values=values.astype(np.float32).tobytes(),
         parameters=json.dumps(parameters),
         text=text.astype(np.float32).tobytes(),
+        limit=request.limit,
         reuse=reuse,
     )
 

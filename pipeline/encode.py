@@ -81,7 +81,9 @@ class CropEncoder:
         try:
             crops = crop_boxes(pixels, filled, size=size, ratio=ratio, surround=surround)
             return self.teacher.encode_image(crops.float() / 255).float().cpu()[: len(boxes)]
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _no_memory(error):
+                raise
             return None
 
     def _halve(self) -> None:
@@ -95,3 +97,8 @@ class CropEncoder:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning("out of memory: going on with %d crops at once", self.batch)
+
+
+def _no_memory(error: RuntimeError) -> bool:
+    """Whether memory was short; torch has no type of its own for that on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -60,6 +60,8 @@ class ExtractJob:
     """Their names and shapes as JSON."""
     text: bytes
     """Unit text rows of base + novel names, float32 (C, D)."""
+    limit: int | None = None
+    """Only the first images of the training split are the store's."""
     reuse: Reuse | None = None
     """What an earlier store has already."""
 
@@ -81,6 +83,11 @@ class _Worker:
     given: Mapping[int, Columns] | None
     """Proposals by image, where a file has them."""
 
+    @property
+    def folder(self) -> Path:
+        """Where the images lie."""
+        return self.dataset.root / self.dataset.train_images
+
 
 def load_config_teacher(config: Config, device: str) -> Teacher:
     """The teacher of a configuration, as published."""
@@ -99,6 +106,7 @@ def _worker(job: ExtractJob) -> _Worker:
         with torch.no_grad():
             background = teacher.encode_text([config.teacher.background])[0].cpu()
     annotations = training_annotations(dataset.root / dataset.train_annotations, dataset.split)
+    images = min(job.limit or len(annotations.images), len(annotations.images))
     return _Worker(
         config=config,
         dataset=dataset,
@@ -107,7 +115,7 @@ def _worker(job: ExtractJob) -> _Worker:
         encoder=CropEncoder(teacher, config),
         text=rows,
         background=background,
-        most_bad=most_bad_images(config.build.max_bad_images, len(annotations.images)),
+        most_bad=most_bad_images(config.build.max_bad_images, images),
         reused=None if job.reuse is None else ReusedRows(job.reuse),
         given=given_proposals(config.proposals, annotations.images) if config.proposals.boxes else None,
     )
@@ -132,9 +140,13 @@ def extract_block(job: ExtractJob, block: Block) -> int:
     return found.passes
 
 
-def block_rows(job: ExtractJob, block: Block) -> dict[str, RaggedRows]:
-    """All rows of one block of images; none of those that cannot be read."""
-    return _extract(job, block).rows
+def block_rows(job: ExtractJob, block: Block, *, left_out: Collection[int] = ()) -> dict[str, RaggedRows]:
+    """All rows of one block of images; none of those that are left out, by id.
+
+    Raises:
+        ImageError: another one cannot be read.
+    """
+    return _extract(job, block, left_out).rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +158,8 @@ class _Extracted:
     """By id, what is wrong with images that cannot be read."""
 
 
-def _extract(job: ExtractJob, block: Block) -> _Extracted:
-    """The rows of a block.
+def _extract(job: ExtractJob, block: Block, left_out: Collection[int] | None = None) -> _Extracted:
+    """The rows of a block, without images of given ids, or else without those that cannot be read.
 
     The store has the same bytes from any number of workers, see `single_thread`.
     """
@@ -157,13 +169,16 @@ def _extract(job: ExtractJob, block: Block) -> _Extracted:
     worker = _worker(job)
     with single_thread(), contextlib.closing(_views(worker, block)) as views:
         for view in views:
+            if left_out is not None and view.record.id in left_out:
+                images.append(_no_rows(worker.teacher.embed_dim))
+                continue
             try:
                 images.append(_extract_image(view))
             except ImageError as error:
-                if not worker.most_bad:
+                if left_out is not None or not worker.most_bad:
                     raise
                 log.warning("left out: %s", error)
-                bad[view.record.id] = portable_reason(error, worker.dataset.root)
+                bad[view.record.id] = portable_reason(error, worker.folder)
                 images.append(_no_rows(worker.teacher.embed_dim))
             passes += view.passes
     return _Extracted(_collate(images), passes, bad)
@@ -186,7 +201,7 @@ def _views(worker: _Worker, block: Block) -> Generator[_View, None, None]:
 
 def _read(worker: _Worker, position: int) -> Tensor:
     """(3, H, W) uint8."""
-    return read_dataset_image(worker.dataset.root / worker.dataset.train_images, worker.annotations.images[position])
+    return read_dataset_image(worker.folder, worker.annotations.images[position])
 
 
 def _no_rows(embed_dim: int) -> dict[str, Columns]:

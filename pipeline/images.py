@@ -17,9 +17,9 @@ class ImageError(ValueError):
     """A file is missing, damaged, no image, or not the one that the annotations describe."""
 
 
-def portable_reason(error: ImageError, root: Path) -> str:
-    """What is wrong with an image of a dataset, in words that hold wherever the dataset lies."""
-    return str(error).replace(f"{root.resolve()}{os.sep}", "")
+def portable_reason(error: ImageError, folder: Path) -> str:
+    """What is wrong with an image below a folder, in words that hold wherever that lies or leads to."""
+    return str(error).replace(f"{folder.resolve()}{os.sep}", "")
 
 
 def most_bad_images(share: float, images: int) -> int:

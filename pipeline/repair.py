@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache import Block, Manifest, RaggedRows, RepairReport, repair
+from cache import Block, Manifest, RaggedRows, RepairReport, StoreError, info, repair
 from cache.place import find_place, read_environment
 from cache.repair import Whole
 from ezsd.adapt import restore
@@ -82,4 +82,14 @@ class _Images:
     def rows(self, block: Block, wholes: Mapping[str, Whole]) -> Mapping[str, RaggedRows]:
         """All rows of a slice of the images."""
         (values, attributes), (text, _) = wholes["teacher"], wholes["text"]
-        return block_rows(extract_job(self._request, attributes["parameters"], values, text), block)
+        job = extract_job(self._request, attributes["parameters"], values, text)
+        return block_rows(job, block, left_out=self._left_out)
+
+    @cached_property
+    def _left_out(self) -> Collection[int]:
+        """Images that have no rows in the store, readable or not."""
+        try:
+            return info(self._request.out).bad_images.keys()
+        except StoreError:
+            # The list is lost with what holds it; rows that then come out otherwise are not put into the store.
+            return ()

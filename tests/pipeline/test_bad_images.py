@@ -9,6 +9,7 @@ from cache import Store, journaled_bad_images
 from pipeline.build import build_cache
 from pipeline.datasets import find_dataset
 from pipeline.images import ImageError
+from pipeline.repair import repair_store
 from pipeline.request import BuildRequest
 from pipeline.train import TrainRequest, train
 
@@ -119,6 +120,35 @@ def test_a_reused_store_gives_no_rows_for_its_bad_images(build, files, tmp_path)
     assert (report.bad_images, second.bad_images) == (0, {})
     assert rows(second, image) > 0
     assert 0 < report.crops < sum(rows(second, other) for other in second.image_ids.tolist())
+
+
+def test_the_limit_is_a_share_of_the_images_of_the_store(build, files, tmp_path):
+    damage(files[1])
+    with pytest.raises(ImageError, match=f"{files[1].name}: cannot be read"):
+        build(0.1, steps=0, limit=6)
+    assert build(0.1, "more", steps=0, limit=11).bad_images == 1
+
+
+def test_reasons_do_not_say_where_linked_folders_lead(build, dataset, files, tmp_path):
+    folder = dataset.root / dataset.train_images
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    damage(files[3])
+    build(0.1)
+    (reason,) = Store(tmp_path / "store").bad_images.values()
+    assert reason.startswith(f"{files[3].name}: cannot be read")
+
+
+def test_lost_rows_are_repaired_without_an_image_that_was_left_out(build, dataset, files, tmp_path):
+    before = damage(files[6])
+    build(0.1)
+    lost = tmp_path / "store/regions/box/c/0/0"
+    rows = lost.read_bytes()
+    for content in (before, b"still damaged"):
+        files[6].write_bytes(content)
+        lost.unlink()
+        assert not repair_store(tmp_path / "store", dataset.root, weights=None, device="cpu").left
+        assert lost.read_bytes() == rows
 
 
 def test_training_leaves_bad_images_out(build, files, tmp_path, with_settings, caplog):

@@ -21,26 +21,33 @@ def image():
     return pixels, torch.cat([corner, corner + 8 + 20 * torch.rand(70, 2, generator=random)], 1)
 
 
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
+)
+
+
 class SmallMemory:
     """The real teacher on a device that holds no more than some crops at once."""
 
-    def __init__(self, teacher, most):
-        self._teacher, self._most, self.seen = teacher, most, []
+    def __init__(self, teacher, most, error=OUT_OF_MEMORY[0]):
+        self._teacher, self._most, self._error, self.seen = teacher, most, error, []
 
     def __getattr__(self, name):
         return getattr(self._teacher, name)
 
     def encode_image(self, pixels):
         if len(pixels) > self._most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self._error
         self.seen.append(len(pixels))
         return self._teacher.encode_image(pixels)
 
 
-def test_too_large_a_batch_is_halved_for_good_and_says_the_same(teacher, image, with_settings, caplog):
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_too_large_a_batch_is_halved_for_good_and_says_the_same(error, teacher, image, with_settings, caplog):
     config = with_settings(build={"batch": 64})
     wanted, passes = CropEncoder(teacher, config).encode(*image)
-    small = SmallMemory(teacher, 20)
+    small = SmallMemory(teacher, 20, error)
     encoder = CropEncoder(small, config)
     found, again = encoder.encode(*image)
     assert torch.equal(found, wanted)
@@ -65,3 +72,9 @@ def test_boxes_with_the_same_crop_share_a_pass(teacher, image, quick_config):
     found, passes = CropEncoder(teacher, quick_config).encode(pixels, torch.cat([boxes, boxes.flip(0)]))
     assert passes == 70
     assert torch.equal(found[:70], found[70:].flip(0))
+
+
+def test_other_errors_are_not_taken_for_it(teacher, image, quick_config):
+    broken = SmallMemory(teacher, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        CropEncoder(broken, quick_config).encode(*image)
