@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
 from cache import Store
 from ezsd.data.annotations import ImageRecord
 from ezsd.data.dataset import pad_images
 from ezsd.detector.backbone import normalise
+from ezsd.detector.model import Detector
 from pipeline.anchors import image_anchors
 from pipeline.config import ProposalConfig
 from pipeline.datasets import Dataset, read_dataset_image
@@ -52,16 +54,21 @@ def random_anchors(store: Store, dataset: Dataset, grid: ProposalConfig, *, seed
         yield _ranked(image.id, anchors[order], store if as_many else None)
 
 
-@torch.no_grad()
 def network_proposals(run: Run, store: Store, dataset: Dataset, *, as_many: bool) -> Found:
     """What a run's proposal network hands on, best first: as many as an image has regions in the store, or all."""
     detector = load_trained(run, "cpu").detector
     for image in _images(dataset):
-        pixels = read_dataset_image(dataset.root / dataset.train_images, image)
-        batch, sizes = pad_images([pixels])
-        levels = {str(i): m for i, m in enumerate(detector.backbone(normalise(batch)))}
-        (boxes,), _ = detector.rpn(ImageList(batch, sizes), levels)
+        boxes = network_boxes(detector, read_dataset_image(dataset.root / dataset.train_images, image))
         yield _ranked(image.id, boxes.numpy(), store if as_many else None)
+
+
+@torch.no_grad()
+def network_boxes(detector: Detector, pixels: Tensor) -> Tensor:
+    """What the proposal network hands on of one image (3, H, W) uint8: boxes (K, 4) in its pixels, best first."""
+    batch, sizes = pad_images([pixels])
+    levels = {str(i): m for i, m in enumerate(detector.backbone(normalise(batch)))}
+    (boxes,), _ = detector.rpn(ImageList(batch, sizes), levels)
+    return boxes
 
 
 def _ranked(image_id: int, boxes: np.ndarray, store: Store | None) -> tuple[int, np.ndarray, np.ndarray]:

@@ -8,7 +8,8 @@ at random as "coarse-to-fine" looks at, scored as usual; and anchors in random o
 are as small as COCO's), "photos" are those COCO photos of --data-root that show most novel objects, seen by --teacher.
 The whole grid is embedded once per image and kept in DIR: a stopped benchmark goes on where it was, and every mode
 reads from there. Before that counts, anchors of every image are encoded again by themselves and have to come out bit
-for bit. With --train, "scenes" also builds a store per mode and trains a detector on each.
+for bit. With --train, "scenes" builds a store per mode and trains a detector on each. With --network it measures one
+more control: what a detector's proposal network hands on that was trained on base boxes, without CLIP.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import rows
 import torch
+from ablation_boxes import network_boxes
 from torch import Tensor
 
 from cache import Store, info
@@ -43,6 +45,7 @@ from pipeline.request import BuildRequest
 from pipeline.shapes import write_shapes
 from pipeline.teachers import configured_teacher
 from pipeline.train import TrainRequest, train
+from pipeline.trained import load_trained
 
 TOP = (50, 200, 300)
 GRID = ("grid", "sizes", "ratios", "stride")
@@ -294,6 +297,24 @@ def train_modes(work: Path, seed: int, images: int, arms: list[str], *, train_se
         }
 
 
+def network_row(work: Path, seed: int, images: int) -> dict[str, object]:
+    """Recall of the proposal network of a detector that learned from all training scenes' base boxes and no CLIP."""
+    _, pictures = shapes_bench("scenes", work, seed, images)
+    config = load_preset("shapes", ["loss.distillation=0", "model.spare_confidence=2.0"])
+    run = train(TrainRequest(cache=work / f"cache-{seed}", run=work / f"network-{seed}", config=config))
+    detector = load_trained(run, "cpu").detector
+    found = [network_boxes(detector, picture.pixels) for picture in pictures]
+    novel = [picture.novel for picture in pictures]
+    boxes = float(np.mean([len(one) for one in found]))
+    row = {
+        "images": images,
+        "novel_objects": sum(map(len, novel)),
+        "arm": "proposal network, base boxes",
+        "boxes": boxes,
+    }
+    return {**row, **recall_row(found, novel, [0])}
+
+
 def table(result: list[dict[str, object]]) -> str:
     """Rows for a person."""
     lines = [f"{'arm':<38}{'passes':>9}" + "".join(f"{f'top {k}':>9}" for k in TOP)]
@@ -328,12 +349,20 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, help="COCO's folder, for photos")
     parser.add_argument("--teacher", help="plugin:package.module:factory, for photos")
     parser.add_argument("--train", nargs="*", metavar="ARM", help="train on these arms instead; none means all")
+    parser.add_argument("--network", action="store_true", help="measure a detector's proposal network instead")
     parser.add_argument("--train-seed", type=int, default=0)
     arguments = parser.parse_args()
     # Contended cores make multi-threaded torch collapse.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if arguments.kind == "photos" and not (arguments.data_root and arguments.teacher):
         parser.error("photos needs --data-root and --teacher")
+    if arguments.network:
+        if arguments.kind != "scenes":
+            parser.error("--network goes with scenes")
+        row = network_row(arguments.work, arguments.seed, arguments.images)
+        rows.append("proposals", {"data": "scenes", "seed": arguments.seed, **row})
+        print(table([row]))
+        return
     if arguments.train is None:
         recall_of(arguments)
         return
