@@ -22,7 +22,7 @@ from ezsd.data.annotations import Annotations
 from ezsd.teacher import Teacher
 from pipeline.adapt import adapt_teacher
 from pipeline.commit import require_workers, write_shards
-from pipeline.config import to_tables
+from pipeline.config import Config, to_tables
 from pipeline.datasets import read_dataset_image
 from pipeline.environment import describe_build, weights_file_digest
 from pipeline.extract import ExtractJob, load_config_teacher
@@ -182,8 +182,10 @@ def _begin(
     writer: StoreWriter, request: BuildRequest, source: _Source, pool: Pool, shares: int | None = None
 ) -> dict[str, JSON]:
     """What comes before any work: can it be done, and who does it; returns the record of that."""
-    annotations = request.dataset.root.absolute() / request.dataset.train_annotations
-    require_workers(pool, writer, device=request.device, files=(annotations,))
+    config = _anywhere(request.config)
+    files = [request.dataset.root.absolute() / request.dataset.train_annotations]
+    files += [Path(name) for name in (config.teacher.weights, config.proposals.boxes) if name and Path(name).is_file()]
+    require_workers(pool, writer, device=request.device, files=files)
     warn_of_room(request, source.annotations, source.teacher.embed_dim)
     environment = describe_build(request, workers=pool.workers, shares=shares)
     writer.write_environment(environment)
@@ -253,7 +255,9 @@ def _prepare(writer: StoreWriter, request: BuildRequest, source: _Source) -> Ext
         names = {"names": split.names, "base_count": len(split.base), "template": request.config.teacher.template}
         writer.write_whole("text", {"embedding": embed_names(teacher, split.names)}, as_json(names))
     text_rows, _ = writer.read_whole("text")
-    return extract_job(request, attributes["parameters"], arrays["values"], text_rows["embedding"], reuse)
+    return extract_job(
+        request, attributes["parameters"], arrays["values"], text_rows["embedding"], source.manifest.digest, reuse
+    )
 
 
 def adapted(
@@ -300,6 +304,7 @@ def extract_job(
     parameters: object,
     values: NDArray[np.float32],
     text: NDArray[np.float32],
+    made_from: str,
     reuse: Reuse | None = None,
 ) -> ExtractJob:
     """What a worker needs to know."""
@@ -307,14 +312,25 @@ def extract_job(
         store=str(request.out.absolute()),
         dataset=json.dumps(request.dataset.definition()),
         root=str(request.dataset.root.absolute()),
-        config=json.dumps(to_tables(request.config)),
+        config=json.dumps(to_tables(_anywhere(request.config))),
         device=request.device,
         values=values.astype(np.float32).tobytes(),
         parameters=json.dumps(parameters),
         text=text.astype(np.float32).tobytes(),
         limit=request.limit,
+        made_from=made_from,
         reuse=reuse,
     )
+
+
+def _anywhere(config: Config) -> Config:
+    """The same configuration in whichever working folder a worker runs."""
+    teacher, proposals = config.teacher, config.proposals
+    if teacher.weights and Path(teacher.weights).is_file():
+        teacher = dataclasses.replace(teacher, weights=str(Path(teacher.weights).absolute()))
+    if proposals.boxes:
+        proposals = dataclasses.replace(proposals, boxes=str(Path(proposals.boxes).absolute()))
+    return dataclasses.replace(config, teacher=teacher, proposals=proposals)
 
 
 class _Extraction(Progress):

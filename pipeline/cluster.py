@@ -10,8 +10,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pipeline.arguments import ArgumentError
+from pipeline.files import sha256
 
 if TYPE_CHECKING:
     from distributed import Client, Worker
@@ -41,7 +45,7 @@ def connected(address: str) -> Iterator[Client]:
         warnings.simplefilter("ignore")
         try:
             client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise ClusterError(
                 f"--scheduler {address}: no Dask scheduler answers there within {CONNECT_SECONDS} s "
                 f"({type(error).__name__}: {error}); start one with `dask scheduler`, or check the address"
@@ -81,8 +85,8 @@ def dashboard_address(client: Client) -> str:
 class Needs:
     """What a worker must find."""
 
-    files: tuple[str, ...]
-    """Of the store and of the images, by absolute path."""
+    files: Mapping[str, str]
+    """Sha256 by absolute path."""
     device: str | None
     """Where the teacher shall run; None where none does."""
 
@@ -93,31 +97,35 @@ def versions() -> dict[str, str]:
     return {"python": ".".join(map(str, sys.version_info[:2])), **found}
 
 
-def require_versions(wanted: Mapping[str, str], *, who: str) -> None:
-    """ClusterError where this process has another version of something than the one that began the build."""
+def other_versions(wanted: Mapping[str, str]) -> str | None:
+    """What this process has in another version than the one that began the build; None when nothing."""
     found = versions()
     other = [f"{name} {found[name]} instead of {version}" for name, version in wanted.items() if found[name] != version]
-    if other:
-        raise ClusterError(f"{who}: has {', '.join(other)}; the bytes could differ. Install the same versions there")
+    if not other:
+        return None
+    return f"has {', '.join(other)}, and the bytes could differ; install the same versions there"
 
 
 def look_around(needs: Needs, wanted: Mapping[str, str], dask_worker: Worker) -> str | None:
     """Why this process, a worker, cannot do the work; None when it can."""
+    # A task whose code cannot be imported would end the worker.
+    import_module("pipeline.jobs")
     from pipeline.command import resolve_device
 
     threads = dask_worker.state.nthreads
     if threads != 1:
         return f"runs {threads} threads; start it with --nthreads 1, which keeps sums in one order"
-    missing = [file for file in needs.files if not Path(file).is_file()]
-    if missing:
-        return f"does not see {missing[0]}; all machines must reach the store and the images under the same paths"
+    for file, digest in needs.files.items():
+        if not Path(file).is_file():
+            return f"does not see {file}; all machines must reach the store and the images under the same paths"
+        if sha256(Path(file)) != digest:
+            return f"sees another file than this process as {file}; all machines must share it"
     try:
-        require_versions(wanted, who="it")
         if needs.device is not None:
             resolve_device(needs.device)
-    except ValueError as error:
+    except ArgumentError as error:
         return str(error)
-    return None
+    return other_versions(wanted)
 
 
 def check_workers(client: Client, needs: Needs) -> None:
@@ -128,8 +136,9 @@ def check_workers(client: Client, needs: Needs) -> None:
     """
     answers: Mapping[str, Any] = client.run(look_around, needs, versions(), on_error="return")
     bad = {worker: answer for worker, answer in answers.items() if answer is not None}
-    for worker, answer in bad.items():
-        why = answer
-        if isinstance(answer, Exception):
-            why = f"cannot run ezsd ({answer}); install it there, in the version that is used here"
-        raise ClusterError(f"worker {worker}: {why} ({len(bad)} of {len(answers)} workers cannot do the work)")
+    if not bad:
+        return
+    worker, why = next(iter(bad.items()))
+    if isinstance(why, Exception):
+        why = f"cannot run ezsd ({why}); install it there, in the version that is used here"
+    raise ClusterError(f"worker {worker}: {why} ({len(bad)} of {len(answers)} workers cannot do the work)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from cache import Block, StoreIncomplete, StoreWriter, commit_numbered
 from cache.place import find_place, read_environment
 from cache.plan import plan_folder
 from pipeline.cluster import Needs, check_workers
+from pipeline.files import sha256
 from pipeline.progress import Progress, log_file, now, timed
 from pipeline.schedule import Pool, Schedule
 
@@ -37,13 +39,15 @@ def commit_cache(store: Path, schedule: Schedule) -> float | None:
     if (store / "COMMIT.json").is_file():
         return None
     seconds: dict[str, float] = {}
-    with Pool(schedule) as pool, StoreWriter.reopen(store) as writer, log_file(writer.log_path):
+    with Pool(schedule) as pool, StoreWriter.reopen(store) as writer:
+        if writer.complete:
+            return None
         require_workers(pool, writer, device=None, files=())
         environment = read_environment(find_place(store))
         missing = writer.pending()
         if missing:
             raise StoreIncomplete(f"{store}: {missing_line(missing, len(writer.blocks), environment.get('shares'))}")
-        with timed(seconds, "commit"):
+        with log_file(writer.log_path), timed(seconds, "commit"):
             write_shards(writer, pool)
         spent = {**environment.get("seconds", {}), "commit": round(seconds["commit"], 2)}
         writer.write_environment({**environment, "seconds": spent, "finished": now()})
@@ -51,11 +55,12 @@ def commit_cache(store: Path, schedule: Schedule) -> float | None:
     return seconds["commit"]
 
 
-def require_workers(pool: Pool, writer: StoreWriter, *, device: str | None, files: tuple[Path, ...]) -> None:
+def require_workers(pool: Pool, writer: StoreWriter, *, device: str | None, files: Sequence[Path]) -> None:
     """Have the workers of a cluster look whether they reach the store and further files; see `check_workers`."""
     if pool.client is not None:
         plan = plan_folder(writer.path) / "entry.json"
-        check_workers(pool.client, Needs(files=tuple(str(file) for file in (plan, *files)), device=device))
+        found = {str(file): sha256(file) for file in (plan, *files)}
+        check_workers(pool.client, Needs(files=found, device=device))
 
 
 def missing_line(missing: list[Block], total: int, shares: int | None) -> str:

@@ -60,6 +60,8 @@ class ExtractJob:
     """Their names and shapes as JSON."""
     text: bytes
     """Unit text rows of base + novel names, float32 (C, D)."""
+    made_from: str
+    """Digest of all that the store is made from: a worker that outlives a build keeps nothing for another one."""
     limit: int | None = None
     """Only the first images of the training split are the store's."""
     reuse: Reuse | None = None

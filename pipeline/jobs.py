@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import platform
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from cache import Block, StoreWriter, read_note
 from cache.plan import read_plan
-from pipeline.cluster import require_versions, versions
+from pipeline.cluster import ClusterError, other_versions, versions
 from pipeline.extract import ExtractJob, extract_block
 from pipeline.reuse import Reuse
 
@@ -45,7 +46,9 @@ def _read(note: JobNote) -> tuple[ExtractJob, list[Block]]:
     store = Path(note.store)
     found = json.loads(read_note(store, note.name))
     # Workers may have come after those that were there were looked over.
-    require_versions(found["versions"], who="a worker")
+    other = other_versions(found["versions"])
+    if other is not None:
+        raise ClusterError(f"{platform.node()}: a worker {other}")
     table = found["job"]
     table |= {name: base64.b64decode(table[name]) for name in _BYTES}
     if table["reuse"] is not None:

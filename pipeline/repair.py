@@ -82,7 +82,7 @@ class _Images:
     def rows(self, block: Block, wholes: Mapping[str, Whole]) -> Mapping[str, RaggedRows]:
         """All rows of a slice of the images."""
         (values, attributes), (text, _) = wholes["teacher"], wholes["text"]
-        job = extract_job(self._request, attributes["parameters"], values, text)
+        job = extract_job(self._request, attributes["parameters"], values, text, self.manifest.digest)
         return block_rows(job, block, left_out=self._left_out)
 
     @cached_property

@@ -23,6 +23,7 @@ log = logging.getLogger("ezsd")
 T = TypeVar("T")
 U = TypeVar("U")
 
+_LOST = "the connection to the Dask scheduler is lost; what is finished stays, run the same command again"
 _LOOK_SECONDS = 15.0
 """How long results may stay out before somebody looks whether there are workers at all."""
 _ALONE_SECONDS = 600.0
@@ -69,17 +70,17 @@ class Pool:
         """Processes that run tasks, as far as there is enough to do."""
 
     def __enter__(self) -> Pool:
-        if self._schedule.kind == "cluster":
-            self.client = self._stack.enter_context(connected(self._schedule.scheduler))
-            self.workers = len(self.client.nthreads())
-        else:
-            self.workers = self._schedule.processes or 1
-        try:
-            if self._schedule.dashboard:
-                self._show_dashboard()
-        except BaseException:
-            self._stack.close()
-            raise
+        schedule = self._schedule
+        with ExitStack() as stack:
+            if schedule.kind == "cluster":
+                self.client = stack.enter_context(connected(schedule.scheduler))
+                self.workers = len(self.client.nthreads())
+            else:
+                self.workers = schedule.processes or 1
+            if schedule.dashboard:
+                self.client = self.client or stack.enter_context(_local(schedule, self.workers))
+                log.info("dashboard: %s", dashboard_address(self.client))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -115,12 +116,6 @@ class Pool:
             progress.finish(item, results[-1])
         return results
 
-    def _show_dashboard(self) -> None:
-        if self.client is None:
-            require_bokeh()
-            self.client = self._stack.enter_context(_local(self._schedule, self.workers))
-        log.info("dashboard: %s", dashboard_address(self.client))
-
 
 def _gathered(
     client: Client, task: Callable[[T], U], items: Sequence[T], *, named: Callable[[T], str], progress: Progress
@@ -144,23 +139,25 @@ def _gathered(
                     # A failed task raises its own error here.
                     results.append(future.result())
                 except KilledWorker as error:
+                    dead = error.allowed_failures + 1
                     raise ClusterError(
-                        f"{named(item)}: {error.allowed_failures + 1} worker processes died while they had it (out of "
-                        "memory, or killed from outside?); what is finished stays, run the same command again"
+                        f"{named(item)}: the worker processes that had it died ({dead} in all; out of memory, or "
+                        "killed from outside?); what is finished stays, run the same command again"
                     ) from error
                 progress.finish(item, results[-1])
             seen = time.monotonic()
     except CancelledError as error:
-        raise ClusterError(
-            "the connection to the Dask scheduler is lost; what is finished stays, run the same command again"
-        ) from error
+        raise ClusterError(_LOST) from error
     return results
 
 
 def _workers_seen(client: Client, seen: float) -> float:
     """When there last were workers, given the time before this look; ClusterError when that is too long ago."""
-    if client.nthreads():
-        return time.monotonic()
+    try:
+        if client.nthreads():
+            return time.monotonic()
+    except OSError as error:
+        raise ClusterError(_LOST) from error
     gone = time.monotonic() - seen
     if gone > _ALONE_SECONDS:
         raise ClusterError(
@@ -199,6 +196,8 @@ def worker_environments(device: str, workers: int) -> list[dict[str, str]]:
 @contextmanager
 def _local(schedule: Schedule, workers: int) -> Iterator[Client]:
     """A client of worker processes on this machine, one thread each."""
+    if schedule.dashboard:
+        require_bokeh()
     from dask import config
     from distributed import Client, Nanny, Scheduler, SpecCluster
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,8 +132,6 @@ def test_the_store_holds_what_the_method_says(shapes_store, quick_config):
 
 
 def test_a_moved_store_is_the_same_store(shapes_dataset, quick_config, shapes_store, tmp_path):
-    import shutil
-
     moved = tmp_path / "elsewhere"
     shutil.copytree(shapes_store, moved)
     report = build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=moved, workers=1))
@@ -160,3 +159,22 @@ def test_a_kill_at_any_moment_is_survived(shapes_dataset, quick_config, shapes_s
     process.wait()
     build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, workers=1))
     assert files(out) == files(shapes_store)
+
+
+def test_a_process_that_outlives_a_build_keeps_nothing_of_it(shapes_dataset, quick_config, tmp_path):
+    """The same folders, settings and teacher, other annotations: as on a cluster whose workers stay."""
+    config = dataclasses.replace(quick_config, adapt=dataclasses.replace(quick_config.adapt, steps=0))
+    root, out = tmp_path / "shapes", tmp_path / "store"
+    shutil.copytree(shapes_dataset.root, root)
+    file = root / "annotations/instances_train.json"
+    document = json.loads(file.read_text())
+    base = {one["id"] for one in document["categories"] if one["name"] in SHAPES_SPLIT.base}
+    boxes = []
+    for _ in range(2):
+        build_cache(BuildRequest(dataset=find_dataset("shapes", root), config=config, out=out, limit=3, workers=1))
+        boxes.append([len(Store(out).ground_truth[image].box) for image in (1, 2, 3)])
+        shutil.rmtree(out)
+        first = next(a for a in document["annotations"] if a["category_id"] in base and a["image_id"] == 1)
+        document["annotations"].remove(first)
+        file.write_text(json.dumps(document))
+    assert boxes[1] == [boxes[0][0] - 1, *boxes[0][1:]]

@@ -1,0 +1,272 @@
+"""Builds on a real Dask cluster: scheduler and workers are processes of their own, started by Dask's own commands."""
+
+import json
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+import pipeline.cluster
+import pipeline.schedule
+from cache.manifest import unseal
+from pipeline.build import build_cache
+from pipeline.cluster import ClusterError, Needs, check_workers, connected, other_versions, versions
+from pipeline.files import sha256
+from pipeline.progress import Progress
+from pipeline.request import BuildRequest
+from pipeline.schedule import Pool, Schedule
+from tests.pipeline.test_build import ROOT, build_command, files
+
+WAIT_SECONDS = 120
+
+
+class Cluster:
+    """A scheduler, and workers beside it; `inside` begins the commands that put them elsewhere."""
+
+    def __init__(self, folder, *, host="127.0.0.1", inside=(), **environment):
+        self.folder, self.processes = folder, []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"tcp://{host}:{port}"
+        options = ("--host", host, "--port", str(port), "--no-dashboard")
+        self.scheduler = self._start([*inside, *module("dask_scheduler"), *options], environment)
+
+    def worker(self, *options, host="127.0.0.1", inside=(), **environment):
+        """One more worker; without a nanny, which would start it again when it dies."""
+        own = ("--host", host, "--no-dashboard", "--no-nanny", "--local-directory", str(self.folder))
+        threads = () if "--nthreads" in options else ("--nthreads", "1")
+        command = [*inside, *module("dask_worker"), self.address, *own, *threads, *options]
+        return self._start(command, environment)
+
+    def _start(self, command, environment):
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.processes.append(process)
+        return process
+
+    def wait_for_scheduler(self):
+        host, port = self.address.removeprefix("tcp://").split(":")
+        while self.scheduler.poll() is None:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port))):
+                return
+            time.sleep(0.1)
+
+    def wait_for(self, workers):
+        with connected(self.address) as client:
+            client.wait_for_workers(workers, timeout=WAIT_SECONDS)
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def module(name):
+    return [sys.executable, "-m", f"distributed.cli.{name}"]
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch):
+    # Processes start slowly where tests share two cores.
+    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", WAIT_SECONDS)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    made = Cluster(tmp_path)
+    yield made
+    made.stop()
+
+
+def test_a_worker_killed_in_the_middle_changes_no_byte(cluster, shapes_dataset, quick_config, shapes_store, tmp_path):
+    doomed = cluster.worker(EZSD_FAILPOINT="block.before_rename")
+    cluster.worker()
+    cluster.worker()
+    cluster.wait_for(3)
+    out = tmp_path / "store"
+    build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, scheduler=cluster.address))
+    assert doomed.wait(WAIT_SECONDS) == -signal.SIGKILL
+    assert files(out) == files(shapes_store)
+    record = unseal((out / "environment.json").read_bytes(), "environment.json")
+    assert (record["scheduler"], record["workers"], record["shares"]) == ("cluster", 3, None)
+    assert record["started"] <= record["finished"]
+    assert cluster.address.removeprefix("tcp://") not in json.dumps(record) + (out / "build.log").read_text()
+
+
+def test_what_kills_every_worker_is_named(tmp_path):
+    cluster = Cluster(tmp_path, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="0")
+    try:
+        cluster.worker()
+        cluster.wait_for(1)
+        with (
+            Pool(Schedule(scheduler=cluster.address)) as pool,
+            Progress("x", 1, unit="block") as progress,
+            pytest.raises(ClusterError, match=r"block 7: .* died \(1 in all"),
+        ):
+            pool.run(os._exit, [7], named=lambda number: f"block {number}", progress=progress)
+    finally:
+        cluster.stop()
+
+
+def test_a_tasks_own_error_ends_the_work_at_once(cluster):
+    cluster.worker()
+    cluster.wait_for(1)
+    with (
+        Pool(Schedule(scheduler=cluster.address)) as pool,
+        Progress("x", 3, unit="task") as progress,
+        pytest.raises(ValueError, match="sleep length must be non-negative"),
+    ):
+        pool.run(time.sleep, [-1, 600, 600], named=str, progress=progress)
+
+
+def test_workers_are_looked_over_before_any_work(cluster, shapes_store, tmp_path, monkeypatch):
+    mark = shapes_store / "COMMIT.json"
+    there = {str(mark): sha256(mark)}
+    worker = cluster.worker()
+    with connected(cluster.address) as client:
+        check_workers(client, Needs(files=there, device="cpu"))
+        with pytest.raises(ClusterError, match=r"does not see /absent/plan; all machines .* \(1 of 1 workers"):
+            check_workers(client, Needs(files={**there, "/absent/plan": ""}, device="cpu"))
+        with pytest.raises(ClusterError, match="sees another file than this process as .*COMMIT.json"):
+            check_workers(client, Needs(files={str(mark): "0" * 64}, device="cpu"))
+        with pytest.raises(ClusterError, match="cuda:99"):
+            check_workers(client, Needs(files=there, device="cuda:99"))
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.cluster, "versions", lambda: versions() | {"numpy": "1.0"})
+            with pytest.raises(ClusterError, match=r"has numpy .* instead of 1\.0, .* same versions"):
+                check_workers(client, Needs(files=there, device="cpu"))
+        worker.kill()
+        worker.wait()
+        (tmp_path / "else/pipeline").mkdir(parents=True)
+        (tmp_path / "else/pipeline/__init__.py").touch()
+        other = cluster.worker(PYTHONPATH=str(tmp_path / "else"))
+        client.wait_for_workers(1, timeout=WAIT_SECONDS)
+        with pytest.raises(ClusterError, match=r"cannot run ezsd .*No module named 'pipeline.cluster'"):
+            check_workers(client, Needs(files=there, device="cpu"))
+        other.kill()
+        other.wait()
+        cluster.worker("--nthreads", "2")
+        client.wait_for_workers(1, timeout=WAIT_SECONDS)
+        with pytest.raises(ClusterError, match="runs 2 threads; start it with --nthreads 1"):
+            check_workers(client, Needs(files=there, device="cpu"))
+
+
+def test_versions_are_compared_by_name():
+    assert other_versions(versions()) is None
+    assert versions()["python"] == f"{sys.version_info.major}.{sys.version_info.minor}"
+    other = other_versions(versions() | {"torch": "0.1", "zarr": "0.2"})
+    assert re.match(r"has torch \d\S* instead of 0\.1, zarr \d\S* instead of 0\.2, and the bytes could differ", other)
+
+
+def test_a_scheduler_without_workers_is_refused(cluster, monkeypatch):
+    cluster.wait_for_scheduler()
+    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", 3)
+    with (
+        pytest.raises(ClusterError, match="has no workers, none came within 3 s; start some with `dask worker"),
+        Pool(Schedule(scheduler=cluster.address)),
+    ):
+        pass
+
+
+def test_a_scheduler_that_is_not_there_is_refused(shapes_dataset, quick_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", 1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        request = BuildRequest(dataset=shapes_dataset, config=quick_config, out=tmp_path / "store", scheduler=address)
+        with pytest.raises(ClusterError, match=rf"--scheduler {address}: no Dask scheduler answers there within 1 s"):
+            build_cache(request)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_scheduler_that_goes_away_ends_the_build(cluster, monkeypatch):
+    cluster.worker()
+    cluster.wait_for(1)
+
+    class Killing(Progress):
+        def advance(self, steps=1, note=""):
+            super().advance(steps, note)
+            cluster.scheduler.kill()
+
+    monkeypatch.setattr(pipeline.schedule, "_LOOK_SECONDS", 1.0)
+    with (
+        Pool(Schedule(scheduler=cluster.address)) as pool,
+        Killing("x", 3, unit="task") as progress,
+        pytest.raises(ClusterError, match="connection to the Dask scheduler is lost"),
+    ):
+        pool.run(time.sleep, [0, 600], named=str, progress=progress)
+
+
+def test_a_cluster_that_loses_all_workers_is_not_waited_for_for_ever(cluster, monkeypatch, caplog):
+    worker = cluster.worker()
+    cluster.wait_for(1)
+    monkeypatch.setattr(pipeline.schedule, "_LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(pipeline.schedule, "_ALONE_SECONDS", 1.0)
+    with Pool(Schedule(scheduler=cluster.address)) as pool, Progress("x", 1, unit="task") as progress:
+        worker.kill()
+        with pytest.raises(ClusterError, match="has had no workers for"):
+            pool.run(time.sleep, [600], named=str, progress=progress)
+    assert "has no workers; waiting for some" in caplog.text
+
+
+@pytest.fixture
+def two_networks(tmp_path):
+    """Commands that run what follows them in one of two network namespaces, joined by a cable, and their addresses."""
+    names = [f"ezsd-{os.getpid()}-{side}" for side in "ab"]
+    ends = [f"ez{os.getpid() % 10**6}{side}" for side in "ab"]
+    addresses = ["10.231.7.1", "10.231.7.2"]
+    steps = [["netns", "add", name] for name in names]
+    steps.append(
+        ["link", "add", ends[0], "netns", names[0], "type", "veth", "peer", "name", ends[1], "netns", names[1]]
+    )
+    for name, end, address in zip(names, ends, addresses, strict=True):
+        steps += [["-n", name, "addr", "add", f"{address}/24", "dev", end], ["-n", name, "link", "set", end, "up"]]
+        steps.append(["-n", name, "link", "set", "lo", "up"])
+    try:
+        for step in steps:
+            try:
+                subprocess.run(["ip", *step], check=True, capture_output=True)
+            except (FileNotFoundError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"no network namespaces can be made here: {error}")
+        yield [(["ip", "netns", "exec", name], address) for name, address in zip(names, addresses, strict=True)]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_workers_in_another_network_make_the_same_bytes(
+    two_networks, shapes_dataset, quick_config, shapes_store, tmp_path
+):
+    """Scheduler and command in one network namespace, the workers in another: they share the disk alone."""
+    (here, host), (across, other_host) = two_networks
+    cluster = Cluster(tmp_path, host=host, inside=here)
+    try:
+        doomed = cluster.worker(host=other_host, inside=across, EZSD_FAILPOINT="block.half_written")
+        cluster.worker(host=other_host, inside=across)
+        out = tmp_path / "store"
+        command = build_command(shapes_dataset, quick_config, out, workers=0)
+        done = subprocess.run(
+            [*here, *command, "--scheduler", cluster.address],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert doomed.wait(WAIT_SECONDS) == -signal.SIGKILL
+        assert files(out) == files(shapes_store)
+    finally:
+        cluster.stop()

@@ -1,0 +1,85 @@
+"""Where tasks run on one machine, and how little travels to them."""
+
+import importlib.util
+import os
+import pickle
+
+import pytest
+
+import pipeline.schedule
+from pipeline.build import build_cache
+from pipeline.cluster import ClusterError
+from pipeline.progress import Progress
+from pipeline.request import BuildRequest
+from pipeline.schedule import Pool, Schedule, worker_environments
+from tests.pipeline.test_build import files
+
+
+def run(schedule, task, items, **options):
+    with Pool(schedule) as pool, Progress("x", len(items), unit="task") as progress:
+        return pool.run(task, items, named=str, progress=progress, **options)
+
+
+def test_only_numbers_travel(shapes_dataset, quick_config, shapes_store, tmp_path, monkeypatch):
+    """The job of a block (LayerNorms, text rows, settings) is tens of kilobytes and stays on the disk."""
+    sent = {}
+    real = Pool.run
+
+    def watched(pool, task, items, **options):
+        sent[task.func.__name__] = (len(pickle.dumps(task)), list(items))
+        return real(pool, task, items, **options)
+
+    monkeypatch.setattr(Pool, "run", watched)
+    out = tmp_path / "store"
+    build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, scheduler="sync"))
+    assert sent.keys() == {"extract_numbered", "commit_numbered"}
+    for size, items in sent.values():
+        assert size < 600 + len(str(out))
+        assert items == list(range(len(items)))
+        assert all(type(item) is int for item in items)
+    assert files(out) == files(shapes_store)
+
+
+def test_sync_runs_everything_in_this_process():
+    assert run(Schedule(scheduler="sync"), os.getppid, []) == []
+    assert run(Schedule(scheduler="sync"), lambda _: os.getpid(), [1, 2, 3]) == [os.getpid()] * 3
+
+
+def test_few_items_start_no_process():
+    assert run(Schedule(workers=4), lambda _: os.getpid(), [1, 2, 3], few=3) == [os.getpid()] * 3
+
+
+def test_each_worker_process_sees_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    assert worker_environments("cpu", 2) == [{}, {}]
+    assert worker_environments("cuda:1", 1) == [{}]
+    with Pool(Schedule(device="cuda")) as pool:
+        assert pool.workers == 2
+    seen = run(Schedule(device="cuda"), _visible, list(range(2)))
+    assert sorted(seen) == ["GPU-a", "GPU-b"]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in worker_environments("cuda", 3)] == ["GPU-a", "GPU-b", "GPU-a"]
+
+
+def _visible(_):
+    import time
+
+    # Long enough for the other worker to take the other item.
+    time.sleep(0.5)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_a_worker_that_always_dies_is_named_by_its_item():
+    with pytest.raises(ClusterError, match=r"^5: the worker processes that had it died \(4 in all"):
+        run(Schedule(workers=2), os._exit, [5, 5])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bokeh") is not None, reason="bokeh is installed")
+def test_a_dashboard_needs_bokeh():
+    with pytest.raises(ClusterError, match="--dashboard: needs the package bokeh"), Pool(Schedule(dashboard=True)):
+        pass
+
+
+def test_a_job_has_as_many_workers_as_it_has_cores(monkeypatch):
+    monkeypatch.setattr(pipeline.schedule.os, "sched_getaffinity", lambda _: {3, 5, 6}, raising=False)
+    with Pool(Schedule()) as pool:
+        assert pool.workers == 3
