@@ -1,7 +1,7 @@
 """Builds on a real Dask cluster: scheduler and workers are processes of their own, started by Dask's own commands."""
 
-import json
 import contextlib
+import json
 import os
 import re
 import signal
