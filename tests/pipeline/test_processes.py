@@ -38,7 +38,8 @@ TRAIN = {
     "warmup": 5,
     "checkpoint_every": 100,
 }
-STEPS = {"one": 1, "twenty": 20}
+STEPS = {"one": 1, "twenty": 20, "masked": 1}
+"""Of each run; one has masks."""
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +55,29 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(quick_config):
-    def of(steps, **changes):
-        model = dataclasses.replace(quick_config.model, **MODEL)
-        loop = dataclasses.replace(quick_config.train, **TRAIN, steps=steps, **changes)
+    def of(name, **changes):
+        model = dataclasses.replace(quick_config.model, **MODEL, masks=name == "masked")
+        loop = dataclasses.replace(quick_config.train, **TRAIN, steps=STEPS[name], **changes)
         return dataclasses.replace(quick_config, model=model, train=loop)
 
     return of
 
 
 @pytest.fixture(scope="module")
-def alone(shapes_store, weights, settings, tmp_path_factory):
+def alone(shapes_store, outlined_root, weights, settings, tmp_path_factory):
     """Runs of one process with the whole batch at once."""
     folder = tmp_path_factory.mktemp("alone")
     return {
         name: train(
-            TrainRequest(cache=shapes_store, run=folder / name, config=settings(steps), backbone_weights=weights)
+            TrainRequest(
+                cache=shapes_store,
+                run=folder / name,
+                config=settings(name),
+                data_root=outlined_root,
+                backbone_weights=weights,
+            )
         )
-        for name, steps in STEPS.items()
+        for name in STEPS
     }
 
 
@@ -80,9 +87,13 @@ def first_gradients(run):
 
 
 def require_equal(runs, expected):
-    for name, gradient in first_gradients(expected["one"]).items():
-        difference = (first_gradients(runs["one"])[name] - gradient).norm()
-        assert difference <= 1e-5 * gradient.norm() + 1e-8, name
+    for run in ("one", "masked"):
+        ours, theirs = first_gradients(runs[run]), first_gradients(expected[run])
+        for name, gradient in theirs.items():
+            assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
+    assert len(first_gradients(expected["masked"])) > len(first_gradients(expected["one"]))
+    masks = [r["masked"].read_metrics()[0]["mask"] for r in (runs, expected)]
+    assert masks[0] == pytest.approx(masks[1], rel=1e-5)
     ours, theirs = (r["twenty"].read_metrics() for r in (runs, expected))
     assert len(ours) == len(theirs) == 20
     for mine, other in zip(ours, theirs, strict=True):
@@ -90,14 +101,24 @@ def require_equal(runs, expected):
             assert mine[part] == pytest.approx(other[part], rel=1e-3, abs=1e-5), (mine["step"], part)
 
 
-def test_two_processes_learn_what_one_does(alone, shapes_store, weights, settings, tmp_path):
-    tables = {name: to_tables(settings(steps)) for name, steps in STEPS.items()}
+def test_two_processes_learn_what_one_does(alone, shapes_store, outlined_root, weights, settings, tmp_path):
+    tables = {name: to_tables(settings(name)) for name in STEPS}
     (tmp_path / "settings.json").write_text(json.dumps(tables))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = Path(__file__).with_name("torchrun_train.py")
     done = subprocess.run(
-        [*command, str(script), *map(str, (shapes_store, weights, tmp_path, tmp_path / "settings.json"))],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [
+            *command,
+            str(script),
+            *map(str, (shapes_store, outlined_root, weights, tmp_path, tmp_path / "settings.json")),
+        ],
+        # A folder of their own: both read the annotations and outlines at once, and one of them keeps them.
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "EZSD_CACHE_DIR": str(tmp_path / "parsed"),
+        },
         check=False,
         capture_output=True,
         text=True,
@@ -109,17 +130,18 @@ def test_two_processes_learn_what_one_does(alone, shapes_store, weights, setting
     require_equal(runs, alone)
 
 
-def test_accumulated_batches_learn_what_one_does(alone, shapes_store, weights, settings, tmp_path):
+def test_accumulated_batches_learn_what_one_does(alone, shapes_store, outlined_root, weights, settings, tmp_path):
     runs = {
         name: train(
             TrainRequest(
                 cache=shapes_store,
                 run=tmp_path / name,
-                config=settings(steps, accumulate=2),
+                config=settings(name, accumulate=2),
+                data_root=outlined_root,
                 backbone_weights=weights,
             )
         )
-        for name, steps in STEPS.items()
+        for name in STEPS
     }
     require_equal(runs, alone)
 

@@ -1,4 +1,4 @@
-"""`torchrun ... torchrun_train.py STORE WEIGHTS RUNS SETTINGS`, a run per setting."""
+"""`torchrun ... torchrun_train.py STORE DATA WEIGHTS RUNS SETTINGS`, a run per setting."""
 
 import json
 import sys
@@ -12,12 +12,12 @@ from pipeline.train import TrainRequest, train
 
 
 def main():
-    store, weights, runs, settings = map(Path, sys.argv[1:])
+    store, data, weights, runs, settings = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for name, tables in json.loads(settings.read_text()).items():
         config = from_tables(tables, where="test")
-        train(TrainRequest(cache=store, run=runs / name, config=config, backbone_weights=weights))
+        train(TrainRequest(cache=store, run=runs / name, config=config, data_root=data, backbone_weights=weights))
     dist.destroy_process_group()
 
 
