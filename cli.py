@@ -157,10 +157,10 @@ def cache_commit(
     require_scheduler(scheduler, workers=workers, dashboard=dashboard)
     from pipeline.commit import commit_cache
     from pipeline.schedule import Schedule
-    from pipeline.store import commit_line
+    from pipeline.store import commit_lines
 
     schedule = Schedule(scheduler=scheduler, workers=workers, dashboard=dashboard)
-    typer.echo(commit_line(store, commit_cache(store, schedule)))
+    typer.echo("\n".join(commit_lines(store, commit_cache(store, schedule))))
 
 
 @cache_app.command("ls", epilog="Example:  ezsd cache ls cache")

@@ -234,9 +234,6 @@ def write_block(
     plan = read_plan(Path(path).absolute())
     if block not in plan.blocks[block.index : block.index + 1]:
         raise StoreError(f"{path}: {block} is not a block of this store; take blocks from StoreWriter.pending()")
-    done = finished_block(plan, block.index)
-    if done is not None and done.sized:
-        return
     images = slice(block.start, block.stop)
     check_block(
         products,
@@ -251,6 +248,10 @@ def write_block(
     arrays = _block_arrays(products, plan.manifest.embedding)
     counts: dict[str, JSON] = {product: products[product].counts.tolist() for product in RAGGED}
     attributes = {**_block_attributes(plan, block), "counts": counts, **bad_attributes(bad_images)}
+    # Looked at last: another worker may have finished it while this one computed.
+    done = finished_block(plan, block.index)
+    if done is not None and done.sized:
+        return
     with disk_room(plan.store, sum(rows.nbytes for rows in arrays.values())):
         # Not done, yet something is there: damaged, dropped, or of another build.
         set_aside(plan.store, name)

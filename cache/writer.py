@@ -229,13 +229,16 @@ class StoreWriter:
         return {} if self.complete else journaled_bad_images(self.path)
 
     def retry_images(self, image_ids: Collection[int]) -> None:
-        """Make blocks pending again in which some of these images could not be read, unless shards hold their rows."""
-        for block, entry in zip(self.blocks, self._entries(), strict=True):
-            if (
-                entry is not None
-                and entry.sized
-                and not all_bad_images([entry.attributes]).keys().isdisjoint(image_ids)
-            ):
+        """Make blocks pending again in which some of these images could not be read.
+
+        Not once a block was dropped: more rows in one block move those of all others to other shards, and what was
+        dropped would have to be computed again, which may be nearly everything.
+        """
+        entries = self._entries()
+        if any(entry is not None and entry.dropped for entry in entries):
+            return
+        for block, entry in zip(self.blocks, entries, strict=True):
+            if entry is not None and not all_bad_images([entry.attributes]).keys().isdisjoint(image_ids):
                 forget_block(self.path, block)
 
     def _entries(self) -> list[Entry | None]:

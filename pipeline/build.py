@@ -28,7 +28,7 @@ from pipeline.environment import describe_build, weights_file_digest
 from pipeline.extract import ExtractJob, load_config_teacher
 from pipeline.forecast import warn_of_room
 from pipeline.given import given_proposals
-from pipeline.images import ImageError, most_bad_images
+from pipeline.images import ImageError, most_bad_images, require_few_bad
 from pipeline.jobs import extract_numbered, leave_job
 from pipeline.progress import Progress, log_file, now, timed
 from pipeline.provenance import as_json, describe, model_inputs
@@ -75,6 +75,8 @@ class ShareReport:
     """Of this share; all of them are finished."""
     missing: int = 0
     """Blocks of other shares that are not finished yet."""
+    bad_images: int = 0
+    """Left out so far, by all shares, because they cannot be read."""
 
 
 def build_cache(request: BuildRequest) -> BuildReport:
@@ -98,6 +100,7 @@ def build_cache(request: BuildRequest) -> BuildReport:
                 job = _prepare(writer, request, source)
             with timed(seconds, "extract"):
                 _retry_mended(writer, request, source)
+                _require_few_bad(writer, request)
                 passes = _extract(writer, job, pool, writer.pending(), writer.blocks)
             with timed(seconds, "commit"):
                 write_shards(writer, pool)
@@ -141,11 +144,12 @@ def build_share(request: BuildRequest, share: Share) -> ShareReport:
             job = _prepare(writer, request, source)
             if not writer.shared:
                 _retry_mended(writer, request, source)
+            _require_few_bad(writer, request)
             writer.share()
             own = [block for block in writer.blocks if share.has(block)]
             _extract(writer, job, pool, [block for block in writer.pending() if share.has(block)], own)
-            missing = len(writer.pending())
-    return ShareReport(request.out, share, already_complete=False, blocks=len(own), missing=missing)
+            missing, bad = len(writer.pending()), len(writer.bad_images())
+    return ShareReport(request.out, share, already_complete=False, blocks=len(own), missing=missing, bad_images=bad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +294,12 @@ def _retry_mended(writer: StoreWriter, request: BuildRequest, source: _Source) -
                 read_dataset_image(folder, record)
                 mended.append(record.id)
     writer.retry_images(mended)
+
+
+def _require_few_bad(writer: StoreWriter, request: BuildRequest) -> None:
+    """Stop when blocks that are done leave out too many: killed before it counted, or the limit was higher."""
+    images = _images(writer.blocks)
+    require_few_bad(writer.bad_images(), most_bad_images(request.config.build.max_bad_images, images))
 
 
 def embed_names(teacher: Teacher, names: Sequence[str]) -> NDArray[np.float32]:

@@ -12,6 +12,7 @@ from cache.place import find_place, read_environment
 from cache.plan import plan_folder
 from pipeline.cluster import Needs, check_workers
 from pipeline.files import sha256
+from pipeline.images import most_bad_images, require_few_bad
 from pipeline.progress import Progress, log_file, now, timed
 from pipeline.schedule import Pool, Schedule
 
@@ -34,6 +35,7 @@ def commit_cache(store: Path, schedule: Schedule) -> float | None:
 
     Raises:
         StoreIncomplete: blocks are missing; says which, and what makes them.
+        ImageError: more images cannot be read than the build may leave out.
         StoreError: no store, or another process is at work on it.
     """
     if (store / "COMMIT.json").is_file():
@@ -47,6 +49,11 @@ def commit_cache(store: Path, schedule: Schedule) -> float | None:
         missing = writer.pending()
         if missing:
             raise StoreIncomplete(f"{store}: {missing_line(missing, len(writer.blocks), environment.get('shares'))}")
+        bad = writer.bad_images()
+        if bad and "config" in environment:
+            # A share that was killed may have had no time to count.
+            allowed = environment["config"]["build"]["max_bad_images"]
+            require_few_bad(bad, most_bad_images(allowed, writer.blocks[-1].stop))
         with log_file(writer.log_path), timed(seconds, "commit"):
             write_shards(writer, pool)
         spent = {**environment.get("seconds", {}), "commit": round(seconds["commit"], 2)}

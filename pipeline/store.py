@@ -31,13 +31,16 @@ def build_lines(store: Path, report: BuildReport) -> list[str]:
     if report.crops:
         rate = report.crops / max(report.seconds["extract"], 1e-9)
         lines.append(f"the teacher saw {report.crops:,} crops of {report.extracted:,} images, {rate:,.0f} a second")
-    if report.bad_images:
-        lines.append(
-            f"{report.bad_images} images cannot be read and were left out; `ezsd cache info {store}` says which and why"
-        )
+    lines += _left_out(store, report.bad_images)
     if report.reused:
         lines.append(f"reused: {', '.join(report.reused)}; computed: {', '.join(report.computed) or 'nothing'}")
     return [*lines, f"next: ezsd train --cache {store}"]
+
+
+def _left_out(store: Path, bad_images: int) -> list[str]:
+    if not bad_images:
+        return []
+    return [f"{bad_images} images cannot be read and were left out; `ezsd cache info {store}` says which and why"]
 
 
 def share_lines(store: Path, report: ShareReport) -> list[str]:
@@ -45,14 +48,17 @@ def share_lines(store: Path, report: ShareReport) -> list[str]:
     if report.already_complete:
         return [f"{store}: complete already, nothing to do"]
     done = f"{store}: share {report.share} is done, {report.blocks} blocks"
+    left_out = _left_out(store, report.bad_images)
     if report.missing:
-        return [f"{done}; other shares' {report.missing} blocks are missing"]
-    return [f"{done}; all blocks are there, next: ezsd cache commit {store}"]
+        return [f"{done}; other shares' {report.missing} blocks are missing", *left_out]
+    return [f"{done}; all blocks are there, next: ezsd cache commit {store}", *left_out]
 
 
-def commit_line(store: Path, seconds: float | None) -> str:
+def commit_lines(store: Path, seconds: float | None) -> list[str]:
     """What a commit did."""
-    return f"{store}: complete already, nothing to do" if seconds is None else f"{store}: complete ({seconds:.1f} s)"
+    if seconds is None:
+        return [f"{store}: complete already, nothing to do"]
+    return [f"{store}: complete ({seconds:.1f} s)", *_left_out(store, len(info(store).bad_images))]
 
 
 def forecast_lines(store: Path, found: BuildForecast) -> list[str]:

@@ -70,6 +70,22 @@ def test_blocks_with_bad_images_are_written_again_on_request(tmp_path):
         assert writer.bad_images() == {}
 
 
+def test_blocks_are_not_written_again_once_a_commit_has_dropped_others(tmp_path):
+    store = tmp_path / "store"
+    journal(store)
+    bad_block = store / "journal/block-000001/data.raw"
+    with storekit.open_writer(store) as writer:
+        for task in writer.commit_tasks():
+            storekit.commit_shard(store, task)
+            if not (store / "journal/block-000000/data.raw").exists():
+                break
+        assert bad_block.exists()
+        writer.retry_images([BAD])
+        assert bad_block.exists()
+    finish(store)
+    assert Store(store).bad_images == {BAD: REASON}
+
+
 @pytest.mark.parametrize(("image", "found"), [(BAD, "has 1 rows of"), (storekit.IDS[0], "is not one of its images")])
 def test_rows_of_bad_images_are_refused(tmp_path, image, found):
     with storekit.open_writer(tmp_path / "store") as writer:

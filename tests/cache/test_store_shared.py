@@ -10,6 +10,7 @@ import pytest
 import storekit
 
 from cache import StoreBusy, StoreError, StoreIncomplete, collect, commit_numbered, compare, read_note
+from cache.checks import check_block
 from cache.journal import scratch_folder, write_entry
 from cache.writer import StoreWriter
 
@@ -139,6 +140,24 @@ def test_work_that_outlives_its_builder_is_whole_or_gone(tmp_path, monkeypatch):
         storekit.write_one(tmp_path, pending)
     with storekit.open_writer(tmp_path) as writer:
         assert pending in writer.pending()
+
+
+def test_a_block_that_another_worker_finished_meanwhile_is_left_where_it_is(tmp_path, monkeypatch):
+    with storekit.open_writer(tmp_path) as writer:
+        block = writer.blocks[0]
+    data = tmp_path / "journal/block-000000/data.raw"
+    real, others = check_block, []
+
+    def slow(*given, **options):
+        real(*given, **options)
+        if not others:
+            others.append("at work")
+            storekit.write_one(tmp_path, block)
+            others.append(data.stat().st_ino)
+
+    monkeypatch.setattr("cache.plan.check_block", slow)
+    storekit.write_one(tmp_path, block)
+    assert data.stat().st_ino == others[1]
 
 
 def test_a_number_of_other_rows_is_refused(tmp_path):

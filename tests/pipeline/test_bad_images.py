@@ -1,16 +1,21 @@
 """Images that cannot be read: a few are left out with their reasons, more stop the build, mended ones are taken in."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from cache import Store, journaled_bad_images
-from pipeline.build import build_cache
+from pipeline.build import build_cache, build_share
+from pipeline.commit import commit_cache
 from pipeline.datasets import find_dataset
 from pipeline.images import ImageError
 from pipeline.repair import repair_store
 from pipeline.request import BuildRequest
+from pipeline.schedule import Schedule
+from pipeline.shares import Share
+from pipeline.store import commit_lines, share_lines
 from pipeline.train import TrainRequest, train
 
 
@@ -90,6 +95,29 @@ def test_one_image_too_many_stops_the_build_and_is_taken_in_once_mended(build, f
         file.write_bytes(content)
     assert build(0.1, steps=0).bad_images == 0
     assert all(rows(Store(tmp_path / "store"), image) for image in Store(tmp_path / "store").image_ids.tolist())
+
+
+def test_too_many_that_are_left_out_already_stop_builds_shares_and_commits(dataset, files, with_settings, tmp_path):
+    for file in (files[1], files[6]):
+        damage(file)
+    out = tmp_path / "store"
+
+    def share(allowed: float):
+        config = with_settings(build={"max_bad_images": allowed, "block_images": 4}, adapt={"steps": 0})
+        request = BuildRequest(dataset=dataset, config=config, out=out, scheduler="sync")
+        return request, partial(build_share, request, Share(1, 1))
+
+    _, generous = share(0.2)
+    strict_request, strict = share(0.1)
+    report = generous()
+    assert (report.missing, report.bad_images) == (0, 2)
+    sync = Schedule(scheduler="sync")
+    for run in (strict, partial(build_cache, strict_request), partial(commit_cache, out, sync)):
+        with pytest.raises(ImageError, match=r"2 images cannot be read, build.max_bad_images allows 1"):
+            run()
+    said = "2 images cannot be read and were left out; `ezsd cache info"
+    assert said in share_lines(out, generous())[1]
+    assert said in commit_lines(out, commit_cache(out, sync))[1]
 
 
 def test_without_room_for_any_the_first_bad_image_stops_the_build(build, files, tmp_path):
