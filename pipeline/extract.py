@@ -175,6 +175,9 @@ def _extract(job: ExtractJob, block: Block, left_out: Collection[int] | None = N
                 images.append(_no_rows(worker.teacher.embed_dim))
                 continue
             try:
+                if left_out is None and worker.reused is None:
+                    # Also where there is no box to encode: training is going to read it.
+                    view.require_readable()
                 images.append(_extract_image(view))
             except ImageError as error:
                 if left_out is not None or not worker.most_bad:
@@ -254,6 +257,10 @@ class _View:
         names, present = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
         base_count = len(worker.dataset.split.base)
         return anchor_scores(names, present, base_count=base_count, score=worker.config.proposals.score)
+
+    def require_readable(self) -> None:
+        """ImageError when the image cannot be read."""
+        self._read()
 
     @cached_property
     def pixels(self) -> Tensor:

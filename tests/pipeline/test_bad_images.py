@@ -1,5 +1,6 @@
 """Images that cannot be read: a few are left out with their reasons, more stop the build, mended ones are taken in."""
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -136,6 +137,22 @@ def test_an_image_of_another_size_is_bad(build, files, tmp_path):
     build(0.1)
     (reason,) = Store(tmp_path / "store").bad_images.values()
     assert "64 x 48" in reason
+
+
+def test_an_image_without_any_box_is_looked_at_too(dataset, files, with_settings, tmp_path):
+    path = dataset.root / dataset.train_annotations
+    table = json.loads(path.read_text())
+    bare, *others = sorted(table["images"], key=lambda image: image["id"])
+    table["annotations"] = [one for one in table["annotations"] if one["image_id"] != bare["id"]]
+    path.write_text(json.dumps(table))
+    boxes = [{"image_id": image["id"], "bbox": [8, 8, 64, 64], "score": 0.5} for image in others]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    damage(next(file for file in files if file.name == Path(bare["file_name"]).name))
+    config = with_settings(
+        build={"max_bad_images": 0.1}, proposals={"boxes": str(tmp_path / "boxes.json")}, adapt={"steps": 0}
+    )
+    build_cache(BuildRequest(dataset=dataset, config=config, out=tmp_path / "store", scheduler="sync"))
+    assert list(Store(tmp_path / "store").bad_images) == [bare["id"]]
 
 
 def test_a_reused_store_gives_no_rows_for_its_bad_images(build, files, tmp_path):
