@@ -79,7 +79,7 @@ def measure(draw: Draw) -> dict[str, float]:
     figures["held_out"] = float(str(tuned["base_accuracy_after"]))
     text = embed_names(teacher, dataset.split.names)
     for preset, images in GRIDS.items() if draw.recall else ():
-        job = extract_job(on_grid(request, preset), tuned["parameters"], values, text)
+        job = extract_job(on_grid(request, preset), tuned["parameters"], values, text, made_from="no store")
         found = block_rows(job, Block(0, 0, images))
         figures |= {f"{preset}_{key}": value for key, value in recall(dataset, found, images).items()}
     return figures

@@ -138,9 +138,10 @@ def open_job(request: BuildRequest) -> tuple[StoreWriter, ExtractJob]:
     """An unfinished store, and what its workers are told; the teacher is not re-normalised."""
     annotations = read_annotations(request)
     teacher = configured_teacher(request.config.teacher, "cpu")
+    manifest = describe(request.dataset, annotations, request.config, teacher.fingerprint())
     writer = StoreWriter.open(
         request.out,
-        describe(request.dataset, annotations, request.config, teacher.fingerprint()),
+        manifest,
         image_ids=[image.id for image in annotations.images],
         widths=[image.width for image in annotations.images],
         heights=[image.height for image in annotations.images],
@@ -148,7 +149,8 @@ def open_job(request: BuildRequest) -> tuple[StoreWriter, ExtractJob]:
         block_images=request.config.build.block_images,
     )
     values, table = flatten(teacher.layer_norms())
-    return writer, extract_job(request, table, values, embed_names(teacher, request.dataset.split.names))
+    text = embed_names(teacher, request.dataset.split.names)
+    return writer, extract_job(request, table, values, text, manifest.digest)
 
 
 class Recipe:
