@@ -51,7 +51,7 @@ def test_time_follows_from_the_probe_and_the_number_of_processes(forecast, with_
     one, four = forecast(config, workers=1), forecast(config, workers=4)
     assert one.seconds == pytest.approx(one.passes * one.probe.seconds / one.probe.crops)
     assert four.seconds == pytest.approx(four.passes * four.probe.seconds / four.probe.crops / 4)
-    assert one.probe.seconds >= 0.1
+    assert one.probe.crops > 0
     assert any("by 4 processes" in line for line in forecast_lines("store", four))
 
 
