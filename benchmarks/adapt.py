@@ -96,14 +96,7 @@ def on_grid(request: BuildRequest, preset: str) -> BuildRequest:
 def accuracy(teacher: Teacher, dataset: Dataset, config: Config) -> dict[str, float]:
     """Shares of validation crops whose nearest name is the right one: base against base names, and both against all."""
     truth = evaluation_annotations(dataset.root / dataset.val_annotations, dataset.split)
-    settings = config.proposals
-    source = CropSource(
-        truth,
-        dataset.root / dataset.val_images,
-        size=teacher.input_size,
-        ratio=settings.crop_ratio,
-        surround=settings.surround,
-    )
+    source = CropSource(truth, dataset.root / dataset.val_images, size=teacher.input_size, crops=config.proposals)
     is_base = truth.class_index < len(dataset.split.base)
 
     def right(names: tuple[str, ...]) -> np.ndarray:

@@ -28,9 +28,9 @@ from pipeline.batches import load_batches
 from pipeline.command import resolve_device, train_config
 from pipeline.config import Config
 from pipeline.detector import build_detector
-from pipeline.extract import load_config_teacher
 from pipeline.processes import Processes
 from pipeline.step import Trainer
+from pipeline.teachers import configured_teacher
 from pipeline.train import build_trainer, store_dataset, training_samples
 
 ARMS = ("none", "store", "online")
@@ -71,7 +71,7 @@ def build_arms(store: Store, config: Config, device: str, base: int) -> dict[str
 
 def store_teacher(store: Store, config: Config, device: str) -> Teacher:
     """The teacher with the store's re-normalised LayerNorms."""
-    teacher = load_config_teacher(config, device)
+    teacher = configured_teacher(config.teacher, device)
     values, attributes = store.teacher
     restore(teacher.layer_norms(), values, attributes["parameters"])
     return teacher

@@ -173,10 +173,10 @@ class Finisher:
         """Small arrays, checksums, metadata and manifest, then the commit mark, then the journal goes."""
         plan, nodes = self.committer.plan, dict[str, JSON]()
         self.files.update({name: record.digest for name, record in self.shards.items()})
+        described = {product: whole.attributes["user"] for product, whole in wholes.items()}
+        described["images"] = bad_attributes(all_bad_images(entry.attributes for entry in self.committer.entries))
         for group in GROUPS:
-            nodes[group] = encoding.group_metadata(wholes[group].attributes["user"] if group in WHOLE else {})
-        bad = all_bad_images(entry.attributes for entry in self.committer.entries)
-        nodes["images"] = encoding.group_metadata(bad_attributes(bad))
+            nodes[group] = encoding.group_metadata(described.get(group, {}))
         for name in (CHECKSUMS, *(f"{CHECKSUMS}/{group}" for group in GROUPS)):
             nodes[name] = encoding.group_metadata({})
         sums: list[tuple[ArraySpec, list[int]]] = []

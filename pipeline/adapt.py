@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ezsd.adapt import crop_accuracy, flatten, tune_layer_norms
-from ezsd.crops import Surround, crop_boxes
+from ezsd.crops import crop_boxes
 from ezsd.data.annotations import Annotations
 from ezsd.teacher import Teacher
 from pipeline.config import AdaptConfig, ConfigError, ProposalConfig
@@ -30,7 +30,7 @@ class CropSource:
     """Crops of an annotation record's boxes, image by image; images that cannot be read have none, up to a limit."""
 
     def __init__(
-        self, annotations: Annotations, root: Path, *, size: int, ratio: float, surround: Surround, most_bad: int = 0
+        self, annotations: Annotations, root: Path, *, size: int, crops: ProposalConfig, most_bad: int = 0
     ) -> None:
         self.annotations = annotations
         self.most_bad = most_bad
@@ -38,8 +38,8 @@ class CropSource:
         """Images left out so far, by id, and why."""
         self.root = root
         self.size = size
-        self.ratio = ratio
-        self.surround = surround
+        self.ratio = crops.crop_ratio
+        self.surround = crops.surround
         self._memo: dict[int, Tensor] = {}
         self._memo_bytes = 0
 
@@ -131,14 +131,7 @@ def adapt_teacher(
         ConfigError: there are too few base boxes to hold some out, or too many crops in a step for the memory.
         ImageError: more images than that cannot be read.
     """
-    source = CropSource(
-        annotations,
-        root,
-        size=teacher.input_size,
-        ratio=crops.crop_ratio,
-        surround=crops.surround,
-        most_bad=most_bad,
-    )
+    source = CropSource(annotations, root, size=teacher.input_size, crops=crops, most_bad=most_bad)
     with_boxes = np.unique(annotations.image_index)
     held = max(1, round(len(with_boxes) * config.held_out))
     if len(with_boxes) <= held:

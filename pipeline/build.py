@@ -25,7 +25,7 @@ from pipeline.commit import require_workers, write_shards
 from pipeline.config import Config, to_tables
 from pipeline.datasets import read_dataset_image
 from pipeline.environment import describe_build, weights_file_digest
-from pipeline.extract import ExtractJob, load_config_teacher
+from pipeline.extract import ExtractJob
 from pipeline.forecast import warn_of_room
 from pipeline.given import given_proposals
 from pipeline.images import ImageError, most_bad_images, require_few_bad
@@ -36,7 +36,7 @@ from pipeline.request import BuildRequest, read_annotations
 from pipeline.reuse import Reuse, plan_reuse
 from pipeline.schedule import Pool
 from pipeline.shares import Share, open_share
-from pipeline.teachers import check_precision
+from pipeline.teachers import check_precision, configured_teacher
 
 log = logging.getLogger("ezsd")
 WHOLE_PRODUCTS = ("teacher", "text")
@@ -176,7 +176,7 @@ def _source(request: BuildRequest) -> _Source | None:
     if request.config.proposals.boxes:
         # Whatever is wrong with them is said before anything is written.
         given_proposals(request.config.proposals, read_annotations(dataclasses.replace(request, limit=None)).images)
-    teacher = load_config_teacher(request.config, request.device)
+    teacher = configured_teacher(request.config.teacher, request.device)
     manifest = describe(request.dataset, annotations, request.config, teacher.fingerprint())
     reuse = None if request.reuse is None else plan_reuse(request.reuse, manifest)
     return _Source(annotations, teacher, manifest, reuse)

@@ -177,13 +177,7 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str) -> dict[str
     made_with = proposal_settings(run_manifest(run))
     # The store's own crop rule: the run's configuration says nothing of stage one.
     crops = from_tables(to_tables(config) | {"proposals": dict(made_with)}, where="store").proposals
-    source = CropSource(
-        annotations,
-        dataset.root / dataset.val_images,
-        size=teacher.input_size,
-        ratio=crops.crop_ratio,
-        surround=crops.surround,
-    )
+    source = CropSource(annotations, dataset.root / dataset.val_images, size=teacher.input_size, crops=crops)
     single = ~annotations.crowd
     is_base = annotations.class_index < len(dataset.split.base)
 

@@ -91,16 +91,11 @@ class _Worker:
         return self.dataset.root / self.dataset.train_images
 
 
-def load_config_teacher(config: Config, device: str) -> Teacher:
-    """The teacher of a configuration, as published."""
-    return configured_teacher(config.teacher, device)
-
-
 @lru_cache(maxsize=1)
 def _worker(job: ExtractJob) -> _Worker:
     config = from_tables(json.loads(job.config), where="job")
     dataset = from_definition(json.loads(job.dataset), Path(job.root))
-    teacher = load_config_teacher(config, job.device)
+    teacher = configured_teacher(config.teacher, job.device)
     restore(teacher.layer_norms(), np.frombuffer(job.values, np.float32), json.loads(job.parameters))
     rows = torch.from_numpy(np.frombuffer(job.text, np.float32).copy()).reshape(-1, teacher.embed_dim)
     background = None

@@ -21,9 +21,9 @@ from pipeline.anchors import encoded_at_most, image_anchors
 from pipeline.config import Config, ProposalConfig
 from pipeline.datasets import read_dataset_image
 from pipeline.encode import SHORT, CropEncoder, single_thread
-from pipeline.extract import load_config_teacher
 from pipeline.images import most_bad_images, require_few_bad
 from pipeline.request import BuildRequest, read_annotations
+from pipeline.teachers import configured_teacher
 
 log = logging.getLogger("ezsd")
 
@@ -86,7 +86,7 @@ def forecast_build(request: BuildRequest, *, probe_seconds: float = 10.0) -> Bui
     missing = _missing(request, annotations)
     require_few_bad(missing, most_bad_images(request.config.build.max_bad_images, images))
     there = [image for image in annotations.images if image.id not in missing]
-    teacher = load_config_teacher(request.config, request.device)
+    teacher = configured_teacher(request.config.teacher, request.device)
     return BuildForecast(
         passes=_passes(request.config, annotations),
         probe=_probe(request, _some(there), teacher, probe_seconds),

@@ -17,9 +17,10 @@ from ezsd.adapt import restore
 from pipeline.build import adapted, embed_names, extract_job
 from pipeline.config import ConfigError, from_tables
 from pipeline.datasets import from_definition
-from pipeline.extract import block_rows, load_config_teacher
+from pipeline.extract import block_rows
 from pipeline.provenance import describe
 from pipeline.request import BuildRequest, read_annotations
+from pipeline.teachers import configured_teacher
 
 
 def repair_store(path: Path, data_root: Path | None, *, weights: str | None, device: str) -> RepairReport:
@@ -49,7 +50,7 @@ class _Images:
     def __init__(self, request: BuildRequest) -> None:
         self._request = request
         self._annotations = read_annotations(request)
-        self._teacher = load_config_teacher(request.config, request.device)
+        self._teacher = configured_teacher(request.config.teacher, request.device)
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -69,7 +70,7 @@ class _Images:
 
     def whole(self, product: str, wholes: Mapping[str, Whole]) -> NDArray[np.float32]:
         """The teacher's values, or the text rows."""
-        teacher = load_config_teacher(self._request.config, self._request.device)
+        teacher = configured_teacher(self._request.config.teacher, self._request.device)
         if product == "teacher" or "teacher" not in wholes:
             values, _ = adapted(self._request, teacher, self._annotations)
             if product == "teacher":

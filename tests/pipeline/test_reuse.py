@@ -135,7 +135,7 @@ def test_a_complete_store_is_recognised_before_the_teacher_is_loaded(
     def refuse(*_, **__):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr(pipeline.build, "load_config_teacher", refuse)
+    monkeypatch.setattr(pipeline.build, "configured_teacher", refuse)
     request = BuildRequest(dataset=shapes_dataset, config=quick_config, out=shapes_store, workers=1)
     assert build_cache(request).already_complete
 
