@@ -1,4 +1,4 @@
-"""The batches of a training, in an order that depends on the seed alone, read by as many processes as one likes."""
+"""The batches of a training, in an order that depends on the seed alone, read ahead by a thread or by processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -43,29 +44,39 @@ def load_batches(
             f"train.images={config.images} cannot be shared out to {processes.count} processes with "
             f"train.accumulate={config.accumulate}; choose a multiple of {parts}"
         )
-    order = list(
-        epoch_order(len(samples), per_step=config.images, first_step=first_step, steps=config.steps, seed=config.seed)
+    order = partial(
+        epoch_order, len(samples), per_step=config.images, first_step=first_step, steps=config.steps, seed=config.seed
     )
     size = config.images // parts
     starts = range(processes.rank * size, config.images, processes.count * size)
-    mine = [keys[start : start + size] for keys in order for start in starts]
     loader = torch.utils.data.DataLoader(
         samples,
-        batch_sampler=mine,
+        batch_sampler=(keys[start : start + size] for keys in order() for start in starts),
         num_workers=config.loader_workers,
         # Not forked from here: a fork beside other threads, as the store's reader has, may hang.
         multiprocessing_context="forkserver" if config.loader_workers else None,
         collate_fn=collate,
         worker_init_fn=partial(_begin_reading, os.getpid()),
     )
-    batches: Any = iter(loader)
+    batches: Any = iter(loader) if config.loader_workers else _one_ahead(iter(loader))
     try:
-        for keys in order:
+        for keys in order():
             yield keys, [_next(batches) for _ in range(config.accumulate)]
     finally:
-        # torch ends readers once nothing refers to the iterator; an error's traceback may, until the interpreter's end.
+        # What reads ends once nothing refers to the iterator; an error's traceback may, until the interpreter's end.
         if config.loader_workers:
             batches._shutdown_workers()
+        else:
+            batches.close()
+
+
+def _one_ahead(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+    """The same batches, each read by a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        waiting = reader.submit(next, batches, None)
+        while (batch := waiting.result()) is not None:
+            waiting = reader.submit(next, batches, None)
+            yield batch
 
 
 def _begin_reading(training: int, _: int) -> None:

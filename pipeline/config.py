@@ -297,7 +297,7 @@ class TrainConfig:
     validate_images: int = 500
     """Images of that slice."""
     loader_workers: int = 0
-    """Processes that read images; 0 reads in the training process."""
+    """Processes that read images; with 0 a thread of the training process reads one batch ahead."""
     seed: int = 0
     """Of weights, sampling and augmentation."""
     backend: Backend = "auto"

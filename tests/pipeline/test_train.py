@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from cache import Store, StoreError, StoreIncomplete
 from cache.manifest import seal, unseal
 from ezsd.data.annotations import AnnotationError
 from ezsd.data.shapes import SHAPES_SPLIT
+from pipeline.batches import load_batches
 from pipeline.command import train_config
 from pipeline.config import ConfigError
 from pipeline.evaluate import evaluate_run
@@ -28,7 +30,7 @@ from pipeline.figures import at_limit, headline
 from pipeline.images import ImageError
 from pipeline.runs import Run, RunError
 from pipeline.step import learning_rate
-from pipeline.train import TrainRequest, train
+from pipeline.train import TrainRequest, store_dataset, train, training_samples
 
 
 def curve(run):
@@ -93,25 +95,25 @@ def test_all_that_a_step_reads_is_resumed(shapes_store, with_settings, tmp_path)
 def test_a_run_asked_to_end_saves_and_goes_on_bit_for_bit(
     shapes_run, shapes_store, quick_config, tmp_path, monkeypatch
 ):
-    read, calls = pipeline.train.read_dataset_image, []
+    step, calls = pipeline.train.Trainer.step, []
 
     def asking(*arguments):
         calls.append(arguments)
-        if len(calls) == 10:
+        if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return read(*arguments)
+        return step(*arguments)
 
     before = signal.getsignal(signal.SIGTERM)
     request = TrainRequest(cache=shapes_store, run=tmp_path / "asked", config=quick_config)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.train, "read_dataset_image", asking)
+        patch.setattr(pipeline.train.Trainer, "step", asking)
         with pytest.raises(SystemExit) as stopped:
             train(request)
     assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     latest = Run.open(request.run).latest()
     assert latest is not None
-    # The tenth of four images a step; checkpoints are otherwise made at even steps.
+    # Checkpoints are otherwise made at even steps.
     assert latest.step == 3
     resumed = train(request)
     assert curve(resumed) == curve(shapes_run)
@@ -392,15 +394,38 @@ def test_readers_of_any_number_give_the_same_curve(shapes_run, shapes_store, wit
     assert curve(train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))) == curve(shapes_run)
 
 
+def test_a_thread_reads_one_batch_ahead_and_ends_with_the_training(shapes_store, quick_config):
+    store = Store(shapes_store)
+    samples = training_samples(store, store_dataset(store, None), quick_config.train)
+    read, threads = [], set()
+
+    def reading(image):
+        threads.add(threading.current_thread())
+        read.append(image)
+        return original(image)
+
+    original, samples.read_image = samples.read_image, reading
+    with closing(load_batches(samples, quick_config.train, first_step=0)) as batches:
+        keys, _ = next(batches)
+        while len(read) < 2 * len(keys):
+            time.sleep(0.01)
+        assert len(read) == 2 * len(keys)
+        assert read[: len(keys)] == [samples.image_ids[position] for _, position in keys]
+    (reader,) = threads
+    assert reader is not threading.current_thread()
+    assert not reader.is_alive()
+
+
 def test_an_unreadable_image_is_named_by_the_reader_in_one_line(shapes_store, shapes_root, with_settings, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(shapes_root, root)
     for image in (root / "train").iterdir():
         image.write_bytes(image.read_bytes()[:60])
-    config = with_settings(train={"loader_workers": 1})
-    with pytest.raises(ImageError, match=r"data/train/\S+: (is no image|cannot be read)") as caught:
-        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config, data_root=root))
-    assert "\n" not in str(caught.value)
+    for workers in (0, 1):
+        config = with_settings(train={"loader_workers": workers})
+        with pytest.raises(ImageError, match=r"data/train/\S+: (is no image|cannot be read)") as caught:
+            train(TrainRequest(cache=shapes_store, run=tmp_path / f"run-{workers}", config=config, data_root=root))
+        assert "\n" not in str(caught.value)
     assert readers() == set(), "a reader that lives on keeps the program from ending"
 
 
