@@ -2,9 +2,10 @@
 
 Three arms that differ in the source of the distillation alone: none; embeddings from the store; embeddings of the same
 boxes from the teacher, run online at every step. They take turns on the same batches, each first as often as last, so
-that other work on the machine slows all alike. One row per head goes to results/train_step.jsonl: the median over steps
-of the ratios, the share of time spent waiting for data, and the peak of memory. Median times are in the row too; on a
-busy machine only the ratios mean something.
+that other work on the machine slows all alike. Then the middle arm alone goes on, as a training does, and the time it
+waits for data is taken. One row per head goes to results/train_step.jsonl: the median over steps of the ratios, the
+share of time spent waiting for data, and the peak of memory. Median times are in the row too; on a busy machine ratios
+alone mean something.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from cache import Store
 from ezsd.adapt import restore
 from ezsd.crops import crop_boxes
+from ezsd.data.dataset import DetectionDataset
 from ezsd.detector.model import Batch
 from ezsd.teacher import Teacher
 from pipeline.batches import load_batches
@@ -91,12 +93,9 @@ def measure(store: Store, config: Config, device: str) -> dict[str, object]:
     teacher = store_teacher(store, config, device)
     samples = training_samples(store, dataset, config.train)
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    waited, regions = [], []
+    regions = []
     batches = load_batches(samples, config.train, first_step=0)
-    for step in range(config.train.steps):
-        began = settle(device)
-        _, (loaded,) = next(batches)
-        waited.append(time.perf_counter() - began)
+    for step, (_, (loaded,)) in enumerate(batches):
         regions.append(len(loaded.region_boxes) / len(loaded.sizes))
         turn = step % len(ARMS)
         for arm in (*ARMS[turn:], *ARMS[:turn]):
@@ -109,14 +108,28 @@ def measure(store: Store, config: Config, device: str) -> dict[str, object]:
     skipped = min(3, config.train.steps - 1)
     kept = {arm: spent[skipped:] for arm, spent in seconds.items()}
     median = {arm: statistics.median(spent) for arm, spent in kept.items()}
-    wait = statistics.median(waited[skipped:])
     return {
         "store_over_none": _ratio(kept["store"], kept["none"]),
         "online_over_store": _ratio(kept["online"], kept["store"]),
-        "data_share": round(wait / (wait + median["store"]), 4),
+        "data_share": data_share(arms["store"], samples, config, device),
         "seconds": {arm: round(value, 4) for arm, value in median.items()},
         "regions_per_image": round(statistics.mean(regions), 1),
     }
+
+
+def data_share(trainer: Trainer, samples: DetectionDataset, config: Config, device: str) -> float:
+    """Share of its time that a training waits for batches, those read before its first step left out."""
+    waited, spent = 0.0, 0.0
+    batches = load_batches(samples, config.train, first_step=0)
+    next(batches)
+    for step in range(1, config.train.steps):
+        began = settle(device)
+        _, (loaded,) = next(batches)
+        waited += time.perf_counter() - began
+        torch.manual_seed(step)
+        trainer.step([loaded.to(torch.device(device))], step)
+        spent += settle(device) - began
+    return round(waited / spent, 4)
 
 
 def _ratio(over: list[float], under: list[float]) -> float:
