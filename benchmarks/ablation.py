@@ -270,12 +270,15 @@ def run_seed(plan: Plan, arms: Sequence[Arm], own: Sequence[str]) -> list[str]:
         run_here(plan, waiting)
         return []
     # What needs another arm's run comes after it, and stores are made before two processes may want the same one.
-    needs_run = [arm for arm in waiting if STORES[arm.store].after or arm.evaluation]
+    trained = [arm for arm in waiting if not arm.evaluation]
+    after = [arm for arm in trained if STORES[arm.store].after]
     failed = []
-    for wave in ([arm for arm in waiting if arm not in needs_run], needs_run):
+    for wave in ([arm for arm in trained if arm not in after], after):
         for name in dict.fromkeys(arm.store for arm in wave):
             prepared_store(plan, name)
         failed += run_beside(plan, wave, own)
+    # All of these share the baseline's run, which is locked while it is looked at.
+    run_here(plan, [arm for arm in waiting if arm.evaluation])
     return failed
 
 

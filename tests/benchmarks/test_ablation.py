@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,19 @@ def test_arms_side_by_side_give_the_rows_of_one_after_the_other(words, place, fo
     beside = {row["arm"]: row for row in map(json.loads, (results / "ablation.jsonl").read_text().splitlines())}
     assert beside.keys() == {"baseline", "random"}
     assert all(beside[arm]["AP"] == found[arm]["AP"] for arm in beside)
+
+
+def test_evaluations_make_the_run_again_that_they_share(words, place, found):
+    """On another machine rows may be there and runs gone."""
+    moved, results = place / "moved", place / "again"
+    shutil.copytree(place / "work", moved)
+    shutil.rmtree(moved / "seed-0/runs/baseline of 2 steps")
+    few = ["--work", str(moved), *words[2 : words.index("--arms")], "--results", str(results), "--jobs", "2"]
+    few += ["--arms", "permuted novel names", "reference box class"]
+    subprocess.run([sys.executable, str(BENCHMARKS / "ablation.py"), *few], check=True, cwd=BENCHMARKS.parent)
+    rows = {row["arm"]: row for row in map(json.loads, (results / "ablation.jsonl").read_text().splitlines())}
+    assert rows.keys() == {"permuted novel names", "reference box class"}
+    assert rows["permuted novel names"]["AP"] == found["permuted novel names"]["AP"]
 
 
 def test_every_arm_has_settings_of_its_own_that_exist(ablation):
