@@ -51,12 +51,15 @@ def data_check(
     dataset: DatasetName,
     data_root: DatasetRoot = None,
     decode: Annotated[bool, typer.Option("--decode", help="Read every pixel, not only what is at the start.")] = False,
+    masks: Annotated[
+        bool, typer.Option("--masks", help="Look at the outlines too, as model.masks=true needs them.")
+    ] = False,
 ) -> None:
     """List everything that is wrong with a dataset, with its place; exit code 2 if anything is."""
     from pipeline.check import check_dataset, check_table
     from pipeline.datasets import find_dataset
 
-    found = check_dataset(find_dataset(dataset, data_root).require(), decode=decode)
+    found = check_dataset(find_dataset(dataset, data_root).require(), decode=decode, masks=masks)
     for problem in found.problems:
         typer.echo(problem)
     if found.problems:

@@ -12,9 +12,11 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ezsd.data.annotations import AnnotationError, resolve_image_path, unknown_names
 from ezsd.data.records import clip_boxes
+from ezsd.data.segmentations import outline_faults
 from ezsd.data.table import Table, annotation_faults, category_faults, image_faults, read_table
 from ezsd.vocabulary import Split
 from pipeline.datasets import Dataset, read_image
@@ -55,7 +57,7 @@ class Check:
     """Of files that could be read."""
 
 
-def check_dataset(dataset: Dataset, *, decode: bool = False) -> Check:
+def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False) -> Check:
     """Look at both annotation files and at every image they name.
 
     Reads novel boxes: nothing of what is found goes anywhere but into the answer.
@@ -63,6 +65,7 @@ def check_dataset(dataset: Dataset, *, decode: bool = False) -> Check:
     Args:
         dataset: its four places must exist.
         decode: read every pixel; otherwise only what stands at the start of an image file.
+        masks: look at the outlines that masks are learned from, which are those of base objects, and evaluated by.
     """
     problems: list[str] = []
     parts: list[Part] = []
@@ -78,6 +81,8 @@ def check_dataset(dataset: Dataset, *, decode: bool = False) -> Check:
             problems.append(str(error))
             continue
         problems += [f"{path}: {problem}" for problem in _file_problems(table, dataset.split)]
+        if masks:
+            problems += [f"{path}: {problem}" for problem in _mask_problems(table, dataset.split, name)]
         problems += [f"{path}: {problem}" for problem in _image_problems(table, dataset.root / images, name, decode)]
         parts.append(_count(table, dataset.split, name))
     return Check(dataset=dataset, problems=problems, parts=parts)
@@ -130,17 +135,9 @@ def _repeated_files(table: Table) -> Iterator[str]:
 
 def _empty_boxes(table: Table) -> Iterator[str]:
     """Boxes of which nothing is left within their image."""
-    columns = table.annotations
-    ids = np.array(table.images.id, dtype=np.int64)
-    if not len(ids) or not len(columns.id):
-        return
-    order = np.argsort(ids, kind="stable")
-    image_id = np.array(columns.image_id, dtype=np.int64)
-    place = order[np.minimum(np.searchsorted(ids, image_id, sorter=order), len(ids) - 1)]
-    known = (ids[place] == image_id) & table.sound("annotations", "bbox") & table.sound("annotations", "image_id")
-    known &= (table.sound("images", "width") & table.sound("images", "height"))[place]
-    width, height = np.array(table.images.width, np.int32)[place], np.array(table.images.height, np.int32)[place]
-    xywh = np.array(columns.xywh, dtype=np.float64).reshape(-1, 4)
+    height, width = _image_sizes(table).T
+    known = (height > 0) & table.sound("annotations", "bbox")
+    xywh = np.array(table.annotations.xywh, dtype=np.float64).reshape(-1, 4)
     _, empty, outside = clip_boxes(xywh, width, height)
     for position in np.flatnonzero(known & empty):
         box = ", ".join(f"{value:g}" for value in xywh[position])
@@ -148,6 +145,36 @@ def _empty_boxes(table: Table) -> Iterator[str]:
             f"outside the image of {width[position]} x {height[position]}" if outside[position] else "without an area"
         )
         yield f"annotations[{position}].bbox: [{box}] is {wrong}. Correct or remove the annotation."
+
+
+def _image_sizes(table: Table) -> NDArray[np.int32]:
+    """Height and width of the image of each annotation, (A, 2); zeros where the file does not say."""
+    ids = np.array(table.images.id, dtype=np.int64)
+    image_id = np.array(table.annotations.image_id, dtype=np.int64)
+    if not len(ids):
+        return np.zeros((len(image_id), 2), dtype=np.int32)
+    order = np.argsort(ids, kind="stable")
+    place = order[np.minimum(np.searchsorted(ids, image_id, sorter=order), len(ids) - 1)]
+    known = (ids[place] == image_id) & table.sound("annotations", "image_id")
+    known &= (table.sound("images", "width") & table.sound("images", "height"))[place]
+    size = np.stack([np.array(table.images.height, np.int32), np.array(table.images.width, np.int32)], axis=1)
+    return np.where(known[:, None], size[place], 0).astype(np.int32)
+
+
+def _mask_problems(table: Table, split: Split, part: str) -> Iterator[str]:
+    """Outlines that are missing or not in order: of base objects to learn from, of all in the split to evaluate by."""
+    columns, training = table.annotations, part == "train"
+    names = split.base if training else split.names
+    wanted = [id_ for id_, name in zip(table.categories.id, table.categories.name, strict=True) if name in names]
+    asked = np.isin(np.array(columns.category_id, dtype=np.int64), wanted) & table.sound("annotations", "category_id")
+    if training:
+        asked &= np.array(columns.crowd, dtype=np.int8) == 0
+    size = np.where(asked[:, None], _image_sizes(table), 0).astype(np.int32)
+    with Progress(f"outlines of {part}", int(size.all(1).sum()), unit="outline") as progress:
+        for fault in outline_faults(table.path, size):
+            if fault is not None:
+                yield f"{fault.place}: {fault}"
+            progress.advance()
 
 
 def _image_problems(table: Table, folder: Path, part: str, decode: bool) -> list[str]:

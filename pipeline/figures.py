@@ -18,7 +18,8 @@ Classes = Literal["all", "base", "novel"]
 """Which names a detector looked for at once."""
 SPACES: dict[Classes, str] = {"all": "generalised", "base": "base_only", "novel": "novel_only"}
 """What an evaluation of such detections is called."""
-_SHAPES = {"bbox": "boxes", "segm": "masks"}
+SHAPES = {"bbox": "boxes", "segm": "masks"}
+"""What overlaps are measured of."""
 COLUMNS = ("AP", "AP50", "AP75", "AR")
 """Figures of a group or a class."""
 GROUPS = ("base", "novel", "all", "rare", "common", "frequent")
@@ -183,7 +184,7 @@ def evaluation_tables(result: Mapping[str, object], *, per_class: bool) -> str:
 
 def _block(space: str, found: Mapping[str, Any], fullest: int) -> str:
     title = (
-        f"{space.replace('_', ' ')}: {found['rules'].upper()} rules, {_SHAPES[found['iou_type']]}, "
+        f"{space.replace('_', ' ')}: {found['rules'].upper()} rules, {SHAPES[found['iou_type']]}, "
         f"{found['images']} images, at most "
         f"{found['max_detections']} detections per {found['counted_per']} (the fullest image has {fullest})"
     )

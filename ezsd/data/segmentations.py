@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask
 
-from ezsd.data.records import AnnotationError
 from ezsd.data.stream import open_json
+from ezsd.data.table import Fault
 
 Rings: TypeAlias = list[npt.NDArray[np.float64]]
 """Corner points of a polygon's rings, pixels, each (P, 2) with P >= 3."""
@@ -56,9 +56,37 @@ def read_outlines(
         try:
             yield number, parse_outline(entry.get("segmentation"), *wanted[number])
         except ValueError as error:
-            raise AnnotationError(
-                f"{path}: annotations[{position}].segmentation: expected {_EXPECTED}, found {error}. {_CURE}"
-            ) from error
+            raise _fault(position, error).error(path) from error
+
+
+def outline_faults(path: Path, size: npt.NDArray[np.int32]) -> Iterator[Fault | None]:
+    """What is wrong with the outline of each annotation asked for, in the file's order; None where nothing is.
+
+    Args:
+        path: a COCO-format file that `read_table` can read.
+        size: height and width of the image of each entry of its list `annotations`, (A, 2); zeros where the outline is
+            not asked for.
+    """
+    for position, entry in _annotations(path):
+        height, width = size[position].tolist()
+        if height and width:
+            try:
+                parse_outline(entry.get("segmentation"), height, width)
+            except ValueError as error:
+                yield _fault(position, error)
+            else:
+                yield None
+
+
+def _fault(position: int, error: ValueError) -> Fault:
+    return Fault(
+        section="annotations",
+        position=position,
+        key="segmentation",
+        expected=_EXPECTED,
+        found=str(error),
+        cure=_CURE,
+    )
 
 
 def parse_outline(value: object, height: int, width: int) -> Outline:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import product
 from typing import Any
 
-from pipeline.figures import COLUMNS, GROUPS, at_limit, headline
+from pipeline.figures import COLUMNS, GROUPS, SHAPES, at_limit, headline
 from pipeline.report.facts import Facts, dataset_label, flat_settings, store_environment
 from pipeline.report.html import DASH, Html, element, note, percent, section, wide_table
 
@@ -28,11 +29,13 @@ def _all_figures(main: Facts) -> Html:
     """The main run at every limit, folded away."""
     assert main.evaluation is not None
     tables = []
-    for space in ("generalised", "novel_only"):
-        for found in main.evaluation[space]["at"].values() if space in main.evaluation else ():
+    spaces = [space for space in ("generalised", "novel_only") if space in main.evaluation]
+    for space, figures in product(spaces, ("at", "masks_at")):
+        for found in main.evaluation[space].get(figures, {}).values():
             rows = {group: found[group] for group in GROUPS if found.get(group, {}).get("boxes")}
             title = (
-                f"{space.replace('_', ' ')}, at most {found['max_detections']} detections per {found['counted_per']}"
+                f"{space.replace('_', ' ')}, {SHAPES[found['iou_type']]}, at most {found['max_detections']} detections "
+                f"per {found['counted_per']}"
             )
             tables.append(element("div", element("h3", title), _figures("classes", rows)))
     lead = f"All figures of {main.label} in percent: AP and AR are means over IoU 0.50 to 0.95"

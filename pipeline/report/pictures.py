@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from cache import RegionRows, StoreError
 from ezsd.data.annotations import AnnotationError, Annotations
+from ezsd.data.segmentations import decode, parse_outline, to_run_lengths
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image
 from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
 from pipeline.files import DamagedFile, read_objects
@@ -71,7 +73,12 @@ def detection_gallery(main: Facts, dataset: Dataset, count: int) -> Html:
         boxes = torch.from_numpy(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1))
         captions = [f"{one['name']} {one['score']:.2f}" for one in best]
         names = [str(one["name"]) for one in best]
-        detected = _panel("detections", pixels, boxes, names, main.novel, captions)
+        try:
+            masks = _masks(best, record.height, record.width)
+        except ValueError as error:
+            where = f"{main.run.folder / 'detections.json'}: image {record.id}"
+            raise DamagedFile(f"{where}: has a detection without a mask of its size: {error}") from error
+        detected = _panel("detections", pixels, boxes, names, main.novel, captions, masks)
         figures.append(_figure(record.file_name, _truth_panel(pixels, annotations, position, main.novel), detected))
     return _gallery(figures)
 
@@ -88,6 +95,14 @@ def _detections_by_image(main: Facts) -> dict[int, list[dict[str, Any]]]:
         if one["score"] >= SHOWN_SCORE:
             by_image.setdefault(one["image_id"], []).append(one)
     return by_image
+
+
+def _masks(found: Sequence[dict[str, Any]], height: int, width: int) -> list[NDArray[np.bool_]] | None:
+    """Masks (H, W) of detections, None where none has one. ValueError when one lacks it or it has another size."""
+    if not any("segmentation" in one for one in found):
+        return None
+    outlines = [parse_outline(one.get("segmentation"), height, width) for one in found]
+    return [decode(to_run_lengths(outline, height, width), height, width) for outline in outlines]
 
 
 def region_gallery(main: Facts, dataset: Dataset, count: int) -> Html:
@@ -135,12 +150,13 @@ def _panel(
     names: Sequence[str],
     novel: frozenset[str],
     captions: Sequence[str] | None = None,
+    masks: Sequence[NDArray[np.bool_]] | None = None,
 ) -> _Panel:
     """Draw boxes coloured by base and novel; captions are the names unless given."""
     height, width = pixels.shape[1:]
     scale = min(fit_scale(width, height), _PANEL_SIDE / max(width, height))
     colours = [NOVEL_COLOUR if name in novel else BASE_COLOUR for name in names]
-    picture = draw_boxes(pixels, boxes, names if captions is None else captions, colours, scale=scale)
+    picture = draw_boxes(pixels, boxes, names if captions is None else captions, colours, scale=scale, masks=masks)
     return _Panel(title, picture, names)
 
 

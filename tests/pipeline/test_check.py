@@ -103,6 +103,30 @@ def test_everything_wrong_is_told_in_one_pass_with_its_place(own):
     assert not any("\n" in problem for problem in problems)
 
 
+def test_outlines_are_looked_at_where_masks_need_them(own):
+    """Of base objects to learn from, of all in the split to evaluate by; crowds are never learned."""
+    document = sound()
+    triangle = [[1, 2, 4, 2, 4, 6]]
+    document["annotations"][0]["segmentation"] = [[1, 2, 4, 2]]
+    document["annotations"] += [
+        {"id": 9, "image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4], "segmentation": triangle},
+        {"id": 10, "image_id": 1, "category_id": 2, "bbox": [1, 2, 3, 4]},
+        {"id": 11, "image_id": 78, "category_id": 2, "bbox": [1, 2, 3, 4]},
+    ]
+    assert len(own(document).problems) == 1
+    problems = own(document, masks=True).problems
+    places = [
+        problem.removeprefix(f"{own.root}/").split(": expected ")[0]
+        for problem in problems
+        if ".segmentation" in problem
+    ]
+    missing = [f"annotations[{k}].segmentation" for k in (0, 1, 3)]
+    assert places == [f"train.json: annotations[{k}].segmentation" for k in (0, 5)] + [
+        f"val.json: {m}" for m in missing
+    ]
+    assert len(problems) == 1 + len(places)
+
+
 def test_a_file_that_is_no_json_is_one_problem_and_the_other_is_still_read(own):
     found = own('{"images": [')
     assert len(found.problems) == 1
@@ -121,7 +145,7 @@ def test_a_cut_image_is_found_when_every_pixel_is_read(own):
 
 
 def test_real_photos_are_sound(photos):
-    found = check_dataset(find_dataset("coco", photos), decode=True)
+    found = check_dataset(find_dataset("coco", photos), decode=True, masks=True)
     assert found.problems == []
     assert [(part.name, part.images) for part in found.parts] == [("train", 80), ("val", 57)]
     assert found.dataset.split == COCO_SPLIT

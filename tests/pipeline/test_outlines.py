@@ -22,6 +22,7 @@ from pipeline.evaluate import evaluate_run
 from pipeline.figures import evaluate_results, evaluation_tables
 from pipeline.outlines import training_masks
 from pipeline.parsed import parsed_folder
+from pipeline.report import write_report
 from pipeline.runs import RunError
 from pipeline.train import TrainRequest, train
 
@@ -211,6 +212,24 @@ def test_a_picture_shows_the_outline_of_a_mask():
     assert drawn[30, 70].tolist() == [255, 0, 0]
     with pytest.raises(ValueError, match="as many masks"):
         draw_boxes(image, boxes, [""], masks=[pixels[1:]])
+
+
+def test_a_report_has_the_figures_of_masks_and_draws_them(masked_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(masked_run.folder, folder)
+    place, pages = folder / "detections.json", {}
+    # A quick run is sure of nothing.
+    found = [one | {"score": 0.9} for one in json.loads(place.read_text())[:40]]
+    assert all("segmentation" in one for one in found)
+    without = [{key: value for key, value in one.items() if key != "segmentation"} for one in found]
+    for name, written in (("with", found), ("without", without), ("one less", [*found[:1], without[1], *found[2:]])):
+        place.write_text(json.dumps(written))
+        pages[name] = write_report(type(masked_run).open(folder), data_root=None, images=1).read_text()
+    assert "generalised, masks, at most 100 detections per image" in pages["with"]
+    assert "generalised, boxes, at most 100 detections per image" in pages["with"]
+    assert pages["with"].count("<img") == pages["without"].count("<img")
+    assert pages["with"] != pages["without"]
+    assert "without a mask of its size: nothing" in pages["one less"]
 
 
 def test_an_evaluation_on_files_without_segmentations_is_one_clear_line(masked_run, shapes_root, tmp_path):
