@@ -51,6 +51,8 @@ _CARD = {
     "re_normalisation": dict,
 }
 """What later commands read of run.json."""
+_OF_NO_MATTER = frozenset(f"config.train.{key}" for key in ("loader_workers", "checkpoint_every", "tensorboard"))
+"""What may change when a run is gone on with: nothing that is learned depends on it."""
 
 
 class RunError(ValueError):
@@ -333,7 +335,9 @@ def _differences(old: object, new: object, where: str = "") -> list[str]:
         for key in sorted(old.keys() | new.keys()):
             found += _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
         return found
-    return [] if old == new else [f"{where}: {_short(old)} there, {_short(new)} wanted"]
+    if old == new or where in _OF_NO_MATTER:
+        return []
+    return [f"{where}: {_short(old)} there, {_short(new)} wanted"]
 
 
 def _short(value: object) -> str:
