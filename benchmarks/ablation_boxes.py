@@ -66,7 +66,7 @@ def network_proposals(run: Run, store: Store, dataset: Dataset, *, as_many: bool
 def network_boxes(detector: Detector, pixels: Tensor) -> Tensor:
     """What the proposal network hands on of one image (3, H, W) uint8: boxes (K, 4) in its pixels, best first."""
     batch, sizes = pad_images([pixels])
-    levels = {str(i): m for i, m in enumerate(detector.backbone(normalise(batch)))}
+    levels = {str(i): m for i, m in enumerate(detector.backbone(normalise(batch, sizes)))}
     (boxes,), _ = detector.rpn(ImageList(batch, sizes), levels)
     return boxes
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import FrameType
@@ -14,22 +14,22 @@ from typing import Any
 
 import torch
 
-from ezsd.data.dataset import DetectionDataset, collate, epoch_order
+from ezsd.data.dataset import DetectionDataset, Key, collate, epoch_order, padded_size
 from ezsd.detector.model import Batch
 from pipeline.config import ConfigError, TrainConfig
 from pipeline.images import ImageError
 from pipeline.processes import Processes
 
-Key = tuple[int, int]
-"""Epoch and position of an image."""
 LINGER_SECONDS = 30
 LOOK_SECONDS = 2.0
 
 
 def load_batches(
     samples: DetectionDataset, config: TrainConfig, *, first_step: int, processes: Processes | None = None
-) -> Generator[tuple[list[Key], list[Batch]], None, None]:
-    """This process' batches of each step from `first_step` to the end, and the keys of all images of the step.
+) -> Generator[tuple[list[tuple[int, int]], list[Batch]], None, None]:
+    """This process' batches of each step from `first_step` to the end, and epoch and position of all its images.
+
+    All batches of a step are padded to the same size: they learn what one batch would.
 
     Close it when it is left early: reading processes live as long as it does.
 
@@ -51,7 +51,7 @@ def load_batches(
     starts = range(processes.rank * size, config.images, processes.count * size)
     loader = torch.utils.data.DataLoader(
         samples,
-        batch_sampler=(keys[start : start + size] for keys in order() for start in starts),
+        batch_sampler=_shared_out(samples, order(), starts, size),
         num_workers=config.loader_workers,
         # Not forked from here: a fork beside other threads, as the store's reader has, may hang.
         multiprocessing_context="forkserver" if config.loader_workers else None,
@@ -68,6 +68,16 @@ def load_batches(
             batches._shutdown_workers()
         else:
             batches.close()
+
+
+def _shared_out(
+    samples: DetectionDataset, order: Iterable[list[tuple[int, int]]], starts: range, size: int
+) -> Iterator[list[Key]]:
+    """This process' batches of `size` images, which begin at `starts` of each step's images."""
+    for keys in order:
+        canvas = (0, 0) if size == len(keys) else padded_size(samples.size(*key) for key in keys)
+        for start in starts:
+            yield [Key(*key, canvas) for key in keys[start : start + size]]
 
 
 def _one_ahead(batches: Iterator[Batch]) -> Generator[Batch, None, None]:

@@ -24,7 +24,7 @@ from ezsd.data.dataset import DetectionDataset, MaskSource
 from ezsd.detector.model import Batch, Detector
 from ezsd.kernels import require_backend
 from ezsd.teacher import state_digest
-from pipeline.batches import Key, load_batches
+from pipeline.batches import load_batches
 from pipeline.config import Config, ConfigError, TrainConfig, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.detector import build_detector, read_backbone
@@ -139,6 +139,7 @@ def training_samples(
     return DetectionDataset(
         [image for image in store.image_ids.tolist() if image not in bad],
         partial(_read_by_id, dataset.root / dataset.train_images, images),
+        partial(_size_by_id, images),
         store.ground_truth,
         store.regions,
         regions_per_image=config.regions,
@@ -200,7 +201,7 @@ def _check_processes(config: TrainConfig, processes: Processes) -> None:
 def _loop(
     run: Run,
     trainer: Trainer,
-    batches: Iterator[tuple[list[Key], list[Batch]]],
+    batches: Iterator[tuple[list[tuple[int, int]], list[Batch]]],
     samples: DetectionDataset,
     validation: Validation,
     step: int,
@@ -283,6 +284,11 @@ def _require_training(dataset: Dataset) -> Dataset:
 
 def _read_by_id(root: Path, images: ImageTable, image_id: int) -> Tensor:
     return read_dataset_image(root, images[int(np.searchsorted(images.id, image_id))])
+
+
+def _size_by_id(images: ImageTable, image_id: int) -> tuple[int, int]:
+    record = images[int(np.searchsorted(images.id, image_id))]
+    return record.height, record.width
 
 
 def _resume(run: Run, trainer: Trainer) -> int:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from cache import Manifest, differences
 from ezsd.adapt import restore
-from ezsd.data.dataset import pad_images, resize
+from ezsd.data.dataset import pad_images, padded_size, resize
 from ezsd.data.segmentations import encode
 from ezsd.detector.masks import paste
-from ezsd.detector.model import Detector
+from ezsd.detector.model import Detections, Detector
 from ezsd.teacher import Teacher, TeacherError
 from pipeline.config import Config, TeacherConfig, from_tables
 from pipeline.detector import build_detector
@@ -69,17 +69,7 @@ class TrainedDetector:
         """
         settings = self.config.train
         resized = [resize(i, short_side=settings.short_side, long_side=settings.long_side) for i in images]
-        batch, sizes = pad_images([image for image, _, _ in resized])
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            found = self.detector.detect(
-                batch.to(self.device),
-                sizes,
-                text.to(self.device),
-                score_floor=self.config.eval.score_floor,
-                nms_iou=self.config.eval.nms_iou,
-                keep=self.config.eval.keep if keep is None else keep,
-                masks=masks and self.config.model.masks,
-            )
+        found = self._detect([image for image, _, _ in resized], text.to(self.device), keep=keep, masks=masks)
         results = []
         for image, one, (_, sx, sy) in zip(images, found, resized, strict=True):
             boxes = one.boxes.float().cpu() / torch.tensor([sx, sy, sx, sy])
@@ -95,6 +85,28 @@ class TrainedDetector:
                 )
             )
         return results
+
+    def _detect(self, images: Sequence[Tensor], text: Tensor, *, keep: int | None, masks: bool) -> list[Detections]:
+        """Like `find`, in the pixels of resized images."""
+        # A map's border shows in what is found beside it: no image is padded otherwise than it would be alone.
+        alike: dict[tuple[int, int], list[int]] = {}
+        for place, image in enumerate(images):
+            alike.setdefault(padded_size([(image.shape[1], image.shape[2])]), []).append(place)
+        found: dict[int, Detections] = {}
+        for places in alike.values():
+            batch, sizes = pad_images([images[place] for place in places])
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+                ones = self.detector.detect(
+                    batch.to(self.device),
+                    sizes,
+                    text,
+                    score_floor=self.config.eval.score_floor,
+                    nms_iou=self.config.eval.nms_iou,
+                    keep=self.config.eval.keep if keep is None else keep,
+                    masks=masks and self.config.model.masks,
+                )
+            found.update(zip(places, ones, strict=True))
+        return [found[place] for place in range(len(images))]
 
 
 def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> TrainedDetector:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,16 @@ from ezsd.detector.model import Batch
 
 PAD_MULTIPLE = 32
 """Batches are padded to a multiple of this: levels up to stride 32 then have whole cells."""
+
+
+class Key(NamedTuple):
+    """What a sample depends on, beside the seed."""
+
+    epoch: int
+    position: int
+    """Of the image, in the order of the dataset."""
+    canvas: tuple[int, int] = (0, 0)
+    """Least height and width of the batch, pixels: parts of a step that have one in common are padded alike."""
 
 
 class GroundTruth(Protocol):
@@ -94,6 +104,12 @@ class Sample:
     """(R, D) float16."""
     region_confidence: Tensor
     """1 for ground truth, (R,) float32."""
+    cached_boxes: Tensor
+    """Like `region_boxes`, with all of the image's regions, drawn or not, (K, 4)."""
+    cached_confidence: Tensor
+    """(K,) float32."""
+    canvas: tuple[int, int]
+    """See `Key`."""
     seed: int | None
     """Of what the detector draws for this image; None leaves that to torch's global state."""
     masks: ObjectMasks | None = None
@@ -101,11 +117,12 @@ class Sample:
 
 
 class DetectionDataset(torch.utils.data.Dataset[Sample]):
-    """Samples by (epoch, position): what is drawn depends on these two and the seed, on no worker and no order.
+    """Samples by `Key`: what is drawn depends on epoch, position and the seed, on no worker and no order.
 
     Args:
         image_ids: the training images.
         read_image: image id to (3, H, W) uint8 pixels at original size.
+        image_size: image id to original height and width.
         ground_truth: base objects by image id.
         regions: cached regions by image id.
         regions_per_image: drawn without replacement, confidence-blind.
@@ -121,6 +138,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         self,
         image_ids: Sequence[int],
         read_image: Callable[[int], Tensor],
+        image_size: Callable[[int], tuple[int, int]],
         ground_truth: GroundTruthSource,
         regions: RegionSource,
         *,
@@ -134,6 +152,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
     ) -> None:
         self.image_ids = image_ids
         self.read_image = read_image
+        self.image_size = image_size
         self.ground_truth = ground_truth
         self.regions = regions
         self.regions_per_image = regions_per_image
@@ -147,54 +166,78 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, position = key
+    def size(self, epoch: int, position: int) -> tuple[int, int]:
+        """Height and width that a sample's image will have; nothing is read for it."""
+        short_side, long_side = self._limits(epoch, position)
+        height, width = self.image_size(self.image_ids[position])
+        height, width = fitted(height, width, short_side=short_side, long_side=long_side)
+        if self.augmentation.jitter is None:
+            return height, width
+        return min(height, self.long_side), min(width, self.long_side)
+
+    def _limits(self, epoch: int, position: int) -> tuple[int, int]:
+        # A stream of its own: what else is drawn takes the number of regions.
+        rng = np.random.default_rng([self.seed, 2, epoch, self.image_ids[position]])
+        return draw_limits(rng, self.augmentation, self.short_side, self.long_side)
+
+    def __getitem__(self, key: tuple[int, int] | Key) -> Sample:
+        epoch, position, canvas = Key(*key)
         image_id = self.image_ids[position]
         rng = np.random.default_rng([self.seed, epoch, image_id])
         truth, regions = self.ground_truth[image_id], self.regions[image_id]
+        objects = len(truth.box)
         drawn = np.sort(rng.permutation(len(regions.box))[: self.regions_per_image])
         flipped = rng.random() < 0.5
-        short_side, long_side = draw_limits(rng, self.augmentation, self.short_side, self.long_side)
+        short_side, long_side = self._limits(epoch, position)
         image, sx, sy = resize(self.read_image(image_id), short_side=short_side, long_side=long_side)
         boxes = scale(torch.from_numpy(truth.box.copy()), sx, sy)
         masks = None if self.masks is None else self.masks[image_id].scaled(sx, sy)
         assert masks is None or len(masks) == len(boxes)
-        region_boxes = torch.cat([boxes, scale(torch.from_numpy(regions.box[drawn]), sx, sy)])
-        known: Tensor | slice = slice(None)
-        seen: Tensor | slice = slice(None)
+        cached = torch.cat([boxes, scale(torch.from_numpy(regions.box.copy()), sx, sy)])
+        known, seen = torch.ones(objects, dtype=torch.bool), torch.ones(len(cached), dtype=torch.bool)
         if self.augmentation.jitter is not None:
             window = draw_window(rng, image, self.long_side)
-            image, boxes, region_boxes, known, seen = crop(image, boxes, region_boxes, window)
+            image, boxes, cached, known, seen = crop(image, boxes, cached, window)
             masks = None if masks is None else masks.in_window(*window[:2])[known]
         # The target stays that of the unflipped crop: CLIP hardly notices a mirror.
         if flipped:
             image = image.flip(2)
             boxes = flip_horizontal(boxes, image.shape[2])
-            region_boxes = flip_horizontal(region_boxes, image.shape[2])
+            cached = flip_horizontal(cached, image.shape[2])
             masks = None if masks is None else masks.mirrored(image.shape[2])
-        confidence = [torch.ones(len(truth.box)), torch.from_numpy(regions.confidence[drawn].astype(np.float32))]
+        confidence = torch.cat([torch.ones(objects), torch.from_numpy(regions.confidence.astype(np.float32))])
+        chosen = torch.cat([torch.arange(objects), objects + torch.from_numpy(drawn)])
+        target = torch.from_numpy(np.concatenate([truth.embedding, regions.embedding[drawn]]))[seen[chosen]]
+        chosen = chosen[seen[chosen]]
         return Sample(
             image=image,
             boxes=boxes,
             labels=torch.from_numpy(truth.class_index.astype(np.int64))[known],
-            region_boxes=region_boxes,
-            region_target=torch.from_numpy(np.concatenate([truth.embedding, regions.embedding[drawn]]))[seen],
-            region_confidence=torch.cat(confidence)[seen],
+            region_boxes=cached[chosen],
+            region_target=target,
+            region_confidence=confidence[chosen],
+            cached_boxes=cached[seen],
+            cached_confidence=confidence[seen],
+            canvas=canvas,
             seed=int(rng.integers(2**62)) if self.seeded else None,
             masks=masks,
         )
 
 
 def crop(
-    image: Tensor, boxes: Tensor, region_boxes: Tensor, window: tuple[int, int, int, int]
+    image: Tensor, boxes: Tensor, cached: Tensor, window: tuple[int, int, int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The image in a window, what is left of the boxes and regions, and which of them, as two masks."""
+    """An image and its boxes in a window.
+
+    Returns:
+        The window's pixels; what is left of the boxes; the cached boxes, clipped to it; which boxes are left; which
+        cached ones are shown well enough.
+    """
     x, y, width, height = window
     inside, _ = boxes_in_window(boxes, window)
     known = ((inside[:, 2:] - inside[:, :2]) >= 1).all(1)
-    shown, share = boxes_in_window(region_boxes, window)
-    seen = share >= SEEN_SHARE
-    return image[:, y : y + height, x : x + width], inside[known], shown[seen], known, seen
+    clipped, share = boxes_in_window(cached, window)
+    return image[:, y : y + height, x : x + width], inside[known], clipped, known, share >= SEEN_SHARE
 
 
 def resize(image: Tensor, *, short_side: int, long_side: int) -> tuple[Tensor, float, float]:
@@ -202,16 +245,24 @@ def resize(image: Tensor, *, short_side: int, long_side: int) -> tuple[Tensor, f
     height, width = image.shape[1:]
     if short_side == 0:
         return image, 1.0, 1.0
-    factor = min(short_side / min(height, width), long_side / max(height, width))
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    size = fitted(height, width, short_side=short_side, long_side=long_side)
     smaller = F.interpolate(image[None].contiguous(), size, mode="bilinear", antialias=True)[0]
     return smaller, size[1] / width, size[0] / height
+
+
+def fitted(height: int, width: int, *, short_side: int, long_side: int) -> tuple[int, int]:
+    """Height and width of an image that `resize` fits."""
+    if short_side == 0:
+        return height, width
+    factor = min(short_side / min(height, width), long_side / max(height, width))
+    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Pad images at the right and bottom to a common size and concatenate the regions."""
     counts = torch.tensor([len(s.region_boxes) for s in samples])
-    images, sizes = pad_images([s.image for s in samples])
+    least = max(s.canvas[0] for s in samples), max(s.canvas[1] for s in samples)
+    images, sizes = pad_images([s.image for s in samples], least)
     seeds = tuple(s.seed for s in samples if s.seed is not None)
     return Batch(
         images=images,
@@ -222,20 +273,32 @@ def collate(samples: Sequence[Sample]) -> Batch:
         region_image=torch.repeat_interleave(torch.arange(len(samples)), counts),
         region_target=torch.cat([s.region_target for s in samples]),
         region_confidence=torch.cat([s.region_confidence for s in samples]),
+        cached_boxes=[s.cached_boxes for s in samples],
+        cached_confidence=[s.cached_confidence for s in samples],
         seeds=seeds or None,
         masks=[s.masks for s in samples if s.masks is not None] or None,
     )
 
 
-def pad_images(images: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """uint8 images (3, H, W) to one float batch (B, 3, H', W') in [0, 1], and their (height, width)."""
+def pad_images(images: Sequence[Tensor], least: tuple[int, int] = (0, 0)) -> tuple[Tensor, list[tuple[int, int]]]:
+    """uint8 images (3, H, W) to one float batch (B, 3, H', W') in [0, 1], and their (height, width).
+
+    Args:
+        images: of any sizes.
+        least: height and width that H' and W' reach at least.
+    """
     sizes = [(int(i.shape[1]), int(i.shape[2])) for i in images]
-    height = -(-max(s[0] for s in sizes) // PAD_MULTIPLE) * PAD_MULTIPLE
-    width = -(-max(s[1] for s in sizes) // PAD_MULTIPLE) * PAD_MULTIPLE
+    height, width = padded_size([*sizes, least])
     out = torch.zeros(len(images), 3, height, width)
     for row, image in zip(out, images, strict=True):
         row[:, : image.shape[1], : image.shape[2]] = image / 255
     return out, sizes
+
+
+def padded_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Height and width of a batch of images of these heights and widths."""
+    heights, widths = zip(*sizes, strict=True)
+    return -(-max(heights) // PAD_MULTIPLE) * PAD_MULTIPLE, -(-max(widths) // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
 def epoch_order(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torchvision
@@ -110,8 +110,15 @@ def _conv(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential:
     )
 
 
-def normalise(images: Tensor) -> Tensor:
-    """ImageNet normalisation of RGB images (B, 3, H, W), float in [0, 1]."""
+def normalise(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """ImageNet normalisation of RGB images (B, 3, H, W), float in [0, 1]; zeros beyond each (height, width).
+
+    A convolution then sees beside an image what it sees at the border of a batch.
+    """
     mean = torch.tensor((0.485, 0.456, 0.406), device=images.device)[:, None, None]
     std = torch.tensor((0.229, 0.224, 0.225), device=images.device)[:, None, None]
-    return (images - mean) / std
+    made = (images - mean) / std
+    for image, (height, width) in zip(made, sizes, strict=True):
+        image[:, height:] = 0
+        image[:, :, width:] = 0
+    return made

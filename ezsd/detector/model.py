@@ -43,8 +43,12 @@ class Batch:
     """Cached teacher embeddings, (R, D), any float dtype."""
     region_confidence: Tensor
     """1 for base ground truth, the teacher's confidence for a proposal, (R,) float32."""
+    cached_boxes: list[Tensor]
+    """Of each image base ground truth and all cached regions, whether they are among `region_boxes` or not, (K, 4)."""
+    cached_confidence: list[Tensor]
+    """Like `region_confidence`, (K,) float32."""
     seeds: tuple[int, ...] | None = None
-    """One per image: what is drawn for it depends on no other image. None draws from torch's global state."""
+    """One per image: the numbers drawn for it depend on no other image. None draws from torch's global state."""
     masks: list[ObjectMasks] | None = None
     """Of the base ground truth of each image; None where none are learned."""
 
@@ -59,6 +63,8 @@ class Batch:
             region_image=self.region_image.to(device, non_blocking=True),
             region_target=self.region_target.to(device, non_blocking=True),
             region_confidence=self.region_confidence.to(device, non_blocking=True),
+            cached_boxes=[b.to(device, non_blocking=True) for b in self.cached_boxes],
+            cached_confidence=[c.to(device, non_blocking=True) for c in self.cached_confidence],
             seeds=self.seeds,
             masks=None if self.masks is None else [m.to(device) for m in self.masks],
         )
@@ -162,7 +168,7 @@ class Detector(nn.Module):
             totals: of the optimiser step that the batch is a part of; the terms of all parts then add up to those of
                 the step. None divides by what was found in this batch.
         """
-        maps = self.backbone(normalise(batch.images))
+        maps = self.backbone(normalise(batch.images, batch.sizes))
         proposals, losses = self._propose(batch.images, batch.sizes, maps, batch)
         features = self.head.features(maps[: self.head.pooling.levels])
         sampled = self._sample(proposals, batch, len(text))
@@ -216,7 +222,7 @@ class Detector(nn.Module):
             keep: most detections per image.
             masks: whether to say which part of a box is the object; for a detector that has learned it.
         """
-        maps = self.backbone(normalise(images))
+        maps = self.backbone(normalise(images, sizes))
         proposals, _ = self._propose(images, sizes, maps, None)
         features = self.head.features(maps[: self.head.pooling.levels])
         boxes, index = torch.cat(proposals), _image_index(proposals)
@@ -280,8 +286,9 @@ class Detector(nn.Module):
 
     def _spared(self, batch: Batch) -> list[Tensor]:
         """Boxes of each image that may hold an object without a label, (U, 4)."""
-        likely = batch.region_confidence >= self.settings.spare_confidence
-        return [batch.region_boxes[(batch.region_image == i) & likely] for i in range(len(batch.sizes))]
+        least = self.settings.spare_confidence
+        pairs = zip(batch.cached_boxes, batch.cached_confidence, strict=True)
+        return [boxes[confidence >= least] for boxes, confidence in pairs]
 
     def _sample(self, proposals: list[Tensor], batch: Batch, background: int) -> list[SampledRegions]:
         sampled = []

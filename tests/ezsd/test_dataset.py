@@ -1,5 +1,6 @@
 """Samples: boxes follow their pixels, draws depend on (seed, epoch, image) alone, epochs are whole and resumable."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from ezsd.boxes import flip_horizontal
 from ezsd.data.augment import Augmentation, boxes_in_window
-from ezsd.data.dataset import DetectionDataset, collate, epoch_order, pad_images, resize
+from ezsd.data.dataset import DetectionDataset, Key, collate, epoch_order, pad_images, resize
 
 DIM = 6
 SIZES = {4: (40, 60), 9: (64, 48), 30: (33, 90)}
@@ -48,7 +49,7 @@ def make(image_ids=(4, 9, 30), *, truths=3, regions=10, read=paint, **changes):
     options = {"regions_per_image": 4, "short_side": 0, "long_side": 0, "seed": 0} | changes
     truth = {i: record(i, truths, salt=1) for i in image_ids}
     cached = {i: record(i, regions, salt=2) for i in image_ids}
-    return DetectionDataset(image_ids, read, truth, cached, **options)
+    return DetectionDataset(image_ids, read, SIZES.__getitem__, truth, cached, **options)
 
 
 def is_flipped(sample, image_id):
@@ -67,7 +68,7 @@ def one_painted_box(**settings):
         return image
 
     one = Record(box, np.zeros(1, np.int32), np.ones(1, np.float32), np.zeros((1, DIM), np.float16))
-    return DetectionDataset([4], read, {4: one}, {4: one}, regions_per_image=1, seed=0, **settings)
+    return DetectionDataset([4], read, SIZES.__getitem__, {4: one}, {4: one}, regions_per_image=1, seed=0, **settings)
 
 
 @pytest.mark.parametrize(("short_side", "long_side"), [(0, 0), (80, 100), (25, 1000), (37, 50)])
@@ -122,6 +123,39 @@ def test_regions_of_which_a_window_leaves_little_are_not_distilled():
         counts.add(len(sample.region_boxes))
         assert (sample.region_target[:, 1] == 4).all()
     assert min(counts) < 13
+
+
+def test_all_regions_are_handed_on_whether_drawn_or_not():
+    for augmentation in (None, Augmentation(jitter=(0.5, 2.0))):
+        dataset = make([4], regions_per_image=2, short_side=60, long_side=60, augmentation=augmentation)
+        drawn = set()
+        for epoch in range(20):
+            sample = dataset[epoch, 0]
+            rows = [
+                tuple(row) for row in torch.cat([sample.cached_boxes, sample.cached_confidence[:, None]], 1).tolist()
+            ]
+            own = torch.cat([sample.region_boxes, sample.region_confidence[:, None]], 1).tolist()
+            assert {tuple(row) for row in own} <= set(rows)
+            assert len(rows) == 13 or augmentation is not None
+            drawn |= {row[4] for row in map(tuple, own)}
+        # In any one epoch two regions and the ground truth's confidence of one, in all most regions.
+        assert len(drawn) > 6
+
+
+def test_a_samples_size_is_known_before_it_is_read():
+    for augmentation in (None, Augmentation(jitter=(0.3, 3.0)), Augmentation(short_side_min=20)):
+        dataset = make(short_side=50, long_side=70, augmentation=augmentation)
+        for epoch, position in itertools.product(range(8), range(3)):
+            assert dataset[epoch, position].image.shape[1:] == dataset.size(epoch, position)
+
+
+def test_a_batch_is_as_large_as_its_samples_are_asked_to_be():
+    dataset = make()
+    plain = collate([dataset[0, 0]]).images
+    wide = collate([dataset[Key(0, 0, (200, 70))]]).images
+    assert wide.shape[2:] == (224, 96)
+    assert torch.equal(wide[:, :, : plain.shape[2], : plain.shape[3]], plain)
+    assert wide.sum() == plain.sum()
 
 
 def test_seeds_are_one_per_image_and_epoch_and_only_when_asked_for():

@@ -75,7 +75,7 @@ def make_batch(objects=(2, 1), regions=(4, 3)):
     images[1, :, :, 50:] = 0
     boxes = [random_boxes(n, seed=i, limit=50) for i, n in enumerate(objects)]
     count = sum(regions)
-    return Batch(
+    fields = dict(
         images=images,
         sizes=[(SIDE, SIDE), (SIDE, 50)],
         boxes=boxes,
@@ -85,6 +85,16 @@ def make_batch(objects=(2, 1), regions=(4, 3)):
         region_target=unit_rows(count, seed=4).half(),
         region_confidence=torch.linspace(0.2, 1, count),
     )
+    return Batch(**fields, **all_drawn(fields))
+
+
+def all_drawn(fields):
+    """The cached regions of a batch whose regions were all drawn."""
+    mine = [fields["region_image"] == number for number in range(len(fields["sizes"]))]
+    return {
+        "cached_boxes": [fields["region_boxes"][one] for one in mine],
+        "cached_confidence": [fields["region_confidence"][one] for one in mine],
+    }
 
 
 def with_masks(batch):
@@ -95,8 +105,9 @@ def with_masks(batch):
 
 
 def replaced(batch, **fields):
-    values = {name: getattr(batch, name) for name in batch.__slots__}
-    return Batch(**(values | fields))
+    """The batch with other values; other regions are all drawn."""
+    values = {name: getattr(batch, name) for name in batch.__slots__} | fields
+    return Batch(**(values | (all_drawn(values) if "region_boxes" in fields else {})))
 
 
 def losses_and_gradients(detector, batch, *, distill, weight=1.0, novel=0, totals=None):
@@ -172,7 +183,7 @@ def distillation(detector, batch, metric="cosine"):
 def test_distillation_is_the_weighted_mean_of_the_distance(detector):
     batch = make_batch()
     model = copy.deepcopy(detector).train()
-    features = model.head.features(model.backbone(normalise(batch.images)))
+    features = model.head.features(model.backbone(normalise(batch.images, batch.sizes)))
     embedding = model.head.embed(features, batch.region_boxes, batch.region_image).embedding
     distance = 1 - F.cosine_similarity(embedding, batch.region_target.float())
     confidence = batch.region_confidence
@@ -199,7 +210,7 @@ def test_distillation_ignores_a_common_factor_and_a_doubled_set(detector):
 def test_distillation_vanishes_when_the_student_is_the_teacher(detector):
     batch = make_batch()
     model = copy.deepcopy(detector).train()
-    features = model.head.features(model.backbone(normalise(batch.images)))
+    features = model.head.features(model.backbone(normalise(batch.images, batch.sizes)))
     own = model.head.embed(features, batch.region_boxes, batch.region_image).embedding.detach()
     assert distillation(detector, replaced(batch, region_target=own)) == pytest.approx(0, abs=1e-6)
     assert distillation(detector, replaced(batch, region_target=-own)) == pytest.approx(2, abs=1e-6)
@@ -318,10 +329,28 @@ def test_confident_cached_regions_are_spared_when_asked(detector):
     for threshold in (0.4, 0.6):
         detector.settings = dataclasses.replace(detector.settings, spare_confidence=threshold)
         values[threshold] = losses_and_gradients(detector, many, distill=None)[0]
+    detector.settings = dataclasses.replace(detector.settings, spare_confidence=2.0)
     unspared, _ = losses_and_gradients(detector, batch, distill=None)
     assert torch.equal(values[0.6]["classification"], unspared["classification"])
     assert not torch.equal(values[0.4]["classification"], unspared["classification"])
     assert torch.equal(values[0.4]["rpn_objectness"], unspared["rpn_objectness"])
+    # Whether they were drawn for this step is no matter.
+    undrawn = dataclasses.replace(batch, cached_boxes=many.cached_boxes, cached_confidence=many.cached_confidence)
+    detector.settings = dataclasses.replace(detector.settings, spare_confidence=0.4)
+    spared, _ = losses_and_gradients(detector, undrawn, distill=None)
+    assert torch.equal(values[0.4]["classification"], spared["classification"])
+
+
+def test_what_stands_beside_an_image_is_not_looked_at(detector):
+    batch = make_batch()
+    beside = batch.images.clone()
+    beside[1, :, :, 50:] = 1
+    plain = losses_and_gradients(detector, batch, distill="cosine")[0]
+    white = losses_and_gradients(detector, replaced(batch, images=beside), distill="cosine")[0]
+    assert all(torch.equal(plain[name], white[name]) for name in plain)
+    # Zeros, as beyond the border of a batch.
+    assert (normalise(beside, batch.sizes)[1, :, :, 50:] == 0).all()
+    assert (normalise(beside, batch.sizes)[0] != 0).all()
 
 
 def test_confident_cached_regions_are_spared_by_the_proposal_network_too_when_asked(detector):
@@ -476,7 +505,7 @@ def test_the_mask_head_learns_the_shape_of_an_object_and_no_other_image_is_asked
         detector.losses(batch, unit_rows(NAMES), distill=None)["mask"].backward()
         optimiser.step()
     with torch.no_grad():
-        maps = detector.eval().backbone(normalise(batch.images))
+        maps = detector.eval().backbone(normalise(batch.images, batch.sizes))
         levels = maps[: detector.head.pooling.levels]
         seen = detector.mask_head(levels, torch.cat(batch.boxes), torch.tensor([0, 1])) > 0
     triangle = torch.ones(28, 28, dtype=torch.bool).triu().flip(1)
@@ -493,7 +522,7 @@ def test_a_detection_has_a_mask_if_one_is_asked_for():
         assert found.masks.shape == (9, 28, 28)
         assert 0 <= found.masks.min() <= found.masks.max() <= 1
     batch = make_batch()
-    maps = detector.backbone(normalise(batch.images))[: detector.head.pooling.levels]
+    maps = detector.backbone(normalise(batch.images, batch.sizes))[: detector.head.pooling.levels]
     with torch.no_grad():
         alone = detector.mask_head(maps, filled[1].boxes, torch.ones(9, dtype=torch.int64)).sigmoid()
     torch.testing.assert_close(alone, filled[1].masks)
@@ -566,7 +595,7 @@ def test_the_nearest_name_scores_highest(detector):
     model = detector.eval()
     boxes = detect(detector, unit_rows(1), nms_iou=1.0)[0].boxes
     with torch.no_grad():
-        features = model.head.features(model.backbone(normalise(batch.images)))
+        features = model.head.features(model.backbone(normalise(batch.images, batch.sizes)))
         near = model.head.embed(features, boxes[:1], torch.tensor([0])).embedding
     text = torch.cat([-near, unit_rows(2), near])
     found = detect(detector, text)[0]
@@ -640,7 +669,7 @@ def test_whose_box_a_region_gets_at_test_time(detector, choice):
     proposals = torch.stack([torch.full_like(top, 5), top, torch.full_like(top, 17), top + 12], 1)
     batch = make_batch()
     with torch.no_grad():
-        features = detector.eval().head.features(detector.backbone(normalise(batch.images)))
+        features = detector.eval().head.features(detector.backbone(normalise(batch.images, batch.sizes)))
         seen = detector.head.embed(features, proposals, torch.zeros(12, dtype=torch.int64)).embedding
     # Likelier than any name for six regions.
     ratio = (seen @ text.T).amax(1) / (seen @ seen.mean(0))
@@ -769,7 +798,7 @@ def test_a_resnet_detector_pools_from_all_levels_but_the_last():
 def test_images_are_normalised_by_channel():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     images = torch.tensor(mean)[None, :, None, None] + torch.tensor(std)[None, :, None, None] * 2
-    torch.testing.assert_close(normalise(images), torch.full((1, 3, 1, 1), 2.0))
+    torch.testing.assert_close(normalise(images, [(1, 1)]), torch.full((1, 3, 1, 1), 2.0))
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,7 @@ def test_masks_go_with_the_image_through_flips_sizes_and_windows(how):
     samples = DetectionDataset(
         [4],
         lambda _: (255 * painted).to(torch.uint8),
+        lambda _: (HEIGHT, WIDTH),
         {4: truth},
         {4: truth},
         regions_per_image=0,
@@ -171,7 +172,15 @@ def test_a_batch_has_masks_if_its_samples_have():
     options = {"regions_per_image": 0, "short_side": 0, "long_side": 0, "seed": 0}
     image = torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8)
     for source in (None, {4: masks}):
-        samples = DetectionDataset([4], lambda _: image, {4: Truth(masks)}, {4: Truth(masks)}, **options, masks=source)
+        samples = DetectionDataset(
+            [4],
+            lambda _: image,
+            lambda _: (HEIGHT, WIDTH),
+            {4: Truth(masks)},
+            {4: Truth(masks)},
+            **options,
+            masks=source,
+        )
         batch = collate([samples[0, 0], samples[1, 0]])
         assert (batch.masks is None) is (source is None)
         if batch.masks is not None:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +10,7 @@ from PIL import Image
 from pipeline.arguments import ArgumentError, find_images, picture_places
 from pipeline.detect import coco_document, detect_images, found_lines, read_shown
 from pipeline.images import ImageError
+from pipeline.trained import load_trained
 
 ORIENTATION = 0x0112
 
@@ -37,6 +39,18 @@ def test_boxes_are_those_of_the_image_as_it_is_shown(shapes_run, turned):
     assert (other.width, other.height) == (120, 80)
     assert one.objects == other.objects
     assert one.objects
+
+
+def test_an_image_is_looked_at_as_if_it_were_alone(shapes_run, shapes_root):
+    trained = load_trained(shapes_run, "cpu")
+    small = read_shown(shapes_root / "val/000001.png")[:, :100, :90]
+    large = torch.randint(0, 256, (3, 170, 150), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (alone,) = trained.find([small], trained.text)
+    together = trained.find([large, small, large], trained.text)
+    assert len(alone.scores)
+    np.testing.assert_allclose(together[1].boxes, alone.boxes, atol=1e-3)
+    np.testing.assert_allclose(together[1].scores, alone.scores, atol=1e-5)
+    np.testing.assert_array_equal(together[0].boxes, together[2].boxes)
 
 
 def test_a_folder_gives_one_document_that_is_also_a_results_file(shapes_run, shapes_root):

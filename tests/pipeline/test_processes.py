@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from ezsd.data.dataset import DetectionDataset, epoch_order
 from pipeline.batches import load_batches
 from pipeline.config import ConfigError, to_tables
 from pipeline.processes import Processes
+from pipeline.runs import Run
 from pipeline.train import TrainRequest, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +40,9 @@ TRAIN = {
     "warmup": 5,
     "checkpoint_every": 100,
 }
-STEPS = {"one": 1, "twenty": 20, "masked": 1}
-"""Of each run; one has masks."""
+STEPS = {"one": 1, "twenty": 20, "masked": 1, "sized": 1}
+"""Of each run; one has masks, one images of many sizes."""
+SIZED = {"short_side_min": 40, "short_side": 200, "long_side": 200, "seed": 2}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,7 @@ def weights(tmp_path_factory):
 def settings(quick_config):
     def of(name, **changes):
         model = dataclasses.replace(quick_config.model, **MODEL, masks=name == "masked")
+        changes |= SIZED if name == "sized" else {}
         loop = dataclasses.replace(quick_config.train, **TRAIN, steps=STEPS[name], **changes)
         return dataclasses.replace(quick_config, model=model, train=loop)
 
@@ -87,7 +91,7 @@ def first_gradients(run):
 
 
 def require_equal(runs, expected):
-    for run in ("one", "masked"):
+    for run in ("one", "masked", "sized"):
         ours, theirs = first_gradients(runs[run]), first_gradients(expected[run])
         for name, gradient in theirs.items():
             assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
@@ -130,6 +134,24 @@ def test_two_processes_learn_what_one_does(alone, shapes_store, outlined_root, w
     require_equal(runs, alone)
 
 
+def test_the_documented_command_trains_with_several_processes(shapes_store, quick_config, tmp_path):
+    documented = re.search(r"^torchrun (.*)$", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
+    assert documented is not None
+    words = documented[1].replace("8", "2").replace("cache/coco", str(shapes_store)).split()
+    words[words.index("runs/coco")] = str(tmp_path / "run")
+    words += [word for setting in ("steps=2", "images=2", "sampling=image") for word in ("--set", f"train.{setting}")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words, "--device", "cpu"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in Run.open(tmp_path / "run").read_metrics()] == [1, 2]
+
+
 def test_accumulated_batches_learn_what_one_does(alone, shapes_store, outlined_root, weights, settings, tmp_path):
     runs = {
         name: train(
@@ -153,7 +175,9 @@ def test_every_image_of_a_step_goes_to_one_process(quick_config):
         def __getitem__(self, key):
             return key
 
-    samples = Positions(range(30), None, {}, {}, regions_per_image=1, short_side=0, long_side=0, seed=0)
+    samples = Positions(
+        range(30), None, lambda i: (90 + i, 100), {}, {}, regions_per_image=1, short_side=0, long_side=0, seed=0
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.batches.collate", list)
         shared = [list(load_batches(samples, config, first_step=1, processes=Processes(r, 3))) for r in range(3)]
@@ -162,7 +186,9 @@ def test_every_image_of_a_step_goes_to_one_process(quick_config):
         parts = [parts for one in shared for parts in one[step][1]]
         assert all(one[step][0] == keys for one in shared)
         assert [len(part) for part in parts] == [2] * 6
-        assert sorted(key for part in parts for key in part) == sorted(keys)
+        assert sorted(key[:2] for part in parts for key in part) == sorted(keys)
+        # All are padded to what the step's largest image needs.
+        assert {key.canvas for part in parts for key in part} == {(128 if max(p for _, p in keys) > 6 else 96, 128)}
 
 
 def test_images_that_cannot_be_shared_out_are_refused(quick_config):
