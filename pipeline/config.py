@@ -29,6 +29,10 @@ class ConfigError(ValueError):
     """A setting is unknown or has an impossible value."""
 
 
+LEAST_SIDE = 32
+"""Pixels that images may be resized to: the coarsest level of a pyramid then has a cell."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig:
     """Which teacher, and how it is asked."""
@@ -314,8 +318,8 @@ class TrainConfig:
         _above_zero("train", self, "steps", "images", "checkpoint_every", "learning_rate", "clip_norm")
         sides = (self.short_side, self.long_side)
         _require(
-            sides == (0, 0) or 0 < sides[0] <= sides[1],
-            f"train.short_side, long_side: 0 and 0, or 0 < short <= long; got {sides}",
+            sides == (0, 0) or LEAST_SIDE <= sides[0] <= sides[1],
+            f"train.short_side, long_side: 0 and 0, or {LEAST_SIDE} <= short <= long; got {sides}",
         )
         self._check_step()
         self._check_augmentation()

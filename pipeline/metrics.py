@@ -13,12 +13,18 @@ from pipeline.runs import Run
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and validation.jsonl of a run."""
+    """Appends to metrics.jsonl and validation.jsonl of a run.
 
-    def __init__(self, run: Run, *, tensorboard: bool) -> None:
+    Args:
+        run: where they lie.
+        tensorboard: whether figures go to RUN/tensorboard as well.
+        begin: the last step that is not written again.
+    """
+
+    def __init__(self, run: Run, *, tensorboard: bool, begin: int) -> None:
         self._run = run
         self._open = ExitStack()
-        self._board: Any = _board(run) if tensorboard else None
+        self._board: Any = _board(run, begin) if tensorboard else None
 
     def __enter__(self) -> MetricsLog:
         self._file = self._open.enter_context((self._run.folder / "metrics.jsonl").open("a"))
@@ -54,10 +60,10 @@ class MetricsLog:
                 self._board.add_scalar(f"{part}/{name}", value, record["step"])
 
 
-def _board(run: Run) -> object:
+def _board(run: Run, begin: int) -> object:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("train.tensorboard: TensorBoard is not installed; pip install 'ezsd[tensorboard]'") from error
-    writer: object = SummaryWriter(str(run.folder / "tensorboard"))
+    writer: object = SummaryWriter(str(run.folder / "tensorboard"), purge_step=begin + 1)
     return writer

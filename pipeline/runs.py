@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -163,18 +164,29 @@ class Run:
         """`text` (C, D) and `layer_norms` (K,), float32."""
         path = self.folder / "tables.safetensors"
         try:
-            return load_file(path)
+            tables = load_file(path)
         except SafetensorError as error:
             raise RunError(f"{path}: is damaged ({error}); train again in another --run folder") from error
+        digest = hashlib.sha256(tables["text"].numpy().tobytes()).hexdigest()
+        if digest != self.card["text_sha256"]:
+            raise RunError(f"{path}: holds other text rows than run.json says; train again in another --run folder")
+        return tables
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are what its state says; torn ones are passed over."""
+        """The newest checkpoint whose files are what its state says; torn ones are passed over.
+
+        RunError when it is another run's.
+        """
         for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                expected = json.loads((folder / "state.json").read_text())
-                if all(sha256(folder / name) == digest for name, digest in expected["sha256"].items()):
-                    return Checkpoint(folder, int(expected["step"]))
-            log.warning("%s: damaged, passed over", folder)
+            state = _whole_state(folder)
+            if state is None:
+                log.warning("%s: damaged, passed over", folder)
+                continue
+            identity = self._identity()
+            differences = _differences({key: state.get(key) for key in identity}, identity)
+            if differences:
+                raise RunError(f"{folder}: is another run's: {'; '.join(differences[:4])}; remove it")
+            return Checkpoint(folder, int(state["step"]))
         return None
 
     def checkpoint(self, step: int) -> Checkpoint:
@@ -254,7 +266,14 @@ class Run:
 
     def read_metrics(self) -> list[dict[str, float]]:
         """All lines of metrics.jsonl."""
-        path = self.folder / "metrics.jsonl"
+        return self._lines("metrics.jsonl")
+
+    def read_validation(self) -> list[dict[str, float]]:
+        """All lines of validation.jsonl."""
+        return self._lines("validation.jsonl")
+
+    def _lines(self, name: str) -> list[dict[str, float]]:
+        path = self.folder / name
         lines = path.read_text().splitlines() if path.exists() else []
         return [parse_object(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
@@ -268,6 +287,17 @@ class Run:
                         kept.append(line)
             if path.exists():
                 write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _whole_state(folder: Path) -> dict[str, Any] | None:
+    """What state.json of a checkpoint says; None if its files are not those."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        if isinstance(state["step"], int) and all(
+            sha256(folder / name) == digest for name, digest in state["sha256"].items()
+        ):
+            return state
+    return None
 
 
 def _refuse_foreign(folder: Path) -> None:

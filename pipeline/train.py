@@ -106,6 +106,12 @@ def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detec
     """The detector with its first weights, and all that the run must be told from others by."""
     config = request.config
     weights = None if request.backbone_weights is None else read_backbone(request.backbone_weights)
+    if weights is None and config.model.backbone != "tiny":
+        log.warning(
+            "%s starts from random weights and learns much more slowly: give --backbone-weights FILE, ImageNet's as "
+            "torchvision has them",
+            config.model.backbone,
+        )
     torch.manual_seed(config.train.seed)
     detector = build_detector(config, store.embed_dim, weights)
     names, text = store.text
@@ -212,10 +218,16 @@ def _loop(
     clock = _Clock(run)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        metrics = stack.enter_context(MetricsLog(run, tensorboard=config.tensorboard)) if processes.first else None
+        metrics = (
+            stack.enter_context(MetricsLog(run, tensorboard=config.tensorboard, begin=step))
+            if processes.first
+            else None
+        )
         bar = Progress("train", config.steps, unit="step", done=step)
         if processes.first:
             stack.enter_context(bar)
+        if metrics is not None and validation.missing(step):
+            validation.look(step, metrics)
         for keys, parts in batches:
             began = time.perf_counter()
             # One seed per step: a resumed run samples the same regions as an unbroken one.
@@ -227,10 +239,11 @@ def _loop(
                 ids = [samples.image_ids[position] for _, position in keys]
                 raise FloatingPointError(f"{error}; images: {ids}") from error
             step += 1
-            stopped = processes.any(stop.received, device) and step < config.steps
+            stopped, due = processes.any(stop.received, device) and step < config.steps, validation.due(step)
             if metrics is not None:
                 metrics.write({"step": step, **found, "seconds": round(time.perf_counter() - began, 4)})
-                if stopped or step % config.checkpoint_every == 0 or step == config.steps:
+                # Before a validation too: it may take longer than whoever wants to end the training waits.
+                if stopped or due or step % config.checkpoint_every == 0 or step == config.steps:
                     metrics.flush()
                     average = None if trainer.average is None else trainer.average.state
                     run.save(step, trainer.detector, trainer.optimiser, average)
@@ -239,7 +252,8 @@ def _loop(
             if stopped:
                 log.warning("SIGTERM: checkpoint of step %d saved; run the same command to go on", step)
                 raise SystemExit(143)
-            validation.after(step, metrics)
+            if metrics is not None and due:
+                validation.look(step, metrics)
 
 
 def _prepare(batch: Batch, device: torch.device, *, channels_last: bool) -> Batch:

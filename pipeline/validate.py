@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from ezsd.metrics import evaluate, read_truth
+from ezsd.metrics import Evaluation, evaluate, read_truth
 from pipeline.config import Config, TrainConfig
 from pipeline.datasets import Dataset
 from pipeline.evaluate import detect_split
+from pipeline.figures import percent
 from pipeline.files import write_text
 from pipeline.metrics import MetricsLog
 from pipeline.parsed import evaluation_annotations
@@ -44,18 +45,24 @@ class Validation:
             cut_slice(dataset.root / dataset.val_annotations, run.folder / SLICE, config.train.validate_images)
         return made
 
-    def after(self, step: int, metrics: MetricsLog | None) -> None:
-        """Evaluate if an epoch that asks for it has just ended; only the process that writes does."""
-        every = self.config.train.validate_every * self.images
-        per_step = self.config.train.images
-        if metrics is None or not every or step * per_step // every == (step - 1) * per_step // every:
-            return
-        scores = self._score()
-        metrics.write_validation({"step": step, **scores})
-        shown = ", ".join(f"{group} {'-' if v is None else f'{100 * v:.1f}'}" for group, v in scores.items())
-        log.info("step %d, AP50 on %d validation images: %s", step, self.config.train.validate_images, shown)
+    def due(self, step: int) -> bool:
+        """Whether an epoch that asks for it ends with a step."""
+        every, per_step = self.config.train.validate_every * self.images, self.config.train.images
+        return bool(every) and step * per_step // every > (step - 1) * per_step // every
 
-    def _score(self) -> dict[str, float | None]:
+    def missing(self, step: int) -> bool:
+        """Whether it was due after a step, whose checkpoint is there, and was not made."""
+        return step > 0 and self.due(step) and all(line["step"] != step for line in self.run.read_validation())
+
+    def look(self, step: int, metrics: MetricsLog) -> None:
+        """Evaluate, and say and record what was found."""
+        found = self._evaluate()
+        scores = {group: found[group]["AP50"] for group in ("base", "novel", "all")}
+        metrics.write_validation({"step": step, **scores})
+        shown = ", ".join(f"{group} {percent(score)}" for group, score in scores.items())
+        log.info("step %d, AP50 on %d validation images: %s", step, found["images"], shown)
+
+    def _evaluate(self) -> Evaluation:
         detector, text = self.trainer.detector, self.run.tables()["text"]
         split, path = self.dataset.split, self.run.folder / SLICE
         trained = TrainedDetector(
@@ -77,8 +84,7 @@ class Validation:
             detector.train()
             if own is not None:
                 detector.load_state_dict(own)
-        scores = evaluate(path, found, split)
-        return {group: scores[group]["AP50"] for group in ("base", "novel", "all")}
+        return evaluate(path, found, split)
 
 
 def require_validation(dataset: Dataset, config: TrainConfig) -> None:

@@ -47,6 +47,7 @@ def test_an_override_changes_one_value_alone():
         ("train.accumulate=2", "train.accumulate needs train.sampling=image"),
         ("train.average=1", r"train.average must lie in \[0, 1\), got 1"),
         ("train.decay_at=[0.5, 8]", r"train.decay_at must lie in \(0, 1\)"),
+        ("train.long_side=31", r"0 and 0, or 32 <= short <= long; got \(0, 31\)"),
         ("train.short_side_min=10", "train.short_side_min must lie between 0 and train.short_side"),
         ("train.jitter=[1.0]", "train.jitter: two factors"),
         ("train.jitter=[0.1, 2.0]", "train.jitter needs train.long_side"),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import pipeline.train
 from cache import Store, StoreError, StoreIncomplete
@@ -32,6 +33,7 @@ from pipeline.images import ImageError
 from pipeline.runs import Run, RunError
 from pipeline.step import learning_rate
 from pipeline.train import TrainRequest, store_dataset, train, training_samples
+from pipeline.trained import load_trained
 
 
 def curve(run):
@@ -232,6 +234,22 @@ def test_the_card_says_which_names_text_and_store(shapes_run, shapes_store):
     assert card["store"]["digest"] == store.manifest.digest
 
 
+def test_rows_and_checkpoints_of_another_run_are_refused(shapes_run, tmp_path):
+    for change in ("text", "checkpoint"):
+        folder = tmp_path / change
+        shutil.copytree(shapes_run.folder, folder)
+        if change == "text":
+            tables = load_file(folder / "tables.safetensors")
+            save_file(tables | {"text": tables["text"].flip(0).contiguous()}, folder / "tables.safetensors")
+            words = "tables.safetensors: holds other text rows than run.json says"
+        else:
+            path = folder / "checkpoints/step-00000006/state.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"store_digest": "0" * 64}))
+            words = "step-00000006: is another run's: store_digest: "
+        with pytest.raises(RunError, match=words):
+            load_trained(Run.open(folder), "cpu")
+
+
 def test_training_time_is_recorded(shapes_run):
     spent = sum(line["seconds"] for line in shapes_run.read_metrics())
     assert shapes_run.seconds()["train"] >= spent * 0.9
@@ -259,6 +277,47 @@ def test_validation_while_training_changes_nothing_and_is_written_down(
     cut = json.loads((run.folder / "validation_slice.json").read_text())
     assert len(cut["images"]) == 3
     assert {one["image_id"] for one in cut["annotations"]} <= {image["id"] for image in cut["images"]}
+
+
+def test_a_validation_that_a_stop_left_out_is_made_up_for(shapes_store, with_settings, tmp_path, monkeypatch):
+    """Stopped in the last step of an epoch, and killed while it is evaluated: its checkpoint is there before."""
+    looking = with_settings(train={"validate_every": 1, "validate_images": 3, "checkpoint_every": 100})
+    whole = train(TrainRequest(cache=shapes_store, run=tmp_path / "whole", config=looking))
+    step, calls, look = pipeline.train.Trainer.step, [], pipeline.train.Validation.look
+
+    def asking(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    def dying(self, at, metrics):
+        if at == 6:
+            raise KeyboardInterrupt
+        look(self, at, metrics)
+
+    request = TrainRequest(cache=shapes_store, run=tmp_path / "asked", config=looking)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.train.Trainer, "step", asking)
+        with pytest.raises(SystemExit):
+            train(request)
+    assert Run.open(request.run).read_validation() == []
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.train.Validation, "look", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(request)
+    latest = Run.open(request.run).latest()
+    assert latest is not None
+    assert latest.step == 6
+    assert train(request).read_validation() == whole.read_validation() != []
+
+
+def test_a_network_without_weights_is_said_to_start_from_none(shapes_store, with_settings, tmp_path, caplog):
+    small = {"backbone": "resnet18", "channels": 16, "rpn_sizes": (16, 24, 32, 48, 64)}
+    config = with_settings(model=small, train={"steps": 1})
+    train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
+    assert "resnet18 starts from random weights" in caplog.text
+    assert "--backbone-weights" in caplog.text
 
 
 @pytest.fixture
