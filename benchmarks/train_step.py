@@ -3,18 +3,21 @@
 Three arms that differ in the source of the distillation alone: none; embeddings from the store; embeddings of the same
 boxes from the teacher, run online at every step. They take turns on the same batches, each first as often as last, so
 that other work on the machine slows all alike. Then the middle arm alone goes on, as a training does, and the time it
-waits for data is taken. One row per head goes to results/train_step.jsonl: the median over steps of the ratios, the
-share of time spent waiting for data, and the peak of memory. Median times are in the row too; on a busy machine ratios
-alone mean something.
+waits for data is taken. Last, each arm takes a few steps in a process of its own, whose peak of memory is kept. One row
+per head goes to results/train_step.jsonl: the median over steps of the ratios, the share of time spent waiting, and the
+peaks. Median times are in the row too; on a busy machine ratios alone mean something.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import resource
 import statistics
 import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import rows
@@ -36,6 +39,7 @@ from pipeline.teachers import configured_teacher
 from pipeline.train import build_trainer, store_dataset, training_samples
 
 ARMS = ("none", "store", "online")
+MEMORY_STEPS = 8
 HEADS = {
     "fast": ("model.head=fast",),
     "paper": ("model.head=paper", "model.tower_depth=3", "model.box_hidden=1024"),
@@ -60,10 +64,10 @@ def with_online_targets(batch: Batch, teacher: Teacher, config: Config) -> Batch
     return dataclasses.replace(batch, region_target=targets)
 
 
-def build_arms(store: Store, config: Config, device: str, base: int) -> dict[str, Trainer]:
+def build_arms(store: Store, config: Config, device: str, base: int, arms: Sequence[str] = ARMS) -> dict[str, Trainer]:
     """A trainer per arm, from the same first weights."""
     text, made = torch.from_numpy(store.text[1].copy()), {}
-    for arm in ARMS:
+    for arm in arms:
         loss = dataclasses.replace(config.loss, distillation=config.loss.distillation * (arm != "none"))
         torch.manual_seed(config.train.seed)
         detector = build_detector(config, store.embed_dim, None).to(device).train()
@@ -136,11 +140,35 @@ def _ratio(over: list[float], under: list[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(over, under, strict=True)), 3)
 
 
+def peak_alone(path: Path, config: Config, arm: str, device: str) -> float:
+    """Peak memory of a process that trains one arm and nothing else, MiB."""
+    store = Store(path)
+    dataset = store_dataset(store, None)
+    trainer = build_arms(store, config, device, len(dataset.split.base), [arm])[arm]
+    teacher = store_teacher(store, config, device) if arm == "online" else None
+    batches = load_batches(training_samples(store, dataset, config.train), config.train, first_step=0)
+    for step, (_, (loaded,)) in enumerate(islice(batches, MEMORY_STEPS)):
+        batch = loaded.to(torch.device(device))
+        trainer.step([batch if teacher is None else with_online_targets(batch, teacher, config)], step)
+    return peak_mib(device)
+
+
+def peaks_alone(path: Path, config: Config, device: str) -> dict[str, float]:
+    """`peak_alone` of every arm, each in a new process."""
+    found = {}
+    for arm in ARMS:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            found[arm] = pool.submit(peak_alone, path, config, arm, device).result()
+    return found
+
+
 def peak_mib(device: str) -> float:
     """Peak memory since the start, MiB: of the GPU, or of this process."""
     if device != "cpu":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
+    # Not getrusage's figure, which begins with the memory of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return round(int(status.partition("VmHWM:")[2].split()[0]) / 2**10, 1)
 
 
 def main() -> None:
@@ -165,8 +193,7 @@ def main() -> None:
             "device": device,
             "threads": torch.get_num_threads(),
             **measure(store, config, device),
-            # One process measures both heads: the second figure is the larger of the two.
-            "peak_mib": peak_mib(device),
+            "peak_mib": peaks_alone(arguments.cache, config, device),
             "overrides": arguments.overrides,
             "note": arguments.note,
         }
