@@ -31,7 +31,7 @@ from cache import Store
 from ezsd.data.shapes import DEV_SEED, SHAPES_SPLIT
 from ezsd.metrics import Detections, evaluate
 from pipeline.build import build_cache
-from pipeline.config import load_preset
+from pipeline.config import STAGE_ONE, load_preset
 from pipeline.datasets import Dataset, find_dataset
 from pipeline.evaluate import detect_split
 from pipeline.files import write_text
@@ -183,7 +183,9 @@ def gate(plan: Plan) -> None:
     built = _ezsd("cache", "build", "--dataset", "shapes", "--data-root", str(data), "--out", str(store), plan=plan)
     if "complete already" not in built:
         raise SystemExit(f"gate: `ezsd cache build` did not take {store} for its own: {built}")
-    short = replace(plan, overrides=(*plan.overrides, f"train.seed={plan.seed}", f"train.steps={GATE_STEPS}"))
+    # Those of stage one are the store's, and `ezsd train` refuses them.
+    own = [override for override in plan.overrides if override.partition(".")[0] not in STAGE_ONE]
+    short = replace(plan, overrides=(*own, f"train.seed={plan.seed}", f"train.steps={GATE_STEPS}"))
     folder = plan.folder / "gate"
     _ezsd("train", "--cache", str(store), "--run", str(folder), "--device", "cpu", plan=short)
     theirs = _losses(Run.open(folder))

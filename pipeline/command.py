@@ -14,7 +14,7 @@ from ezsd.kernels import BackendError
 from ezsd.teacher import TeacherError
 from pipeline.arguments import EARLY_ERRORS, ArgumentError, require_device_name
 from pipeline.cluster import ClusterError
-from pipeline.config import Config, ConfigError, load_preset
+from pipeline.config import STAGE_ONE, Config, ConfigError, load_preset
 from pipeline.datasets import Dataset, DatasetError
 from pipeline.figures import percent
 from pipeline.provenance import dataset_inputs
@@ -77,13 +77,28 @@ def build_config(
 
 
 def train_config(cache: Path, preset: str | None, overrides: Sequence[str]) -> Config:
-    """The configuration of a training: by default the preset that the store was built with."""
+    """The configuration of a training: by default the preset that the store was built with.
+
+    Raises:
+        ConfigError: a setting that the store was built with, or one that does not fit.
+    """
+    _refuse_stage_one(cache, overrides)
     store = Store(cache)
     if preset is None:
         preset = store.environment.get("preset")
     if preset is None:
         preset = str(dataset_inputs(store.manifest)["name"])
     return load_preset(preset, overrides)
+
+
+def _refuse_stage_one(cache: Path, overrides: Sequence[str]) -> None:
+    for override in overrides:
+        section, dot, _ = override.partition("=")[0].strip().partition(".")
+        if dot and section in STAGE_ONE:
+            raise ConfigError(
+                f"--set {override}: [{section}] is what the store {cache} was built with, and training does not change "
+                f"it; build another store with it: ezsd cache build --set {override} --out STORE"
+            )
 
 
 def drawn(dataset: Dataset, root: Path | None) -> Dataset:

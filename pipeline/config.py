@@ -384,6 +384,10 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
+STAGE_ONE = ("teacher", "adapt", "proposals", "build")
+"""The tables that a store is built with; a training reads none of them."""
+
+
 def preset_names() -> list[str]:
     """Presets that the package ships."""
     return sorted(p.name.removesuffix(".toml") for p in files("pipeline.presets").iterdir() if p.name.endswith(".toml"))

@@ -175,7 +175,7 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str) -> dict[str
     config = run_config(run)
     teacher = run_teacher(run, device, adapted=False)
     made_with = proposal_settings(run_manifest(run))
-    # The store's own crop rule: the run's configuration says nothing of stage one.
+    # The store's own crop rule, which runs of earlier versions do not record.
     crops = from_tables(to_tables(config) | {"proposals": dict(made_with)}, where="store").proposals
     source = CropSource(annotations, dataset.root / dataset.val_images, size=teacher.input_size, crops=crops)
     single = ~annotations.crowd

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from cache import JSON, Manifest, Origin, images_digest
 from ezsd.data.annotations import Annotations
-from pipeline.config import Config, to_tables
+from pipeline.config import STAGE_ONE, Config, from_tables, to_tables
 from pipeline.datasets import Dataset
 from pipeline.given import boxes_digest
 
@@ -112,3 +113,36 @@ def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
         "embedding": manifest.embedding,
     }
     return {"adapt": adapt, "proposals": proposal_settings(manifest), "build": build}
+
+
+def as_built(config: Config, manifest: Manifest, record: Mapping[str, Any]) -> Config:
+    """A configuration with the tables of `STAGE_ONE` as a store was built with them.
+
+    Args:
+        config: of a training, whose own such tables nobody reads.
+        manifest: the store's; what it decides is its word.
+        record: what the build recorded of itself (environment.json), for all else; may be empty.
+
+    Raises:
+        ConfigError: the record has a setting that is none.
+    """
+    recorded = record.get("config", {})
+    built = built_settings(manifest)
+    built["teacher"] = record.get("teacher") or _known_of_teacher(manifest)
+    boxes = manifest.products["proposals"].inputs.get("boxes_sha256")
+    if boxes is not None and "proposals" not in recorded:
+        built["proposals"]["boxes"] = f"sha256:{boxes}"
+    stage_one = {name: {**recorded.get(name, {}), **built[name]} for name in STAGE_ONE}
+    return from_tables(to_tables(config) | stage_one, where="the store's environment.json")
+
+
+def _known_of_teacher(manifest: Manifest) -> dict[str, JSON]:
+    """What a manifest says of the table [teacher]; a plug-in goes by the name that it gives itself."""
+    model = model_inputs(manifest)
+    settings = ("template", "names", "precision")
+    known = {key: model[key] for key in settings} if model.keys() >= set(settings) else {}
+    return {
+        "name": str(model.get("name", "unknown")),
+        **known,
+        "background": manifest.products["proposals"].inputs["background"],
+    }

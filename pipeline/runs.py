@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pipeline.arguments import require_run
+from pipeline.config import STAGE_ONE
 from pipeline.files import fsync, parse_object, read_object, sha256, write_bytes, write_json, write_text
 
 log = logging.getLogger("ezsd")
@@ -52,7 +53,11 @@ _CARD = {
     "re_normalisation": dict,
 }
 """What later commands read of run.json."""
-_OF_NO_MATTER = frozenset(f"config.train.{key}" for key in ("loader_workers", "checkpoint_every", "tensorboard"))
+_OF_NO_MATTER = frozenset(
+    {f"config.train.{key}" for key in ("loader_workers", "checkpoint_every", "tensorboard")}
+    # The store's digest says whether it is the same one; a copy of it may record other places.
+    | {f"config.{table}" for table in STAGE_ONE}
+)
 """What may change when a run is gone on with: nothing that is learned depends on it."""
 
 
@@ -360,12 +365,14 @@ def _nested(card: Mapping[str, object], *keys: str) -> object:
 
 
 def _differences(old: object, new: object, where: str = "") -> list[str]:
+    if where in _OF_NO_MATTER:
+        return []
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted(old.keys() | new.keys()):
             found += _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
         return found
-    if old == new or where in _OF_NO_MATTER:
+    if old == new:
         return []
     return [f"{where}: {_short(old)} there, {_short(new)} wanted"]
 

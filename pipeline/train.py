@@ -32,7 +32,7 @@ from pipeline.metrics import MetricsLog
 from pipeline.outlines import training_masks
 from pipeline.processes import Processes, join_processes, own_device
 from pipeline.progress import Progress
-from pipeline.provenance import dataset_inputs
+from pipeline.provenance import as_built, dataset_inputs
 from pipeline.runs import Run, RunError, restore_optimiser
 from pipeline.step import AverageWeights, Objective, Trainer, build_optimiser, peak_rate
 from pipeline.stop import StopSignal
@@ -51,6 +51,7 @@ class TrainRequest:
     run: Path
     """Run folder; resumed if it holds this very run."""
     config: Config
+    """The run records its tables of stage one as the store was built with them, whatever they are here."""
     data_root: Path | None = None
     """Where the images lie now; None takes the place that the store was built from."""
     backbone_weights: Path | None = None
@@ -117,7 +118,7 @@ def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detec
     names, text = store.text
     attributes = store.teacher[1]
     return detector, {
-        "config": to_tables(config),
+        "config": to_tables(as_built(config, store.manifest, store.environment)),
         "store": {"digest": store.manifest.digest, "manifest": dict(store.manifest.fields)},
         "dataset": dataset.name,
         "names": list(names),

@@ -65,6 +65,7 @@ def test_help_loads_neither_torch_nor_zarr():
         (["cache", "diff", "nowhere", "elsewhere"], ["nowhere", "is not a store"]),
         (["cache", "build", "--dataset", "shapes", "--set", "build.embedding=int4"], ["int4", "float16, int8"]),
         (["train", "--cache", "nowhere"], ["nowhere"]),
+        (["train", "--cache", "nowhere", "--set", "teacher.name=b"], ["teacher.name=b", "build another store"]),
         (["eval", "--run", "nowhere"], ["nowhere", "run.json"]),
         (["report", "--run", "nowhere"], ["nowhere", "run.json"]),
         (["detect", "nowhere.png", "--run", "nowhere", "--classes", "ring"], ["nowhere"]),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import load_preset, preset_names, to_tables
+from pipeline.config import STAGE_ONE, load_preset, preset_names, to_tables
 from pipeline.datasets import DATASETS
 from pipeline.provenance import built_settings
 from pipeline.report.facts import (
@@ -70,7 +70,8 @@ def _commands(facts: Sequence[Facts]) -> list[str]:
     lines = [shell_command(*build, *_options(built))]
     for fact in facts:
         folder = shown_path(fact.run.folder)
-        options = _options(fact.card["config"])
+        # The store has the rest, and `ezsd train` refuses it.
+        options = _options({name: table for name, table in fact.card["config"].items() if name not in STAGE_ONE})
         lines.append(shell_command("ezsd", "train", "--cache", _shown_place(fact, "cache"), "--run", folder, *options))
         lines.append(fact.command("eval", "--crops") if fact is main else fact.command("eval"))
     others = [word for fact in facts[1:] for word in ("--compare", shown_path(fact.run.folder))]

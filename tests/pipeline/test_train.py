@@ -26,10 +26,12 @@ from ezsd.data.annotations import AnnotationError
 from ezsd.data.shapes import SHAPES_SPLIT
 from pipeline.batches import load_batches
 from pipeline.command import train_config
-from pipeline.config import ConfigError
+from pipeline.config import STAGE_ONE, ConfigError, load_preset, to_tables
 from pipeline.evaluate import evaluate_run
 from pipeline.figures import at_limit, headline
+from pipeline.files import write_json
 from pipeline.images import ImageError
+from pipeline.provenance import as_built
 from pipeline.runs import Run, RunError
 from pipeline.step import learning_rate
 from pipeline.train import TrainRequest, store_dataset, train, training_samples
@@ -164,6 +166,42 @@ def test_a_run_folder_of_another_configuration_is_refused_by_name(shapes_run, sh
     other = with_settings(loss={"distillation": 0.25})
     with pytest.raises(RunError, match=r"config\.loss\.distillation: [0-9.]+ there, 0\.25 wanted"):
         train(TrainRequest(cache=shapes_store, run=shapes_run.folder, config=other))
+
+
+@pytest.mark.parametrize("override", ["teacher.name=b", "adapt.steps=0", "proposals.regions=1", " build.batch=2"])
+def test_what_the_store_was_built_with_is_not_trained_with(shapes_store, override):
+    with pytest.raises(ConfigError, match=rf"--set {override}: .*build another store with it: .*--set {override}"):
+        train_config(shapes_store, None, ["train.steps=3", override])
+
+
+def test_a_run_records_stage_one_as_its_store_was_built(shapes_store, quick_config, tmp_path):
+    built = {table: value for table, value in to_tables(quick_config).items() if table in STAGE_ONE}
+    config = train_config(shapes_store, None, ["train.steps=1"])
+    assert to_tables(config)["adapt"] != built["adapt"]
+    run = train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
+    assert {table: run.card["config"][table] for table in STAGE_ONE} == built
+
+
+def test_without_a_record_of_the_build_the_manifest_says_what_it_can(shapes_store, quick_config):
+    config = as_built(load_preset("coco"), Store(shapes_store).manifest, {})
+    assert (config.adapt, config.proposals) == (quick_config.adapt, quick_config.proposals)
+    assert config.teacher.name == "tiny-shapes"
+    assert (config.teacher.template, config.teacher.background) == (
+        quick_config.teacher.template,
+        quick_config.teacher.background,
+    )
+    assert config.train == load_preset("coco").train
+
+
+def test_a_run_that_recorded_other_settings_of_stage_one_goes_on(shapes_run, shapes_store, quick_config, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(shapes_run.folder, folder)
+    shutil.rmtree(folder / "checkpoints/step-00000006")
+    card = Run.open(folder).card
+    card["config"]["adapt"]["steps"] = 80
+    write_json(folder / "run.json", card)
+    resumed = train(TrainRequest(cache=shapes_store, run=folder, config=quick_config))
+    assert curve(resumed) == curve(shapes_run)
 
 
 def test_an_unfinished_store_is_refused(shapes_store, quick_config, tmp_path):
