@@ -274,6 +274,9 @@ def train(
     preset: Preset = None,
     data_root: DataRoot = None,
     backbone_weights: Annotated[Path | None, typer.Option(help="ImageNet state, .safetensors or .pth.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of weights, sampling and augmentation; the preset's by default.")
+    ] = None,
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
@@ -286,7 +289,7 @@ def train(
     request = TrainRequest(
         cache=cache,
         run=folder,
-        config=train_config(cache, preset, set_ or []),
+        config=train_config(cache, preset, set_ or [], seed=seed),
         data_root=data_root,
         backbone_weights=backbone_weights,
         device=resolve_device(device),

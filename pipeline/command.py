@@ -76,19 +76,28 @@ def build_config(
     return config
 
 
-def train_config(cache: Path, preset: str | None, overrides: Sequence[str]) -> Config:
+def train_config(cache: Path, preset: str | None, overrides: Sequence[str], *, seed: int | None = None) -> Config:
     """The configuration of a training: by default the preset that the store was built with.
 
     Raises:
-        ConfigError: a setting that the store was built with, or one that does not fit.
+        ConfigError: a setting that the store was built with, a seed that is said twice, or a value that does not fit.
     """
     _refuse_stage_one(cache, overrides)
+    if seed is not None:
+        overrides = [*overrides, _seed_override(seed, overrides)]
     store = Store(cache)
     if preset is None:
         preset = store.environment.get("preset")
     if preset is None:
         preset = str(dataset_inputs(store.manifest)["name"])
     return load_preset(preset, overrides)
+
+
+def _seed_override(seed: int, overrides: Sequence[str]) -> str:
+    for override in overrides:
+        if override.partition("=")[0].strip() == "train.seed":
+            raise ConfigError(f"--seed {seed} and --set {override} both say the seed; leave one of them out")
+    return f"train.seed={seed}"
 
 
 def _refuse_stage_one(cache: Path, overrides: Sequence[str]) -> None:

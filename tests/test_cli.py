@@ -65,6 +65,8 @@ def test_help_loads_neither_torch_nor_zarr():
         (["cache", "diff", "nowhere", "elsewhere"], ["nowhere", "is not a store"]),
         (["cache", "build", "--dataset", "shapes", "--set", "build.embedding=int4"], ["int4", "float16, int8"]),
         (["train", "--cache", "nowhere"], ["nowhere"]),
+        (["train", "--cache", "nowhere", "--seed", "-1"], ["--seed", "greater than or equal to 0"]),
+        (["train", "--cache", "nowhere", "--seed", "1", "--set", "train.seed=2"], ["--seed 1", "train.seed=2"]),
         (["train", "--cache", "nowhere", "--set", "teacher.name=b"], ["teacher.name=b", "build another store"]),
         (["eval", "--run", "nowhere"], ["nowhere", "run.json"]),
         (["report", "--run", "nowhere"], ["nowhere", "run.json"]),

@@ -174,6 +174,13 @@ def test_what_the_store_was_built_with_is_not_trained_with(shapes_store, overrid
         train_config(shapes_store, None, ["train.steps=3", override])
 
 
+def test_a_seed_is_said_once(shapes_store):
+    assert train_config(shapes_store, None, ["train.steps=3"], seed=7).train.seed == 7
+    assert train_config(shapes_store, None, ["train.seed=5"]).train.seed == 5
+    with pytest.raises(ConfigError, match="--seed 7 and --set train.seed=5 both say the seed"):
+        train_config(shapes_store, None, ["train.seed=5"], seed=7)
+
+
 def test_a_run_records_stage_one_as_its_store_was_built(shapes_store, quick_config, tmp_path):
     built = {table: value for table, value in to_tables(quick_config).items() if table in STAGE_ONE}
     config = train_config(shapes_store, None, ["train.steps=1"])
