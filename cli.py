@@ -29,7 +29,7 @@ DatasetName = Annotated[str, typer.Option(help="shapes, coco, lvis, lvis-frequen
 DatasetRoot = Annotated[
     Path | None, typer.Option(help="Folder with images and annotations; data/NAME or the TOML file's by default.")
 ]
-Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes, coco, paper or photos.")]
+Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes, coco (or fast), paper or photos.")]
 
 
 @data_app.command("shapes", epilog="Example:  ezsd data shapes --out data/shapes")

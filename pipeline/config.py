@@ -393,14 +393,20 @@ def preset_names() -> list[str]:
     return sorted(p.name.removesuffix(".toml") for p in files("pipeline.presets").iterdir() if p.name.endswith(".toml"))
 
 
+PRESET_ALIASES = {"fast": "coco"}
+"""Other names of shipped presets: the counterpart of `paper`."""
+
+
 def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
     """Read a shipped preset and apply `section.key=value` overrides.
 
     Raises:
         ConfigError: unknown preset, section or key (with the nearest one), or a value that does not fit.
     """
+    name, asked = PRESET_ALIASES.get(name, name), name
     if name not in preset_names():
-        raise ConfigError(f"no preset {name!r}; choose one of {', '.join(preset_names())}")
+        also = ", ".join(f"{alias} (the same as {meant})" for alias, meant in PRESET_ALIASES.items())
+        raise ConfigError(f"no preset {asked!r}; choose one of {', '.join(preset_names())}, or {also}")
     tables = tomllib.loads((files("pipeline.presets") / f"{name}.toml").read_text())
     for override in overrides:
         apply_override(tables, override)

@@ -104,5 +104,9 @@ def test_a_bare_word_is_text_and_a_whole_number_serves_as_a_float():
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="coco, paper, photos, shapes"):
+    with pytest.raises(ConfigError, match=r"'lvis'; .* coco, paper, photos, shapes, or fast \(the same as coco\)"):
         load_preset("lvis")
+
+
+def test_fast_is_the_default_preset():
+    assert load_preset("fast", ["train.steps=7"]) == load_preset("coco", ["train.steps=7"])
