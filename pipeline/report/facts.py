@@ -44,13 +44,13 @@ class Facts:
 
 
 def collect(runs: Sequence[Run]) -> list[Facts]:
-    """The facts of runs, the main one first.
+    """The facts of runs, the main one first; what the others' evaluations say is read at its limit.
 
     Raises:
-        RunError: a run is of another dataset, or was evaluated by another version.
+        RunError: a run is of another dataset, or was evaluated by another version or on other annotations.
     """
     names = [run.folder.absolute().name for run in runs]
-    facts = []
+    facts: list[Facts] = []
     for run, name in zip(runs, names, strict=True):
         folder, card = run.folder, run.card
         if card["dataset"] != runs[0].card["dataset"]:
@@ -62,7 +62,7 @@ def collect(runs: Sequence[Run]) -> list[Facts]:
                 label=name if names.count(name) == 1 else shown_path(folder),
                 card=card,
                 environment=run.environment,
-                evaluation=_read_evaluation(folder),
+                evaluation=_read_evaluation(folder, facts[0] if facts else None),
                 crops=read_table(folder / "crops.json"),
                 metrics=run.read_metrics(),
                 seconds=read_table(folder / "seconds.json") or {},
@@ -71,11 +71,23 @@ def collect(runs: Sequence[Run]) -> list[Facts]:
     return facts
 
 
-def _read_evaluation(folder: Path) -> dict[str, Any] | None:
+def _read_evaluation(folder: Path, main: Facts | None) -> dict[str, Any] | None:
+    """What eval.json says, at the main run's limit; None without one."""
     table = read_table(folder / "eval.json")
-    if table is not None and not {"limit", "generalised"} <= table.keys():
+    if table is None:
+        return None
+    if not {"limit", "generalised", "annotations"} <= table.keys():
         raise RunError(f"--run {folder}: was evaluated by another version of ezsd; run `ezsd eval` again")
-    return table
+    if main is None or main.evaluation is None:
+        return table
+    theirs, ours = table["annotations"], main.evaluation["annotations"]
+    if theirs["sha256"] != ours["sha256"]:
+        files = f"{theirs['file']} (sha256 {theirs['sha256'][:12]}), not on {ours['file']} ({ours['sha256'][:12]})"
+        raise RunError(
+            f"--compare {folder}: evaluated on {files} as {main.run.folder} was; figures of two ground truths cannot "
+            "stand side by side: run `ezsd eval` again, both with the same --data-root"
+        )
+    return table | {"limit": main.evaluation["limit"]}
 
 
 def read_table(path: Path) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The report: right numbers, nothing from outside, nobody's text becomes markup, the same bytes twice."""
 
 import base64
+import copy
 import io
 import json
 import shlex
@@ -337,6 +338,27 @@ def test_runs_of_two_datasets_are_not_compared(home):
     write_json(home.plain.folder / "run.json", home.plain.card | {"dataset": "coco"})
     with pytest.raises(RunError, match="plain.*coco, not on shapes"):
         report(home)
+
+
+def test_runs_evaluated_on_two_ground_truths_are_not_compared(home):
+    table = json.loads((home.plain.folder / "eval.json").read_text())
+    write_json(home.plain.folder / "eval.json", table | {"annotations": {"file": "other.json", "sha256": "a1" * 32}})
+    with pytest.raises(RunError, match=r"plain: evaluated on other.json \(sha256 a1a1\w*\), not on .*val.json .*again"):
+        report(home)
+
+
+def test_compared_runs_are_read_at_the_limit_of_the_main_one(home):
+    table = json.loads((home.plain.folder / "eval.json").read_text())
+    for space in ("generalised", "novel_only"):
+        found = copy.deepcopy(table[space]["at"]["100"])
+        found["max_detections"] = 300
+        for group in ("base", "novel", "all"):
+            found[group]["AP50"] = 0.99
+        table[space]["at"]["300"] = found
+    write_json(home.plain.folder / "eval.json", table | {"limit": "300"})
+    page = Page(report(home))
+    assert "At most 100 detections per image count." in page.text
+    assert page.row("plain") == ["57.7", "5.1", "31.4", "44.4"]
 
 
 def test_the_page_needs_nothing_from_outside(text, page):
