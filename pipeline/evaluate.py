@@ -18,7 +18,7 @@ from ezsd.data.annotations import Annotations
 from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Detections, Results, read_truth, with_masks
 from pipeline.adapt import CropSource
 from pipeline.arguments import ArgumentError
-from pipeline.config import from_tables, to_tables
+from pipeline.config import ConfigError, from_tables, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.figures import Classes, coco_results, document, looked_for
 from pipeline.files import write_json, write_text
@@ -100,11 +100,12 @@ def evaluate_run(
         split: "val" or "train".
         classes: the names looked for, at once: all, base or novel; None for all, and then novel alone.
         max_detections: the limit of the headline; None for the usual one of the file's rules.
-        overrides: settings to look with instead of the run's, see `at_test_time`.
+        overrides: settings to look with instead of the run's, see `at_test_time`; not `eval.keep`.
 
     Raises:
         ValueError: (of many kinds) an unfinished run, images or annotations that are not in order or none.
     """
+    _refuse_keep(overrides)
     trained, dataset = load_trained(run, device, overrides), run_dataset(run, data_root)
     if trained.names != dataset.split.names:
         raise RunError(f"--run {run.folder}: trained for other names than dataset {dataset.name} has now")
@@ -127,6 +128,15 @@ def evaluate_run(
     write_text(run.folder / f"detections{suffix}.json", coco_results(first, truth))
     run.record_seconds("eval", time.perf_counter() - began)
     return result
+
+
+def _refuse_keep(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if override.partition("=")[0].strip() == "eval.keep":
+            raise ConfigError(
+                f"--set {override}: an evaluation always asks for {KEEP} detections per image, and eval.keep is for "
+                "`ezsd detect` alone; leave it out, --max-detections says how many count in the headline"
+            )
 
 
 _DEFAULT: tuple[Classes, ...] = ("all", "novel")

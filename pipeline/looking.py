@@ -15,7 +15,7 @@ TEST_TIME = (
     "eval.keep",
     "train.backend",
 )
-"""What no weight depends on."""
+"""What no weight depends on. `ezsd eval` takes all but eval.keep: see `pipeline.evaluate.KEEP`."""
 
 
 def at_test_time(config: Config, overrides: Sequence[str]) -> Config:

@@ -42,6 +42,14 @@ def test_an_evaluation_with_other_settings_names_them_in_a_file_of_its_own(shape
     assert "settings" not in json.loads(before)
 
 
+@pytest.mark.parametrize("override", ["eval.keep=3", " eval.keep = 300"])
+def test_an_evaluation_refuses_a_count_that_it_does_not_use(shapes_run, override):
+    before = sorted(shapes_run.folder.iterdir())
+    with pytest.raises(ConfigError, match=rf"--set {override}: .* 300 detections per image.*--max-detections"):
+        evaluate_run(shapes_run, data_root=None, device="cpu", overrides=[override])
+    assert sorted(shapes_run.folder.iterdir()) == before
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
