@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from ezsd.data.catalogue import read_catalogue
-from ezsd.data.segmentations import json_run_lengths
+from ezsd.data.segmentations import MissingOutline, json_run_lengths
 from ezsd.metrics import Limit, Results, Truth, evaluate_at, limits_of, read_results, read_truth, with_masks
 from pipeline.arguments import ArgumentError, chosen_split
 from pipeline.files import sha256
+
+log = logging.getLogger("ezsd")
 
 Classes = Literal["all", "base", "novel"]
 """Which names a detector looked for at once."""
@@ -37,6 +40,8 @@ def evaluate_results(
     max_detections: int | None,
 ) -> dict[str, object]:
     """Evaluate a results file in COCO's format against an annotation file.
+
+    Masks are evaluated too where both files have them; a warning says so where the results alone do.
 
     Args:
         detections: the results.
@@ -65,7 +70,14 @@ def evaluate_results(
     truth = read_truth(annotations, split, catalogue)
     results = read_results(detections, images=truth.sizes(), categories=truth.category_positions())
     if results.masks is not None:
-        truth = with_masks(truth)
+        try:
+            truth = with_masks(truth)
+        except MissingOutline:
+            log.warning(
+                "%s has masks, but not every object of %s has a segmentation: boxes alone are evaluated",
+                detections,
+                annotations,
+            )
     space: Classes = classes or "all"
     _refuse_others(detections, results, truth, space)
     return document(truth, {space: results}, max_detections)

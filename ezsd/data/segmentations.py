@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask
 
+from ezsd.data.records import AnnotationError
 from ezsd.data.stream import open_json
 from ezsd.data.table import Fault
 
@@ -27,8 +28,15 @@ Outline: TypeAlias = Rings | bytes
 
 REACH = 2**20
 """Pixels from the image's corner that a point may lie; drawing takes memory for every pixel of an edge."""
-_CURE = "Add segmentations to the file, or go without masks (model.masks=false)."
+_CURE = (
+    "Mend the file's segmentations, or go without masks: model.masks=false for a run, results without segmentations "
+    "for `ezsd eval --detections`."
+)
 _EXPECTED = "polygons (lists of at least 3 points) or run lengths of the image's size"
+
+
+class MissingOutline(AnnotationError):
+    """An object has no segmentation, while masks are asked for."""
 
 
 def read_outlines(
@@ -47,16 +55,19 @@ def read_outlines(
         Annotation id and outline, in the file's order.
 
     Raises:
-        AnnotationError: an annotation asked for has no outline, or one that is not in order.
+        MissingOutline: an annotation asked for has none.
+        AnnotationError: it has one that is not in order.
     """
     for position, entry in _annotations(path):
         number = entry.get("id")
         if type(number) is not int or number not in wanted or entry.get("category_id") not in categories:
             continue
+        outline = entry.get("segmentation")
         try:
-            yield number, parse_outline(entry.get("segmentation"), *wanted[number])
+            yield number, parse_outline(outline, *wanted[number])
         except ValueError as error:
-            raise _fault(position, error).error(path) from error
+            found = _fault(position, error).error(path)
+            raise (MissingOutline(str(found)) if outline in (None, []) else found) from error
 
 
 def outline_faults(path: Path, size: npt.NDArray[np.int32]) -> Iterator[Fault | None]:

@@ -100,7 +100,8 @@ def with_masks(truth: Truth) -> Truth:
     """The same with the objects' masks, which are read from the file.
 
     Raises:
-        AnnotationError: an object of a class of the split has no segmentation, or one that is not in order.
+        MissingOutline: an object of a class of the split has no segmentation.
+        AnnotationError: it has one that is not in order.
     """
     size, ids = truth.sizes(), truth.annotation_id.tolist()
     wanted = {number: size[image] for number, image in zip(ids, truth.image_id.tolist(), strict=True)}

@@ -92,6 +92,40 @@ def test_an_empty_validation_list_is_one_clear_error(shapes_run, shapes_root, tm
         evaluate_run(shapes_run, data_root=root, device="cpu")
 
 
+@pytest.fixture
+def drawn_results(scene):
+    """The results with a square as the mask of each detection; its box is that of the square."""
+    found = json.loads(scene[0].read_text())
+    for one in found:
+        x, y, w, h = one["bbox"]
+        one["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    scene[0].write_text(json.dumps(found))
+    return scene[0]
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_masks_without_any_to_compare_with_are_left_out_in_one_line(scene, drawn_results, nothing, caplog):
+    truth = json.loads(scene[1].read_text())
+    for one in truth["annotations"]:
+        one["segmentation"] = nothing
+    scene[1].write_text(json.dumps(truth))
+    result = evaluated(*scene, novel="cow")
+    assert headline(result)["all"] == pytest.approx(1)
+    assert "masks_at" not in result["generalised"]
+    assert [record.message for record in caplog.records] == [
+        f"{drawn_results} has masks, but not every object of {scene[1]} has a segmentation: boxes alone are evaluated"
+    ]
+
+
+def test_a_segmentation_that_is_none_is_refused_with_a_cure_for_results(scene, drawn_results):
+    truth = json.loads(scene[1].read_text())
+    for one in truth["annotations"]:
+        one["segmentation"] = [[1, 2]]
+    scene[1].write_text(json.dumps(truth))
+    with pytest.raises(AnnotationError, match=r"annotations\[0\].segmentation: .*results without segmentations"):
+        evaluated(*scene, novel="cow")
+
+
 def test_classes_not_named_novel_are_base_and_the_reverse(scene):
     for options in ({"novel": "cow"}, {"base": "yak, cat"}, {"base": "cat,yak", "novel": "cow"}):
         found = at_limit(evaluated(*scene, **options), "generalised")
