@@ -24,6 +24,7 @@ app.add_typer(cache_app, name="cache")
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Where the images lie now, if they have moved.")]
+MovedWeights = Annotated[Path | None, typer.Option("--weights", help="The teacher's weights, if they have moved.")]
 RunFolder = Annotated[Path, typer.Option("--run", help="A run folder that `ezsd train` made.")]
 DatasetName = Annotated[str, typer.Option(help="shapes, coco, lvis, lvis-frequent, or a FILE.toml of your own.")]
 DatasetRoot = Annotated[
@@ -319,14 +320,21 @@ def evaluate(
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also show every class.")] = False,
     crops: Annotated[bool, typer.Option("--crops", help="With --run: crop accuracy, raw and re-normalised.")] = False,
+    weights: MovedWeights = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
     """Evaluate a run, or anybody's results: base, novel, all; COCO's rules, or LVIS's for its files."""
-    from pipeline.arguments import require_device_name, require_one_source, require_output, require_run
+    from pipeline.arguments import require_device_name, require_one_source, require_output, require_run, require_weights
 
-    of_run = {"--split": split, "--crops": crops or None, "--data-root": data_root, "--set": set_}
+    of_run = {
+        "--split": split,
+        "--crops": crops or None,
+        "--weights": weights,
+        "--data-root": data_root,
+        "--set": set_,
+    }
     of_file = {"--annotations": annotations, "--split-file": split_file, "--base": base, "--novel": novel, "--out": out}
     require_one_source(run=run, of_run=of_run, detections=detections, of_file=of_file)
     require_device_name(device)
@@ -352,6 +360,7 @@ def evaluate(
 
             write_json(out, result)
         return
+    require_weights(weights, crops=crops)
     require_run(run)
     from pipeline.command import crop_table, resolve_device, score_table
     from pipeline.evaluate import evaluate_crops, evaluate_run
@@ -371,7 +380,7 @@ def evaluate(
     typer.echo(score_table({str(run): headline(result)}))
     typer.echo(f"\n{evaluation_tables(result, per_class=per_class)}")
     if crops:
-        typer.echo(f"\n{crop_table(evaluate_crops(opened, data_root=data_root, device=where))}")
+        typer.echo(f"\n{crop_table(evaluate_crops(opened, data_root=data_root, device=where, weights=weights))}")
 
 
 @app.command(epilog="Example:  ezsd detect photo.jpg --run runs/a --classes 'cat,red ball'")
@@ -383,15 +392,24 @@ def detect(
     out: Annotated[
         Path | None, typer.Option(help="Write the image with boxes there; a folder for several images.")
     ] = None,
+    weights: MovedWeights = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one COCO-format document instead of lines.")] = False,
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
     """Find objects of any named classes in images; boxes are those of the image as it is shown."""
-    from pipeline.arguments import find_images, parse_classes, picture_places, require_device_name, require_run
+    from pipeline.arguments import (
+        find_images,
+        parse_classes,
+        picture_places,
+        require_device_name,
+        require_run,
+        require_weights,
+    )
 
     names = parse_classes(classes)
     require_device_name(device)
+    require_weights(weights)
     require_run(run)
     found = find_images(images)
     drawn = picture_places(found, out, alone=len(images) == 1 and not images[0].is_dir())
@@ -407,6 +425,7 @@ def detect(
         device=resolve_device(device),
         drawn=drawn,
         overrides=set_ or [],
+        weights=weights,
     )
     if json_:
         typer.echo(coco_document(list(seen), names))

@@ -231,10 +231,15 @@ def _load_model(
         require_activation(name, Path(weights), activation, model_has_quick_gelu=has_quick_gelu(model))
         load_checkpoint(model, name, Path(weights))
         return model, None
-    if Path(weights).suffix in {".safetensors", ".pt", ".pth", ".bin"}:
+    if names_file(weights):
         raise TeacherError(f"--weights {weights}: no such file")
     _require_tag(name, weights)
     return _create(name, weights, device, require_pretrained=True), None
+
+
+def names_file(weights: str) -> bool:
+    """Whether weights are named by a local file, there or not, rather than by a tag of open_clip's."""
+    return Path(weights).is_absolute() or Path(weights).suffix in {".safetensors", ".pt", ".pth", ".bin"}
 
 
 def has_quick_gelu(model: nn.Module) -> bool:
@@ -299,6 +304,8 @@ def _load_plugin(name: str, device: str | torch.device) -> Teacher:
 
 
 def _load_tiny(weights: str | None, device: str | torch.device) -> tuple[open_clip.CLIP, Tensor | None]:
+    if weights is not None and not Path(weights).exists():
+        raise TeacherError(f"--weights {weights}: no such file")
     with as_file(files("ezsd.weights") / f"{TINY_SHAPES}.json") as config:
         open_clip.add_model_config(config)
     model = _create(TINY_SHAPES, None, device)

@@ -44,6 +44,16 @@ def require_run(folder: Path) -> None:
         )
 
 
+def require_weights(file: Path | None, *, crops: bool = True) -> None:
+    """ArgumentError when `--weights` names no file, or what uses it was not asked for; None is nothing to check."""
+    if file is None:
+        return
+    if not crops:
+        raise ArgumentError(f"--weights {file} goes with --crops: nothing else of an evaluation asks the teacher")
+    if not file.is_file():
+        raise ArgumentError(f"--weights {file}: no such file")
+
+
 def require_output(file: Path) -> None:
     """ArgumentError when no file can be written to a place: it is a folder, or there is no folder around it."""
     if file.is_dir():

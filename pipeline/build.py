@@ -191,7 +191,8 @@ def _begin(
     files += [Path(name) for name in (config.teacher.weights, config.proposals.boxes) if name and Path(name).is_file()]
     require_workers(pool, writer, device=request.device, files=files)
     warn_of_room(request, source.annotations, source.teacher.embed_dim)
-    environment = describe_build(request, workers=pool.workers, shares=shares)
+    # With absolute paths: whoever needs the teacher again stands elsewhere.
+    environment = describe_build(dataclasses.replace(request, config=config), workers=pool.workers, shares=shares)
     writer.write_environment(environment)
     return environment
 

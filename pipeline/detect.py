@@ -58,6 +58,7 @@ def detect_images(
     device: str,
     drawn: Sequence[Path] | None,
     overrides: Sequence[str] = (),
+    weights: Path | None = None,
 ) -> Iterator[Seen]:
     """Detect named classes in images, a few at a time.
 
@@ -69,12 +70,13 @@ def detect_images(
         device: where to run.
         drawn: where each image with boxes is written; None for nowhere. Missing folders are made.
         overrides: settings to look with instead of the run's, see `pipeline.looking.at_test_time`.
+        weights: the teacher's weights, if they have moved; read for names that the run does not know.
 
     Raises:
         ValueError: (of many kinds) a damaged image, an unfinished run, a class that nobody can embed.
     """
     trained = load_trained(run, device, overrides)
-    text = class_text(trained, run, classes, device)
+    text = class_text(trained, run, classes, device, weights)
     for start in range(0, len(images), BATCH_IMAGES):
         paths = images[start : start + BATCH_IMAGES]
         pixels = [read_shown(path) for path in paths]
@@ -131,12 +133,19 @@ def coco_document(seen: Sequence[Seen], classes: Sequence[str]) -> str:
     return json.dumps({"images": images, "categories": categories, "annotations": annotations}, indent=1)
 
 
-def class_text(trained: TrainedDetector, run: Run, classes: Sequence[str], device: str) -> Tensor:
-    """Unit text rows (C, D) of names: from the run's table, else from its re-normalised teacher."""
+def class_text(
+    trained: TrainedDetector, run: Run, classes: Sequence[str], device: str, weights: Path | None = None
+) -> Tensor:
+    """Unit text rows (C, D) of names: from the run's table, else from its re-normalised teacher.
+
+    Raises:
+        TeacherError: see `run_teacher`.
+        VocabularyError: the teacher cannot embed a name.
+    """
     known = {name: row for name, row in zip(trained.names, trained.text, strict=True)}
     unknown = [name for name in classes if name not in known]
     if unknown:
-        teacher = run_teacher(run, device, adapted=True)
+        teacher = run_teacher(run, device, adapted=True, weights=weights)
         try:
             with torch.no_grad():
                 rows = teacher.encode_text(unknown).float().cpu()

@@ -175,15 +175,24 @@ def _as_stored(found: Detections) -> Results:
     )
 
 
-def evaluate_crops(run: Run, *, data_root: Path | None, device: str) -> dict[str, object]:
+def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Path | None = None) -> dict[str, object]:
     """Crop accuracy of the raw and the re-normalised teacher on validation objects, and write crops.json.
 
     Each crop is compared with all names; base and novel crops are counted apart.
+
+    Args:
+        run: whose teacher.
+        data_root: where the images lie now; None takes the place recorded in the run.
+        device: where to run.
+        weights: the teacher's weights, if they have moved.
+
+    Raises:
+        ValueError: (of many kinds) the teacher is gone or another one, images or annotations are not in order.
     """
     dataset = run_dataset(run, data_root)
     annotations = evaluation_annotations(dataset.root / dataset.val_annotations, dataset.split)
     config = run_config(run)
-    teacher = run_teacher(run, device, adapted=False)
+    teacher = run_teacher(run, device, adapted=False, weights=weights)
     made_with = proposal_settings(run_manifest(run))
     # The store's own crop rule, which runs of earlier versions do not record.
     crops = from_tables(to_tables(config) | {"proposals": dict(made_with)}, where="store").proposals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from ezsd.data.dataset import pad_images, padded_size, resize
 from ezsd.data.segmentations import encode
 from ezsd.detector.masks import paste
 from ezsd.detector.model import Detections, Detector
-from ezsd.teacher import Teacher, TeacherError
+from ezsd.teacher import Teacher, TeacherError, names_file
 from pipeline.config import Config, TeacherConfig, from_tables
 from pipeline.detector import build_detector
 from pipeline.looking import at_test_time
@@ -148,12 +149,29 @@ def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> Traine
     )
 
 
-def run_teacher(run: Run, device: str, *, adapted: bool) -> Teacher:
-    """The teacher of a run, raw or re-normalised. TeacherError when it is not the one the store was made with."""
+def run_teacher(run: Run, device: str, *, adapted: bool, weights: Path | None = None) -> Teacher:
+    """The teacher of a run.
+
+    Args:
+        run: whose teacher.
+        device: where it runs.
+        adapted: re-normalised, or as it was published.
+        weights: the file with its weights, if it has moved; None takes the place that the store's build recorded.
+
+    Raises:
+        TeacherError: it cannot be had, or is not the one that the store was made with.
+    """
     recorded = run.environment["teacher"]
     if not isinstance(recorded, dict):
         raise TeacherError(f"--run {run.folder}: its store did not say which teacher made it")
-    teacher = configured_teacher(TeacherConfig(**recorded), device)
+    config = TeacherConfig(**recorded)
+    if weights is not None:
+        config = dataclasses.replace(config, weights=str(weights))
+    elif config.weights is not None and names_file(config.weights) and not Path(config.weights).is_file():
+        raise TeacherError(
+            f"--run {run.folder}: the weights of its teacher were {config.weights}, which is gone; give --weights FILE"
+        )
+    teacher = configured_teacher(config, device)
     changed = differences(model_inputs(run_manifest(run)), as_json(teacher.fingerprint()))
     if changed:
         raise TeacherError(f"--run {run.folder}: the teacher is another now: {'; '.join(changed)}")

@@ -186,7 +186,7 @@ def test_a_missing_file_is_refused_by_its_path(tmp_path, suffix):
 
 def test_a_missing_file_for_the_shipped_teacher_is_refused_by_its_path(tmp_path):
     path = tmp_path / "absent.safetensors"
-    assert str(path) in refusal("tiny-shapes", path, "No such file")
+    assert str(path) in refusal("tiny-shapes", path, "no such file")
 
 
 def test_an_unknown_tag_is_refused():

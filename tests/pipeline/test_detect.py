@@ -1,15 +1,23 @@
 """Detection in images as they are shown: turned ones, several, folders, and as a COCO document."""
 
 import json
+import shutil
+from importlib.resources import as_file
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from ezsd.teacher import TeacherError, shipped_weights
 from pipeline.arguments import ArgumentError, find_images, picture_places
-from pipeline.detect import coco_document, detect_images, found_lines, read_shown
+from pipeline.build import build_cache
+from pipeline.detect import class_text, coco_document, detect_images, found_lines, read_shown
+from pipeline.evaluate import evaluate_crops
 from pipeline.images import ImageError
+from pipeline.request import BuildRequest
+from pipeline.train import TrainRequest, train
 from pipeline.trained import load_trained
 
 ORIENTATION = 0x0112
@@ -127,3 +135,42 @@ def test_a_damaged_head_of_a_png_is_named(turned):
     shown.write_bytes(content)
     with pytest.raises(ImageError, match=r"shown.png: "):
         find_images([shown])
+
+
+@pytest.fixture
+def own_weights(shapes_store, shapes_dataset, with_settings, tmp_path, monkeypatch):
+    """A run whose teacher came from a file that was named relative to the working folder, in another folder now."""
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    with as_file(shipped_weights()) as shipped:
+        shutil.copy(shipped, "w.safetensors")
+    config = with_settings(teacher={"weights": "w.safetensors"}, train={"steps": 1})
+    store = tmp_path / "store"
+    build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=store, workers=1, reuse=shapes_store))
+    run = train(TrainRequest(cache=store, run=tmp_path / "run", config=config))
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def embedded(run, **options):
+    return class_text(load_trained(run, "cpu"), run, ["red ring", "bar"], "cpu", **options)
+
+
+def test_a_teacher_is_found_again_from_another_folder(own_weights, shapes_run, tmp_path):
+    assert own_weights.environment["teacher"]["weights"] == str(tmp_path / "there/w.safetensors")
+    assert torch.equal(embedded(own_weights), embedded(shapes_run))
+
+
+def test_a_teacher_that_has_moved_is_found_by_its_file_and_no_other(own_weights, shapes_run, tmp_path):
+    moved = (tmp_path / "there/w.safetensors").rename(tmp_path / "moved.safetensors")
+    for start in (lambda: embedded(own_weights), lambda: evaluate_crops(own_weights, data_root=None, device="cpu")):
+        with pytest.raises(TeacherError, match=r"there/w.safetensors, which is gone; give --weights FILE"):
+            start()
+    assert torch.equal(embedded(own_weights, weights=moved), embedded(shapes_run))
+    crops = evaluate_crops(own_weights, data_root=None, device="cpu", weights=moved)
+    assert crops == json.loads((shapes_run.folder / "crops.json").read_text())
+    state = load_file(moved)
+    state["visual.ln_post.weight"] = state["visual.ln_post.weight"] + 1
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(TeacherError, match="the teacher is another now: .*weights_sha256"):
+        embedded(own_weights, weights=tmp_path / "other.safetensors")
