@@ -486,9 +486,11 @@ def main() -> None:
 
 
 def _is_users(error: BaseException) -> bool:
-    """Whether the error is one that our own code raised about its input."""
-    from pipeline.arguments import EARLY_ERRORS
+    """Whether the error is one that our own code raised about its input, or the system about a place."""
+    from pipeline.arguments import EARLY_ERRORS, is_of_a_place
 
+    if isinstance(error, OSError):
+        return is_of_a_place(error)
     if isinstance(error, EARLY_ERRORS):
         return True
     from pipeline.command import USER_ERRORS

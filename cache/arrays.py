@@ -1,7 +1,8 @@
 """What a reader asks of an array wherever it lies, and the two checks it makes on the way."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -36,20 +37,30 @@ class RowArray(Protocol):
 
 
 class ZarrArray:
-    """An array read through zarr-python: any codec chain, any place."""
+    """An array read through zarr-python: any codec chain, any place.
 
-    def __init__(self, array: "zarr.Array[Any]") -> None:
+    Args:
+        array: the array.
+        errors: makes one line of what reading raises, see `RemotePlace.errors`.
+    """
+
+    def __init__(
+        self, array: "zarr.Array[Any]", errors: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self.shape = array.shape
         self.dtype = array.dtype
         self._array = array
+        self._errors = errors
         self._kept: NDArray[Any] | None = None
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """See `RowArray`."""
         if self._array.nbytes > _KEPT_BYTES:
-            return np.asarray(self._array[start:stop])
+            with self._errors():
+                return np.asarray(self._array[start:stop])
         if self._kept is None:
-            self._kept = np.asarray(self._array[:])
+            with self._errors():
+                self._kept = np.asarray(self._array[:])
             self._kept.flags.writeable = False
         return self._kept[start:stop]
 

@@ -112,7 +112,7 @@ class RemotePlace:
             array = self._group[name]
         if not isinstance(array, zarr.Array):
             raise StoreError(f"{self.url}/{name}: is no array; the store is damaged")
-        return ZarrArray(array)
+        return ZarrArray(array, self.errors)
 
     @cached_property
     def _group(self) -> "zarr.Group":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -28,12 +29,26 @@ EARLY_ERRORS = (
     ArgumentError,
     DamagedFile,
     ImageError,
-    OSError,
     ResultsError,
     StoreError,
     VocabularyError,
 )
 """The user's errors that need no heavy import to be known; see `pipeline.command.USER_ERRORS` for all."""
+
+_OF_THE_DISK = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOLCK),
+)
+"""A disk that is full, may not be written to, or has no locks."""
+
+
+def is_of_a_place(error: OSError) -> bool:
+    """Whether a system's error is about a file, disk or network that the user can do something about.
+
+    Without the name of a file it says so of itself, or it comes from a call that ezsd got wrong.
+    """
+    return (
+        error.filename is not None or error.errno in _OF_THE_DISK or isinstance(error, ConnectionError | TimeoutError)
+    )
 
 
 def require_run(folder: Path) -> None:

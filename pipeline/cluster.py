@@ -26,6 +26,9 @@ SHAPES_BYTES = ("ezsd", "torch", "torchvision", "open_clip_torch", "numpy", "zar
 """What every process of a build must have in one version."""
 
 
+LOST = "the connection to the Dask scheduler is lost; what is finished stays, run the same command again"
+
+
 class ClusterError(ValueError):
     """A Dask cluster, or a worker of it, cannot do the work."""
 
@@ -132,9 +135,12 @@ def check_workers(client: Client, needs: Needs) -> None:
     """Have every worker look around before any work.
 
     Raises:
-        ClusterError: one of them cannot do it; says which, and why.
+        ClusterError: one of them cannot do it, says which, and why; or the scheduler is gone.
     """
-    answers: Mapping[str, Any] = client.run(look_around, needs, versions(), on_error="return")
+    try:
+        answers: Mapping[str, Any] = client.run(look_around, needs, versions(), on_error="return")
+    except OSError as error:
+        raise ClusterError(LOST) from error
     bad = {worker: answer for worker, answer in answers.items() if answer is not None}
     if not bad:
         return

@@ -170,8 +170,8 @@ class Run:
         path = self.folder / "tables.safetensors"
         try:
             tables = load_file(path)
-        except SafetensorError as error:
-            raise RunError(f"{path}: is damaged ({error}); train again in another --run folder") from error
+        except (SafetensorError, FileNotFoundError) as error:
+            raise RunError(f"{path}: is damaged or gone ({error}); train again in another --run folder") from error
         digest = hashlib.sha256(tables["text"].numpy().tobytes()).hexdigest()
         if digest != self.card["text_sha256"]:
             raise RunError(f"{path}: holds other text rows than run.json says; train again in another --run folder")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from pipeline.cluster import ClusterError, connected, dashboard_address, require_bokeh, silence_dask
+from pipeline.cluster import LOST, ClusterError, connected, dashboard_address, require_bokeh, silence_dask
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ log = logging.getLogger("ezsd")
 T = TypeVar("T")
 U = TypeVar("U")
 
-_LOST = "the connection to the Dask scheduler is lost; what is finished stays, run the same command again"
 _LOOK_SECONDS = 15.0
 """How long results may stay out before somebody looks whether there are workers at all."""
 _ALONE_SECONDS = 600.0
@@ -147,7 +146,7 @@ def _gathered(
                 progress.finish(item, results[-1])
             seen = time.monotonic()
     except CancelledError as error:
-        raise ClusterError(_LOST) from error
+        raise ClusterError(LOST) from error
     return results
 
 
@@ -157,7 +156,7 @@ def _workers_seen(client: Client, seen: float) -> float:
         if client.nthreads():
             return time.monotonic()
     except OSError as error:
-        raise ClusterError(_LOST) from error
+        raise ClusterError(LOST) from error
     gone = time.monotonic() - seen
     if gone > _ALONE_SECONDS:
         raise ClusterError(

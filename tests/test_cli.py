@@ -115,6 +115,26 @@ except SystemExit as end:
     assert result.stdout == "2 False\n"
 
 
+@pytest.mark.parametrize(
+    ("what", "code"),
+    [
+        ("open('nowhere/file')", 2),
+        ("open('/dev/full', 'wb', buffering=0).write(b'0')", 2),
+        ("socket.create_connection(('127.0.0.1', 1))", 2),
+        ("os.close(-1)", 1),
+        ("os.fdopen(os.pipe()[0]).seek(1)", 1),
+    ],
+)
+def test_an_error_of_the_system_without_a_place_is_a_bug_and_shows_itself(what, code, tmp_path):
+    """No line about a bad file descriptor: who called has nothing to mend there."""
+    script = f"import os, socket, cli; cli.app = lambda: {what}; cli.main()"
+    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-W", "ignore", "-c", script]
+    result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=here, check=False)
+    assert result.returncode == code, result.stderr
+    assert ("Traceback" in result.stderr) == (code == 1)
+
+
 STORES = {"info": ["cache/whole"], "ls": ["cache"], "verify": ["cache/whole", "--deep"]}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from cache import RegionRows, StoreError
 from ezsd.data.annotations import AnnotationError, Annotations
 from ezsd.data.segmentations import decode, parse_outline, to_run_lengths
+from pipeline.arguments import is_of_a_place
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image
 from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
 from pipeline.files import DamagedFile, read_objects
@@ -55,6 +56,8 @@ def pictures_section(title: str, lead: str, make: Callable[[], Html]) -> Html:
     try:
         body = make()
     except (AnnotationError, DamagedFile, DatasetError, ImageError, RunError, StoreError, OSError) as error:
+        if isinstance(error, OSError) and not is_of_a_place(error):
+            raise
         log.warning("report: no pictures: %s", error)
         body = note(f"No pictures: {error}")
     return section(title, lead, body)

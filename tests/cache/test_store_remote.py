@@ -14,6 +14,7 @@ import fsspec
 import numpy as np
 import pytest
 import storekit
+from fsspec.implementations.memory import MemoryFileSystem
 
 from cache import Store, StoreError, StoreIncomplete, StoreKeyError, collect, info, list_stores, repair, verify
 from cache.transfer import pull, push
@@ -199,6 +200,24 @@ def test_a_file_with_the_right_size_and_wrong_bytes_is_copied_again(finished, tm
     file.write_bytes(bytes(file.stat().st_size))
     assert pull(url, copy) == 1
     assert storekit.contents(copy) == storekit.contents(finished)
+
+
+def test_a_network_that_fails_while_rows_are_read_is_one_line(finished, monkeypatch):
+    url = f"memory://{secrets.token_hex(4)}"
+    push(finished, url)
+    fetch, gone = MemoryFileSystem.cat_file, []
+
+    def fetch_while_it_is_there(*arguments, **options):
+        if gone:
+            raise OSError("the peer has gone")
+        return fetch(*arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fetch_while_it_is_there)
+    store = Store(url)
+    first = int(store.image_ids[0])
+    gone.append(True)
+    with pytest.raises(StoreError, match=rf"{url}: cannot be reached: OSError: the peer has gone"):
+        _ = store.regions[first]
 
 
 def test_damage_is_not_copied(copy, tmp_path):

@@ -163,6 +163,18 @@ def test_workers_are_looked_over_before_any_work(cluster, shapes_store, tmp_path
             check_workers(client, Needs(files=there, device="cpu"))
 
 
+def test_a_scheduler_that_goes_before_any_work_is_one_line(cluster, monkeypatch):
+    cluster.worker()
+    cluster.wait_for(1)
+    # So long the client looks for it again.
+    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", 5)
+    with connected(cluster.address) as client:
+        cluster.scheduler.kill()
+        cluster.scheduler.wait()
+        with pytest.raises(ClusterError, match="connection to the Dask scheduler is lost"):
+            check_workers(client, Needs(files={}, device=None))
+
+
 def test_versions_are_compared_by_name():
     assert other_versions(versions()) is None
     assert versions()["python"] == f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -4,9 +4,11 @@ import base64
 import copy
 import io
 import json
+import os
 import shlex
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +25,7 @@ from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
 from pipeline.files import DamagedFile, write_json
 from pipeline.provenance import describe
 from pipeline.report import write_report
+from pipeline.report.pictures import pictures_section
 from pipeline.runs import Run, RunError
 
 NASTY = """</td><script>alert("x&y")</script><img src=http://evil.example/'>"""
@@ -424,6 +427,12 @@ def test_a_store_that_is_not_there_is_said_and_no_more(home, damage):
     assert str(home.store) in page.text
     assert len(page.images) == 2
     assert page.row("plain")[0] == "57.7"
+
+
+def test_no_picture_is_left_out_for_a_bug():
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        pictures_section("What it sees", "Images.", lambda: os.close(-1))
+    assert "No pictures: " in pictures_section("What it sees", "Images.", lambda: Path("nowhere/image").read_bytes())
 
 
 def test_images_that_are_gone_are_said_and_no_more(home):

@@ -115,6 +115,15 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path, caplog, damag
     assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_tables_that_are_damaged_or_gone_are_named(tmp_path, gone):
+    run = start(tmp_path / "run")
+    path = run.folder / "tables.safetensors"
+    path.unlink() if gone else path.write_bytes(b"{")
+    with pytest.raises(RunError, match=r"tables.safetensors: is damaged or gone .*train again"):
+        run.tables()
+
+
 def test_a_checkpoint_says_what_it_is_for(tmp_path):
     run = start(tmp_path / "run")
     run.save(4, *model_at(4))
