@@ -185,6 +185,7 @@ def test_tables_say_their_limit_and_show_classes_when_asked(scene):
     text = evaluation_tables(result, per_class=False)
     assert "COCO rules, boxes, 1 images, at most 100 detections per image (the fullest image has 2)" in text
     assert "at most 300 detections per image (" in text
+    assert "at most 100 detections per image and class (" in text
     assert "\nyak" not in text
     lines = evaluation_tables(result, per_class=True).splitlines()
     assert next(line for line in lines if line.startswith("cow")).split() == ["cow", *["100.0"] * 4, "1"]
