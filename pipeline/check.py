@@ -170,11 +170,18 @@ def _mask_problems(table: Table, split: Split, part: str) -> Iterator[str]:
     if training:
         asked &= np.array(columns.crowd, dtype=np.int8) == 0
     size = np.where(asked[:, None], _image_sizes(table), 0).astype(np.int32)
-    with Progress(f"outlines of {part}", int(size.all(1).sum()), unit="outline") as progress:
+    count = int(size.all(1).sum())
+    faults = []
+    with Progress(f"outlines of {part}", count, unit="outline") as progress:
         for fault in outline_faults(table.path, size):
             if fault is not None:
-                yield f"{fault.place}: {fault}"
+                faults.append(fault)
             progress.advance()
+    if len(faults) == count > 1:
+        # A file without outlines is one problem, not as many as it has objects.
+        yield f"annotations: all {count} outlines needed are missing or wrong, like {faults[0].place}: {faults[0]}"
+        return
+    yield from (f"{fault.place}: {fault}" for fault in faults)
 
 
 def _image_problems(table: Table, folder: Path, part: str, decode: bool) -> list[str]:
