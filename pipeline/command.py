@@ -14,7 +14,7 @@ from ezsd.kernels import BackendError
 from ezsd.teacher import TeacherError
 from pipeline.arguments import EARLY_ERRORS, ArgumentError, require_device_name
 from pipeline.cluster import ClusterError
-from pipeline.config import STAGE_ONE, Config, ConfigError, load_preset
+from pipeline.config import STAGE_ONE, Config, ConfigError, load_preset, setting_of
 from pipeline.datasets import Dataset, DatasetError
 from pipeline.figures import percent
 from pipeline.provenance import dataset_inputs
@@ -95,14 +95,14 @@ def train_config(cache: Path, preset: str | None, overrides: Sequence[str], *, s
 
 def _seed_override(seed: int, overrides: Sequence[str]) -> str:
     for override in overrides:
-        if override.partition("=")[0].strip() == "train.seed":
+        if setting_of(override) == "train.seed":
             raise ConfigError(f"--seed {seed} and --set {override} both say the seed; leave one of them out")
     return f"train.seed={seed}"
 
 
 def _refuse_stage_one(cache: Path, overrides: Sequence[str]) -> None:
     for override in overrides:
-        section, dot, _ = override.partition("=")[0].strip().partition(".")
+        section, dot, _ = setting_of(override).partition(".")
         if dot and section in STAGE_ONE:
             raise ConfigError(
                 f"--set {override}: [{section}] is what the store {cache} was built with, and training does not change "

@@ -429,6 +429,11 @@ def to_tables(config: Config) -> dict[str, dict[str, object]]:
     }
 
 
+def setting_of(override: str) -> str:
+    """The `section.key` that an override `section.key=value` names."""
+    return override.partition("=")[0].strip()
+
+
 def apply_override(tables: dict[str, dict[str, object]], override: str) -> None:
     """Put one `section.key=value` into tables. ConfigError when it is not of that form."""
     if len(override.splitlines()) > 1:

@@ -18,7 +18,7 @@ from ezsd.data.annotations import Annotations
 from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Detections, Results, read_truth, with_masks
 from pipeline.adapt import CropSource
 from pipeline.arguments import ArgumentError
-from pipeline.config import ConfigError, from_tables, to_tables
+from pipeline.config import ConfigError, from_tables, setting_of, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.figures import Classes, coco_results, document, looked_for
 from pipeline.files import write_json, write_text
@@ -132,7 +132,7 @@ def evaluate_run(
 
 def _refuse_keep(overrides: Sequence[str]) -> None:
     for override in overrides:
-        if override.partition("=")[0].strip() == "eval.keep":
+        if setting_of(override) == "eval.keep":
             raise ConfigError(
                 f"--set {override}: an evaluation always asks for {KEEP} detections per image, and eval.keep is for "
                 "`ezsd detect` alone; leave it out, --max-detections says how many count in the headline"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.config import Config, ConfigError, apply_override, from_tables, to_tables
+from pipeline.config import Config, ConfigError, apply_override, from_tables, setting_of, to_tables
 
 TEST_TIME = (
     "model.box_class",
@@ -27,7 +27,7 @@ def at_test_time(config: Config, overrides: Sequence[str]) -> Config:
     tables = to_tables(config)
     for override in overrides:
         apply_override(tables, override)
-        key = override.partition("=")[0].strip()
+        key = setting_of(override)
         if key not in TEST_TIME:
             raise ConfigError(
                 f"--set {override}: {key} cannot be changed once a run is trained; what can is {', '.join(TEST_TIME)}"
@@ -38,5 +38,5 @@ def at_test_time(config: Config, overrides: Sequence[str]) -> Config:
 def changed_settings(overrides: Sequence[str], config: Config) -> dict[str, object]:
     """The settings that overrides name, with the values that they have now."""
     tables = to_tables(config)
-    keys = [override.partition("=")[0].strip() for override in overrides]
+    keys = [setting_of(override) for override in overrides]
     return {key: tables[key.partition(".")[0]][key.partition(".")[2]] for key in keys}

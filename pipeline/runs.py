@@ -30,7 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -172,8 +174,7 @@ class Run:
             tables = load_file(path)
         except (SafetensorError, FileNotFoundError) as error:
             raise RunError(f"{path}: is damaged or gone ({error}); train again in another --run folder") from error
-        digest = hashlib.sha256(tables["text"].numpy().tobytes()).hexdigest()
-        if digest != self.card["text_sha256"]:
+        if rows_digest(tables["text"].numpy()) != self.card["text_sha256"]:
             raise RunError(f"{path}: holds other text rows than run.json says; train again in another --run folder")
         return tables
 
@@ -334,6 +335,11 @@ def _locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def rows_digest(text: NDArray[np.float32]) -> str:
+    """What a card tells text rows (C, D) by."""
+    return hashlib.sha256(text.tobytes()).hexdigest()
 
 
 def flatten_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import logging
 import time
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cache import Store
-from ezsd.data.annotations import ImageTable
+from ezsd.data.annotations import ImageRecord, ImageTable
 from ezsd.data.augment import Augmentation
 from ezsd.data.dataset import DetectionDataset, MaskSource
 from ezsd.detector.model import Batch, Detector
@@ -33,7 +32,7 @@ from pipeline.outlines import training_masks
 from pipeline.processes import Processes, join_processes, own_device
 from pipeline.progress import Progress
 from pipeline.provenance import as_built, dataset_inputs
-from pipeline.runs import Run, RunError, restore_optimiser
+from pipeline.runs import Run, RunError, restore_optimiser, rows_digest
 from pipeline.step import AverageWeights, Objective, Trainer, build_optimiser, peak_rate
 from pipeline.stop import StopSignal
 from pipeline.stored import checked_annotations
@@ -123,7 +122,7 @@ def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detec
         "dataset": dataset.name,
         "names": list(names),
         "base_count": len(dataset.split.base),
-        "text_sha256": hashlib.sha256(text.tobytes()).hexdigest(),
+        "text_sha256": rows_digest(text),
         "embed_dim": store.embed_dim,
         "layer_norms": attributes["parameters"],
         "re_normalisation": _accuracy(attributes),
@@ -298,12 +297,16 @@ def _require_training(dataset: Dataset) -> Dataset:
 
 
 def _read_by_id(root: Path, images: ImageTable, image_id: int) -> Tensor:
-    return read_dataset_image(root, images[int(np.searchsorted(images.id, image_id))])
+    return read_dataset_image(root, _record(images, image_id))
 
 
 def _size_by_id(images: ImageTable, image_id: int) -> tuple[int, int]:
-    record = images[int(np.searchsorted(images.id, image_id))]
+    record = _record(images, image_id)
     return record.height, record.width
+
+
+def _record(images: ImageTable, image_id: int) -> ImageRecord:
+    return images[int(np.searchsorted(images.id, image_id))]
 
 
 def _resume(run: Run, trainer: Trainer) -> int:
