@@ -305,8 +305,12 @@ def evaluate(
     detections: Annotated[Path | None, typer.Option(help="Instead of a run: anybody's results, COCO format.")] = None,
     annotations: Annotated[Path | None, typer.Option(help="With --detections: COCO or LVIS ground truth.")] = None,
     split_file: Annotated[Path | None, typer.Option(help="With --detections: TOML with lists base and novel.")] = None,
-    base: Annotated[str | None, typer.Option(help="With --detections: base names, comma-separated.")] = None,
-    novel: Annotated[str | None, typer.Option(help="With --detections: novel names; all others are base.")] = None,
+    base: Annotated[list[str] | None, typer.Option(help="With --detections: base names, as CSV.")] = None,
+    base_file: Annotated[list[Path] | None, typer.Option(help="The same from a file, one name a line.")] = None,
+    novel: Annotated[
+        list[str] | None, typer.Option(help="With --detections: novel names; all others are base.")
+    ] = None,
+    novel_file: Annotated[list[Path] | None, typer.Option(help="The same from a file, one name a line.")] = None,
     out: Annotated[Path | None, typer.Option(help="With --detections: write all figures there, as JSON.")] = None,
     split: Annotated[
         Literal["val", "train"] | None, typer.Option(help="With --run: which images; val by default.")
@@ -326,7 +330,14 @@ def evaluate(
     set_: Set = None,
 ) -> None:
     """Evaluate a run, or anybody's results: base, novel, all; COCO's rules, or LVIS's for its files."""
-    from pipeline.arguments import require_device_name, require_one_source, require_output, require_run, require_weights
+    from pipeline.arguments import (
+        class_names,
+        require_device_name,
+        require_one_source,
+        require_output,
+        require_run,
+        require_weights,
+    )
 
     of_run = {
         "--split": split,
@@ -335,7 +346,15 @@ def evaluate(
         "--data-root": data_root,
         "--set": set_,
     }
-    of_file = {"--annotations": annotations, "--split-file": split_file, "--base": base, "--novel": novel, "--out": out}
+    of_file = {
+        "--annotations": annotations,
+        "--split-file": split_file,
+        "--base": base,
+        "--base-file": base_file,
+        "--novel": novel,
+        "--novel-file": novel_file,
+        "--out": out,
+    }
     require_one_source(run=run, of_run=of_run, detections=detections, of_file=of_file)
     require_device_name(device)
     if run is None:
@@ -348,8 +367,8 @@ def evaluate(
         result = evaluate_results(
             detections,
             annotations,
-            base=base,
-            novel=novel,
+            base=class_names("--base", lists=base or (), files=base_file or ()),
+            novel=class_names("--novel", lists=novel or (), files=novel_file or ()),
             split_file=split_file,
             classes=classes,
             max_detections=max_detections,
@@ -385,12 +404,18 @@ def evaluate(
 
 @app.command(epilog="Example:  ezsd detect photo.jpg --run runs/a --classes 'cat,red ball'")
 def detect(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES...", help="Image files, or folders of them.")],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGES...", help="Image files, folders of them, or patterns.")
+    ],
     run: RunFolder,
-    classes: Annotated[str, typer.Option(help="Names to look for, comma-separated.")],
+    classes: Annotated[
+        list[str] | None, typer.Option(help="Names to look for, as CSV; the run's own unless any are given.")
+    ] = None,
+    class_: Annotated[list[str] | None, typer.Option("--class", help="One name, as it stands; repeatable.")] = None,
+    classes_file: Annotated[list[Path] | None, typer.Option(help="A file with one name a line.")] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score.")] = 0.3,
     out: Annotated[
-        Path | None, typer.Option(help="Write the image with boxes there; a folder for several images.")
+        str | None, typer.Option(help="Write the image with boxes there; a folder for several images.")
     ] = None,
     weights: MovedWeights = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one COCO-format document instead of lines.")] = False,
@@ -399,27 +424,29 @@ def detect(
 ) -> None:
     """Find objects of any named classes in images; boxes are those of the image as it is shown."""
     from pipeline.arguments import (
+        class_names,
         find_images,
-        parse_classes,
         picture_places,
         require_device_name,
         require_run,
         require_weights,
     )
 
-    names = parse_classes(classes)
+    asked = class_names("--classes", lists=classes or (), files=classes_file or (), literal=class_ or ())
     require_device_name(device)
     require_weights(weights)
     require_run(run)
     found = find_images(images)
-    drawn = picture_places(found, out, alone=len(images) == 1 and not images[0].is_dir())
+    drawn = picture_places(found, out, alone=found == [Path(images[0])])
     from pipeline.command import resolve_device
-    from pipeline.detect import coco_document, detect_images, found_lines
+    from pipeline.detect import coco_document, detect_images, found_lines, names_to_find
     from pipeline.runs import Run
 
+    opened = Run.open(run)
+    names = names_to_find(opened, asked)
     seen = detect_images(
         found,
-        Run.open(run),
+        opened,
         names,
         threshold=threshold,
         device=resolve_device(device),

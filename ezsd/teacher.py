@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -27,9 +27,9 @@ from ezsd.checkpoints import (
     require_activation,
     require_hub_file,
 )
-from ezsd.vocabulary import clean_names, prompts, suggest
+from ezsd.vocabulary import VocabularyError, clean_names, prompts, suggest
 
-__all__ = ["Teacher", "TeacherError", "load_teacher"]
+__all__ = ["Teacher", "TeacherError", "load_teacher", "require_told_apart"]
 
 Names = Literal["raw", "clean"]
 """How prompts say a class name: as it is, or see `clean_names`."""
@@ -39,6 +39,13 @@ Precision = Literal["auto", "fp32", "bf16"]
 """Of convolutions and linear layers; LayerNorms are float32 always."""
 
 log = logging.getLogger(__name__)
+
+ALIKE = 1e-6
+"""Two names whose text rows have a cosine of 1 less this, or more, are one name to the teacher."""
+_ROWS = 1024
+"""Names that are compared with all others at once."""
+_SHOWN = 3
+"""Most names, or pairs of them, that one line lists."""
 
 TINY_SHAPES = "tiny-shapes"
 """Name of the shipped teacher of the `shapes` benchmark: a real open_clip model of 0.9 M parameters in use."""
@@ -111,6 +118,7 @@ class OpenClipTeacher:
         self.device = model.logit_scale.device
         self._tokenizer = _tokenizer(name)
         self._known_tokens = known_tokens
+        self._measured: set[str] = set()
         self.embed_dim = int(self.encode_text_tokens(self._tokenizer(["a"])).shape[1])
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -123,9 +131,14 @@ class OpenClipTeacher:
         return F.normalize(embedding.float(), dim=1)
 
     def encode_text(self, names: Sequence[str]) -> Tensor:
-        """See `Teacher`. TeacherError for a word the model has no weights for."""
+        """See `Teacher`. TeacherError for a word the model has no weights for; prompts that are cut are warned of once.
+
+        A tokenizer cuts what is longer than the model's context without a word.
+        """
         words = clean_names(names) if self.names == "clean" else names
-        tokens = self._tokenizer(list(prompts(words, self.template)))
+        said = list(prompts(words, self.template))
+        tokens = self._tokenizer(said)
+        self._warn_of_cuts(names, said)
         if self._known_tokens is not None:
             for name, row in zip(names, tokens, strict=True):
                 if not torch.isin(row, self._known_tokens).all():
@@ -134,6 +147,28 @@ class OpenClipTeacher:
                         f"shapes benchmark only; use those names or build the cache with another --teacher"
                     )
         return self.encode_text_tokens(tokens)
+
+    def _warn_of_cuts(self, names: Sequence[str], said: Sequence[str]) -> None:
+        new = {name: prompt for name, prompt in zip(names, said, strict=True) if name not in self._measured}
+        self._measured |= new.keys()
+        cut = [name for name, is_cut in zip(new, self._are_cut(list(new.values())), strict=True) if is_cut]
+        if cut:
+            log.warning(
+                "teacher %s reads %d tokens of a prompt: the end is cut off, and makes no difference, for %s",
+                self.name,
+                self._tokenizer.context_length,
+                _some([repr(name) for name in cut]),
+            )
+
+    def _are_cut(self, said: list[str]) -> list[bool]:
+        """Whether prompts are longer than the context: one twice as long then has less padding than it should."""
+        if not said:
+            return []
+        length = self._tokenizer.context_length
+        short, long = self._tokenizer(said), self._tokenizer(said, 2 * length)
+        padding = self._tokenizer(["a"], 2 * length).mode().values
+        added = (long == padding).sum(1) - (short == padding).sum(1)
+        return [bool(count < length) for count in added]
 
     def encode_text_tokens(self, tokens: Tensor) -> Tensor:
         """Unit embeddings (C, D) of token rows (C, context)."""
@@ -170,6 +205,31 @@ class OpenClipTeacher:
             "names": self.names,
             "precision": self.precision,
         }
+
+
+def require_told_apart(names: Sequence[str], rows: Tensor) -> None:
+    """VocabularyError when two names have one text row (see `ALIKE`): an object of one would be found as the other.
+
+    Args:
+        names: (C,).
+        rows: their unit text rows, (C, D).
+    """
+    exact = F.normalize(rows.detach().double().cpu(), dim=1)
+    pairs: list[tuple[int, int]] = []
+    for start in range(0, len(exact), _ROWS):
+        near = torch.triu(exact[start : start + _ROWS] @ exact.T > 1 - ALIKE, diagonal=start + 1)
+        pairs += [(start + first, second) for first, second in near.nonzero().tolist()]
+    if pairs:
+        raise VocabularyError(
+            f"the teacher cannot tell {_some([f'{names[a]!r} from {names[b]!r}' for a, b in pairs])}: their text "
+            "embeddings are equal; leave one of them out, or name it in other words"
+        )
+
+
+def _some(words: Sequence[str]) -> str:
+    """The first few of many."""
+    shown = ", ".join(words[:_SHOWN])
+    return shown + (f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else "")
 
 
 def load_teacher(
@@ -264,9 +324,19 @@ def _in_bf16(model: open_clip.CLIP, name: str) -> open_clip.CLIP:
     return twin
 
 
-def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+class Tokenizer(Protocol):
+    """What open_clip's tokenizers share."""
+
+    context_length: int
+
+    def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
+        """Token rows (N, context), cut or padded to the context."""
+        ...
+
+
+def _tokenizer(name: str) -> Tokenizer:
     try:
-        tokenizer: Callable[[list[str]], Tensor] = open_clip.get_tokenizer(name)
+        tokenizer: Tokenizer = open_clip.get_tokenizer(name)
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TeacherError(f"--teacher {name}: its tokenizer cannot be had: {reason}") from error

@@ -2,10 +2,13 @@
 
 A class is its name. A class index is a position in a table of names which travels with whatever
 holds the index (a store, a checkpoint, `Split.names`); dataset ids and file order mean nothing.
-Names are compared exactly, and a name that is not known is an error which offers the nearest one.
+Names are compared in one Unicode form (NFC) and otherwise exactly; a name that is not known is an error which offers
+the nearest one.
 """
 
+import csv
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -33,7 +36,7 @@ class Split:
         _refuse_untyped("novel", self.novel)
         if not self.base:
             raise VocabularyError("a split needs at least one base class, got none")
-        both = sorted(set(self.base) & set(self.novel))
+        both = sorted(set(map(unify, self.base)) & set(map(unify, self.novel)))
         if both:
             raise VocabularyError(f"class {both[0]!r} is base and novel at once; it must be one of them")
         _positions(self.names)
@@ -50,6 +53,17 @@ class Split:
             VocabularyError: the name is in neither part of the split.
         """
         return resolve([name], self.names)[0]
+
+
+def unify(name: str) -> str:
+    """The form of a name that is compared: "é" is one character (NFC), however it was typed."""
+    return unicodedata.normalize("NFC", name)
+
+
+def spelt_as(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """Names spelt as in a table where it has them in another Unicode form; others in the form of `unify`."""
+    table = {unify(name): name for name in known}
+    return tuple(table.get(unify(name), unify(name)) for name in names)
 
 
 def prompts(names: Sequence[str], template: str = "a photo of a {}") -> tuple[str, ...]:
@@ -126,22 +140,50 @@ def resolve(names: Iterable[str], known: Sequence[str]) -> tuple[int, ...]:
 
 
 def parse_classes(text: str) -> tuple[str, ...]:
-    """Read a comma-separated list of names, as a command line has it.
+    """Read a comma-separated list of names: one record of CSV.
 
     Args:
-        text: for example "dog, traffic light"; blanks around a name do not count.
+        text: for example 'dog, traffic light, "tench, Tinca tinca"'. Blanks around a name do not count. Double quotes
+            around a whole name, right up to the next comma, make its own commas part of it; two of them within such a
+            name are one.
 
     Returns:
-        The names in the order given, at least one.
+        The names in the order given, in the form of `unify`, at least one.
 
     Raises:
-        VocabularyError: a name between the commas is empty, or occurs twice.
+        VocabularyError: a name is empty, occurs twice or holds a control character; quotes that do not enclose a whole
+            name; one name with a semicolon where commas were meant.
     """
-    names = tuple(part.strip() for part in text.split(","))
+    require_characters(text)
+    try:
+        (parts,) = csv.reader([text], skipinitialspace=True, strict=True) if text.strip() else ([""],)
+    except csv.Error as error:
+        raise VocabularyError(
+            f"{text!r}: double quotes must enclose a whole name, as in '\"tench, Tinca tinca\",square' ({error})"
+        ) from None
+    names = tuple(unify(part.strip()) for part in parts)
     if not all(names):
         raise VocabularyError(f"expected class names with a comma between them, found an empty name in {text!r}")
-    _positions(names)
+    if len(names) == 1 and ";" in text and '"' not in text:
+        raise VocabularyError(
+            f"{text!r} is one name with a semicolon; put commas between names, or double quotes around this one"
+        )
+    require_different(names)
     return names
+
+
+def require_characters(text: str) -> None:
+    """VocabularyError when a text holds what no class name may: a line break, another control character, no Unicode."""
+    for character in text:
+        kind = unicodedata.category(character)
+        if kind in _NO_NAME:
+            what = "a line break" if character in _LINE_BREAKS else _NO_NAME[kind]
+            raise VocabularyError(f"expected class names, found {what} ({character!a}) in {text!r}")
+
+
+def require_different(names: Iterable[str]) -> None:
+    """VocabularyError when a name is empty or occurs twice, also in two Unicode forms."""
+    _positions(names)
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
@@ -164,15 +206,25 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 
 def _positions(names: Iterable[str]) -> dict[str, int]:
-    """Map each name to its position; a double or an empty name is an error."""
+    """Map each name, in the form of `unify`, to its position; a double or an empty name is an error."""
     table: dict[str, int] = {}
     for position, name in enumerate(names):
         if not name.strip():
             raise VocabularyError(f"the class name at position {position} is empty")
-        if name in table:
-            raise VocabularyError(f"class {name!r} occurs twice, at positions {table[name]} and {position}")
-        table[name] = position
+        first = table.setdefault(unify(name), position)
+        if first != position:
+            raise VocabularyError(f"class {name!r} occurs twice, at positions {first} and {position}")
     return table
+
+
+_LINE_BREAKS = "\n\r\v\f\x85\u2028\u2029"
+_NO_NAME = {
+    "Cc": "a control character",
+    "Cs": "a byte that is not UTF-8",
+    "Zl": "a line break",
+    "Zp": "a line break",
+}
+"""Categories of Unicode that no name has a character of."""
 
 
 def _refuse_untyped(part: str, names: object) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import glob
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -13,11 +15,19 @@ from PIL import Image
 from cache.schema import StoreError
 from ezsd.data.records import AnnotationError
 from ezsd.metrics.results import ResultsError
-from ezsd.vocabulary import COCO_SPLIT, Split, VocabularyError, parse_classes, resolve
+from ezsd.vocabulary import (
+    COCO_SPLIT,
+    Split,
+    VocabularyError,
+    parse_classes,
+    require_characters,
+    require_different,
+    resolve,
+    spelt_as,
+    unify,
+)
 from pipeline.files import DamagedFile
 from pipeline.images import ImageError, opened_image
-
-__all__ = ["parse_classes"]
 
 
 class ArgumentError(ValueError):
@@ -101,24 +111,112 @@ def require_device_name(name: str) -> None:
         raise ArgumentError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
 
 
-def find_images(places: Sequence[Path]) -> list[Path]:
-    """The image files among files and folders, those of a folder by name; each is opened, none is decoded.
+def class_names(
+    option: str, *, lists: Sequence[str] = (), files: Sequence[Path] = (), literal: Sequence[str] = ()
+) -> tuple[str, ...] | None:
+    """Class names of a command line: the one grammar of all options that take them; docs/names.md states it.
+
+    Args:
+        option: the name of the option that takes `lists`, such as "--classes"; "--classes-file" takes `files`.
+        lists: comma-separated names, see `parse_classes`.
+        files: one name a line, as it stands: UTF-8, with or without a byte order mark, any line ends. Blank lines and
+            lines that begin with "#" are left out.
+        literal: names as they stand, of the option "--class".
+
+    Returns:
+        `literal`, then `lists`, then `files`, in the form of `unify`; None when nothing was given.
+
+    Raises:
+        ArgumentError: a file cannot be read or has no name, or a list or a name in it is itself a file.
+        VocabularyError: a name is empty, holds a control character or occurs twice; a list is not well-formed.
+    """
+    if not lists and not files and not literal:
+        return None
+    names = [_one_name("--class", name) for name in literal]
+    for text in lists:
+        names += _listed(option, text)
+    for file in files:
+        names += _names_of_file(f"{option}-file {file}", file)
+    try:
+        require_different(names)
+    except VocabularyError as error:
+        raise VocabularyError(f"{option}: {error}") from None
+    return tuple(names)
+
+
+def _listed(option: str, text: str) -> tuple[str, ...]:
+    """Names of a list, none of which is a file: that would be looked for as an object, in silence."""
+    if os.path.isfile(text):
+        raise ArgumentError(f"{option} {text}: is a file; give it to {option}-file")
+    try:
+        names = parse_classes(text)
+    except VocabularyError as error:
+        hint = f"; a file with one name a line goes to {option}-file" if "\n" in text else ""
+        raise VocabularyError(f"{option}: {error}{hint}") from None
+    for name in names:
+        if os.path.isfile(name):
+            raise ArgumentError(f"{option}: {name!r} is a file; give it to {option}-file")
+    return names
+
+
+def _names_of_file(where: str, file: Path) -> list[str]:
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ArgumentError(f"{where}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{where}: is not UTF-8 text: {error}") from error
+    lines = enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1)
+    kept = [(number, line.strip()) for number, line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not kept:
+        raise ArgumentError(f"{where}: holds no class name; expected one a line")
+    return [_one_name(f"{where}: line {number}", line) for number, line in kept]
+
+
+def _one_name(where: str, name: str) -> str:
+    try:
+        require_characters(name)
+    except VocabularyError as error:
+        raise VocabularyError(f"{where}: {error}") from None
+    if not name.strip():
+        raise VocabularyError(f"{where}: the name is empty")
+    return unify(name.strip())
+
+
+def find_images(places: Sequence[str | Path]) -> list[Path]:
+    """The image files among files, folders and patterns, those of a folder by name; each is opened, none is decoded.
+
+    A pattern is what a shell would have expanded, such as "photos/*.jpg", unless a file has that very name.
 
     Raises:
         ImageError: a file is missing or no image.
-        ArgumentError: a folder holds no file with an image's ending.
+        ArgumentError: a folder holds no file with an image's ending, a pattern matches nothing, or it is a URL.
     """
     images: list[Path] = []
-    for place in places:
-        images += _folder_images(place) if place.is_dir() else [place]
+    for given in places:
+        for place in _expanded(str(given)):
+            images += _folder_images(place) if place.is_dir() else [place]
     for image in images:
         with opened_image(image):
             pass
     return images
 
 
-def picture_places(images: Sequence[Path], out: Path | None, *, alone: bool) -> list[Path] | None:
+def _expanded(text: str) -> list[Path]:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        raise ArgumentError(f"{text}: is a URL, and only files are read; download the image and give its path")
+    if not glob.has_magic(text) or os.path.lexists(text):
+        return [Path(text)]
+    found = sorted(glob.glob(text, recursive=True))
+    if not found:
+        raise ArgumentError(f"{text}: no file matches this pattern")
+    return [Path(one) for one in found]
+
+
+def picture_places(images: Sequence[Path], out: str | Path | None, *, alone: bool) -> list[Path] | None:
     """Where the pictures with boxes go: to `out` itself for one image, else below it by the images' names.
+
+    What ends in a slash is a folder, there or not.
 
     Raises:
         ArgumentError: a name's ending says no format that can be written, two images have one name, or `out` is a
@@ -126,9 +224,13 @@ def picture_places(images: Sequence[Path], out: Path | None, *, alone: bool) -> 
     """
     if out is None:
         return None
-    if not alone and out.exists() and not out.is_dir():
-        raise ArgumentError(f"--out {out}: is a file; several images need a folder")
-    places = [out] if alone and not out.is_dir() else [out / image.name for image in images]
+    is_folder = str(out).endswith(tuple(filter(None, (os.sep, os.altsep))))
+    out = Path(out)
+    if (is_folder or not alone) and out.exists() and not out.is_dir():
+        raise ArgumentError(
+            f"--out {out}: is a file; {'several images need' if not alone else 'a slash means'} a folder"
+        )
+    places = [out] if alone and not is_folder and not out.is_dir() else [out / image.name for image in images]
     Image.init()
     taken: dict[Path, Path] = {}
     for place, image in zip(places, images, strict=True):
@@ -177,8 +279,8 @@ def chosen_split(
     frequency: dict[str, str],
     *,
     where: Path,
-    base: str | None,
-    novel: str | None,
+    base: Sequence[str] | None,
+    novel: Sequence[str] | None,
     split_file: Path | None,
 ) -> Split:
     """Which classes of an annotation file are base and which novel.
@@ -189,8 +291,8 @@ def chosen_split(
         names: all classes of the file.
         frequency: LVIS's letters by name; empty for other files.
         where: the file, for errors.
-        base: comma-separated names; alone, all other classes are novel.
-        novel: comma-separated names; alone, all other classes are base.
+        base: names, see `class_names`; alone, all other classes are novel.
+        novel: names; alone, all other classes are base.
         split_file: TOML with lists `base` and `novel`, at the top or in [classes].
 
     Raises:
@@ -202,8 +304,8 @@ def chosen_split(
             raise ArgumentError("--split-file already says which classes are base and novel; leave --base/--novel out")
         return _known(_read_split(split_file), names)
     if base is not None or novel is not None:
-        first = None if base is None else parse_classes(base)
-        second = None if novel is None else parse_classes(novel)
+        first = None if base is None else spelt_as(base, names)
+        second = None if novel is None else spelt_as(novel, names)
         return _known(
             Split(
                 base=_others(names, second) if first is None else first,
@@ -227,8 +329,9 @@ def _others(names: Sequence[str], chosen: Sequence[str] | None) -> tuple[str, ..
 
 
 def _known(split: Split, names: Sequence[str]) -> Split:
+    """The same split, its names spelt as the file spells them."""
     resolve(split.names, names)
-    return split
+    return Split(base=spelt_as(split.base, names), novel=spelt_as(split.novel, names))
 
 
 def _read_split(path: Path) -> Split:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cache import JSON, PRODUCTS, Block, Manifest, Store, StoreWriter, info
 from ezsd.adapt import restore
 from ezsd.data.annotations import Annotations
-from ezsd.teacher import Teacher
+from ezsd.teacher import Teacher, require_told_apart
 from pipeline.adapt import adapt_teacher
 from pipeline.commit import require_workers, write_shards
 from pipeline.config import Config, to_tables
@@ -245,6 +245,10 @@ def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
 def _prepare(writer: StoreWriter, request: BuildRequest, source: _Source) -> ExtractJob:
     """Re-normalise and embed the names, or take both from the journal or an earlier store."""
     teacher, annotations, reuse = source.teacher, source.annotations, source.reuse
+    split = request.dataset.split
+    if not writer.has_whole("text"):
+        # Re-normalisation does not tell equal prompts apart: better now than after it.
+        require_told_apart(split.names, torch.from_numpy(embed_names(teacher, split.names)))
     for product in WHOLE_PRODUCTS:
         if reuse is not None and product in reuse.products and not writer.has_whole(product):
             writer.write_whole(product, *Store(reuse.store).read_whole(product))
@@ -256,7 +260,6 @@ def _prepare(writer: StoreWriter, request: BuildRequest, source: _Source) -> Ext
     restore(teacher.layer_norms(), *restored)
     check_precision(teacher, request.config, request.dataset, annotations, restored, request.device)
     if not writer.has_whole("text"):
-        split = request.dataset.split
         names = {"names": split.names, "base_count": len(split.base), "template": request.config.teacher.template}
         writer.write_whole("text", {"embedding": embed_names(teacher, split.names)}, as_json(names))
     text_rows, _ = writer.read_whole("text")

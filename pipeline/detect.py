@@ -14,7 +14,8 @@ from PIL import ImageOps
 from torch import Tensor
 
 from ezsd.data.segmentations import decode, decompress, json_run_lengths
-from ezsd.vocabulary import VocabularyError
+from ezsd.teacher import require_told_apart
+from ezsd.vocabulary import VocabularyError, spelt_as
 from pipeline.draw import draw_boxes
 from pipeline.images import opened_image
 from pipeline.runs import Run
@@ -49,6 +50,13 @@ class Seen:
     """Best first."""
 
 
+def names_to_find(run: Run, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """Names as the run spells them, in whatever Unicode form they were typed; all of the run's own for None."""
+    own = run.card["names"]
+    assert isinstance(own, list)
+    return tuple(own) if asked is None else spelt_as(asked, own)
+
+
 def detect_images(
     images: Sequence[Path],
     run: Run,
@@ -73,10 +81,12 @@ def detect_images(
         weights: the teacher's weights, if they have moved; read for names that the run does not know.
 
     Raises:
-        ValueError: (of many kinds) a damaged image, an unfinished run, a class that nobody can embed.
+        ValueError: (of many kinds) a damaged image, an unfinished run, a class that nobody can embed, two classes that
+            the teacher cannot tell apart.
     """
     trained = load_trained(run, device, overrides)
     text = class_text(trained, run, classes, device, weights)
+    require_told_apart(classes, text)
     for start in range(0, len(images), BATCH_IMAGES):
         paths = images[start : start + BATCH_IMAGES]
         pixels = [read_shown(path) for path in paths]
@@ -107,9 +117,10 @@ def found_lines(seen: Seen, *, with_path: bool) -> Iterator[str]:
 
 
 def coco_document(seen: Sequence[Seen], classes: Sequence[str]) -> str:
-    """A COCO-format document; its `annotations` have scores, so that they are a results file as well.
+    """A COCO-format document with a score in each of its `annotations`; `ezsd eval --detections` reads it.
 
-    Where an object has a mask, `area` is that of the mask.
+    Its ids are its own: images are known by `file_name`, classes by name. Numbers are as exact as an evaluation of the
+    run takes them. Where an object has a mask, `area` is that of the mask.
     """
     number = {name: position for position, name in enumerate(classes, start=1)}
     images = [
@@ -122,9 +133,10 @@ def coco_document(seen: Sequence[Seen], classes: Sequence[str]) -> str:
             x1, y1, x2, y2 = found.box
             entry: dict[str, object] = {"id": len(annotations) + 1, "image_id": i}
             entry["category_id"] = number[found.name]
-            bbox = [round(v, 2) for v in (x1, y1, x2 - x1, y2 - y1)]
-            area = round((x2 - x1) * (y2 - y1), 2)
-            entry |= {"bbox": bbox, "area": area, "iscrowd": 0, "score": round(found.score, 5)}
+            bbox = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
+            area = round((x2 - x1) * (y2 - y1), 3)
+            # Nine digits tell all float32 apart.
+            entry |= {"bbox": bbox, "area": area, "iscrowd": 0, "score": float(f"{found.score:.9g}")}
             if found.mask is not None:
                 entry["segmentation"] = json_run_lengths(found.mask, (one.height, one.width))
                 entry["area"] = int(decompress(found.mask)[1::2].sum())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -33,8 +34,8 @@ def evaluate_results(
     detections: Path,
     annotations: Path,
     *,
-    base: str | None,
-    novel: str | None,
+    base: Sequence[str] | None,
+    novel: Sequence[str] | None,
     split_file: Path | None,
     classes: Classes | None,
     max_detections: int | None,
@@ -68,7 +69,7 @@ def evaluate_results(
         split_file=split_file,
     )
     truth = read_truth(annotations, split, catalogue)
-    results = read_results(detections, images=truth.sizes(), categories=truth.category_positions())
+    results = read_results(detections, images=truth.sizes(), categories=truth.category_positions(), named=truth.named())
     if results.masks is not None:
         try:
             truth = with_masks(truth)
@@ -80,6 +81,7 @@ def evaluate_results(
             )
     space: Classes = classes or "all"
     _refuse_others(detections, results, truth, space)
+    _warn_of_unsearched(detections, results, truth, space)
     return document(truth, {space: results}, max_detections)
 
 
@@ -100,6 +102,21 @@ def _refuse_others(path: Path, results: Results, truth: Truth, classes: Classes)
         raise ArgumentError(
             f"--classes {classes}: {path} has detections of {name!r}, so more than the {classes} names was looked for; "
             f"leave --classes out, or give results of a search for the {classes} names alone"
+        )
+
+
+def _warn_of_unsearched(path: Path, results: Results, truth: Truth, classes: Classes) -> None:
+    """Classes that nobody looked for are missed like any other; where the results say so, that is said."""
+    split = truth.split
+    members = looked_for(classes, len(split.names), len(split.base))
+    unsearched = [] if results.searched is None else sorted(set(range(members.start, members.stop)) - results.searched)
+    if unsearched:
+        log.warning(
+            "%s: %d of the %d names were not looked for, such as %r; their objects count as missed",
+            path,
+            len(unsearched),
+            members.stop - members.start,
+            split.names[unsearched[0]],
         )
 
 
@@ -180,7 +197,7 @@ def coco_results(found: Results, truth: Truth) -> str:
 
 
 def evaluation_tables(result: Mapping[str, object], *, per_class: bool) -> str:
-    """The figures in percent, by label space and limit."""
+    """The figures in percent, by label space and limit; limits that give the same figures share a table."""
     blocks: list[str] = []
     for space in SPACES.values():
         if space in result:
@@ -188,40 +205,70 @@ def evaluation_tables(result: Mapping[str, object], *, per_class: bool) -> str:
             labels = sorted(table["at"], key=lambda label: label != result["limit"])
             for figures in ("at", "masks_at"):
                 found = table.get(figures, {})
-                blocks += [_block(space, found[label], table["most_per_image"]) for label in labels if found]
+                if found:
+                    blocks += _blocks(space, [found[label] for label in labels], table["most_per_image"])
             if per_class:
                 blocks.append(_class_block(space, table["at"][result["limit"]]))
     return "\n\n".join(blocks)
 
 
-def _block(space: str, found: Mapping[str, Any], fullest: int) -> str:
-    title = (
-        f"{space.replace('_', ' ')}: {found['rules'].upper()} rules, {SHAPES[found['iou_type']]}, "
-        f"{found['images']} images, at most "
-        f"{found['max_detections']} detections per {found['counted_per']} (the fullest image has {fullest})"
-    )
-    present = [group for group in GROUPS if group in found]
-    head = f"{'':<10}" + "".join(f"{column:>7}" for column in (*COLUMNS, "classes", "boxes"))
-    rows = [
-        f"{group:<10}" + _cells(found[group]) + f"{found[group]['classes']:>8}{found[group]['boxes']:>8}"
-        for group in present
-    ]
-    return "\n".join([title, head, *rows])
+def _blocks(space: str, evaluations: Sequence[Mapping[str, Any]], fullest: int) -> list[str]:
+    """A table for each limit whose figures differ from those of the limits before."""
+    alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for found in evaluations:
+        rows = [
+            [group, *_cells(found[group]), str(found[group]["classes"]), str(found[group]["boxes"])]
+            for group in GROUPS
+            if group in found
+        ]
+        alike.setdefault(tuple(aligned(["", *COLUMNS, "classes", "boxes"], rows)), []).append(found)
+    blocks = []
+    for lines, (first, *others) in alike.items():
+        title = (
+            f"{space.replace('_', ' ')}: {first['rules'].upper()} rules, {SHAPES[first['iou_type']]}, "
+            f"{first['images']} images, {_limit(first)} (up to {fullest} detections in one image)"
+        )
+        same = [f"the same figures: {' and '.join(map(_limit, others))}"] if others else []
+        blocks.append("\n".join([title, *lines, *same]))
+    return blocks
+
+
+def _limit(found: Mapping[str, Any]) -> str:
+    return f"at most {found['max_detections']} detections per {found['counted_per']}"
 
 
 def _class_block(space: str, found: Mapping[str, Any]) -> str:
-    width = max(len(name) for name in found["names"])
-    head = f"{'class':<{width}}" + "".join(f"{column:>7}" for column in (*COLUMNS, "boxes"))
     rows = [
-        f"{name:<{width}}{_cells(found['per_class'][name])}{found['per_class'][name]['boxes']:>7}"
-        for name in found["names"]
+        [name, *_cells(found["per_class"][name]), str(found["per_class"][name]["boxes"])] for name in found["names"]
     ]
     title = f"{space.replace('_', ' ')}, class by class, at most {found['max_detections']} detections per image"
-    return "\n".join([title, head, *rows])
+    return "\n".join([title, *aligned(["class", *COLUMNS, "boxes"], rows)])
 
 
-def _cells(scores: Mapping[str, float | None]) -> str:
-    return "".join(f"{percent(scores[column]):>7}" for column in COLUMNS)
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right, each as wide as its widest cell.
+
+    Widths are those of a terminal, where an East Asian letter takes two places.
+    """
+    widths = [max(map(_width, column)) for column in zip(head, *rows, strict=True)]
+    lines = []
+    for first, *others in (head, *rows):
+        cells = [first + " " * (widths[0] - _width(first))]
+        cells += [" " * (width - _width(cell)) + cell for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _width(text: str) -> int:
+    """Places that a text takes in a terminal."""
+    return sum(
+        0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        for letter in text
+    )
+
+
+def _cells(scores: Mapping[str, float | None]) -> list[str]:
+    return [percent(scores[column]) for column in COLUMNS]
 
 
 def percent(value: float | None) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from ezsd.boxes import clip
 from ezsd.data.annotations import ImageRecord
-from ezsd.metrics import read_results
+from ezsd.metrics import Named, read_results
 from pipeline.config import ConfigError, ProposalConfig
 from pipeline.reuse import Columns
 
@@ -28,16 +28,19 @@ def given_proposals(config: ProposalConfig, images: Iterable[ImageRecord]) -> di
     Nothing is suppressed. Boxes of which less than a pixel is left in width or height are dropped.
 
     Args:
-        config: `boxes` names a JSON list of image_id, bbox (left, top, width, height) and score.
+        config: `boxes` names a JSON list of image_id, bbox (left, top, width, height) and score, or a document that
+            `ezsd detect --json` printed.
         images: the images of the training file; one without a box has no proposals.
 
     Raises:
         ConfigError: there is no such file.
         ResultsError: the file is not in order, or has a box in another image.
     """
+    images = list(images)
     sizes = {image.id: (image.width, image.height) for image in images}
+    named = Named(file_names={image.id: image.file_name for image in images}, categories={})
     shapes = {image_id: (height, width) for image_id, (width, height) in sizes.items()}
-    found = read_results(_file(config.boxes), images=shapes, categories=None)
+    found = read_results(_file(config.boxes), images=shapes, categories=None, named=named)
     corners = np.concatenate([found.xywh[:, :2], found.xywh[:, :2] + found.xywh[:, 2:]], 1)
     order = np.lexsort((-found.score, found.image_id))
     edges = np.searchsorted(found.image_id[order], [[i, i + 1] for i in sizes])

@@ -18,6 +18,7 @@ from ezsd.metrics.evaluation import (
     limits_of,
 )
 from ezsd.metrics.limits import Limit
+from ezsd.metrics.named import Named
 from ezsd.metrics.results import Detections, Results, ResultsError, read_results
 from ezsd.metrics.scores import ClassScores, GroupScores
 from ezsd.metrics.truth import Truth, read_truth, with_masks
@@ -30,6 +31,7 @@ __all__ = [
     "Evaluation",
     "GroupScores",
     "Limit",
+    "Named",
     "Results",
     "ResultsError",
     "Truth",

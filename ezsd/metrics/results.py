@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ezsd.data.segmentations import parse_outline, to_box, to_run_lengths
 from ezsd.data.stream import is_finite
+from ezsd.metrics.named import DocumentError, Named, renumbered
 
 _CURE = "A results file is a list of objects with image_id, category_id, bbox and score."
 
@@ -35,6 +36,8 @@ class Results:
     """Position in `Split.names`, (N,); -1 for a class outside the split, which takes part in a limit alone."""
     masks: tuple[bytes, ...] | None = None
     """Run lengths of an image-sized mask each, N of them; None without masks."""
+    searched: frozenset[int] | None = None
+    """Positions in `Split.names` of the classes that were looked for; None where the results do not say."""
 
     def fullest(self) -> int:
         """Detections of the image that has most."""
@@ -86,46 +89,58 @@ class Detections:
         )
 
 
-def read_results(path: Path, *, images: Mapping[int, tuple[int, int]], categories: Mapping[int, int] | None) -> Results:
+def read_results(
+    path: Path,
+    *,
+    images: Mapping[int, tuple[int, int]],
+    categories: Mapping[int, int] | None,
+    named: Named | None = None,
+) -> Results:
     """Read anybody's results in COCO's format: a JSON list of image_id, category_id, bbox and score.
 
     Where every object also has a `segmentation`, or has one instead of its `bbox`, these are the masks.
+
+    A whole document, as `ezsd detect --json` prints, has such objects as its `annotations`. Its ids are its own then:
+    its images are found by file name, its classes by name, see `ezsd.metrics.named`.
 
     Args:
         path: the file; what else its objects hold is not looked at.
         images: height and width of each image that the annotation file has, by id.
         categories: for each category id of the annotation file its position in `Split.names`, -1 outside the split.
             None for boxes of no class: category ids are then not looked at, and all indices are -1.
+        named: what the annotation file calls its images and classes; without it a document is refused.
 
     Returns:
         All detections of the file, in its order.
 
     Raises:
-        ResultsError: the file cannot be read, is no JSON list of objects, lacks a key, names an unknown image or
-            category, or holds a score or box that is not finite, a box without four numbers or with a negative side,
-            or a segmentation that is none.
+        ResultsError: the file cannot be read, is neither a JSON list of objects nor such a document, lacks a key, names
+            an unknown image or category, or holds a score or box that is not finite, a box without four numbers or with
+            a negative side, or a segmentation that is none.
     """
     image_id, xywh, score, class_index = [], [], [], []
     masks: list[bytes] = []
-    for position, entry in enumerate(_entries(path)):
+    at, entries, searched = _entries(path, images, categories, named)
+    for position, entry in enumerate(entries):
+        place = f"{at}[{position}]"
         if not isinstance(entry, dict):
-            raise _error(path, f"[{position}]", "an object", reprlib.repr(entry))
+            raise _error(path, place, "an object", reprlib.repr(entry))
         image, category = entry.get("image_id"), entry.get("category_id")
         if type(image) is not int or image not in images:
-            raise _wrong(path, position, entry, "image_id", "the id of an image of the annotation file")
+            raise _wrong(path, place, entry, "image_id", "the id of an image of the annotation file")
         index = -1 if categories is None else categories.get(category) if type(category) is int else None
         if index is None:
-            raise _wrong(path, position, entry, "category_id", "the id of a category of the annotation file")
+            raise _wrong(path, place, entry, "category_id", "the id of a category of the annotation file")
         if not is_finite(entry.get("score")):
-            raise _wrong(path, position, entry, "score", "a finite number")
+            raise _wrong(path, place, entry, "score", "a finite number")
         box = entry.get("bbox")
         # Some tools leave an empty one in results of boxes.
         if entry.get("segmentation") not in (None, []):
-            masks.append(_mask(path, position, entry, images[image]))
+            masks.append(_mask(path, place, entry, images[image]))
             box = to_box(masks[-1], *images[image]) if box is None else box
         if not (isinstance(box, list) and len(box) == 4 and all(map(is_finite, box)) and min(box[2:]) >= 0):
             expected = "four finite numbers: left, top, width, height, the last two not negative"
-            raise _wrong(path, position, entry, "bbox", expected)
+            raise _wrong(path, place, entry, "bbox", expected)
         image_id.append(image)
         xywh.append(box)
         score.append(entry["score"])
@@ -137,32 +152,45 @@ def read_results(path: Path, *, images: Mapping[int, tuple[int, int]], categorie
         class_index=np.array(class_index, dtype=np.int64),
         # Of boxes and masks mixed, boxes are what all have.
         masks=tuple(masks) if masks and len(masks) == len(score) else None,
+        searched=searched,
     )
 
 
-def _mask(path: Path, position: int, entry: Mapping[str, object], size: tuple[int, int]) -> bytes:
+def _mask(path: Path, place: str, entry: Mapping[str, object], size: tuple[int, int]) -> bytes:
     try:
         return to_run_lengths(parse_outline(entry["segmentation"], *size), *size)
     except ValueError as error:
         expected = "polygons or run lengths of the image's size"
-        raise _error(path, f"[{position}].segmentation", expected, str(error)) from error
+        raise _error(path, f"{place}.segmentation", expected, str(error)) from error
 
 
-def _entries(path: Path) -> Iterable[object]:
+def _entries(
+    path: Path,
+    images: Mapping[int, tuple[int, int]],
+    categories: Mapping[int, int] | None,
+    named: Named | None,
+) -> tuple[str, Sequence[object], frozenset[int] | None]:
+    """Where in the file the objects stand; the objects, with the ids of the annotation file; `Results.searched`."""
     try:
         document = json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise _error(path, "the file", "a readable file", error.strerror or str(error)) from error
     except (ValueError, RecursionError) as error:
         raise _error(path, "the file", "JSON in UTF-8", f"something else ({error})") from error
-    if not isinstance(document, list):
+    if isinstance(document, list):
+        return "", document, None
+    if not isinstance(document, dict) or named is None:
         raise _error(path, "$", "a list", reprlib.repr(document))
-    return document
+    try:
+        entries, found = renumbered(document, named, images, classes=categories is not None)
+    except DocumentError as error:
+        raise ResultsError(f"{path}: {error}") from error
+    return "annotations", entries, None if categories is None else frozenset(categories[number] for number in found)
 
 
-def _wrong(path: Path, position: int, entry: Mapping[str, object], key: str, expected: str) -> ResultsError:
+def _wrong(path: Path, place: str, entry: Mapping[str, object], key: str, expected: str) -> ResultsError:
     found = reprlib.repr(entry[key]) if key in entry else "nothing"
-    return _error(path, f"[{position}].{key}", expected, found)
+    return _error(path, f"{place}.{key}", expected, found)
 
 
 def _error(path: Path, where: str, expected: str, found: str) -> ResultsError:

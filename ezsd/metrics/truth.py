@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from ezsd.data.annotations import AnnotationError, read_raw
 from ezsd.data.catalogue import Catalogue, read_catalogue
+from ezsd.data.records import ImageTable
 from ezsd.data.segmentations import read_outlines, to_run_lengths
+from ezsd.metrics.named import Named
 from ezsd.vocabulary import Split
 
 
@@ -39,6 +41,8 @@ class Truth:
     """Category ids and, of a federated file, its lists."""
     image_size: npt.NDArray[np.int64]
     """Height and width of each image, pixels, (I, 2)."""
+    images: ImageTable
+    """All images of the file, in the order of `image_ids`."""
     masks: tuple[bytes, ...] | None = None
     """Run lengths of each box's object; None until `with_masks` has read them."""
 
@@ -56,6 +60,10 @@ class Truth:
         """For each category id of the file its position in `split.names`; -1 outside the split."""
         position = {name: index for index, name in enumerate(self.split.names)}
         return {number: position.get(name, -1) for name, number in self.catalogue.ids.items()}
+
+    def named(self) -> Named:
+        """What the file calls its images and classes."""
+        return Named(file_names={one.id: one.file_name for one in self.images}, categories=self.catalogue.ids)
 
 
 def read_truth(path: Path, split: Split, catalogue: Catalogue | None = None) -> Truth:
@@ -93,6 +101,7 @@ def read_truth(path: Path, split: Split, catalogue: Catalogue | None = None) -> 
         annotation_id=raw.annotation_id[kept],
         catalogue=catalogue,
         image_size=np.stack([raw.images.height, raw.images.width], axis=1).astype(np.int64),
+        images=raw.images,
     )
 
 
