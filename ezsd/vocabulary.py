@@ -2,8 +2,8 @@
 
 A class is its name. A class index is a position in a table of names which travels with whatever
 holds the index (a store, a checkpoint, `Split.names`); dataset ids and file order mean nothing.
-Names are compared in one Unicode form (NFC) and otherwise exactly; a name that is not known is an error which offers
-the nearest one.
+Names are compared exactly, but for the form of their Unicode, and a name that is not known is an error which offers the
+nearest one.
 """
 
 import csv
@@ -16,6 +16,20 @@ from difflib import get_close_matches
 
 class VocabularyError(ValueError):
     """A class name is unknown, doubled, empty or missing."""
+
+
+def canonical(name: str) -> str:
+    """The form in which class names and file names are compared: Unicode's NFC.
+
+    "é" is one character or two, which look the same; tools and file systems write either. A name is only compared in
+    this form: stores, runs and prompts keep the spelling they were given.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def is_writable(name: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can hold half a character (a lone surrogate), which cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +50,8 @@ class Split:
         _refuse_untyped("novel", self.novel)
         if not self.base:
             raise VocabularyError("a split needs at least one base class, got none")
-        both = sorted(set(map(unify, self.base)) & set(map(unify, self.novel)))
+        base = {canonical(name) for name in self.base}
+        both = sorted(name for name in self.novel if canonical(name) in base)
         if both:
             raise VocabularyError(f"class {both[0]!r} is base and novel at once; it must be one of them")
         _positions(self.names)
@@ -55,15 +70,10 @@ class Split:
         return resolve([name], self.names)[0]
 
 
-def unify(name: str) -> str:
-    """The form of a name that is compared: "é" is one character (NFC), however it was typed."""
-    return unicodedata.normalize("NFC", name)
-
-
 def spelt_as(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
-    """Names spelt as in a table where it has them in another Unicode form; others in the form of `unify`."""
-    table = {unify(name): name for name in known}
-    return tuple(table.get(unify(name), unify(name)) for name in names)
+    """Names spelt as in a table where it has them in another Unicode form; others in the form of `canonical`."""
+    table = {canonical(name): name for name in known}
+    return tuple(table.get(canonical(name), canonical(name)) for name in names)
 
 
 def prompts(names: Sequence[str], template: str = "a photo of a {}") -> tuple[str, ...]:
@@ -133,10 +143,10 @@ def resolve(names: Iterable[str], known: Sequence[str]) -> tuple[int, ...]:
     """
     table = _positions(known)
     wanted = _positions(names)
-    for name in wanted:
-        if name not in table:
+    for key, (_, name) in wanted.items():
+        if key not in table:
             raise VocabularyError(f"unknown class {name!r}; {suggest(name, known)}")
-    return tuple(table[name] for name in wanted)
+    return tuple(table[key][0] for key in wanted)
 
 
 def parse_classes(text: str) -> tuple[str, ...]:
@@ -148,7 +158,7 @@ def parse_classes(text: str) -> tuple[str, ...]:
             name are one.
 
     Returns:
-        The names in the order given, in the form of `unify`, at least one.
+        The names in the order given, in the form of `canonical`, at least one.
 
     Raises:
         VocabularyError: a name is empty, occurs twice or holds a control character; quotes that do not enclose a whole
@@ -161,7 +171,7 @@ def parse_classes(text: str) -> tuple[str, ...]:
         raise VocabularyError(
             f"{text!r}: double quotes must enclose a whole name, as in '\"tench, Tinca tinca\",square' ({error})"
         ) from None
-    names = tuple(unify(part.strip()) for part in parts)
+    names = tuple(canonical(part.strip()) for part in parts)
     if not all(names):
         raise VocabularyError(f"expected class names with a comma between them, found an empty name in {text!r}")
     if len(names) == 1 and ";" in text and '"' not in text:
@@ -186,6 +196,14 @@ def require_different(names: Iterable[str]) -> None:
     _positions(names)
 
 
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The name of a table that another one may have meant; None if none is near."""
+    # Upper case is the commonest slip, and costs a short name most of its similarity.
+    by_lower = {other.lower(): other for other in known}
+    near = get_close_matches(name.lower(), list(by_lower), n=1)
+    return by_lower[near[0]] if near else None
+
+
 def suggest(name: str, known: Sequence[str]) -> str:
     """Say what a name not in the table may have meant, as the second half of an error.
 
@@ -196,24 +214,25 @@ def suggest(name: str, known: Sequence[str]) -> str:
     Returns:
         A question with the nearest name, or the beginning of the table if none is near.
     """
-    # Upper case is the commonest slip, and costs a short name most of its similarity.
-    by_lower = {other.lower(): other for other in known}
-    near = get_close_matches(name.lower(), list(by_lower), n=1)
-    if near:
-        return f"did you mean {by_lower[near[0]]!r}?"
+    near = nearest(name, known)
+    if near is not None:
+        return f"did you mean {near!r}?"
     shown = ", ".join(repr(other) for other in known[:5])
     return f"known are {shown}" + (f" and {len(known) - 5} more" if len(known) > 5 else "")
 
 
-def _positions(names: Iterable[str]) -> dict[str, int]:
-    """Map each name, in the form of `unify`, to its position; a double or an empty name is an error."""
-    table: dict[str, int] = {}
+def _positions(names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Position and spelling of each name, by its canonical form; a double or an empty name is an error."""
+    table: dict[str, tuple[int, str]] = {}
     for position, name in enumerate(names):
         if not name.strip():
             raise VocabularyError(f"the class name at position {position} is empty")
-        first = table.setdefault(unify(name), position)
+        if not is_writable(name):
+            raise VocabularyError(f"class {name!r} holds half a character (a lone surrogate); rename it")
+        first, spelling = table.setdefault(canonical(name), (position, name))
         if first != position:
-            raise VocabularyError(f"class {name!r} occurs twice, at positions {first} and {position}")
+            forms = "" if spelling == name else " in two Unicode forms"
+            raise VocabularyError(f"class {name!r} occurs twice{forms}, at positions {first} and {position}")
     return table
 
 

@@ -19,12 +19,12 @@ from ezsd.vocabulary import (
     COCO_SPLIT,
     Split,
     VocabularyError,
+    canonical,
     parse_classes,
     require_characters,
     require_different,
     resolve,
     spelt_as,
-    unify,
 )
 from pipeline.files import DamagedFile
 from pipeline.images import ImageError, opened_image
@@ -124,7 +124,7 @@ def class_names(
         literal: names as they stand, of the option "--class".
 
     Returns:
-        `literal`, then `lists`, then `files`, in the form of `unify`; None when nothing was given.
+        `literal`, then `lists`, then `files`, in the form of `canonical`; None when nothing was given.
 
     Raises:
         ArgumentError: a file cannot be read or has no name, or a list or a name in it is itself a file.
@@ -180,7 +180,7 @@ def _one_name(where: str, name: str) -> str:
         raise VocabularyError(f"{where}: {error}") from None
     if not name.strip():
         raise VocabularyError(f"{where}: the name is empty")
-    return unify(name.strip())
+    return canonical(name.strip())
 
 
 def find_images(places: Sequence[str | Path]) -> list[Path]:

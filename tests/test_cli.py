@@ -85,6 +85,11 @@ def test_help_loads_neither_torch_nor_zarr():
         (["eval", "--run", "a", "--max-detections", "0"], ["--max-detections", "1"]),
         (["eval", "--detections", "b", "--annotations", "c", "--out", "d/e.json"], ["--out d/e.json", "no folder d"]),
         (["eval", "--detections", "b", "--annotations", "c", "--out", "."], ["--out .", "is a folder"]),
+        (["detect", "b.png", "--run", "a", "--classes", "cat;dog"], ["'cat;dog'", "commas between"]),
+        (["detect", "b.png", "--run", "a", "--classes", "cat\ndog"], ["a line break", "--classes-file"]),
+        (["detect", "b.png", "--run", "a", "--classes-file", "n.txt"], ["--classes-file n.txt", "cannot be read"]),
+        (["detect", "b.png", "--run", "a", "--class", "cat", "--classes", "cat"], ["'cat' occurs twice"]),
+        (["eval", "--run", "a", "--novel-file", "b"], ["--novel-file", "--detections alone"]),
     ],
 )
 def test_misuse_is_one_clear_line(arguments, words, tmp_path):
@@ -236,6 +241,30 @@ def test_detect_finds_named_classes_and_draws_them(shapes_run, shapes_root, tmp_
     assert names
     with Image.open(drawn) as picture:
         assert picture.width >= 128
+
+
+def test_what_detect_prints_is_evaluated(shapes_run, shapes_root, tmp_path):
+    truth = shapes_root / "annotations/instances_val.json"
+    for images, count in ((shapes_root / "val", 8), (f"{shapes_root}/val/00000[1].png", 1)):
+        found = ezsd("detect", images, "--run", shapes_run.folder, "--threshold", 0, "--json")
+        assert found.returncode == 0, found.stderr
+        assert len(json.loads(found.stdout)["images"]) == count
+        (tmp_path / "r.json").write_text(found.stdout)
+        words = ["eval", "--detections", tmp_path / "r.json", "--annotations", truth, "--base", "circle,square"]
+        result = ezsd(*words, "--out", tmp_path / "figures.json")
+        assert result.returncode == 0, result.stderr
+        assert json.loads((tmp_path / "figures.json").read_text())["generalised"]["detections"] > 0
+
+
+def test_detect_takes_names_of_every_kind_and_an_out_with_a_slash(shapes_run, shapes_root, tmp_path):
+    (tmp_path / "names.txt").write_text("# two\nbar\n\n")
+    words = ["detect", shapes_root / "val/000001.png", "--run", shapes_run.folder, "--threshold", 0, "--json"]
+    words += ["--class", "ring", "--classes-file", tmp_path / "names.txt", "--classes", '"red ring"']
+    result = ezsd(*words, "--classes", "star", "--out", f"{tmp_path}/out/")
+    assert result.returncode == 0, result.stderr
+    names = [one["name"] for one in json.loads(result.stdout)["categories"]]
+    assert names == ["ring", "red ring", "star", "bar"]
+    assert (tmp_path / "out/000001.png").is_file()
 
 
 def test_detect_prints_a_document_of_several_images(shapes_run, shapes_root):

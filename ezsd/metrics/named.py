@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ezsd.vocabulary import suggest, unify
+from ezsd.vocabulary import canonical, suggest
 
 _CURE = "A document of results has lists images, categories and annotations, as `ezsd detect --json` prints."
 
@@ -48,7 +48,7 @@ def renumbered(
     """
     images = _image_ids(document, named, sizes)
     labels = _names(document) if classes else {}
-    known = {unify(name): number for name, number in named.categories.items()}
+    known = {canonical(name): number for name, number in named.categories.items()}
     entries: list[object] = []
     for position, entry in enumerate(_list(document, "annotations")):
         if not isinstance(entry, dict):
@@ -58,12 +58,12 @@ def renumbered(
         ids = {"image_id": images[_own_id(entry, "image_id", images, f"{place}.image_id", "images")]}
         if classes:
             label = labels[_own_id(entry, "category_id", labels, f"{place}.category_id", "categories")]
-            if unify(label) not in known:
+            if canonical(label) not in known:
                 near = suggest(label, list(named.categories))
                 raise DocumentError(f"{place}: is of class {label!r}, which the annotation file does not have; {near}")
-            ids["category_id"] = known[unify(label)]
+            ids["category_id"] = known[canonical(label)]
         entries.append(entry | ids)
-    return entries, frozenset(known[unify(label)] for label in labels.values() if unify(label) in known)
+    return entries, frozenset(known[canonical(label)] for label in labels.values() if canonical(label) in known)
 
 
 def _image_ids(document: Mapping[str, object], named: Named, sizes: Mapping[int, tuple[int, int]]) -> dict[int, int]:
@@ -113,7 +113,7 @@ def _ends_alike(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
 
 
 def _parts(file_name: str) -> tuple[str, ...]:
-    return tuple(part for part in unify(file_name).split("/") if part not in ("", "."))
+    return tuple(part for part in canonical(file_name).split("/") if part not in ("", "."))
 
 
 def _require_size(entry: Mapping[str, object], place: str, size: tuple[int, int]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ezsd.data.segmentations import encode
-from ezsd.metrics import ResultsError, read_results
+from ezsd.metrics import Named, ResultsError, read_results
 
 GOOD = {"image_id": 7, "category_id": 3, "bbox": [1, 2, 3.5, 0], "score": 0.25, "area": "unread"}
 
@@ -69,6 +69,81 @@ def test_masks_are_read_where_all_have_one(tmp_path):
 def test_what_is_no_results_file_is_refused_with_its_place(tmp_path, content, words):
     with pytest.raises(ResultsError, match=words):
         read(tmp_path, content)
+
+
+NAMED = Named(file_names={7: "a/1.png", 8: "b/1.png", 9: "1.png", 10: "2.png"}, categories={"cat": 3, "cafe\u0301": 90})
+DETECTION = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+
+
+def read_document(folder, file_names=("x/a/1.png",), names=("caf\u00e9",), **parts):
+    """A document with its own ids, 1 to n, as `ezsd detect --json` counts."""
+    document = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(file_names, 1)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
+        "annotations": [DETECTION],
+    } | parts
+    path = folder / "results.json"
+    path.write_text(json.dumps(document))
+    sizes = dict.fromkeys(NAMED.file_names, (20, 30))
+    return read_results(path, images=sizes, categories={3: 0, 90: 1}, named=NAMED)
+
+
+def test_a_document_is_read_by_file_names_and_class_names(tmp_path):
+    found = read_document(tmp_path)
+    assert (found.image_id.tolist(), found.class_index.tolist(), found.searched) == ([7], [1], {1})
+    found = read_document(tmp_path, names=("cat", "dog"))
+    assert (found.class_index.tolist(), found.searched) == ([0], {0})
+
+
+@pytest.mark.parametrize(
+    ("file_name", "number"),
+    [("a/1.png", 7), ("./a//1.png", 7), ("/data/b/1.png", 8), ("/data/c/1.png", 9), ("1.png", 9), ("c/2.png", 10)],
+)
+def test_the_longest_end_of_a_path_says_which_image_it_is(tmp_path, file_name, number):
+    assert read_document(tmp_path, [file_name]).image_id.tolist() == [number]
+
+
+def test_the_document_may_have_the_shorter_path(tmp_path):
+    (tmp_path / "results.json").write_text(
+        json.dumps({"images": [{"id": 1, "file_name": "1.png"}], "annotations": [DETECTION]})
+    )
+    for names, fits in ((["a/1.png", "a/2.png"], True), (["a/1.png", "b/1.png"], False)):
+        named = Named(file_names=dict(enumerate(names)), categories={})
+        options = {"images": {0: (20, 30), 1: (20, 30)}, "categories": None, "named": named}
+        if fits:
+            assert read_results(tmp_path / "results.json", **options).image_id.tolist() == [0]
+        else:
+            with pytest.raises(ResultsError, match=r"'1.png' fits 2 images of the annotation file"):
+                read_results(tmp_path / "results.json", **options)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"file_names": ["3.png"]}, r"images\[0\].file_name: '3.png' fits no image"),
+        ({"file_names": ["a/1.png", "x/a/1.png"]}, r"'x/a/1.png' and 'a/1.png' are both 'a/1.png'"),
+        ({"names": ["cta"]}, r"annotations\[0\]: is of class 'cta', .* did you mean 'cat'"),
+        ({"images": None}, "images: expected a list, found None"),
+        ({"categories": 5}, "categories: expected a list, found 5"),
+        ({"annotations": {}}, "annotations: expected a list"),
+        ({"images": [5]}, r"images\[0\]: expected an object, found 5"),
+        ({"images": [{"id": 1}]}, r"images\[0\].file_name: expected a name, found nothing"),
+        ({"images": [{"id": "1", "file_name": "2.png"}]}, r"images\[0\].id: expected a whole number"),
+        (
+            {"images": [{"id": 1, "file_name": "2.png", "width": 20, "height": 30}]},
+            r"is 20 x 30 pixels, in the annotation file 30 x 20",
+        ),
+        ({"annotations": [DETECTION | {"image_id": 2}]}, r"annotations\[0\].image_id: .* images of this file, found 2"),
+        ({"annotations": [DETECTION | {"category_id": 2}]}, r"annotations\[0\].category_id: .* found 2"),
+        ({"annotations": [DETECTION, 5]}, r"annotations\[1\]: expected an object, found 5"),
+        ({"annotations": [DETECTION | {"score": None}]}, r"annotations\[0\].score: expected a finite number"),
+    ],
+)
+def test_a_document_that_does_not_fit_is_refused_with_its_place(tmp_path, parts, words):
+    with pytest.raises(ResultsError, match=words) as caught:
+        read_document(tmp_path, **parts)
+    assert "results.json: " in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from ezsd import checkpoints
 from ezsd.data.shapes import SHAPES_SPLIT, picture
-from ezsd.teacher import OpenClipTeacher, Teacher, TeacherError, load_teacher, state_digest
+from ezsd.teacher import OpenClipTeacher, Teacher, TeacherError, load_teacher, require_told_apart, state_digest
+from ezsd.vocabulary import VocabularyError
 
 TEMPLATE = "a photo of a {}"
 
@@ -125,6 +126,46 @@ def test_a_state_digest_sees_names_shapes_dtypes_and_values_and_no_order():
         {"a": state["a"]},
     ]
     assert len({state_digest(one) for one in [state, *others]}) == 6
+
+
+@pytest.mark.parametrize("teacher", ["small_teacher", "tiny_shapes"])
+def test_names_with_one_text_row_are_named(teacher, request):
+    teacher = request.getfixturevalue(teacher)
+    names = ["circle", "square", "Circle", "SQUARE", "ring"]
+    rows = teacher.encode_text(names)
+    words = "cannot tell 'circle' from 'Circle', 'square' from 'SQUARE': their text embeddings are equal"
+    with pytest.raises(VocabularyError, match=words):
+        require_told_apart(names, rows)
+    require_told_apart(["circle", "square", "ring"], rows[[0, 1, 4]])
+
+
+def test_rows_count_as_equal_within_a_millionth_of_the_cosine():
+    for angle, equal in ((1e-3, True), (2e-3, False)):
+        rows = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, angle]])
+        with pytest.raises(VocabularyError) if equal else contextlib.nullcontext():
+            require_told_apart(["a", "b", "c"], torch.cat(rows))
+
+
+def test_many_names_are_compared_with_one_another():
+    rows = torch.eye(2051)
+    rows[2050] = rows[1]
+    names = [str(number) for number in range(2051)]
+    with pytest.raises(VocabularyError, match="cannot tell '1' from '2050': "):
+        require_told_apart(names, rows)
+
+
+def test_prompts_that_are_cut_at_the_token_limit_are_named_once(small_teacher, caplog):
+    # 8 tokens, 2 of which are the marks of start and end, and 4 the template.
+    cut, fits = "red circle on a table", "red circle"
+    rows = small_teacher.encode_text([fits, cut, "red circle on a chair"])
+    assert [record.message for record in caplog.records] == [
+        f"teacher {small_teacher.name} reads 8 tokens of a prompt: the end is cut off, and makes no difference, for "
+        f"{cut!r}, 'red circle on a chair'"
+    ]
+    small_teacher.encode_text([cut, fits])
+    assert len(caplog.records) == 1
+    with pytest.raises(VocabularyError, match="cannot tell"):
+        require_told_apart([cut, "red circle on a chair"], rows[1:])
 
 
 # The shipped teacher.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ezsd.vocabulary import COCO_SPLIT, Split, VocabularyError, clean_names, parse_classes, prompts, resolve
+from ezsd.vocabulary import COCO_SPLIT, Split, VocabularyError, clean_names, parse_classes, prompts, resolve, spelt_as
 
 
 def test_coco_split_has_48_base_and_17_novel_names():
@@ -85,6 +85,51 @@ def test_parse_classes_refuses_empty_names(text):
 def test_parse_classes_refuses_doubles():
     with pytest.raises(VocabularyError, match="'cat' occurs twice"):
         parse_classes("cat, dog, cat")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ('"tench, Tinca tinca",square', ("tench, Tinca tinca", "square")),
+        ('cat , "a ""b"" c"', ("cat", 'a "b" c')),
+        ('5" pipe,a\\', ('5" pipe', "a\\")),
+        ('"a;b"', ("a;b",)),
+        ("a;b,c", ("a;b", "c")),
+        ("cafe\u0301", ("caf\u00e9",)),
+        ("圆形,نمونه\u200cها", ("圆形", "نمونه\u200cها")),
+    ],
+)
+def test_quotes_make_a_comma_part_of_a_name(text, names):
+    assert parse_classes(text) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('"tench, Tinca tinca', "double quotes must enclose a whole name"),
+        ('"tench" tinca,cat', "double quotes must enclose a whole name"),
+        ("cat;dog", "one name with a semicolon; put commas"),
+        ("cat\ndog", "a line break"),
+        ("cat\u2028dog", "a line break"),
+        ("cat,\tdog", "a control character"),
+        ("cat\udcffdog", "a byte that is not UTF-8"),
+        ('cat,"",dog', "an empty name"),
+        ("caf\u00e9,cafe\u0301", "occurs twice"),
+    ],
+)
+def test_what_no_list_of_names_is_is_refused(text, words):
+    with pytest.raises(VocabularyError, match=words) as caught:
+        parse_classes(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_names_compare_in_one_unicode_form():
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    assert resolve([composed], ["tea", apart]) == (1,)
+    assert spelt_as([composed, "tea\u0301"], [apart]) == (apart, "te\u00e1")
+    for base, novel in (((composed,), (apart,)), ((composed, apart), ())):
+        with pytest.raises(VocabularyError, match="at once|occurs twice"):
+            Split(base=base, novel=novel)
 
 
 def test_names_are_said_without_underscores_and_remarks():

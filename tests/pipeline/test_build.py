@@ -16,6 +16,7 @@ import zarr
 
 from cache import Store, StoreIncomplete, StoreMismatch
 from ezsd.data.shapes import SHAPES_SPLIT
+from ezsd.vocabulary import Split, VocabularyError
 from pipeline.build import build_cache
 from pipeline.config import to_tables
 from pipeline.datasets import find_dataset
@@ -52,6 +53,22 @@ def build_command(dataset, config, out, *, workers):
 def test_two_workers_make_the_same_bytes_as_one(shapes_dataset, quick_config, shapes_store, tmp_path):
     build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=tmp_path / "two", workers=2))
     assert files(tmp_path / "two") == files(shapes_store)
+
+
+def test_names_with_equal_prompts_are_refused_before_re_normalisation(
+    shapes_dataset, quick_config, shapes_root, tmp_path, caplog
+):
+    root = shutil.copytree(shapes_root, tmp_path / "data")
+    for part in ("train", "val"):
+        path = root / f"annotations/instances_{part}.json"
+        document = json.loads(path.read_text())
+        document["categories"].append({"id": 1000, "name": "Circle"})
+        path.write_text(json.dumps(document))
+    split = Split(base=SHAPES_SPLIT.base, novel=(*SHAPES_SPLIT.novel, "Circle"))
+    dataset = dataclasses.replace(shapes_dataset, root=root, split=split)
+    with pytest.raises(VocabularyError, match="the teacher cannot tell 'circle' from 'Circle'"):
+        build_cache(BuildRequest(dataset=dataset, config=quick_config, out=tmp_path / "store", workers=1))
+    assert not [record for record in caplog.records if "re-normalised" in record.message]
 
 
 @pytest.mark.parametrize("point", ["whole.after_rename", "block.before_rename:2", "commit.before_rename"])

@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.teacher import TeacherError, shipped_weights
+from ezsd.vocabulary import VocabularyError
 from pipeline.arguments import ArgumentError, find_images, picture_places
 from pipeline.build import build_cache
-from pipeline.detect import class_text, coco_document, detect_images, found_lines, read_shown
+from pipeline.detect import class_text, coco_document, detect_images, found_lines, names_to_find, read_shown
 from pipeline.evaluate import evaluate_crops
+from pipeline.figures import at_limit, evaluate_results
 from pipeline.images import ImageError
 from pipeline.request import BuildRequest
 from pipeline.train import TrainRequest, train
@@ -71,9 +74,51 @@ def test_a_folder_gives_one_document_that_is_also_a_results_file(shapes_run, sha
     assert len(document["annotations"]) == sum(len(one.objects) for one in seen) > 0
     first, found = document["annotations"][0], seen[0].objects[0]
     x1, y1, x2, y2 = found.box
-    assert first["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.01)
-    assert first["score"] == pytest.approx(found.score, abs=1e-5)
+    assert first["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=0.001)
+    assert np.float32(first["score"]) == np.float32(found.score)
     assert {"id", "image_id", "category_id", "area", "iscrowd"} < set(first)
+
+
+@pytest.mark.parametrize("fixture", ["shapes_run", "masked_run"])
+def test_a_printed_document_gives_the_figures_of_the_run(fixture, request, shapes_root, outlined_root, tmp_path):
+    run = request.getfixturevalue(fixture)
+    root = outlined_root if fixture == "masked_run" else shapes_root
+    names = names_to_find(run, None)
+    seen = detect_images(
+        find_images([root / "val"]), run, names, threshold=0, device="cpu", drawn=None, overrides=["eval.keep=300"]
+    )
+    (tmp_path / "found.json").write_text(coco_document(list(seen), names))
+    again = evaluate_results(
+        tmp_path / "found.json",
+        root / "annotations/instances_val.json",
+        base=None,
+        novel=SHAPES_SPLIT.novel,
+        split_file=None,
+        classes=None,
+        max_detections=None,
+    )
+    result = json.loads((run.folder / "eval.json").read_text())
+    assert at_limit(result, "generalised")["all"]["boxes"] > 0
+    for figures in result["generalised"].keys() & {"at", "masks_at"}:
+        for label, ours in result["generalised"][figures].items():
+            theirs = again["generalised"][figures][label]
+            assert theirs["per_class"].items() >= ours["per_class"].items()
+
+
+def test_names_are_the_runs_own_by_default_and_in_its_spelling(shapes_run, tmp_path):
+    assert names_to_find(shapes_run, None) == SHAPES_SPLIT.names
+    folder = shutil.copytree(shapes_run.folder, tmp_path / "run")
+    card = json.loads((folder / "run.json").read_text())
+    card["names"][0] = "cafe\u0301"
+    (folder / "run.json").write_text(json.dumps(card))
+    run = type(shapes_run).open(folder)
+    assert names_to_find(run, ["ring", "caf\u00e9"]) == ("ring", "cafe\u0301")
+
+
+def test_names_that_the_teacher_cannot_tell_apart_are_refused(shapes_run, shapes_root):
+    image = shapes_root / "val/000001.png"
+    with pytest.raises(VocabularyError, match="cannot tell 'circle' from 'Circle': .* leave one of them out"):
+        list(detect_images([image], shapes_run, ["circle", "Circle"], threshold=0, device="cpu", drawn=None))
 
 
 def test_each_image_is_found_alone_as_among_others(shapes_run, shapes_root):

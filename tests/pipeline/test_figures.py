@@ -1,6 +1,7 @@
 """`ezsd eval` of runs and of anybody's results: the same figures, and one clear line for what is not in order."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 from ezsd.data.annotations import AnnotationError
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.vocabulary import VocabularyError
-from pipeline.arguments import ArgumentError
+from pipeline.arguments import ArgumentError, class_names
 from pipeline.evaluate import evaluate_run
-from pipeline.figures import at_limit, evaluate_results, evaluation_tables, headline
+from pipeline.figures import aligned, at_limit, evaluate_results, evaluation_tables, headline
 
 ROOT = Path(__file__).resolve().parents[2]
 NOVEL = ",".join(SHAPES_SPLIT.novel)
@@ -21,6 +22,8 @@ NOVEL = ",".join(SHAPES_SPLIT.novel)
 
 def evaluated(detections, annotations, **options):
     choices = {"base": None, "novel": None, "split_file": None, "classes": None, "max_detections": None}
+    for part in options.keys() & {"base", "novel"}:
+        options[part] = class_names(f"--{part}", lists=[options[part]])
     return evaluate_results(detections, annotations, **(choices | options))
 
 
@@ -183,13 +186,78 @@ def test_what_is_no_annotation_file_is_refused(scene, text):
 def test_tables_say_their_limit_and_show_classes_when_asked(scene):
     result = evaluated(*scene, novel="cow")
     text = evaluation_tables(result, per_class=False)
-    assert "COCO rules, boxes, 1 images, at most 100 detections per image (the fullest image has 2)" in text
-    assert "at most 300 detections per image (" in text
-    assert "at most 100 detections per image and class (" in text
+    title = "COCO rules, boxes, 1 images, at most 100 detections per image (up to 2 detections in one image)"
+    assert title in text
     assert "\nyak" not in text
     lines = evaluation_tables(result, per_class=True).splitlines()
     assert next(line for line in lines if line.startswith("cow")).split() == ["cow", *["100.0"] * 4, "1"]
     assert next(line for line in lines if line.startswith("yak")).split() == ["yak", *["-"] * 4, "0"]
+
+
+def test_limits_with_the_same_figures_share_a_table(scene):
+    found, truth = scene
+    lines = evaluation_tables(evaluated(found, truth, novel="cow"), per_class=False).splitlines()
+    assert len(lines) == 6
+    same = "at most 300 detections per image and at most 100 detections per image and class"
+    assert lines[-1] == f"the same figures: {same}"
+    # 150 surer detections of a yak: 100 per image leave neither cat nor cow, 300 do, 100 per class as well.
+    yak = {"image_id": 1, "category_id": 3, "bbox": [50, 50, 5, 5], "score": 0.9}
+    found.write_text(json.dumps(json.loads(found.read_text()) + [yak] * 150))
+    text = evaluation_tables(evaluated(found, truth, novel="cow"), per_class=False)
+    first, second = text.split("\n\n")
+    assert "at most 100 detections per image (up to 152" in first
+    assert "same" not in first
+    assert "at most 300 detections per image (up to 152" in second
+    assert second.endswith("the same figures: at most 100 detections per image and class")
+
+
+def columns_end(line):
+    return [match.end() for match in re.finditer(r"\S+", line)][1:]
+
+
+@pytest.mark.parametrize("fixture", ["shapes_run", "masked_run"])
+def test_the_columns_of_every_table_are_aligned(fixture, request):
+    result = json.loads((request.getfixturevalue(fixture).folder / "eval.json").read_text())
+    blocks = evaluation_tables(result, per_class=True).split("\n\n")
+    assert len(blocks) >= 4
+    for block in blocks:
+        _, head, *rows = block.splitlines()
+        titles = [match.end() for match in re.finditer(r"\S+", head)]
+        titles = titles[1:] if head.startswith("class") else titles
+        rows = [row for row in rows if not row.startswith("the same figures")]
+        assert len(rows) >= 3
+        for row in rows:
+            assert columns_end(row) == titles, block
+
+
+def test_a_column_is_as_wide_as_its_widest_cell():
+    lines = aligned(["", "AR", "classes"], [["圆形", "100.0", "12345678"], ["cat", "-", "1"]])
+    assert lines == ["         AR   classes", "圆形  100.0  12345678", "cat       -         1"]
+
+
+def test_a_name_with_a_comma_is_novel_by_quotes_and_by_a_file(scene, tmp_path):
+    truth = json.loads(scene[1].read_text())
+    truth["categories"][1]["name"] = "tench, Tinca tinca"
+    scene[1].write_text(json.dumps(truth))
+    (tmp_path / "novel.txt").write_text("tench, Tinca tinca\n")
+    quoted = evaluated(*scene, novel='"tench, Tinca tinca"')
+    assert at_limit(quoted, "generalised")["names"] == ["cat", "yak", "tench, Tinca tinca"]
+    words = [sys.executable, "-m", "cli", "eval", "--detections", scene[0], "--annotations", scene[1]]
+    words += ["--novel-file", tmp_path / "novel.txt", "--out", tmp_path / "out.json"]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(quoted))
+
+
+def test_names_that_a_document_did_not_look_for_are_named(scene, caplog):
+    found, truth = scene
+    document = json.loads(truth.read_text()) | {"annotations": json.loads(found.read_text())}
+    document["categories"] = document["categories"][:2]
+    found.write_text(json.dumps(document))
+    assert headline(evaluated(found, truth, novel="cow"))["all"] == pytest.approx(1)
+    assert [record.message for record in caplog.records] == [
+        f"{found}: 1 of the 3 names were not looked for, such as 'yak'; their objects count as missed"
+    ]
 
 
 def test_the_command_needs_no_torch_for_results(scene, tmp_path):
