@@ -10,6 +10,7 @@ from ezsd.metrics import ResultsError
 from pipeline.build import build_cache
 from pipeline.config import ConfigError
 from pipeline.given import given_proposals
+from pipeline.parsed import training_annotations
 from pipeline.repair import repair_store
 from pipeline.request import BuildRequest
 
@@ -97,8 +98,6 @@ def test_a_store_of_given_boxes_is_repaired_from_them(build, shapes_dataset, sha
 
 
 def test_boxes_are_cut_to_the_image_and_the_best_kept(shapes_store, with_settings, tmp_path, shapes_dataset):
-    from pipeline.parsed import training_annotations
-
     images = training_annotations(shapes_dataset.root / shapes_dataset.train_annotations, shapes_dataset.split).images
     one = {"image_id": 1, "category_id": 77}
     path = tmp_path / "boxes.json"
@@ -117,6 +116,20 @@ def test_boxes_are_cut_to_the_image_and_the_best_kept(shapes_store, with_setting
     assert found[1]["score"].tolist() == pytest.approx([0.9, 0.5])
     assert found.keys() == {image.id for image in images}
     assert found[2]["box"].shape == (0, 4)
+
+
+def test_boxes_of_a_printed_document_go_by_file_names(with_settings, tmp_path, shapes_dataset):
+    images = training_annotations(shapes_dataset.root / shapes_dataset.train_annotations, shapes_dataset.split).images
+    path = tmp_path / "boxes.json"
+    document = {
+        "images": [{"id": 1, "file_name": f"elsewhere/{images[4].file_name}", "width": 128, "height": 128}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.1}],
+    }
+    path.write_text(json.dumps(document))
+    found = given_proposals(with_settings(proposals={"boxes": str(path)}).proposals, images)
+    assert {image_id: len(rows["box"]) for image_id, rows in found.items()} == {
+        image.id: int(image.id == images[4].id) for image in images
+    }
 
 
 @pytest.mark.parametrize(
