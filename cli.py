@@ -317,8 +317,14 @@ def evaluate(
     ] = None,
     classes: Annotated[
         Literal["all", "base", "novel"] | None,
-        typer.Option(help="Names looked for at once; with --run all, then novel alone, by default."),
+        typer.Option(help="Names looked for at once, all by default; a run's other names compete unseen."),
     ] = None,
+    alone: Annotated[
+        bool,
+        typer.Option(
+            "--alone", help="With --run: no other names compete with --classes; without it, novel alone after all."
+        ),
+    ] = False,
     max_detections: Annotated[
         int | None, typer.Option(min=1, help="Detections per image in the headline; 100 by default, LVIS 300.")
     ] = None,
@@ -332,6 +338,7 @@ def evaluate(
     """Evaluate a run, or anybody's results: base, novel, all; COCO's rules, or LVIS's for its files."""
     from pipeline.arguments import (
         class_names,
+        require_alone,
         require_device_name,
         require_one_source,
         require_output,
@@ -341,6 +348,7 @@ def evaluate(
 
     of_run = {
         "--split": split,
+        "--alone": alone or None,
         "--crops": crops or None,
         "--weights": weights,
         "--data-root": data_root,
@@ -380,6 +388,7 @@ def evaluate(
             write_json(out, result)
         return
     require_weights(weights, crops=crops)
+    require_alone(alone, classes)
     require_run(run)
     from pipeline.command import crop_table, resolve_device, score_table
     from pipeline.evaluate import evaluate_crops, evaluate_run
@@ -393,6 +402,7 @@ def evaluate(
         device=where,
         split=split or "val",
         classes=classes,
+        alone=alone,
         max_detections=max_detections,
         overrides=set_ or [],
     )
@@ -419,6 +429,10 @@ def detect(
     ] = None,
     weights: MovedWeights = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one COCO-format document instead of lines.")] = False,
+    alone: Annotated[
+        bool,
+        typer.Option("--alone", help="The run's other names do not compete unseen: all objects get one of --classes."),
+    ] = False,
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
@@ -453,6 +467,7 @@ def detect(
         drawn=drawn,
         overrides=set_ or [],
         weights=weights,
+        alone=alone,
     )
     if json_:
         typer.echo(coco_document(list(seen), names))

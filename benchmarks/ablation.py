@@ -153,7 +153,7 @@ def measure(plan: Plan, arm: Arm) -> dict[str, object]:
 
 
 def score(trained: TrainedDetector, dataset: Dataset) -> dict[str, object]:
-    """AP50 of base, novel and all names at once and of novel names alone; AP and AP75 likewise.
+    """AP50 of base, novel and all names at once and of novel names alone ("novel_only"); AP and AP75 likewise.
 
     The split is always that of the benchmark, whatever a run was trained on. A run whose text rows have the order of
     `SHAPES_SPLIT.names` is all that is asked for.
@@ -163,7 +163,7 @@ def score(trained: TrainedDetector, dataset: Dataset) -> dict[str, object]:
     path, root = dataset.root / dataset.val_annotations, dataset.root / dataset.val_images
     annotations, first = evaluation_annotations(path, dataset.split), len(dataset.split.base)
     every = evaluate(path, detect_split(trained, annotations, root, trained.text, "detect"), dataset.split)
-    found = detect_split(trained, annotations, root, trained.text[first:], "detect novel")
+    found = detect_split(trained, annotations, root, trained.text[first:], "detect novel alone", alone=True)
     alone = Detections(image_id=found.image_id, box=found.box, score=found.score, class_index=found.class_index + first)
     novel = evaluate(path, alone, dataset.split, names=dataset.split.novel)["novel"]
     groups = {"base": every["base"], "novel": every["novel"], "all": every["all"], "novel_only": novel}

@@ -39,7 +39,7 @@ def values(found: Sequence[Row], arm: str, column: str, metric: str = "AP50") ->
 
 def _table(found: Sequence[Row], arms: Sequence[Arm], metric: str, title: str) -> str:
     lines = [_line(found, arm, metric) for arm in arms if any(row["arm"] == arm.name for row in found)]
-    names = ["arm", "base", "novel", "all", "novel only", "compared with", "base, difference", "novel, difference"]
+    names = ["arm", "base", "novel", "all", "novel, alone", "compared with", "base, difference", "novel, difference"]
     head = [f"### {title}", "", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     return "\n".join([*head, *lines]) if lines else ""
 

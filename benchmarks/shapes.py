@@ -1,7 +1,7 @@
 """Does distillation find classes without a box? `python benchmarks/shapes.py --work DIR [--seeds 1 2 3] [--tag NAME]`.
 
 For each seed: data, cache, then the detector with and without distillation (the loss weight alone differs), evaluated
-on all names and on novel names alone; a control whose novel text rows are permuted; crop accuracy of the raw and the
+on all names at once; a control whose novel text rows are permuted; crop accuracy of the raw and the
 re-normalised teacher. One row per arm goes to results/shapes.jsonl. Work left in DIR is taken up again.
 """
 
@@ -23,7 +23,7 @@ from pipeline.evaluate import detect_split, run_dataset
 from pipeline.runs import Run
 from pipeline.trained import load_trained
 
-GROUPS = ("base", "novel", "all", "novel_only")
+GROUPS = ("base", "novel", "all")
 
 
 def permuted_control(run: Run, data: Path) -> dict[str, float | None]:

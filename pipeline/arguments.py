@@ -79,6 +79,14 @@ def require_weights(file: Path | None, *, crops: bool = True) -> None:
         raise ArgumentError(f"--weights {file}: no such file")
 
 
+def require_alone(alone: bool, classes: str | None) -> None:
+    """ArgumentError for `--alone` where all names are looked for anyway."""
+    if alone and classes == "all":
+        raise ArgumentError(
+            "--alone goes with --classes base or novel, or without --classes: of all names none is left"
+        )
+
+
 def require_output(file: Path) -> None:
     """ArgumentError when no file can be written to a place: it is a folder, or there is no folder around it."""
     if file.is_dir():

@@ -16,7 +16,7 @@ from pipeline.arguments import EARLY_ERRORS, ArgumentError, require_device_name
 from pipeline.cluster import ClusterError
 from pipeline.config import STAGE_ONE, Config, ConfigError, load_preset, setting_of
 from pipeline.datasets import Dataset, DatasetError
-from pipeline.figures import percent
+from pipeline.figures import headline_columns, percent
 from pipeline.provenance import dataset_inputs
 from pipeline.runs import RunError
 from pipeline.shapes import write_shapes
@@ -120,10 +120,11 @@ def drawn(dataset: Dataset, root: Path | None) -> Dataset:
 def score_table(scores: Mapping[str, Mapping[str, float | None]]) -> str:
     """AP50 per run; generalised unless it says otherwise."""
     width = max(len(name) for name in [*scores, "AP50"])
-    lines = [f"{'AP50':<{width}}   base  novel    all  novel names only"]
+    columns = headline_columns(scores.values())
+    lines = [f"{'AP50':<{width}}" + "".join(f"  {said:>5}" for said in columns.values())]
     for name, row in scores.items():
-        values = [percent(row[group]) for group in ("base", "novel", "all", "novel_only")]
-        lines.append(f"{name:<{width}}  {values[0]:>5}  {values[1]:>5}  {values[2]:>5}  {values[3]:>16}")
+        cells = (f"  {percent(row.get(key)):>{max(len(said), 5)}}" for key, said in columns.items())
+        lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)
 
 

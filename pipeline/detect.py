@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -21,6 +22,7 @@ from pipeline.images import opened_image
 from pipeline.runs import Run
 from pipeline.trained import Located, TrainedDetector, load_trained, run_teacher
 
+log = logging.getLogger("ezsd")
 BATCH_IMAGES = 8
 
 
@@ -67,8 +69,11 @@ def detect_images(
     drawn: Sequence[Path] | None,
     overrides: Sequence[str] = (),
     weights: Path | None = None,
+    alone: bool = False,
 ) -> Iterator[Seen]:
     """Detect named classes in images, a few at a time.
+
+    The run's other names compete with them unseen, see `ezsd.competitors`.
 
     Args:
         images: files that Pillow reads.
@@ -79,6 +84,7 @@ def detect_images(
         drawn: where each image with boxes is written; None for nowhere. Missing folders are made.
         overrides: settings to look with instead of the run's, see `pipeline.looking.at_test_time`.
         weights: the teacher's weights, if they have moved; read for names that the run does not know.
+        alone: whether no other name competes: objects of other classes are then called by the asked names as well.
 
     Raises:
         ValueError: (of many kinds) a damaged image, an unfinished run, a class that nobody can embed, two classes that
@@ -87,10 +93,13 @@ def detect_images(
     trained = load_trained(run, device, overrides)
     text = class_text(trained, run, classes, device, weights)
     require_told_apart(classes, text)
+    search = trained.search(text, alone=alone)
+    if search.aside:
+        log.info("these names of the run mean nearly what is asked for and do not compete: %s", ", ".join(search.aside))
     for start in range(0, len(images), BATCH_IMAGES):
         paths = images[start : start + BATCH_IMAGES]
         pixels = [read_shown(path) for path in paths]
-        for number, found in enumerate(trained.find(pixels, text)):
+        for number, found in enumerate(trained.find(pixels, search)):
             seen = _seen(paths[number], pixels[number], found, classes, threshold)
             if drawn is not None:
                 _draw(seen, pixels[number], drawn[start + number])

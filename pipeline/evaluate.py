@@ -20,7 +20,7 @@ from pipeline.adapt import CropSource
 from pipeline.arguments import ArgumentError
 from pipeline.config import ConfigError, from_tables, setting_of, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
-from pipeline.figures import Classes, coco_results, document, looked_for
+from pipeline.figures import SPACES, Classes, Space, coco_results, document, looked_for, space_of
 from pipeline.files import write_json, write_text
 from pipeline.looking import changed_settings
 from pipeline.parsed import evaluation_annotations
@@ -52,19 +52,27 @@ def run_dataset(run: Run, data_root: Path | None) -> Dataset:
 
 
 def detect_split(
-    trained: TrainedDetector, annotations: Annotations, root: Path, text: Tensor, stage: str, *, masks: bool = True
+    trained: TrainedDetector,
+    annotations: Annotations,
+    root: Path,
+    text: Tensor,
+    stage: str,
+    *,
+    masks: bool = True,
+    alone: bool = False,
 ) -> Detections:
     """The `KEEP` best detections in each image of a record; class indices are rows of `text`.
 
-    Masks are made if the settings have them, unless `masks` is false.
+    Masks are made if the settings have them, unless `masks` is false. For `alone` see `TrainedDetector.search`.
     """
     masks = masks and trained.config.model.masks
+    search = trained.search(text, alone=alone)
     ids: list[NDArray[np.int64]] = []
     parts: list[Located] = []
     with Progress(stage, len(annotations.images), unit="image") as progress:
         for records in _chunks(annotations.images, BATCH_IMAGES):
             images = [read_dataset_image(root, record) for record in records]
-            for record, found in zip(records, trained.find(images, text, keep=KEEP, masks=masks), strict=True):
+            for record, found in zip(records, trained.find(images, search, keep=KEEP, masks=masks), strict=True):
                 ids.append(np.full(len(found.boxes), record.id, np.int64))
                 parts.append(found)
             progress.advance(len(records))
@@ -84,21 +92,25 @@ def evaluate_run(
     device: str,
     split: str = "val",
     classes: Classes | None = None,
+    alone: bool = False,
     max_detections: int | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, object]:
     """Evaluate a finished run and write eval.json and detections.json.
 
-    "generalised" looks for all names at once and is the headline; "novel_only" looks for novel names alone. Another
-    split or an only label space goes into files named after it, as eval-train-novel.json, and what other settings
-    give into eval-set.json.
+    "generalised" looks for all names at once and is the headline. "novel_asked" looks for the novel names while the
+    base ones compete unseen: it differs from the headline's novel figures by the places that detections of base names
+    take there. "novel_alone" has no competitors. Another split or label space goes into files named after it, as
+    eval-train-novel.json, and what other settings give into eval-set.json.
 
     Args:
         run: a finished run.
         data_root: where the images lie now; None takes the place recorded in the run.
         device: where to run.
         split: "val" or "train".
-        classes: the names looked for, at once: all, base or novel; None for all, and then novel alone.
+        classes: the names looked for, at once: all, base or novel; None for all.
+        alone: whether no other names compete with `classes`, base or novel; without `classes`, the novel names are
+            looked for alone after all names.
         max_detections: the limit of the headline; None for the usual one of the file's rules.
         overrides: settings to look with instead of the run's, see `at_test_time`; not `eval.keep`.
 
@@ -115,13 +127,12 @@ def evaluate_run(
         truth = with_masks(truth)
     annotations = evaluation_annotations(path, dataset.split)
     began = time.perf_counter()
-    found = {
-        space: _as_stored(_search(trained, annotations, root, space)) for space in ([classes] if classes else _DEFAULT)
-    }
+    found = {space: _as_stored(_search(trained, annotations, root, space)) for space in _spaces(classes, alone=alone)}
     result = document(truth, found, max_detections)
     if overrides:
         result["settings"] = changed_settings(overrides, trained.config)
-    words = ("" if split == "val" else split, classes or "", "set" if overrides else "")
+    apart = "alone" if classes and alone else ""
+    words = ("" if split == "val" else split, classes or "", apart, "set" if overrides else "")
     suffix = "".join(f"-{word}" for word in words if word)
     write_json(run.folder / f"eval{suffix}.json", result)
     first = next(iter(found.values()))
@@ -139,7 +150,11 @@ def _refuse_keep(overrides: Sequence[str]) -> None:
             )
 
 
-_DEFAULT: tuple[Classes, ...] = ("all", "novel")
+def _spaces(classes: Classes | None, *, alone: bool) -> tuple[Space, ...]:
+    """What is looked for, one after the other."""
+    if classes is not None:
+        return (space_of(classes, alone=alone),)
+    return ("generalised", "novel_alone") if alone else ("generalised",)
 
 
 def _split_places(dataset: Dataset, split: str) -> tuple[Path, Path]:
@@ -154,11 +169,11 @@ def _split_places(dataset: Dataset, split: str) -> tuple[Path, Path]:
     return dataset.root / annotations, dataset.root / images
 
 
-def _search(trained: TrainedDetector, annotations: Annotations, root: Path, classes: Classes) -> Detections:
-    """Detections when only these names are looked for; class indices are those of the whole split."""
-    members = looked_for(classes, len(trained.names), trained.base_count)
-    stage = "detect" if classes == "all" else f"detect {classes}"
-    found = detect_split(trained, annotations, root, trained.text[members], stage)
+def _search(trained: TrainedDetector, annotations: Annotations, root: Path, space: Space) -> Detections:
+    """Detections when only a space's names are looked for; class indices are those of the whole split."""
+    members, alone = looked_for(SPACES[space], len(trained.names), trained.base_count), space.endswith("alone")
+    stage = "detect" if space == "generalised" else f"detect {space.replace('_', ' ')}"
+    found = detect_split(trained, annotations, root, trained.text[members], stage, alone=alone)
     return dataclasses.replace(found, class_index=found.class_index + members.start)
 
 

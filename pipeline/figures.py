@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,8 +20,17 @@ log = logging.getLogger("ezsd")
 
 Classes = Literal["all", "base", "novel"]
 """Which names a detector looked for at once."""
-SPACES: dict[Classes, str] = {"all": "generalised", "base": "base_only", "novel": "novel_only"}
-"""What an evaluation of such detections is called."""
+Space = Literal["generalised", "base_asked", "novel_asked", "base_alone", "novel_alone"]
+SPACES: dict[Space, Classes] = {
+    "generalised": "all",
+    "base_asked": "base",
+    "novel_asked": "novel",
+    "base_alone": "base",
+    "novel_alone": "novel",
+}
+"""Evaluations, with the names that were looked for: "asked" while a run's others competed unseen, "alone" with none."""
+_FORMER = {"base_alone": "base_only", "novel_alone": "novel_only"}
+"""What earlier versions call the same."""
 SHAPES = {"bbox": "boxes", "segm": "masks"}
 """What overlaps are measured of."""
 COLUMNS = ("AP", "AP50", "AP75", "AR")
@@ -79,10 +88,16 @@ def evaluate_results(
                 detections,
                 annotations,
             )
-    space: Classes = classes or "all"
-    _refuse_others(detections, results, truth, space)
-    _warn_of_unsearched(detections, results, truth, space)
-    return document(truth, {space: results}, max_detections)
+    asked: Classes = classes or "all"
+    _refuse_others(detections, results, truth, asked)
+    _warn_of_unsearched(detections, results, truth, asked)
+    # What else competed is not in the file.
+    return document(truth, {space_of(asked, alone=False): results}, max_detections)
+
+
+def space_of(classes: Classes, *, alone: bool) -> Space:
+    """What an evaluation of a search for these names is called."""
+    return next(space for space, names in SPACES.items() if names == classes and space.endswith("alone") == alone)
 
 
 def looked_for(classes: Classes, names: int, base_count: int) -> slice:
@@ -91,7 +106,7 @@ def looked_for(classes: Classes, names: int, base_count: int) -> slice:
 
 
 def _refuse_others(path: Path, results: Results, truth: Truth, classes: Classes) -> None:
-    """Detections of other names show that these were not looked for alone."""
+    """Detections of other names show that more was looked for."""
     if classes == "all":
         return
     split = truth.split
@@ -101,7 +116,7 @@ def _refuse_others(path: Path, results: Results, truth: Truth, classes: Classes)
         name = split.names[strange[0]] if strange[0] >= 0 else "a class outside the split"
         raise ArgumentError(
             f"--classes {classes}: {path} has detections of {name!r}, so more than the {classes} names was looked for; "
-            f"leave --classes out, or give results of a search for the {classes} names alone"
+            f"leave --classes out, or give the detections of the {classes} names"
         )
 
 
@@ -120,7 +135,7 @@ def _warn_of_unsearched(path: Path, results: Results, truth: Truth, classes: Cla
         )
 
 
-def document(truth: Truth, found: Mapping[Classes, Results], max_detections: int | None) -> dict[str, object]:
+def document(truth: Truth, found: Mapping[Space, Results], max_detections: int | None) -> dict[str, object]:
     """Everything that is said of detections: what eval.json holds, the same bytes for the same detections.
 
     "at" has the figures of boxes, "masks_at" those of masks, where the truth and the detections have them.
@@ -138,35 +153,51 @@ def document(truth: Truth, found: Mapping[Classes, Results], max_detections: int
         "annotations": {"file": truth.path.name, "sha256": sha256(truth.path)},
         "limit": headline_limit.label,
     }
-    for classes, results in found.items():
-        names = truth.split.names[looked_for(classes, len(truth.split.names), len(truth.split.base))]
-        result[SPACES[classes]] = {
+    for space, results in found.items():
+        names = truth.split.names[looked_for(SPACES[space], len(truth.split.names), len(truth.split.base))]
+        result[space] = table = {
             "detections": len(results.score),
             "most_per_image": results.fullest(),
             "at": evaluate_at(truth, results, names=names, limits=limits),
         }
         if truth.masks is not None and results.masks is not None:
-            table = cast("dict[str, object]", result[SPACES[classes]])
             table["masks_at"] = evaluate_at(truth, results, names=names, limits=limits, shape="segm")
     return result
 
 
-def at_limit(result: Mapping[str, object], space: str) -> dict[str, Any]:
+def evaluated(result: Mapping[str, object]) -> dict[Space, dict[str, Any]]:
+    """The label spaces that a document has, of an earlier version as well."""
+    stored = {space: result.get(space, result.get(_FORMER.get(space, ""))) for space in SPACES}
+    return {space: cast("dict[str, Any]", table) for space, table in stored.items() if table is not None}
+
+
+def at_limit(result: Mapping[str, object], space: Space) -> dict[str, Any]:
     """The evaluation of one label space at the document's own limit."""
-    table = cast("dict[str, Any]", result[space])
-    found: dict[str, Any] = table["at"][result["limit"]]
+    found: dict[str, Any] = evaluated(result)[space]["at"][result["limit"]]
     return found
 
 
 def headline(result: Mapping[str, object]) -> dict[str, float | None]:
-    """AP50 of base, novel and all names (generalised), and of novel names alone; None for what was not evaluated."""
-    scores: dict[str, float | None] = dict.fromkeys(("base", "novel", "all", "novel_only"))
-    if "generalised" in result:
-        general = at_limit(result, "generalised")
-        scores |= {group: general[group]["AP50"] for group in ("base", "novel", "all")}
-    if "novel_only" in result:
-        scores["novel_only"] = at_limit(result, "novel_only")["novel"]["AP50"]
+    """AP50 of base, novel and all names (generalised), and of other label spaces; only of what was evaluated."""
+    scores: dict[str, float | None] = {}
+    for space in evaluated(result):
+        found = at_limit(result, space)
+        if space == "generalised":
+            scores |= {group: found[group]["AP50"] for group in ("base", "novel", "all")}
+        else:
+            scores[space] = found[SPACES[space]]["AP50"]
     return scores
+
+
+def headline_columns(scores: Iterable[Mapping[str, float | None]]) -> dict[str, str]:
+    """The keys of some `headline`s, in the order of a table, with what each is called."""
+    present = {key for one in scores for key in one}
+    return {key: said for key, said in _SAID.items() if key in present}
+
+
+_SAID = {group: group for group in ("base", "novel", "all")} | {
+    space: space.replace("_asked", " asked").replace("_alone", ", alone") for space in SPACES if space != "generalised"
+}
 
 
 def coco_results(found: Results, truth: Truth) -> str:
@@ -199,16 +230,14 @@ def coco_results(found: Results, truth: Truth) -> str:
 def evaluation_tables(result: Mapping[str, object], *, per_class: bool) -> str:
     """The figures in percent, by label space and limit; limits that give the same figures share a table."""
     blocks: list[str] = []
-    for space in SPACES.values():
-        if space in result:
-            table = cast("dict[str, Any]", result[space])
-            labels = sorted(table["at"], key=lambda label: label != result["limit"])
-            for figures in ("at", "masks_at"):
-                found = table.get(figures, {})
-                if found:
-                    blocks += _blocks(space, [found[label] for label in labels], table["most_per_image"])
-            if per_class:
-                blocks.append(_class_block(space, table["at"][result["limit"]]))
+    for space, table in evaluated(result).items():
+        labels = sorted(table["at"], key=lambda label: label != result["limit"])
+        for figures in ("at", "masks_at"):
+            found = table.get(figures, {})
+            if found:
+                blocks += _blocks(space, [found[label] for label in labels], table["most_per_image"])
+        if per_class:
+            blocks.append(_class_block(space, table["at"][result["limit"]]))
     return "\n\n".join(blocks)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cache import Manifest, differences
 from ezsd.adapt import restore
+from ezsd.competitors import competition
 from ezsd.data.dataset import pad_images, padded_size, resize
 from ezsd.data.segmentations import encode
 from ezsd.detector.masks import paste
@@ -45,6 +46,18 @@ class Located:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """Names to look for, and those that compete with them unseen; `TrainedDetector.search` makes it."""
+
+    text: Tensor
+    """Unit rows of the names to look for, (C, D)."""
+    competing: Tensor
+    """Unit rows of the others that take part, (K, D); none when the names are looked for alone."""
+    aside: tuple[str, ...]
+    """Names of the run that would have competed, but say nearly what an asked name says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedDetector:
     """A finished run, ready to look at images."""
 
@@ -57,20 +70,33 @@ class TrainedDetector:
     """Unit rows of `names`, (C, D)."""
     device: torch.device
 
+    def search(self, text: Tensor, *, alone: bool = False) -> Search:
+        """What to look for: asked names, and the run's own that compete with them.
+
+        Args:
+            text: unit rows of the names to look for, (C, D).
+            alone: whether no other name competes; every object is then called by an asked name.
+        """
+        if alone:
+            return Search(text=text, competing=text[:0], aside=())
+        competing, aside = competition(text, self.text)
+        names = tuple(name for name, out in zip(self.names, aside.tolist(), strict=True) if out)
+        return Search(text=text, competing=self.text[competing], aside=names)
+
     def find(
-        self, images: Sequence[Tensor], text: Tensor, *, keep: int | None = None, masks: bool = True
+        self, images: Sequence[Tensor], search: Search, *, keep: int | None = None, masks: bool = True
     ) -> list[Located]:
         """Look for named objects.
 
         Args:
             images: (3, H, W) uint8 RGB each, at original size.
-            text: unit rows of the names to look for, (C, D).
+            search: the names to look for.
             keep: most detections per image; None for the run's own setting.
             masks: whether to make masks, if the settings have them.
         """
         settings = self.config.train
         resized = [resize(i, short_side=settings.short_side, long_side=settings.long_side) for i in images]
-        found = self._detect([image for image, _, _ in resized], text.to(self.device), keep=keep, masks=masks)
+        found = self._detect([image for image, _, _ in resized], search, keep=keep, masks=masks)
         results = []
         for image, one, (_, sx, sy) in zip(images, found, resized, strict=True):
             boxes = one.boxes.float().cpu() / torch.tensor([sx, sy, sx, sy])
@@ -87,8 +113,9 @@ class TrainedDetector:
             )
         return results
 
-    def _detect(self, images: Sequence[Tensor], text: Tensor, *, keep: int | None, masks: bool) -> list[Detections]:
+    def _detect(self, images: Sequence[Tensor], search: Search, *, keep: int | None, masks: bool) -> list[Detections]:
         """Like `find`, in the pixels of resized images."""
+        text, competing = search.text.to(self.device), search.competing.to(self.device)
         # A map's border shows in what is found beside it: no image is padded otherwise than it would be alone.
         alike: dict[tuple[int, int], list[int]] = {}
         for place, image in enumerate(images):
@@ -101,6 +128,7 @@ class TrainedDetector:
                     batch.to(self.device),
                     sizes,
                     text,
+                    competing=competing,
                     score_floor=self.config.eval.score_floor,
                     nms_iou=self.config.eval.nms_iou,
                     keep=self.config.eval.keep if keep is None else keep,

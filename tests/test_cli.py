@@ -77,6 +77,8 @@ def test_help_loads_neither_torch_nor_zarr():
         (["eval", "--run", "a", "--novel", "cat"], ["--novel", "--detections alone"]),
         (["eval", "--detections", "b", "--annotations", "c", "--crops"], ["--crops", "--run alone"]),
         (["eval", "--detections", "b", "--annotations", "c"], ["--detections b", "no such file"]),
+        (["eval", "--detections", "b", "--annotations", "c", "--alone"], ["--alone", "--run alone"]),
+        (["eval", "--run", "a", "--classes", "all", "--alone"], ["--alone", "base or novel"]),
         (["eval", "--run", "a", "--weights", "b"], ["--weights b", "--crops"]),
         (["eval", "--run", "a", "--crops", "--weights", "b"], ["--weights b", "no such file"]),
         (["eval", "--detections", "b", "--annotations", "c", "--weights", "d"], ["--weights", "--run alone"]),

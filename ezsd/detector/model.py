@@ -206,6 +206,7 @@ class Detector(nn.Module):
         sizes: list[tuple[int, int]],
         text: Tensor,
         *,
+        competing: Tensor | None = None,
         score_floor: float,
         nms_iou: float,
         keep: int,
@@ -217,6 +218,8 @@ class Detector(nn.Module):
             images: (B, 3, H, W) float in [0, 1], padded.
             sizes: (height, width) of each image.
             text: unit rows of the names to look for, (C, D).
+            competing: unit rows of other names, (K, D): a region may be called by one of them, and has its box then,
+                but is no detection. None for none.
             score_floor: detections below it are dropped.
             nms_iou: suppression within a class.
             keep: most detections per image.
@@ -227,18 +230,21 @@ class Detector(nn.Module):
         features = self.head.features(maps[: self.head.pooling.levels])
         boxes, index = torch.cat(proposals), _image_index(proposals)
         seen = self.head.embed(features, boxes, index)
-        every = self.head.classifier(seen.embedding, text).float().softmax(1)
+        known = text if competing is None else torch.cat([text, competing])
+        every = self.head.classifier(seen.embedding, known).float().softmax(1)
         probability = every[:, :-1]
         names = self._box_names(probability)
-        rows = text[names]
+        rows = known[names]
         if self.settings.box_class == "reference":
-            rows = rows * (every.argmax(1) < len(text))[:, None, None]
+            rows = rows * (every.argmax(1) < len(known))[:, None, None]
         deltas = self.head.regressor(seen.pooled(slice(None)), rows)
         count = names.shape[1]
         moved = decode_boxes(boxes.repeat_interleave(count, 0), deltas.flatten(0, 1)).unflatten(0, (-1, count))
         own = torch.zeros_like(probability, dtype=torch.int64).scatter_(
             1, names, torch.arange(count, device=names.device).expand_as(names)
         )
+        # The competitors' part ends here, before anything is counted.
+        own, probability = own[:, : len(text)], probability[:, : len(text)]
         found = [
             _suppress(
                 moved[index == i],

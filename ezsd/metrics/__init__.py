@@ -3,10 +3,9 @@
 pycocotools and the official lvis package are the truth: the figures here are theirs, found faster, and tests compare
 them number by number. Importing this package loads no torch; `ezsd.metrics.recall`, about proposals, does.
 
-Two label spaces are in use. *Generalised*: detections scored against all names at once; evaluate them with
-`names=None`. *Novel only*: the caller runs the detector with the novel names alone and evaluates with
-`names=split.novel`. Restricting `names` for generalised detections does not make them novel-only ones: the classes
-would still have competed for every box.
+*Generalised*: detections scored against all names at once; evaluate them with `names=None`. Where the caller has the
+detector look for some names, evaluate with these, as `names=split.novel`. Restricting `names` for generalised
+detections does not make them those of a search for the novel names *alone*: the classes have competed for every box.
 """
 
 from ezsd.metrics.evaluation import (

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import product
 from typing import Any
 
-from pipeline.figures import COLUMNS, GROUPS, SHAPES, at_limit, headline
+from pipeline.figures import COLUMNS, GROUPS, SHAPES, at_limit, evaluated, headline, headline_columns
 from pipeline.report.facts import Facts, dataset_label, flat_settings, store_environment
 from pipeline.report.html import DASH, Html, element, note, percent, section, wide_table
-
-_SHOWN = {"base": "base", "novel": "novel", "all": "all", "novel_only": "novel names only"}
 
 
 def results_section(facts: Sequence[Facts]) -> Html:
     """AP50 of all runs, and all figures of the main one."""
-    head = element("tr", element("th", "run"), *(element("th", said) for said in _SHOWN.values()))
-    rows = [_result_row(fact, facts[0]) for fact in facts]
+    scores = [{} if fact.evaluation is None else headline(fact.evaluation) for fact in facts]
+    columns = headline_columns(scores)
+    head = element("tr", element("th", "run"), *(element("th", said) for said in columns.values()))
+    rows = [_result_row(fact, facts[0], one, columns) for fact, one in zip(facts, scores, strict=True)]
     table = element("table", element("thead", head), element("tbody", *rows), class_="results")
     missing = [fact for fact in facts if fact.evaluation is None]
     notes = [note(f"{fact.label} is not evaluated yet:", fact.command("eval")) for fact in missing]
-    return section("Results", _conditions(facts[0]), wide_table(table), *notes, _all_figures(facts[0]))
+    lead = _conditions(facts[0], alone="novel_alone" in columns)
+    return section("Results", lead, wide_table(table), *notes, _all_figures(facts[0]))
 
 
 def _all_figures(main: Facts) -> Html:
     """The main run at every limit, folded away."""
     assert main.evaluation is not None
     tables = []
-    spaces = [space for space in ("generalised", "novel_only") if space in main.evaluation]
-    for space, figures in product(spaces, ("at", "masks_at")):
-        for found in main.evaluation[space].get(figures, {}).values():
+    for (space, table), figures in product(evaluated(main.evaluation).items(), ("at", "masks_at")):
+        for found in table.get(figures, {}).values():
             rows = {group: found[group] for group in GROUPS if found.get(group, {}).get("boxes")}
             title = (
                 f"{space.replace('_', ' ')}, {SHAPES[found['iou_type']]}, at most {found['max_detections']} detections "
@@ -42,24 +42,24 @@ def _all_figures(main: Facts) -> Html:
     return element("details", element("summary", lead), *tables)
 
 
-def _conditions(main: Facts) -> Html:
+def _conditions(main: Facts, *, alone: bool) -> Html:
     assert main.evaluation is not None
     general = at_limit(main.evaluation, "generalised")
     counts = [f"{general[g]['boxes']} objects of {general[g]['classes']} {g} classes" for g in ("base", "novel")]
     text = (
-        f" AP50 in percent on {general['images']} validation images with {' and '.join(counts)}. In the first three "
-        f"columns all {len(general['names'])} names are looked for at once; in the last one the novel names alone. At "
+        f" AP50 in percent on {general['images']} validation images with {' and '.join(counts)}. All "
+        f"{len(general['names'])} names are looked for at once"
+        f"{'; in the last column the novel names, and no base name competes' if alone else ''}. At "
         f"most {general['max_detections']} detections per {general['counted_per']} count. Each row is one run with one "
         f"seed."
     )
     return Html(element("strong", f"{dataset_label(main)}.") + escape(text))
 
 
-def _result_row(fact: Facts, main: Facts) -> Html:
-    scores: Mapping[str, float | None] = {} if fact.evaluation is None else headline(fact.evaluation)
+def _result_row(fact: Facts, main: Facts, scores: Mapping[str, float | None], columns: Iterable[str]) -> Html:
     differs = "this run" if fact is main else "; ".join(_differences(main, fact)) or "the same settings"
     name = element("th", fact.label, element("small", differs), scope="row")
-    return element("tr", name, *(_bar_cell(scores.get(group), group) for group in _SHOWN))
+    return element("tr", name, *(_bar_cell(scores.get(key), key) for key in columns))
 
 
 def _bar_cell(value: float | None, group: str) -> Html:

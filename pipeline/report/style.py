@@ -46,7 +46,7 @@ small{display:block;color:var(--soft);font-size:.8rem}
 .results tbody td{width:17%;font-size:1.45rem;
 background:linear-gradient(var(--tint),var(--tint)) left bottom/var(--part) 100% no-repeat}
 .results td.base{--tint:var(--base-tint)}
-.results td.novel,.results td.novel_only{--tint:var(--novel-tint)}
+.results td.novel,.results td.novel_alone{--tint:var(--novel-tint)}
 .results td.all{--tint:var(--all-tint)}
 .columns,.charts{display:grid;gap:1.5rem 2.5rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,290px),1fr))}
 .class{display:grid;grid-template-columns:7.5rem 1fr 3rem;gap:.6rem;align-items:center;font-size:.88rem}

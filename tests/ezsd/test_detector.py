@@ -705,6 +705,48 @@ def test_one_name_of_its_own_is_the_likeliest_and_more_names_than_there_are_do_n
         assert not torch.equal(plain.boxes, four.boxes)
 
 
+def by_place(found, label):
+    """Boxes and scores of one name, best first."""
+    mine = found.labels == label
+    return found.boxes[mine], found.scores[mine]
+
+
+@pytest.mark.parametrize("choice", ["foreground", "reference", "topk"])
+def test_asked_names_are_found_as_among_all_when_the_others_compete_unseen(detector, choice):
+    torch.nn.init.normal_(detector.head.regressor.deltas.weight, std=0.3)
+    detector.settings = dataclasses.replace(detector.settings, box_class=choice)
+    text = unit_rows(7)
+    asked = [4, 1]
+    others = [0, 2, 3, 5, 6]
+    among, some = (
+        detect(detector, rows, competing=rivals, keep=10_000)
+        for rows, rivals in ((text, None), (text[asked], text[others]))
+    )
+    for every, found in zip(among, some, strict=True):
+        assert set(found.labels.tolist()) == {0, 1}
+        for label, name in enumerate(asked):
+            for ours, theirs in zip(by_place(found, label), by_place(every, name), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_competitor_names_is_no_asked_object_and_takes_no_place(detector):
+    detector.head.classifier.background.data.copy_(-9 * unit_rows(1, seed=8)[0])
+    asked = unit_rows(1)
+    (alone, _), (none, _) = (detect(detector, asked, competing=rivals) for rivals in (None, asked[:0]))
+    assert torch.equal(alone.scores, none.scores)
+    assert torch.equal(alone.boxes, none.boxes)
+    # Five rows that say what the detector sees beat any other.
+    batch = make_batch()
+    with torch.no_grad():
+        features = detector.eval().head.features(detector.backbone(normalise(batch.images, batch.sizes)))
+        seen = detector.head.embed(features, random_boxes(9, limit=50), torch.zeros(9, dtype=torch.int64)).embedding
+    winner = F.normalize(seen.mean(0, keepdim=True), dim=1)
+    (found, _) = detect(detector, asked, competing=winner.expand(5, -1), keep=7)
+    assert found.scores.max() < 0.5 * alone.scores.max()
+    assert len(found.scores) == 7
+    assert set(found.labels.tolist()) == {0}
+
+
 def test_detection_changes_no_statistics_and_needs_no_gradient(detector):
     before = copy.deepcopy(detector.state_dict())
     found = detect(detector, unit_rows(3))[0]

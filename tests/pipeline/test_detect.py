@@ -1,5 +1,6 @@
 """Detection in images as they are shown: turned ones, several, folders, and as a COCO document."""
 
+import dataclasses
 import json
 import shutil
 from importlib.resources import as_file
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ezsd.data.dataset import pad_images
 from ezsd.data.shapes import SHAPES_SPLIT
+from ezsd.detector.backbone import normalise
 from ezsd.teacher import TeacherError, shipped_weights
 from ezsd.vocabulary import VocabularyError
 from pipeline.arguments import ArgumentError, find_images, picture_places
@@ -56,12 +59,76 @@ def test_an_image_is_looked_at_as_if_it_were_alone(shapes_run, shapes_root):
     trained = load_trained(shapes_run, "cpu")
     small = read_shown(shapes_root / "val/000001.png")[:, :100, :90]
     large = torch.randint(0, 256, (3, 170, 150), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    (alone,) = trained.find([small], trained.text)
-    together = trained.find([large, small, large], trained.text)
+    search = trained.search(trained.text)
+    (alone,) = trained.find([small], search)
+    together = trained.find([large, small, large], search)
     assert len(alone.scores)
     np.testing.assert_allclose(together[1].boxes, alone.boxes, atol=1e-3)
     np.testing.assert_allclose(together[1].scores, alone.scores, atol=1e-5)
     np.testing.assert_array_equal(together[0].boxes, together[2].boxes)
+
+
+def found_by(trained, search, image, label):
+    """Scores and boxes of one of the names looked for, best first."""
+    (one,) = trained.find([read_shown(image)], search, keep=10_000)
+    return one.scores[one.labels == label], one.boxes[one.labels == label]
+
+
+def test_a_name_asked_for_by_itself_is_found_as_among_all_of_the_run(shapes_run, shapes_root):
+    trained = load_trained(shapes_run, "cpu", ["eval.score_floor=0.0"])
+    image = shapes_root / "val/000001.png"
+    ring = trained.names.index("ring")
+    row = trained.text[ring : ring + 1]
+    among = found_by(trained, trained.search(trained.text), image, ring)
+    asked = found_by(trained, trained.search(row), image, 0)
+    assert len(asked[0])
+    for ours, theirs in zip(asked, among, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert len(trained.search(row).competing) == len(trained.names) - 1
+    # Alone, every object is one.
+    alone = found_by(trained, trained.search(row, alone=True), image, 0)
+    assert alone[0].max() > 3 * asked[0].max()
+
+
+def test_base_objects_are_not_called_by_the_name_that_is_asked_for(shapes_run, shapes_root):
+    trained, image = load_trained(shapes_run, "cpu"), shapes_root / "val/000001.png"
+    # The first base row is what the detector sees all over the image.
+    batch, sizes = pad_images([read_shown(image)])
+    boxes = torch.tensor([[x, y, x + 48.0, y + 48] for x in range(0, 80, 8) for y in range(0, 80, 8)])
+    with torch.no_grad():
+        features = trained.detector.head.features(trained.detector.backbone(normalise(batch, sizes)))
+        seen = trained.detector.head.embed(features, boxes, torch.zeros(len(boxes), dtype=torch.int64)).embedding
+    base = torch.nn.functional.normalize(seen.mean(0, keepdim=True), dim=1)
+    planted = dataclasses.replace(trained, text=torch.cat([base, trained.text[1:]]))
+    row = trained.text[-1:]
+    alone, asked = (found_by(planted, planted.search(row, alone=alone), image, 0)[0] for alone in (True, False))
+    assert (alone > 0.3).any()
+    assert not (asked > 0.3).any()
+
+
+def test_a_name_of_the_run_that_means_the_same_steps_aside(shapes_run, shapes_root):
+    trained = load_trained(shapes_run, "cpu", ["eval.score_floor=0.0"])
+    image = shapes_root / "val/000001.png"
+    ring = trained.names.index("ring")
+    noise = torch.randn(trained.text.shape[1], generator=torch.Generator().manual_seed(0))
+    synonym = torch.nn.functional.normalize(trained.text[ring : ring + 1] + 0.001 * noise, dim=1)
+    search = trained.search(synonym)
+    assert search.aside == ("ring",)
+    assert len(search.competing) == len(trained.names) - 1
+    asked = found_by(trained, trained.search(trained.text[ring : ring + 1]), image, 0)
+    assert found_by(trained, search, image, 0)[0].max() == pytest.approx(asked[0].max(), rel=0.2)
+
+
+def test_names_that_step_aside_are_said(shapes_run, turned, caplog):
+    caplog.set_level("INFO", logger="ezsd")
+    options = {"threshold": 0.0, "device": "cpu", "drawn": None}
+    found = list(detect_images([turned[0]], shapes_run, ["red ring", "bar"], **options))
+    said = "these names of the run mean nearly what is asked for and do not compete: "
+    assert [one.message for one in caplog.records if one.message.startswith(said)] == [f"{said}ring"]
+    caplog.clear()
+    alone = list(detect_images([turned[0]], shapes_run, ["red ring", "bar"], **options, alone=True))
+    assert not any(one.message.startswith(said) for one in caplog.records)
+    assert max(one.score for one in alone[0].objects) > 2 * max(one.score for one in found[0].objects)
 
 
 def test_a_folder_gives_one_document_that_is_also_a_results_file(shapes_run, shapes_root):

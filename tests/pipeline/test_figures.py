@@ -1,5 +1,6 @@
 """`ezsd eval` of runs and of anybody's results: the same figures, and one clear line for what is not in order."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,8 +14,11 @@ from ezsd.data.annotations import AnnotationError
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.vocabulary import VocabularyError
 from pipeline.arguments import ArgumentError, class_names
-from pipeline.evaluate import evaluate_run
+from pipeline.command import score_table
+from pipeline.evaluate import detect_split, evaluate_run, run_dataset
 from pipeline.figures import aligned, at_limit, evaluate_results, evaluation_tables, headline
+from pipeline.parsed import evaluation_annotations
+from pipeline.trained import load_trained
 
 ROOT = Path(__file__).resolve().parents[2]
 NOVEL = ",".join(SHAPES_SPLIT.novel)
@@ -78,12 +82,60 @@ def test_another_split_or_label_space_has_files_of_its_own(shapes_run, tmp_path)
     result = evaluate_run(run, data_root=None, device="cpu", split="train", classes="novel", max_detections=300)
     assert (folder / "eval.json").read_bytes() == before
     assert json.loads((folder / "eval-train-novel.json").read_text()) == json.loads(json.dumps(result))
-    assert set(result) == {"annotations", "limit", "novel_only"}
-    found = at_limit(result, "novel_only")
+    assert set(result) == {"annotations", "limit", "novel_asked"}
+    found = at_limit(result, "novel_asked")
     assert (found["images"], found["max_detections"]) == (12, 300)
-    assert headline(result)["base"] is None
+    assert headline(result).keys() == {"novel_asked"}
     names = {one["name"] for one in json.loads((folder / "detections-train-novel.json").read_text())}
     assert names <= set(SHAPES_SPLIT.novel)
+
+
+def test_names_asked_for_have_the_figures_that_they_have_among_all(shapes_run, tmp_path):
+    run = type(shapes_run).open(shutil.copytree(shapes_run.folder, tmp_path / "run"))
+    every = json.loads((run.folder / "eval.json").read_text())
+    for classes in ("base", "novel"):
+        space = f"{classes}_asked"
+        result = evaluate_run(run, data_root=None, device="cpu", classes=classes)
+        # At 100 an image and class no name takes another's place, but for the 300 an image that are looked at.
+        ours, theirs = (table[name]["at"]["100 per class"] for table, name in ((result, space), (every, "generalised")))
+        assert ours[classes]["AP50"] == pytest.approx(theirs[classes]["AP50"], abs=0.02)
+        assert ours["names"] == list(getattr(SHAPES_SPLIT, classes))
+
+
+def test_alone_is_a_search_without_any_other_name_under_a_name_of_its_own(shapes_run, tmp_path):
+    run = type(shapes_run).open(shutil.copytree(shapes_run.folder, tmp_path / "run"))
+    before = (run.folder / "eval.json").read_bytes()
+    alone = evaluate_run(run, data_root=None, device="cpu", classes="novel", alone=True)
+    asked = evaluate_run(run, data_root=None, device="cpu", classes="novel")
+    assert (run.folder / "eval.json").read_bytes() == before
+    assert json.loads((run.folder / "eval-novel-alone.json").read_text()) == json.loads(json.dumps(alone))
+    assert json.loads((run.folder / "eval-novel.json").read_text()) == json.loads(json.dumps(asked))
+    both = evaluate_run(run, data_root=None, device="cpu", alone=True)
+    assert both == json.loads(before) | {"novel_alone": alone["novel_alone"]}
+    assert list(headline(both)) == ["base", "novel", "all", "novel_alone"]
+    # As before there were competitors: a detector that knows no other names.
+    trained = load_trained(run, "cpu")
+    first = trained.base_count
+    bare = dataclasses.replace(trained, names=trained.names[first:], text=trained.text[first:])
+    dataset = run_dataset(run, None)
+    truth, root = dataset.root / dataset.val_annotations, dataset.root / dataset.val_images
+    found = detect_split(bare, evaluation_annotations(truth, dataset.split), root, bare.text, "detect")
+    assert alone["novel_alone"]["detections"] == len(found.score)
+    assert alone["novel_alone"]["at"]["100"]["novel"] != asked["novel_asked"]["at"]["100"]["novel"]
+    stored = json.loads((run.folder / "detections-novel-alone.json").read_text())
+    assert [one["score"] for one in stored] == [float(f"{score:.9g}") for score in found.score]
+
+
+def test_what_earlier_versions_call_novel_only_is_novel_alone(shapes_run, tmp_path):
+    run = type(shapes_run).open(shutil.copytree(shapes_run.folder, tmp_path / "run"))
+    both = evaluate_run(run, data_root=None, device="cpu", alone=True)
+    former = {key: value for key, value in both.items() if key != "novel_alone"} | {"novel_only": both["novel_alone"]}
+    assert headline(former) == headline(both)
+    assert evaluation_tables(former, per_class=True) == evaluation_tables(both, per_class=True)
+    assert score_table({"run": headline(former)}).splitlines()[0].split() == [
+        *("AP50", "base", "novel", "all"),
+        *("novel,", "alone"),
+    ]
 
 
 def test_an_empty_validation_list_is_one_clear_error(shapes_run, shapes_root, tmp_path):
@@ -148,13 +200,13 @@ def test_a_split_file_is_a_dataset_file_or_two_lists(scene, tmp_path):
             evaluated(*scene, split_file=tmp_path / "split.toml")
 
 
-def test_results_of_a_search_for_more_names_are_not_novel_only(scene):
+def test_results_of_a_search_for_more_names_are_not_those_of_novel_ones(scene):
     with pytest.raises(ArgumentError, match="--classes novel: .*'cat'"):
         evaluated(*scene, novel="cow", classes="novel")
     found, _ = scene
     found.write_text(json.dumps([one for one in json.loads(found.read_text()) if one["category_id"] == 2]))
     result = evaluated(*scene, novel="cow", classes="novel")
-    assert headline(result) == {"base": None, "novel": None, "all": None, "novel_only": pytest.approx(1)}
+    assert headline(result) == {"novel_asked": pytest.approx(1)}
 
 
 @pytest.mark.parametrize(
