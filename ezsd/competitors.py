@@ -26,7 +26,7 @@ def competition(asked: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         asked: unit text rows of the names to look for, (C, D).
-        own: unit text rows of the names that the detector was trained for, (K, D).
+        own: unit text rows of the names that the detector was trained for, (K, D). Both on the CPU.
 
     Returns:
         competing and aside, (K,) bool each.

@@ -83,7 +83,7 @@ def require_alone(alone: bool, classes: str | None) -> None:
     """ArgumentError for `--alone` where all names are looked for anyway."""
     if alone and classes == "all":
         raise ArgumentError(
-            "--alone goes with --classes base or novel, or without --classes: of all names none is left"
+            "--alone goes with --classes base or novel, or without --classes: beside all names there are no others"
         )
 
 

@@ -47,6 +47,11 @@ def test_help_loads_neither_torch_nor_zarr():
         assert f"'{heavy}'" not in result.stderr
 
 
+@pytest.mark.parametrize("command", ["detect", "eval"])
+def test_a_search_without_competitors_is_offered(command):
+    assert "--alone" in ezsd(command, "--help").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
