@@ -22,7 +22,7 @@ from ezsd.detector.model import BoxClass
 from ezsd.kernels import Backend, Metric
 from ezsd.proposals import Score
 from ezsd.selectors import Mode
-from ezsd.teacher import Activation, Names, Precision
+from ezsd.teacher import Activation, Names, Normalisation, Precision
 
 
 class ConfigError(ValueError):
@@ -49,6 +49,9 @@ class TeacherConfig:
     """"raw" puts names into the template as they are; "clean" as one says them, see `clean_names`."""
     activation: Activation | None = None
     """Of a local file that nobody knows: "gelu" or "quickgelu", as its authors say. Checked, changes nothing."""
+    normalisation: Normalisation | None = None
+    """Of a local file's pixels: "openai", "inception", "imagenet" or "none"; asked for where the model's published weights
+    differ in it. Changes the embeddings, and stands in the store's fingerprint."""
     precision: Precision = "auto"
     """Of the weights: "auto" is "bf16" where the hardware has it, after a comparison with "fp32"."""
 
