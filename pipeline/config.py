@@ -199,7 +199,7 @@ class ModelConfig:
     box_hidden: int
     """Width of the box regressor's hidden layer ("fast"), or of all fully connected layers ("paper")."""
     temperature: float
-    """Start of the learned multiplier of cosines."""
+    """Start of the learned multiplier of cosines, at most 100, where it is held."""
     head: HeadName = "fast"
     """"fast" convolves the maps and embeds a region by one operator; "paper" convolves each region, as its authors."""
     semantic_boxes: bool = True
@@ -237,9 +237,10 @@ class LossConfig:
     """Weights of the objective."""
 
     distillation: float
-    """Of the distillation; 0 leaves it out (see also model.spare_confidence, which reads cached regions)."""
+    """Of the distillation: L1's, as the authors'; another metric is scaled to pull as hard, see
+    `ezsd.losses.distillation_scale`. 0 leaves it out (see also model.spare_confidence, which reads cached regions)."""
     metric: Metric = "cosine"
-    """Distance to the cached embedding: "cosine", or "l1" between unit vectors (the authors', grows with sqrt(D))."""
+    """Distance to the cached embedding: "cosine", or "l1" between unit vectors (the authors')."""
     novel_names: bool = False
     """Whether novel names stand in the cross-entropy too; the authors have base names alone."""
     rpn: float = 1.0
@@ -274,7 +275,7 @@ class TrainConfig:
     long_side: int
     """See there."""
     rate_images: int = 0
-    """The rate is multiplied by images / rate_images; 0 takes it as it stands."""
+    """The rate is multiplied by images / rate_images, with AdamW by the root of it; 0 takes it as it stands."""
     warmup: int = 0
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "step"] = "cosine"
