@@ -312,7 +312,8 @@ def _in_bf16(model: open_clip.CLIP, name: str) -> open_clip.CLIP:
     rounded = [n for n, m in twin.named_modules() if isinstance(m, _NORMS) and m.weight.dtype != torch.float32]
     if rounded:
         raise _fp32_alone(
-            name, f"open_clip rounds {rounded[0]} and others of its norms too, whose tuning would be lost in the rounding"
+            name,
+            f"open_clip rounds {rounded[0]} and others of its norms too, whose tuning would be lost in the rounding",
         )
     return twin
 
@@ -346,13 +347,17 @@ def _preprocessing(name: str, weights: str, stated: Normalisation | None) -> dic
     of_tags = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
     shared = {(cfg.get("mean"), cfg.get("std")) for cfg in of_tags}
     if len(shared) > 1:
-        known = [f"{key} ({_some(of_tags, tags, values)})" for key, values in NORMALISATIONS.items() if values in shared]
+        known = [
+            f"{key} ({_some(of_tags, tags, values)})" for key, values in NORMALISATIONS.items() if values in shared
+        ]
         raise TeacherError(
             f"--weights {weights}: published weights of {name} differ in the mean and deviation of pixels, and "
             f"embeddings are silently wrong with the wrong ones; say --set teacher.normalisation={' or '.join(known)}"
         )
-    mean, std = shared.pop() if shared else (None, None)
-    return {"mean": mean, "std": std} if mean and std else {}
+    for mean, std in shared:
+        if mean and std:
+            return {"mean": mean, "std": std}
+    return {}
 
 
 def _some(configs: Sequence[Mapping[str, Any]], tags: Sequence[str], values: tuple[tuple[float, ...], ...]) -> str:

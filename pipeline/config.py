@@ -50,8 +50,8 @@ class TeacherConfig:
     activation: Activation | None = None
     """Of a local file that nobody knows: "gelu" or "quickgelu", as its authors say. Checked, changes nothing."""
     normalisation: Normalisation | None = None
-    """Of a local file's pixels: "openai", "inception", "imagenet" or "none"; asked for where the model's published weights
-    differ in it. Changes the embeddings, and stands in the store's fingerprint."""
+    """Of a local file's pixels: "openai", "inception", "imagenet" or "none"; asked for where the model's published
+    weights differ in it. Changes the embeddings, and stands in the store's fingerprint."""
     precision: Precision = "auto"
     """Of the weights: "auto" is "bf16" where the hardware has it, after a comparison with "fp32"."""
 

@@ -41,8 +41,8 @@ RELATIONS = (
         "train.learning_rate",
         ("train.images", "train.rate_images", "train.optimiser"),
         "scaled",
-        "the rate is for `rate_images` images a step; with SGD it follows `images` in proportion (arXiv 1706.02677), with "
-        "AdamW by the root (arXiv 2205.10287)",
+        "the rate is for `rate_images` images a step; with SGD it follows `images` in proportion "
+        "(arXiv 1706.02677), with AdamW by the root (arXiv 2205.10287)",
     ),
     Relation(
         "train.optimiser",
@@ -137,14 +137,16 @@ RELATIONS = (
         "model.head",
         ("model.tower_depth", "model.box_hidden"),
         "warned",
-        "depth and width are of other layers: on the maps and of the regressor (`fast`), of each region and of all layers "
+        "depth and width are of other layers: on the maps and of the regressor (`fast`), of each region and of all "
+        "layers "
         "(`paper`: 3 and 1024)",
     ),
     Relation(
         "model.temperature",
         ("train.learning_rate",),
         "refused",
-        f"at most {MAX_TEMPERATURE:g}, where it is held while it learns; it learns by the detector's rate, without decay",
+        f"at most {MAX_TEMPERATURE:g}, where it is held while it learns; it learns by the detector's rate, without "
+        "decay",
     ),
     Relation(
         "model.sampled_regions",
@@ -174,7 +176,8 @@ RELATIONS = (
         "adapt.crops",
         ("adapt.learning_rate", "adapt.steps"),
         "warned",
-        "the rate is as it stands: AdamW's follows the root of the crops (arXiv 2205.10287), and crops x steps is what is "
+        "the rate is as it stands: AdamW's follows the root of the crops (arXiv 2205.10287), and crops x steps is "
+        "what is "
         "seen",
     ),
     Relation(
@@ -183,9 +186,7 @@ RELATIONS = (
         "warned",
         "each loss has a best rate of its own; at low rates the binary one spoils the teacher before it mends it",
     ),
-    Relation(
-        "adapt.weight_decay", ("adapt.learning_rate",), "listed", "what decays in a step is rate x weight_decay"
-    ),
+    Relation("adapt.weight_decay", ("adapt.learning_rate",), "listed", "what decays in a step is rate x weight_decay"),
     Relation(
         "adapt.held_out",
         ("adapt.crops",),
@@ -196,7 +197,8 @@ RELATIONS = (
         "proposals.grid",
         ("proposals.sizes", "proposals.stride", "proposals.mode"),
         "warned",
-        "sizes and stride are pixels of the resized image (`faithful`), or pixels of the image and a share of the window "
+        "sizes and stride are pixels of the resized image (`faithful`), or pixels of the image and a share of the "
+        "window "
         "(`sliding`)",
     ),
     Relation(
@@ -241,13 +243,37 @@ RELATIONS = (
 """All of them. What a setting needs to have an effect is in `_NEEDS`."""
 
 ALONE = frozenset(
-    """
-    teacher.name teacher.weights teacher.template teacher.names teacher.activation teacher.normalisation
-    teacher.precision adapt.towers adapt.clip_norm proposals.ratios proposals.nms_iou proposals.base_iou
-    proposals.boxes build.seed build.block_images build.batch build.max_bad_images build.embedding model.channels
-    model.rpn_proposals model.pool_size train.loader_workers train.seed train.backend train.channels_last train.compile
-    train.tensorboard eval.nms_iou eval.keep
-    """.split()
+    [
+        "teacher.name",
+        "teacher.weights",
+        "teacher.template",
+        "teacher.names",
+        "teacher.activation",
+        "teacher.normalisation",
+        "teacher.precision",
+        "adapt.towers",
+        "adapt.clip_norm",
+        "proposals.ratios",
+        "proposals.nms_iou",
+        "proposals.base_iou",
+        "proposals.boxes",
+        "build.seed",
+        "build.block_images",
+        "build.batch",
+        "build.max_bad_images",
+        "build.embedding",
+        "model.channels",
+        "model.rpn_proposals",
+        "model.pool_size",
+        "train.loader_workers",
+        "train.seed",
+        "train.backend",
+        "train.channels_last",
+        "train.compile",
+        "train.tensorboard",
+        "eval.nms_iou",
+        "eval.keep",
+    ]
 )
 """Settings that mean the same whatever the others are."""
 
@@ -321,7 +347,8 @@ def require_fit(config: Config) -> None:
     )
     _require(
         proposals.grid == "faithful" or proposals.stride <= 1,
-        f"proposals.stride={proposals.stride:g} is a share of the window's side with proposals.grid=sliding, and must be "
+        f"proposals.stride={proposals.stride:g} is a share of the window's side with proposals.grid=sliding, and "
+        "must be "
         "at most 1",
     )
     _require(
@@ -336,7 +363,9 @@ def changed_alone(config: Config, changed: set[str]) -> list[str]:
     lines = [
         f"--set {one.setting} alone, without {' or '.join(one.neighbours)}: {one.effect.replace('`', '')}"
         for one in RELATIONS
-        if one.how == "warned" and one.setting in changed and not changed & set(one.neighbours)
+        if one.how == "warned"
+        and one.setting in changed
+        and not changed & set(one.neighbours)
         # What it is about is the pair's order, which the next line looks at.
         and one.setting != "train.warmup"
     ]

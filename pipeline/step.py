@@ -134,8 +134,8 @@ def weigh(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
 def peak_rate(config: TrainConfig) -> float:
     """The learning rate at its height, scaled to the images per step.
 
-    With SGD in proportion to them (Goyal et al., arXiv 1706.02677). With AdamW, which divides by the gradient's size, in
-    proportion to their root (Malladi et al., arXiv 2205.10287).
+    With SGD in proportion to them (Goyal et al., arXiv 1706.02677). With AdamW, which divides by the gradient's size,
+    in proportion to their root (Malladi et al., arXiv 2205.10287).
     """
     if not config.rate_images:
         return config.learning_rate

@@ -144,7 +144,7 @@ class CosineClassifier(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.constrain()
         # Earlier versions limited the value in use: a parameter beyond the bound meant the bound.
-        self.register_load_state_dict_post_hook(lambda module, _: module.constrain())
+        nn.Module.register_load_state_dict_post_hook(self, lambda module, _: module.constrain())
 
     @torch.no_grad()
     def constrain(self) -> None:

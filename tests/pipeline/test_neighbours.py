@@ -50,7 +50,11 @@ def test_presets_fit_and_say_nothing(name, caplog):
         ("coco", ["proposals.keep=100"], "proposals.regions=300 are chosen among proposals.keep=100"),
         ("coco", ["train.decay_at=[0.5]"], "train.decay_at: changes nothing without train.schedule=step"),
         ("shapes", ["train.validate_images=5"], "changes nothing without train.validate_every above 0"),
-        ("coco", ["model.spare_rpn=true"], "model.spare_rpn: changes nothing without model.spare_confidence of at most 1"),
+        (
+            "coco",
+            ["model.spare_rpn=true"],
+            "model.spare_rpn: changes nothing without model.spare_confidence of at most 1",
+        ),
         ("coco", ["model.box_top_k=3"], "changes nothing without model.box_class=topk"),
         ("coco", ["model.box_class=topk", "model.semantic_boxes=false"], "without model.semantic_boxes=true"),
         ("coco", ["loss.mask=2"], "changes nothing without model.masks=true"),

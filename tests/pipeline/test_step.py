@@ -12,12 +12,14 @@ from cache import Store
 from ezsd.detector.heads import FastHead, PaperHead, Pooling
 from ezsd.losses import REFERENCE_COSINE, distillation_scale
 from pipeline.batches import load_batches
-from pipeline.config import load_preset, preset_names
+from pipeline.config import from_tables, load_preset, preset_names
 from pipeline.detector import build_detector
+from pipeline.files import write_json
 from pipeline.processes import Processes
-from pipeline.runs import Run
+from pipeline.runs import Run, RunError
 from pipeline.step import AverageWeights, learning_rate, part_weights, peak_rate, weigh
 from pipeline.train import TrainRequest, build_trainer, train, training_samples
+from pipeline.trained import load_trained
 
 BOUND = torch.tensor(math.log(100.0))
 NAME = "head.classifier.log_temperature"
@@ -37,9 +39,7 @@ def pull(preset, dim, cosine=REFERENCE_COSINE, draws=30):
     Maps of zeros: an embedding is then the projection's bias, and the bias' gradient is the embedding's.
     """
     model = preset.model
-    pooling = Pooling(
-        strides=(8,), size=2, canonical_size=32, canonical_level=3, backend=preset.train.backend
-    )
+    pooling = Pooling(strides=(8,), size=2, canonical_size=32, canonical_level=3, backend=preset.train.backend)
     head = HEADS[model.head](pooling, 4, dim, depth=1, hidden=8, semantic=False, temperature=model.temperature)
     generator, norms = torch.Generator().manual_seed(0), []
     boxes, index, weight = torch.tensor([[8.0, 8, 40, 40]]), torch.zeros(1, dtype=torch.int64), torch.ones(1)
@@ -148,6 +148,52 @@ def test_a_run_learns_its_temperature_from_the_bound_and_resumes_with_it(shapes_
     shutil.rmtree(run.folder / "checkpoints/step-00000004")
     again = train(TrainRequest(cache=shapes_store, run=run.folder, config=config)).finished().trained()
     assert torch.equal(again[NAME], whole[NAME])
+
+
+def as_earlier(run):
+    """The run as an earlier version left it, whose card says nothing of what settings come to."""
+    card = run.card
+    del card["in_effect"]
+    write_json(run.folder / "run.json", card)
+
+
+def stopped_at_two(run, steps):
+    """The run as if it had been stopped after step 2."""
+    shutil.rmtree(run.folder / f"checkpoints/step-{steps:08d}")
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["finished", "stopped"])
+def test_an_earlier_run_with_a_cosine_is_not_gone_on_with_at_another_strength(
+    shapes_store, with_settings, tmp_path, cut
+):
+    config = with_settings(loss={"metric": "cosine", "distillation": 0.5}, train={"steps": 4})
+    request = TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config)
+    run = train(request)
+    as_earlier(run)
+    # A finished one can be looked through all the same.
+    assert load_trained(run, "cpu").config == from_tables(run.card["config"], where="card")
+    if cut:
+        stopped_at_two(run, 4)
+    said = (
+        r"earlier version .* otherwise: in_effect.distillation_weight: 0.5 there, 5.3\d* wanted; choose another --run"
+    )
+    with pytest.raises(RunError, match=said) as caught:
+        train(request)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "loop"),
+    [({}, {"rate_images": 0}), ({"metric": "cosine", "distillation": 0.0}, {"rate_images": 0}), ({}, {})],
+    ids=["l1", "no distillation", "rate for the images"],
+)
+def test_an_earlier_run_whose_settings_come_to_the_same_goes_on(shapes_store, with_settings, tmp_path, loss, loop):
+    own = with_settings(loss=loss, train={"steps": 4, "rate_images": 4} | loop)
+    now = with_settings(loss=loss, train={"steps": 4, "rate_images": 4})
+    run = train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=own))
+    as_earlier(run)
+    stopped_at_two(run, 4)
+    assert train(TrainRequest(cache=shapes_store, run=run.folder, config=now)).finished().step == 4
 
 
 @pytest.mark.parametrize(("optimiser", "factor"), [("sgd", 4.0), ("adamw", 2.0)])
