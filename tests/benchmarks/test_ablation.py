@@ -14,8 +14,8 @@ import pytest
 from cache import Store
 from ezsd.data.shapes import SHAPES_SPLIT
 from pipeline.config import load_preset, to_tables
-from pipeline.step import part_weights
 from pipeline.provenance import dataset_inputs
+from pipeline.step import part_weights
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Few windows, two blocks of images, two steps: the same code in seconds.
