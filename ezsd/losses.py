@@ -27,7 +27,7 @@ def distillation_scale(metric: Metric, embed_dim: int) -> float:
         1 - cosine    sqrt(1 - c^2)
 
     L1 keeps its scale: the authors' weight of 1 belongs to it. 1 - cosine is multiplied by the ratio of the two at
-    c = `REFERENCE_COSINE`, about 1.33 sqrt(D): 10.7 at D = 64, 30.1 at D = 512. Elsewhere they differ: L1's norm
+    c = `REFERENCE_COSINE`, about 1.33 sqrt(D): 15.1 at D = 128, 30.1 at D = 512. Elsewhere they differ: L1's norm
     hardly changes with c, that of the cosine falls to zero as c rises to 1.
 
     Args:

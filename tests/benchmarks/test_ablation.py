@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,9 @@ def test_every_arm_has_settings_of_its_own_that_exist(ablation):
 @pytest.mark.parametrize("factor", [2.0, 4.0, 8.0])
 def test_a_cosine_arm_multiplies_the_distance_by_what_its_rows_were_trained_with(ablation, factor):
     config = load_preset("shapes", ablation.ARMS[f"cosine, weight {factor}"].train)
-    assert part_weights(config.loss, 64)["distillation"] == pytest.approx(factor, rel=1e-12)
+    with (files("ezsd.weights") / "tiny-shapes.json").open() as teacher:
+        dim = json.load(teacher)["embed_dim"]
+    assert part_weights(config.loss, dim)["distillation"] == pytest.approx(factor, rel=1e-12)
 
 
 def test_an_unknown_arm_is_refused_with_the_known_ones(ablation, capsys):

@@ -166,7 +166,7 @@ def stopped_at_two(run, steps):
 def test_an_earlier_run_with_a_cosine_is_not_gone_on_with_at_another_strength(
     shapes_store, with_settings, tmp_path, cut
 ):
-    config = with_settings(loss={"metric": "cosine", "distillation": 0.5}, train={"steps": 4})
+    config = with_settings(loss={"metric": "cosine", "distillation": 0.5}, train={"steps": 4, "rate_images": 4})
     request = TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config)
     run = train(request)
     as_earlier(run)
@@ -175,7 +175,7 @@ def test_an_earlier_run_with_a_cosine_is_not_gone_on_with_at_another_strength(
     if cut:
         stopped_at_two(run, 4)
     said = (
-        r"earlier version .* otherwise: in_effect.distillation_weight: 0.5 there, 5.3\d* wanted; choose another --run"
+        r"earlier version .* otherwise: in_effect.distillation_weight: 0.5 there, 7.53\d* wanted; choose another --run"
     )
     with pytest.raises(RunError, match=said) as caught:
         train(request)
