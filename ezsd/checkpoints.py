@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +59,25 @@ def activation_mismatch(where: str, name: str, *, wants: bool) -> TeacherError:
     expected, found = ("QuickGELU", "GELU") if wants else ("GELU", "QuickGELU")
     return TeacherError(
         f"{where}: the weights expect {expected}, the model has {found}, and embeddings would be silently wrong; {has}"
+    )
+
+
+def require_transformers(where: str, text: Mapping[str, object]) -> None:
+    """Refuse a model whose text tower or tokenizer is Hugging Face's where their package is missing.
+
+    Args:
+        where: the options that asked for it, for the message.
+        text: open_clip's settings of the text tower.
+    """
+    if (text.get("hf_model_name") or text.get("hf_tokenizer_name")) and find_spec("transformers") is None:
+        raise transformers_missing(where)
+
+
+def transformers_missing(where: str) -> TeacherError:
+    """The error of a model that needs the package transformers."""
+    return TeacherError(
+        f"{where}: its text side needs the package transformers, which is not installed: pip install "
+        f"'ezsd[transformers]'"
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, INCEPTION_MEAN, INCEPTION_STD
 from torch import Tensor, nn
 
 from ezsd.checkpoints import (
@@ -26,6 +27,8 @@ from ezsd.checkpoints import (
     load_checkpoint,
     require_activation,
     require_hub_file,
+    require_transformers,
+    transformers_missing,
 )
 from ezsd.vocabulary import VocabularyError, clean_names, prompts, suggest
 
@@ -35,6 +38,8 @@ Names = Literal["raw", "clean"]
 """How prompts say a class name: as it is, or see `clean_names`."""
 Activation = Literal["gelu", "quickgelu"]
 """What CLIP's two towers were trained with."""
+Normalisation = Literal["openai", "inception", "imagenet", "none"]
+"""Which mean and deviation of pixels a model was trained with, see `NORMALISATIONS`."""
 Precision = Literal["auto", "fp32", "bf16"]
 """Of convolutions and linear layers; LayerNorms are float32 always."""
 
@@ -46,6 +51,13 @@ _ROWS = 1024
 """Names that are compared with all others at once."""
 _SHOWN = 3
 """Most names, or pairs of them, that one line lists."""
+NORMALISATIONS: Mapping[Normalisation, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "openai": (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
+    "inception": (INCEPTION_MEAN, INCEPTION_STD),
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "none": ((0.0,) * 3, (1.0,) * 3),
+}
+"""Mean and standard deviation of red, green and blue in [0, 1]: those that open_clip's published weights have."""
 
 TINY_SHAPES = "tiny-shapes"
 """Name of the shipped teacher of the `shapes` benchmark: a real open_clip model of 0.9 M parameters in use."""
@@ -119,7 +131,19 @@ class OpenClipTeacher:
         self._tokenizer = _tokenizer(name)
         self._known_tokens = known_tokens
         self._measured: set[str] = set()
-        self.embed_dim = int(self.encode_text_tokens(self._tokenizer(["a"])).shape[1])
+        self.embed_dim = self._tried_out()
+
+    @torch.no_grad()
+    def _tried_out(self) -> int:
+        """D, once both towers have run. TeacherError for one that does not compute in 16 bits."""
+        try:
+            if self.precision == "bf16":
+                self.encode_image(torch.zeros(1, 3, self.input_size, self.input_size))
+            return int(self.encode_text_tokens(self._tokenizer(["a"])).shape[1])
+        except RuntimeError as error:
+            if self.precision != "bf16":
+                raise
+            raise _fp32_alone(self.name, str(error).splitlines()[0]) from error
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """See `Teacher`. Keeps the graph where gradients are enabled."""
@@ -239,6 +263,7 @@ def load_teacher(
     template: str,
     names: Names = "raw",
     activation: Activation | None = None,
+    normalisation: Normalisation | None = None,
     precision: Precision = "fp32",
     device: str | torch.device = "cpu",
 ) -> Teacher:
@@ -252,24 +277,34 @@ def load_teacher(
         template: prompt with one "{}" for the class name; a plug-in makes its own prompts.
         names: how the prompt says a class name.
         activation: what a local file was trained with; needed unless the file is a known one.
+        normalisation: of the pixels, for a local file; needed where the published weights of the model differ in it.
         precision: "auto" is "bf16" where the device computes in it; a plug-in chooses its own.
         device: where it runs.
 
     Raises:
-        TeacherError: unknown model, missing or unfit weights, an activation that is not the model's, no network for
-            a tag or a hub model.
+        TeacherError: unknown model, missing or unfit weights, an activation that is not the model's, a normalisation
+            that nobody said, a package that is missing, no network for a tag or a hub model.
     """
+    if normalisation is not None and (name == TINY_SHAPES or weights is None or not Path(weights).exists()):
+        raise TeacherError(
+            f"--teacher {name}: teacher.normalisation={normalisation} is for a local file of an open_clip model; "
+            f"leave it out, all other weights bring their own"
+        )
     if name.startswith("plugin:"):
         if precision == "bf16":
             raise TeacherError(f"--teacher {name}: a plug-in chooses its own precision; leave teacher.precision out")
         return _load_plugin(name, device)
-    model, known_tokens = _load_model(name, weights, activation, device)
+    model, known_tokens = _load_model(name, weights, activation, normalisation, device)
     wanted: Literal["fp32", "bf16"] = "bf16" if precision == "bf16" or _prefers_bf16(precision, device) else "fp32"
     return OpenClipTeacher(model, name, template=template, names=names, precision=wanted, known_tokens=known_tokens)
 
 
 def _load_model(
-    name: str, weights: str | None, activation: Activation | None, device: str | torch.device
+    name: str,
+    weights: str | None,
+    activation: Activation | None,
+    normalisation: Normalisation | None,
+    device: str | torch.device,
 ) -> tuple[open_clip.CLIP, Tensor | None]:
     """A float32 model, and the token ids it has rows for if it ships with some only."""
     if name == TINY_SHAPES:
@@ -280,6 +315,8 @@ def _load_model(
         raise TeacherError(
             f"--teacher {name}: no such open_clip model; {near} `open_clip.list_models()` names them all"
         )
+    if not on_hub:
+        require_transformers(f"--teacher {name}", open_clip.get_model_config(name)["text_cfg"])
     if weights is None and not on_hub:
         raise TeacherError(f"--teacher {name} needs --weights: a tag such as openai, or a local .safetensors file")
     if weights is None:
@@ -287,7 +324,8 @@ def _load_model(
             require_hub_file(f"--teacher {name}", name.removeprefix("hf-hub:"), ["open_clip_config.json"])
         return _create(name, None, device, require_pretrained=True), None
     if Path(weights).exists():
-        model = _create(name, None, device, load_weights=False, force_preprocess_cfg=_preprocessing(name))
+        pixels = _preprocessing(name, weights, normalisation)
+        model = _create(name, None, device, load_weights=False, force_preprocess_cfg=pixels)
         require_activation(name, Path(weights), activation, model_has_quick_gelu=has_quick_gelu(model))
         load_checkpoint(model, name, Path(weights))
         return model, None
@@ -315,13 +353,32 @@ def _prefers_bf16(precision: Precision, device: str | torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+_NORMS = (nn.LayerNorm, nn.BatchNorm2d)
+_WITH_QUERIES = (open_clip.transformer.AttentionalPooler, open_clip.transformer.TextTransformer)
+
+
 def _in_bf16(model: open_clip.CLIP, name: str) -> open_clip.CLIP:
     """A twin with rounded weights, made by open_clip so that its LayerNorms compute in float32."""
     preprocess = open_clip.get_model_preprocess_cfg(model)
     device = model.logit_scale.device
     twin = _create(name, None, device, load_weights=False, precision="bf16", force_preprocess_cfg=preprocess)
     twin.load_state_dict(model.state_dict())
+    # open_clip leaves CoCa's queries and class token in float32, and feeds them to attention in bfloat16.
+    for module in twin.modules():
+        for own in ("query", "cls_emb") if isinstance(module, _WITH_QUERIES) else ():
+            if isinstance(parameter := getattr(module, own, None), nn.Parameter):
+                parameter.data = parameter.data.bfloat16()
+    rounded = [n for n, m in twin.named_modules() if isinstance(m, _NORMS) and m.weight.dtype != torch.float32]
+    if rounded:
+        raise _fp32_alone(
+            name,
+            f"open_clip rounds {rounded[0]} and others of its norms too, whose tuning would be lost in the rounding",
+        )
     return twin
+
+
+def _fp32_alone(name: str, reason: str) -> TeacherError:
+    return TeacherError(f"--teacher {name}: cannot be used in bf16 ({reason}); use --set teacher.precision=fp32")
 
 
 class Tokenizer(Protocol):
@@ -337,21 +394,45 @@ class Tokenizer(Protocol):
 def _tokenizer(name: str) -> Tokenizer:
     try:
         tokenizer: Tokenizer = open_clip.get_tokenizer(name)
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise transformers_missing(f"--teacher {name}") from error
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TeacherError(f"--teacher {name}: its tokenizer cannot be had: {reason}") from error
     return tokenizer
 
 
-def _preprocessing(name: str) -> dict[str, Any]:
-    """Mean and deviation of pixels for a local file: what all published weights of the model share, if they do."""
+def _preprocessing(name: str, weights: str, stated: Normalisation | None) -> dict[str, Any]:
+    """Mean and deviation of pixels for a local file: as stated, or what all published weights of the model share.
+
+    A model without published weights has open_clip's own. TeacherError where its published weights differ.
+    """
+    if stated is not None:
+        mean, std = NORMALISATIONS[stated]
+        return {"mean": mean, "std": std}
     tags = open_clip.list_pretrained_tags_by_model(name)
     of_tags = [open_clip.get_pretrained_cfg(name, tag) for tag in tags]
     shared = {(cfg.get("mean"), cfg.get("std")) for cfg in of_tags}
-    if len(shared) != 1:
-        return {}
-    mean, std = shared.pop()
-    return {"mean": mean, "std": std} if mean and std else {}
+    if len(shared) > 1:
+        known = [
+            f"{key} ({_some(of_tags, tags, values)})" for key, values in NORMALISATIONS.items() if values in shared
+        ]
+        raise TeacherError(
+            f"--weights {weights}: published weights of {name} differ in the mean and deviation of pixels, and "
+            f"embeddings are silently wrong with the wrong ones; say --set teacher.normalisation={' or '.join(known)}"
+        )
+    for mean, std in shared:
+        if mean and std:
+            return {"mean": mean, "std": std}
+    return {}
+
+
+def _some(configs: Sequence[Mapping[str, Any]], tags: Sequence[str], values: tuple[tuple[float, ...], ...]) -> str:
+    """The first tags whose weights have a mean and deviation of pixels."""
+    mine = [t for t, cfg in zip(tags, configs, strict=True) if (cfg.get("mean"), cfg.get("std")) == values]
+    return ", ".join(mine[:3]) + (", ..." if len(mine) > 3 else "")
 
 
 def _load_plugin(name: str, device: str | torch.device) -> Teacher:

@@ -22,7 +22,7 @@ from ezsd.data.annotations import Annotations
 from ezsd.teacher import Teacher, require_told_apart
 from pipeline.adapt import adapt_teacher
 from pipeline.commit import require_workers, write_shards
-from pipeline.config import Config, to_tables
+from pipeline.config import Config, TeacherConfig, to_tables
 from pipeline.datasets import read_dataset_image
 from pipeline.environment import describe_build, weights_file_digest
 from pipeline.extract import ExtractJob
@@ -231,7 +231,9 @@ def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
     if not same_file or not same_loader or found.problems:
         return False
     asked = dataclasses.asdict(request.config.teacher) | {"weights": None}
-    if dict(recorded.get("teacher", {})) | {"weights": None} != asked:
+    # What an earlier version did not record was as it is by default.
+    defaults = dataclasses.asdict(TeacherConfig(name=""))
+    if {**defaults, **recorded.get("teacher", {}), "weights": None} != asked:
         return False
     model = model_inputs(found.manifest)
     wanted = describe(request.dataset, annotations, request.config, model)

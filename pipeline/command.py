@@ -14,9 +14,10 @@ from ezsd.kernels import BackendError
 from ezsd.teacher import TeacherError
 from pipeline.arguments import EARLY_ERRORS, ArgumentError, require_device_name
 from pipeline.cluster import ClusterError
-from pipeline.config import STAGE_ONE, Config, ConfigError, load_preset, setting_of
+from pipeline.config import STAGE_ONE, Config, ConfigError, setting_of
 from pipeline.datasets import Dataset, DatasetError
 from pipeline.figures import headline_columns, percent
+from pipeline.neighbours import load_settings
 from pipeline.provenance import dataset_inputs
 from pipeline.runs import RunError
 from pipeline.shapes import write_shapes
@@ -69,7 +70,7 @@ def build_config(
         of_teacher.append(f"teacher.weights={json.dumps(weights)}")
     if activation is not None:
         of_teacher.append(f"teacher.activation={json.dumps(activation)}")
-    config = load_preset(preset, [*of_dataset, *overrides, *of_teacher])
+    config = load_settings(preset, [*of_dataset, *overrides, *of_teacher])
     if teacher is not None and weights is None:
         # Another teacher's weights would never fit.
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=None))
@@ -90,7 +91,7 @@ def train_config(cache: Path, preset: str | None, overrides: Sequence[str], *, s
         preset = store.environment.get("preset")
     if preset is None:
         preset = str(dataset_inputs(store.manifest)["name"])
-    return load_preset(preset, overrides)
+    return load_settings(preset, overrides)
 
 
 def _seed_override(seed: int, overrides: Sequence[str]) -> str:

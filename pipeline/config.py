@@ -22,7 +22,7 @@ from ezsd.detector.model import BoxClass
 from ezsd.kernels import Backend, Metric
 from ezsd.proposals import Score
 from ezsd.selectors import Mode
-from ezsd.teacher import Activation, Names, Precision
+from ezsd.teacher import Activation, Names, Normalisation, Precision
 
 
 class ConfigError(ValueError):
@@ -49,6 +49,9 @@ class TeacherConfig:
     """"raw" puts names into the template as they are; "clean" as one says them, see `clean_names`."""
     activation: Activation | None = None
     """Of a local file that nobody knows: "gelu" or "quickgelu", as its authors say. Checked, changes nothing."""
+    normalisation: Normalisation | None = None
+    """Of a local file's pixels: "openai", "inception", "imagenet" or "none"; asked for where the model's published
+    weights differ in it. Changes the embeddings, and stands in the store's fingerprint."""
     precision: Precision = "auto"
     """Of the weights: "auto" is "bf16" where the hardware has it, after a comparison with "fp32"."""
 
@@ -196,7 +199,7 @@ class ModelConfig:
     box_hidden: int
     """Width of the box regressor's hidden layer ("fast"), or of all fully connected layers ("paper")."""
     temperature: float
-    """Start of the learned multiplier of cosines."""
+    """Start of the learned multiplier of cosines, at most 100, where it is held."""
     head: HeadName = "fast"
     """"fast" convolves the maps and embeds a region by one operator; "paper" convolves each region, as its authors."""
     semantic_boxes: bool = True
@@ -234,9 +237,10 @@ class LossConfig:
     """Weights of the objective."""
 
     distillation: float
-    """Of the distillation; 0 leaves it out (see also model.spare_confidence, which reads cached regions)."""
+    """Of the distillation: L1's, as the authors'; another metric is scaled to pull as hard, see
+    `ezsd.losses.distillation_scale`. 0 leaves it out (see also model.spare_confidence, which reads cached regions)."""
     metric: Metric = "cosine"
-    """Distance to the cached embedding: "cosine", or "l1" between unit vectors (the authors', grows with sqrt(D))."""
+    """Distance to the cached embedding: "cosine", or "l1" between unit vectors (the authors')."""
     novel_names: bool = False
     """Whether novel names stand in the cross-entropy too; the authors have base names alone."""
     rpn: float = 1.0
@@ -271,7 +275,7 @@ class TrainConfig:
     long_side: int
     """See there."""
     rate_images: int = 0
-    """The rate is multiplied by images / rate_images; 0 takes it as it stands."""
+    """The rate is multiplied by images / rate_images, with AdamW by the root of it; 0 takes it as it stands."""
     warmup: int = 0
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "step"] = "cosine"

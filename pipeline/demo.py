@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.build import build_cache
-from pipeline.config import load_preset
 from pipeline.datasets import find_dataset
 from pipeline.evaluate import evaluate_crops, evaluate_run
 from pipeline.figures import headline
+from pipeline.neighbours import load_settings
 from pipeline.report import write_report
 from pipeline.request import BuildRequest
 from pipeline.runs import Run, RunError
@@ -47,7 +47,7 @@ def run_demo(out: Path, *, seed: int, device: str, overrides: tuple[str, ...] = 
     data, store = out / "data", out / "cache"
     write_shapes(data, seed=seed)
     clock.lap("shapes")
-    config = load_preset("shapes", overrides)
+    config = load_settings("shapes", overrides)
     built = build_cache(
         BuildRequest(dataset=find_dataset("shapes", data), config=config, out=store, preset="shapes", device=device)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -18,9 +19,9 @@ from pipeline.build import adapted, embed_names, extract_job
 from pipeline.config import ConfigError, from_tables
 from pipeline.datasets import from_definition
 from pipeline.extract import block_rows
-from pipeline.provenance import describe
+from pipeline.provenance import describe, model_inputs
 from pipeline.request import BuildRequest, read_annotations
-from pipeline.teachers import configured_teacher
+from pipeline.teachers import configured_teacher, with_recorded_normalisation
 
 
 def repair_store(path: Path, data_root: Path | None, *, weights: str | None, device: str) -> RepairReport:
@@ -40,6 +41,10 @@ def _source(path: Path, data_root: Path, *, weights: str | None, device: str) ->
     config = from_tables(recorded["config"], where=str(path / "environment.json"))
     if weights is not None:
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=weights))
+    # Where the manifest is what has to be repaired, only the settings can say it.
+    with contextlib.suppress(StoreError):
+        model = model_inputs(info(path).manifest)
+        config = dataclasses.replace(config, teacher=with_recorded_normalisation(config.teacher, model))
     dataset = from_definition(recorded["dataset"], data_root).require()
     return _Images(BuildRequest(dataset=dataset, config=config, out=path, limit=recorded["limit"], device=device))
 

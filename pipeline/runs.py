@@ -59,6 +59,8 @@ _OF_NO_MATTER = frozenset(
     {f"config.train.{key}" for key in ("loader_workers", "checkpoint_every", "tensorboard")}
     # The store's digest says whether it is the same one; a copy of it may record other places.
     | {f"config.{table}" for table in STAGE_ONE}
+    # The rate that it leads to is compared: see `pipeline.step.in_effect`.
+    | {"config.train.rate_images"}
 )
 """What may change when a run is gone on with: nothing that is learned depends on it."""
 
@@ -136,7 +138,12 @@ class Run:
         wanted = json.loads(json.dumps(card))
         _refuse_foreign(folder)
         if (folder / "run.json").is_file():
-            differences = _differences(run.card, wanted)
+            differences = _differences(_with_effect(run.card) if "in_effect" in wanted else run.card, wanted)
+            if differences and all(one.startswith("in_effect.") for one in differences):
+                raise RunError(
+                    f"--run {folder}: an earlier version of ezsd understood the same settings otherwise: "
+                    f"{'; '.join(differences)}; choose another --run folder"
+                )
             if differences:
                 raise RunError(
                     f"--run {folder}: holds another run: {'; '.join(differences[:4])}; choose another --run folder"
@@ -360,6 +367,23 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, flat: Mapping[str, Tenso
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _with_effect(card: Mapping[str, object]) -> Mapping[str, object]:
+    """A card as this version writes it: earlier ones took a distance as it stands, and any rate in proportion."""
+    if "in_effect" in card:
+        return card
+    loss, train = _nested(card, "config", "loss"), _nested(card, "config", "train")
+    assert isinstance(loss, Mapping)
+    assert isinstance(train, Mapping)
+    rate, of = train["learning_rate"], train.get("rate_images", 0)
+    return {
+        **card,
+        "in_effect": {
+            "distillation_weight": loss["distillation"],
+            "peak_rate": rate * train["images"] / of if of else rate,
+        },
+    }
 
 
 def _nested(card: Mapping[str, object], *keys: str) -> object:

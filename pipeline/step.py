@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ezsd.detector.model import Batch, Detector, Totals
-from pipeline.config import LossConfig, TrainConfig
+from ezsd.losses import distillation_scale
+from pipeline.config import Config, LossConfig, TrainConfig
 from pipeline.processes import Processes
 
 
@@ -21,6 +22,11 @@ class Objective:
     text: Tensor
     """Unit rows of the names in the cross-entropy, base names first, (C, D)."""
     config: LossConfig
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each part of the objective is multiplied by."""
+        return part_weights(self.config, self.text.shape[1])
 
 
 class AverageWeights:
@@ -61,7 +67,7 @@ class Trainer:
         """One step over this process' batches, which lie on the detector's device.
 
         Returns:
-            `loss`, the weighted sum, its unweighted parts, and the learning rate; over all processes.
+            `loss`, the weighted sum, its parts as they are before weighing, and the learning rate; over all processes.
 
         Raises:
             FloatingPointError: loss or gradient is not finite; the message has the parts.
@@ -77,6 +83,7 @@ class Trainer:
         self.processes.add_gradients(self.detector.parameters())
         norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.clip_norm)
         self.optimiser.step()
+        self.detector.constrain()
         if self.average is not None:
             self.average.update(self.detector, step + 1)
         # One transfer, for a GPU is waited for at each.
@@ -95,7 +102,7 @@ class Trainer:
                 distill=self.objective.config.metric if self.objective.config.distillation > 0 else None,
                 totals=totals,
             )
-        loss = weigh(parts, self.objective.config)
+        loss = weigh(parts, self.objective.weights)
         loss.backward()
         return ["loss", *parts], torch.stack([loss.detach(), *(p.detach().float() for p in parts.values())])
 
@@ -107,24 +114,42 @@ class Trainer:
         return Totals(images=self.config.images, regions=int(self.processes.add(regions)))
 
 
-def weigh(parts: dict[str, Tensor], config: LossConfig) -> Tensor:
-    """The objective: weighted sum of the parts that are there."""
-    weight = {
+def part_weights(config: LossConfig, embed_dim: int) -> dict[str, float]:
+    """What each part of the objective is multiplied by, for embeddings of width `embed_dim`."""
+    return {
         "rpn_objectness": config.rpn,
         "rpn_box": config.rpn,
         "classification": config.classification,
         "box": config.box,
         "mask": config.mask,
-        "distillation": config.distillation,
+        "distillation": config.distillation * distillation_scale(config.metric, embed_dim),
     }
-    return torch.stack([weight[name] * part.float() for name, part in parts.items()]).sum()
+
+
+def weigh(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The objective: weighted sum of the parts that are there."""
+    return torch.stack([weights[name] * part.float() for name, part in parts.items()]).sum()
 
 
 def peak_rate(config: TrainConfig) -> float:
-    """The learning rate at its height, scaled to the images per step."""
+    """The learning rate at its height, scaled to the images per step.
+
+    With SGD in proportion to them (Goyal et al., arXiv 1706.02677). With AdamW, which divides by the gradient's size,
+    in proportion to their root (Malladi et al., arXiv 2205.10287).
+    """
     if not config.rate_images:
         return config.learning_rate
+    if config.optimiser == "adamw":
+        return config.learning_rate * math.sqrt(config.images / config.rate_images)
     return config.learning_rate * config.images / config.rate_images
+
+
+def in_effect(config: Config, embed_dim: int) -> dict[str, float]:
+    """What settings that hang on neighbours come to: a run is another one when these differ."""
+    return {
+        "distillation_weight": part_weights(config.loss, embed_dim)["distillation"],
+        "peak_rate": peak_rate(config.train),
+    }
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache import JSON
 from ezsd.adapt import restore
 from ezsd.crops import crop_boxes
 from ezsd.data.annotations import Annotations
-from ezsd.teacher import Teacher, TeacherError, load_teacher
+from ezsd.teacher import NORMALISATIONS, TINY_SHAPES, Teacher, TeacherError, load_teacher
 from pipeline.config import Config, TeacherConfig
 from pipeline.datasets import Dataset, read_dataset_image
 from pipeline.images import ImageError
@@ -33,9 +36,26 @@ def configured_teacher(config: TeacherConfig, device: str) -> Teacher:
         template=config.template,
         names=config.names,
         activation=config.activation,
+        normalisation=config.normalisation,
         precision=config.precision,
         device=device,
     )
+
+
+def with_recorded_normalisation(config: TeacherConfig, model: Mapping[str, JSON]) -> TeacherConfig:
+    """A store's teacher with the normalisation of its fingerprint, which a local file may have to be told.
+
+    Args:
+        config: of the store's teacher; a record of an earlier version says no normalisation, nor does a tag's.
+        model: the teacher's fingerprint, as the store's manifest has it.
+    """
+    local = config.weights is not None and config.name != TINY_SHAPES and Path(config.weights).is_file()
+    if config.normalisation is not None or not local:
+        return config
+    for name, (mean, std) in NORMALISATIONS.items():
+        if (model.get("mean"), model.get("std")) == (list(mean), list(std)):
+            return dataclasses.replace(config, normalisation=name)
+    return config
 
 
 @torch.no_grad()

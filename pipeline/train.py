@@ -33,7 +33,7 @@ from pipeline.processes import Processes, join_processes, own_device
 from pipeline.progress import Progress
 from pipeline.provenance import as_built, dataset_inputs
 from pipeline.runs import Run, RunError, restore_optimiser, rows_digest
-from pipeline.step import AverageWeights, Objective, Trainer, build_optimiser, peak_rate
+from pipeline.step import AverageWeights, Objective, Trainer, build_optimiser, in_effect, peak_rate
 from pipeline.stop import StopSignal
 from pipeline.stored import checked_annotations
 from pipeline.validate import Validation, require_validation
@@ -118,6 +118,7 @@ def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detec
     attributes = store.teacher[1]
     return detector, {
         "config": to_tables(as_built(config, store.manifest, store.environment)),
+        "in_effect": in_effect(config, store.embed_dim),
         "store": {"digest": store.manifest.digest, "manifest": dict(store.manifest.fields)},
         "dataset": dataset.name,
         "names": list(names),
@@ -184,9 +185,15 @@ def build_trainer(detector: Detector, config: Config, text: Tensor, base: int, p
 def _say_what_differs(detector: Detector, config: TrainConfig, processes: Processes) -> None:
     if not processes.first:
         return
-    if config.rate_images:
-        rate, images = config.learning_rate, config.images
-        log.info("learning rate %g = %g x %d / %d images per step", peak_rate(config), rate, images, config.rate_images)
+    if config.rate_images not in (0, config.images):
+        log.info(
+            "learning rate %g = %g for %d images per step, scaled %s to %d",
+            peak_rate(config),
+            config.learning_rate,
+            config.rate_images,
+            "by the root" if config.optimiser == "adamw" else "in proportion",
+            config.images,
+        )
     parts = config.accumulate * processes.count
     if parts > 1 and any(isinstance(m, nn.BatchNorm2d) for m in detector.modules()):
         log.warning(

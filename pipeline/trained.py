@@ -25,7 +25,7 @@ from pipeline.detector import build_detector
 from pipeline.looking import at_test_time
 from pipeline.provenance import as_json, model_inputs
 from pipeline.runs import Run, RunError
-from pipeline.teachers import configured_teacher
+from pipeline.teachers import configured_teacher, with_recorded_normalisation
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
@@ -199,8 +199,9 @@ def run_teacher(run: Run, device: str, *, adapted: bool, weights: Path | None = 
         raise TeacherError(
             f"--run {run.folder}: the weights of its teacher were {config.weights}, which is gone; give --weights FILE"
         )
-    teacher = configured_teacher(config, device)
-    changed = differences(model_inputs(run_manifest(run)), as_json(teacher.fingerprint()))
+    model = model_inputs(run_manifest(run))
+    teacher = configured_teacher(with_recorded_normalisation(config, model), device)
+    changed = differences(model, as_json(teacher.fingerprint()))
     if changed:
         raise TeacherError(f"--run {run.folder}: the teacher is another now: {'; '.join(changed)}")
     if adapted:

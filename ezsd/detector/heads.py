@@ -123,13 +123,33 @@ class Tower(nn.Module):
         return maps
 
 
+MAX_TEMPERATURE = 100.0
+"""Above it the softmax is as hard as CLIP's own, and gradients vanish."""
+
+
 class CosineClassifier(nn.Module):
-    """Scaled cosines to frozen text rows, and one learned background row that is not of unit length."""
+    """Scaled cosines to frozen text rows, and one learned background row that is not of unit length.
+
+    The temperature is learned and stays within `MAX_TEMPERATURE`: whoever moves it calls `constrain` afterwards, as
+    CLIP's training does. Limiting its value where it is used would make its gradient zero at the bound for ever.
+
+    Args:
+        embed_dim: D.
+        temperature: start of the multiplier of cosines, in (0, `MAX_TEMPERATURE`].
+    """
 
     def __init__(self, embed_dim: int, *, temperature: float) -> None:
         super().__init__()
         self.background = nn.Parameter(torch.zeros(embed_dim))
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.constrain()
+        # Earlier versions limited the value in use: a parameter beyond the bound meant the bound.
+        nn.Module.register_load_state_dict_post_hook(self, lambda module, _: module.constrain())
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Move the temperature back within its bound."""
+        self.log_temperature.clamp_(max=math.log(MAX_TEMPERATURE))
 
     def forward(self, embedding: Tensor, text: Tensor) -> Tensor:
         """Unit embeddings (R, D) against unit rows (C, D): logits (R, C + 1), background last."""
@@ -137,8 +157,7 @@ class CosineClassifier(nn.Module):
         with torch.autocast(embedding.device.type, enabled=False):
             embedding, text = embedding.float(), text.float()
             cosine = torch.cat([embedding @ text.T, (embedding @ self.background)[:, None]], 1)
-            # Above 100 the softmax is as hard as CLIP's own, and gradients vanish.
-            return self.log_temperature.clamp(max=math.log(100.0)).exp() * cosine
+            return self.log_temperature.exp() * cosine
 
 
 class SemanticBoxRegressor(nn.Module):

@@ -185,6 +185,10 @@ class Detector(nn.Module):
         share = self._shares(totals, sampled, batch)
         return {name: part * share[name] for name, part in losses.items()}
 
+    def constrain(self) -> None:
+        """Move parameters that have a bound back within it; to be called after each step of an optimiser."""
+        self.head.classifier.constrain()
+
     def _shares(self, totals: Totals, sampled: list[SampledRegions], batch: Batch) -> dict[str, float | Tensor]:
         """What share of its step's term each mean over this batch is."""
         anchors = self._anchor_sampler.drawn / (totals.images * SAMPLED_ANCHORS)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from cache import Store
 from ezsd.data.shapes import SHAPES_SPLIT
 from pipeline.config import load_preset, to_tables
 from pipeline.provenance import dataset_inputs
+from pipeline.step import part_weights
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Few windows, two blocks of images, two steps: the same code in seconds.
@@ -153,6 +155,14 @@ def test_every_arm_has_settings_of_its_own_that_exist(ablation):
         key = json.dumps([config, spec.boxes, spec.oracle, arm.length, arm.evaluation])
         assert key not in seen, f"{arm.name} is {seen[key]}"
         seen[key] = arm.name
+
+
+@pytest.mark.parametrize("factor", [2.0, 4.0, 8.0])
+def test_a_cosine_arm_multiplies_the_distance_by_what_its_rows_were_trained_with(ablation, factor):
+    config = load_preset("shapes", ablation.ARMS[f"cosine, weight {factor}"].train)
+    with (files("ezsd.weights") / "tiny-shapes.json").open() as teacher:
+        dim = json.load(teacher)["embed_dim"]
+    assert part_weights(config.loss, dim)["distillation"] == pytest.approx(factor, rel=1e-12)
 
 
 def test_an_unknown_arm_is_refused_with_the_known_ones(ablation, capsys):

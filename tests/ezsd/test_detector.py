@@ -789,12 +789,21 @@ def test_the_background_row_starts_at_zero_and_is_not_of_unit_length():
     assert classifier(embedding, text)[0, 3].item() == pytest.approx(60, rel=1e-5)
 
 
-@pytest.mark.parametrize(("wanted", "used"), [(20, 20), (100, 100), (500, 100)])
-def test_the_temperature_is_at_most_100(wanted, used):
+@pytest.mark.parametrize(("held", "used"), [(20, 20), (100, 100), (500, 100)])
+def test_a_state_from_beyond_the_bound_of_the_temperature_means_the_bound(held, used):
     classifier = CosineClassifier(DIM, temperature=20.0)
-    classifier.log_temperature.data.fill_(math.log(wanted))
+    state = classifier.state_dict() | {"log_temperature": torch.tensor(math.log(held))}
+    classifier.load_state_dict(state)
     embedding, text = unit_rows(5), unit_rows(3, seed=7)
     torch.testing.assert_close(classifier(embedding, text)[:, :3], used * embedding @ text.T)
+    assert state["log_temperature"] == torch.tensor(math.log(held))
+
+
+@pytest.mark.parametrize("start", [20.0, 99.0, 100.0])
+def test_the_temperature_has_a_gradient_at_its_bound_too(start):
+    classifier = CosineClassifier(DIM, temperature=start)
+    F.cross_entropy(classifier(unit_rows(5), unit_rows(3, seed=7)), torch.arange(5) % 4).backward()
+    assert classifier.log_temperature.grad.abs() > 0.1
 
 
 def test_a_tower_keeps_shapes_and_is_never_negative():

@@ -2,12 +2,16 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
+import re
 import socket
 import sys
+import tomllib
 import zipfile
 from importlib.resources import files
+from pathlib import Path
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -18,7 +22,17 @@ from safetensors.torch import load_file, save_file
 
 from ezsd import checkpoints
 from ezsd.data.shapes import SHAPES_SPLIT, picture
-from ezsd.teacher import OpenClipTeacher, Teacher, TeacherError, load_teacher, require_told_apart, state_digest
+from ezsd.teacher import (
+    NORMALISATIONS,
+    TINY_SHAPES,
+    OpenClipTeacher,
+    Teacher,
+    TeacherError,
+    load_teacher,
+    require_told_apart,
+    shipped_weights,
+    state_digest,
+)
 from ezsd.vocabulary import VocabularyError
 
 TEMPLATE = "a photo of a {}"
@@ -287,6 +301,90 @@ def test_a_file_that_nobody_knows_needs_its_activation(small_clip):
 
 def test_a_file_of_another_activation_is_refused(small_clip):
     refusal(small_clip.name, small_clip.file, "expect QuickGELU, the model has GELU", activation="quickgelu")
+
+
+def test_a_file_that_may_need_one_of_two_normalisations_is_asked_for_it(small_clip):
+    said = refusal("ViT-L-14", small_clip.file, "ViT-L-14 differ in the mean and deviation of pixels")
+    offered = re.findall(r"(\w+) \(", said.partition("teacher.normalisation=")[2])
+    assert offered == ["openai", "inception"]
+    assert "inception (laion2b_s32b_b82k)" in said
+
+
+@pytest.mark.parametrize("kind", NORMALISATIONS)
+def test_a_stated_normalisation_is_used_and_stands_in_the_fingerprint(small_teacher, small_clip, kind):
+    told = load_teacher(small_clip.name, str(small_clip.file), template=TEMPLATE, activation="gelu", normalisation=kind)
+    mean, std = (torch.tensor(values)[:, None, None] for values in NORMALISATIONS[kind])
+    with torch.no_grad():
+        expected = told.model.encode_image((crops() - mean) / std, normalize=True)
+    torch.testing.assert_close(told.encode_image(crops()), expected)
+    ours, default = told.fingerprint(), small_teacher.fingerprint()
+    assert {key for key in ours if ours[key] != default[key]} == (set() if kind == "openai" else {"mean", "std"})
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("ViT-B-32", "laion2b_s34b_b79k"), (TINY_SHAPES, None), ("plugin:a.b:c", None), (TINY_SHAPES, shipped_weights())],
+)
+def test_a_normalisation_of_anything_but_a_local_file_is_refused(name, weights):
+    weights = None if weights is None else str(weights)
+    with pytest.raises(TeacherError, match="teacher.normalisation=openai is for a local file"):
+        load_teacher(name, weights, template=TEMPLATE, normalisation="openai")
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "ViT-L-14-CLIPA", "roberta-ViT-B-32", "nllb-clip-base"])
+def test_a_model_that_needs_a_package_is_refused_by_its_extra(name, small_clip, monkeypatch):
+    monkeypatch.setattr(checkpoints, "find_spec", lambda _: None)
+    for weights in (small_clip.file, "webli"):
+        refusal(name, weights, rf"--teacher {name}: its text side needs .* pip install 'ezsd\[transformers\]'")
+
+
+def test_the_extra_that_a_refusal_names_is_there():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert any(one.startswith("transformers") for one in project["optional-dependencies"]["transformers"])
+
+
+@pytest.fixture(scope="session")
+def small_coca(tmp_path_factory):
+    """A CoCa of two layers, with its class token and the queries of its pooler."""
+    config = open_clip.get_model_config("coca_ViT-B-32")
+    config["vision_cfg"] |= {"layers": 2, "width": 64, "image_size": 32, "patch_size": 16, "head_width": 32}
+    config["text_cfg"] |= {"layers": 2, "width": 64, "heads": 2}
+    config["multimodal_cfg"] |= {"layers": 1, "width": 64, "heads": 2, "dim_head": 32}
+    path = tmp_path_factory.mktemp("coca") / "small-coca.json"
+    path.write_text(json.dumps(config | {"embed_dim": 64}))
+    open_clip.add_model_config(path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = open_clip.create_model("small-coca", pretrained=None)
+    torch.save(model.state_dict(), path.with_suffix(".pt"))
+    return path.with_suffix(".pt")
+
+
+def test_a_coca_computes_in_bf16(small_coca):
+    rounded, exact = (
+        load_teacher("small-coca", str(small_coca), template=TEMPLATE, activation="gelu", precision=precision)
+        for precision in ("bf16", "fp32")
+    )
+    images = [teacher.encode_image(crops(size=32)) for teacher in (rounded, exact)]
+    texts = [teacher.encode_text(["cat", "ox"]) for teacher in (rounded, exact)]
+    for ours, theirs in (images, texts):
+        assert ((ours * theirs).sum(1) > 0.999).all()
+        assert not torch.equal(ours, theirs)
+
+
+def test_a_model_whose_norms_would_be_rounded_is_refused_in_bf16(tmp_path):
+    config = open_clip.get_model_config("vit_medium_patch16_gap_256")
+    config["vision_cfg"]["timm_model_name"] = "test_vit"
+    config["vision_cfg"]["image_size"] = 160
+    config["text_cfg"] |= {"layers": 1, "width": 64, "heads": 2}
+    (tmp_path / "small-timm.json").write_text(json.dumps(config | {"embed_dim": 64}))
+    open_clip.add_model_config(tmp_path / "small-timm.json")
+    model = open_clip.create_model("small-timm", pretrained=None)
+    torch.save(model.state_dict(), tmp_path / "timm.pt")
+    options = {"template": TEMPLATE, "activation": "gelu"}
+    with pytest.raises(TeacherError, match=r"cannot be used in bf16 \(open_clip rounds .*teacher.precision=fp32$"):
+        load_teacher("small-timm", str(tmp_path / "timm.pt"), precision="bf16", **options)
+    assert load_teacher("small-timm", str(tmp_path / "timm.pt"), precision="fp32", **options).embed_dim == 64
 
 
 def test_a_known_file_needs_no_word_and_takes_no_wrong_one(small_clip, monkeypatch):
