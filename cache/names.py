@@ -96,7 +96,7 @@ def _require_inside(store: Path, link: str) -> None:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Every file and every link below a folder, relative to it, with forward slashes, sorted; no link below it is followed."""
+    """Every file and link below a folder, relative to it, with forward slashes, sorted; no link below is followed."""
     return sorted(name for name in _below(folder) if not name.endswith("/"))
 
 
