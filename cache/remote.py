@@ -103,7 +103,11 @@ class RemotePlace:
         with self.errors():
             try:
                 return b"".join(self._pieces(name))
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                cause = error.__cause__
+                # Of a web server fsspec says so too where it cannot be reached.
+                if "http" in self.files.protocol and cause is not None and not isinstance(cause, FileNotFoundError):
+                    raise cause from None
                 return None
 
     def digest(self, name: str) -> FileDigest:
