@@ -216,11 +216,17 @@ def cache_repair(
 
 
 @cache_app.command("gc", epilog="Example:  ezsd cache gc cache/shapes")
-def cache_gc(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
-    """Remove what killed builds left and what does not belong to the store."""
+def cache_gc(
+    store: Annotated[Path, typer.Argument(help="A store.")],
+    strays: Annotated[
+        bool, typer.Option("--strays", help="Remove files, links and empty folders that ezsd did not make, too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and stop.")] = False,
+) -> None:
+    """Remove what killed builds and copies left; list what else does not belong to the store, and keep it."""
     from pipeline.store import collect_lines
 
-    typer.echo("\n".join(collect_lines(store)))
+    typer.echo("\n".join(collect_lines(store, strays=strays, dry_run=dry_run)))
 
 
 @cache_app.command("diff", epilog="Example:  ezsd cache diff cache/a cache/b")

@@ -304,8 +304,17 @@ def opening(folder: Path) -> dict[str, float]:
 def sparse_coco(folder: Path) -> None:
     """A store of COCO's size with real metadata, offsets and indexes, and holes where the rows would be."""
     from cache.durable import FileDigest
-    from cache.encoding import array_metadata, metadata_bytes, shard_bytes_on_disk, shard_index, shard_parts
+    from cache.encoding import (
+        array_metadata,
+        group_metadata,
+        metadata_bytes,
+        root_metadata,
+        shard_bytes_on_disk,
+        shard_index,
+        shard_parts,
+    )
     from cache.mark import CommitMark
+    from cache.names import GROUPS
 
     n = COCO_IMAGES
     ids = np.random.default_rng(0).permutation(10 * n)[:n].astype("<i8")
@@ -317,7 +326,7 @@ def sparse_coco(folder: Path) -> None:
 
     def array(name: str, dtype: str, shape: tuple[int, ...], values: NDArray[np.int64] | None) -> None:
         spec = array_spec(name, dtype, shape, shard_bytes=256 * 2**20)
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir()
         (folder / name / "zarr.json").write_bytes(metadata_bytes(array_metadata(spec)))
         note(folder / name / "zarr.json")
         for index in range(spec.shards):
@@ -332,7 +341,20 @@ def sparse_coco(folder: Path) -> None:
                     handle.write(tail)
             note(file)
 
+    for group in GROUPS:
+        (folder / group).mkdir()
+        (folder / group / "zarr.json").write_bytes(metadata_bytes(group_metadata({})))
+        note(folder / group / "zarr.json")
+    (folder / "zarr.json").write_bytes(metadata_bytes(root_metadata({}, {})))
+    note(folder / "zarr.json")
     array("images/id", "<i8", (n,), ids)
+    for name, dtype, shape in (
+        ("images/width", "<i4", (n,)),
+        ("images/height", "<i4", (n,)),
+        ("text/embedding", "<f4", (65, 512)),
+        ("teacher/values", "<f4", (2**15,)),
+    ):
+        array(name, dtype, shape, None)
     for product, each in {"proposals": COCO_ROWS, "regions": COCO_ROWS, "ground_truth": 7}.items():
         array(f"{product}/offset", "<i8", (n + 1,), np.arange(n + 1, dtype="<i8") * each)
         for field in stored_fields(product, "float16"):

@@ -5,7 +5,7 @@ from cache.compare import Comparison, compare
 from cache.forecast import Forecast, forecast
 from cache.inspect import ProductInfo, StoreInfo, info, list_stores
 from cache.journal import read_note
-from cache.leftovers import collect
+from cache.leftovers import Leftovers, collect
 from cache.manifest import JSON, Manifest, Origin, canonical_json, differences, images_digest
 from cache.plan import forget_block, journaled_bad_images, write_block
 from cache.reader import Product, Store
@@ -47,6 +47,7 @@ __all__ = [
     "JSON",
     "Block",
     "GroundTruthRows",
+    "Leftovers",
     "Manifest",
     "Product",
     "ProductInfo",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.encoding import shard_chunks, shard_index
+from cache.encoding import shard_bytes_on_disk, shard_chunks, shard_index
 from cache.schema import CHECKSUM, CHECKSUMS, ArraySpec, array_spec
 
 
@@ -58,7 +58,8 @@ def damaged_rows(spec: ArraySpec, index: int, data: bytes, sums: NDArray[np.uint
     """
     start, stop = spec.shard_range(index)
     chunk_bytes, chunks = spec.chunk_rows * spec.row_bytes, shard_chunks(spec, index)
-    if data[chunks * chunk_bytes :] != shard_index(spec, stop - start):
+    # The length first: an index as long as the metadata say is not made for a file that has none.
+    if len(data) != shard_bytes_on_disk(spec, index) or data[chunks * chunk_bytes :] != shard_index(spec, stop - start):
         return [(start, stop)]
     first = start // spec.chunk_rows
     view = memoryview(data)

@@ -18,7 +18,8 @@ from cache.checksums import ChunkSums, checksum_spec
 from cache.durable import FileDigest, discard, failpoint, sync, sync_together, write_atomic
 from cache.journal import Entry, journal_folder, little_endian, raw_bytes, scratch_folder
 from cache.manifest import JSON, Manifest
-from cache.mark import COMMIT, LOCK, MANIFEST, CommitMark, relative_files
+from cache.mark import COMMIT, LOCK, MANIFEST, CommitMark
+from cache.names import GROUPS, empty_folders, files_below, inside
 from cache.plan import Plan, read_block, read_plan
 from cache.schema import (
     CHECKSUM,
@@ -33,9 +34,6 @@ from cache.schema import (
     stored_fields,
 )
 from cache.shards import Piece, ShardRecord, ShardTask, commit_shard, record_name
-
-GROUPS = ("images", *RAGGED, *WHOLE)
-"""Groups of data; each has its like below `checksums`."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ class Finisher:
         return spec, found
 
     def _write(self, name: str, data: bytes) -> None:
-        target, scratch = self._store / name, scratch_folder(self._store)
+        target, scratch = inside(self._store, name), scratch_folder(self._store)
         self.files[name] = write_atomic(target, data, scratch=scratch, point="metadata", flush=False)
 
     def _flush(self) -> None:
@@ -234,11 +232,15 @@ class Finisher:
         sync_together(folders)
 
     def _remove_strays(self) -> None:
-        """Remove files that an earlier attempt left and this commit does not list."""
+        """Remove files that an earlier attempt left and this commit does not list, and folders left empty by that."""
         for group in (*GROUPS, CHECKSUMS):
-            for name in relative_files(self._store / group):
+            folder = inside(self._store, group)
+            for name in files_below(folder):
                 if f"{group}/{name}" not in self.files:
-                    discard(self._store / group / name)
+                    discard(folder / name)
+            while empty := empty_folders(folder):
+                for name in empty:
+                    (folder / name).rmdir()
 
 
 def remove_journal(store: Path) -> None:

@@ -16,7 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.durable import read_bytes
-from cache.encoding import array_metadata, crc32c, shard_bytes_on_disk, shard_index, shard_rows, spec_of_metadata
+from cache.encoding import (
+    array_metadata,
+    crc32c,
+    index_bytes,
+    shard_bytes_on_disk,
+    shard_index,
+    shard_rows,
+    spec_of_metadata,
+)
 from cache.manifest import parse_json
 from cache.schema import ArraySpec, StoreError
 
@@ -34,7 +42,11 @@ def open_mapped(folder: Path) -> "MappedArray | None":
         StoreError: a shard is missing, cut short, or its index does not match its checksum.
     """
     file = folder / "zarr.json"
-    spec = direct_spec(parse_json(read_bytes(file), str(file)), folder.name)
+    metadata = parse_json(read_bytes(file), str(file))
+    try:
+        spec = direct_spec(metadata, folder.name)
+    except StoreError as error:
+        raise StoreError(f"{folder.parent}/{error}") from error
     if spec is None:
         return None
     array = MappedArray(spec)
@@ -45,12 +57,18 @@ def open_mapped(folder: Path) -> "MappedArray | None":
 
 
 def direct_spec(metadata: dict[str, Any], name: str) -> ArraySpec | None:
-    """Geometry of an array that can be sliced in its files, from its `zarr.json`; None for any other layout."""
+    """Geometry of an array that can be sliced in its files, from its `zarr.json`; None for any other layout.
+
+    Raises:
+        StoreError: it is the geometry of no array.
+    """
     found = {key: value for key, value in metadata.items() if key != "dimension_names"}
     try:
         spec = spec_of_metadata(name, metadata)
         ours = array_metadata(spec, found.get("attributes"))
-    except (KeyError, IndexError, TypeError, ValueError):
+    except StoreError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return None
     return spec if found == ours else None
 
@@ -63,9 +81,10 @@ def _index(chunk_rows: int, row_bytes: int, shard_rows: int, rows: int) -> bytes
 
 def _in_file_order(mapped: mmap.mmap, spec: ArraySpec, rows: int, file: Path) -> bool:
     """Whether a shard's chunks lie one after another, as its index says."""
-    expected = _index(spec.chunk_rows, spec.row_bytes, spec.shard_rows, rows)
-    if len(mapped) < len(expected):
+    # Compared before it is made: its length is what a file says.
+    if len(mapped) < index_bytes(spec):
         raise _too_short(file, len(mapped))
+    expected = _index(spec.chunk_rows, spec.row_bytes, spec.shard_rows, rows)
     found = mapped[len(mapped) - len(expected) :]
     if found != expected and crc32c(found[:-4]) != int.from_bytes(found[-4:], "little"):
         raise StoreError(f"{file}: the chunk index does not match its checksum; the store is damaged")

@@ -243,13 +243,23 @@ class BuildLock:
     holds is remembered beside them.
     """
 
-    def __init__(self, path: Path, *, shared: bool = False) -> None:
+    def __init__(self, path: Path, *, shared: bool = False, busy: str = "") -> None:
         """Take the lock file `path`.
+
+        Args:
+            path: the file; made if it is absent.
+            shared: beside others that share it.
+            busy: what to say when another process has it.
 
         Raises:
             StoreBusy: another builder has it; for `shared`, one that does not share it.
+            StoreError: a link lies in its place.
         """
         self._path = path
+        self._said = busy or (
+            "another process is building this store, or a share of it; wait for it to end, "
+            "or choose another --out folder"
+        )
         self.shared = shared
         self._key = (os.getpid(), str(path.resolve()))
         if self._key in _held:
@@ -260,7 +270,12 @@ class BuildLock:
 
     def _try(self) -> bool:
         """Lock the file; False when its last owner removed it meanwhile, and the lock is on nothing."""
-        self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise StoreError(f"{self._path}: is a link, expected a file of ezsd's own; remove it") from error
         try:
             fcntl.lockf(self._handle, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -280,10 +295,7 @@ class BuildLock:
         self.shared = True
 
     def _busy(self) -> StoreBusy:
-        return StoreBusy(
-            f"{self._path.parent}: another process is building this store, or a share of it; wait for it to end, "
-            "or choose another --out folder"
-        )
+        return StoreBusy(f"{self._path.parent}: {self._said}")
 
     def release(self) -> None:
         """Give the lock back; a second call does nothing."""

@@ -5,6 +5,7 @@ and a shard needs no more memory than one block. Any Zarr v3 reader opens the re
 """
 
 import mmap
+import reprlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.manifest import JSON, canonical_json
-from cache.schema import ArraySpec
+from cache.schema import ArraySpec, StoreError
 
 _ABSENT = 2**64 - 1
 """Marks an inner chunk that a shard does not hold: those beyond the end of the array."""
@@ -69,8 +70,51 @@ def array_metadata(spec: ArraySpec, attributes: Mapping[str, JSON] | None = None
     }
 
 
+_MOST_SHARDS = 2**20
+"""More files than any store has of one array; what is made for each of them is made from a number in a file."""
+_MOST_ROW_BYTES = 2**24
+_MOST_BYTES = 2**62
+
+
 def spec_of_metadata(name: str, metadata: Mapping[str, Any]) -> ArraySpec:
-    """The geometry that `array_metadata` wrote down."""
+    """The geometry that `array_metadata` wrote down.
+
+    Raises:
+        StoreError: it is the geometry of no array: what is computed from it is neither defined nor small.
+        KeyError, IndexError, TypeError, ValueError: the layout is another than this package's.
+    """
+    shape, outer = metadata["shape"], metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    _require_counts(name, "shape", shape, least=0)
+    _require_counts(name, "chunk_shape of the shards", outer, least=1)
+    inner = metadata["codecs"][0]["configuration"]["chunk_shape"]
+    _require_counts(name, "chunk_shape", inner, least=1)
+    spec = _spec(name, metadata)
+    too_large = (
+        spec.row_bytes > _MOST_ROW_BYTES
+        or spec.shards > _MOST_SHARDS
+        or max(spec.shape[0], spec.shard_rows) * spec.row_bytes > _MOST_BYTES
+    )
+    if too_large or spec.shard_rows % spec.chunk_rows:
+        raise StoreError(
+            f"{name}: its metadata describe an array that no store has (shape {list(spec.shape)}, shards of "
+            f"{spec.shard_rows} rows, chunks of {spec.chunk_rows}); the store is damaged"
+        )
+    return spec
+
+
+def _require_counts(name: str, what: str, values: object, *, least: int) -> None:
+    if (
+        not isinstance(values, list)
+        or not values
+        or not all(type(value) is int and least <= value <= _MOST_BYTES for value in values)
+    ):
+        raise StoreError(
+            f"{name}: its metadata say {what} {reprlib.repr(values)}, expected whole numbers from {least}; "
+            "the store is damaged"
+        )
+
+
+def _spec(name: str, metadata: Mapping[str, Any]) -> ArraySpec:
     sharding = metadata["codecs"][0]["configuration"]
     return ArraySpec(
         name=name,
@@ -126,6 +170,11 @@ def shard_index(spec: ArraySpec, rows: int) -> bytes:
     return data + struct.pack("<I", crc32c(data))
 
 
+def index_bytes(spec: ArraySpec) -> int:
+    """Size of a shard's chunk index with its checksum, in bytes; the least that a shard file can have."""
+    return 16 * (spec.shard_rows // spec.chunk_rows) + 4
+
+
 def shard_chunks(spec: ArraySpec, index: int) -> int:
     """How many chunks shard `index` holds."""
     start, stop = spec.shard_range(index)
@@ -135,7 +184,7 @@ def shard_chunks(spec: ArraySpec, index: int) -> int:
 def shard_bytes_on_disk(spec: ArraySpec, index: int) -> int:
     """Size of shard `index` as a file, in bytes."""
     chunk_bytes = spec.chunk_rows * spec.row_bytes
-    return shard_chunks(spec, index) * chunk_bytes + 16 * (spec.shard_rows // spec.chunk_rows) + 4
+    return shard_chunks(spec, index) * chunk_bytes + index_bytes(spec)
 
 
 def shard_rows(spec: ArraySpec, index: int, data: bytes | mmap.mmap) -> NDArray[Any]:

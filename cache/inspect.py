@@ -19,9 +19,9 @@ from cache.mark import (
     file_problem,
     read_incomplete,
     read_mark,
-    relative_files,
     size_problems,
 )
+from cache.names import files_below, size_of
 from cache.place import LocalPlace, read_environment, unfinished_plan
 from cache.plan import Plan, block_done, plan_folder, read_block
 from cache.schema import FORMAT_VERSION, RAGGED, EmbeddingType, StoreError
@@ -82,8 +82,16 @@ def info(path: str | os.PathLike[str]) -> StoreInfo:
 
 def _committed_info(store: Path, mark: CommitMark, *, complete: bool) -> StoreInfo:
     root = _load(store, mark, "zarr.json")
-    attributes = root["attributes"]["ezsd_store"]
-    images = int(attributes["images"])
+    try:
+        attributes = root["attributes"]["ezsd_store"]
+        images = int(attributes["images"])
+        rows = {product: int(attributes["rows"][product]) for product in RAGGED}
+        bad_images = bad_images_of(root)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StoreError(
+            f"{store / 'zarr.json'}: does not say what the root of a store says ({type(error).__name__}: {error}); "
+            "ezsd wrote no such file: do not use this store"
+        ) from error
     manifest = Manifest.from_fields(_load(store, mark, MANIFEST), str(store / MANIFEST))
     return StoreInfo(
         complete=complete,
@@ -92,8 +100,8 @@ def _committed_info(store: Path, mark: CommitMark, *, complete: bool) -> StoreIn
         blocks=0,
         embed_dim=mark.embed_dim,
         embedding=mark.embedding,
-        products=_products(manifest, attributes["rows"], images),
-        bad_images=bad_images_of(root),
+        products=_products(manifest, rows, images),
+        bad_images=bad_images,
         manifest=manifest,
         problems=tuple(size_problems(store, mark)),
         **_folder(store),
@@ -132,12 +140,12 @@ def _products(manifest: Manifest, rows: Mapping[str, int], images: int) -> tuple
 
 
 def _folder(store: Path) -> dict[str, Any]:
-    names = relative_files(store)
+    names = files_below(store)
     return {
         "path": store,
         "format_version": FORMAT_VERSION,
         "files": len(names),
-        "bytes_": sum((store / name).stat().st_size for name in names),
+        "bytes_": sum(size_of(store / name) for name in names),
         "environment": _environment(store),
     }
 

@@ -6,6 +6,7 @@ An entry is `data.raw` (arrays one after another, little-endian, C order, each o
 """
 
 import hashlib
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,23 +29,30 @@ from cache.durable import (
     write_unhashed,
 )
 from cache.manifest import JSON, seal, unseal
+from cache.names import inside
 from cache.schema import StoreError
 
 _ALIGNMENT = 64
 _PIECE_BYTES = 2**19
+
+_DTYPES = ("<f2", "<f4", "<i4", "<i8", "|i1")
 
 JOURNAL = "journal"
 DATA = "data.raw"
 
 
 def journal_folder(store: Path) -> Path:
-    """Where the journal of the store at `store` lies."""
-    return store / JOURNAL
+    """Where the journal of the store at `store` lies.
+
+    Raises:
+        StoreError: it is a link that leads out of the store's folder.
+    """
+    return inside(store, JOURNAL)
 
 
 def scratch_folder(store: Path) -> Path:
     """Where unfinished work lies; whatever is here when a build starts belongs to nobody."""
-    return store / JOURNAL / "tmp"
+    return inside(store, f"{JOURNAL}/tmp")
 
 
 def clear_scratch(store: Path) -> None:
@@ -106,6 +114,7 @@ class Entry:
             raise StoreError(
                 f"{folder}: no finished journal entry here ({error.strerror}); run the build again"
             ) from error
+        _require_described(record, file)
         return cls(folder, record["arrays"], record["attributes"], record["bytes"])
 
     @property
@@ -162,6 +171,33 @@ class Entry:
     def _require_crc32(self, name: str, found: int) -> None:
         if found != self.arrays[name]["crc32"]:
             raise StoreError(f"{self.folder}: the array {name} does not match its checksum; the file is damaged")
+
+
+def _require_described(record: Mapping[str, Any], file: Path) -> None:
+    """Refuse a description that this package did not write: its seal tells damage, not malice."""
+    arrays, size = record.get("arrays"), record.get("bytes")
+    sound = (
+        isinstance(arrays, dict)
+        and isinstance(record.get("attributes"), dict)
+        and isinstance(size, int)
+        and all(_is_place(place, size) for place in arrays.values())
+    )
+    if not sound:
+        raise StoreError(f"{file}: does not describe a journal entry; ezsd wrote no such file: do not use this store")
+
+
+def _is_place(place: object, size: int) -> bool:
+    """Whether an array's description is one, of rows that lie in the first `size` bytes."""
+    if not isinstance(place, dict) or not isinstance(place.get("shape"), list):
+        return False
+    counts = [*place["shape"], place.get("offset"), place.get("crc32")]
+    if not all(map(_is_count, counts)) or place.get("dtype") not in _DTYPES:
+        return False
+    return bool(place["offset"] + math.prod(place["shape"]) * np.dtype(place["dtype"]).itemsize <= size)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**62
 
 
 def raw_bytes(rows: NDArray[Any]) -> memoryview:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -25,6 +25,8 @@ from cache.schema import (
 
 JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
 
+_DEEPEST = 64
+"""Most levels of JSON in JSON."""
 _SHOWN = 60
 """Longest value shown in a difference, in characters."""
 _LISTED = 3
@@ -78,15 +80,23 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     """Parse strict JSON that is an object.
 
     Raises:
-        StoreError: not JSON, not an object, or it uses NaN or Infinity.
+        StoreError: not JSON, not an object, it uses NaN or Infinity, or is nested deeper than any file of a store.
     """
     try:
         found = json.loads(text, parse_constant=_refuse_constant)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{where}: not valid JSON ({error}); the file is damaged or was edited") from error
+    if _deeper(found, _DEEPEST):
+        raise StoreError(f"{where}: JSON nested deeper than {_DEEPEST} levels; the file is damaged or was edited")
     if not isinstance(found, dict):
         raise StoreError(f"{where}: expected a JSON object, found a {type(found).__name__}")
     return found
+
+
+def _deeper(value: object, levels: int) -> bool:
+    """Whether JSON is nested deeper than `levels`: whatever walks through it later would end in a RecursionError."""
+    inner: Iterable[object] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(not levels or _deeper(item, levels - 1) for item in inner if isinstance(item, dict | list))
 
 
 def _refuse_constant(name: str) -> None:
@@ -236,7 +246,7 @@ class Manifest:
             products = {
                 name: Origin(at["version"], at["inputs"], tuple(at["needs"])) for name, at in fields["products"].items()
             }
-            return cls(products, fields["images_sha256"], fields["embedding"])
+            return cls(products, str(fields["images_sha256"]), fields["embedding"])
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{where}: is not a manifest ({error}); the file is damaged or was edited") from error
 

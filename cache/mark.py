@@ -1,5 +1,7 @@
 """The commit mark: the last file a build writes, which says that the store is complete and what it consists of."""
 
+import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,14 +9,24 @@ from typing import Any
 
 from cache.durable import FileDigest, file_digest
 from cache.manifest import JSON, parse_json, seal, unseal
-from cache.schema import FORMAT_VERSION, EmbeddingType, StoreError, StoreIncomplete, require_supported
+from cache.names import MANIFEST_FILE, is_store_file, needed_files, require_inside
+from cache.schema import (
+    EMBEDDING_TYPES,
+    FORMAT_VERSION,
+    EmbeddingType,
+    StoreError,
+    StoreIncomplete,
+    require_supported,
+)
 
 COMMIT = "COMMIT.json"
 INCOMPLETE = "INCOMPLETE.json"
 """What `repair` renames the commit mark to when a store is damaged beyond it; renamed back once it is whole."""
 TRANSFER = "TRANSFER.json"
 """The commit mark of a store that is still being copied to where this file lies; becomes COMMIT.json at the end."""
-MANIFEST = "manifest.json"
+ARRIVING = ".transfer"
+"""Folder in which the files of a copy lie until they are whole."""
+MANIFEST = MANIFEST_FILE
 ENVIRONMENT = "environment.json"
 LOG = "build.log"
 LOCK = ".lock"
@@ -49,36 +61,87 @@ def read_mark(store: Path) -> CommitMark | None:
     """The commit mark of a store, or None when it has none.
 
     Raises:
-        StoreError: the mark is damaged, or of another format version.
+        StoreError: the mark is damaged, of another format version or not one that ezsd writes; or a link leads from
+            one of the files that it lists, or from what lies beside them, out of the store.
     """
-    return _read(store / COMMIT)
+    return _read(store, COMMIT)
 
 
 def read_incomplete(store: Path) -> CommitMark | None:
     """The mark of a store that `repair` found damaged and took out of use, or None."""
-    return _read(store / INCOMPLETE)
+    return _read(store, INCOMPLETE)
 
 
-def _read(file: Path) -> CommitMark | None:
+def _read(store: Path, name: str) -> CommitMark | None:
+    file = store / name
     try:
         data = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return parse_mark(data, str(file))
+    mark = parse_mark(data, str(file))
+    require_inside(store, [name, ENVIRONMENT, LOG, *mark.files])
+    return mark
 
 
 def parse_mark(data: bytes, where: str) -> CommitMark:
     """The commit mark in the bytes of a file; `where` names it in errors.
 
+    The seal tells damage, not malice: whoever makes a store makes its seal. So everything that others rely on is looked
+    at here, once: what the mark lists are files that a store has, and each has a size and a digest.
+
     Raises:
-        StoreError: the mark is damaged, or of another format version.
+        StoreError: the mark is damaged, of another format version, or says what no mark of ezsd does.
     """
     # A future format may seal itself otherwise: the version is looked at first.
     version = parse_json(data, where)
     require_supported(version.get("format_version"), where)
     record = unseal(data, where)
+    problem = _mark_problem(record)
+    if problem is not None:
+        raise StoreError(f"{where}: {problem}; ezsd wrote no such mark: do not use this store")
     files = {name: FileDigest(at["size"], at["sha256"]) for name, at in record["files"].items()}
     return CommitMark(record["manifest_digest"], record["embed_dim"], record["embedding"], files)
+
+
+LARGEST = 2**62
+"""No store has as many bytes."""
+
+
+def _mark_problem(record: Mapping[str, Any]) -> str | None:
+    """What a mark says that it must not, or None."""
+    files, embedding = record.get("files"), record.get("embedding")
+    if not is_sha256(record.get("manifest_digest")):
+        return "manifest_digest: expected 64 hexadecimal digits"
+    if not is_count(record.get("embed_dim"), least=1):
+        return f"embed_dim: expected a whole number from 1, found {_shown(record.get('embed_dim'))}"
+    if not isinstance(embedding, str) or embedding not in EMBEDDING_TYPES:
+        return f"embedding: expected {' or '.join(EMBEDDING_TYPES)}, found {_shown(embedding)}"
+    if not isinstance(files, dict):
+        return f"files: expected an object, found {_shown(files)}"
+    for name, at in files.items():
+        if not is_store_file(name):
+            return f"files: {_shown(name)} is no file of a store"
+        if not isinstance(at, dict) or not is_count(at.get("size")) or not is_sha256(at.get("sha256")):
+            return f"files: {name}: expected a size from 0 and a sha256, found {_shown(at)}"
+    if sum(at["size"] for at in files.values()) > LARGEST:
+        return "files: more bytes than any disk holds"
+    missing = [name for name in needed_files(embedding) if name not in files]
+    return f"files: {missing[0]} is not listed, and every store has it" if missing else None
+
+
+def is_count(value: object, *, least: int = 0) -> bool:
+    """Whether a value from JSON is a whole number that something can be counted by."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
+
+
+def is_sha256(value: object) -> bool:
+    """Whether a value from JSON is a sha256 as ezsd writes it: 64 hexadecimal digits of lower case."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _shown(value: object) -> str:
+    # What a stranger wrote is shown by its repr, so that one line stays one, and cut.
+    return reprlib.repr(value)
 
 
 def parse_environment(data: bytes | None, where: str) -> dict[str, Any]:
@@ -107,11 +170,6 @@ def require_not_set_aside(store: Path) -> None:
             f"{store}: this store is damaged and was marked incomplete; "
             f"`ezsd cache repair {store} --data-root DIR` rebuilds what is lost from the images in DIR"
         )
-
-
-def relative_files(folder: Path) -> list[str]:
-    """Every file below a folder, relative to it, with forward slashes, sorted."""
-    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
 
 
 def file_problem(file: Path, expected: FileDigest, *, whole: bool) -> str | None:

@@ -147,15 +147,24 @@ def read_plan(store: Path) -> Plan:
     entry = Entry.read(folder)
     require_supported(entry.attributes.get("format_version"), str(store))
     described = canonical_json([entry.arrays, entry.attributes])
+    try:
+        manifest = Manifest.from_fields(entry.attributes["manifest"], str(folder))
+        geometry = {name: int(entry.attributes[name]) for name in _GEOMETRY}
+        columns = {name: entry.array(name) for name in ("id", "width", "height")}
+    except StoreError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(
+            f"{folder}: does not describe a build ({type(error).__name__}: {error}); ezsd wrote no such file: "
+            "do not use this folder"
+        ) from error
     return Plan(
         store=store,
-        manifest=Manifest.from_fields(entry.attributes["manifest"], str(folder)),
-        image_ids=entry.array("id"),
-        widths=entry.array("width"),
-        heights=entry.array("height"),
-        embed_dim=int(entry.attributes["embed_dim"]),
-        block_images=int(entry.attributes["block_images"]),
-        shard_bytes=int(entry.attributes["shard_bytes"]),
+        manifest=manifest,
+        image_ids=columns["id"],
+        widths=columns["width"],
+        heights=columns["height"],
+        **geometry,
         digest=hashlib.sha256(described.encode()).hexdigest(),
     )
 
@@ -174,7 +183,26 @@ def read_block(plan: Plan, index: int) -> Entry:
     entry = Entry.read(journal_folder(plan.store) / block_name(index))
     if {key: entry.attributes.get(key) for key in ("plan", "block")} != _block_attributes(plan, plan.blocks[index]):
         raise StoreError(f"{entry.folder}: belongs to another build; remove this folder and run the build again")
+    _require_rows(entry, plan, plan.blocks[index])
     return entry
+
+
+def _require_rows(entry: Entry, plan: Plan, block: Block) -> None:
+    """Refuse an entry that says it is a block of this build and does not hold what a block does."""
+    counts = entry.attributes.get("counts")
+    arrays = {
+        f"{product}/{field.name}" for product in RAGGED for field in stored_fields(product, plan.manifest.embedding)
+    }
+    counted = isinstance(counts, dict) and all(
+        isinstance(counts.get(product), list)
+        and len(counts[product]) == block.stop - block.start
+        and all(type(count) is int and count >= 0 for count in counts[product])
+        for product in RAGGED
+    )
+    if not counted or entry.arrays.keys() != arrays or not all(place["shape"] for place in entry.arrays.values()):
+        raise StoreError(
+            f"{entry.folder}: does not hold the rows of a block; remove this folder and run the build again"
+        )
 
 
 def block_done(plan: Plan, index: int) -> bool:

@@ -5,14 +5,18 @@ Keys, endpoints and the like come from where fsspec and its libraries look for t
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
 
 from cache.arrays import RowArray, ZarrArray
 from cache.durable import FileDigest
 from cache.mark import COMMIT, TRANSFER, CommitMark, parse_mark
+from cache.names import inside, require_inside
 from cache.schema import StoreError, StoreIncomplete
 
 if TYPE_CHECKING:
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 _PIECE = 8 * 2**20
+_MOST_UNSTATED = 256 * 2**20
+"""Most bytes read of a file whose size no commit mark states; a mark with a million files is smaller."""
 
 
 class RemotePlace:
@@ -34,19 +40,29 @@ class RemotePlace:
         self.url = url.rstrip("/")
         self.files, root = _filesystem(self.url)
         self._root = root.rstrip("/")
+        self.stated: Mapping[str, FileDigest] = {}
+        """The files that a commit mark lists, once one was read: no more than the stated bytes are read of each."""
 
     def __str__(self) -> str:
         return self.url
 
     def path(self, name: str) -> str:
-        """A file's name as the file system has it."""
-        return f"{self._root}/{name}"
+        """A file's name as the file system has it; StoreError where a link takes it out of the store's folder."""
+        return str(inside(Path(self._root), name)) if self._is_folder else f"{self._root}/{name}"
+
+    @property
+    def _is_folder(self) -> bool:
+        return self.url.startswith(_FILE)
 
     def mark(self) -> CommitMark:
         """See `Place`."""
         data = self.read_if_there(COMMIT)
         if data is not None:
-            return parse_mark(data, f"{self.url}/{COMMIT}")
+            mark = parse_mark(data, f"{self.url}/{COMMIT}")
+            self.stated = mark.files
+            if self._is_folder:
+                require_inside(Path(self._root), mark.files)
+            return mark
         if self.read_if_there(TRANSFER) is not None:
             raise StoreIncomplete(f"{self.url}: not all files were copied here; run the same `ezsd cache push` again")
         raise StoreError(
@@ -83,11 +99,15 @@ class RemotePlace:
         return data
 
     def read_if_there(self, name: str) -> bytes | None:
-        """See `Place`."""
+        """See `Place`; StoreError where a file is longer than its commit mark says."""
         with self.errors():
             try:
-                return bytes(self.files.cat_file(self.path(name)))
-            except FileNotFoundError:
+                return b"".join(self._pieces(name))
+            except FileNotFoundError as error:
+                cause = error.__cause__
+                # Of a web server fsspec says so too where it cannot be reached.
+                if "http" in self.files.protocol and cause is not None and not isinstance(cause, FileNotFoundError):
+                    raise cause from None
                 return None
 
     def digest(self, name: str) -> FileDigest:
@@ -99,9 +119,25 @@ class RemotePlace:
         return FileDigest(size, digest.hexdigest())
 
     def pieces(self, name: str) -> Iterator[bytes]:
-        """The bytes of a file, some megabytes at a time."""
-        with self.errors(), self.files.open(self.path(name), "rb", block_size=_PIECE, cache_type="none") as file:
-            while piece := file.read(_PIECE):
+        """The bytes of a file, some megabytes at a time.
+
+        Raises:
+            StoreError: it is longer than its commit mark says, or cannot be read.
+        """
+        with self.errors():
+            yield from self._pieces(name)
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        most = self.stated[name].size if name in self.stated else _MOST_UNSTATED
+        left = most
+        with self.files.open(self.path(name), "rb", block_size=_PIECE, cache_type="none") as file:
+            # One byte more is asked for: a server says what it likes about a file's size, and may never stop.
+            while piece := file.read(min(_PIECE, left + 1)):
+                left -= len(piece)
+                if left < 0:
+                    raise StoreError(
+                        f"{self.url}/{name}: is longer than the {most:,} bytes it may have; it is not read"
+                    )
                 yield piece
 
     def open_array(self, name: str) -> RowArray:
@@ -117,9 +153,11 @@ class RemotePlace:
     @cached_property
     def _group(self) -> "zarr.Group":
         import zarr
-        from zarr.storage import FsspecStore
+        from zarr.storage import FsspecStore, LocalStore
 
         # The copy of all metadata in the root makes this one request.
+        if self._is_folder:
+            return zarr.open_group(LocalStore(self._root, read_only=True), mode="r", zarr_format=3)
         return zarr.open_group(FsspecStore.from_url(self.url, read_only=True), mode="r", zarr_format=3)
 
     @contextmanager
@@ -138,12 +176,33 @@ class RemotePlace:
             raise StoreError(f"{self.url}: cannot be reached: {type(error).__name__}: {error}") from error
 
 
+_FILE = "file://"
+
+
+def _folder_of(url: str) -> str:
+    """The folder that a `file://` URL means, as `Path.as_uri` writes it: `%20` is a space, `%25` a per cent sign."""
+    host, slash, path = url.removeprefix(_FILE).partition("/")
+    if host not in ("", "localhost"):
+        raise StoreError(
+            f"{url}: names the host {host!r}, and file:// reaches this machine alone; write file:///FOLDER, with three "
+            "slashes and the whole path"
+        )
+    folder = os.fsdecode(unquote_to_bytes(slash + path))
+    if not folder or "\0" in folder:
+        raise StoreError(f"{url}: names no folder; write file:///FOLDER, with three slashes and the whole path")
+    return folder
+
+
 def _filesystem(url: str) -> tuple[Any, str]:
     protocol = url.partition("://")[0]
     try:
         from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
     except ImportError as error:
         raise StoreError(f"{url}: needs fsspec; install it with `pip install fsspec`") from error
+    if url.startswith(_FILE):
+        # fsspec does not decode these, and would take "::" in a decoded one for a chain of file systems.
+        return LocalFileSystem(), _folder_of(url)
     try:
         files, root = url_to_fs(url)
     except ImportError as error:

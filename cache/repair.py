@@ -17,6 +17,7 @@ from cache.durable import BuildLock, discard, make_folders, rename, scratch_name
 from cache.journal import journal_folder, little_endian, raw_bytes, scratch_folder
 from cache.manifest import Manifest, parse_json
 from cache.mark import COMMIT, ENVIRONMENT, INCOMPLETE, LOCK, MANIFEST, CommitMark, read_incomplete, read_mark
+from cache.names import inside
 from cache.place import unfinished_plan
 from cache.plan import stored_columns
 from cache.schema import (
@@ -33,7 +34,7 @@ from cache.schema import (
     StoreMismatch,
     stored_fields,
 )
-from cache.verify import Damage, Locator, damaged_files
+from cache.verify import Damage, Locator, consolidated, damaged_files
 
 BLOCK_IMAGES = 64
 """Images computed at once."""
@@ -97,6 +98,8 @@ def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> Rep
             f"{store}: these images and settings make another store than this one (manifest digest "
             f"{source.manifest.digest[:12]}, here {mark.manifest_digest[:12]}); give the --data-root it was made from"
         )
+    # Refuses a link in its place, before a lock file would be put there.
+    scratch_folder(store)
     lock = BuildLock(store / LOCK)
     try:
         return _Repair(store, mark, source).run()
@@ -139,7 +142,7 @@ class _Repair:
 
     def _put(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
         """Put a file in the place of a damaged one, if it has become what was committed."""
-        scratch, target = scratch_folder(self.store), self.store / name
+        scratch, target = scratch_folder(self.store), inside(self.store, name)
         make_folders(scratch)
         make_folders(target.parent)
         temporary = scratch_name(scratch, "repair")
@@ -162,17 +165,16 @@ class _Repair:
             return [self._root(nodes)] if all(map(self._locate.intact, [MANIFEST, *nodes])) else None
         if not self._locate.intact("zarr.json"):
             return None
-        node = self._json("zarr.json")["consolidated_metadata"]["metadata"][name.removesuffix("/zarr.json")]
-        return [encoding.metadata_bytes(node)]
+        return [encoding.metadata_bytes(consolidated(self._json("zarr.json"), name.removesuffix("/zarr.json")))]
 
     def _json(self, name: str) -> dict[str, Any]:
         return parse_json((self.store / name).read_bytes(), str(self.store / name))
 
     def _root(self, files: list[str]) -> bytes:
         nodes = {file.removesuffix("/zarr.json"): self._json(file) for file in files}
-        rows = {product: nodes[f"{product}/box"]["shape"][0] for product in RAGGED}
-        manifest = Manifest.from_fields(self._json(MANIFEST))
-        images = nodes["images/id"]["shape"][0]
+        rows = {product: _length(nodes[f"{product}/box"]) for product in RAGGED}
+        manifest = Manifest.from_fields(self._json(MANIFEST), str(self.store / MANIFEST))
+        images = _length(nodes["images/id"])
         attributes = root_attributes(manifest, rows, images=images, embed_dim=self.mark.embed_dim)
         return encoding.metadata_bytes(encoding.root_metadata(attributes, nodes))
 
@@ -180,8 +182,15 @@ class _Repair:
         array, _, place = name.partition("/c/")
         shard = int(place.partition("/")[0])
         spec = self._locate.spec(array)
-        rows = None if spec is None else self._rows_of(spec, shard)
-        return None if spec is None or rows is None else encoding.shard_parts(spec, shard, map(raw_bytes, rows))
+        # What cannot become what was committed is not computed: the geometry is a file's word, and may be any.
+        if (
+            spec is None
+            or shard >= spec.shards
+            or self.mark.files[name].size != encoding.shard_bytes_on_disk(spec, shard)
+        ):
+            return None
+        rows = self._rows_of(spec, shard)
+        return None if rows is None else encoding.shard_parts(spec, shard, map(raw_bytes, rows))
 
     def _rows_of(self, spec: ArraySpec, shard: int) -> Iterable[NDArray[Any]] | None:
         """The rows of one shard in pieces, or None where nothing says what they were."""
@@ -248,6 +257,12 @@ class _Repair:
             column = stored_columns(found[product].fields, self.mark.embedding)[field]
             begin = int(offset[block.start])
             yield little_endian(column, dtype)[max(rows[0] - begin, 0) : rows[1] - begin]
+
+
+def _length(node: Mapping[str, Any]) -> int:
+    """Rows that an array's metadata tell of; 0 where they tell of none, and the root is then not what it was."""
+    shape = node.get("shape")
+    return int(shape[0]) if isinstance(shape, list) and shape and isinstance(shape[0], int) else 0
 
 
 def _turn(name: str) -> tuple[int, str]:

@@ -4,6 +4,7 @@ Conventions of every array: little-endian; rows of one image lie together, image
 boxes are x1, y1, x2, y2 in pixels of the original image; embeddings have unit length.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -174,7 +175,7 @@ def array_spec(name: str, dtype: str, shape: tuple[int, ...], *, shard_bytes: in
 
 
 def _row_bytes(dtype: str, trailing: tuple[int, ...]) -> int:
-    return int(np.dtype(dtype).itemsize * np.prod(trailing, dtype=np.int64))
+    return int(np.dtype(dtype).itemsize * math.prod(trailing))
 
 
 def require_supported(found: object, where: str) -> None:

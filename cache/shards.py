@@ -11,6 +11,7 @@ from cache.checksums import ChunkSums
 from cache.durable import FileDigest, discard, disk_room, make_folders, rename, scratch_name, write_atomic, write_new
 from cache.journal import drop_data, journal_folder, scratch_folder, set_aside
 from cache.manifest import JSON, canonical_json, seal, unseal
+from cache.names import inside
 from cache.plan import Plan, block_name, read_block, read_plan
 from cache.schema import ArraySpec, StoreError
 
@@ -77,7 +78,7 @@ def commit_shard(path: str | os.PathLike[str], task: ShardTask) -> None:
 
 def _write_shard(store: Path, task: ShardTask) -> None:
     temporary = scratch_name(scratch_folder(store), task.array.name.replace("/", "."))
-    target = store / task.file
+    target = inside(store, task.file)
     make_folders(target.parent)
     sums = ChunkSums(task.array, task.shard)
     try:

@@ -4,15 +4,35 @@ import hashlib
 import os
 from pathlib import Path
 
-from cache.durable import FileDigest, discard, failpoint, make_folders, rename, scratch_name, sync, write_new
-from cache.mark import COMMIT, ENVIRONMENT, TRANSFER, CommitMark, parse_mark, relative_files
-from cache.place import LocalPlace
+from cache.durable import (
+    BuildLock,
+    FileDigest,
+    discard,
+    failpoint,
+    file_digest,
+    make_folders,
+    rename,
+    require_room,
+    scratch_name,
+    sync,
+    write_new,
+)
+from cache.mark import (
+    ARRIVING,
+    COMMIT,
+    ENVIRONMENT,
+    LOCK,
+    TRANSFER,
+    CommitMark,
+    parse_environment,
+    parse_mark,
+)
+from cache.names import files_below, inside
 from cache.reader import Store
 from cache.remote import RemotePlace
 from cache.schema import StoreError
 
 _PIECE = 8 * 2**20
-_SCRATCH = ".transfer"
 
 
 def push(store: str | os.PathLike[str], url: str) -> int:
@@ -32,6 +52,9 @@ def push(store: str | os.PathLike[str], url: str) -> int:
     there = RemotePlace(url)
     data = (source.path / COMMIT).read_bytes()
     mark = parse_mark(data, str(source.path / COMMIT))
+    there.stated = mark.files
+    # Whatever a file of this name holds, only a record of a build is sent.
+    source.environment  # noqa: B018
     if _already(there, data):
         return 0
     left = _present(there, mark)
@@ -42,10 +65,10 @@ def push(store: str | os.PathLike[str], url: str) -> int:
     for name, expected in mark.files.items():
         if name in left and there.digest(name) == expected:
             continue
-        _send(source.path / name, there, name, expected)
+        _send(inside(source.path, name), there, name, expected)
         sent += 1
         failpoint("push.after_file")
-    environment = source.path / ENVIRONMENT
+    environment = inside(source.path, ENVIRONMENT)
     with there.errors():
         if environment.exists():
             there.files.pipe_file(there.path(ENVIRONMENT), environment.read_bytes())
@@ -111,54 +134,74 @@ def pull(url: str, folder: str | os.PathLike[str]) -> int:
     """
     there, here = RemotePlace(url), Path(folder).absolute()
     mark, data = there.mark(), there.read_file(COMMIT)
-    if (here / COMMIT).exists():
-        if (here / COMMIT).read_bytes() != data:
-            raise StoreError(f"{here}: holds another store; choose another folder")
-        discard(here / _SCRATCH)
-        Store(here)
+    if here.exists() and not here.is_dir():
+        raise StoreError(f"{here}: is a file; choose a new folder")
+    if _is_copied(here, data):
         return 0
+    make_folders(here)
+    lock = BuildLock(
+        here / LOCK, busy="another process is copying a store to here; wait for it to end, or choose another folder"
+    )
+    try:
+        # Another copy may have ended between the first look and the lock.
+        return 0 if _is_copied(here, data) else _pull(there, here, mark, data)
+    finally:
+        discard(here / LOCK)
+        lock.release()
+
+
+def _is_copied(here: Path, data: bytes) -> bool:
+    """Whether this very store is complete in the folder."""
+    if not (here / COMMIT).exists():
+        return False
+    if (here / COMMIT).read_bytes() != data:
+        raise StoreError(f"{here}: holds another store; choose another folder")
+    Store(here)
+    return True
+
+
+def _pull(there: RemotePlace, here: Path, mark: CommitMark, data: bytes) -> int:
     _prepare(here, data)
-    fetched = 0
-    for name, expected in mark.files.items():
-        if not _is_here(here, name, expected):
-            _fetch(there, here, name, expected)
-            fetched += 1
+    missing = {name: expected for name, expected in mark.files.items() if not _is_here(here, name, expected)}
+    # The sizes are the other side's word: what cannot fit is not begun.
+    require_room(here, sum(expected.size for expected in missing.values()))
+    for name, expected in missing.items():
+        _fetch(there, here, name, expected)
     environment = there.read_if_there(ENVIRONMENT)
     if environment is not None:
+        parse_environment(environment, f"{there}/{ENVIRONMENT}")
         discard(here / ENVIRONMENT)
         write_new(here / ENVIRONMENT, [environment])
-    for parent in {(here / name).parent for name in mark.files}:
+    for parent in {inside(here, name).parent for name in mark.files}:
         sync(parent)
-    discard(here / _SCRATCH)
+    discard(here / ARRIVING)
     rename(here / TRANSFER, here / COMMIT, point="pull_mark")
-    return fetched
+    return len(missing)
 
 
 def _prepare(here: Path, data: bytes) -> None:
     """Make the folder the copy of this store, or see that it is."""
-    if here.exists() and not here.is_dir():
-        raise StoreError(f"{here}: is a file; choose a new folder")
     started = here / TRANSFER
     if started.exists():
         if started.read_bytes() != data:
             raise StoreError(f"{here}: holds the unfinished copy of another store; choose another folder")
-    elif here.is_dir() and (others := [name for name in relative_files(here) if not name.startswith(_SCRATCH)]):
+    elif others := [name for name in files_below(here) if name != LOCK and not name.startswith(f"{ARRIVING}/")]:
         raise StoreError(f"{here}: holds {others[0]!r} but no store; choose an empty or new folder")
-    discard(here / _SCRATCH)
-    make_folders(here / _SCRATCH)
+    discard(here / ARRIVING)
+    make_folders(here / ARRIVING)
     if not started.exists():
-        temporary = scratch_name(here / _SCRATCH, TRANSFER)
+        temporary = scratch_name(here / ARRIVING, TRANSFER)
         write_new(temporary, [data])
         rename(temporary, started, point="pull_start")
 
 
 def _is_here(here: Path, name: str, expected: FileDigest) -> bool:
-    file = here / name
-    return file.is_file() and file.stat().st_size == expected.size and LocalPlace(here).digest(name) == expected
+    file = inside(here, name)
+    return file.is_file() and file.stat().st_size == expected.size and file_digest(file) == expected
 
 
 def _fetch(there: RemotePlace, here: Path, name: str, expected: FileDigest) -> None:
-    temporary = scratch_name(here / _SCRATCH, name.replace("/", "."))
+    temporary = scratch_name(here / ARRIVING, name.replace("/", "."))
     try:
         found = write_new(temporary, there.pieces(name), point="pull")
         if found != expected:
@@ -166,7 +209,7 @@ def _fetch(there: RemotePlace, here: Path, name: str, expected: FileDigest) -> N
                 f"{there}/{name}: did not arrive as it was committed ({found.size} bytes, expected {expected.size}; "
                 "or its sha256 differs); pull again, and if this stays so the store there is damaged"
             )
-        make_folders((here / name).parent)
-        rename(temporary, here / name, point="pull", flush=False)
+        make_folders(inside(here, name).parent)
+        rename(temporary, inside(here, name), point="pull", flush=False)
     finally:
         discard(temporary)

@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.checksums import checksum_spec, damaged_rows
-from cache.encoding import shard_rows, spec_of_metadata
+from cache.direct import direct_spec
+from cache.encoding import shard_bytes_on_disk, shard_rows
 from cache.journal import JOURNAL, Entry, journal_folder
 from cache.manifest import parse_json
-from cache.mark import ENVIRONMENT, UNLISTED, CommitMark, file_problem, read_incomplete, read_mark, relative_files
+from cache.mark import ENVIRONMENT, UNLISTED, CommitMark, file_problem, read_incomplete, read_mark
+from cache.names import empty_folders, files_below
 from cache.place import LocalPlace, read_environment, unfinished_plan
 from cache.plan import Plan, block_name
 from cache.schema import CHECKSUMS, RAGGED, WHOLE, ArraySpec, StoreError
@@ -81,12 +83,18 @@ def damaged_files(store: Path, mark: CommitMark, *, deep: bool) -> list[Damage]:
 
 
 def stray_files(store: Path, mark: CommitMark) -> list[Damage]:
-    """Files that lie in the store's folder and are none of its own."""
+    """What lies in the store's folder and is none of its own: files, links (none is followed), and empty folders."""
     return [
-        Damage(file=store / name, name=name, kind="stray", reason="does not belong to the store")
-        for name in relative_files(store)
+        Damage(file=store / name, name=name, kind="stray", reason=_foreign(store / name))
+        for name in (*files_below(store), *empty_folders(store))
         if name not in mark.files and name not in UNLISTED and not name.startswith(f"{JOURNAL}/")
     ]
+
+
+def _foreign(path: Path) -> str:
+    if path.is_symlink():
+        return "is a link that does not belong to the store"
+    return "is an empty folder" if path.is_dir() else "does not belong to the store"
 
 
 def _environment_problems(store: Path) -> list[Damage]:
@@ -124,24 +132,34 @@ class Locator:
 
     def intact(self, name: str) -> bool:
         """Whether a listed file is as it was committed."""
-        return file_problem(self.store / name, self.mark.files[name], whole=True) is None
+        expected = self.mark.files.get(name)
+        return expected is not None and file_problem(self.store / name, expected, whole=True) is None
 
     def spec(self, array: str) -> ArraySpec | None:
-        """Geometry of an array, from its own metadata or the copy in the root; None where both are damaged."""
+        """Geometry of an array, from its own metadata or the copy in the root.
+
+        None where both are damaged, and for a layout that another writer chose.
+
+        Raises:
+            StoreError: it is the geometry of no array.
+        """
         for name, of in ((f"{array}/zarr.json", None), ("zarr.json", array)):
-            if name in self.mark.files and self.intact(name):
-                metadata = parse_json((self.store / name).read_bytes(), name)
-                if of is not None:
-                    metadata = metadata["consolidated_metadata"]["metadata"][of]
-                return spec_of_metadata(array, metadata)
+            if self.intact(name):
+                metadata = parse_json((self.store / name).read_bytes(), str(self.store / name))
+                try:
+                    return direct_spec(metadata if of is None else consolidated(metadata, of), array)
+                except StoreError as error:
+                    raise StoreError(f"{self.store}/{error}") from error
         return None
 
     def values(self, array: str) -> NDArray[Any] | None:
-        """A whole array, or None where any of it is damaged."""
+        """A whole array, or None where any of it is damaged, or another writer arranged it."""
         spec = self.spec(array)
         if spec is None or not all(self.intact(spec.shard_file(shard)) for shard in range(spec.shards)):
             return None
         files = [(shard, self.store / spec.shard_file(shard)) for shard in range(spec.shards)]
+        if any(file.stat().st_size != shard_bytes_on_disk(spec, shard) for shard, file in files):
+            return None
         parts = [shard_rows(spec, shard, file.read_bytes()) for shard, file in files]
         return np.concatenate([np.empty((0, *spec.shape[1:]), spec.dtype), *parts])
 
@@ -177,6 +195,14 @@ class Locator:
         if offset is None:
             return []
         return [int(ids[place]) for place in image_places(offset, rows)]
+
+
+def consolidated(root: dict[str, Any], array: str) -> dict[str, Any]:
+    """The copy of an array's metadata in the root; nothing where the root has none."""
+    found: object = root
+    for key in ("consolidated_metadata", "metadata", array):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def image_places(offset: NDArray[np.int64], rows: Sequence[tuple[int, int]]) -> list[int]:

@@ -22,6 +22,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,10 @@ from pipeline.files import fsync, parse_object, read_object, sha256, write_bytes
 log = logging.getLogger("ezsd")
 KEEP_CHECKPOINTS = 2
 LOCK = "train.lock"
+_CHECKPOINT = re.compile(r"step-\d+|\.step-\d+\.partial")
+"""Names of folders that training writes below checkpoints/."""
+_PARTS = frozenset(("model.safetensors", "optimiser.safetensors"))
+_AVERAGE = "average.safetensors"
 _CARD = {
     "config": dict,
     "store": dict,
@@ -265,7 +270,8 @@ class Run:
         folder = self.folder / "checkpoints"
         known = sorted(p for p in folder.glob("step-*") if p.name <= f"step-{step:08d}")[-KEEP_CHECKPOINTS:]
         for old in folder.iterdir():
-            if old not in known:
+            # What no training writes is somebody's own, and a link may lead anywhere.
+            if old not in known and _CHECKPOINT.fullmatch(old.name) and not old.is_symlink():
                 shutil.rmtree(old)
 
     def seconds(self) -> dict[str, float]:
@@ -303,12 +309,14 @@ class Run:
 
 
 def _whole_state(folder: Path) -> dict[str, Any] | None:
-    """What state.json of a checkpoint says; None if its files are not those."""
+    """What state.json of a checkpoint says; None if its files are not those, or not the ones that a checkpoint has."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-        if isinstance(state["step"], int) and all(
-            sha256(folder / name) == digest for name, digest in state["sha256"].items()
-        ):
+        names = state["sha256"].keys()
+        # Names from a file are not joined to a path before they are known.
+        if not _PARTS <= names <= {*_PARTS, _AVERAGE} or not isinstance(state["step"], int):
+            return None
+        if all(sha256(folder / name) == digest for name, digest in state["sha256"].items()):
             return state
     return None
 

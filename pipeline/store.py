@@ -113,13 +113,16 @@ def verify_lines(path: Path, *, deep: bool) -> list[str]:
     return [str(damage) for damage in verify(path, deep=deep)]
 
 
-def collect_lines(path: Path) -> list[str]:
+def collect_lines(path: Path, *, strays: bool = False, dry_run: bool = False) -> list[str]:
     """Remove leftovers; one line for each file, and one for all."""
-    removed = collect(path)
-    return [
-        *(f"removed {name} ({size:,} bytes)" for name, size in removed.items()),
-        f"{path}: {len(removed)} files, {sum(removed.values()):,} bytes removed",
-    ]
+    found = collect(path, strays=strays, dry_run=dry_run)
+    done = "would be removed" if dry_run else "removed"
+    lines = [f"{done}: {name} ({size:,} bytes)" for name, size in found.removed.items()]
+    lines += [f"kept: {name} ({size:,} bytes), not made by ezsd" for name, size in found.kept.items()]
+    lines.append(f"{path}: {len(found.removed)} files, {sum(found.removed.values()):,} bytes {done}")
+    if found.kept:
+        lines.append(f"{len(found.kept)} files that ezsd did not make are kept; --strays removes them too")
+    return lines
 
 
 def compare_lines(first: Path, second: Path) -> list[str]:

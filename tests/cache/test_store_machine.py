@@ -121,7 +121,7 @@ class StoreMachine(RuleBasedStateMachine):
         stray = self.path / ("stray" if self.complete else "journal/tmp/stray")
         stray.parent.mkdir(exist_ok=True)
         stray.write_bytes(b"?")
-        assert any(name.endswith("stray") for name in collect(self.path))
+        assert any(name.endswith("stray") for name in collect(self.path, strays=True).removed)
 
     @precondition(lambda self: self.begun)
     @rule(image=st.sampled_from(storekit.IDS))

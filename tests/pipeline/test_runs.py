@@ -1,5 +1,6 @@
 """The run folder: whole or refused, whoever else writes to it and whenever the power goes."""
 
+import hashlib
 import json
 import os
 import signal
@@ -113,6 +114,45 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(tmp_path, caplog, damag
     # Going on from step 2, the damaged one is replaced.
     run.save(3, *model_at(3))
     assert sorted(p.name for p in (run.folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("names", [["../../secret"], ["{absolute}"], [], None, ["optimiser.safetensors"]])
+def test_a_checkpoint_names_no_files_but_its_own(tmp_path, names):
+    run = start(tmp_path / "run")
+    for step in (2, 4):
+        run.save(step, *model_at(step))
+    secret = tmp_path / "run/secret"
+    secret.write_bytes(b"mine")
+    file = run.folder / "checkpoints/step-00000004/state.json"
+    state = json.loads(file.read_text())
+    if names:
+        digest = hashlib.sha256(b"mine").hexdigest()
+        extra = {name.format(absolute=secret): digest for name in names}
+        state["sha256"] = extra if names == ["optimiser.safetensors"] else {**state["sha256"], **extra}
+    else:
+        state["sha256"] = names
+    file.write_text(json.dumps(state))
+    assert run.latest().step == 2
+
+
+def test_what_no_training_made_stays_in_the_folder_of_checkpoints(tmp_path):
+    run = start(tmp_path / "run")
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away/mine.pt").write_bytes(b"mine")
+    folder = run.folder / "checkpoints"
+    (folder / "notes.txt").write_text("mine")
+    (folder / "best").mkdir()
+    (folder / "step-00000001").symlink_to(tmp_path / "away")
+    for step in (2, 3, 4):
+        run.save(step, *model_at(step))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "best",
+        "notes.txt",
+        "step-00000001",
+        "step-00000003",
+        "step-00000004",
+    ]
+    assert (tmp_path / "away/mine.pt").exists()
 
 
 @pytest.mark.parametrize("gone", [True, False])
