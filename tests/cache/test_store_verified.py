@@ -286,7 +286,7 @@ def large(tmp_path_factory, finished):
 
     def described(name, dtype, shape, rows=None):
         spec = array(name, dtype, shape, rows, shard_bytes=1 if rows is None else 2**20)
-            crc = zlib.crc32(bytes(spec.chunk_rows * spec.row_bytes))
+        crc = zlib.crc32(bytes(spec.chunk_rows * spec.row_bytes))
         chunks = -(-shape[0] // spec.chunk_rows)
         array(f"checksums/{name}", "<u4", (chunks,), np.full(chunks, crc, "<u4"), shard_bytes=2**20)
 
