@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from cache import Store, StoreError
+from cache import Store, StoreError, StoreMismatch
 from cache.durable import file_digest
 from cache.mark import CommitMark, read_mark
-from pipeline.report.facts import read_facts, run_store
-from pipeline.runs import RunError
+from pipeline.report.facts import collect, run_store
+from pipeline.runs import Run, RunError
 from pipeline.train import TrainRequest, train
 from pipeline.trained_on import read_stores
 
@@ -58,6 +58,15 @@ def test_other_bytes_of_equal_settings_are_refused_until_they_are_accepted(stopp
     assert sorted(stopped.rglob("*")) == files
     run = train(TrainRequest(cache=copy, run=stopped, config=quick_config, verify="quick", accept_store=True))
     assert read_stores(run) == [{"step": 0, "sha256": before}, {"step": 4, "sha256": after}]
+
+
+def test_a_report_shows_no_regions_of_other_bytes(shapes_run, copy, tmp_path):
+    run = Run.open(shutil.copytree(shapes_run.folder, tmp_path / "run"))
+    run.write_environment({**run.environment, "cache": str(copy)})
+    assert run_store(collect([run])[0]).path == copy
+    change_bytes(copy)
+    with pytest.raises(StoreMismatch, match="holds other bytes now than those this run was trained on"):
+        run_store(collect([run])[0])
 
 
 def test_a_run_of_before_goes_on_and_records_from_there(stopped, shapes_store, quick_config):
