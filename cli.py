@@ -30,6 +30,10 @@ DatasetName = Annotated[str, typer.Option(help="shapes, coco, lvis, lvis-frequen
 DatasetRoot = Annotated[
     Path | None, typer.Option(help="Folder with images and annotations; data/NAME or the TOML file's by default.")
 ]
+Verify = Annotated[
+    Literal["full", "quick"],
+    typer.Option(help="full: compare all that is read with its checksum; quick: all but rows, and those as they are."),
+]
 Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes, coco (or fast), paper or photos.")]
 
 
@@ -267,11 +271,12 @@ def cache_export(
     store: Annotated[str, typer.Argument(help="A complete store, or its URL.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     format_: Annotated[Literal["npz", "parquet", "webdataset"], typer.Option("--format", help="Of the files.")],
+    verify: Verify = "full",
 ) -> None:
     """Write a store's contents as files of another format, for those who leave."""
     from pipeline.store import export_line
 
-    typer.echo(export_line(store, out, format_))
+    typer.echo(export_line(store, out, format_, verify=verify))
 
 
 @app.command(epilog="Example:  ezsd train --cache cache/shapes --run runs/a")
@@ -284,6 +289,13 @@ def train(
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of weights, sampling and augmentation; the preset's by default.")
     ] = None,
+    verify: Verify = "full",
+    accept_store: Annotated[
+        bool,
+        typer.Option(
+            "--accept-store", help="Go on with a store of other bytes than the run was trained on; both are recorded."
+        ),
+    ] = False,
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
@@ -300,6 +312,8 @@ def train(
         data_root=data_root,
         backbone_weights=backbone_weights,
         device=resolve_device(device),
+        verify=verify,
+        accept_store=accept_store,
     )
     start(request)
     typer.echo(f"{folder}: trained; next: ezsd eval --run {folder}")

@@ -8,7 +8,7 @@ from cache.journal import read_note
 from cache.leftovers import Leftovers, collect
 from cache.manifest import JSON, Manifest, Origin, canonical_json, differences, images_digest
 from cache.plan import forget_block, journaled_bad_images, write_block
-from cache.reader import Product, Store
+from cache.reader import Product, Store, Verify
 from cache.records import GroundTruthRows, ProposalRows, RegionRows
 from cache.repair import RepairReport, RowSource, repair
 from cache.schema import (
@@ -22,6 +22,7 @@ from cache.schema import (
     StoreIncomplete,
     StoreKeyError,
     StoreMismatch,
+    StoreUnreadable,
 )
 from cache.shards import ShardTask, commit_shard
 from cache.verify import Damage, verify
@@ -62,7 +63,9 @@ __all__ = [
     "StoreInfo",
     "StoreKeyError",
     "StoreMismatch",
+    "StoreUnreadable",
     "StoreWriter",
+    "Verify",
     "canonical_json",
     "differences",
     "commit_numbered",

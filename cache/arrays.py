@@ -35,18 +35,24 @@ class RowArray(Protocol):
         """Hint that these ranges of rows are read next."""
         ...
 
+    def file(self, row: int) -> str:
+        """Where a row lies, for errors: its file, or the array's folder."""
+        ...
+
 
 class ZarrArray:
     """An array read through zarr-python: any codec chain, any place.
 
     Args:
         array: the array.
+        where: its folder or URL.
         errors: makes one line of what reading raises, see `RemotePlace.errors`.
     """
 
     def __init__(
-        self, array: "zarr.Array[Any]", errors: Callable[[], AbstractContextManager[None]] = nullcontext
+        self, array: "zarr.Array[Any]", where: str, errors: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> None:
+        self._where = where
         self.shape = array.shape
         self.dtype = array.dtype
         self._array = array
@@ -67,6 +73,10 @@ class ZarrArray:
     def read_ahead(self, spans: Sequence[tuple[int, int]]) -> None:
         """Nothing to do: zarr has no such hint."""
 
+    def file(self, row: int) -> str:
+        """See `RowArray`."""
+        return self._where
+
 
 class VerifiedArray:
     """Another array whose chunks are compared with their checksums when they are first touched.
@@ -74,19 +84,20 @@ class VerifiedArray:
     Args:
         array: the array.
         sums: CRC-32 of each of its chunks, padding included, (chunks,) uint32.
-        where: names the array in errors.
+        damage: makes the error for rows (first, last exclusive) that are not what was written.
     """
 
-    def __init__(self, array: RowArray, sums: NDArray[np.uint32], where: str) -> None:
+    def __init__(self, array: RowArray, sums: NDArray[np.uint32], damage: Callable[[int, int], StoreError]) -> None:
         # The checksums follow the layout that the store was committed with, whatever the array looks like now.
-        spec = array_spec(where, array.dtype.str, array.shape, shard_bytes=1)
+        spec = array_spec("", array.dtype.str, array.shape, shard_bytes=1)
         chunks = -(-array.shape[0] // spec.chunk_rows)
         if len(sums) != chunks:
-            raise StoreError(f"{where}: has {chunks} chunks but {len(sums)} checksums; the store is damaged")
+            raise damage(0, array.shape[0])
         self.shape, self.dtype, self._chunk_rows = array.shape, array.dtype, spec.chunk_rows
-        self._array, self._sums, self._where = array, sums, where
+        self._array, self._sums, self._damage = array, sums, damage
         self._good = bytearray(chunks)
         self.read_ahead = array.read_ahead
+        self.file = array.file
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """See `RowArray`.
@@ -106,12 +117,12 @@ class VerifiedArray:
         start = chunk * self._chunk_rows
         stop = min(start + self._chunk_rows, self.shape[0])
         found = zlib.crc32(np.ascontiguousarray(self._array.read(start, stop)).data)
-        padding = np.full((start + self._chunk_rows - stop, *self.shape[1:]), fill_value(self.dtype.str), self.dtype)
-        if zlib.crc32(padding.tobytes(), found) != self._sums[chunk]:
-            raise StoreError(
-                f"{self._where}: rows {start} to {stop - 1} do not match their checksum; the store is damaged: "
-                "`ezsd cache verify --deep` lists all damage, `ezsd cache repair` mends it"
-            )
+        missing = start + self._chunk_rows - stop
+        if missing:
+            padding = np.full((missing, *self.shape[1:]), fill_value(self.dtype.str), self.dtype)
+            found = zlib.crc32(padding.tobytes(), found)
+        if found != self._sums[chunk]:
+            raise self._damage(start, stop)
         self._good[chunk] = 1
 
 

@@ -1,13 +1,17 @@
 """Rows straight from memory-mapped shards: no chunk is decoded and no index looked at twice.
 
 Only what can be sliced is: an array whose `zarr.json` is the one this package writes (`encoding.array_metadata`), and
-whose shards hold their chunks in file order. Whoever asks is told so when that is not the case, and reads through zarr.
+shards that hold their chunks in file order. Everything else is read through zarr.
+
+A shard is mapped when it is first touched. The map needs no descriptor; one is kept beside it, for `read_ahead` alone,
+as long as there are plenty.
 """
 
 import mmap
 import os
+import resource
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.durable import read_bytes
+from cache.arrays import RowArray
+from cache.durable import MENDED, open_to_read, read_bytes, unreadable
 from cache.encoding import (
     array_metadata,
     crc32c,
@@ -26,6 +31,7 @@ from cache.encoding import (
     spec_of_metadata,
 )
 from cache.manifest import parse_json
+from cache.mapping import map_file, will_need
 from cache.schema import ArraySpec, StoreError
 
 _PAGE = mmap.PAGESIZE
@@ -35,11 +41,15 @@ _HINTED = 16 * 2**10
 _PROBE = (bytearray(1),)
 
 
-def open_mapped(folder: Path) -> "MappedArray | None":
-    """The array in `folder`, or None when it must be read through zarr.
+def open_mapped(folder: Path, otherwise: Callable[[], RowArray]) -> "MappedArray | None":
+    """The array in `folder`, or None when its layout is not ours.
+
+    Args:
+        folder: of the array.
+        otherwise: gives the same array for shards whose chunks another writer rearranged.
 
     Raises:
-        StoreError: a shard is missing, cut short, or its index does not match its checksum.
+        StoreError: its metadata cannot be read.
     """
     file = folder / "zarr.json"
     metadata = parse_json(read_bytes(file), str(file))
@@ -47,13 +57,7 @@ def open_mapped(folder: Path) -> "MappedArray | None":
         spec = direct_spec(metadata, folder.name)
     except StoreError as error:
         raise StoreError(f"{folder.parent}/{error}") from error
-    if spec is None:
-        return None
-    array = MappedArray(spec)
-    for index in range(spec.shards):
-        if not array.map_shard(folder.joinpath(*spec.shard_file(index).split("/")[1:]), index):
-            return None
-    return array
+    return None if spec is None else MappedArray(spec, folder, otherwise)
 
 
 def direct_spec(metadata: dict[str, Any], name: str) -> ArraySpec | None:
@@ -79,61 +83,73 @@ def _index(chunk_rows: int, row_bytes: int, shard_rows: int, rows: int) -> bytes
     return shard_index(ArraySpec("", "|i1", (rows, row_bytes), chunk_rows, shard_rows), rows)
 
 
-def _in_file_order(mapped: mmap.mmap, spec: ArraySpec, rows: int, file: Path) -> bool:
+def _in_file_order(mapped: NDArray[np.uint8], spec: ArraySpec, rows: int, file: Path) -> bool:
     """Whether a shard's chunks lie one after another, as its index says."""
     # Compared before it is made: its length is what a file says.
     if len(mapped) < index_bytes(spec):
-        raise _too_short(file, len(mapped))
+        raise StoreError(f"{file}: is {len(mapped)} bytes long, too short for a shard; the store is damaged: {MENDED}")
     expected = _index(spec.chunk_rows, spec.row_bytes, spec.shard_rows, rows)
-    found = mapped[len(mapped) - len(expected) :]
+    found = mapped[len(mapped) - len(expected) :].tobytes()
     if found != expected and crc32c(found[:-4]) != int.from_bytes(found[-4:], "little"):
-        raise StoreError(f"{file}: the chunk index does not match its checksum; the store is damaged")
+        raise StoreError(f"{file}: the chunk index does not match its checksum; the store is damaged: {MENDED}")
     return found == expected
-
-
-def _too_short(file: Path, size: int) -> StoreError:
-    return StoreError(f"{file}: is {size} bytes long, too short for a shard; the store is damaged")
 
 
 class MappedArray:
     """One array of a store on a local disk, read-only; safe to use on both sides of a fork."""
 
-    def __init__(self, spec: ArraySpec) -> None:
+    def __init__(self, spec: ArraySpec, folder: Path, otherwise: Callable[[], RowArray]) -> None:
         """Use `open_mapped`."""
         self.shape = spec.shape
         self.dtype = np.dtype(spec.dtype)
         self._spec = spec
+        self._folder = folder
+        self._otherwise = otherwise
         self._shard_rows = spec.shard_rows
         self._row_bytes = spec.row_bytes
-        self._files: list[int] = []
-        self._maps: list[mmap.mmap] = []
-        self._rows: list[NDArray[Any]] = []
-        weakref.finalize(self, _close, self._files)
+        self._shards: list[_Shard | None] = [None] * spec.shards
+        self._rows: list[NDArray[Any] | _Rearranged | None] = [None] * spec.shards
 
-    def map_shard(self, file: Path, index: int) -> bool:
-        """Map the next shard; False when its chunks do not lie in file order."""
+    def file(self, row: int) -> str:
+        """See `RowArray`."""
+        return str(self._shard_file(row // self._shard_rows))
+
+    def _shard_file(self, index: int) -> Path:
+        return self._folder.joinpath(*self._spec.shard_file(index).split("/")[1:])
+
+    def _open(self, index: int) -> "NDArray[Any] | _Rearranged":
+        """The rows of a shard that is touched for the first time; two threads may both do so, to the same effect.
+
+        Raises:
+            StoreError: it is missing, cut short, cannot be read, or its index does not match its checksum.
+        """
+        file = self._shard_file(index)
         try:
-            self._files.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
-            size = os.fstat(self._files[-1]).st_size
-            if not size:
-                raise _too_short(file, size)
-            mapped = mmap.mmap(self._files[-1], 0, access=mmap.ACCESS_READ)
+            shard = _Shard(file)
         except OSError as error:
-            raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error
+            raise unreadable(file, error) from error
         start, stop = self._spec.shard_range(index)
-        if not _in_file_order(mapped, self._spec, stop - start, file) or size != shard_bytes_on_disk(self._spec, index):
-            return False
-        self._maps.append(mapped)
-        self._rows.append(shard_rows(self._spec, index, mapped))
-        return True
+        rows: NDArray[Any] | _Rearranged
+        ordered = _in_file_order(shard.data, self._spec, stop - start, file)
+        if ordered and len(shard.data) == shard_bytes_on_disk(self._spec, index):
+            rows = shard_rows(self._spec, index, shard.data)
+            self._shards[index] = shard
+        else:
+            rows = _Rearranged(self._otherwise(), start)
+        self._rows[index] = rows
+        return rows
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Rows `start` to `stop` (exclusive), read-only: a view of the file unless they span two shards."""
         shard, first = divmod(start, self._shard_rows)
         last = first + stop - start
         if last <= self._shard_rows and start < stop:
-            return self._rows[shard][first:last]
-        parts = [self._rows[at][low:high] for at, low, high in self._pieces(start, stop)]
+            rows = self._rows[shard]
+            return (self._open(shard) if rows is None else rows)[first:last]
+        parts = []
+        for at, low, high in self._pieces(start, stop):
+            rows = self._rows[at]
+            parts.append((self._open(at) if rows is None else rows)[low:high])
         return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self.dtype)
 
     def read_ahead(self, spans: Iterable[tuple[int, int]]) -> None:
@@ -143,7 +159,9 @@ class MappedArray:
                 first = low * self._row_bytes // _PAGE * _PAGE
                 length = high * self._row_bytes - first
                 if length > _HINTED and not self._in_memory(shard, first + length // 2):
-                    self._maps[shard].madvise(mmap.MADV_WILLNEED, first, length)
+                    found = self._shards[shard]
+                    if found is not None:
+                        will_need(found.data, first, length)
 
     def _in_memory(self, shard: int, place: int) -> bool:
         """Whether the byte at `place` can be had without the disk; a hint for what is there costs five times as much.
@@ -151,10 +169,13 @@ class MappedArray:
         One byte stands for its range: what is read together mostly stays together, and a hint changes no result.
         A system other than Linux cannot be asked: every range then gets its hint.
         """
-        if not hasattr(os, "preadv") or not hasattr(os, "RWF_NOWAIT"):
+        if self._rows[shard] is None:
+            self._open(shard)
+        found = self._shards[shard]
+        if found is None or found.descriptor is None:
             return False
         try:
-            return os.preadv(self._files[shard], _PROBE, place, os.RWF_NOWAIT) == 1
+            return os.preadv(found.descriptor, _PROBE, place, os.RWF_NOWAIT) == 1
         except OSError:
             # It would have to wait, or this file system cannot tell.
             return False
@@ -167,6 +188,37 @@ class MappedArray:
             start += high - low
 
 
-def _close(files: list[int]) -> None:
-    for file in files:
-        os.close(file)
+class _Shard:
+    """A mapped file, and a descriptor to ask what of it is in memory, where one could be kept."""
+
+    def __init__(self, file: Path) -> None:
+        descriptor = open_to_read(file)
+        self.descriptor: int | None = None
+        try:
+            self.data = map_file(descriptor, os.fstat(descriptor).st_size)
+            if _can_be_asked() and _plenty(descriptor):
+                self.descriptor = descriptor
+                weakref.finalize(self, os.close, descriptor)
+        finally:
+            if self.descriptor is None:
+                os.close(descriptor)
+
+
+def _can_be_asked() -> bool:
+    return hasattr(os, "preadv") and hasattr(os, "RWF_NOWAIT")
+
+
+def _plenty(descriptor: int) -> bool:
+    """Whether descriptors up to this one may be kept: a quarter of all, the rest is for others."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return limit == resource.RLIM_INFINITY or descriptor < limit // 4
+
+
+class _Rearranged:
+    """Rows of one shard, sliced out of an array that is read through zarr."""
+
+    def __init__(self, array: RowArray, first: int) -> None:
+        self._array, self._first = array, first
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        return self._array.read(self._first + rows.start, self._first + rows.stop)

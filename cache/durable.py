@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import resource
 import secrets
 import shutil
 import signal
@@ -13,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.schema import StoreBusy, StoreError
+from cache.schema import StoreBusy, StoreError, StoreUnreadable
 
 FAILPOINTS: tuple[str, ...] = (
     "plan.half_written",
@@ -137,7 +138,7 @@ def write_new(
 
 def file_digest(path: Path) -> FileDigest:
     """Size and sha256 of a file on disk."""
-    with path.open("rb") as file:
+    with os.fdopen(open_to_read(path), "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return FileDigest(file.tell(), digest.hexdigest())
 
@@ -146,12 +147,58 @@ def read_bytes(file: Path) -> bytes:
     """A small file of a store that must be there.
 
     Raises:
-        StoreError: it cannot be read.
+        StoreUnreadable: the system does not let it be read.
+        StoreError: it is missing.
     """
     try:
-        return file.read_bytes()
+        with os.fdopen(open_to_read(file), "rb") as opened:
+            return opened.read()
     except OSError as error:
-        raise StoreError(f"{file}: cannot be read ({error.strerror}); the store is damaged") from error
+        raise unreadable(file, error) from error
+
+
+def open_to_read(file: Path) -> int:
+    """A descriptor to read a file through; where all are in use, the limit is raised as far as is allowed."""
+    try:
+        return os.open(file, _READ)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raised = _DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+        if error.errno != errno.EMFILE or soft == resource.RLIM_INFINITY or soft >= raised:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        return os.open(file, _READ)
+
+
+_READ = os.O_RDONLY | os.O_CLOEXEC
+_DESCRIPTORS = 2**16
+"""What the limit becomes where any number is allowed."""
+ABSENT = (FileNotFoundError, NotADirectoryError)
+"""What the system says of a file that is not there."""
+
+_CURES = {
+    errno.EMFILE: "this process has too many files open: raise its limit (`ulimit -n`) and run the same command again",
+    errno.ENFILE: "this machine has too many files open: end other programs, or have its limit (fs.file-max) raised",
+    errno.EACCES: "you may not read it: ask its owner, or change its mode (`chmod -R u+rX` on the store)",
+    errno.EPERM: "you may not read it: ask its owner",
+    errno.EIO: "the disk or the network has a fault, see the system's log, and run the same command again; if the file "
+    "stays so, remove it: `ezsd cache repair`, or the build that goes on, makes it anew",
+    errno.ESTALE: "the file server replaced it: run the same command again, or mount its file system anew",
+    errno.ENOMEM: "the system has no memory for it, or no more maps (vm.max_map_count): give it more and run the same "
+    "command again",
+}
+
+
+def unreadable(file: Path | str, error: OSError) -> StoreError:
+    """What to raise for a file of a store that could not be read: damage only where it is missing."""
+    if isinstance(error, ABSENT):
+        return StoreError(f"{file}: is missing; the store is damaged: {MENDED}")
+    cure = _CURES.get(error.errno or 0, "nothing is known to be damaged: mend that and run the same command again")
+    return StoreUnreadable(f"{file}: cannot be read ({error.strerror or error}); {cure}")
+
+
+MENDED = "`ezsd cache verify --deep` lists all damage, `ezsd cache repair` mends it"
+"""What to do about a damaged store."""
 
 
 def sync(path: Path) -> None:

@@ -4,7 +4,6 @@ The bytes are ours, not a library version's: the same rows give the same file wh
 and a shard needs no more memory than one block. Any Zarr v3 reader opens the result.
 """
 
-import mmap
 import reprlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -187,7 +186,7 @@ def shard_bytes_on_disk(spec: ArraySpec, index: int) -> int:
     return shard_chunks(spec, index) * chunk_bytes + index_bytes(spec)
 
 
-def shard_rows(spec: ArraySpec, index: int, data: bytes | mmap.mmap) -> NDArray[Any]:
+def shard_rows(spec: ArraySpec, index: int, data: bytes | NDArray[np.uint8]) -> NDArray[Any]:
     """The rows in the bytes of shard `index`, read-only."""
     start, stop = spec.shard_range(index)
     return np.frombuffer(data, spec.dtype, (stop - start) * (spec.row_bytes // np.dtype(spec.dtype).itemsize)).reshape(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cache.durable import discard
 from cache.mark import MANIFEST
-from cache.reader import Store
+from cache.reader import Store, Verify
 from cache.schema import RAGGED, StoreError
 
 Format: TypeAlias = Literal["npz", "parquet", "webdataset"]
@@ -23,7 +23,9 @@ IMAGES_PER_FILE = 1024
 """Images whose rows go into one file."""
 
 
-def export(store: str | os.PathLike[str], folder: str | os.PathLike[str], *, format: Format) -> Path:
+def export(
+    store: str | os.PathLike[str], folder: str | os.PathLike[str], *, format: Format, verify: Verify = "full"
+) -> Path:
     """Write everything a store holds into a new folder; it appears when it is whole.
 
     In each format `manifest.json` tells what it was made from, and `text.npz` and `teacher.npz` hold these two
@@ -38,17 +40,18 @@ def export(store: str | os.PathLike[str], folder: str | os.PathLike[str], *, for
         store: a complete store, or its URL.
         folder: absent or empty.
         format: one of `FORMATS`.
+        verify: how far what is read is checked, see `Store`.
 
     Returns:
         The folder.
 
     Raises:
         StoreError: a format that is not known or whose library is missing, a folder that holds something, or a
-            damaged store: all values are compared with their checksums.
+            damaged store.
     """
     if format not in FORMATS:
         raise StoreError(f"--format {format}: expected {', '.join(FORMATS)}")
-    source, target = Store(store, verify="full"), Path(folder).absolute()
+    source, target = Store(store, verify=verify), Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: exists and is not empty; choose a new folder")
     write = _writer(format)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cache.durable import (
+    ABSENT,
     discard,
     failpoint,
     make_folders,
@@ -25,12 +26,13 @@ from cache.durable import (
     rename,
     scratch_name,
     sync,
+    unreadable,
     write_atomic,
     write_unhashed,
 )
 from cache.manifest import JSON, seal, unseal
 from cache.names import inside
-from cache.schema import StoreError
+from cache.schema import StoreError, StoreUnreadable
 
 _ALIGNMENT = 64
 _PIECE_BYTES = 2**19
@@ -106,14 +108,17 @@ class Entry:
 
         Raises:
             StoreError: there is no such entry, or its description is damaged.
+            StoreUnreadable: the system does not let it be read.
         """
         file = folder / "entry.json"
         try:
             record = unseal(file.read_bytes(), str(file))
-        except OSError as error:
+        except ABSENT as error:
             raise StoreError(
                 f"{folder}: no finished journal entry here ({error.strerror}); run the build again"
             ) from error
+        except OSError as error:
+            raise unreadable(file, error) from error
         _require_described(record, file)
         return cls(folder, record["arrays"], record["attributes"], record["bytes"])
 
@@ -122,8 +127,10 @@ class Entry:
         """Whether the data file has the size it was written with; the cheap check."""
         try:
             return (self.folder / DATA).stat().st_size == self.bytes_
-        except OSError:
+        except ABSENT:
             return False
+        except OSError as error:
+            raise unreadable(self.folder / DATA, error) from error
 
     @property
     def dropped(self) -> bool:
@@ -166,7 +173,10 @@ class Entry:
             raise StoreError(f"{self.folder}: data.raw is missing or not {self.bytes_} bytes long; run the build again")
         if 0 in shape:
             return np.empty(shape, dtype)
-        return np.memmap(self.folder / DATA, dtype, "r", place["offset"], shape)
+        try:
+            return np.memmap(self.folder / DATA, dtype, "r", place["offset"], shape)
+        except OSError as error:
+            raise unreadable(self.folder / DATA, error) from error
 
     def _require_crc32(self, name: str, found: int) -> None:
         if found != self.arrays[name]["crc32"]:
@@ -269,6 +279,8 @@ def intact(folder: Path) -> bool:
     """Whether a finished entry lies here, by its description and size."""
     try:
         return Entry.read(folder).sized
+    except StoreUnreadable:
+        raise
     except StoreError:
         return False
 

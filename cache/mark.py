@@ -1,5 +1,6 @@
 """The commit mark: the last file a build writes, which says that the store is complete and what it consists of."""
 
+import json
 import re
 import reprlib
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.durable import FileDigest, file_digest
+from cache.durable import ABSENT, FileDigest, file_digest, unreadable
 from cache.manifest import JSON, parse_json, seal, unseal
 from cache.names import MANIFEST_FILE, is_store_file, needed_files, require_inside
 from cache.schema import (
@@ -43,6 +44,11 @@ class CommitMark:
     embedding: EmbeddingType
     files: Mapping[str, FileDigest]
 
+    @property
+    def digest(self) -> str:
+        """The sha256 that the mark carries, hexadecimal: equal for stores of equal bytes, and for no others."""
+        return str(json.loads(self.to_bytes())["sha256"])
+
     def to_bytes(self) -> bytes:
         """The mark as it lies on disk."""
         files: JSON = {name: {"size": at.size, "sha256": at.sha256} for name, at in self.files.items()}
@@ -76,8 +82,10 @@ def _read(store: Path, name: str) -> CommitMark | None:
     file = store / name
     try:
         data = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    except ABSENT:
         return None
+    except OSError as error:
+        raise unreadable(file, error) from error
     mark = parse_mark(data, str(file))
     require_inside(store, [name, ENVIRONMENT, LOG, *mark.files])
     return mark
@@ -173,19 +181,29 @@ def require_not_set_aside(store: Path) -> None:
 
 
 def file_problem(file: Path, expected: FileDigest, *, whole: bool) -> str | None:
-    """Why a file is not as it was committed, or None; by its size alone, or with `whole` by its bytes too."""
+    """Why a file is not as it was committed, or None; by its size alone, or with `whole` by its bytes too.
+
+    Raises:
+        StoreUnreadable: the system does not let it be read, so nobody knows.
+    """
     try:
         size = file.stat().st_size
         if size != expected.size:
             return f"is {size} bytes long, expected {expected.size}"
         if whole and file_digest(file) != expected:
             return "its bytes are not those that were committed (sha256 differs)"
+    except ABSENT:
+        return "is missing"
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
+        raise unreadable(file, error) from error
     return None
 
 
 def size_problems(store: Path, mark: CommitMark) -> list[str]:
-    """The quick check: one line for each listed file that is missing or not as long as it was."""
+    """The quick check: one line for each listed file that is missing or not as long as it was.
+
+    Raises:
+        StoreUnreadable: the system does not let a file be looked at.
+    """
     found = ((name, file_problem(store / name, expected, whole=False)) for name, expected in mark.files.items())
     return [f"{store / name}: {reason}" for name, reason in found if reason is not None]

@@ -1,12 +1,15 @@
 """Where a store lies: a folder, or a URL (`cache.remote`). What a reader needs of either, and nothing else."""
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from cache.arrays import RowArray, ZarrArray
 from cache.direct import open_mapped
-from cache.durable import FileDigest, file_digest, read_bytes
+from cache.durable import ABSENT, MENDED, FileDigest, file_digest, read_bytes, unreadable
 from cache.mark import (
     ENVIRONMENT,
     TRANSFER,
@@ -43,6 +46,10 @@ class Place(Protocol):
         """Size and sha256 of a file as it is now."""
         ...
 
+    def digests(self, names: Iterable[str]) -> Iterator[tuple[str, FileDigest]]:
+        """The same of many small files."""
+        ...
+
     def open_array(self, name: str) -> RowArray:
         """An array of the store, by its path."""
         ...
@@ -71,28 +78,53 @@ class LocalPlace:
 
     def read_if_there(self, name: str) -> bytes | None:
         """See `Place`."""
-        return read_bytes(self.path / name) if (self.path / name).exists() else None
+        try:
+            return read_bytes(self.path / name)
+        except StoreError as error:
+            if isinstance(error.__cause__, ABSENT):
+                return None
+            raise
 
     def digest(self, name: str) -> FileDigest:
         """See `Place`."""
-        return file_digest(self.path / name)
+        try:
+            return file_digest(self.path / name)
+        except OSError as error:
+            raise unreadable(self.path / name, error) from error
+
+    def digests(self, names: Iterable[str]) -> Iterator[tuple[str, FileDigest]]:
+        """See `Place`."""
+        return ((name, self.digest(name)) for name in names)
 
     def open_array(self, name: str) -> RowArray:
         """See `Place`; memory-mapped where its layout allows, else through zarr."""
-        mapped = open_mapped(self.path / name)
-        if mapped is not None:
-            return mapped
-        # Half a second to import: a worker that reads mapped shards never pays it.
-        import zarr
+        folder = self.path / name
+        return open_mapped(folder, partial(_through_zarr, folder)) or _through_zarr(folder)
 
-        try:
-            return ZarrArray(zarr.open_array(self.path / name, mode="r"))
-        # zarr and its codecs raise what they like about metadata that describe nothing.
-        except Exception as error:
-            raise StoreError(
-                f"{self.path / name}/zarr.json: does not describe an array that zarr can read "
-                f"({type(error).__name__}: {error}); the store is damaged: `ezsd cache repair {self.path}` mends it"
-            ) from error
+
+def _through_zarr(folder: Path) -> ZarrArray:
+    # Half a second to import: a worker that reads mapped shards never pays it.
+    import zarr
+
+    with _zarr_errors(folder):
+        return ZarrArray(zarr.open_array(folder, mode="r"), str(folder), partial(_zarr_errors, folder))
+
+
+@contextmanager
+def _zarr_errors(folder: Path) -> Iterator[None]:
+    """Make one line of whatever zarr raises about an array in a folder."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise unreadable(error.filename or folder, error) from error
+    # Codecs have exceptions of their own.
+    except Exception as error:
+        raise StoreError(
+            f"{folder}: zarr cannot read this array as its zarr.json describes it ({type(error).__name__}: {error}); "
+            f"the store is damaged: {MENDED}"
+        ) from error
 
 
 def find_place(where: str | os.PathLike[str]) -> Place:

@@ -29,6 +29,7 @@ from cache.schema import (
     RaggedRows,
     StoreError,
     StoreMismatch,
+    StoreUnreadable,
     require_supported,
     stored_fields,
 )
@@ -214,6 +215,8 @@ def finished_block(plan: Plan, index: int) -> Entry | None:
     """The entry of block `index`, or None when it has to be computed (again)."""
     try:
         entry = read_block(plan, index)
+    except StoreUnreadable:
+        raise
     except StoreError:
         return None
     return entry if entry.sized or entry.dropped else None

@@ -7,6 +7,7 @@ before a fork, after it, and be pickled; each process opens its own arrays.
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias
 
@@ -15,13 +16,15 @@ from numpy.typing import NDArray
 
 from cache.arrays import RowArray, VerifiedArray, all_finite
 from cache.bad_images import bad_images_of
+from cache.durable import MENDED
 from cache.manifest import Manifest, parse_json
 from cache.mark import MANIFEST, CommitMark
 from cache.place import LocalPlace, Place, find_place, read_environment
 from cache.plan import refuse
 from cache.quantise import dequantise
 from cache.records import GroundTruthRows, ProposalRows, RegionRows, RowBatch, Rows
-from cache.schema import CHECKSUMS, RAGGED, WHOLE, Field, StoreError, StoreKeyError
+from cache.schema import CHECKSUMS, IMAGES, OFFSET, RAGGED, WHOLE, Field, StoreError, StoreKeyError, stored_fields
+from cache.verify import image_places, of_images
 
 Verify: TypeAlias = Literal["quick", "full"]
 """How far a store is checked before its values are handed out, see `Store`."""
@@ -32,36 +35,55 @@ class Store:
 
     Args:
         path: a folder, or a URL that fsspec understands (`s3://bucket/store`, `https://...`).
-        verify: "quick" checks the commit mark, the manifest and the size of every file. "full" also compares each
-            small file with its digest now, and each chunk of rows with its checksum when it is first read: no value
-            from a damaged chunk is handed out.
+        verify: both compare the size of every file and the digest of each that holds no rows (metadata, names, ids,
+            offsets, teacher values, checksums) now. "full" also compares each chunk of rows with its checksum when
+            this process first reads it: no value from a damaged chunk is handed out. "quick" takes rows as they are.
 
     Raises:
         StoreIncomplete: its build or copy is not finished.
+        StoreUnreadable: the system does not let a file be read.
         StoreError: no store, another format version, or files that are missing, of the wrong size or damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, verify: Verify = "quick") -> None:
+    def __init__(self, path: str | os.PathLike[str], *, verify: Verify = "full") -> None:
         """Check that the store is complete; the arrays are opened when first used."""
         if verify not in ("quick", "full"):
             raise ValueError(f"verify must be 'quick' or 'full', got {verify!r}")
         self._place = find_place(path)
         self._verify = verify
-        self._mark = self._place.mark()
-        _refuse_damage(self._place.size_problems(self._mark))
-        where = f"{self._place}/{MANIFEST}"
-        self.manifest = Manifest.from_json(self._place.read_file(MANIFEST), where)
-        if self.manifest.digest != self._mark.manifest_digest:
-            raise StoreError(f"{where}: is not the manifest this store was committed with; the store is damaged")
-        if verify == "full":
-            _refuse_damage(_digest_problems(self._place, self._mark))
-        self._opened = self._open()
+        self._opened: _Opened | None = None
+        self._mark  # noqa: B018
 
     def __getstate__(self) -> tuple[str, Verify]:
         return str(self._place), self._verify
 
     def __setstate__(self, state: tuple[str, Verify]) -> None:
-        self.__init__(state[0], verify=state[1])  # type: ignore[misc]
+        # Looked at when it is first used: what is wrong then reaches whoever reads, not whoever starts a process.
+        self._place, self._verify, self._opened = find_place(state[0]), state[1], None
+
+    @cached_property
+    def _mark(self) -> CommitMark:
+        """The commit mark, once the store is what it says, as far as all but the rows tell."""
+        mark = self._place.mark()
+        _refuse_damage(self._place, self._place.size_problems(mark))
+        _refuse_damage(self._place, _digest_problems(self._place, mark, full=self._verify == "full"))
+        return mark
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Everything that shaped the store's bytes."""
+        expected, where = self._mark.manifest_digest, f"{self._place}/{MANIFEST}"
+        manifest = Manifest.from_json(self._place.read_file(MANIFEST), where)
+        if manifest.digest != expected:
+            raise StoreError(
+                f"{where}: is not the manifest this store was committed with; the store is damaged: {MENDED}"
+            )
+        return manifest
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of what the store holds, every byte of it: the one that its commit mark carries, 64 hex digits."""
+        return self._mark.digest
 
     def __repr__(self) -> str:
         return f"Store({str(self._place)!r})"
@@ -160,12 +182,9 @@ class Store:
     @property
     def _here(self) -> "_Opened":
         """What this process opened; a forked child starts with nothing open."""
-        if self._opened.process != os.getpid():
-            self._opened = self._open()
+        if self._opened is None or self._opened.process != os.getpid():
+            self._opened = _Opened(self._place, self._mark, checked=self._verify == "full")
         return self._opened
-
-    def _open(self) -> "_Opened":
-        return _Opened(self._place, self._mark if self._verify == "full" else None)
 
 
 class Product(Mapping[int, Rows], Generic[Rows]):
@@ -242,31 +261,79 @@ class Product(Mapping[int, Rows], Generic[Rows]):
 class _Opened:
     """Arrays that one process has open."""
 
-    def __init__(self, place: Place, verified: CommitMark | None) -> None:
+    def __init__(self, place: Place, mark: CommitMark, *, checked: bool) -> None:
         self.process = os.getpid()
         self._place = place
-        self._verified = verified
+        self._mark = mark
+        self._checked = checked
         self._arrays: dict[str, RowArray] = {}
         self._columns: dict[str, NDArray[Any]] = {}
         self._finite: dict[str, bytearray] = {}
         self._order: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def array(self, name: str) -> RowArray:
-        """An array, opened once."""
+        """An array, opened once.
+
+        Raises:
+            StoreError: it is not what the arrays beside it need it to be.
+        """
         found = self._arrays.get(name)
         if found is None:
             found = self._place.open_array(name)
-            if self._verified is not None and _has_checksums(self._verified, name):
-                found = VerifiedArray(found, self.column(f"{CHECKSUMS}/{name}"), f"{self._place}: {name}")
+            self._require_geometry(name, found)
+            if self._checked and holds_rows(name) and _has_checksums(self._mark, name):
+                sums = self.column(f"{CHECKSUMS}/{name}")
+                found = VerifiedArray(found, sums, partial(self._damage, name, found))
             self._arrays[name] = found
         return found
 
+    def _damage(self, name: str, array: RowArray, start: int, stop: int) -> StoreError:
+        """The error for rows that do not match their checksum."""
+        product = name.partition("/")[0]
+        places = image_places(self.column(f"{product}/{OFFSET.name}"), [(start, stop)])
+        images = of_images(self.column("images/id")[places].tolist())
+        return StoreError(
+            f"{array.file(start)}: rows {start} to {stop - 1} of {name} do not match their checksum{images}; "
+            f"the store is damaged: {MENDED}"
+        )
+
+    def _require_geometry(self, name: str, array: RowArray) -> None:
+        product, _, field = name.partition("/")
+        expected = self._geometry(product, field)
+        if expected is None:
+            return
+        dtype, shape = expected
+        if array.shape != shape or array.dtype.newbyteorder("<") != np.dtype(dtype):
+            raise StoreError(
+                f"{self._place}/{name}/zarr.json: describes {array.dtype} {array.shape}, the arrays beside it need "
+                f"{np.dtype(dtype)} {shape}; the store is damaged: {MENDED}"
+            )
+
+    def _geometry(self, product: str, field: str) -> tuple[str, tuple[int, ...]] | None:
+        """Type and shape that an array must have for those it belongs to; None where it is the measure of others."""
+        if product == "images":
+            dtype = next(column.dtype for column in IMAGES if column.name == field)
+            return None if field == IMAGES[0].name else (dtype, self.column("images/id").shape)
+        if product not in RAGGED:
+            return None
+        if field == OFFSET.name:
+            return OFFSET.dtype, (len(self.column("images/id")) + 1,)
+        rows = self.column(f"{product}/{OFFSET.name}").item(-1)
+        of = next(column for column in stored_fields(product, self._mark.embedding) if column.name == field)
+        return of.dtype, (rows, *of.row_shape(self._mark.embed_dim))
+
     def column(self, name: str) -> NDArray[Any]:
-        """A whole small array, read once, read-only."""
+        """A whole small array, read once, read-only.
+
+        Raises:
+            StoreError: offsets that no rows can have.
+        """
         if name not in self._columns:
             array = self.array(name)
             values = array.read(0, array.shape[0]).view()
             values.flags.writeable = False
+            if name.partition("/")[2] == OFFSET.name:
+                _require_offsets(values, array.file(0))
             self._columns[name] = values
         return self._columns[name]
 
@@ -335,25 +402,52 @@ class _Opened:
             first = last
 
 
+def _require_offsets(values: NDArray[np.int64], file: str) -> None:
+    """Refuse offsets that do not start at 0, or fall; their end is compared when rows are opened."""
+    if values[0] != 0:
+        raise StoreError(f"{file}: begins with {values[0]}, expected 0; the store is damaged: {MENDED}")
+    falls = np.flatnonzero(values[1:] < values[:-1])
+    if len(falls):
+        at = int(falls[0])
+        raise StoreError(
+            f"{file}: falls from {values[at]} to {values[at + 1]} at entry {at + 1}, and offsets never do; "
+            f"the store is damaged: {MENDED}"
+        )
+
+
 def _not_finite(where: str) -> StoreError:
-    return StoreError(
-        f"{where}: holds a value that is not finite; the store is damaged: `ezsd cache verify --deep` lists all damage"
-    )
+    return StoreError(f"{where}: holds a value that is not finite; the store is damaged: {MENDED}")
 
 
-def _refuse_damage(problems: Sequence[str]) -> None:
+def _refuse_damage(place: Place, problems: Sequence[str]) -> None:
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise StoreError(f"{problems[0]}{more}; the store is damaged: build it again, or restore the file from a copy")
+        cure = MENDED if isinstance(place, LocalPlace) else "remove this copy and push the store again"
+        raise StoreError(f"{problems[0]}{more}; the store is damaged: {cure}")
 
 
-def _digest_problems(place: Place, mark: CommitMark) -> list[str]:
-    """One line for each file that is not what was committed, but for shards that are checked chunk by chunk."""
+def _digest_problems(place: Place, mark: CommitMark, *, full: bool) -> list[str]:
+    """One line for each file that is not what was committed, but for shards of rows.
+
+    With `full` those too, unless they have checksums to be read by.
+    """
+    arrays = {name: name.partition("/c/")[0] for name in mark.files}
+    small = [name for name, array in arrays.items() if array == name or not holds_rows(array)]
+    found = dict(place.digests(small))
+    if full:
+        left = [name for name, array in arrays.items() if name not in found and not _has_checksums(mark, array)]
+        found |= {name: place.digest(name) for name in left}
     return [
         f"{place}/{name}: its bytes are not those that were committed (sha256 differs)"
-        for name, expected in mark.files.items()
-        if not ("/c/" in name and _has_checksums(mark, name.partition("/c/")[0])) and place.digest(name) != expected
+        for name, digest in found.items()
+        if digest != mark.files[name]
     ]
+
+
+def holds_rows(array: str) -> bool:
+    """Whether an array holds rows of images; all others are small."""
+    product, _, field = array.partition("/")
+    return product in RAGGED and field != OFFSET.name
 
 
 def _has_checksums(mark: CommitMark, array: str) -> bool:

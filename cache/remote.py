@@ -7,6 +7,7 @@ Keys, endpoints and the like come from where fsspec and its libraries look for t
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,8 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "
 _PIECE = 8 * 2**20
 _MOST_UNSTATED = 256 * 2**20
 """Most bytes read of a file whose size no commit mark states; a mark with a million files is smaller."""
+_TOGETHER = 32
+"""Small files asked for at once."""
 
 
 class RemotePlace:
@@ -118,6 +121,12 @@ class RemotePlace:
             size += len(piece)
         return FileDigest(size, digest.hexdigest())
 
+    def digests(self, names: Iterable[str]) -> Iterator[tuple[str, FileDigest]]:
+        """See `Place`; many files at once, for each request waits for the network."""
+        wanted = list(names)
+        with ThreadPoolExecutor(_TOGETHER, thread_name_prefix="digests") as pool:
+            yield from zip(wanted, pool.map(self.digest, wanted), strict=True)
+
     def pieces(self, name: str) -> Iterator[bytes]:
         """The bytes of a file, some megabytes at a time.
 
@@ -148,7 +157,7 @@ class RemotePlace:
             array = self._group[name]
         if not isinstance(array, zarr.Array):
             raise StoreError(f"{self.url}/{name}: is no array; the store is damaged")
-        return ZarrArray(array, self.errors)
+        return ZarrArray(array, f"{self.url}/{name}", self.errors)
 
     @cached_property
     def _group(self) -> "zarr.Group":

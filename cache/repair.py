@@ -1,7 +1,7 @@
 """Making a damaged store whole: exactly the lost files, bit for bit, or not at all."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from cache.schema import (
     RaggedRows,
     StoreError,
     StoreMismatch,
+    StoreUnreadable,
     stored_fields,
 )
 from cache.verify import Damage, Locator, consolidated, damaged_files
@@ -86,6 +87,7 @@ def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> Rep
     Raises:
         StoreIncomplete: a copy that is not finished.
         StoreError: no finished store, a damaged commit mark, or a build or repair is at work.
+        StoreUnreadable: the system does not let a file be read; it is left as it is, and so is the commit mark.
         StoreMismatch: `source` would make another store.
     """
     store = Path(path).absolute()
@@ -112,6 +114,14 @@ def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> Rep
         lock.release()
 
 
+def _require_readable(found: Sequence[Damage]) -> None:
+    """Refuse to judge a store of which nobody could look at some files: they may be whole."""
+    hidden = [damage for damage in found if damage.kind == "unreadable"]
+    if hidden:
+        more = f" and {len(hidden) - 1} more files cannot be read," if len(hidden) > 1 else ""
+        raise StoreUnreadable(f"{hidden[0]};{more} then run `ezsd cache repair` again")
+
+
 @dataclass(frozen=True)
 class _Repair:
     store: Path
@@ -120,6 +130,7 @@ class _Repair:
 
     def run(self) -> RepairReport:
         damaged = self._damages()
+        _require_readable(damaged)
         names = {damage.name for damage in damaged}
         if ENVIRONMENT in names:
             discard(self.store / ENVIRONMENT)
@@ -128,6 +139,7 @@ class _Repair:
             if parts is not None:
                 self._put(name, parts)
         left = self._damages() if damaged else []
+        _require_readable(left)
         self._mark_as(complete=not left)
         repaired = names - {damage.name for damage in left}
         return RepairReport(repaired=tuple(sorted(repaired)), left=tuple(left))

@@ -46,6 +46,10 @@ class StoreBusy(StoreError):
     """Another process is at work on the store."""
 
 
+class StoreUnreadable(StoreError):
+    """The system does not let a file be read; whether it is damaged is not known."""
+
+
 class StoreKeyError(StoreError, KeyError):
     """The store has no image with this id."""
 

@@ -8,12 +8,23 @@ from pathlib import Path
 
 from cache import encoding
 from cache.checksums import ChunkSums
-from cache.durable import FileDigest, discard, disk_room, make_folders, rename, scratch_name, write_atomic, write_new
+from cache.durable import (
+    ABSENT,
+    FileDigest,
+    discard,
+    disk_room,
+    make_folders,
+    rename,
+    scratch_name,
+    unreadable,
+    write_atomic,
+    write_new,
+)
 from cache.journal import drop_data, journal_folder, scratch_folder, set_aside
 from cache.manifest import JSON, canonical_json, seal, unseal
 from cache.names import inside
 from cache.plan import Plan, block_name, read_block, read_plan
-from cache.schema import ArraySpec, StoreError
+from cache.schema import ArraySpec, StoreError, StoreUnreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +119,8 @@ def _piece_rows(plan: Plan, task: ShardTask) -> Iterator[memoryview]:
             if entry.arrays[task.array.name]["crc32"] == piece.crc32:
                 yield from entry.stream(task.array.name, piece.start, piece.stop)
                 continue
+        except StoreUnreadable:
+            raise
         except StoreError as error:
             set_aside(plan.store, block_name(piece.block))
             raise StoreError(f"{error}; block {piece.block} was set aside, run the build again to redo it") from error
@@ -129,8 +142,10 @@ def recorded(store: Path, task: ShardTask) -> ShardRecord | None:
     try:
         record = unseal(file.read_bytes(), str(file))
         size = (store / task.file).stat().st_size
-    except (OSError, StoreError):
+    except (*ABSENT, StoreError):
         return None
+    except OSError as error:
+        raise unreadable(file, error) from error
     if record["sources"] != task.sources or record["size"] != size:
         return None
     return ShardRecord(FileDigest(size, record["digest"]), tuple(record["chunk_crc32"]))

@@ -18,7 +18,7 @@ from cache.mark import ENVIRONMENT, UNLISTED, CommitMark, file_problem, read_inc
 from cache.names import empty_folders, files_below
 from cache.place import LocalPlace, read_environment, unfinished_plan
 from cache.plan import Plan, block_name
-from cache.schema import CHECKSUMS, RAGGED, WHOLE, ArraySpec, StoreError
+from cache.schema import CHECKSUMS, RAGGED, WHOLE, ArraySpec, StoreError, StoreUnreadable
 
 _LISTED = 8
 """Most images named in one line."""
@@ -31,8 +31,9 @@ class Damage:
     file: Path
     name: str
     """The file inside the store, with forward slashes."""
-    kind: Literal["damaged", "stray"]
-    """Strays do not belong to the store; everything else in it is still right."""
+    kind: Literal["damaged", "unreadable", "stray"]
+    """What is unreadable may be whole: the system does not let it be read. Strays do not belong to the store, and take
+    nothing from it."""
     reason: str
     array: str | None = None
     rows: tuple[tuple[int, int], ...] = ()
@@ -45,11 +46,15 @@ class Damage:
         if self.rows:
             ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in self.rows)
             text += f"; lost are rows {ranges} of {self.array}"
-        if self.images:
-            shown = ", ".join(map(str, self.images[:_LISTED]))
-            more = f" and {len(self.images) - _LISTED} more" if len(self.images) > _LISTED else ""
-            text += f", of the images {shown}{more}"
-        return text
+        return text + of_images(self.images)
+
+
+def of_images(images: Sequence[int]) -> str:
+    """Which images lost rows belong to, as the end of a sentence; empty where there are none."""
+    if not images:
+        return ""
+    shown = ", ".join(map(str, images[:_LISTED]))
+    return f", of the images {shown}" + (f" and {len(images) - _LISTED} more" if len(images) > _LISTED else "")
 
 
 def verify(path: str | os.PathLike[str], *, deep: bool = False) -> list[Damage]:
@@ -72,14 +77,22 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> list[Damage]:
 
 
 def damaged_files(store: Path, mark: CommitMark, *, deep: bool) -> list[Damage]:
-    """Files that are missing or not as they were committed, see `verify`."""
+    """Files that are missing, not as they were committed or unreadable, see `verify`."""
     locate = Locator(store, mark)
     found = []
     for name, expected in mark.files.items():
-        reason = file_problem(store / name, expected, whole=deep or name.endswith(".json"))
+        try:
+            reason = file_problem(store / name, expected, whole=deep or name.endswith(".json"))
+        except StoreUnreadable as error:
+            found.append(_unreadable(store / name, name, error))
+            continue
         if reason:
             found.append(locate.damage(name, reason))
     return found + _environment_problems(store)
+
+
+def _unreadable(file: Path, name: str, error: StoreUnreadable) -> Damage:
+    return Damage(file=file, name=name, kind="unreadable", reason=str(error).removeprefix(f"{file}: "))
 
 
 def stray_files(store: Path, mark: CommitMark) -> list[Damage]:
@@ -101,6 +114,8 @@ def _environment_problems(store: Path) -> list[Damage]:
     file = store / ENVIRONMENT
     try:
         read_environment(LocalPlace(store))
+    except StoreUnreadable as error:
+        return [_unreadable(file, ENVIRONMENT, error)]
     except StoreError as error:
         reason = str(error).removeprefix(f"{file}: ")
         return [Damage(file=file, name=ENVIRONMENT, kind="damaged", reason=reason)]
@@ -131,9 +146,14 @@ class Locator:
         )
 
     def intact(self, name: str) -> bool:
-        """Whether a listed file is as it was committed."""
+        """Whether a listed file is known to be as it was committed."""
         expected = self.mark.files.get(name)
-        return expected is not None and file_problem(self.store / name, expected, whole=True) is None
+        if expected is None:
+            return False
+        try:
+            return file_problem(self.store / name, expected, whole=True) is None
+        except StoreUnreadable:
+            return False
 
     def spec(self, array: str) -> ArraySpec | None:
         """Geometry of an array, from its own metadata or the copy in the root.
@@ -227,12 +247,14 @@ def damaged_entries(plan: Plan, *, deep: bool) -> list[Damage]:
 def _entry_problems(store: Path, folder: Path, *, deep: bool) -> Iterator[Damage]:
     try:
         entry = Entry.read(folder)
-        for name in entry.arrays if deep and entry.sized else ():
+        sized = entry.sized
+        for name in entry.arrays if deep and sized else ():
             entry.array(name)
     except StoreError as error:
         place, _, reason = str(error).partition(": ")
-        yield Damage(file=Path(place), name=Path(place).relative_to(store).as_posix(), kind="damaged", reason=reason)
+        kind: Literal["damaged", "unreadable"] = "unreadable" if isinstance(error, StoreUnreadable) else "damaged"
+        yield Damage(file=Path(place), name=Path(place).relative_to(store).as_posix(), kind=kind, reason=reason)
         return
-    if not entry.sized and not entry.dropped:
+    if not sized and not entry.dropped:
         reason = f"data.raw is not {entry.bytes_} bytes long"
         yield Damage(file=folder, name=folder.relative_to(store).as_posix(), kind="damaged", reason=reason)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cache import StoreError
 from ezsd.data.dataset import DetectionDataset, Key, collate, epoch_order, padded_size
 from ezsd.detector.model import Batch
 from pipeline.config import ConfigError, TrainConfig
@@ -36,6 +37,7 @@ def load_batches(
     Raises:
         ConfigError: the images of a step cannot be shared out evenly.
         ImageError: an image cannot be read.
+        StoreError: rows of the store are damaged or cannot be read.
     """
     processes = processes or Processes()
     parts = config.accumulate * processes.count
@@ -116,5 +118,6 @@ def _next(batches: Iterator[Batch]) -> Batch:
     except (ValueError, OSError) as error:
         # A reader's error arrives with the whole traceback in its message.
         if "Original Traceback" in str(error):
-            raise ImageError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+            kind = type(error) if isinstance(error, StoreError) else ImageError
+            raise kind(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
         raise

@@ -86,7 +86,8 @@ def train_config(cache: Path, preset: str | None, overrides: Sequence[str], *, s
     _refuse_stage_one(cache, overrides)
     if seed is not None:
         overrides = [*overrides, _seed_override(seed, overrides)]
-    store = Store(cache)
+    # No rows are read of it here.
+    store = Store(cache, verify="quick")
     if preset is None:
         preset = store.environment.get("preset")
     if preset is None:

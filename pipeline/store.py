@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cache import Damage, RepairReport, StoreError, StoreInfo, collect, compare, info, list_stores, verify
+from cache import Damage, RepairReport, StoreError, StoreInfo, Verify, collect, compare, info, list_stores, verify
 from cache.export import Format, export
 from cache.transfer import pull, push
 from pipeline.progress import duration
@@ -155,6 +155,6 @@ def transfer_line(way: Literal["push", "pull"], source: str, target: str) -> str
     return f"{target}: complete already, nothing to do" if not files else f"{target}: complete ({files} files copied)"
 
 
-def export_line(store: str, out: Path, name: Format) -> str:
+def export_line(store: str, out: Path, name: Format, *, verify: Verify = "full") -> str:
     """Export a store and say where it lies."""
-    return f"{export(store, out, format=name)}: exported as {name}"
+    return f"{export(store, out, format=name, verify=verify)}: exported as {name}"

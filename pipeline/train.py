@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cache import Store
+from cache import Store, Verify
 from ezsd.data.annotations import ImageRecord, ImageTable
 from ezsd.data.augment import Augmentation
 from ezsd.data.dataset import DetectionDataset, MaskSource
@@ -36,6 +36,7 @@ from pipeline.runs import Run, RunError, restore_optimiser, rows_digest
 from pipeline.step import AverageWeights, Objective, Trainer, build_optimiser, in_effect, peak_rate
 from pipeline.stop import StopSignal
 from pipeline.stored import checked_annotations
+from pipeline.trained_on import record_store, require_same_bytes
 from pipeline.validate import Validation, require_validation
 
 log = logging.getLogger("ezsd")
@@ -56,6 +57,10 @@ class TrainRequest:
     backbone_weights: Path | None = None
     """ImageNet state of the backbone."""
     device: str = "cpu"
+    verify: Verify = "full"
+    """How far what is read of the store is checked, see `Store`."""
+    accept_store: bool = False
+    """Whether a run may go on with other bytes than it was trained on so far."""
 
 
 def train(request: TrainRequest) -> Run:
@@ -72,7 +77,7 @@ def train(request: TrainRequest) -> Run:
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(device))
         _check_processes(request.config.train, processes)
-        store = Store(request.cache)
+        store = Store(request.cache, verify=request.verify)
         dataset = store_dataset(store, request.data_root)
         if processes.first:
             require_validation(dataset, request.config.train)
@@ -82,12 +87,15 @@ def train(request: TrainRequest) -> Run:
         tables = _tables(store)
         if processes.first:
             run = stack.enter_context(Run.claim(request.run, card, tables))
+            require_same_bytes(run, store, accept=request.accept_store)
             run.write_environment(_environment(store, dataset, request.device))
         processes.wait()
         run = Run.open(request.run)
         base = len(dataset.split.base)
         trainer = build_trainer(detector.to(device), request.config, tables["text"], base, processes)
         step = _resume(run, trainer)
+        if processes.first:
+            record_store(run, store, step)
         loading = load_batches(samples, request.config.train, first_step=step, processes=processes)
         batches = stack.enter_context(closing(loading))
         validation = Validation.of_run(run, trainer, dataset, request.config, len(samples))

@@ -11,6 +11,7 @@ from typing import Any
 from cache import Store, StoreMismatch
 from pipeline.files import read_object
 from pipeline.runs import Run, RunError
+from pipeline.trained_on import read_stores
 
 _LABELS = {
     "shapes": "shapes benchmark, synthetic; not COCO",
@@ -123,6 +124,9 @@ def run_store(main: Facts) -> Store:
     store = Store(str(main.environment["cache"]))
     if store.manifest.digest != main.card["store"]["digest"]:
         raise StoreMismatch(f"{store.path}: holds another store now than the one this run was trained from")
+    known = read_stores(main.run)
+    if known and store.digest not in [entry["sha256"] for entry in known]:
+        raise StoreMismatch(f"{store.path}: holds other bytes now than those this run was trained on")
     return store
 
 

@@ -21,6 +21,7 @@ from pipeline.report.facts import (
 )
 from pipeline.report.html import Html, element
 from pipeline.trained import run_manifest
+from pipeline.trained_on import read_stores
 
 
 def provenance_section(facts: Sequence[Facts], data_root: Path | None) -> Html:
@@ -35,6 +36,7 @@ def provenance_section(facts: Sequence[Facts], data_root: Path | None) -> Html:
         "dataset": f"{main.card['dataset']}: {dataset_label(main)}",
         "teacher": " ".join(str(teacher[key]) for key in ("name", "weights") if teacher.get(key)) or "not recorded",
         "store": main.card["store"]["digest"],
+        "its bytes": _bytes(main),
         "seeds": f"data {drawn.get('seed', 'not recorded')}, "
         f"store {built['build']['seed']}, training {config['train']['seed']}",
         "steps": f"{config['train']['steps']} of {config['train']['images']} images",
@@ -44,6 +46,13 @@ def provenance_section(facts: Sequence[Facts], data_root: Path | None) -> Html:
     rows = [Html(element("dt", key) + element("dd", value)) for key, value in entries.items()]
     commands = element("pre", element("code", "\n".join([*_drawing(main, drawn), *_commands(facts)])))
     return element("footer", element("h2", "Where it comes from"), element("dl", *rows), commands)
+
+
+def _bytes(main: Facts) -> str:
+    """Digests of all that the run was trained on, each from the step on that began with it."""
+    return (
+        ", ".join(f"{entry['sha256']} from step {entry['step']}" for entry in read_stores(main.run)) or "not recorded"
+    )
 
 
 def _shapes_card(main: Facts, data_root: Path | None) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from cache import Manifest, Origin, RaggedRows, StoreWriter, commit_shard, images_digest, write_block
+from cache.durable import file_digest
+from cache.mark import CommitMark, read_mark
 
 IDS = [70, 3, 11, 900000000001, 5, 42, 8, 9, 10, 77, 12]
 WIDTHS = [64, 50, 64, 640, 64, 33, 64, 64, 64, 64, 64]
@@ -163,6 +165,16 @@ def flip(file, bit):
         byte = opened.read(1)[0]
         opened.seek(bit // 8)
         opened.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def recommit(store):
+    """Make the files as they are now what the commit mark lists."""
+    mark = read_mark(store)
+    listed = [f for f in store.rglob("*") if f.is_file() and f.name not in ("COMMIT.json", "environment.json")]
+    files = {file.relative_to(store).as_posix(): file_digest(file) for file in listed}
+    (store / "COMMIT.json").write_bytes(
+        CommitMark(mark.manifest_digest, mark.embed_dim, mark.embedding, files).to_bytes()
+    )
 
 
 def contents(path):

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -13,13 +14,12 @@ import pytest
 import storekit
 import zarr
 from readkit import digest, load
-from storekit import flip
+from storekit import flip, recommit
 
+import cache.direct
 from cache import Store, StoreError, StoreKeyError
 from cache.arrays import ZarrArray, all_finite
 from cache.direct import MappedArray, direct_spec, open_mapped
-from cache.durable import file_digest
-from cache.mark import CommitMark, read_mark
 
 FIRST = next(image for image in storekit.IDS if image not in storekit.EMPTY)
 SHARD = "regions/embedding/c/0/0"
@@ -40,14 +40,9 @@ def rewrite(store, name, **changes):
     recommit(store)
 
 
-def recommit(store):
-    """Make the files as they are now what the commit mark lists."""
-    mark = read_mark(store)
-    listed = [f for f in store.rglob("*") if f.is_file() and f.name not in ("COMMIT.json", "environment.json")]
-    files = {file.relative_to(store).as_posix(): file_digest(file) for file in listed}
-    (store / "COMMIT.json").write_bytes(
-        CommitMark(mark.manifest_digest, mark.embed_dim, mark.embedding, files).to_bytes()
-    )
+def mapped(folder):
+    """An array of ours, all of whose shards must be."""
+    return open_mapped(folder, lambda: pytest.fail("read through zarr"))
 
 
 def array_of(store, name):
@@ -65,7 +60,7 @@ def same_record(found, expected):
 
 
 def test_our_own_arrays_are_read_without_zarr(finished):
-    store = Store(finished)
+    store = Store(finished, verify="quick")
     for product, fields in storekit.FIELDS.items():
         for field in fields:
             array = array_of(store, f"{product}/{field}")
@@ -75,7 +70,7 @@ def test_our_own_arrays_are_read_without_zarr(finished):
 
 
 def test_rows_across_a_shard_boundary_are_put_together(finished):
-    array = open_mapped(finished / "regions/embedding")
+    array = mapped(finished / "regions/embedding")
     expected = zarr.open_array(finished / "regions/embedding", mode="r")[:]
     assert len(expected) > 2 * 256
     for start, stop in [(255, 257), (0, len(expected)), (256, 512), (200, 520), (7, 7), (len(expected), len(expected))]:
@@ -93,7 +88,7 @@ def test_rows_across_a_shard_boundary_are_put_together(finished):
 )
 def test_any_other_layout_is_read_through_zarr_with_the_same_result(finished, copy, change):
     rewrite(copy, "regions/embedding", **change)
-    store, expected = Store(copy), Store(finished)
+    store, expected = Store(copy, verify="quick"), Store(finished)
     assert isinstance(array_of(store, "regions/embedding"), ZarrArray)
     assert isinstance(array_of(store, "regions/box"), MappedArray)
     for image_id in storekit.IDS:
@@ -104,7 +99,7 @@ def test_any_other_layout_is_read_through_zarr_with_the_same_result(finished, co
 @pytest.mark.parametrize("kept", [0, 2**30])
 def test_rows_read_through_zarr_by_slices_are_those_read_at_once(finished, monkeypatch, kept):
     monkeypatch.setattr("cache.arrays._KEPT_BYTES", kept)
-    array = ZarrArray(zarr.open_array(finished / "regions/embedding", mode="r"))
+    array = ZarrArray(zarr.open_array(finished / "regions/embedding", mode="r"), "here")
     expected = array_of(Store(finished), "regions/embedding")
     for start, stop in [(0, 3), (250, 300), (5, 5)]:
         np.testing.assert_array_equal(array.read(start, stop), expected.read(start, stop))
@@ -116,7 +111,7 @@ def test_chunks_out_of_file_order_are_read_through_zarr(finished, copy):
     metadata = json.loads((copy / "regions/embedding/zarr.json").read_text())
     metadata["fill_value"] = "NaN"
     (copy / "regions/embedding/zarr.json").write_text(json.dumps(metadata))
-    assert isinstance(open_mapped(copy / "regions/embedding"), MappedArray)
+    expected = mapped(copy / "regions/embedding").read(0, 512).copy()
     data = bytearray((copy / SHARD).read_bytes())
     size = 256 * storekit.DIM * 2
     data[: 2 * size] = data[size : 2 * size] + data[:size]
@@ -126,8 +121,23 @@ def test_chunks_out_of_file_order_are_read_through_zarr(finished, copy):
     data[2 * size :] = index + crc32c(index).to_bytes(4, "little")
     (copy / SHARD).write_bytes(data)
     recommit(copy)
-    assert open_mapped(copy / "regions/embedding") is None
+    with pytest.raises(pytest.fail.Exception, match="read through zarr"):
+        mapped(copy / "regions/embedding").read(0, 512)
+    array = array_of(Store(copy, verify="quick"), "regions/embedding")
+    assert isinstance(array, MappedArray)
+    for start, stop in [(0, 512), (250, 260), (3, 3)]:
+        np.testing.assert_array_equal(array.read(start, stop), expected[start:stop])
+    array.read_ahead([(0, 512)])
     same_record(Store(copy).regions.batch(storekit.IDS).rows, Store(finished).regions.batch(storekit.IDS).rows)
+
+
+@pytest.mark.parametrize("key", ["shape", "data_type", "codecs", "zarr_format", "node_type"])
+def test_metadata_that_zarr_cannot_read_are_one_line(copy, key):
+    file = copy / "regions/embedding/zarr.json"
+    file.write_text(file.read_text().replace(f'"{key}"', f'"x{key[1:]}"'))
+    recommit(copy)
+    with pytest.raises(StoreError, match="regions/embedding: zarr cannot read this array .*the store is damaged"):
+        Store(copy).regions[FIRST]
 
 
 def test_a_damaged_chunk_index_is_refused_and_not_read_around(copy):
@@ -144,7 +154,7 @@ def test_a_shard_too_short_for_an_index_is_refused(copy, length):
     with (copy / SHARD).open("r+b") as file:
         file.truncate(length)
     with pytest.raises(StoreError, match=f"{SHARD}: is {length} bytes long, too short for a shard"):
-        open_mapped(copy / "regions/embedding")
+        mapped(copy / "regions/embedding").read(0, 1)
 
 
 @pytest.mark.parametrize("metadata", [{}, {"codecs": []}, {"codecs": [{"name": "bytes"}]}, {"codecs": None}])
@@ -205,7 +215,7 @@ def test_the_disk_is_asked_once_for_all_rows_before_the_first_is_read(finished, 
     reads = []
     plain = MappedArray.read
     monkeypatch.setattr(MappedArray, "read", lambda self, *at: (reads.append(len(asked)), plain(self, *at))[1])
-    store = Store(finished)
+    store = Store(finished, verify="quick")
     store._here.column("regions/offset")
     store.image_ids  # noqa: B018
     reads.clear()
@@ -217,25 +227,22 @@ def test_the_disk_is_asked_once_for_all_rows_before_the_first_is_read(finished, 
 
 def test_a_hint_reaches_the_kernel_for_long_ranges_and_changes_nothing(finished, monkeypatch):
     monkeypatch.setattr("cache.direct._HINTED", 0)
-    array = open_mapped(finished / "regions/embedding")
-    hints = []
+    array = mapped(finished / "regions/embedding")
+    hints, plain = [], cache.direct.will_need
 
-    class Spy:
-        def __init__(self, mapped):
-            self.mapped = mapped
+    def spy(data, *arguments):
+        hints.append(arguments)
+        plain(data, *arguments)
 
-        def madvise(self, *arguments):
-            hints.append(arguments)
-            self.mapped.madvise(*arguments)
-
-    array._maps = [Spy(mapped) for mapped in array._maps]
+    monkeypatch.setattr("cache.direct.will_need", spy)
+    array.read(0, 300)
     monkeypatch.setattr(MappedArray, "_in_memory", lambda *_: True)
     array.read_ahead([(0, 10), (250, 260)])
     assert hints == []
     monkeypatch.setattr(MappedArray, "_in_memory", lambda *_: False)
     array.read_ahead([(0, 10), (250, 260), (9, 9)])
     # Whole pages: rows 250 to 256 begin in the fourth page of the first shard, 256 to 260 begin the second.
-    assert [(start, length) for _, start, length in hints] == [(0, 640), (3 * 4096, 4096), (0, 256)]
+    assert [(start, length) for start, length in hints] == [(0, 640), (3 * 4096, 4096), (0, 256)]
 
 
 @pytest.mark.parametrize("missing", ["preadv", "RWF_NOWAIT"])
@@ -243,16 +250,16 @@ def test_a_system_that_cannot_say_what_is_in_memory_hints_at_every_range(finishe
     expected = Store(finished).regions.batch(storekit.IDS).rows
     monkeypatch.delattr(os, missing)
     monkeypatch.setattr("cache.direct._HINTED", 0)
-    store = Store(finished)
+    store = Store(finished, verify="quick")
     same_record(store.regions.batch(storekit.IDS).rows, expected)
     assert not array_of(store, "regions/embedding")._in_memory(0, 0)
 
 
 def test_whether_rows_are_in_memory_is_asked_of_the_system(copy):
-    array = open_mapped(copy / "regions/embedding")
+    array = mapped(copy / "regions/embedding")
     array.read(0, 256).sum()
     try:
-        os.preadv(array._files[0], [bytearray(1)], 0, os.RWF_NOWAIT)
+        os.preadv(array._shards[0].descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
             assert not array._in_memory(0, 0)
@@ -267,8 +274,12 @@ def test_arrays_that_are_no_longer_used_leave_no_file_open(finished):
 
     gc.collect()
     before = opened()
-    array = open_mapped(finished / "regions/embedding")
-    assert opened() > before
+    array = mapped(finished / "regions/embedding")
+    assert opened() == before
+    array.read(0, 1)
+    assert opened() == before + 1
+    array.read(0, array.shape[0])
+    assert opened() == before + len(array._shards) > before + 2
     del array
     gc.collect()
     assert opened() == before
@@ -295,7 +306,7 @@ def test_an_int8_scale_that_is_not_finite_is_refused(int8, tmp_path):
     with (store / "regions/embedding_scale/c/0").open("r+b") as file:
         file.write(np.float32(np.nan).tobytes())
     with pytest.raises(StoreError, match=f"regions/embedding_scale of image {FIRST}: holds a value that is not finite"):
-        Store(store).regions[FIRST]
+        Store(store, verify="quick").regions[FIRST]
 
 
 # Values that are not finite
@@ -310,7 +321,7 @@ def test_a_row_that_is_not_finite_is_refused_with_image_and_field(copy, value, f
     with file.open("r+b") as handle:
         handle.seek(row * row_of)
         handle.write(np.array(value, dtype).tobytes())
-    store = Store(copy)
+    store = Store(copy, verify="quick")
     assert len(store.regions[70].box) == row
     for _ in range(2):
         with pytest.raises(StoreError, match=f"regions/{field} of image 3: holds a value that is not finite"):
@@ -337,7 +348,7 @@ def test_the_quick_look_at_float16_is_exact():
 
 
 def test_a_fully_verified_store_reads_the_same(finished):
-    quick, full = Store(finished), Store(finished, verify="full")
+    quick, full = Store(finished, verify="quick"), Store(finished)
     same_record(full.regions.batch(storekit.IDS).rows, quick.regions.batch(storekit.IDS).rows)
     same_record(full.proposals[3], quick.proposals[3])
     assert pickle.loads(pickle.dumps(full))._verify == "full"
@@ -352,9 +363,11 @@ def test_no_value_of_a_damaged_chunk_is_handed_out_when_fully_verified(copy, pro
         # The last bit of the first number: nothing about it is implausible.
         flip(file, 0)
         store = Store(copy, verify="full")
-        with pytest.raises(StoreError, match=f"{product}/{field}: rows 0 to [0-9]+ do not match their checksum"):
+        name = f"{product}/{field}"
+        message = f"^{re.escape(str(file))}: rows 0 to [0-9]+ of {name} do not match .*, of the images 70, 3.*repair"
+        with pytest.raises(StoreError, match=message):
             getattr(store, product)[FIRST]
-        with pytest.raises(StoreError, match=f"{product}/{field}: rows 0 to [0-9]+ do not match"):
+        with pytest.raises(StoreError, match=message):
             getattr(store, product).batch([FIRST])
         flip(file, 0)
 
@@ -365,19 +378,25 @@ def test_a_chunk_that_is_intact_is_read_beside_a_damaged_one(copy):
     assert len(full.regions[12].embedding)
 
 
-@pytest.mark.parametrize("name", ["regions/zarr.json", "zarr.json", "checksums/regions/embedding/c/0"])
-def test_damage_to_a_file_without_checksums_is_found_at_once_when_fully_verified(copy, name):
+SMALL = (
+    "regions/zarr.json",
+    "zarr.json",
+    "checksums/regions/embedding/c/0",
+    "images/id/c/0",
+    "images/width/c/0",
+    "regions/offset/c/0",
+    "text/zarr.json",
+    "text/embedding/c/0/0",
+    "teacher/values/c/0",
+)
+
+
+@pytest.mark.parametrize("verify", ["quick", "full"])
+@pytest.mark.parametrize("name", SMALL)
+def test_damage_to_a_file_that_holds_no_rows_is_found_at_once(copy, name, verify):
     flip(copy / name, 0)
-    with pytest.raises(StoreError, match=f"{name}: its bytes are not those that were committed"):
-        Store(copy, verify="full")
-
-
-@pytest.mark.parametrize("name", ["images/id", "regions/offset", "text/embedding", "teacher/values"])
-def test_damage_to_a_small_array_is_found_when_it_is_read_fully_verified(copy, name):
-    flip(next((copy / name / "c").rglob("0*") if name != "text/embedding" else iter([copy / name / "c/0/0"])), 0)
-    store = Store(copy, verify="full")
-    with pytest.raises(StoreError, match=f"{name}: rows 0 to [0-9]+ do not match their checksum"):
-        store.teacher, store.text, store.regions[FIRST]
+    with pytest.raises(StoreError, match=f"{name}: its bytes are not those that were committed.*`ezsd cache repair`"):
+        Store(copy, verify=verify)
 
 
 def test_checksums_hold_for_an_array_read_through_zarr_too(finished, copy):
@@ -387,7 +406,7 @@ def test_checksums_hold_for_an_array_read_through_zarr_too(finished, copy):
     values = zarr.open_array(copy / "regions/embedding", mode="r+")
     values[0, 0] = 0
     recommit(copy)
-    with pytest.raises(StoreError, match="regions/embedding: rows 0 to 255 do not match their checksum"):
+    with pytest.raises(StoreError, match="regions/embedding: rows 0 to 255 of regions/embedding do not match their"):
         Store(copy, verify="full").regions[FIRST]
 
 
