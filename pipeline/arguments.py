@@ -15,7 +15,7 @@ from ezsd.data.records import AnnotationError
 from ezsd.metrics.results import ResultsError
 from ezsd.vocabulary import COCO_SPLIT, Split, VocabularyError, parse_classes, resolve
 from pipeline.files import DamagedFile
-from pipeline.images import ImageError, opened_image
+from pipeline.images import ImageError, look
 
 __all__ = ["parse_classes"]
 
@@ -105,15 +105,14 @@ def find_images(places: Sequence[Path]) -> list[Path]:
     """The image files among files and folders, those of a folder by name; each is opened, none is decoded.
 
     Raises:
-        ImageError: a file is missing or no image.
+        ImageError: a file is missing, no image or too large, or its mode cannot be read.
         ArgumentError: a folder holds no file with an image's ending.
     """
     images: list[Path] = []
     for place in places:
         images += _folder_images(place) if place.is_dir() else [place]
     for image in images:
-        with opened_image(image):
-            pass
+        look(image)
     return images
 
 

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import ImageOps
 from torch import Tensor
 
 from ezsd.data.segmentations import decode, decompress, json_run_lengths
 from ezsd.vocabulary import VocabularyError
+from pipeline.datasets import read_image
 from pipeline.draw import draw_boxes
-from pipeline.images import opened_image
 from pipeline.runs import Run
 from pipeline.trained import Located, TrainedDetector, load_trained, run_teacher
 
@@ -79,23 +77,12 @@ def detect_images(
     text = class_text(trained, run, classes, device, weights)
     for start in range(0, len(images), BATCH_IMAGES):
         paths = images[start : start + BATCH_IMAGES]
-        pixels = [read_shown(path) for path in paths]
+        pixels = [read_image(path) for path in paths]
         for number, found in enumerate(trained.find(pixels, text)):
             seen = _seen(paths[number], pixels[number], found, classes, threshold)
             if drawn is not None:
                 _draw(seen, pixels[number], drawn[start + number])
             yield seen
-
-
-def read_shown(path: Path) -> Tensor:
-    """(3, H, W) uint8 RGB of an image turned as viewers show it, by its EXIF orientation.
-
-    Raises:
-        ImageError: it is damaged.
-    """
-    with opened_image(path) as image:
-        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def found_lines(seen: Seen, *, with_path: bool) -> Iterator[str]:

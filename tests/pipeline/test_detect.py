@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from ezsd.teacher import TeacherError, shipped_weights
 from pipeline.arguments import ArgumentError, find_images, picture_places
 from pipeline.build import build_cache
-from pipeline.detect import class_text, coco_document, detect_images, found_lines, read_shown
+from pipeline.datasets import read_image
+from pipeline.detect import class_text, coco_document, detect_images, found_lines
 from pipeline.evaluate import evaluate_crops
 from pipeline.images import ImageError
 from pipeline.request import BuildRequest
@@ -42,7 +43,7 @@ def detect(run, images, **options):
 
 def test_boxes_are_those_of_the_image_as_it_is_shown(shapes_run, turned):
     shown, file = turned
-    assert torch.equal(read_shown(shown), read_shown(file))
+    assert torch.equal(read_image(shown), read_image(file))
     one, other = detect(shapes_run, [shown, file])
     assert (other.width, other.height) == (120, 80)
     assert one.objects == other.objects
@@ -51,7 +52,7 @@ def test_boxes_are_those_of_the_image_as_it_is_shown(shapes_run, turned):
 
 def test_an_image_is_looked_at_as_if_it_were_alone(shapes_run, shapes_root):
     trained = load_trained(shapes_run, "cpu")
-    small = read_shown(shapes_root / "val/000001.png")[:, :100, :90]
+    small = read_image(shapes_root / "val/000001.png")[:, :100, :90]
     large = torch.randint(0, 256, (3, 170, 150), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     (alone,) = trained.find([small], trained.text)
     together = trained.find([large, small, large], trained.text)
@@ -124,7 +125,7 @@ def test_a_truncated_image_is_named(shapes_run, turned):
 def test_a_damaged_table_of_exif_is_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "broken.png", exif=b"Exif\0\0MM no table")
     with pytest.raises(ImageError, match=r"broken.png: cannot be read: not a TIFF"):
-        read_shown(tmp_path / "broken.png")
+        read_image(tmp_path / "broken.png")
 
 
 def test_a_damaged_head_of_a_png_is_named(turned):
