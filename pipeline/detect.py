@@ -14,7 +14,8 @@ from torch import Tensor
 from ezsd.data.segmentations import decode, decompress, json_run_lengths
 from ezsd.vocabulary import VocabularyError
 from pipeline.datasets import read_image
-from pipeline.draw import draw_boxes
+from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
+from pipeline.fonts import require_named_font
 from pipeline.runs import Run
 from pipeline.trained import Located, TrainedDetector, load_trained, run_teacher
 
@@ -66,22 +67,26 @@ def detect_images(
         classes: names to look for; those unknown to the run are embedded by its teacher.
         threshold: least score.
         device: where to run.
-        drawn: where each image with boxes is written; None for nowhere. Missing folders are made.
+        drawn: where each image with boxes is written, green for names trained with boxes and pink for others; None for
+            nowhere. Missing folders are made.
         overrides: settings to look with instead of the run's, see `pipeline.looking.at_test_time`.
         weights: the teacher's weights, if they have moved; read for names that the run does not know.
 
     Raises:
         ValueError: (of many kinds) a damaged image, an unfinished run, a class that nobody can embed.
     """
+    if drawn is not None:
+        require_named_font()
     trained = load_trained(run, device, overrides)
     text = class_text(trained, run, classes, device, weights)
+    known = frozenset(trained.names[: trained.base_count])
     for start in range(0, len(images), BATCH_IMAGES):
         paths = images[start : start + BATCH_IMAGES]
         pixels = [read_image(path) for path in paths]
         for number, found in enumerate(trained.find(pixels, text)):
             seen = _seen(paths[number], pixels[number], found, classes, threshold)
             if drawn is not None:
-                _draw(seen, pixels[number], drawn[start + number])
+                _draw(seen, pixels[number], drawn[start + number], known)
             yield seen
 
 
@@ -163,9 +168,11 @@ def _seen(
     return Seen(path=path, width=pixels.shape[2], height=pixels.shape[1], objects=tuple(objects))
 
 
-def _draw(seen: Seen, pixels: Tensor, place: Path) -> None:
+def _draw(seen: Seen, pixels: Tensor, place: Path, base: frozenset[str]) -> None:
+    """Draw what was found: names trained with boxes in one colour, all others in the other."""
     corners = torch.tensor([one.box for one in seen.objects]).reshape(-1, 4)
     captions = [f"{one.name} {one.score:.2f}" for one in seen.objects]
     place.parent.mkdir(parents=True, exist_ok=True)
+    colours = [BASE_COLOUR if one.name in base else NOVEL_COLOUR for one in seen.objects]
     masks = [decode(one.mask, seen.height, seen.width) for one in seen.objects if one.mask is not None]
-    draw_boxes(pixels, corners, captions, masks=masks or None).save(place)
+    draw_boxes(pixels, corners, captions, colours, masks=masks or None).save(place)

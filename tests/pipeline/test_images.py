@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from cache import Store, StoreMismatch
+from cache.manifest import seal
 from ezsd.data.annotations import ImageRecord
 from pipeline.arguments import find_images
 from pipeline.build import build_cache
@@ -211,11 +212,12 @@ def test_a_store_that_does_not_say_how_it_read_images_is_read_as_it_was(stores, 
         shutil.copytree(store.path, tmp_path / store.path.name)
         path = tmp_path / store.path.name / "environment.json"
         environment = json.loads(path.read_text())
+        del environment["sha256"]
         assert environment["dataset"].pop("exif") == "turn"
-        path.write_text(json.dumps(environment))
+        path.write_bytes(seal(environment))
         assert store_dataset(Store(path.parent), None).exif == "legacy"
         del environment["dataset"]
-        path.write_text(json.dumps(environment))
+        path.write_bytes(seal(environment))
         assert store_dataset(Store(path.parent), None).exif == "legacy"
 
 
