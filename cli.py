@@ -65,8 +65,8 @@ def data_check(
     from pipeline.datasets import find_dataset
 
     found = check_dataset(find_dataset(dataset, data_root).require(), decode=decode, masks=masks)
-    for problem in found.problems:
-        typer.echo(problem)
+    for line in (*found.problems, *found.notes):
+        typer.echo(line)
     if found.problems:
         typer.echo(f"ezsd: {len(found.problems)} problems in dataset {found.dataset.name}", err=True)
         raise SystemExit(2)

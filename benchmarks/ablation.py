@@ -162,8 +162,12 @@ def score(trained: TrainedDetector, dataset: Dataset) -> dict[str, object]:
         raise ValueError(f"expected text rows of {SHAPES_SPLIT.names}, found {trained.names}")
     path, root = dataset.root / dataset.val_annotations, dataset.root / dataset.val_images
     annotations, first = evaluation_annotations(path, dataset.split), len(dataset.split.base)
-    every = evaluate(path, detect_split(trained, annotations, root, trained.text, "detect"), dataset.split)
-    found = detect_split(trained, annotations, root, trained.text[first:], "detect novel alone", alone=True)
+    every = evaluate(
+        path, detect_split(trained, annotations, root, trained.text, "detect", exif=dataset.exif), dataset.split
+    )
+    found = detect_split(
+        trained, annotations, root, trained.text[first:], "detect novel alone", exif=dataset.exif, alone=True
+    )
     alone = Detections(image_id=found.image_id, box=found.box, score=found.score, class_index=found.class_index + first)
     novel = evaluate(path, alone, dataset.split, names=dataset.split.novel)["novel"]
     groups = {"base": every["base"], "novel": every["novel"], "all": every["all"], "novel_only": novel}

@@ -58,7 +58,7 @@ def network_proposals(run: Run, store: Store, dataset: Dataset, *, as_many: bool
     """What a run's proposal network hands on, best first: as many as an image has regions in the store, or all."""
     detector = load_trained(run, "cpu").detector
     for image in _images(dataset):
-        boxes = network_boxes(detector, read_dataset_image(dataset.root / dataset.train_images, image))
+        boxes = network_boxes(detector, read_dataset_image(dataset.root / dataset.train_images, image, dataset.exif))
         yield _ranked(image.id, boxes.numpy(), store if as_many else None)
 
 

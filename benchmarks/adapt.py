@@ -96,7 +96,8 @@ def on_grid(request: BuildRequest, preset: str) -> BuildRequest:
 def accuracy(teacher: Teacher, dataset: Dataset, config: Config) -> dict[str, float]:
     """Shares of validation crops whose nearest name is the right one: base against base names, and both against all."""
     truth = evaluation_annotations(dataset.root / dataset.val_annotations, dataset.split)
-    source = CropSource(truth, dataset.root / dataset.val_images, size=teacher.input_size, crops=config.proposals)
+    folder = dataset.root / dataset.val_images
+    source = CropSource(truth, folder, exif=dataset.exif, size=teacher.input_size, crops=config.proposals)
     is_base = truth.class_index < len(dataset.split.base)
 
     def right(names: tuple[str, ...]) -> np.ndarray:

@@ -29,13 +29,15 @@ def by_name(run: Run, data_root: Path | None, share: slice) -> dict[str, dict[st
     trained, dataset = load_trained(run, "cpu"), run_dataset(run, data_root)
     path, root = dataset.root / dataset.val_annotations, dataset.root / dataset.val_images
     annotations = evaluation_annotations(path, dataset.split)
-    every = evaluate(path, detect_split(trained, annotations, root, trained.text, "among all"), dataset.split)
+    every = evaluate(
+        path, detect_split(trained, annotations, root, trained.text, "among all", exif=dataset.exif), dataset.split
+    )
     found: dict[str, dict[str, float | None]] = {}
     for index, name in list(enumerate(trained.names))[share]:
         found[name] = {"among": every["per_class"][name]["AP50"]}
         for way, alone in (("asked", False), ("alone", True)):
             row = trained.text[index : index + 1]
-            one = detect_split(trained, annotations, root, row, f"{name}, {way}", alone=alone)
+            one = detect_split(trained, annotations, root, row, f"{name}, {way}", exif=dataset.exif, alone=alone)
             one = dataclasses.replace(one, class_index=one.class_index + index)
             found[name][way] = evaluate(path, one, dataset.split, names=(name,))["per_class"][name]["AP50"]
     return found

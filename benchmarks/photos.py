@@ -67,7 +67,7 @@ def draw(store: Store, data_root: Path | None, out: Path) -> None:
         if image.id not in set(store.image_ids.tolist()):
             continue
         folder = dataset.root / dataset.train_images
-        pixels = read_dataset_image(folder, image)
+        pixels = read_dataset_image(folder, image, dataset.exif)
         regions = store.regions[image.id]
         captions = [f"{names[c]} {v:.2f}" for c, v in zip(regions.class_index[:10], regions.confidence, strict=False)]
         draw_boxes(pixels, torch.from_numpy(regions.box[:10].copy()), captions).save(out / f"{image.id}.png")

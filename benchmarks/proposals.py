@@ -164,7 +164,7 @@ def novel_boxes(truth: Annotations, position: int, base_count: int) -> np.ndarra
 def read_picture(dataset: Dataset, truth: Annotations, position: int) -> Picture:
     """One training image."""
     image = truth.images[position]
-    pixels = read_dataset_image(dataset.root / dataset.train_images, image)
+    pixels = read_dataset_image(dataset.root / dataset.train_images, image, dataset.exif)
     return Picture(name=str(image.id), pixels=pixels, novel=novel_boxes(truth, position, len(dataset.split.base)))
 
 

@@ -33,7 +33,7 @@ def permuted_control(run: Run, data: Path) -> dict[str, float | None]:
     novel = trained.text[trained.base_count :]
     text = torch.cat([trained.text[: trained.base_count], novel.roll(1, 0)])
     annotations = load_evaluation(path, dataset.split)
-    found = detect_split(trained, annotations, dataset.root / dataset.val_images, text, "control")
+    found = detect_split(trained, annotations, dataset.root / dataset.val_images, text, "control", exif=dataset.exif)
     scores = evaluate(path, found, dataset.split)
     return {group: scores[group]["AP50"] for group in ("base", "novel", "all")}
 

@@ -49,7 +49,7 @@ from ezsd.vocabulary import COCO_SPLIT
 from pipeline.anchors import image_anchors
 from pipeline.build import embed_names, extract_job
 from pipeline.config import Config, load_preset
-from pipeline.datasets import find_dataset, read_image
+from pipeline.datasets import find_dataset, read_dataset_image
 from pipeline.extract import ExtractJob, block_rows, extract_block
 from pipeline.provenance import describe
 from pipeline.request import BuildRequest, read_annotations
@@ -172,10 +172,15 @@ class Recipe:
             self.request.dataset.root / self.request.dataset.train_images / self.annotations.images[position].file_name
         )
 
+    def pixels(self, position: int) -> Tensor:
+        """The image, (3, H, W) uint8."""
+        dataset = self.request.dataset
+        return read_dataset_image(dataset.root / dataset.train_images, self.annotations.images[position], dataset.exif)
+
     @torch.no_grad()
     def embed(self, position: int, boxes: Tensor) -> Tensor:
         """Unit embeddings (R, D) of boxes (R, 4)."""
-        picture = Image.open(self.path(position)).convert("RGB")
+        picture = Image.fromarray(self.pixels(position).permute(1, 2, 0).numpy())
         size, found = (self.teacher.input_size,) * 2, []
         for chunk in boxes.split(RECIPE_BATCH):
             batch = []
@@ -206,9 +211,7 @@ def ready_batch(recipe: Recipe, position: int, batch: int) -> Tensor:
     """One batch as the pipeline hands it to the model."""
     boxes = recipe.boxes(position)[:batch]
     rule, size = recipe.request.config.proposals, recipe.teacher.input_size
-    crops = crop_boxes(
-        read_image(recipe.path(position)), boxes, size=size, ratio=rule.crop_ratio, surround=rule.surround
-    )
+    crops = crop_boxes(recipe.pixels(position), boxes, size=size, ratio=rule.crop_ratio, surround=rule.surround)
     ready = (crops.float() / 255 - MEAN) / STD
     return ready.bfloat16() if recipe.teacher.precision == "bf16" else ready
 

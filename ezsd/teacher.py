@@ -417,7 +417,7 @@ def _preprocessing(name: str, weights: str, stated: Normalisation | None) -> dic
     shared = {(cfg.get("mean"), cfg.get("std")) for cfg in of_tags}
     if len(shared) > 1:
         known = [
-            f"{key} ({_some(of_tags, tags, values)})" for key, values in NORMALISATIONS.items() if values in shared
+            f"{key} ({_tags_with(of_tags, tags, values)})" for key, values in NORMALISATIONS.items() if values in shared
         ]
         raise TeacherError(
             f"--weights {weights}: published weights of {name} differ in the mean and deviation of pixels, and "
@@ -429,7 +429,7 @@ def _preprocessing(name: str, weights: str, stated: Normalisation | None) -> dic
     return {}
 
 
-def _some(configs: Sequence[Mapping[str, Any]], tags: Sequence[str], values: tuple[tuple[float, ...], ...]) -> str:
+def _tags_with(configs: Sequence[Mapping[str, Any]], tags: Sequence[str], values: tuple[tuple[float, ...], ...]) -> str:
     """The first tags whose weights have a mean and deviation of pixels."""
     mine = [t for t, cfg in zip(tags, configs, strict=True) if (cfg.get("mean"), cfg.get("std")) == values]
     return ", ".join(mine[:3]) + (", ..." if len(mine) > 3 else "")

@@ -17,7 +17,7 @@ from ezsd.data.annotations import Annotations
 from ezsd.teacher import Teacher
 from pipeline.config import AdaptConfig, ConfigError, ProposalConfig
 from pipeline.datasets import read_dataset_image
-from pipeline.images import ImageError, require_few_bad
+from pipeline.images import Exif, ImageError, require_few_bad
 from pipeline.progress import Progress
 
 log = logging.getLogger("ezsd")
@@ -30,13 +30,20 @@ class CropSource:
     """Crops of an annotation record's boxes, image by image; images that cannot be read have none, up to a limit."""
 
     def __init__(
-        self, annotations: Annotations, root: Path, *, size: int, crops: ProposalConfig, most_bad: int = 0
+        self,
+        annotations: Annotations,
+        root: Path,
+        *,
+        exif: Exif,
+        size: int,
+        crops: ProposalConfig,
+        most_bad: int = 0,
     ) -> None:
         self.annotations = annotations
         self.most_bad = most_bad
         self.bad: dict[int, str] = {}
         """Images left out so far, by id, and why."""
-        self.root = root
+        self.root, self.exif = root, exif
         self.size = size
         self.ratio = crops.crop_ratio
         self.surround = crops.surround
@@ -55,7 +62,7 @@ class CropSource:
             return self._memo[position], label
         record = self.annotations.images[position]
         try:
-            pixels = read_dataset_image(self.root, record)
+            pixels = read_dataset_image(self.root, record, self.exif)
         except ImageError as error:
             self._leave_out(record.id, error)
             return torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8), label[:0]
@@ -107,6 +114,7 @@ def adapt_teacher(
     annotations: Annotations,
     root: Path,
     *,
+    exif: Exif,
     config: AdaptConfig,
     crops: ProposalConfig,
     seed: int,
@@ -118,6 +126,7 @@ def adapt_teacher(
         teacher: tuned in place.
         annotations: BASE boxes of the training split.
         root: image folder.
+        exif: the dataset's rule.
         config: see `AdaptConfig`.
         crops: how boxes are cropped, as in the later stages.
         seed: of the held-out choice and the shuffling.
@@ -131,7 +140,7 @@ def adapt_teacher(
         ConfigError: there are too few base boxes to hold some out, or too many crops in a step for the memory.
         ImageError: more images than that cannot be read.
     """
-    source = CropSource(annotations, root, size=teacher.input_size, crops=crops, most_bad=most_bad)
+    source = CropSource(annotations, root, exif=exif, size=teacher.input_size, crops=crops, most_bad=most_bad)
     with_boxes = np.unique(annotations.image_index)
     held = max(1, round(len(with_boxes) * config.held_out))
     if len(with_boxes) <= held:

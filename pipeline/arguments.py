@@ -27,7 +27,7 @@ from ezsd.vocabulary import (
     spelt_as,
 )
 from pipeline.files import DamagedFile
-from pipeline.images import ImageError, opened_image
+from pipeline.images import ImageError, look
 
 
 class ArgumentError(ValueError):
@@ -197,7 +197,7 @@ def find_images(places: Sequence[str | Path]) -> list[Path]:
     A pattern is what a shell would have expanded, such as "photos/*.jpg", unless a file has that very name.
 
     Raises:
-        ImageError: a file is missing or no image.
+        ImageError: a file is missing, no image or too large, or its mode cannot be read.
         ArgumentError: a folder holds no file with an image's ending, a pattern matches nothing, or it is a URL.
     """
     images: list[Path] = []
@@ -205,8 +205,7 @@ def find_images(places: Sequence[str | Path]) -> list[Path]:
         for place in _expanded(str(given)):
             images += _folder_images(place) if place.is_dir() else [place]
     for image in images:
-        with opened_image(image):
-            pass
+        look(image)
     return images
 
 

@@ -280,6 +280,7 @@ def adapted(
         teacher,
         annotations,
         dataset.root / dataset.train_images,
+        exif=dataset.exif,
         config=config.adapt,
         crops=config.proposals,
         seed=config.build.seed,
@@ -297,7 +298,7 @@ def _retry_mended(writer: StoreWriter, request: BuildRequest, source: _Source) -
     for record in source.annotations.images:
         if record.id in bad:
             with contextlib.suppress(ImageError):
-                read_dataset_image(folder, record)
+                read_dataset_image(folder, record, request.dataset.exif)
                 mended.append(record.id)
     writer.retry_images(mended)
 

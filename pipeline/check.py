@@ -19,8 +19,8 @@ from ezsd.data.records import clip_boxes
 from ezsd.data.segmentations import outline_faults
 from ezsd.data.table import Table, annotation_faults, category_faults, image_faults, read_table
 from ezsd.vocabulary import Split
-from pipeline.datasets import Dataset, read_image
-from pipeline.images import ImageError, opened_image
+from pipeline.datasets import Dataset
+from pipeline.images import Exif, ImageError, Reading, look, read_pixels
 from pipeline.progress import Progress
 
 # Reading is waiting, mostly for a disk or a network.
@@ -55,6 +55,8 @@ class Check:
     """One line each: file, place, what is wrong, what to do."""
     parts: list[Part]
     """Of files that could be read."""
+    notes: list[str]
+    """One line each: what is no fault, but good to know of how images are read."""
 
 
 def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False) -> Check:
@@ -69,6 +71,7 @@ def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False
     """
     problems: list[str] = []
     parts: list[Part] = []
+    notes: list[str] = []
     sides = (
         ("train", dataset.train_annotations, dataset.train_images),
         ("val", dataset.val_annotations, dataset.val_images),
@@ -83,9 +86,11 @@ def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False
         problems += [f"{path}: {problem}" for problem in _file_problems(table, dataset.split)]
         if masks:
             problems += [f"{path}: {problem}" for problem in _mask_problems(table, dataset.split, name)]
-        problems += [f"{path}: {problem}" for problem in _image_problems(table, dataset.root / images, name, decode)]
+        faults, readings = _look_at_images(table, dataset.root / images, name, decode, dataset.exif)
+        problems += [f"{path}: {problem}" for problem in faults]
+        notes += [f"{path}: {note}" for note in _reading_notes(readings, dataset.exif)]
         parts.append(_count(table, dataset.split, name))
-    return Check(dataset=dataset, problems=problems, parts=parts)
+    return Check(dataset=dataset, problems=problems, parts=parts, notes=notes)
 
 
 def check_table(check: Check) -> str:
@@ -184,45 +189,70 @@ def _mask_problems(table: Table, split: Split, part: str) -> Iterator[str]:
     yield from (f"{fault.place}: {fault}" for fault in faults)
 
 
-def _image_problems(table: Table, folder: Path, part: str, decode: bool) -> list[str]:
+def _look_at_images(
+    table: Table, folder: Path, part: str, decode: bool, exif: Exif
+) -> tuple[list[str], dict[str, Reading]]:
+    """What is wrong with images, and how the others are read, by file name."""
     columns = table.images
     entries = [
         entry
         for entry in zip(range(len(columns.id)), columns.file_name, columns.width, columns.height, strict=True)
         if entry[1]
     ]
-    found: list[str] = []
+    faults: list[str] = []
+    readings: dict[str, Reading] = {}
     with ThreadPoolExecutor(_READERS) as pool, Progress(f"check {part}", len(entries), unit="image") as progress:
-        for problem in pool.map(partial(_image_problem, folder, decode), entries):
-            if problem is not None:
-                found.append(problem)
+        for entry, found in zip(entries, pool.map(partial(_image_problem, folder, decode, exif), entries), strict=True):
+            if isinstance(found, Reading):
+                readings[entry[1]] = found
+            else:
+                faults.append(found)
             progress.advance()
-    return found
+    return faults, readings
 
 
-def _image_problem(folder: Path, decode: bool, entry: tuple[int, str, int, int]) -> str | None:
+def _image_problem(folder: Path, decode: bool, exif: Exif, entry: tuple[int, str, int, int]) -> str | Reading:
+    """What is wrong with an image, or how it is read."""
     position, file_name, width, height = entry
+    stated = (width, height) if width and height else None
     try:
         path = resolve_image_path(folder, file_name)
-        size = _decoded_size(path) if decode else _stated_size(path)
+        reading = look(path, stated, exif)
+        if decode:
+            read_pixels(path, None, exif)
     except (AnnotationError, ImageError) as error:
         return f"images[{position}].file_name: {error}"
-    if width and height and size != (width, height):
-        return (
-            f"images[{position}]: the file says {width} x {height} pixels, {path} has {size[0]} x {size[1]}. Correct "
-            f"width and height, and the boxes if they go by them."
-        )
-    return None
+    if stated:
+        try:
+            reading.require_size(path, stated, exif)
+        except ImageError as error:
+            return f"images[{position}]: {error}. Correct width and height, and the boxes if they go by them."
+    return reading
 
 
-def _stated_size(path: Path) -> tuple[int, int]:
-    with opened_image(path) as image:
-        return image.size
+def _reading_notes(readings: dict[str, Reading], exif: Exif) -> Iterator[str]:
+    """One line for each way in which images are read otherwise than they are stored, with their number."""
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for name, reading in readings.items():
+        if reading.conversion:
+            groups[f"have {reading.conversion}"].append(name)
+        if reading.orientation > 1:
+            groups[_orientation_note(reading, exif)].append(name)
+    for text, names in groups.items():
+        yield f"note: {len(names)} of {len(readings)} images {text}; the first is {names[0]}"
 
 
-def _decoded_size(path: Path) -> tuple[int, int]:
-    _, height, width = read_image(path).shape
-    return width, height
+def _orientation_note(reading: Reading, exif: Exif) -> str:
+    if exif == "ignore":
+        return "have an EXIF orientation, which the dataset ignores"
+    if not reading.turned:
+        return "are not turned by their EXIF orientation, since only the stored size is the stated one"
+    if reading.size != reading.stored:
+        return "are turned by their EXIF orientation, as the stated size says"
+    return (
+        "are turned by their EXIF orientation, as viewers show them, and the stated size fits either way. If boxes go "
+        'by the stored pixels, write exif = "ignore" at the top of the dataset\'s TOML file'
+    )
 
 
 def _count(table: Table, split: Split, name: str) -> Part:

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ezsd.data.annotations import ImageRecord, resolve_image_path
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.vocabulary import COCO_SPLIT, Split, clean_names, suggest
-from pipeline.images import ImageError, opened_image
+from pipeline.images import Exif, read_pixels
 from pipeline.parsed import Category, read_categories
 
 
@@ -48,6 +47,8 @@ class Dataset:
     """Settings to start from, unless others are asked for."""
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Settings of the teacher that belong to the data: template, background, names (see `TeacherConfig`)."""
+    exif: Exif = "turn"
+    """What becomes of its images' EXIF orientation."""
 
     def require(self) -> Dataset:
         """Self, once all four places exist; DatasetError names the first that does not."""
@@ -70,7 +71,8 @@ class Dataset:
 def from_definition(definition: Mapping[str, object], root: Path) -> Dataset:
     """The inverse of `Dataset.definition`."""
     split = cast("Mapping[str, Sequence[str]]", definition["split"])
-    values = {**definition, "split": Split(base=tuple(split["base"]), novel=tuple(split["novel"]))}
+    # Who does not say how images are read made its store before they were turned.
+    values = {"exif": "legacy", **definition, "split": Split(base=tuple(split["base"]), novel=tuple(split["novel"]))}
     return Dataset(root=root, **values)  # type: ignore[arg-type]
 
 
@@ -82,7 +84,7 @@ def recorded_dataset(definition: object, name: str, root: Path) -> Dataset:
     """
     if isinstance(definition, dict):
         return from_definition(definition, root)
-    return find_dataset(name, root)
+    return dataclasses.replace(find_dataset(name, root), exif="legacy")
 
 
 DATASETS = ("shapes", "coco", "lvis", "lvis-frequent")
@@ -178,7 +180,7 @@ def _categories(root: Path, annotations: str, name: str) -> list[Category]:
 
 
 _TOML_KEYS = {
-    "": ("name", "train", "val", "classes", "prompts"),
+    "": ("name", "train", "val", "classes", "prompts", "exif"),
     "train": ("images", "annotations"),
     "val": ("images", "annotations"),
     "classes": ("base", "novel"),
@@ -204,6 +206,7 @@ def _from_toml(path: Path, root: Path | None) -> Dataset:
         val_images=tables["val"]["images"],
         val_annotations=tables["val"]["annotations"],
         prompts=prompts,
+        exif=tables.get("exif", "turn"),
     )
     if prompts.get("names") == "clean":
         # Two classes with one prompt could never be told apart: better now than after the adaptation.
@@ -220,7 +223,7 @@ def _check_toml(tables: dict[str, object], path: Path) -> None:
             raise DatasetError(f"{where} expected a table, found {table!r}")
         for key in table.keys() - set(keys):
             raise DatasetError(f"{where} unknown key {key!r}; {suggest(key, keys)}")
-        optional = ("prompts",) if not section else keys if section == "prompts" else ()
+        optional = ("prompts", "exif") if not section else keys if section == "prompts" else ()
         for key in keys:
             if key not in table and key not in optional:
                 raise DatasetError(f"{where} {key} is missing; docs/datasets.md shows a whole file")
@@ -228,6 +231,8 @@ def _check_toml(tables: dict[str, object], path: Path) -> None:
             raise DatasetError(f"{where} expected texts, found {table!r}")
     if not isinstance(tables["name"], str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", tables["name"]):
         raise DatasetError(f"{path}: name: expected letters, digits, '-', '_' and '.', found {tables['name']!r}")
+    if tables.get("exif", "turn") not in ("turn", "ignore"):
+        raise DatasetError(f'{path}: exif: expected "turn" or "ignore", found {tables["exif"]!r}')
     if tables["name"] in DATASETS:
         raise DatasetError(f"{path}: name: {tables['name']!r} is a built-in dataset; choose another")
 
@@ -252,18 +257,16 @@ def _is_names(value: object) -> bool:
 
 
 def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8 RGB. ImageError when it is missing, truncated or no image."""
-    with opened_image(path) as image:
-        pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    """(3, H, W) uint8 RGB of an image as viewers show it, see `read_pixels`. ImageError when it cannot be read."""
+    return torch.from_numpy(read_pixels(path)).permute(2, 0, 1)
 
 
-def read_dataset_image(root: Path, record: ImageRecord) -> Tensor:
-    """Like `read_image`, for an image that annotations name: it must lie below root and have the stated size."""
+def read_dataset_image(root: Path, record: ImageRecord, exif: Exif) -> Tensor:
+    """(3, H, W) uint8 RGB of an image that annotations name, by the dataset's rule for EXIF.
+
+    Raises:
+        AnnotationError: it does not lie below root.
+        ImageError: it cannot be read, or has another size than the annotations state.
+    """
     path = resolve_image_path(root, record.file_name)
-    pixels = read_image(path)
-    _, height, width = pixels.shape
-    if (width, height) != (record.width, record.height):
-        stated = f"{record.width} x {record.height}"
-        raise ImageError(f"{path}: the annotations say {stated} pixels, the file has {width} x {height}")
-    return pixels
+    return torch.from_numpy(read_pixels(path, (record.width, record.height), exif)).permute(2, 0, 1)

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import ImageOps
 from torch import Tensor
 
 from ezsd.data.segmentations import decode, decompress, json_run_lengths
 from ezsd.teacher import require_told_apart
 from ezsd.vocabulary import VocabularyError, spelt_as
-from pipeline.draw import draw_boxes
-from pipeline.images import opened_image
+from pipeline.datasets import read_image
+from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
+from pipeline.fonts import require_named_font
 from pipeline.runs import Run
 from pipeline.trained import Located, TrainedDetector, load_trained, run_teacher
 
@@ -81,7 +80,8 @@ def detect_images(
         classes: names to look for; those unknown to the run are embedded by its teacher.
         threshold: least score.
         device: where to run.
-        drawn: where each image with boxes is written; None for nowhere. Missing folders are made.
+        drawn: where each image with boxes is written, green for names trained with boxes and pink for others; None for
+            nowhere. Missing folders are made.
         overrides: settings to look with instead of the run's, see `pipeline.looking.at_test_time`.
         weights: the teacher's weights, if they have moved; read for names that the run does not know.
         alone: whether no other name competes: objects of other classes are then called by the asked names as well.
@@ -90,31 +90,23 @@ def detect_images(
         ValueError: (of many kinds) a damaged image, an unfinished run, a class that nobody can embed, two classes that
             the teacher cannot tell apart.
     """
+    if drawn is not None:
+        require_named_font()
     trained = load_trained(run, device, overrides)
     text = class_text(trained, run, classes, device, weights)
     require_told_apart(classes, text)
     search = trained.search(text, alone=alone)
     if search.aside:
         log.info("these names of the run mean nearly what is asked for and do not compete: %s", ", ".join(search.aside))
+    known = frozenset(trained.names[: trained.base_count])
     for start in range(0, len(images), BATCH_IMAGES):
         paths = images[start : start + BATCH_IMAGES]
-        pixels = [read_shown(path) for path in paths]
+        pixels = [read_image(path) for path in paths]
         for number, found in enumerate(trained.find(pixels, search)):
             seen = _seen(paths[number], pixels[number], found, classes, threshold)
             if drawn is not None:
-                _draw(seen, pixels[number], drawn[start + number])
+                _draw(seen, pixels[number], drawn[start + number], known)
             yield seen
-
-
-def read_shown(path: Path) -> Tensor:
-    """(3, H, W) uint8 RGB of an image turned as viewers show it, by its EXIF orientation.
-
-    Raises:
-        ImageError: it is damaged.
-    """
-    with opened_image(path) as image:
-        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def found_lines(seen: Seen, *, with_path: bool) -> Iterator[str]:
@@ -197,9 +189,11 @@ def _seen(
     return Seen(path=path, width=pixels.shape[2], height=pixels.shape[1], objects=tuple(objects))
 
 
-def _draw(seen: Seen, pixels: Tensor, place: Path) -> None:
+def _draw(seen: Seen, pixels: Tensor, place: Path, base: frozenset[str]) -> None:
+    """Draw what was found: names trained with boxes in one colour, all others in the other."""
     corners = torch.tensor([one.box for one in seen.objects]).reshape(-1, 4)
     captions = [f"{one.name} {one.score:.2f}" for one in seen.objects]
     place.parent.mkdir(parents=True, exist_ok=True)
+    colours = [BASE_COLOUR if one.name in base else NOVEL_COLOUR for one in seen.objects]
     masks = [decode(one.mask, seen.height, seen.width) for one in seen.objects if one.mask is not None]
-    draw_boxes(pixels, corners, captions, masks=masks or None).save(place)
+    draw_boxes(pixels, corners, captions, colours, masks=masks or None).save(place)

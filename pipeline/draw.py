@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
+from pipeline.fonts import font_for
+
 BASE_COLOUR = "#2ecc71"
 """Of base classes; bright, for dark letters and a dark rim."""
 NOVEL_COLOUR = "#ff5cae"
@@ -48,6 +50,7 @@ def draw_boxes(
         A new RGB picture of about scale * W x scale * H pixels.
 
     Raises:
+        ArgumentError: `EZSD_FONT` names no font file.
         ValueError: not an image, or not one box, caption, colour and mask each.
     """
     _check(image, boxes, captions, colours)
@@ -67,11 +70,11 @@ def draw_boxes(
         _outline(draw, box, colour, line)
         if masks is not None:
             _rim(canvas, masks[number], colour, line)
-    font = ImageFont.load_default(max(12.0, min(size) / 23))
+    letters = max(12.0, min(size) / 25)
     taken: list[Corners] = []
     for box, caption, colour in zip(corners.tolist(), captions, each, strict=True):
         if caption.strip():
-            taken.append(_write(draw, font, box, caption, colour, taken))
+            taken.append(_write(draw, letters, box, caption, colour, taken))
     return canvas
 
 
@@ -121,17 +124,19 @@ def _rim(canvas: Image.Image, mask: NDArray[np.bool_], colour: str, line: int) -
 
 def _write(
     draw: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    size: float,
     box: Sequence[float],
     caption: str,
     colour: str,
     taken: Sequence[Corners],
 ) -> Corners:
-    """Write one caption on its strip; returns the strip, xyxy."""
+    """Write one caption, with letters of `size` pixels, on its strip; returns the strip, xyxy."""
     picture_width, picture_height = draw.im.size
     padding = 3
-    text = _shorten(draw, font, " ".join(caption.split()), picture_width - 2 * padding)
-    _, top, _, bottom = draw.textbbox((0, 0), "Ag", font=font)
+    whole, font = font_for(" ".join(caption.split()), size)
+    text = _shorten(draw, font, whole, picture_width - 2 * padding)
+    # Scripts differ in height.
+    _, top, _, bottom = draw.textbbox((0, 0), f"Ag{text}", font=font)
     strip_width = draw.textlength(text, font=font) + 2 * padding
     strip_height = bottom - top + 2 * padding
     strips = [
@@ -144,9 +149,7 @@ def _write(
     return best
 
 
-def _shorten(
-    draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str, width: float
-) -> str:
+def _shorten(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, text: str, width: float) -> str:
     """The text, or its beginning and an ellipsis where it is wider than `width` pixels."""
     if draw.textlength(text, font=font) <= width:
         return text

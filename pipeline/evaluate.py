@@ -22,6 +22,7 @@ from pipeline.config import ConfigError, from_tables, setting_of, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.figures import SPACES, Classes, Space, coco_results, document, looked_for, space_of
 from pipeline.files import write_json, write_text
+from pipeline.images import Exif
 from pipeline.looking import changed_settings
 from pipeline.parsed import evaluation_annotations
 from pipeline.progress import Progress
@@ -58,6 +59,7 @@ def detect_split(
     text: Tensor,
     stage: str,
     *,
+    exif: Exif,
     masks: bool = True,
     alone: bool = False,
 ) -> Detections:
@@ -71,7 +73,7 @@ def detect_split(
     parts: list[Located] = []
     with Progress(stage, len(annotations.images), unit="image") as progress:
         for records in _chunks(annotations.images, BATCH_IMAGES):
-            images = [read_dataset_image(root, record) for record in records]
+            images = [read_dataset_image(root, record, exif) for record in records]
             for record, found in zip(records, trained.find(images, search, keep=KEEP, masks=masks), strict=True):
                 ids.append(np.full(len(found.boxes), record.id, np.int64))
                 parts.append(found)
@@ -127,7 +129,10 @@ def evaluate_run(
         truth = with_masks(truth)
     annotations = evaluation_annotations(path, dataset.split)
     began = time.perf_counter()
-    found = {space: _as_stored(_search(trained, annotations, root, space)) for space in _spaces(classes, alone=alone)}
+    found = {
+        space: _as_stored(_search(trained, annotations, root, space, exif=dataset.exif))
+        for space in _spaces(classes, alone=alone)
+    }
     result = document(truth, found, max_detections)
     if overrides:
         result["settings"] = changed_settings(overrides, trained.config)
@@ -169,11 +174,11 @@ def _split_places(dataset: Dataset, split: str) -> tuple[Path, Path]:
     return dataset.root / annotations, dataset.root / images
 
 
-def _search(trained: TrainedDetector, annotations: Annotations, root: Path, space: Space) -> Detections:
+def _search(trained: TrainedDetector, annotations: Annotations, root: Path, space: Space, *, exif: Exif) -> Detections:
     """Detections when only a space's names are looked for; class indices are those of the whole split."""
     members, alone = looked_for(SPACES[space], len(trained.names), trained.base_count), space.endswith("alone")
     stage = "detect" if space == "generalised" else f"detect {space.replace('_', ' ')}"
-    found = detect_split(trained, annotations, root, trained.text[members], stage, alone=alone)
+    found = detect_split(trained, annotations, root, trained.text[members], stage, exif=exif, alone=alone)
     return dataclasses.replace(found, class_index=found.class_index + members.start)
 
 
@@ -211,7 +216,8 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Pa
     made_with = proposal_settings(run_manifest(run))
     # The store's own crop rule, which runs of earlier versions do not record.
     crops = from_tables(to_tables(config) | {"proposals": dict(made_with)}, where="store").proposals
-    source = CropSource(annotations, dataset.root / dataset.val_images, size=teacher.input_size, crops=crops)
+    folder = dataset.root / dataset.val_images
+    source = CropSource(annotations, folder, exif=dataset.exif, size=teacher.input_size, crops=crops)
     single = ~annotations.crowd
     is_base = annotations.class_index < len(dataset.split.base)
 

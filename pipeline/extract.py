@@ -201,7 +201,7 @@ def _views(worker: _Worker, block: Block) -> Generator[_View, None, None]:
 
 def _read(worker: _Worker, position: int) -> Tensor:
     """(3, H, W) uint8."""
-    return read_dataset_image(worker.folder, worker.annotations.images[position])
+    return read_dataset_image(worker.folder, worker.annotations.images[position], worker.dataset.exif)
 
 
 def _no_rows(embed_dim: int) -> dict[str, Columns]:

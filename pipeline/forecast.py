@@ -132,7 +132,7 @@ def _probe(request: BuildRequest, images: Sequence[ImageRecord], teacher: Teache
     size, crops, began = SHORT, 0, None
     with single_thread():
         for image in itertools.cycle(images):
-            pixels = read_dataset_image(folder, image).to(getattr(teacher, "device", "cpu"))
+            pixels = read_dataset_image(folder, image, request.dataset.exif).to(getattr(teacher, "device", "cpu"))
             boxes = _some_boxes(request.config.proposals, image)
             while len(boxes):
                 if began is None:

@@ -1,13 +1,56 @@
-"""Image files, and one line for each way in which they cannot be read. Loads no torch."""
+"""Reading of image files: one rule for all parts, and one line for each way in which it fails. Loads no torch."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+Exif: TypeAlias = Literal["turn", "ignore", "legacy"]
+"""What becomes of an image's EXIF orientation.
+
+"turn": the image is turned as viewers show it, unless only its stored size is the one that annotations state.
+"ignore": never. "legacy": never, and every mode goes through Pillow's `convert("RGB")`: how stores were built that do
+not say how they read images.
+"""
+
+MAX_PIXELS = 180_000_000
+"""Larger images are refused; as RGB they would fill 540 MB."""
+# The limit is our own: Pillow's would warn on stderr at half of it, and has no cure to offer.
+Image.MAX_IMAGE_PIXELS = None
+# Of EXIF nothing but the orientation is read; what else in it is cut short harms nobody.
+warnings.filterwarnings("ignore", message="(Possibly c|C)orrupt EXIF data", category=UserWarning)
+
+ALPHA_COLOUR = "white"
+"""What transparent pixels are composited on."""
+
+SIXTEEN_BITS = "16-bit grey, divided by 257 and rounded"
+ALPHA = f"transparency, composited on {ALPHA_COLOUR}"
+
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
+_EIGHT_BIT_MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
+_ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa")
+_WIDE_MODES = {"I": "32-bit integers", "F": "32-bit floats"}
+
+_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How an image is turned, by its EXIF orientation."""
 
 _NAMED = 3
 """Most images that one error names."""
@@ -15,6 +58,150 @@ _NAMED = 3
 
 class ImageError(ValueError):
     """A file is missing, damaged, no image, or not the one that the annotations describe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """How one image file is read, as far as its start tells."""
+
+    size: tuple[int, int]
+    """Width and height as read, pixels."""
+    stored: tuple[int, int]
+    """Width and height as stored, pixels."""
+    orientation: int
+    """By EXIF, 1 to 8; 1 where it says nothing."""
+    turned: bool
+    """Whether the orientation is applied."""
+    conversion: str
+    """`SIXTEEN_BITS`, `ALPHA`, or "" where nothing but the colour space can change."""
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """Width and height as viewers show the image, pixels."""
+        return self.stored[::-1] if self.orientation >= 5 else self.stored
+
+    def require_size(self, path: Path, stated: tuple[int, int], exif: Exif) -> None:
+        """ImageError, which names EXIF where that explains it, for an image of another size than annotations state."""
+        if self.size == stated:
+            return
+        text = f"{path}: the annotations say {stated[0]} x {stated[1]} pixels, the file has {_by(self.size)}"
+        if self.shown != self.size:
+            turned = f"{_by(self.shown)} when turned by its EXIF orientation ({self.orientation})"
+            ignored = ', which this dataset ignores (exif = "ignore")' if exif == "ignore" else ""
+            text += f", or {turned}{ignored}"
+        raise ImageError(text)
+
+
+def look(path: Path, stated: tuple[int, int] | None = None, exif: Exif = "turn") -> Reading:
+    """How an image is read, without reading its pixels.
+
+    Args:
+        path: the file.
+        stated: width and height by the annotations; None where there are none.
+        exif: the dataset's rule.
+
+    Raises:
+        ImageError: it is missing, no image, too large, or of a mode that cannot be read.
+    """
+    with opened_image(path) as image:
+        return _reading(path, image, stated, exif)
+
+
+def read_pixels(path: Path, stated: tuple[int, int] | None = None, exif: Exif = "turn") -> NDArray[np.uint8]:
+    """The pixels of an image, (H, W, 3) uint8 RGB; the only place where image files are decoded.
+
+    Modes of 8 bits become RGB. 16-bit grey is divided by 257 and rounded. Transparency is composited on `ALPHA_COLOUR`.
+    Of several frames the first is read.
+
+    Args:
+        path: the file.
+        stated: width and height by the annotations, which the image must have; None takes any size.
+        exif: the dataset's rule.
+
+    Raises:
+        ImageError: it is missing, damaged, no image, too large, of a mode that cannot be read or of another size.
+    """
+    with opened_image(path) as image:
+        reading = _reading(path, image, stated, exif)
+        if stated is not None:
+            reading.require_size(path, stated, exif)
+        rgb = image.convert("RGB") if exif == "legacy" else _to_rgb(image, reading.conversion)
+        if reading.turned:
+            rgb = rgb.transpose(_TRANSPOSE[reading.orientation])
+        return np.array(rgb)
+
+
+def reads_as_before(path: Path, reading: Reading) -> bool:
+    """Whether the mode's rule makes the very pixels that `convert("RGB")` makes; decodes images with transparency.
+
+    Raises:
+        ImageError: it has transparency and is damaged.
+    """
+    if reading.conversion != ALPHA:
+        return not reading.conversion
+    with opened_image(path) as image:
+        return _opaque(image.convert("RGBA"))
+
+
+def _reading(path: Path, image: Image.Image, stated: tuple[int, int] | None, exif: Exif) -> Reading:
+    if exif == "legacy":
+        return Reading(size=image.size, stored=image.size, orientation=1, turned=False, conversion="")
+    orientation = _orientation(image)
+    shown = image.size[::-1] if orientation >= 5 else image.size
+    turned = exif == "turn" and orientation > 1 and stated in (None, shown)
+    return Reading(
+        size=shown if turned else image.size,
+        stored=image.size,
+        orientation=orientation,
+        turned=turned,
+        conversion=_conversion(path, image),
+    )
+
+
+def _orientation(image: Image.Image) -> int:
+    """By EXIF or XMP ahead of the pixels, 1 to 8; 1 where nothing known is said.
+
+    What follows a PNG's pixels does not count: `look` and `read_pixels` must agree. Pillow itself turns TIFF files.
+    """
+    if image.format == "TIFF":
+        return 1
+    said = Image.Image.getexif(image).get(_ORIENTATION)
+    return said if said in _TRANSPOSE else 1
+
+
+def _conversion(path: Path, image: Image.Image) -> str:
+    if image.mode in _SIXTEEN_BIT_MODES:
+        return SIXTEEN_BITS
+    if image.mode not in (*_EIGHT_BIT_MODES, *_ALPHA_MODES):
+        meaning = f" ({_WIDE_MODES[image.mode]})" if image.mode in _WIDE_MODES else ""
+        raise ImageError(
+            f"{path}: has pixels of mode {image.mode}{meaning}, expected 8 bits per channel or 16-bit grey. Scale them "
+            "to 0..255 and save the image as 8-bit grey or RGB"
+        )
+    return ALPHA if image.has_transparency_data else ""
+
+
+def _to_rgb(image: Image.Image, conversion: str) -> Image.Image:
+    if conversion == SIXTEEN_BITS:
+        wide = np.asarray(image).astype(np.uint32)
+        grey = ((wide + 128) // 257).astype(np.uint8)
+        if "transparency" in image.info:
+            grey[wide == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if conversion == ALPHA:
+        rgba = image.convert("RGBA")
+        if not _opaque(rgba):
+            rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, ALPHA_COLOUR), rgba)
+        return rgba.convert("RGB")
+    return image.convert("RGB")
+
+
+def _opaque(rgba: Image.Image) -> bool:
+    return rgba.getchannel("A").getextrema() == (255, 255)
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 def portable_reason(error: ImageError, folder: Path) -> str:
@@ -50,15 +237,27 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
     """An image file, of which nothing but its start is read before somebody asks for more.
 
     Raises:
-        ImageError: it is missing or no image, or damage shows within the context.
+        ImageError: it is missing, no image or too large, or damage shows within the context.
     """
     try:
         with Image.open(path) as image:
+            _require_pixels(path, image)
             yield image
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"{path}: no such image") from None
     except UnidentifiedImageError as error:
         raise ImageError(f"{path}: is no image") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         # Pillow says SyntaxError of a broken table of EXIF, ValueError of a broken head of a PNG.
         raise ImageError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _require_pixels(path: Path, image: Image.Image) -> None:
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise ImageError(
+            f"{path}: has {_by(image.size)} = {pixels:,} pixels, at most {MAX_PIXELS:,} are read. Scale it down or cut "
+            "it into tiles, and its boxes with it"
+        )

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cache import JSON, Manifest, Origin, images_digest
-from ezsd.data.annotations import Annotations
+from ezsd.data.annotations import AnnotationError, Annotations, ImageRecord, resolve_image_path
 from pipeline.config import STAGE_ONE, Config, from_tables, to_tables
 from pipeline.datasets import Dataset
 from pipeline.given import boxes_digest
+from pipeline.images import ImageError, look, reads_as_before
 
 VERSIONS = {"teacher": 1, "text": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
 """Raised when the way a product is computed changes: stores made the old way are then another product."""
@@ -21,9 +25,16 @@ _MODES = {"faithful": (), "grown-stride": ("mode", "growth"), "coarse-to-fine": 
 """What a mode reads. The faithful one names nothing: stores made before there were others stay what they are."""
 _FILTERS = ("base_iou", "drop_base_guesses", "regions")
 
+_READERS = 8
+_LOOKED_AT_ONCE = 256
+"""Images: a dataset of which the first is turned is not looked through."""
+
 
 def describe(dataset: Dataset, annotations: Annotations, config: Config, model: Mapping[str, object]) -> Manifest:
-    """The manifest of the store that these make; `model` is the published teacher's fingerprint."""
+    """The manifest of the store that these make; `model` is the published teacher's fingerprint.
+
+    Looks at the start of image files, see `images_read`.
+    """
     digests, proposals = annotations.digest(), to_tables(config)["proposals"]
     data = {"image_list_sha256": digests["images"], "base_boxes_sha256": digests["boxes"]}
     crop = {"ratio": config.proposals.crop_ratio, "surround": config.proposals.surround}
@@ -34,6 +45,8 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
             "seed": config.build.seed,
             "crop": crop,
             "dataset": {**data, "base_names": dataset.split.base},
+            # Named only where it matters. All other products need this one.
+            **images_read(dataset, annotations),
         },
         "text": {"base_names": dataset.split.base, "novel_names": dataset.split.novel},
         "proposals": {
@@ -64,6 +77,38 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
     images = annotations.images
     listed = images_digest(images.id, images.width, images.height)
     return Manifest(products, listed, config.build.embedding)
+
+
+def images_read(dataset: Dataset, annotations: Annotations) -> dict[str, dict[str, str]]:
+    """What of the rule for reading images makes pixels that stores made before there was a rule do not have.
+
+    Empty where it makes the same ones: those stores stay what they are. Whether there are such images decides, not
+    which they are: a build takes in images that can be read later. Stops at the first of each sort.
+    """
+    if dataset.exif == "legacy":
+        return {}
+    found: dict[str, str] = {}
+    folder = dataset.root / dataset.train_images
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(annotations.images), _LOOKED_AT_ONCE):
+            records = annotations.images[start : start + _LOOKED_AT_ONCE]
+            for turned, converted in pool.map(partial(_image_read, dataset, folder), records):
+                found |= {"exif": "turn"} if turned else {}
+                found |= {"modes": "converted"} if converted else {}
+            if len(found) == 2:
+                break
+    return {"images": found} if found else {}
+
+
+def _image_read(dataset: Dataset, folder: Path, record: ImageRecord) -> tuple[bool, bool]:
+    """Whether an image is turned, and whether its mode is read otherwise than before there was a rule."""
+    try:
+        path = resolve_image_path(folder, record.file_name)
+        reading = look(path, (record.width, record.height), dataset.exif)
+        return reading.turned, not reads_as_before(path, reading)
+    except (AnnotationError, ImageError):
+        # It has no rows; whether it may be left out is decided where they would be made.
+        return False, False
 
 
 def dataset_inputs(manifest: Manifest) -> Mapping[str, JSON]:

@@ -102,7 +102,7 @@ def _first_crops(config: Config, dataset: Dataset, annotations: Annotations, siz
     for position, record in enumerate(annotations.images[: config.build.block_images]):
         folder = dataset.root / dataset.train_images
         try:
-            pixels = read_dataset_image(folder, record)
+            pixels = read_dataset_image(folder, record, dataset.exif)
         except ImageError as error:
             # Whether it may be left out is decided where its rows would be made.
             bad = error

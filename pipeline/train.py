@@ -27,6 +27,7 @@ from pipeline.batches import load_batches
 from pipeline.config import Config, ConfigError, TrainConfig, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.detector import build_detector, read_backbone
+from pipeline.images import Exif
 from pipeline.metrics import MetricsLog
 from pipeline.outlines import training_masks
 from pipeline.processes import Processes, join_processes, own_device
@@ -153,7 +154,7 @@ def training_samples(
         log.info("%d of %d images could not be read when the store was built and are left out", len(bad), len(images))
     return DetectionDataset(
         [image for image in store.image_ids.tolist() if image not in bad],
-        partial(_read_by_id, dataset.root / dataset.train_images, images),
+        partial(_read_by_id, dataset.root / dataset.train_images, images, dataset.exif),
         partial(_size_by_id, images),
         store.ground_truth,
         store.regions,
@@ -311,8 +312,8 @@ def _require_training(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def _read_by_id(root: Path, images: ImageTable, image_id: int) -> Tensor:
-    return read_dataset_image(root, _record(images, image_id))
+def _read_by_id(root: Path, images: ImageTable, exif: Exif, image_id: int) -> Tensor:
+    return read_dataset_image(root, _record(images, image_id), exif)
 
 
 def _size_by_id(images: ImageTable, image_id: int) -> tuple[int, int]:

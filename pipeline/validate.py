@@ -79,7 +79,8 @@ class Validation:
         detector.eval()
         try:
             root = self.dataset.root / self.dataset.val_images
-            found = detect_split(trained, evaluation_annotations(path, split), root, text, "validate", masks=False)
+            annotations, exif = evaluation_annotations(path, split), self.dataset.exif
+            found = detect_split(trained, annotations, root, text, "validate", exif=exif, masks=False)
         finally:
             detector.train()
             if own is not None:

@@ -76,6 +76,27 @@ def dangers(path):
             yield f"line {node.lineno}: allow_pickle"
 
 
+def openings(path):
+    """Places where a module reads an image file by itself."""
+    for name in imported_whole(path):
+        if name.startswith(("torchvision.io", "cv2", "imageio", "skimage.io", "matplotlib.image")):
+            yield f"imports {name}"
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            name = called(node)
+            if name in ("Image.open", "PIL.Image.open", "ImageFile.Parser") or name.endswith("exif_transpose"):
+                yield f"line {node.lineno}: {name}"
+
+
+def imported_whole(path):
+    """Full names of modules and of what is taken from them."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
 def tracked():
     """Files of the repository and those about to join it."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -104,6 +125,15 @@ def test_the_store_knows_no_learning_library():
 def test_nothing_runs_code_out_of_data(part):
     found = [f"{path.relative_to(ROOT)}: {danger}" for path in sources(part) for danger in dangers(path)]
     assert found == []
+
+
+@pytest.mark.parametrize("part", [*ALLOWED, "benchmarks"])
+def test_one_module_reads_image_files(part):
+    """Two readers have two rules: for orientation, for modes, for size."""
+    found = {path.relative_to(ROOT).as_posix(): list(openings(path)) for path in sources(part)}
+    reader = found.pop("pipeline/images.py", None)
+    assert {path: places for path, places in found.items() if places} == {}
+    assert (part == "pipeline") == bool(reader)
 
 
 def test_every_package_is_listed_and_every_listed_one_is_there():
@@ -146,6 +176,22 @@ def test_dangers_are_seen(code, danger, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     (tmp_path / "module.py").write_text(code)
     assert any(danger in found for found in dangers(tmp_path / "module.py"))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from PIL import Image\nImage.open(p)",
+        "import PIL.Image\nPIL.Image.open(p)",
+        "from PIL import ImageOps\nImageOps.exif_transpose(i)",
+        "from torchvision.io import read_image",
+        "from torchvision import io",
+        "import cv2",
+    ],
+)
+def test_readers_of_images_are_seen(code, tmp_path):
+    (tmp_path / "module.py").write_text(code)
+    assert list(openings(tmp_path / "module.py"))
 
 
 def test_harmless_code_is_left_alone(tmp_path, monkeypatch):

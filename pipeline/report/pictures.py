@@ -70,7 +70,7 @@ def detection_gallery(main: Facts, dataset: Dataset, count: int) -> Html:
     figures = []
     for position in _choose(annotations, range(len(annotations.images)), main.novel, count):
         record = annotations.images[position]
-        pixels = read_dataset_image(dataset.root / dataset.val_images, record)
+        pixels = read_dataset_image(dataset.root / dataset.val_images, record, dataset.exif)
         best = sorted(found.get(record.id, []), key=lambda one: -one["score"])[:SHOWN_DETECTIONS]
         xywh = np.array([one["bbox"] for one in best], np.float32).reshape(-1, 4)
         boxes = torch.from_numpy(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1))
@@ -118,7 +118,7 @@ def region_gallery(main: Facts, dataset: Dataset, count: int) -> Html:
     figures = []
     for position in _choose(annotations, positions, main.novel, count):
         record = annotations.images[position]
-        pixels = read_dataset_image(dataset.root / dataset.train_images, record)
+        pixels = read_dataset_image(dataset.root / dataset.train_images, record, dataset.exif)
         boxes, names = _best_regions(regions[record.id], table)
         proposed = _panel("teacher's regions", pixels, boxes, names, main.novel)
         figures.append(_figure(record.file_name, _truth_panel(pixels, annotations, position, main.novel), proposed))

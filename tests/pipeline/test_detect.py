@@ -18,7 +18,8 @@ from ezsd.teacher import TeacherError, shipped_weights
 from ezsd.vocabulary import VocabularyError
 from pipeline.arguments import ArgumentError, find_images, picture_places
 from pipeline.build import build_cache
-from pipeline.detect import class_text, coco_document, detect_images, found_lines, names_to_find, read_shown
+from pipeline.datasets import read_image
+from pipeline.detect import class_text, coco_document, detect_images, found_lines, names_to_find
 from pipeline.evaluate import evaluate_crops
 from pipeline.figures import at_limit, evaluate_results
 from pipeline.images import ImageError
@@ -48,7 +49,7 @@ def detect(run, images, **options):
 
 def test_boxes_are_those_of_the_image_as_it_is_shown(shapes_run, turned):
     shown, file = turned
-    assert torch.equal(read_shown(shown), read_shown(file))
+    assert torch.equal(read_image(shown), read_image(file))
     one, other = detect(shapes_run, [shown, file])
     assert (other.width, other.height) == (120, 80)
     assert one.objects == other.objects
@@ -57,7 +58,7 @@ def test_boxes_are_those_of_the_image_as_it_is_shown(shapes_run, turned):
 
 def test_an_image_is_looked_at_as_if_it_were_alone(shapes_run, shapes_root):
     trained = load_trained(shapes_run, "cpu")
-    small = read_shown(shapes_root / "val/000001.png")[:, :100, :90]
+    small = read_image(shapes_root / "val/000001.png")[:, :100, :90]
     large = torch.randint(0, 256, (3, 170, 150), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     search = trained.search(trained.text)
     (alone,) = trained.find([small], search)
@@ -70,7 +71,7 @@ def test_an_image_is_looked_at_as_if_it_were_alone(shapes_run, shapes_root):
 
 def found_by(trained, search, image, label):
     """Scores and boxes of one of the names looked for, best first."""
-    (one,) = trained.find([read_shown(image)], search, keep=10_000)
+    (one,) = trained.find([read_image(image)], search, keep=10_000)
     return one.scores[one.labels == label], one.boxes[one.labels == label]
 
 
@@ -93,7 +94,7 @@ def test_a_name_asked_for_by_itself_is_found_as_among_all_of_the_run(shapes_run,
 def test_base_objects_are_not_called_by_the_name_that_is_asked_for(shapes_run, shapes_root):
     trained, image = load_trained(shapes_run, "cpu"), shapes_root / "val/000001.png"
     # The first base row is what the detector sees all over the image.
-    batch, sizes = pad_images([read_shown(image)])
+    batch, sizes = pad_images([read_image(image)])
     boxes = torch.tensor([[x, y, x + 48.0, y + 48] for x in range(0, 80, 8) for y in range(0, 80, 8)])
     with torch.no_grad():
         features = trained.detector.head.features(trained.detector.backbone(normalise(batch, sizes)))
@@ -236,7 +237,7 @@ def test_a_truncated_image_is_named(shapes_run, turned):
 def test_a_damaged_table_of_exif_is_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "broken.png", exif=b"Exif\0\0MM no table")
     with pytest.raises(ImageError, match=r"broken.png: cannot be read: not a TIFF"):
-        read_shown(tmp_path / "broken.png")
+        read_image(tmp_path / "broken.png")
 
 
 def test_a_damaged_head_of_a_png_is_named(turned):
