@@ -2,10 +2,12 @@
 
 A class is its name. A class index is a position in a table of names which travels with whatever
 holds the index (a store, a checkpoint, `Split.names`); dataset ids and file order mean nothing.
-Names are compared exactly, and a name that is not known is an error which offers the nearest one.
+Names are compared exactly, but for the form of their Unicode, and a name that is not known is an error which offers the
+nearest one.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,6 +15,20 @@ from difflib import get_close_matches
 
 class VocabularyError(ValueError):
     """A class name is unknown, doubled, empty or missing."""
+
+
+def canonical(name: str) -> str:
+    """The form in which class names and file names are compared: Unicode's NFC.
+
+    "é" is one character or two, which look the same; tools and file systems write either. A name is only compared in
+    this form: stores, runs and prompts keep the spelling they were given.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def is_writable(name: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can hold half a character (a lone surrogate), which cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +49,8 @@ class Split:
         _refuse_untyped("novel", self.novel)
         if not self.base:
             raise VocabularyError("a split needs at least one base class, got none")
-        both = sorted(set(self.base) & set(self.novel))
+        base = {canonical(name) for name in self.base}
+        both = sorted(name for name in self.novel if canonical(name) in base)
         if both:
             raise VocabularyError(f"class {both[0]!r} is base and novel at once; it must be one of them")
         _positions(self.names)
@@ -119,10 +136,10 @@ def resolve(names: Iterable[str], known: Sequence[str]) -> tuple[int, ...]:
     """
     table = _positions(known)
     wanted = _positions(names)
-    for name in wanted:
-        if name not in table:
+    for key, (_, name) in wanted.items():
+        if key not in table:
             raise VocabularyError(f"unknown class {name!r}; {suggest(name, known)}")
-    return tuple(table[name] for name in wanted)
+    return tuple(table[key][0] for key in wanted)
 
 
 def parse_classes(text: str) -> tuple[str, ...]:
@@ -144,6 +161,14 @@ def parse_classes(text: str) -> tuple[str, ...]:
     return names
 
 
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The name of a table that another one may have meant; None if none is near."""
+    # Upper case is the commonest slip, and costs a short name most of its similarity.
+    by_lower = {other.lower(): other for other in known}
+    near = get_close_matches(name.lower(), list(by_lower), n=1)
+    return by_lower[near[0]] if near else None
+
+
 def suggest(name: str, known: Sequence[str]) -> str:
     """Say what a name not in the table may have meant, as the second half of an error.
 
@@ -154,24 +179,25 @@ def suggest(name: str, known: Sequence[str]) -> str:
     Returns:
         A question with the nearest name, or the beginning of the table if none is near.
     """
-    # Upper case is the commonest slip, and costs a short name most of its similarity.
-    by_lower = {other.lower(): other for other in known}
-    near = get_close_matches(name.lower(), list(by_lower), n=1)
-    if near:
-        return f"did you mean {by_lower[near[0]]!r}?"
+    near = nearest(name, known)
+    if near is not None:
+        return f"did you mean {near!r}?"
     shown = ", ".join(repr(other) for other in known[:5])
     return f"known are {shown}" + (f" and {len(known) - 5} more" if len(known) > 5 else "")
 
 
-def _positions(names: Iterable[str]) -> dict[str, int]:
-    """Map each name to its position; a double or an empty name is an error."""
-    table: dict[str, int] = {}
+def _positions(names: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Position and spelling of each name, by its canonical form; a double or an empty name is an error."""
+    table: dict[str, tuple[int, str]] = {}
     for position, name in enumerate(names):
         if not name.strip():
             raise VocabularyError(f"the class name at position {position} is empty")
-        if name in table:
-            raise VocabularyError(f"class {name!r} occurs twice, at positions {table[name]} and {position}")
-        table[name] = position
+        if not is_writable(name):
+            raise VocabularyError(f"class {name!r} holds half a character (a lone surrogate); rename it")
+        first, spelling = table.setdefault(canonical(name), (position, name))
+        if first != position:
+            forms = "" if spelling == name else " in two Unicode forms"
+            raise VocabularyError(f"class {name!r} occurs twice{forms}, at positions {first} and {position}")
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from ezsd.adapt import restore
 from ezsd.crops import crop_boxes
 from ezsd.data.annotations import Annotations
-from ezsd.teacher import Teacher, TeacherError, load_teacher
+from ezsd.teacher import OpenClipTeacher, Teacher, TeacherError, load_teacher
 from pipeline.config import Config, TeacherConfig
 from pipeline.datasets import Dataset, read_dataset_image
 from pipeline.images import ImageError
@@ -36,6 +37,24 @@ def configured_teacher(config: TeacherConfig, device: str) -> Teacher:
         precision=config.precision,
         device=device,
     )
+
+
+@torch.no_grad()
+def require_words(teacher: Teacher, names: Sequence[str], background: str | None) -> None:
+    """Refuse names and a background word that a teacher cannot embed: later it would be after re-normalisation.
+
+    Raises:
+        TeacherError: it has no embedding of one.
+        VocabularyError: no prompts can be made of them, or two would have the same one.
+    """
+    for words in (list(names), [] if background is None else [background]):
+        if not words:
+            continue
+        try:
+            # Prompts cut into tokens are what may be refused; what a plug-in refuses it alone knows.
+            (teacher.tokens if isinstance(teacher, OpenClipTeacher) else teacher.encode_text)(words)
+        except KeyError as error:
+            raise TeacherError(f"teacher {teacher.name}: has no embedding for {error}; rename the class") from error
 
 
 @torch.no_grad()

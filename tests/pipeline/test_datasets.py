@@ -118,7 +118,7 @@ def test_a_dataset_is_found_again_from_its_record(own):
         (("novel =", "nowel ="), r"\[classes\] unknown key 'nowel'; did you mean 'novel'"),
         (('"others"', '"the rest"'), r"\[classes\] novel: expected a list of names or \"others\", found 'the rest'"),
         (('["zebra", "cat"]', '"cat"'), r"\[classes\] base: expected a list"),
-        (("[train]", "[train"), "is no TOML"),
+        (("[train]", "[train"), "is not valid TOML"),
         (("[prompts]\ntemplate", "[prompts]\ntemplates"), "did you mean 'template'"),
         (('"train.json"', '"none.json"'), "no none.json in it"),
     ],
