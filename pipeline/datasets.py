@@ -75,9 +75,16 @@ class Dataset:
         for part, key in wanted:
             named.setdefault(getattr(self, f"{part}_{key}"), []).append(f"[{part}] {key}")
         layout = f"{self.name} has {', '.join(named)}"
+        says = {
+            place: " and ".join(keys) + (" says so" if len(keys) == 1 else " say so") for place, keys in named.items()
+        }
         return [
             f"no {place} in it; "
-            + (layout if self.name in DATASETS else f"{' and '.join(keys)} says so; {self._near(place)}")
+            + (
+                layout
+                if self.name in DATASETS
+                else f"{' and '.join(keys)} say{'s' * (len(keys) == 1)} so; {self._near(place)}"
+            )
             for place, keys in named.items()
             if not (self.root / place).exists()
         ]

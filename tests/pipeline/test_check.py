@@ -142,6 +142,34 @@ def test_outlines_are_looked_at_where_masks_need_them(own):
     assert len(problems) == 1 + len(places)
 
 
+def test_a_fault_that_repeats_is_one_line_with_its_number(own):
+    """As via-export writes: ids in quotes, one categories entry for each region."""
+    document = buildable()
+    document["categories"] += [dict(document["categories"][2]) for _ in range(5)]
+    for one in document["annotations"]:
+        one["image_id"] = str(one["image_id"])
+    problems = [line.removeprefix(f"{own.root}/train.json: ") for line in own(document).problems]
+    assert problems == [
+        "categories[4].name: expected a name different from categories[2].name, found 'cat'. It is the same category "
+        "again: keep one entry. (5 like this, the next is categories[5].name)",
+        "annotations[0].image_id: expected a whole number of at most 64 bits, found '1'. Write it as a plain number, "
+        "without quotes. (3 like this, the next is annotations[3].image_id)",
+    ]
+
+
+def test_others_do_not_stop_the_list_of_faults(own):
+    toml = own.root / "own.toml"
+    toml.write_text(TOML.replace('["cow"]', '"others"'))
+    document = buildable()
+    document["categories"] += [{"id": 9}, {"id": 7, "name": "cat"}]
+    document["annotations"][0]["bbox"] = "none"
+    (own.root / "train.json").write_text(json.dumps(document))
+    found = check_dataset(find_dataset(str(toml), strict=False))
+    places = [line.removeprefix(f"{own.root}/train.json: ").split(": ")[0] for line in found.problems]
+    assert places == ["categories[4].name", "categories[5].name", "annotations[0].bbox"]
+    assert found.dataset.split.novel == ("cow", "kite")
+
+
 def test_a_file_that_is_no_json_is_one_problem_and_the_other_is_still_read(own):
     found = own('{"images": [')
     assert len(found.problems) == 1

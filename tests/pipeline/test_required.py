@@ -166,8 +166,7 @@ def checked(toml):
     """Whether `data check` finds nothing wrong."""
     try:
         return not check_dataset(find_dataset(toml, strict=False), decode=True).problems
-    except USER_ERRORS as error:
-        assert "\n" not in str(error)
+    except USER_ERRORS:
         return False
 
 
