@@ -75,18 +75,12 @@ class Dataset:
         for part, key in wanted:
             named.setdefault(getattr(self, f"{part}_{key}"), []).append(f"[{part}] {key}")
         layout = f"{self.name} has {', '.join(named)}"
-        says = {
-            place: " and ".join(keys) + (" says so" if len(keys) == 1 else " say so") for place, keys in named.items()
-        }
+        missing = {place: keys for place, keys in named.items() if not (self.root / place).exists()}
+        if self.name in DATASETS:
+            return [f"no {place} in it; {layout}" for place in missing]
         return [
-            f"no {place} in it; "
-            + (
-                layout
-                if self.name in DATASETS
-                else f"{' and '.join(keys)} say{'s' * (len(keys) == 1)} so; {self._near(place)}"
-            )
-            for place, keys in named.items()
-            if not (self.root / place).exists()
+            f"no {place} in it; {' and '.join(keys)} say{'s' * (len(keys) == 1)} so; {self._near(place)}"
+            for place, keys in missing.items()
         ]
 
     def _near(self, place: str) -> str:

@@ -38,9 +38,9 @@ def build_lines(store: Path, report: BuildReport) -> list[str]:
     return [*lines, f"next: ezsd train --cache {store}"]
 
 
-def _no_regions(store: Path, regions: int) -> list[str]:
+def _no_regions(store: Path, regions: int | None) -> list[str]:
     """Why a store has nothing to distil from, and what to do; nothing where it has."""
-    if regions:
+    if regions != 0:
         return []
     from pipeline.filters import why_no_regions
 
