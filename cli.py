@@ -64,11 +64,14 @@ def data_check(
     from pipeline.check import check_dataset, check_table
     from pipeline.datasets import find_dataset
 
-    found = check_dataset(find_dataset(dataset, data_root).require(), decode=decode, masks=masks)
+    found = check_dataset(find_dataset(dataset, data_root, strict=False), decode=decode, masks=masks)
+    for warning in found.warnings:
+        typer.echo(f"warning: {warning}")
     for line in (*found.problems, *found.notes):
         typer.echo(line)
     if found.problems:
-        typer.echo(f"ezsd: {len(found.problems)} problems in dataset {found.dataset.name}", err=True)
+        count = len(found.problems)
+        typer.echo(f"ezsd: {count} problem{'s' * (count > 1)} in dataset {found.dataset.name}", err=True)
         raise SystemExit(2)
     typer.echo(check_table(found))
 
@@ -114,6 +117,7 @@ def cache_build(
 
     share = None if blocks is None else parse_share(blocks)
     require_scheduler(scheduler, workers=workers, dashboard=dashboard, share=share)
+    from ezsd.teacher import require_teacher
     from pipeline.build import build_cache, build_share
     from pipeline.command import build_config, drawn, resolve_device
     from pipeline.datasets import find_dataset
@@ -129,6 +133,7 @@ def cache_build(
     config = build_config(
         start, set_ or [], teacher=teacher, weights=weights, activation=activation, prompts=named.prompts
     )
+    require_teacher(config.teacher.name, config.teacher.weights)
     found = drawn(named, data_root)
     store = out or Path("cache") / found.name
     request = BuildRequest(

@@ -102,16 +102,28 @@ class Plan:
         """
         found = self.manifest.differences(wanted.manifest)
         found += geometry_differences({name: getattr(self, name) for name in _GEOMETRY}, wanted)
-        refuse(self.store, found, cure=another_folder(self.store, self.manifest, wanted.manifest))
+        refuse(self.store, found, cure=unfinished_folder(self.store))
 
 
 def another_folder(store: Path, found: Manifest, wanted: Manifest) -> str:
     """What to do about a store of other settings: a folder to build in, and what can be taken over from this one."""
     same = [product for product in PRODUCTS if found.fingerprints[product] == wanted.fingerprints[product]]
-    free = next(name for n in itertools.count(2) if not (name := store.with_name(f"{store.name}-{n}")).exists())
     if not same:
-        return f"build into another folder: --out {free}"
-    return f"build into another folder: --out {free} --reuse {store} takes over {', '.join(same)}"
+        return f"build into another folder: --out {_free(store)}"
+    return f"build into another folder: --out {_free(store)} --reuse {store} takes over {', '.join(same)}"
+
+
+def unfinished_folder(store: Path) -> str:
+    """What to do about an unfinished store of other settings, from which nothing can be taken over."""
+    return (
+        f"it is not finished: go on with the settings that it was begun with, or remove the folder {store}, or build "
+        f"into another folder: --out {_free(store)}"
+    )
+
+
+def _free(store: Path) -> Path:
+    """A folder beside a store that is not there yet."""
+    return next(name for n in itertools.count(2) if not (name := store.with_name(f"{store.name}-{n}")).exists())
 
 
 def geometry_differences(stored: Mapping[str, Any], wanted: Plan) -> list[str]:

@@ -159,6 +159,10 @@ class OpenClipTeacher:
 
         A tokenizer cuts what is longer than the model's context without a word.
         """
+        return self.encode_text_tokens(self.tokens(names))
+
+    def tokens(self, names: Sequence[str]) -> Tensor:
+        """Token rows (C, context) of the prompts of class names. TeacherError for a word without weights."""
         words = clean_names(names) if self.names == "clean" else names
         said = list(prompts(words, self.template))
         tokens = self._tokenizer(said)
@@ -170,7 +174,7 @@ class OpenClipTeacher:
                         f"teacher {self.name} has no weights for a word of {name!r}: it ships with the words of the "
                         f"shapes benchmark only; use those names or build the cache with another --teacher"
                     )
-        return self.encode_text_tokens(tokens)
+        return tokens
 
     def _warn_of_cuts(self, names: Sequence[str], said: Sequence[str]) -> None:
         new = {name: prompt for name, prompt in zip(names, said, strict=True) if name not in self._measured}
@@ -294,9 +298,31 @@ def load_teacher(
         if precision == "bf16":
             raise TeacherError(f"--teacher {name}: a plug-in chooses its own precision; leave teacher.precision out")
         return _load_plugin(name, device)
+    require_teacher(name, weights)
     model, known_tokens = _load_model(name, weights, activation, normalisation, device)
     wanted: Literal["fp32", "bf16"] = "bf16" if precision == "bf16" or _prefers_bf16(precision, device) else "fp32"
     return OpenClipTeacher(model, name, template=template, names=names, precision=wanted, known_tokens=known_tokens)
+
+
+def require_teacher(name: str, weights: str | None) -> None:
+    """Refuse what can be refused of a teacher's name and weights before anything is loaded.
+
+    Raises:
+        TeacherError: an unknown model, no weights where it needs some, a file that is not there.
+    """
+    if name.startswith("plugin:"):
+        return
+    on_hub = ":" in name
+    if name != TINY_SHAPES and not on_hub and name not in open_clip.list_models():
+        near = suggest(name, open_clip.list_models())
+        raise TeacherError(
+            f"--teacher {name}: no such open_clip model; {near} `open_clip.list_models()` names them all"
+        )
+    if weights is None:
+        if name != TINY_SHAPES and not on_hub:
+            raise TeacherError(f"--teacher {name} needs --weights: a tag such as openai, or a local .safetensors file")
+    elif not Path(weights).exists() and (name == TINY_SHAPES or names_file(weights)):
+        raise TeacherError(f"--weights {weights}: no such file")
 
 
 def _load_model(
@@ -309,16 +335,8 @@ def _load_model(
     """A float32 model, and the token ids it has rows for if it ships with some only."""
     if name == TINY_SHAPES:
         return _load_tiny(weights, device)
-    on_hub = ":" in name
-    if not on_hub and name not in open_clip.list_models():
-        near = suggest(name, open_clip.list_models())
-        raise TeacherError(
-            f"--teacher {name}: no such open_clip model; {near} `open_clip.list_models()` names them all"
-        )
-    if not on_hub:
+    if ":" not in name:
         require_transformers(f"--teacher {name}", open_clip.get_model_config(name)["text_cfg"])
-    if weights is None and not on_hub:
-        raise TeacherError(f"--teacher {name} needs --weights: a tag such as openai, or a local .safetensors file")
     if weights is None:
         if name.startswith("hf-hub:"):
             require_hub_file(f"--teacher {name}", name.removeprefix("hf-hub:"), ["open_clip_config.json"])
@@ -329,8 +347,6 @@ def _load_model(
         require_activation(name, Path(weights), activation, model_has_quick_gelu=has_quick_gelu(model))
         load_checkpoint(model, name, Path(weights))
         return model, None
-    if names_file(weights):
-        raise TeacherError(f"--weights {weights}: no such file")
     _require_tag(name, weights)
     return _create(name, weights, device, require_pretrained=True), None
 
@@ -455,8 +471,6 @@ def _load_plugin(name: str, device: str | torch.device) -> Teacher:
 
 
 def _load_tiny(weights: str | None, device: str | torch.device) -> tuple[open_clip.CLIP, Tensor | None]:
-    if weights is not None and not Path(weights).exists():
-        raise TeacherError(f"--weights {weights}: no such file")
     with as_file(files("ezsd.weights") / f"{TINY_SHAPES}.json") as config:
         open_clip.add_model_config(config)
     model = _create(TINY_SHAPES, None, device)

@@ -19,6 +19,7 @@ from pipeline.config import AdaptConfig, ConfigError, ProposalConfig
 from pipeline.datasets import read_dataset_image
 from pipeline.images import Exif, ImageError, require_few_bad
 from pipeline.progress import Progress
+from pipeline.required import held_out_images, too_few_to_hold_out
 
 log = logging.getLogger("ezsd")
 
@@ -142,8 +143,8 @@ def adapt_teacher(
     """
     source = CropSource(annotations, root, exif=exif, size=teacher.input_size, crops=crops, most_bad=most_bad)
     with_boxes = np.unique(annotations.image_index)
-    held = max(1, round(len(with_boxes) * config.held_out))
-    if len(with_boxes) <= held:
+    held = held_out_images(len(with_boxes), config.held_out)
+    if too_few_to_hold_out(len(with_boxes), config.held_out):
         raise ConfigError(f"re-normalisation needs base boxes in at least 2 images, found them in {len(with_boxes)}")
     order = np.random.default_rng([seed, 0]).permutation(with_boxes)
     tuned_on, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()

@@ -22,8 +22,8 @@ from ezsd.data.annotations import Annotations
 from ezsd.teacher import Teacher, require_told_apart
 from pipeline.adapt import adapt_teacher
 from pipeline.commit import require_workers, write_shards
-from pipeline.config import Config, TeacherConfig, to_tables
-from pipeline.datasets import read_dataset_image
+from pipeline.config import Config, ConfigError, TeacherConfig, to_tables
+from pipeline.datasets import read_dataset_image, require_prompts
 from pipeline.environment import describe_build, weights_file_digest
 from pipeline.extract import ExtractJob
 from pipeline.forecast import warn_of_room
@@ -33,10 +33,11 @@ from pipeline.jobs import extract_numbered, leave_job
 from pipeline.progress import Progress, log_file, now, timed
 from pipeline.provenance import as_json, describe, model_inputs
 from pipeline.request import BuildRequest, read_annotations
+from pipeline.required import require_evaluation, require_image_files, too_few_to_hold_out
 from pipeline.reuse import Reuse, plan_reuse
 from pipeline.schedule import Pool
 from pipeline.shares import Share, open_share
-from pipeline.teachers import check_precision, configured_teacher
+from pipeline.teachers import check_precision, configured_teacher, require_words
 
 log = logging.getLogger("ezsd")
 WHOLE_PRODUCTS = ("teacher", "text")
@@ -176,10 +177,37 @@ def _source(request: BuildRequest) -> _Source | None:
     if request.config.proposals.boxes:
         # Whatever is wrong with them is said before anything is written.
         given_proposals(request.config.proposals, read_annotations(dataclasses.replace(request, limit=None)).images)
+    require_buildable(request, annotations)
+    if request.reuse is not None:
+        # Whether there is anything to reuse shows without the teacher.
+        Store(request.reuse)
     teacher = configured_teacher(request.config.teacher, request.device)
+    require_words(teacher, request.dataset.split.names, request.config.teacher.background)
     manifest = describe(request.dataset, annotations, request.config, teacher.fingerprint())
     reuse = None if request.reuse is None else plan_reuse(request.reuse, manifest)
     return _Source(annotations, teacher, manifest, reuse)
+
+
+def require_buildable(request: BuildRequest, annotations: Annotations) -> None:
+    """Refuse, before anything heavy is loaded, what would be refused in the middle of a build or after it.
+
+    Raises:
+        ConfigError: too few images with base boxes.
+        DatasetError: an image file is listed twice, or files of the evaluation are missing.
+        AnnotationError: the validation annotations are not in order.
+        VocabularyError: no prompts can be made of the names.
+    """
+    dataset, config = request.dataset, request.config
+    require_prompts(dataset.split, config.teacher.template, config.teacher.names)
+    with_boxes = len(np.unique(annotations.image_index))
+    if too_few_to_hold_out(with_boxes, config.adapt.held_out):
+        cure = "add boxes of base names" if request.limit is None else f"raise --limit {request.limit}"
+        raise ConfigError(
+            f"{dataset.place('train')[0]}: re-normalisation needs base boxes in at least 2 images, found them in "
+            f"{with_boxes}; {cure}"
+        )
+    require_image_files(dataset, "train", annotations, all_there=False)
+    require_evaluation(dataset, masks=config.model.masks)
 
 
 def _begin(
@@ -287,7 +315,11 @@ def adapted(
         most_bad=most_bad_images(config.build.max_bad_images, len(annotations.images)),
     )
     before, after = tuned["base_accuracy_before"], tuned["base_accuracy_after"]
-    log.info("re-normalised: held-out base accuracy %.3f -> %.3f", before, after)
+    if tuned["steps"]:
+        log.info("re-normalised: held-out base accuracy %.3f -> %.3f", before, after)
+    else:
+        why = "adapt.steps is 0" if not config.adapt.steps else f"teacher {teacher.name} has nothing that it tunes"
+        log.warning("not re-normalised, as %s: held-out base accuracy %.3f", why, before)
     return values, tuned
 
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.data.annotations import AnnotationError, resolve_image_path, unknown_names
-from ezsd.data.records import clip_boxes
+from ezsd.data.annotations import AnnotationError, category_ids, raw_annotations, refusals, resolve_image_path
+from ezsd.data.catalogue import read_catalogue
+from ezsd.data.records import clip_boxes, refine
 from ezsd.data.segmentations import outline_faults
-from ezsd.data.table import Table, annotation_faults, category_faults, image_faults, read_table
-from ezsd.vocabulary import Split
-from pipeline.datasets import Dataset
-from pipeline.images import Exif, ImageError, Reading, look, read_pixels
+from ezsd.data.table import Fault, Table, annotation_faults, read_table
+from ezsd.metrics import read_truth
+from ezsd.vocabulary import Split, VocabularyError, canonical
+from pipeline.config import BuildConfig
+from pipeline.datasets import Dataset, require_prompts
+from pipeline.images import Exif, ImageError, Reading, look, most_bad_images, read_pixels
 from pipeline.progress import Progress
+from pipeline.required import fitting, image_file_faults, too_few_to_hold_out, unmeasured
 
 # Reading is waiting, mostly for a disk or a network.
 _READERS = 8
@@ -52,7 +55,10 @@ class Check:
 
     dataset: Dataset
     problems: list[str]
-    """One line each: file, place, what is wrong, what to do."""
+    """What build, training or evaluation refuse. One line for each kind: file, first place, what is wrong, what to do,
+    how many there are."""
+    warnings: list[str]
+    """What they take, but one should know of; the same form."""
     parts: list[Part]
     """Of files that could be read."""
     notes: list[str]
@@ -62,35 +68,77 @@ class Check:
 def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False) -> Check:
     """Look at both annotation files and at every image they name.
 
-    Reads novel boxes: nothing of what is found goes anywhere but into the answer.
+    Reads novel boxes: nothing of what is found goes anywhere but into the answer. What is refused is decided by the
+    code that refuses it elsewhere, see `pipeline.required` and `ezsd.data.annotations.refusals`.
 
     Args:
-        dataset: its four places must exist.
+        dataset: may be one that was found with `strict=False`.
         decode: read every pixel; otherwise only what stands at the start of an image file.
         masks: look at the outlines that masks are learned from, which are those of base objects, and evaluated by.
     """
-    problems: list[str] = []
+    problems, warnings = [f"{dataset.root}: {line}" for line in dataset.missing()], list[str]()
     parts: list[Part] = []
     notes: list[str] = []
-    sides = (
-        ("train", dataset.train_annotations, dataset.train_images),
-        ("val", dataset.val_annotations, dataset.val_images),
-    )
-    for name, file, images in sides:
-        path = dataset.root / file
+    try:
+        require_prompts(dataset.split, dataset.prompts.get("template"), dataset.prompts.get("names"))
+    except VocabularyError as error:
+        problems.append(f"{dataset.name}: {error}")
+    for name in ("train", "val"):
+        path, folder = dataset.place(name)
+        if not path.exists():
+            continue
         try:
             table = read_table(path)
         except AnnotationError as error:
             problems.append(str(error))
             continue
-        problems += [f"{path}: {problem}" for problem in _file_problems(table, dataset.split)]
+        refused, known = _file_findings(table, dataset.split, name)
         if masks:
-            problems += [f"{path}: {problem}" for problem in _mask_problems(table, dataset.split, name)]
-        faults, readings = _look_at_images(table, dataset.root / images, name, decode, dataset.exif)
-        problems += [f"{path}: {problem}" for problem in faults]
-        notes += [f"{path}: {note}" for note in _reading_notes(readings, dataset.exif)]
+            refused += _mask_findings(table, dataset.split, name)
+        if not refused:
+            refused, more = _record_findings(table, dataset.split, name, masks)
+            known += more
+        if folder.exists():
+            found, readings = _image_findings(table, dataset, name, decode)
+            for finding, is_refused in found:
+                (refused if is_refused else known).append(finding)
+            notes += [f"{path}: {note}" for note in _reading_notes(readings, dataset.exif)]
+        problems += [f"{path}: {line}" for line in _folded(refused)]
+        warnings += [f"{path}: {line}" for line in _folded(known)]
         parts.append(_count(table, dataset.split, name))
-    return Check(dataset=dataset, problems=problems, parts=parts, notes=notes)
+    return Check(dataset=dataset, problems=problems, warnings=warnings, parts=parts, notes=notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """One thing to say of a file."""
+
+    place: str
+    """As a JSON path; "" for the whole."""
+    text: str
+    kind: Hashable
+    """The same for those of one cause."""
+    cure: str = ""
+    """Said once for all of a kind, after their number."""
+
+
+def _of_fault(fault: Fault) -> _Finding:
+    return _Finding(fault.place, str(fault), fault.like)
+
+
+def _folded(findings: Iterable[_Finding]) -> list[str]:
+    """One line for each kind: the first place, how many there are, and where the next is."""
+    kinds: dict[Hashable, list[_Finding]] = {}
+    for finding in findings:
+        kinds.setdefault(finding.kind, []).append(finding)
+    lines = []
+    for alike in kinds.values():
+        first = alike[0]
+        line = f"{first.place}: {first.text}" if first.place else first.text
+        if len(alike) > 1:
+            line += f" ({len(alike)} like this, the next is {alike[1].place})"
+        lines.append(f"{line} {first.cure}".rstrip())
+    return lines
 
 
 def check_table(check: Check) -> str:
@@ -105,40 +153,54 @@ def check_table(check: Check) -> str:
     return "\n".join(lines)
 
 
-def _file_problems(table: Table, split: Split) -> Iterator[str]:
-    """What the file says of itself that cannot be."""
-    faults = chain(
-        image_faults(table), category_faults(table), unknown_names(table, split.names), annotation_faults(table, None)
-    )
-    yield from (f"{fault.place}: {fault}" for fault in faults)
-    yield from _near_names(table)
-    yield from _repeated_files(table)
-    yield from _empty_boxes(table)
+def _file_findings(table: Table, split: Split, part: str) -> tuple[list[_Finding], list[_Finding]]:
+    """What the file says of itself that is refused, and what it says that cannot be but is never looked at."""
+    names, may_lack = (split.base, ()) if part == "train" else (split.names, split.novel)
+    faults = list(refusals(table, names, may_lack=may_lack))
+    told = {(fault.place, fault.like) for fault in faults}
+    others = [fault for fault in annotation_faults(table, None) if (fault.place, fault.like) not in told]
+    known = [_of_fault(fault) for fault in others]
+    return [_of_fault(fault) for fault in faults], [*known, *_near_names(table), *_empty_boxes(table)]
 
 
-def _near_names(table: Table) -> Iterator[str]:
+def _record_findings(table: Table, split: Split, part: str, masks: bool) -> tuple[list[_Finding], list[_Finding]]:
+    """What is refused, and what is only to be known, of a file whose entries are in order."""
+    refused: list[_Finding] = []
+    known: list[_Finding] = []
+    if part == "train":
+        raw = raw_annotations(table, split.base)
+        images = len(np.unique(refine(raw, keep_crowd=False).image_index))
+        if too_few_to_hold_out(images):
+            text = f"re-normalisation needs base boxes in at least 2 images, found them in {images}"
+            refused.append(_Finding("annotations", f"{text}. Add boxes of base names.", "base boxes"))
+    else:
+        raw = raw_annotations(table, split.names, may_lack=split.novel)
+        lines = unmeasured(refine(raw, keep_crowd=True), split, table.categories.name)
+        known += [_Finding("", line, line) for line in lines]
+    try:
+        if part == "val":
+            read_truth(table.path, split, raw=raw)
+        elif masks:
+            read_catalogue(table.path)
+    except AnnotationError as error:
+        text = str(error).removeprefix(f"{table.path}: ")
+        refused.append(_Finding("", text, text))
+    return refused, known
+
+
+def _near_names(table: Table) -> Iterator[_Finding]:
     """Names that differ in nothing but case, blanks and signs."""
     like: dict[str, int] = {}
     for position, name in enumerate(table.categories.name):
         bare = re.sub(r"[\W_]+", "", name.casefold())
         first = like.setdefault(bare, position)
         other = table.categories.name[first]
-        if name and other != name:
-            yield (
-                f"categories[{position}].name: {name!r} is nearly categories[{first}].name, {other!r}. Join the two "
-                f"categories or rename one."
-            )
+        if name and canonical(other) != canonical(name):
+            text = f"{name!r} is nearly categories[{first}].name, {other!r}. Join the two categories or rename one."
+            yield _Finding(f"categories[{position}].name", text, "near names")
 
 
-def _repeated_files(table: Table) -> Iterator[str]:
-    """Two images with one file: its objects would be background in one of them."""
-    first: dict[str, int] = {}
-    for position, name in enumerate(table.images.file_name):
-        if name and first.setdefault(name, position) != position:
-            yield f"images[{position}].file_name: {name!r} is images[{first[name]}].file_name too. Join the two images."
-
-
-def _empty_boxes(table: Table) -> Iterator[str]:
+def _empty_boxes(table: Table) -> Iterator[_Finding]:
     """Boxes of which nothing is left within their image."""
     height, width = _image_sizes(table).T
     known = (height > 0) & table.sound("annotations", "bbox")
@@ -149,7 +211,8 @@ def _empty_boxes(table: Table) -> Iterator[str]:
         wrong = (
             f"outside the image of {width[position]} x {height[position]}" if outside[position] else "without an area"
         )
-        yield f"annotations[{position}].bbox: [{box}] is {wrong}. Correct or remove the annotation."
+        text = f"[{box}] is {wrong} and left out. Correct or remove the annotation."
+        yield _Finding(f"annotations[{position}].bbox", text, ("empty box", bool(outside[position])))
 
 
 def _image_sizes(table: Table) -> NDArray[np.int32]:
@@ -166,11 +229,11 @@ def _image_sizes(table: Table) -> NDArray[np.int32]:
     return np.where(known[:, None], size[place], 0).astype(np.int32)
 
 
-def _mask_problems(table: Table, split: Split, part: str) -> Iterator[str]:
+def _mask_findings(table: Table, split: Split, part: str) -> list[_Finding]:
     """Outlines that are missing or not in order: of base objects to learn from, of all in the split to evaluate by."""
     columns, training = table.annotations, part == "train"
     names = split.base if training else split.names
-    wanted = [id_ for id_, name in zip(table.categories.id, table.categories.name, strict=True) if name in names]
+    wanted = list(category_ids(table, names).values())
     asked = np.isin(np.array(columns.category_id, dtype=np.int64), wanted) & table.sound("annotations", "category_id")
     if training:
         asked &= np.array(columns.crowd, dtype=np.int8) == 0
@@ -184,31 +247,53 @@ def _mask_problems(table: Table, split: Split, part: str) -> Iterator[str]:
             progress.advance()
     if len(faults) == count > 1:
         # A file without outlines is one problem, not as many as it has objects.
-        yield f"annotations: all {count} outlines needed are missing or wrong, like {faults[0].place}: {faults[0]}"
-        return
-    yield from (f"{fault.place}: {fault}" for fault in faults)
+        text = f"all {count} outlines needed are missing or wrong, like {faults[0].place}: {faults[0]}"
+        return [_Finding("annotations", text, "outlines")]
+    return [_of_fault(fault) for fault in faults]
 
 
-def _look_at_images(
-    table: Table, folder: Path, part: str, decode: bool, exif: Exif
-) -> tuple[list[str], dict[str, Reading]]:
-    """What is wrong with images, and how the others are read, by file name."""
-    columns = table.images
+def _image_findings(
+    table: Table, dataset: Dataset, part: str, decode: bool
+) -> tuple[list[tuple[_Finding, bool]], dict[str, Reading]]:
+    """What is wrong with image files and whether it is refused, and how the others are read, by file name.
+
+    Of training images a few may be left out.
+    """
+    columns, folder = table.images, dataset.place(part)[1]
+    found: list[tuple[_Finding, bool]] = []
+    unreadable: list[_Finding] = []
+    strange: set[int] = set()
+    for fault in image_file_faults(columns.file_name, folder):
+        strange.add(fault.row)
+        cure = "" if fault.kind == "double" else fitting(dataset, part, columns.file_name[fault.row])
+        kind = _words(fault.text, columns.file_name[fault.row])
+        finding = _Finding(f"images[{fault.row}].file_name", fault.text, kind, cure)
+        if fault.kind == "missing":
+            unreadable.append(finding)
+        else:
+            found.append((finding, True))
     entries = [
         entry
         for entry in zip(range(len(columns.id)), columns.file_name, columns.width, columns.height, strict=True)
-        if entry[1]
+        if entry[1] and entry[0] not in strange
     ]
-    faults: list[str] = []
     readings: dict[str, Reading] = {}
+    look_at = partial(_image_problem, folder, decode, dataset.exif)
     with ThreadPoolExecutor(_READERS) as pool, Progress(f"check {part}", len(entries), unit="image") as progress:
-        for entry, found in zip(entries, pool.map(partial(_image_problem, folder, decode, exif), entries), strict=True):
-            if isinstance(found, Reading):
-                readings[entry[1]] = found
+        for entry, seen in zip(entries, pool.map(look_at, entries), strict=True):
+            if isinstance(seen, Reading):
+                readings[entry[1]] = seen
             else:
-                faults.append(found)
+                place, _, text = seen.partition(": ")
+                unreadable.append(_Finding(place, text, _words(text, entry[1])))
             progress.advance()
-    return faults, readings
+    allowed = most_bad_images(BuildConfig().max_bad_images, len(columns.id)) if part == "train" else 0
+    return found + [(finding, len(unreadable) > allowed) for finding in unreadable], readings
+
+
+def _words(text: str, file_name: str) -> str:
+    """A message without the file and the numbers in it: the same for what has one cause."""
+    return re.sub(r"\d+", "0", re.sub(rf"\S*{re.escape(file_name)}|'[^']*'", "", text))
 
 
 def _image_problem(folder: Path, decode: bool, exif: Exif, entry: tuple[int, str, int, int]) -> str | Reading:
@@ -256,8 +341,8 @@ def _orientation_note(reading: Reading, exif: Exif) -> str:
 
 
 def _count(table: Table, split: Split, name: str) -> Part:
-    named: Sequence[str] = table.categories.name
-    group = {id_: _group(split, label) for id_, label in zip(table.categories.id, named, strict=True)}
+    group = dict.fromkeys(category_ids(table, split.novel).values(), "novel")
+    group |= dict.fromkeys(category_ids(table, split.base).values(), "base")
     columns = table.annotations
     counts: Counter[str] = Counter()
     objects: defaultdict[int, int] = defaultdict(int)
@@ -274,9 +359,3 @@ def _count(table: Table, split: Split, name: str) -> Part:
         other=counts["other"],
         crowd=counts["crowd"],
     )
-
-
-def _group(split: Split, name: str) -> str:
-    if name in split.base:
-        return "base"
-    return "novel" if name in split.novel else "other"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from ezsd.data.annotations import ImageRecord, resolve_image_path
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.vocabulary import COCO_SPLIT, Split, clean_names, suggest
+from ezsd.vocabulary import COCO_SPLIT, Split, canonical, clean_names, suggest
+from ezsd.vocabulary import prompts as make_prompts
 from pipeline.images import Exif, read_pixels
-from pipeline.parsed import Category, read_categories
+from pipeline.parsed import Category, read_categories, sound_categories
+
+log = logging.getLogger("ezsd")
 
 
 class DatasetError(ValueError):
@@ -50,15 +54,43 @@ class Dataset:
     exif: Exif = "turn"
     """What becomes of its images' EXIF orientation."""
 
-    def require(self) -> Dataset:
-        """Self, once all four places exist; DatasetError names the first that does not."""
-        for part in (self.train_annotations, self.train_images, self.val_annotations, self.val_images):
-            if not (self.root / part).exists():
-                raise DatasetError(
-                    f"--data-root {self.root}: no {part} in it; expected the {self.name} layout: {self.train_images}/, "
-                    f"{self.val_images}/, {self.train_annotations}, {self.val_annotations}"
-                )
+    def place(self, part: str) -> tuple[Path, Path]:
+        """Annotation file and image folder of "train" or "val"."""
+        return self.root / getattr(self, f"{part}_annotations"), self.root / getattr(self, f"{part}_images")
+
+    def require(self, *parts: str) -> Dataset:
+        """Self, once annotations and images of "train" and "val", or of some part, exist.
+
+        Raises:
+            DatasetError: names all places that do not exist, and what is there instead.
+        """
+        missing = self.missing(*parts)
+        if missing:
+            raise DatasetError(f"--data-root {self.root}: {'; '.join(missing)}")
         return self
+
+    def missing(self, *parts: str) -> list[str]:
+        """A phrase for each place that does not exist."""
+        wanted = [(part, key) for part in parts or ("train", "val") for key in ("annotations", "images")]
+        named: dict[str, list[str]] = {}
+        for part, key in wanted:
+            named.setdefault(getattr(self, f"{part}_{key}"), []).append(f"[{part}] {key}")
+        layout = f"{self.name} has {', '.join(named)}"
+        missing = {place: keys for place, keys in named.items() if not (self.root / place).exists()}
+        if self.name in DATASETS:
+            return [f"no {place} in it; {layout}" for place in missing]
+        return [
+            f"no {place} in it; {' and '.join(keys)} say{'s' * (len(keys) == 1)} so; {self._near(place)}"
+            for place, keys in missing.items()
+        ]
+
+    def _near(self, place: str) -> str:
+        """What may have been meant by a place that does not exist."""
+        parent, kind = (self.root / place).parent, Path(place).suffix
+        if not parent.is_dir():
+            return f"there is no folder {parent}"
+        there = sorted(one.name for one in parent.iterdir() if one.is_dir() != bool(kind))
+        return suggest(Path(place).name, there) if there else f"{parent} is empty"
 
     def definition(self) -> dict[str, object]:
         """Everything but the root, as JSON has it: what a store, a run or a worker needs to find the data again."""
@@ -91,7 +123,7 @@ DATASETS = ("shapes", "coco", "lvis", "lvis-frequent")
 """Names that `find_dataset` knows; anything that ends in .toml is a file."""
 
 
-def find_dataset(name: str, root: Path | None = None) -> Dataset:
+def find_dataset(name: str, root: Path | None = None, *, strict: bool = True) -> Dataset:
     """A dataset by name or by a TOML file.
 
     Only what decides the split is read: of "lvis" and of a file whose novel names are "others" the categories of the
@@ -100,14 +132,16 @@ def find_dataset(name: str, root: Path | None = None) -> Dataset:
     Args:
         name: one of `DATASETS`, or the path of a TOML file.
         root: folder with images and annotations; data/NAME or the TOML file's own by default.
+        strict: False takes what is sound of class tables and prompts that are faulty: `pipeline.check` lists the rest.
 
     Raises:
         DatasetError: an unknown name, or a TOML file that is not as it must be.
         AnnotationError: the categories cannot be read.
+        VocabularyError: a name is empty or doubled, or prompts cannot be made of the names.
     """
     require_known(name)
     if name.endswith(".toml"):
-        return _from_toml(Path(name), root)
+        return _from_toml(Path(name), root, strict)
     folder = root or Path("data") / name
     if name == "shapes":
         return _standard(name, folder, SHAPES_SPLIT, "train", "val", preset="shapes")
@@ -173,10 +207,10 @@ def _lvis(name: str, root: Path) -> Dataset:
     )
 
 
-def _categories(root: Path, annotations: str, name: str) -> list[Category]:
+def _categories(root: Path, annotations: str, name: str, *, strict: bool = True) -> list[Category]:
     if not (root / annotations).is_file():
         raise DatasetError(f"--data-root {root}: no {annotations} in it, which decides the split of {name}")
-    return read_categories(root / annotations)
+    return (read_categories if strict else sound_categories)(root / annotations)
 
 
 _TOML_KEYS = {
@@ -188,19 +222,19 @@ _TOML_KEYS = {
 }
 
 
-def _from_toml(path: Path, root: Path | None) -> Dataset:
+def _from_toml(path: Path, root: Path | None, strict: bool) -> Dataset:
     """A dataset of one's own; see docs/datasets.md."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: is no TOML: {error}") from error
+        raise DatasetError(f"{path}: is not valid TOML: {error}") from error
     _check_toml(tables, path)
     folder = root or path.parent
     prompts = tables.get("prompts", {})
     dataset = Dataset(
         name=tables["name"],
         root=folder,
-        split=_toml_split(tables, folder, path),
+        split=_toml_split(tables, folder, path, strict),
         train_images=tables["train"]["images"],
         train_annotations=tables["train"]["annotations"],
         val_images=tables["val"]["images"],
@@ -208,10 +242,22 @@ def _from_toml(path: Path, root: Path | None) -> Dataset:
         prompts=prompts,
         exif=tables.get("exif", "turn"),
     )
-    if prompts.get("names") == "clean":
-        # Two classes with one prompt could never be told apart: better now than after the adaptation.
-        clean_names(dataset.split.names)
+    if strict:
+        require_prompts(dataset.split, prompts.get("template"), prompts.get("names"))
     return dataset
+
+
+def require_prompts(split: Split, template: str | None, names: str | None) -> None:
+    """VocabularyError when no prompts can be made of the names of a split, or two of them would have the same one.
+
+    Args:
+        split: the names.
+        template: see `ezsd.vocabulary.prompts`; None for the usual one.
+        names: "clean" or "raw"; None for the usual one.
+    """
+    words = clean_names(split.names) if names == "clean" else split.names
+    if template is not None:
+        make_prompts(words, template)
 
 
 def _check_toml(tables: dict[str, object], path: Path) -> None:
@@ -229,6 +275,10 @@ def _check_toml(tables: dict[str, object], path: Path) -> None:
                 raise DatasetError(f"{where} {key} is missing; docs/datasets.md shows a whole file")
         if section not in ("", "classes") and not all(isinstance(value, str) for value in table.values()):
             raise DatasetError(f"{where} expected texts, found {table!r}")
+    prompts = tables.get("prompts", {})
+    assert isinstance(prompts, dict)
+    if prompts.get("names", "raw") not in ("raw", "clean"):
+        raise DatasetError(f'{path}: [prompts] names: expected "raw" or "clean", found {prompts["names"]!r}')
     if not isinstance(tables["name"], str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", tables["name"]):
         raise DatasetError(f"{path}: name: expected letters, digits, '-', '_' and '.', found {tables['name']!r}")
     if tables.get("exif", "turn") not in ("turn", "ignore"):
@@ -237,8 +287,11 @@ def _check_toml(tables: dict[str, object], path: Path) -> None:
         raise DatasetError(f"{path}: name: {tables['name']!r} is a built-in dataset; choose another")
 
 
-def _toml_split(tables: dict[str, Mapping[str, object]], root: Path, path: Path) -> Split:
-    """Base and novel names; "others" are all other names of the training annotations, in alphabetical order."""
+def _toml_split(tables: dict[str, Mapping[str, object]], root: Path, path: Path, strict: bool) -> Split:
+    """Base and novel names; "others" are all other names of the training annotations, in alphabetical order.
+
+    Categories that are only the supercategory of others, as some exports have one for their whole tree, are no class.
+    """
     base, novel = tables["classes"]["base"], tables["classes"]["novel"]
     if not _is_names(base):
         raise DatasetError(f"{path}: [classes] base: expected a list of names, found {base!r}")
@@ -246,10 +299,24 @@ def _toml_split(tables: dict[str, Mapping[str, object]], root: Path, path: Path)
         return Split(base=tuple(cast("list[str]", base)), novel=tuple(cast("list[str]", novel)))
     if novel != "others":
         raise DatasetError(f'{path}: [classes] novel: expected a list of names or "others", found {novel!r}')
-    known = set(cast("list[str]", base))
-    offered = _categories(root, str(tables["train"]["annotations"]), path.name)
-    others = sorted(category.name for category in offered if category.name not in known)
-    return Split(base=tuple(cast("list[str]", base)), novel=tuple(others))
+    known = {canonical(name) for name in cast("list[str]", base)}
+    train, val = (
+        _categories(root, str(tables[part]["annotations"]), path.name, strict=strict) for part in ("train", "val")
+    )
+    roots = _only_supercategories(train, val) - known
+    if roots:
+        named = ", ".join(repr(name) for name in sorted(roots))
+        log.info('%s: novel = "others" leaves out %s: only the supercategory of others, without a box', path, named)
+    others = {canonical(one.name): one.name for one in train if canonical(one.name) not in known | roots}
+    return Split(base=tuple(cast("list[str]", base)), novel=tuple(sorted(others.values())))
+
+
+def _only_supercategories(*parts: Sequence[Category]) -> set[str]:
+    """Names (canonical) that are another's supercategory and of which no file has an annotation."""
+    offered = [category for part in parts for category in part]
+    above = {canonical(one.supercategory) for one in offered if one.supercategory != one.name}
+    used = {canonical(one.name) for one in offered if one.used}
+    return {canonical(one.name) for one in offered} & above - used
 
 
 def _is_names(value: object) -> bool:

@@ -27,6 +27,7 @@ from pipeline.looking import changed_settings
 from pipeline.parsed import evaluation_annotations
 from pipeline.progress import Progress
 from pipeline.provenance import proposal_settings
+from pipeline.required import require_evaluation
 from pipeline.runs import Run, RunError
 from pipeline.trained import (
     Located,
@@ -124,10 +125,10 @@ def evaluate_run(
     if trained.names != dataset.split.names:
         raise RunError(f"--run {run.folder}: trained for other names than dataset {dataset.name} has now")
     path, root = _split_places(dataset, split)
+    annotations = require_evaluation(dataset, part=split)
     truth = read_truth(path, dataset.split)
     if trained.config.model.masks:
         truth = with_masks(truth)
-    annotations = evaluation_annotations(path, dataset.split)
     began = time.perf_counter()
     found = {
         space: _as_stored(_search(trained, annotations, root, space, exif=dataset.exif))

@@ -202,7 +202,7 @@ _SAID = {group: group for group in ("base", "novel", "all")} | {
 
 def coco_results(found: Results, truth: Truth) -> str:
     """Detections as a results file in COCO's format, one a line, best first within an image, with the class's name."""
-    category, sizes = [truth.catalogue.ids[name] for name in truth.split.names], truth.sizes()
+    category, sizes = truth.category_ids(), truth.sizes()
     columns = zip(
         found.image_id.tolist(),
         found.class_index.tolist(),

@@ -64,7 +64,7 @@ def training_masks(dataset: Dataset) -> StoredMasks:
 
 def _fill(path: Path, annotations: Annotations, draft: Path) -> Mapping[str, object]:
     """Write the outlines of a record as they are read, and where each row's lies."""
-    ids, images = read_catalogue(path).ids, annotations.images
+    catalogue, images = read_catalogue(path), annotations.images
     size = np.stack([images.height, images.width], axis=1)[annotations.image_index]
     # One pair for all images of a size: a large file has few sizes and very many objects.
     pairs = {(height, width): (height, width) for height, width in np.unique(size, axis=0).tolist()}
@@ -73,7 +73,7 @@ def _fill(path: Path, annotations: Annotations, draft: Path) -> Mapping[str, obj
     found, length = array("q"), array("q")
     with (draft / "packed.npy").open("w+b") as file:
         _write_header(file, 0)
-        for number, outline in read_outlines(path, wanted, {ids[name] for name in annotations.names}):
+        for number, outline in read_outlines(path, wanted, set(catalogue.ids_of(annotations.names))):
             found.append(number)
             length.append(file.write(pack(outline)))
         file.seek(0)

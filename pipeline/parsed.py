@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.data.annotations import AnnotationError, Annotations, ImageTable, load_evaluation, load_training
-from ezsd.data.table import category_faults, read_table
+from ezsd.data.annotations import AnnotationError, Annotations, ImageTable, load_training, read_raw
+from ezsd.data.records import refine
+from ezsd.data.table import Table, category_faults, read_table, used_categories
+from ezsd.metrics.truth import read_truth
 from ezsd.vocabulary import Split
 from pipeline.files import sha256
 
@@ -32,6 +34,8 @@ log = logging.getLogger("ezsd")
 
 LAYOUT = 1
 """Of the folders below; another number never meets them."""
+CATEGORY_LAYOUT = 2
+"""Of the files with class tables."""
 
 _IMAGES = tuple(field.name for field in fields(ImageTable))
 _BOXES = ("image_index", "box", "class_index", "annotation_id", "crowd")
@@ -39,12 +43,22 @@ _BOXES = ("image_index", "box", "class_index", "annotation_id", "crowd")
 
 def training_annotations(path: Path, split: Split) -> Annotations:
     """Like `load_training`, parsed once per content of the file."""
-    return _remembered(path, split.base, "training", lambda: load_training(path, split))
+    return _remembered(path, ["training", split.base], lambda: load_training(path, split))
 
 
 def evaluation_annotations(path: Path, split: Split) -> Annotations:
-    """Like `load_evaluation`, parsed once per content of the file."""
-    return _remembered(path, split.names, "evaluation", lambda: load_evaluation(path, split))
+    """Like `load_evaluation`, parsed once per content of the file, and only of a file that can be evaluated by.
+
+    Raises:
+        AnnotationError: see `ezsd.metrics.read_truth`.
+    """
+
+    def load() -> Annotations:
+        raw = read_raw(path, split.names, may_lack=split.novel)
+        read_truth(path, split, raw=raw)
+        return refine(raw, keep_crowd=True)
+
+    return _remembered(path, ["evaluation", split.base, split.novel], load)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +68,26 @@ class Category:
     name: str
     frequency: str
     """LVIS's "f", "c" or "r"; "" where the file has none."""
+    supercategory: str
+    """"" where the file has none."""
+    used: bool
+    """Whether an annotation is of it."""
+
+
+def sound_categories(path: Path) -> list[Category]:
+    """Like `read_categories`, of a file that may be faulty: entries without a name are left out.
+
+    Raises:
+        AnnotationError: the file cannot be read at all.
+    """
+    return [category for category in _categories(read_table(path)) if category.name]
+
+
+def _categories(table: Table) -> list[Category]:
+    """By category id."""
+    columns, used = table.categories, set(used_categories(table))
+    order = sorted(range(len(columns.id)), key=lambda position: (columns.id[position], columns.name[position]))
+    return [Category(columns.name[at], columns.frequency[at], columns.supercategory[at], at in used) for at in order]
 
 
 def read_categories(path: Path) -> list[Category]:
@@ -63,7 +97,7 @@ def read_categories(path: Path) -> list[Category]:
         AnnotationError: the file or its table is not in order.
     """
     content = _content(path)
-    kept = parsed_folder() / f"{content[:32]}-categories-{LAYOUT}.json"
+    kept = parsed_folder() / f"{content[:32]}-categories-{CATEGORY_LAYOUT}.json"
     if kept.is_file():
         try:
             return [Category(**entry) for entry in json.loads(kept.read_text())]
@@ -72,9 +106,7 @@ def read_categories(path: Path) -> list[Category]:
     table = read_table(path)
     for fault in category_faults(table):
         raise fault.error(path)
-    columns = table.categories
-    rows = sorted(zip(columns.id, columns.name, columns.frequency, strict=True))
-    found = [Category(name, frequency) for _, name, frequency in rows]
+    found = _categories(table)
     with _writing(kept.parent):
         draft = Path(tempfile.mkdtemp(prefix="draft-", dir=kept.parent))
         (draft / kept.name).write_text(json.dumps([asdict(category) for category in found]))
@@ -91,18 +123,20 @@ def parsed_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ezsd" / "annotations"
 
 
-def _remembered(path: Path, names: tuple[str, ...], loader: str, load: Callable[[], Annotations]) -> Annotations:
+def _remembered(path: Path, asked: Sequence[object], load: Callable[[], Annotations]) -> Annotations:
     def fill(draft: Path) -> Mapping[str, object]:
         record = load()
         for name, values in _arrays(record).items():
             np.save(draft / f"{name}.npy", values, allow_pickle=False)
-        return {"names": record.names, "dropped": dict(record.dropped)}
+        return {"names": record.names, "dropped": dict(record.dropped), "absent": record.absent}
 
-    _, meta, arrays = kept_arrays(path, [loader, names], fill)
+    _, meta, arrays = kept_arrays(path, asked, fill)
     return Annotations(
         images=ImageTable(**{name: arrays[f"images_{name}"] for name in _IMAGES}),
         names=tuple(meta["names"]),
         dropped=meta["dropped"],
+        # Records of training that earlier versions kept have none.
+        absent=tuple(meta.get("absent", ())),
         **{name: arrays[name] for name in _BOXES},
     )
 

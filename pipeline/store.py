@@ -32,9 +32,19 @@ def build_lines(store: Path, report: BuildReport) -> list[str]:
         rate = report.crops / max(report.seconds["extract"], 1e-9)
         lines.append(f"the teacher saw {report.crops:,} crops of {report.extracted:,} images, {rate:,.0f} a second")
     lines += _left_out(store, report.bad_images)
+    lines += _no_regions(store, regions)
     if report.reused:
         lines.append(f"reused: {', '.join(report.reused)}; computed: {', '.join(report.computed) or 'nothing'}")
     return [*lines, f"next: ezsd train --cache {store}"]
+
+
+def _no_regions(store: Path, regions: int | None) -> list[str]:
+    """Why a store has nothing to distil from, and what to do; nothing where it has."""
+    if regions != 0:
+        return []
+    from pipeline.filters import why_no_regions
+
+    return [f"warning: {why_no_regions(store)}"]
 
 
 def _left_out(store: Path, bad_images: int) -> list[str]:
@@ -58,7 +68,10 @@ def commit_lines(store: Path, seconds: float | None) -> list[str]:
     """What a commit did."""
     if seconds is None:
         return [f"{store}: complete already, nothing to do"]
-    return [f"{store}: complete ({seconds:.1f} s)", *_left_out(store, len(info(store).bad_images))]
+    found = info(store)
+    regions = next(product.rows for product in found.products if product.name == "regions")
+    done = f"{store}: complete ({seconds:.1f} s)"
+    return [done, *_left_out(store, len(found.bad_images)), *_no_regions(store, regions)]
 
 
 def forecast_lines(store: Path, found: BuildForecast) -> list[str]:

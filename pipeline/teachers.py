@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from cache import JSON
 from ezsd.adapt import restore
 from ezsd.crops import crop_boxes
 from ezsd.data.annotations import Annotations
-from ezsd.teacher import NORMALISATIONS, TINY_SHAPES, Teacher, TeacherError, load_teacher
+from ezsd.teacher import NORMALISATIONS, TINY_SHAPES, OpenClipTeacher, Teacher, TeacherError, load_teacher
 from pipeline.config import Config, TeacherConfig
 from pipeline.datasets import Dataset, read_dataset_image
 from pipeline.images import ImageError
@@ -56,6 +56,24 @@ def with_recorded_normalisation(config: TeacherConfig, model: Mapping[str, JSON]
         if (model.get("mean"), model.get("std")) == (list(mean), list(std)):
             return dataclasses.replace(config, normalisation=name)
     return config
+
+
+@torch.no_grad()
+def require_words(teacher: Teacher, names: Sequence[str], background: str | None) -> None:
+    """Refuse names and a background word that a teacher cannot embed: later it would be after re-normalisation.
+
+    Raises:
+        TeacherError: it has no embedding of one.
+        VocabularyError: no prompts can be made of them, or two would have the same one.
+    """
+    for words in (list(names), [] if background is None else [background]):
+        if not words:
+            continue
+        try:
+            # Prompts cut into tokens are what may be refused; what a plug-in refuses it alone knows.
+            (teacher.tokens if isinstance(teacher, OpenClipTeacher) else teacher.encode_text)(words)
+        except KeyError as error:
+            raise TeacherError(f"teacher {teacher.name}: has no embedding for {error}; rename the class") from error
 
 
 @torch.no_grad()

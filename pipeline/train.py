@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cache import Store, Verify
+from cache import Store, Verify, info
 from ezsd.data.annotations import ImageRecord, ImageTable
 from ezsd.data.augment import Augmentation
 from ezsd.data.dataset import DetectionDataset, MaskSource
@@ -79,9 +79,10 @@ def train(request: TrainRequest) -> Run:
         processes = stack.enter_context(join_processes(device))
         _check_processes(request.config.train, processes)
         store = Store(request.cache, verify=request.verify)
+        _require_regions(store, request.config)
         dataset = store_dataset(store, request.data_root)
         if processes.first:
-            require_validation(dataset, request.config.train)
+            require_validation(dataset, request.config)
         masks = training_masks(dataset) if request.config.model.masks else None
         samples = training_samples(store, dataset, request.config.train, masks)
         detector, card = _begin(request, store, dataset)
@@ -109,6 +110,17 @@ def train(request: TrainRequest) -> Run:
             reason = str(error).splitlines()[0]
             raise RunError(f"{reason} Run the same command to go on from the newest checkpoint.") from error
     return run
+
+
+def _require_regions(store: Store, config: Config) -> None:
+    """ConfigError for a distillation from nothing: its loss would be 0 in every step."""
+    regions = next(product.rows for product in info(store.path).products if product.name == "regions")
+    if config.loss.distillation and config.train.regions and not regions:
+        raise ConfigError(
+            f"{store.path}: has no region to distil from, so that loss.distillation={config.loss.distillation:g} would "
+            f"do nothing; build another store (`ezsd cache build` says which filter dropped them), or train without: "
+            f"--set loss.distillation=0"
+        )
 
 
 def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detector, dict[str, object]]:
@@ -301,15 +313,8 @@ def store_dataset(store: Store, data_root: Path | None) -> Dataset:
         data_root = Path(environment["data_root"])
         if not data_root.is_dir():
             raise DatasetError(f"{store.path}: its images lay in {data_root}, which is gone; give --data-root DIR")
-    return _require_training(recorded_dataset(environment.get("dataset"), str(fields["name"]), data_root))
-
-
-def _require_training(dataset: Dataset) -> Dataset:
-    """The dataset once its training half is there: training reads nothing else."""
-    for part in (dataset.train_annotations, dataset.train_images):
-        if not (dataset.root / part).exists():
-            raise DatasetError(f"--data-root {dataset.root}: no {part} in it; expected the {dataset.name} layout")
-    return dataset
+    # Training reads nothing else.
+    return recorded_dataset(environment.get("dataset"), str(fields["name"]), data_root).require("train")
 
 
 def _read_by_id(root: Path, images: ImageTable, exif: Exif, image_id: int) -> Tensor:

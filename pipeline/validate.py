@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
-from ezsd.metrics import Evaluation, evaluate, read_truth
-from pipeline.config import Config, TrainConfig
+from ezsd.metrics import Evaluation, evaluate
+from pipeline.config import Config
 from pipeline.datasets import Dataset
 from pipeline.evaluate import detect_split
 from pipeline.figures import percent
 from pipeline.files import write_text
 from pipeline.metrics import MetricsLog
 from pipeline.parsed import evaluation_annotations
+from pipeline.required import require_evaluation
 from pipeline.runs import Run
 from pipeline.step import Trainer
 from pipeline.trained import TrainedDetector
@@ -88,16 +89,19 @@ class Validation:
         return evaluate(path, found, split)
 
 
-def require_validation(dataset: Dataset, config: TrainConfig) -> None:
-    """Read the validation annotations if they will be looked at: a fault would else show after the first epoch.
+def require_validation(dataset: Dataset, config: Config) -> None:
+    """Refuse what the evaluation of the trained run would refuse: a fault would else show after the last step.
+
+    Where the validation files are elsewhere a training can do without them, unless it validates.
 
     Raises:
-        DatasetError: files are missing.
-        AnnotationError: the annotations are not in order, or do not know a name of the split.
+        ValueError: (of two kinds) see `require_evaluation`.
     """
-    if config.validate_every:
-        dataset.require()
-        read_truth(dataset.root / dataset.val_annotations, dataset.split)
+    missing = dataset.missing("val")
+    if missing and not config.train.validate_every:
+        log.warning("%s: %s; `ezsd eval` will need it", dataset.root, "; ".join(missing))
+        return
+    require_evaluation(dataset, masks=config.model.masks)
 
 
 def cut_slice(annotations: Path, out: Path, images: int) -> None:

@@ -9,15 +9,15 @@ and order mean nothing. Boxes marked `iscrowd` are left out of training. Images 
 """
 
 import reprlib
-from collections.abc import Sequence
-from itertools import chain
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
 from ezsd.data.records import AnnotationError, Annotations, ImageRecord, ImageTable, RawAnnotations, refine
 from ezsd.data.table import Fault, Table, annotation_faults, category_faults, image_faults, read_table
-from ezsd.vocabulary import Split, suggest
+from ezsd.vocabulary import Split, canonical, suggest
 
 __all__ = [
     "AnnotationError",
@@ -27,7 +27,9 @@ __all__ = [
     "RawAnnotations",
     "load_evaluation",
     "load_training",
+    "raw_annotations",
     "read_raw",
+    "refusals",
     "resolve_image_path",
 ]
 
@@ -56,7 +58,7 @@ def load_evaluation(path: Path, split: Split) -> Annotations:
 
     Args:
         path: a COCO-format JSON file.
-        split: the classes; all its names must be in the file's table.
+        split: the classes. A novel name that the file's table lacks has no box; a base name must be there.
 
     Returns:
         The record, with class indices into `split.names`; crowd boxes are kept and flagged.
@@ -64,15 +66,16 @@ def load_evaluation(path: Path, split: Split) -> Annotations:
     Raises:
         AnnotationError: see `read_raw`.
     """
-    return refine(read_raw(path, split.names), keep_crowd=True)
+    return refine(read_raw(path, split.names, may_lack=split.novel), keep_crowd=True)
 
 
-def read_raw(path: Path, names: Sequence[str]) -> RawAnnotations:
+def read_raw(path: Path, names: Sequence[str], *, may_lack: Sequence[str] = ()) -> RawAnnotations:
     """Read and check the boxes of the given classes, and the table of all images.
 
     Args:
         path: a COCO-format JSON file.
         names: the classes, which become the record's table.
+        may_lack: those of them that the file need not know; they have no box then.
 
     Returns:
         The record, in the file's order and numbers.
@@ -80,15 +83,18 @@ def read_raw(path: Path, names: Sequence[str]) -> RawAnnotations:
     Raises:
         AnnotationError: the file cannot be read, is not UTF-8 JSON without a byte order mark, lacks
             a key, holds a value of the wrong kind, an id twice, a name twice or a reference to
-            nothing, or does not know one of `names`.
+            nothing, or does not know one of `names` that it must.
     """
-    table = read_table(path)
-    for fault in chain(image_faults(table), category_faults(table), unknown_names(table, names)):
-        raise fault.error(path)
-    id_of = dict(zip(table.categories.name, table.categories.id, strict=True))
-    classes = np.array([id_of[name] for name in names], dtype=np.int64)
-    for fault in sorted(annotation_faults(table, classes), key=lambda fault: fault.position):
-        raise fault.error(path)
+    return raw_annotations(read_table(path), names, may_lack=may_lack)
+
+
+def raw_annotations(table: Table, names: Sequence[str], *, may_lack: Sequence[str] = ()) -> RawAnnotations:
+    """Like `read_raw`, of a file that was read into columns."""
+    for fault in refusals(table, names, may_lack=may_lack):
+        raise fault.error(table.path)
+    id_of = category_ids(table, names)
+    classes = np.array(list(id_of.values()), dtype=np.int64)
+    place = np.array([position for position, name in enumerate(names) if name in id_of], dtype=np.int64)
     columns = table.annotations
     category = np.array(columns.category_id, dtype=np.int64)
     rows = np.flatnonzero(np.isin(category, classes))
@@ -98,16 +104,38 @@ def read_raw(path: Path, names: Sequence[str]) -> RawAnnotations:
         names=tuple(names),
         image_id=np.array(columns.image_id, dtype=np.int64)[rows],
         xywh=np.array(columns.xywh, dtype=np.float64).reshape(-1, 4)[rows],
-        class_index=order[np.searchsorted(classes, category[rows], sorter=order)].astype(np.int32),
+        class_index=place[order[np.searchsorted(classes, category[rows], sorter=order)]].astype(np.int32),
         annotation_id=np.array(columns.id, dtype=np.int64)[rows],
         crowd=np.array(columns.crowd, dtype=np.bool_)[rows],
+        absent=absent_names(names, table.categories.name),
     )
+
+
+def refusals(table: Table, names: Sequence[str], *, may_lack: Sequence[str] = ()) -> Iterator[Fault]:
+    """Everything for which a loader of the boxes of some classes refuses a file; see `read_raw`."""
+    yield from image_faults(table)
+    yield from category_faults(table)
+    free = {canonical(name) for name in may_lack}
+    yield from unknown_names(table, [name for name in names if canonical(name) not in free])
+    classes = np.array(list(category_ids(table, names).values()), dtype=np.int64)
+    yield from sorted(annotation_faults(table, classes), key=lambda fault: fault.position)
+
+
+def category_ids(table: Table, names: Sequence[str]) -> dict[str, int]:
+    """The file's category id of each name that it knows."""
+    id_of = {canonical(name): number for name, number in zip(table.categories.name, table.categories.id, strict=True)}
+    return {name: id_of[canonical(name)] for name in names if canonical(name) in id_of}
+
+
+def absent_names(names: Sequence[str], offered: Iterable[str]) -> tuple[str, ...]:
+    """Those of some names that a file's categories do not have."""
+    known = {canonical(name) for name in offered}
+    return tuple(name for name in names if canonical(name) not in known)
 
 
 def unknown_names(table: Table, names: Sequence[str]) -> list[Fault]:
     """A fault for each name that the file's categories do not have."""
     offered = [name for name in table.categories.name if name]
-    known = set(offered)
     return [
         Fault(
             section="categories",
@@ -117,13 +145,14 @@ def unknown_names(table: Table, names: Sequence[str]) -> list[Fault]:
             found=f"no such name; {suggest(name, offered)}" if offered else "an empty list",
             cure="Correct the name in the file or in the split.",
         )
-        for name in names
-        if name not in known
+        for name in absent_names(names, offered)
     ]
 
 
 def resolve_image_path(root: Path, file_name: str) -> Path:
     """Find an image named by a file below the image folder, and nowhere else.
+
+    Where no file has the name as it stands, one that has it in another Unicode form (NFC, NFD) is taken.
 
     Args:
         root: the image folder; may itself be reached through links.
@@ -139,7 +168,7 @@ def resolve_image_path(root: Path, file_name: str) -> Path:
     reason = _refusal(file_name)
     if reason is None:
         try:
-            base, found = root.resolve(), (root / file_name).resolve()
+            base, found = root.resolve(), _in_a_form_that_is_there(root, file_name).resolve()
         except (OSError, RuntimeError, ValueError) as error:
             # Link loops, names too long for the system, characters it cannot encode.
             reason = f"cannot be followed ({error})"
@@ -151,6 +180,15 @@ def resolve_image_path(root: Path, file_name: str) -> Path:
         f"image file name {reprlib.repr(file_name)} {reason}: expected a path below {root}. "
         "Correct file_name in the annotation file."
     )
+
+
+def _in_a_form_that_is_there(root: Path, file_name: str) -> Path:
+    """A path with the name in the Unicode form in which a file has it; as it stands where there is none."""
+    path = root / file_name
+    if file_name.isascii() or path.exists():
+        return path
+    others = (root / unicodedata.normalize(form, file_name) for form in ("NFC", "NFD"))
+    return next((other for other in others if other.exists()), path)
 
 
 def _refusal(file_name: str) -> str | None:

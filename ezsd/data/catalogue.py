@@ -8,13 +8,14 @@ in no list and without a box nothing is known.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 from ezsd.data.records import AnnotationError, unfit
 from ezsd.data.stream import FILE_CURE, open_json
+from ezsd.vocabulary import canonical
 
 _FEDERATED = "A federated file, as LVIS's are, has these lists in every image and a frequency in every category."
 FREQUENCIES = ("r", "c", "f")
@@ -45,6 +46,18 @@ class Catalogue:
     """LVIS's "r", "c" or "f" by name; empty unless the file is federated."""
     federated: Federated | None
     """None unless the file is federated."""
+
+    def ids_of(self, names: Sequence[str]) -> list[int]:
+        """The category id of each name, in any Unicode form; names that the file lacks get ids that it does not use."""
+        known = {canonical(name): number for name, number in self.ids.items()}
+        lacking = sorted({canonical(name) for name in names} - known.keys())
+        known |= {name: number for number, name in enumerate(lacking, start=max(self.ids.values()) + 1)}
+        return [known[canonical(name)] for name in names]
+
+    def frequencies_of(self, names: Sequence[str]) -> list[str]:
+        """LVIS's letter of each name, in any Unicode form; "" for names that the file lacks."""
+        known = {canonical(name): letter for name, letter in self.frequency.items()}
+        return [known.get(canonical(name), "") for name in names]
 
 
 def read_catalogue(path: Path) -> Catalogue:

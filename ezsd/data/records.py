@@ -139,6 +139,8 @@ class RawAnnotations:
     """(N,), unique."""
     crowd: npt.NDArray[np.bool_]
     """Whether the box is drawn around a group, (N,)."""
+    absent: tuple[str, ...] = ()
+    """Names that the file's class table lacks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -161,6 +163,8 @@ class Annotations:
     """Whether the box is drawn around a group, (N,); never true in training."""
     dropped: Mapping[str, int]
     """Boxes of the asked-for classes left out, by reason: crowd, degenerate, outside."""
+    absent: tuple[str, ...] = ()
+    """Novel names that the file's class table lacks, in evaluation: of them nothing is known."""
 
     def rows(self, image_position: int) -> slice:
         """The boxes of one image, as a slice of every array.
@@ -227,6 +231,7 @@ def refine(raw: RawAnnotations, *, keep_crowd: bool) -> Annotations:
             "degenerate": int((empty & ~outside).sum()),
             "outside": int(outside.sum()),
         },
+        absent=raw.absent,
     )
 
 

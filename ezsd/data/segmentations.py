@@ -8,6 +8,7 @@ object can reach training.
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,7 @@ def _fault(position: int, error: ValueError) -> Fault:
         expected=_EXPECTED,
         found=str(error),
         cure=_CURE,
+        kind=re.sub(r"\d+", "0", str(error)),
     )
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ezsd.data.records import AnnotationError, unfit
 from ezsd.data.stream import FILE_CURE, JsonError, JsonReader, is_finite, open_json
+from ezsd.vocabulary import canonical, is_writable
 
 Section = Literal["images", "annotations", "categories"]
 SECTIONS: tuple[Section, ...] = ("images", "categories", "annotations")
@@ -42,6 +43,13 @@ class Fault:
     expected: str
     found: str
     cure: str
+    kind: str = ""
+    """What makes faults of one key alike, where that is not the cure."""
+
+    @property
+    def like(self) -> tuple[str, str, str]:
+        """The same for faults that have one cause."""
+        return self.section, self.key, self.kind or self.cure
 
     @property
     def place(self) -> str:
@@ -54,7 +62,8 @@ class Fault:
         return AnnotationError(f"{file}: {self.place}: {self}")
 
     def __str__(self) -> str:
-        return f"expected {self.expected}, found {self.found}. {self.cure}"
+        stop = "" if self.found.endswith("?") else "."
+        return f"expected {self.expected}, found {self.found}{stop} {self.cure}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +84,8 @@ class CategoryColumns:
     name: list[str] = field(default_factory=list)
     frequency: list[str] = field(default_factory=list)
     """LVIS's "f", "c" or "r"; "" where the file has none."""
+    supercategory: list[str] = field(default_factory=list)
+    """"" where the file has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +167,12 @@ def _read_section(reader: JsonReader, key: str, table: Table, seen: set[str]) ->
             readers[section](table, _Entry(table.faults, section, position, values))
 
 
+def _shown(value: object) -> str:
+    """A value as it stands in the file, cut short."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else reprlib.repr(value)
+
+
 class _Entry:
     """One object of one of the lists. A value that is not as it must be leaves a fault and a zero."""
 
@@ -180,7 +197,7 @@ class _Entry:
         )
 
     def _wrong(self, key: str, expected: str, cure: str) -> None:
-        found = reprlib.repr(self.values[key]) if key in self.values else "nothing"
+        found = _shown(self.values[key]) if key in self.values else "nothing"
         self._fault(key, expected, found, cure)
 
     def integer(self, key: str, low: int = -_INT64_MAX, high: int = _INT64_MAX) -> int:
@@ -190,15 +207,40 @@ class _Entry:
             return value
         limits = " of at most 64 bits" if high == _INT64_MAX else f" from {low} to {high}"
         limits = " from 0 on, of at most 64 bits" if low == 0 and high == _INT64_MAX else limits
-        self._wrong(key, f"a whole number{limits}", "Write it as a plain number, without quotes.")
+        self._wrong(key, f"a whole number{limits}", self._number_cure(key))
         return 0
+
+    def _number_cure(self, key: str) -> str:
+        """What to do about a value that is no whole number within its limits: it depends on what stands there."""
+        value = self.values.get(key)
+        if value is None and key in ("width", "height"):
+            return f"Write the image's {key} in pixels."
+        if value is None:
+            return f"Give every entry of {self.section} its {key}."
+        if isinstance(value, str):
+            return "Write it as a plain number, without quotes."
+        if isinstance(value, float) and value.is_integer():
+            return "Write it without a decimal point."
+        if type(value) is int:
+            return "Correct the number."
+        return "Write a whole number."
 
     def text(self, key: str) -> str:
         """A text that is not blank."""
         value = self.values.get(key)
         if isinstance(value, str) and value.strip():
             return value
-        self._wrong(key, "a text that is not empty", "Write the name in quotes.")
+        number = isinstance(value, int | float)
+        cure = "Write it in quotes." if number else f"Give every entry of {self.section} its {key}."
+        self._wrong(key, "a text that is not empty", cure)
+        return ""
+
+    def name(self) -> str:
+        """The name of a class."""
+        name = self.text("name")
+        if is_writable(name):
+            return name
+        self._wrong("name", "a text of whole characters", "It holds half a character (a lone surrogate); rename it.")
         return ""
 
     def file_name(self) -> str:
@@ -237,9 +279,10 @@ def _read_image(table: Table, entry: _Entry) -> None:
 def _read_category(table: Table, entry: _Entry) -> None:
     columns = table.categories
     columns.id.append(entry.integer("id"))
-    columns.name.append(entry.text("name"))
-    frequency = entry.values.get("frequency", "")
-    columns.frequency.append(frequency if isinstance(frequency, str) else "")
+    columns.name.append(entry.name())
+    for values, key in ((columns.frequency, "frequency"), (columns.supercategory, "supercategory")):
+        value = entry.values.get(key, "")
+        values.append(value if isinstance(value, str) else "")
 
 
 def _read_annotation(table: Table, entry: _Entry) -> None:
@@ -260,18 +303,39 @@ def image_faults(table: Table) -> Iterator[Fault]:
 def category_faults(table: Table) -> Iterator[Fault]:
     """What is wrong with the list `categories`: neither an id nor a name occurs twice."""
     yield from _of(table, "categories")
-    yield from _doubles(table, "categories", np.arange(len(table.categories.id)))
-    first: dict[str, int] = {}
-    for position, name in enumerate(table.categories.name):
-        if name and first.setdefault(name, position) != position:
-            yield Fault(
-                section="categories",
-                position=position,
-                key="name",
-                expected=f"a name different from categories[{first[name]}].name",
-                found=repr(name),
-                cure="Join the two categories or rename one.",
-            )
+    columns, first = table.categories, dict[str, int]()
+    names = [canonical(name) for name in columns.name]
+    double = [position for position, name in enumerate(names) if name and first.setdefault(name, position) != position]
+    again = [position for position in double if columns.id[position] == columns.id[first[names[position]]]]
+    yield from _doubles(table, "categories", np.setdiff1d(np.arange(len(names)), again))
+    unused = set(range(len(names))) - set(used_categories(table))
+    for position in double:
+        earlier = first[names[position]]
+        where, cure, kind = f"categories[{earlier}]", "Join the two categories or rename one.", ""
+        if position in again:
+            cure = kind = "It is the same category again: keep one entry."
+        elif unused & {position, earlier}:
+            one = min(unused & {position, earlier})
+            root = ""
+            if any(canonical(other) == names[one] for other in columns.supercategory):
+                root = " and is only the supercategory of others"
+            cure, kind = f"categories[{one}] has no box{root}: remove that entry.", "unused"
+        yield Fault(
+            section="categories",
+            position=position,
+            key="name",
+            expected=f"a name different from {where}.name",
+            found=repr(columns.name[position]),
+            cure=cure,
+            kind=kind,
+        )
+
+
+def used_categories(table: Table) -> list[int]:
+    """Positions in `categories` of those that an annotation is of."""
+    stated = np.array(table.annotations.category_id, dtype=np.int64)
+    used = set(stated[table.sound("annotations", "category_id")].tolist())
+    return [position for position, number in enumerate(table.categories.id) if number in used]
 
 
 def annotation_faults(table: Table, classes: Positions | None) -> Iterator[Fault]:

@@ -173,7 +173,7 @@ def _summary(truth: Truth, chosen: npt.NDArray[np.int64], curves: Curves, limit:
         per_class={name: found.get(name, nothing) for name in split.names},
     )
     if truth.federated:
-        frequency = np.array([truth.catalogue.frequency[name] for name in names])
+        frequency = np.array(truth.catalogue.frequencies_of(names))
         rare, common, frequent = (curves.of_group(frequency == letter) for letter in FREQUENCIES)
         evaluation |= {"rare": rare, "common": common, "frequent": frequent}
     return evaluation

@@ -126,6 +126,6 @@ def is_listed(
     truth: Truth, results: Results, row: npt.NDArray[np.int64], table: dict[int, frozenset[int]]
 ) -> npt.NDArray[np.bool_]:
     """Whether a federated list of a detection's image has its class, (M,)."""
-    category = [truth.catalogue.ids[name] for name in truth.split.names]
+    category = truth.category_ids()
     pairs = zip(results.image_id[row].tolist(), results.class_index[row].tolist(), strict=True)
     return np.fromiter((category[index] in table[image] for image, index in pairs), dtype=np.bool_, count=len(row))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ezsd.data.annotations import AnnotationError, read_raw
+from ezsd.data.annotations import AnnotationError, RawAnnotations, read_raw
 from ezsd.data.catalogue import Catalogue, read_catalogue
 from ezsd.data.records import ImageTable
 from ezsd.data.segmentations import read_outlines, to_run_lengths
@@ -56,31 +56,39 @@ class Truth:
         pairs = zip(self.image_ids.tolist(), self.image_size.tolist(), strict=True)
         return {number: (height, width) for number, (height, width) in pairs}
 
+    def category_ids(self) -> list[int]:
+        """A category id for each name of the split, (C,), see `Catalogue.ids_of`."""
+        return self.catalogue.ids_of(self.split.names)
+
     def category_positions(self) -> dict[int, int]:
         """For each category id of the file its position in `split.names`; -1 outside the split."""
-        position = {name: index for index, name in enumerate(self.split.names)}
-        return {number: position.get(name, -1) for name, number in self.catalogue.ids.items()}
+        asked = {number: index for index, number in enumerate(self.category_ids())}
+        return dict.fromkeys(self.catalogue.ids.values(), -1) | asked
 
     def named(self) -> Named:
         """What the file calls its images and classes."""
         return Named(file_names={one.id: one.file_name for one in self.images}, categories=self.catalogue.ids)
 
 
-def read_truth(path: Path, split: Split, catalogue: Catalogue | None = None) -> Truth:
+def read_truth(
+    path: Path, split: Split, catalogue: Catalogue | None = None, raw: RawAnnotations | None = None
+) -> Truth:
     """Read what an evaluation needs of an annotation file.
 
     A file whose images have `neg_category_ids` is a federated one, as LVIS's are; its `iscrowd` means nothing then,
     and boxes without area are left out, as in the official lvis package.
 
     Args:
-        path: a COCO- or LVIS-format file that knows all names of the split.
+        path: a COCO- or LVIS-format file that knows all base names of the split; a novel name that it lacks has no
+            box, and its figures are None.
         split: the classes.
         catalogue: the file's, where it was read before; None reads it.
+        raw: the boxes of the split, where they were read before; None reads them.
 
     Raises:
         AnnotationError: the file is not in order, or has no image.
     """
-    raw = read_raw(path, split.names)
+    raw = read_raw(path, split.names, may_lack=split.novel) if raw is None else raw
     catalogue = read_catalogue(path) if catalogue is None else catalogue
     if not len(raw.images):
         raise AnnotationError(f"{path}: images: expected at least one image to evaluate, found none")
@@ -114,7 +122,7 @@ def with_masks(truth: Truth) -> Truth:
     """
     size, ids = truth.sizes(), truth.annotation_id.tolist()
     wanted = {number: size[image] for number, image in zip(ids, truth.image_id.tolist(), strict=True)}
-    categories = {truth.catalogue.ids[name] for name in truth.split.names}
+    categories = set(truth.category_ids())
     outlines = read_outlines(truth.path, wanted, categories)
     drawn = {number: to_run_lengths(outline, *wanted[number]) for number, outline in outlines}
     return dataclasses.replace(truth, masks=tuple(drawn[number] for number in ids))

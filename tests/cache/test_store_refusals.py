@@ -161,7 +161,13 @@ def test_another_manifest_is_refused_by_the_name_of_the_difference(finished, tmp
     message = (
         "made from something else: proposals.nms_iou: store has 0.7, wanted 0.5; "
         'text.prompts: store has no such entry, wanted "new"; '
+    )
+    # Nothing can be taken over from a store that is not finished.
+    message += (
         f"build into another folder: --out {path}-2 --reuse {path} takes over teacher, ground_truth"
+        if complete
+        else f"it is not finished: go on with the settings that it was begun with, or remove the folder {path}, or "
+        f"build into another folder: --out {path}-2"
     )
     with pytest.raises(StoreMismatch, match=re.escape(message)):
         storekit.open_writer(path, manifest=OTHER)

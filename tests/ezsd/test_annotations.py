@@ -140,14 +140,19 @@ def test_nothing_about_novel_boxes_reaches_training(tmp_path_factory, novel, see
     assert same(load_training(write(folder, document), SPLIT), without)
 
 
-def test_training_needs_no_novel_name_in_the_file_but_evaluation_does(tmp_path):
+def test_a_novel_name_that_the_file_does_not_list_has_no_box(tmp_path):
     document = small()
     document["categories"] = [c for c in document["categories"] if c["name"] in SPLIT.base]
     document["annotations"] = document["annotations"][:2]
     path = write(tmp_path, document)
-    assert len(load_training(path, SPLIT).box) == 2
+    training, evaluation = load_training(path, SPLIT), load_evaluation(path, SPLIT)
+    assert len(training.box) == 2
+    assert training.absent == ()
+    assert evaluation.absent == SPLIT.novel
+    assert evaluation.names == SPLIT.names
+    assert set(evaluation.class_index.tolist()) <= set(range(len(SPLIT.base)))
     with pytest.raises(AnnotationError, match="named 'cow'"):
-        load_evaluation(path, SPLIT)
+        load_training(path, Split(base=(*SPLIT.base, *SPLIT.novel), novel=()))
 
 
 @settings(max_examples=20, deadline=None)

@@ -117,13 +117,16 @@ def test_novel_boxes_cannot_reach_the_store(shapes_root, quick_config, shapes_st
     assert files(tmp_path / "store") == files(shapes_store)
 
 
-def test_the_build_reads_no_validation_file(shapes_root, quick_config, shapes_store, tmp_path):
+def test_no_byte_of_a_store_comes_from_the_validation_files(shapes_root, quick_config, shapes_store, tmp_path):
     half = tmp_path / "half"
     (half / "annotations").mkdir(parents=True)
-    (half / "val").mkdir()
+    (half / "val").symlink_to(shapes_root / "val")
     (half / "train").symlink_to(shapes_root / "train")
     (half / "annotations/instances_train.json").symlink_to(shapes_root / "annotations/instances_train.json")
-    (half / "annotations/instances_val.json").write_text("not JSON at all")
+    # They are only looked over, so that an evaluation later can read them.
+    document = json.loads((shapes_root / "annotations/instances_val.json").read_text())
+    document |= {"images": document["images"][:1], "annotations": []}
+    (half / "annotations/instances_val.json").write_text(json.dumps(document))
     request = BuildRequest(dataset=find_dataset("shapes", half), config=quick_config, out=tmp_path / "store", workers=1)
     build_cache(request)
     assert files(tmp_path / "store") == files(shapes_store)

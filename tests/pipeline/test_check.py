@@ -37,6 +37,13 @@ def sound():
     }
 
 
+def buildable():
+    """A sound training file: with base boxes to learn re-normalisation from, and others to measure it on."""
+    document = sound()
+    document["annotations"].append({"id": 9, "image_id": 2, "category_id": 2, "bbox": [1, 2, 3, 4]})
+    return document
+
+
 @pytest.fixture
 def own(tmp_path):
     """Checks a dataset whose training file is the given document."""
@@ -57,11 +64,10 @@ def own(tmp_path):
 
 
 def test_a_sound_dataset_has_no_problems_and_is_counted(own):
-    found = own(sound())
-    assert found.problems == []
-    for part in found.parts:
-        counts = (part.images, part.without_boxes, part.base, part.novel, part.other, part.crowd)
-        assert counts == (4, 3, 1, 1, 1, 1)
+    found = own(buildable())
+    assert (found.problems, found.warnings) == ([], [])
+    counts = [(p.images, p.without_boxes, p.base, p.novel, p.other, p.crowd) for p in found.parts]
+    assert counts == [(4, 2, 2, 1, 1, 1), (4, 3, 1, 1, 1, 1)]
     assert "2 base and 1 novel names, nothing wrong" in check_table(found)
 
 
@@ -87,15 +93,23 @@ def test_everything_wrong_is_told_in_one_pass_with_its_place(own):
         box | {"id": 24, "category_id": 78},
         7,
     ]
-    problems = own(document).problems
-    places = [problem.removeprefix(f"{own.root}/train.json: ").split(": ")[0] for problem in problems]
-    assert sorted(places) == sorted(
+    found = own(document)
+    refused, known = (
+        sorted(line.removeprefix(f"{own.root}/train.json: ").split(": ")[0] for line in lines)
+        for lines in (found.problems, found.warnings)
+    )
+    assert refused == sorted(
         ["images[7].id", "images[7].height", "images[4].id", "images[4].file_name"]
-        + ["categories[5].id", "categories[5].name", "categories", "categories[4].name"]
-        + ["annotations[4].bbox", "annotations[5].bbox", "annotations[6].bbox", "annotations[7].id"]
-        + ["annotations[8].image_id", "annotations[9].category_id", "annotations[10]"]
+        + ["categories[5].id", "categories[5].name", "categories"]
+        + ["annotations[9].category_id", "annotations[10]"]
         + ["images[3]", "images[5].file_name", "images[6].file_name", "images[7].file_name"]
     )
+    # Training looks at no novel box, and leaves empty ones out: these are only to be known.
+    assert known == sorted(
+        ["annotations[4].bbox", "annotations[5].bbox", "annotations[6].bbox", "annotations[7].id"]
+        + ["annotations[8].image_id", "categories[4].name"]
+    )
+    problems = found.problems + found.warnings
     for words in ("named 'dog'", "did you mean 'Dog'", "nearly categories[3].name, 'kite'", "21 x 10 pixels"):
         assert any(words in problem for problem in problems), words
     for words in ("without an area", "outside the image of 20 x 10", "no such image", "is no image", "holds '..'"):
@@ -128,6 +142,34 @@ def test_outlines_are_looked_at_where_masks_need_them(own):
     assert len(problems) == 1 + len(places)
 
 
+def test_a_fault_that_repeats_is_one_line_with_its_number(own):
+    """As via-export writes: ids in quotes, one categories entry for each region."""
+    document = buildable()
+    document["categories"] += [dict(document["categories"][2]) for _ in range(5)]
+    for one in document["annotations"]:
+        one["image_id"] = str(one["image_id"])
+    problems = [line.removeprefix(f"{own.root}/train.json: ") for line in own(document).problems]
+    assert problems == [
+        "categories[4].name: expected a name different from categories[2].name, found 'cat'. It is the same category "
+        "again: keep one entry. (5 like this, the next is categories[5].name)",
+        "annotations[0].image_id: expected a whole number of at most 64 bits, found '1'. Write it as a plain number, "
+        "without quotes. (3 like this, the next is annotations[3].image_id)",
+    ]
+
+
+def test_others_do_not_stop_the_list_of_faults(own):
+    toml = own.root / "own.toml"
+    toml.write_text(TOML.replace('["cow"]', '"others"'))
+    document = buildable()
+    document["categories"] += [{"id": 9}, {"id": 7, "name": "cat"}]
+    document["annotations"][0]["bbox"] = "none"
+    (own.root / "train.json").write_text(json.dumps(document))
+    found = check_dataset(find_dataset(str(toml), strict=False))
+    places = [line.removeprefix(f"{own.root}/train.json: ").split(": ")[0] for line in found.problems]
+    assert places == ["categories[4].name", "categories[5].name", "annotations[0].bbox"]
+    assert found.dataset.split.novel == ("cow", "kite")
+
+
 def test_a_file_that_is_no_json_is_one_problem_and_the_other_is_still_read(own):
     found = own('{"images": [')
     assert len(found.problems) == 1
@@ -138,8 +180,8 @@ def test_a_file_that_is_no_json_is_one_problem_and_the_other_is_still_read(own):
 def test_a_cut_image_is_found_when_every_pixel_is_read(own):
     path = own.root / "photos/2.png"
     path.write_bytes(path.read_bytes()[:-300])
-    assert own(sound()).problems == []
-    problems = own(sound(), decode=True).problems
+    assert own(buildable()).problems == []
+    problems = own(buildable(), decode=True).problems
     # Both files name it.
     assert len(problems) == 2
     assert all("images[2].file_name" in problem and "cannot be read" in problem for problem in problems)

@@ -118,7 +118,7 @@ def test_a_dataset_is_found_again_from_its_record(own):
         (("novel =", "nowel ="), r"\[classes\] unknown key 'nowel'; did you mean 'novel'"),
         (('"others"', '"the rest"'), r"\[classes\] novel: expected a list of names or \"others\", found 'the rest'"),
         (('["zebra", "cat"]', '"cat"'), r"\[classes\] base: expected a list"),
-        (("[train]", "[train"), "is no TOML"),
+        (("[train]", "[train"), "is not valid TOML"),
         (("[prompts]\ntemplate", "[prompts]\ntemplates"), "did you mean 'template'"),
         (('"train.json"', '"none.json"'), "no none.json in it"),
     ],
@@ -128,6 +128,34 @@ def test_a_wrong_file_is_refused_by_its_place(own, change, message):
     own.write_text(OWN.replace(*change, 1))
     with pytest.raises(DatasetError, match=message):
         find_dataset(str(own))
+
+
+def roboflow(root, *, box):
+    """An export whose first category is the whole tree's root."""
+    for part in ("train", "val"):
+        categories = [{"id": 0, "name": "farm", "supercategory": "none"}]
+        categories += [{"id": k, "name": n, "supercategory": "farm"} for k, n in enumerate(["cat", "dog", "zebra"], 1)]
+        boxes = [{"id": 1, "image_id": 1, "category_id": 0, "bbox": [1, 1, 2, 2]}] if box == part else []
+        document = {"images": [], "annotations": boxes, "categories": categories}
+        (root / f"{part}.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize("box", [None, "train", "val"])
+def test_what_is_only_a_supercategory_is_no_novel_class(own, box, caplog):
+    caplog.set_level("INFO", logger="ezsd")
+    roboflow(own.parent, box=box)
+    novel = find_dataset(str(own)).split.novel
+    assert novel == (("dog",) if box is None else ("dog", "farm"))
+    assert ("leaves out 'farm'" in caplog.text) == (box is None)
+
+
+def test_a_place_that_is_not_there_is_named_once_with_what_is(own):
+    own.write_text(OWN.replace('images = "photos"', 'images = "foto"'))
+    with pytest.raises(DatasetError) as caught:
+        find_dataset(str(own)).require()
+    assert str(caught.value) == (
+        f"--data-root {own.parent}: no foto in it; [train] images and [val] images say so; did you mean 'photos'?"
+    )
 
 
 def test_two_names_that_are_said_alike_are_refused_at_once(own):

@@ -116,7 +116,7 @@ def test_a_wrong_file_is_refused_as_ever_and_leaves_nothing(file):
 
 
 def test_categories_are_read_once_by_id(file):
-    wanted = [parsed.Category(name, "") for name in ("cow", "dog", "cat")]
+    wanted = [parsed.Category(name, "", "", used=True) for name in ("cow", "dog", "cat")]
     assert parsed.read_categories(file) == wanted
     (kept,) = parsed.parsed_folder().glob("*categories*")
     assert parsed.read_categories(file) == wanted

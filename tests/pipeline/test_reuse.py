@@ -123,7 +123,7 @@ def test_an_early_change_proposes_a_folder_and_says_what_it_could_take_over(
     )
     with pytest.raises(StoreMismatch, match=rf"regions\.regions.*--out {shapes_store}-2 --reuse {shapes_store} takes"):
         build_cache(late)
-    early = dataclasses.replace(late, config=with_settings(teacher={"template": "the {}"}))
+    early = dataclasses.replace(late, config=with_settings(teacher={"template": "{}"}))
     with pytest.raises(StoreMismatch, match=rf"teacher\.model\.template.*another folder: --out {shapes_store}-2$"):
         build_cache(early)
     assert files(shapes_store) == before

@@ -380,7 +380,7 @@ def own_validation(shapes_root, tmp_path):
 
 def renamed(document):
     return document | {
-        "categories": [c | {"name": "rung"} if c["name"] == "ring" else c for c in document["categories"]]
+        "categories": [c | {"name": "circel"} if c["name"] == "circle" else c for c in document["categories"]]
     }
 
 
@@ -392,7 +392,7 @@ def without_a_box(document):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (renamed, r"instances_val.json: categories: expected an entry named 'ring'.*'rung'"),
+        (renamed, r"instances_val.json: categories: expected an entry named 'circle'.*'circel'"),
         (without_a_box, r"instances_val.json: annotations\[0\].bbox"),
         (lambda document: document["images"], r"instances_val.json: .*expected an object"),
     ],

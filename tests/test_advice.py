@@ -1,0 +1,317 @@
+"""Advice is tested: each row is a situation, words of its message, the cure done as the message says, what works then.
+
+A row's `meet` returns the message or raises it; `cure` does what the matched message says; `works` is what was wanted
+and must go through then. Rows of other parts are welcome.
+"""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cache import Store
+from ezsd.data.shapes import SHAPES_SPLIT
+from ezsd.teacher import require_teacher
+from pipeline.build import build_cache, build_share
+from pipeline.check import check_dataset
+from pipeline.command import USER_ERRORS, load_preset
+from pipeline.config import apply_override, from_tables, to_tables
+from pipeline.datasets import Dataset, find_dataset
+from pipeline.request import BuildRequest
+from pipeline.shares import Share
+from pipeline.store import build_lines
+from pipeline.train import TrainRequest, train
+
+FAST = ("adapt.steps=1", "adapt.crops=16", "proposals.sizes=[60]", "proposals.stride=1.0", "build.block_images=6")
+
+
+class Place:
+    """A dataset of one's own, and what is built from it."""
+
+    def __init__(self, shapes_root: Path, root: Path) -> None:
+        self.root = root
+        self.config = load_preset("shapes", [*FAST, "train.steps=1", "train.images=2", "train.warmup=0"])
+        self.options: dict[str, object] = {}
+        for part in ("train", "val"):
+            shutil.copytree(shapes_root / part, root / part)
+            shutil.copyfile(shapes_root / f"annotations/instances_{part}.json", root / f"{part}.json")
+        self.toml = root / "own.toml"
+        self.toml.write_text(
+            'name = "own"\n'
+            + "".join(f'[{p}]\nimages = "{p}"\nannotations = "{p}.json"\n' for p in ("train", "val"))
+            + f"[classes]\nbase = {json.dumps(SHAPES_SPLIT.base)}\nnovel = {json.dumps(SHAPES_SPLIT.novel)}\n"
+        )
+
+    def edit(self, change: Callable[[dict], None]) -> None:
+        """Change both annotation files."""
+        for part in ("train", "val"):
+            path = self.root / f"{part}.json"
+            document = json.loads(path.read_text())
+            change(document)
+            path.write_text(json.dumps(document))
+
+    def replace(self, old: str, new: str) -> None:
+        """Change the TOML file."""
+        assert old in self.toml.read_text()
+        self.toml.write_text(self.toml.read_text().replace(old, new))
+
+    def set(self, override: str) -> None:
+        """As `--set` would."""
+        tables = to_tables(self.config)
+        apply_override(tables, override)
+        self.config = from_tables(tables, where="advice")
+
+    @property
+    def dataset(self) -> Dataset:
+        return find_dataset(str(self.toml))
+
+    def request(self) -> BuildRequest:
+        options = {"out": self.root / "store", **self.options}
+        return BuildRequest(dataset=self.dataset, config=self.config, scheduler="sync", **options)
+
+    def build(self) -> str:
+        report = build_cache(self.request())
+        return "\n".join(build_lines(report.path, report))
+
+    def build_half(self) -> None:
+        build_share(self.request(), Share(1, 2))
+
+    def check(self) -> str:
+        found = check_dataset(find_dataset(str(self.toml), strict=False))
+        if found.problems:
+            raise ValueError("\n".join(found.problems))
+        return "\n".join(found.warnings)
+
+    def train(self) -> None:
+        train(TrainRequest(cache=self.request().out, run=self.root / "run", config=self.config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """One row."""
+
+    situation: str
+    prepare: Callable[[Place], object]
+    meet: Callable[[Place], object]
+    message: str
+    """A regular expression; its groups are what the cure is given."""
+    cure: Callable[[Place, re.Match[str]], object]
+    works: Callable[[Place], object] | None = None
+    """What goes through then; `meet` by default."""
+
+
+def other_setting(place: Place) -> None:
+    place.set("proposals.nms_iou=0.31")
+
+
+def half_built(place: Place) -> None:
+    place.build_half()
+    other_setting(place)
+
+
+def whole_built(place: Place) -> None:
+    place.build()
+    other_setting(place)
+
+
+def take(place: Place, options: str) -> None:
+    """Give the options of a command line: --out and --reuse."""
+    words = shlex.split(options)
+    place.options |= {name.removeprefix("--"): Path(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+def move_names(place: Place, change: Callable[[str], str]) -> None:
+    place.edit(lambda document: [one.update(file_name=change(one["file_name"])) for one in document["images"]])
+
+
+def first_categories_again(document: dict) -> None:
+    document["categories"] += [dict(one) for one in document["categories"][:3]]
+
+
+def keep_one_entry(document: dict) -> None:
+    document["categories"] = list({one["id"]: one for one in document["categories"]}.values())
+
+
+def phantom(document: dict) -> None:
+    document["categories"].insert(0, {"id": 900, "name": "circle", "supercategory": "none"})
+    for one in document["categories"][1:]:
+        one["supercategory"] = "circle"
+
+
+def set_image(key: str, value: Callable[[dict], object]) -> Callable[[Place], None]:
+    def change(document: dict) -> None:
+        for one in document["images"]:
+            one[key] = value(one)
+
+    return lambda place: (place.edit(lambda d: d.update(kept=[dict(one) for one in d["images"]])), place.edit(change))
+
+
+def write_back(place: Place, _: object) -> None:
+    place.edit(lambda document: document.update(images=document.pop("kept")))
+
+
+def no_region(place: Place) -> None:
+    """Every proposal is guessed to be a base name, where there is no other."""
+    place.replace(json.dumps(SHAPES_SPLIT.novel), "[]")
+
+
+TABLE = [
+    Advice(
+        situation="an unfinished store of other settings: another folder",
+        prepare=half_built,
+        meet=Place.build,
+        message=r"it is not finished: .*build into another folder: (--out \S+)$",
+        cure=lambda place, found: take(place, found[1]),
+    ),
+    Advice(
+        situation="an unfinished store of other settings: remove it",
+        prepare=half_built,
+        meet=Place.build,
+        message=r"remove the folder (\S+),",
+        cure=lambda place, found: shutil.rmtree(found[1]),
+    ),
+    Advice(
+        situation="an unfinished store of other settings: its own settings",
+        prepare=half_built,
+        meet=Place.build,
+        message=r"go on with the settings that it was begun with",
+        cure=lambda place, found: place.set("proposals.nms_iou=" + str(load_preset("shapes", FAST).proposals.nms_iou)),
+    ),
+    Advice(
+        situation="a finished store of other settings",
+        prepare=whole_built,
+        meet=Place.build,
+        message=r"build into another folder: (--out \S+ --reuse \S+) takes over",
+        cure=lambda place, found: take(place, found[1]),
+    ),
+    Advice(
+        situation="images named from the folder above",
+        prepare=lambda place: (move_names(place, lambda name: name), place.edit(_prefixed)),
+        meet=Place.check,
+        message=r'no such image \(12 like this, .*Try images = "(\S+)" in \[train\]',
+        cure=lambda place, found: [
+            place.replace(f'images = "{p}"', f'images = "{found[1]}"') for p in ("train", "val")
+        ],
+    ),
+    Advice(
+        situation="file names with backslashes of a Windows tool",
+        prepare=lambda place: move_names(place, lambda name: f"C:\\photos\\{name}"),
+        meet=Place.check,
+        message=r"holds a backslash.*\(12 like this.*Write file_name as '[^\\/]+': that is there",
+        cure=lambda place, found: move_names(place, lambda name: name.rpartition("\\")[2]),
+    ),
+    Advice(
+        situation="file names that are URLs",
+        prepare=lambda place: move_names(place, lambda name: f"https://example.com/data/{name}"),
+        meet=Place.check,
+        message=r"\(12 like this.*Write file_name as '[^\\/]+': that is there",
+        cure=lambda place, found: move_names(place, lambda name: name.rpartition("/")[2]),
+    ),
+    Advice(
+        situation="an image folder that is not there",
+        prepare=lambda place: place.replace('images = "train"', 'images = "trian"'),
+        meet=Place.build,
+        message=r"no trian in it; \[train\] images says so; did you mean '(\w+)'\?",
+        cure=lambda place, found: place.replace('images = "trian"', f'images = "{found[1]}"'),
+    ),
+    Advice(
+        situation="one categories entry for each region",
+        prepare=lambda place: place.edit(first_categories_again),
+        meet=Place.check,
+        message=r"(?m)the same category again: keep one entry. \(3 like this",
+        cure=lambda place, found: place.edit(keep_one_entry),
+    ),
+    Advice(
+        situation="a root category with the name of a class",
+        prepare=lambda place: place.edit(phantom),
+        meet=Place.check,
+        message=r"categories\[0\] has no box and is only the supercategory of others: remove that entry",
+        cure=lambda place, found: place.edit(lambda document: document["categories"].pop(0)),
+    ),
+    Advice(
+        situation="a base name that the files do not know",
+        prepare=lambda place: place.replace('"circle"', '"circel"'),
+        meet=Place.check,
+        message=r"found no such name; did you mean '(\w+)'\? Correct",
+        cure=lambda place, found: place.replace('"circel"', f'"{found[1]}"'),
+    ),
+    *(
+        Advice(
+            situation=f"images with {words}",
+            prepare=set_image("width", value),
+            meet=Place.check,
+            message=rf"found {found}\. {cure} \(12 like this",
+            cure=write_back,
+        )
+        for words, value, found, cure in (
+            ("sizes as fractions", lambda one: float(one["width"]), r"\d+\.0", "Write it without a decimal point."),
+            ("sizes as texts", lambda one: str(one["width"]), r"'\d+'", "Write it as a plain number, without quotes."),
+            ("no sizes", lambda one: None, "null", "Write the image's width in pixels."),
+        )
+    ),
+    Advice(
+        situation="a limit that leaves too few images with base boxes",
+        prepare=lambda place: place.options.update(limit=1),
+        meet=Place.build,
+        message=r"base boxes in at least 2 images, found them in \d; raise --limit 1",
+        cure=lambda place, found: place.options.update(limit=4),
+    ),
+    Advice(
+        situation="a store without regions",
+        prepare=no_region,
+        meet=Place.build,
+        message=r"no region was kept.*of [\d,]+ proposals \d.*(--set )?(proposals.drop_base_guesses=false)",
+        cure=lambda place, found: (
+            place.set(found[2]),
+            take(place, f"--out {place.root}/b --reuse {place.root}/store"),
+        ),
+        works=lambda place: (place.build(), _require_regions(place), place.train()),
+    ),
+    Advice(
+        situation="training from a store without regions",
+        prepare=lambda place: (no_region(place), place.build()),
+        meet=Place.train,
+        message=r"no region to distil from.*--set (loss.distillation=0)$",
+        cure=lambda place, found: place.set(found[1]),
+    ),
+]
+
+
+def _prefixed(document: dict) -> None:
+    # Both parts' files have as many images as the other has not.
+    part = "train" if len(document["images"]) == 12 else "val"
+    for one in document["images"]:
+        one["file_name"] = f"{part}/{one['file_name']}"
+
+
+def _require_regions(place: Place) -> None:
+    store = Store(place.request().out)
+    assert sum(len(store.regions[image].box) for image in store.image_ids.tolist())
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.situation)
+def test_who_does_what_a_message_says_gets_on(row, shapes_root, tmp_path):
+    place = Place(shapes_root, tmp_path / "own")
+    row.prepare(place)
+    try:
+        said = str(row.meet(place))
+    except (*USER_ERRORS, ValueError) as error:
+        said = str(error)
+    found = re.search(row.message, said)
+    assert found, said
+    row.cure(place, found)
+    again = (row.works or row.meet)(place)
+    assert not re.search(row.message, str(again))
+
+
+def test_a_misspelt_teacher_is_said_before_anything_is_drawn_or_loaded():
+    with pytest.raises(
+        USER_ERRORS, match=r"--teacher ViT-B-23: no such open_clip model; did you mean '([\w-]+)'"
+    ) as said:
+        require_teacher("ViT-B-23", "openai")
+    require_teacher(re.search(r"did you mean '([\w-]+)'", str(said.value))[1], "openai")
