@@ -193,10 +193,15 @@ def _image_problems(table: Table, folder: Path, part: str, decode: bool) -> list
     ]
     found: list[str] = []
     with ThreadPoolExecutor(_READERS) as pool, Progress(f"check {part}", len(entries), unit="image") as progress:
-        for problem in pool.map(partial(_image_problem, folder, decode), entries):
-            if problem is not None:
-                found.append(problem)
-            progress.advance()
+        try:
+            for problem in pool.map(partial(_image_problem, folder, decode), entries):
+                if problem is not None:
+                    found.append(problem)
+                progress.advance()
+        except BaseException:
+            # Leaving the pool would wait until all are read.
+            pool.shutdown(cancel_futures=True)
+            raise
     return found
 
 
