@@ -181,6 +181,9 @@ class _Readers:
 
     def close(self) -> None:
         """See `_Source`."""
+        for reader in self._batches._workers:
+            # It may wait for a picture, and has nothing to finish.
+            reader.kill()
         # What reads ends once nothing refers to the iterator; an error's traceback may, until the interpreter's end.
         self._batches._shutdown_workers()
 
