@@ -48,6 +48,9 @@ class Talk:
         """Exit code and all that was said."""
         code = self.process.wait(WAIT_SECONDS)
         self._thread.join(WAIT_SECONDS)
+        self.process.stderr.close()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
         return code, self.text
 
     @property

@@ -121,8 +121,8 @@ def test_a_build_in_several_processes_stops_and_goes_on_to_the_same_store(
     assert re.search(r"SIGINT: \d+ of 12 blocks are done; run the same command to go on$", last_line(said)), said
     assert "Traceback" not in said
     require_gone(family)
-    again = started(*words)
-    assert again.wait(WAIT_SECONDS) == 0, again.stderr.read()
+    code, said = Talk(started(*words)).end()
+    assert code == 0, said
     assert (Store(out).text[1] == Store(shapes_store).text[1]).all()
 
 
@@ -174,30 +174,31 @@ def busy(*arguments):
 
 @pytest.mark.parametrize("arguments", [("step",), ("commands", "1000")])
 def test_a_second_one_ends_at_once_what_does_not_come_to_an_end(arguments):
-    process = busy(*arguments)
-    for _ in range(len(arguments)):
-        assert process.stdout.readline() == "ready\n"
-    family = descendants(process.pid)
-    press_ctrl_c(process)
-    assert "Ctrl-C again to stop at once" in process.stderr.readline()
-    # A wrapper that tells its child what the terminal has told it already asks no second time.
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.7)
-    assert process.poll() is None
-    press_ctrl_c(process)
-    assert process.wait(WAIT_SECONDS) == 130
-    assert "Traceback" not in process.stderr.read()
-    require_gone(family)
+    with busy(*arguments) as process:
+        for _ in range(len(arguments)):
+            assert process.stdout.readline() == "ready\n"
+        family = descendants(process.pid)
+        press_ctrl_c(process)
+        while "Ctrl-C again to stop at once" not in process.stderr.readline():
+            assert process.poll() is None
+        # A wrapper that tells its child what the terminal has told it already asks no second time.
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.7)
+        assert process.poll() is None
+        press_ctrl_c(process)
+        assert process.wait(WAIT_SECONDS) == 130
+        assert "Traceback" not in process.stderr.read()
+        require_gone(family)
 
 
 @pytest.mark.parametrize("ask", [press_ctrl_c, lambda process: process.send_signal(signal.SIGINT)])
 def test_commands_that_are_run_finish_whoever_was_told(ask):
-    process = busy("commands", "0.1")
-    for _ in range(2):
-        assert process.stdout.readline() == "ready\n"
-    ask(process)
-    assert process.wait(WAIT_SECONDS) == 130
-    assert process.stdout.read() == "saved\nsaved\n"
+    with busy("commands", "0.1") as process:
+        for _ in range(2):
+            assert process.stdout.readline() == "ready\n"
+        ask(process)
+        assert process.wait(WAIT_SECONDS) == 130
+        assert process.stdout.read() == "saved\nsaved\n"
 
 
 def test_a_job_started_to_ignore_ctrl_c_goes_on_ignoring_it(tmp_path):
