@@ -114,7 +114,7 @@ class _Source(Protocol):
 def _wait(source: _Source, stopping: Callable[[], bool]) -> Batch | None:
     """The next batch; None when there is to be none."""
     told = time.monotonic()
-    while (batch := source.take()) is None:
+    while (batch := _take(source, stopping)) is None:
         if stopping():
             return None
         if time.monotonic() - told > TELL_SECONDS:
@@ -122,6 +122,16 @@ def _wait(source: _Source, stopping: Callable[[], bool]) -> Batch | None:
             log.info("still waiting for images to be read")
             told = time.monotonic()
     return batch
+
+
+def _take(source: _Source, stopping: Callable[[], bool]) -> Batch | None:
+    try:
+        return source.take()
+    except RunError:
+        # Whoever stops a training may have told its readers as well: they are not to blame.
+        if stopping():
+            return None
+        raise
 
 
 class _OneAhead:
@@ -264,6 +274,7 @@ def _shared_out(
 def _begin_reading(training: int, _: int) -> None:
     """What a reading process does first."""
     signal.signal(signal.SIGTERM, _linger)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What fails in a queue's thread loses the batch; as a dead reader it is noticed.
     _OWN_QUEUE._on_queue_feeder_error = staticmethod(_end_unheard)
     threading.Thread(target=_end_with, args=(training,), daemon=True).start()

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -192,6 +193,8 @@ def shielded() -> Iterator[None]:
 
     Whoever started them ends them. What starts processes later, such as a server, has to be started here itself.
     """
+    # Whoever needs it starts it first, and that lets SIGINT through again.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
