@@ -38,7 +38,7 @@ class Stopped(SystemExit):
 
     def __str__(self) -> str:
         name = signal.Signals(int(self.code or 0) - 128).name
-        return f"stopped by {name}" + (f": {self.kept}" if self.kept else "")
+        return f"stopped by {name}: {self.kept or 'nothing is begun yet; run the same command again'}"
 
 
 @dataclass
