@@ -53,6 +53,8 @@ class _State:
     """The handlers that were there before ours."""
     told: int = -1
     """Where the system writes the number of each signal."""
+    answered: threading.Event = field(default_factory=threading.Event)
+    """Whether the first signal has its line."""
 
 
 _state = _State()
@@ -67,6 +69,7 @@ def listen() -> None:
     if _state.before or threading.current_thread() is not threading.main_thread():
         return
     _state.received = None
+    _state.answered.clear()
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             _state.before[number] = signal.signal(number, _note)
@@ -97,6 +100,8 @@ def _note(number: int, _: FrameType | None) -> None:
     if _state.received is not None:
         return
     _state.received = number
+    # The last line comes after the first.
+    _state.answered.wait(1)
     if _state.finishing is None:
         raise Stopped(number)
 
@@ -114,6 +119,7 @@ def _answer(reading: int) -> None:
         if not first:
             first = time.monotonic()
             _say_so(number)
+            _state.answered.set()
         elif time.monotonic() - first > _ONE_REQUEST_SECONDS:
             for child in _state.children:
                 child.kill()
