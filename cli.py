@@ -520,8 +520,8 @@ def main() -> None:
 
     A first SIGINT or SIGTERM ends with what is kept and exit code 130 or 143, output that nobody reads with 141.
     """
-    listen()
     try:
+        listen()
         prepare_streams()
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("ezsd").setLevel(logging.INFO)

@@ -70,13 +70,13 @@ def listen() -> None:
         return
     _state.received = None
     _state.answered.clear()
-    for number in _SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            _state.before[number] = signal.signal(number, _note)
     reading, _state.told = os.pipe()
     os.set_blocking(_state.told, False)
     signal.set_wakeup_fd(_state.told, warn_on_full_buffer=False)
     threading.Thread(target=_answer, args=(reading,), name="signals", daemon=True).start()
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            _state.before[number] = signal.signal(number, _note)
 
 
 def stop_listening() -> None:
