@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+import typer.core
+
+from pipeline.stop import Stopped, end_listening, keeping, listen
+from pipeline.surroundings import drop_output, nobody_reads, prepare_streams, require_launcher
+
+
+class _Commands(typer.core.TyperGroup):
+    """All commands. A pipe that breaks is told apart here: typer would end in silence, whichever it was."""
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - the type of contexts is private in typer
+        """Run a command; the reader of its output may leave early."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            if nobody_reads():
+                drop_output()
+                raise SystemExit(128 + signal.SIGPIPE) from None
+            raise ConnectionError(f"a connection has ended: {error}") from error
+
 
 app = typer.Typer(
     name="ezsd",
+    cls=_Commands,
     help="Teach an object detector to find classes it never saw a box of.",
     no_args_is_help=True,
     add_completion=False,
@@ -38,6 +60,7 @@ Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes
 
 
 @data_app.command("shapes", epilog="Example:  ezsd data shapes --out data/shapes")
+@keeping("the folder appears when it is whole; run the same command again")
 def data_shapes(
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     train: Annotated[int, typer.Option(min=1, help="Training images.")] = 500,
@@ -52,6 +75,7 @@ def data_shapes(
 
 
 @data_app.command("check", epilog="Example:  ezsd data check --dataset coco --data-root DIR")
+@keeping("a check leaves nothing behind; run the same command again")
 def data_check(
     dataset: DatasetName,
     data_root: DatasetRoot = None,
@@ -84,6 +108,7 @@ Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve Dask's pages
 
 
 @cache_app.command("build", epilog="Example:  ezsd cache build --dataset shapes")
+@keeping("run the same command to go on")
 def cache_build(
     dataset: DatasetName,
     data_root: DatasetRoot = None,
@@ -158,6 +183,7 @@ def cache_build(
 
 
 @cache_app.command("commit", epilog="Example:  ezsd cache commit cache/coco")
+@keeping("the shards that are written stay; run the same command to go on")
 def cache_commit(
     store: Annotated[Path, typer.Argument(help="A store whose blocks are all there.")],
     scheduler: Scheduler = "local",
@@ -193,6 +219,7 @@ def cache_info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
 
 
 @cache_app.command("verify", epilog="Example:  ezsd cache verify cache/shapes --deep")
+@keeping("a check leaves nothing behind; run the same command again")
 def cache_verify(
     store: Annotated[Path, typer.Argument(help="A store.")],
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte; else sizes and metadata.")] = False,
@@ -207,6 +234,7 @@ def cache_verify(
 
 
 @cache_app.command("repair", epilog="Example:  ezsd cache repair cache/shapes --data-root data/shapes")
+@keeping("what is repaired stays; run the same command to go on")
 def cache_repair(
     store: Annotated[Path, typer.Argument(help="A store.")],
     data_root: Annotated[Path | None, typer.Option(help="The images, to compute lost rows from.")] = None,
@@ -250,6 +278,7 @@ def cache_diff(
 
 
 @cache_app.command("push", epilog="Example:  ezsd cache push cache/shapes s3://bucket/shapes")
+@keeping("the files that are sent stay; run the same command to go on")
 def cache_push(
     store: Annotated[Path, typer.Argument(help="A complete store.")],
     url: Annotated[str, typer.Argument(help="Where it shall lie: s3://, gs://, file:// and others of fsspec.")],
@@ -261,6 +290,7 @@ def cache_push(
 
 
 @cache_app.command("pull", epilog="Example:  ezsd cache pull s3://bucket/shapes cache/shapes")
+@keeping("the files that have come stay; run the same command to go on")
 def cache_pull(
     url: Annotated[str, typer.Argument(help="A complete store: s3://, gs://, https:// and others of fsspec.")],
     folder: Annotated[Path, typer.Argument(help="Where it shall lie.")],
@@ -272,6 +302,7 @@ def cache_pull(
 
 
 @cache_app.command("export", epilog="Example:  ezsd cache export cache/shapes --format npz --out out")
+@keeping("the folder appears when it is whole; run the same command again")
 def cache_export(
     store: Annotated[str, typer.Argument(help="A complete store, or its URL.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
@@ -285,6 +316,7 @@ def cache_export(
 
 
 @app.command(epilog="Example:  ezsd train --cache cache/shapes --run runs/a")
+@keeping("no step is done yet; run the same command to begin again")
 def train(
     cache: Annotated[Path, typer.Option(help="A complete store.")],
     run: Annotated[Path | None, typer.Option(help="Run folder, resumed if it exists; runs/STORE by default.")] = None,
@@ -305,6 +337,7 @@ def train(
     set_: Set = None,
 ) -> None:
     """Train the detector from base boxes and cached regions; under `torchrun`, on several GPUs."""
+    require_launcher(os.environ)
     from pipeline.command import resolve_device, train_config
     from pipeline.train import TrainRequest
     from pipeline.train import train as start
@@ -320,11 +353,18 @@ def train(
         verify=verify,
         accept_store=accept_store,
     )
-    start(request)
-    typer.echo(f"{folder}: trained; next: ezsd eval --run {folder}")
+    trained, steps = start(request), request.config.train.steps
+    if trained.began_at == steps:
+        typer.echo(
+            f"{folder}: already trained for its {steps} steps; next: ezsd eval --run {folder}, "
+            "or train longer in another --run folder with --set train.steps=N"
+        )
+    else:
+        typer.echo(f"{folder}: trained; next: ezsd eval --run {folder}")
 
 
 @app.command("eval", epilog="Example:  ezsd eval --run runs/a --crops")
+@keeping("no figures are kept; run the same command again")
 def evaluate(
     run: Annotated[Path | None, typer.Option("--run", help="A run folder that `ezsd train` made.")] = None,
     detections: Annotated[Path | None, typer.Option(help="Instead of a run: anybody's results, COCO format.")] = None,
@@ -438,6 +478,7 @@ def evaluate(
 
 
 @app.command(epilog="Example:  ezsd detect photo.jpg --run runs/a --classes 'cat,red ball'")
+@keeping("pictures that are drawn stay; run the same command again")
 def detect(
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGES...", help="Image files, folders of them, or patterns.")
@@ -505,6 +546,7 @@ def detect(
 
 
 @app.command(epilog="Example:  ezsd report --run runs/a --compare runs/plain")
+@keeping("no page is written; run the same command again")
 def report(
     run: RunFolder,
     compare: Annotated[list[Path] | None, typer.Option(help="Other runs to show beside it.")] = None,
@@ -523,6 +565,7 @@ def report(
 
 
 @app.command(epilog="Example:  ezsd demo")
+@keeping("what is finished stays; run the same command to go on")
 def demo(
     out: Annotated[Path, typer.Option(help="Everything lands below it.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of data and training; 0 is the dev seed.")] = 0,
@@ -540,16 +583,27 @@ def demo(
 
 
 def main() -> None:
-    """Run the command; wrong input is one line and exit code 2, anything else is a bug and shows itself."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("ezsd").setLevel(logging.INFO)
+    """Run the command; wrong input is one line and exit code 2, anything else is a bug and shows itself.
+
+    A first SIGINT or SIGTERM ends with what is kept and exit code 130 or 143, output that nobody reads with 141.
+    """
     try:
+        listen()
+        prepare_streams()
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        logging.getLogger("ezsd").setLevel(logging.INFO)
         app()
+    except Stopped as stopped:
+        if stopped.kept is not None:
+            typer.echo(f"ezsd: {stopped}", err=True)
+        raise SystemExit(stopped.code) from None
     except Exception as error:
         if not _is_users(error):
             raise
         typer.echo(f"ezsd: {' '.join(str(error).split())}", err=True)
         raise SystemExit(2) from None
+    finally:
+        end_listening()
 
 
 def _is_users(error: BaseException) -> bool:

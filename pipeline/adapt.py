@@ -18,6 +18,7 @@ from ezsd.teacher import Teacher
 from pipeline.config import AdaptConfig, ConfigError, ProposalConfig
 from pipeline.datasets import read_dataset_image
 from pipeline.images import Exif, ImageError, require_few_bad
+from pipeline.memory import is_out_of_memory
 from pipeline.progress import Progress
 from pipeline.required import held_out_images, too_few_to_hold_out
 
@@ -175,7 +176,9 @@ def adapt_teacher(
             with Progress("adapt", steps, unit="step") as progress:
                 for _, value in zip(range(steps), losses, strict=False):
                     progress.advance(note=f"loss {value:.3f}")
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise ConfigError(
                 f"adapt.crops={config.crops}: so many crops in a step do not fit the memory; use "
                 f"--set adapt.crops={max(1, config.crops // 2)}"

@@ -37,6 +37,7 @@ from pipeline.required import require_evaluation, require_image_files, too_few_t
 from pipeline.reuse import Reuse, plan_reuse
 from pipeline.schedule import Pool
 from pipeline.shares import Share, open_share
+from pipeline.stop import keeping
 from pipeline.teachers import check_precision, configured_teacher, require_words
 
 log = logging.getLogger("ezsd")
@@ -95,7 +96,7 @@ def build_cache(request: BuildRequest) -> BuildReport:
     with Pool(request.schedule) as pool, _open_writer(request, source) as writer:
         if writer.complete:
             return BuildReport(request.out, already_complete=True)
-        with log_file(writer.log_path):
+        with log_file(writer.log_path), keeping(lambda: _kept(writer)):
             environment = _begin(writer, request, source, pool)
             with timed(seconds, "adapt"):
                 job = _prepare(writer, request, source)
@@ -139,7 +140,7 @@ def build_share(request: BuildRequest, share: Share) -> ShareReport:
     ):
         if writer.complete:
             return ShareReport(request.out, share, already_complete=True)
-        with log_file(writer.log_path):
+        with log_file(writer.log_path), keeping(lambda: _kept(writer)):
             if not writer.shared:
                 _begin(writer, request, source, pool, shares=share.count)
             job = _prepare(writer, request, source)
@@ -151,6 +152,13 @@ def build_share(request: BuildRequest, share: Share) -> ShareReport:
             _extract(writer, job, pool, [block for block in writer.pending() if share.has(block)], own)
             missing, bad = len(writer.pending()), len(writer.bad_images())
     return ShareReport(request.out, share, already_complete=False, blocks=len(own), missing=missing, bad_images=bad)
+
+
+def _kept(writer: StoreWriter) -> str:
+    """What a build that is stopped now leaves, and what to type."""
+    total, left = len(writer.blocks), len(writer.pending())
+    done = f"{total - left} of {total} blocks are done" if writer.has_whole("teacher") else "no block is begun yet"
+    return f"{done}; run the same command to go on"
 
 
 @dataclass(frozen=True, slots=True)

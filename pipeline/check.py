@@ -280,13 +280,18 @@ def _image_findings(
     readings: dict[str, Reading] = {}
     look_at = partial(_image_problem, folder, decode, dataset.exif)
     with ThreadPoolExecutor(_READERS) as pool, Progress(f"check {part}", len(entries), unit="image") as progress:
-        for entry, seen in zip(entries, pool.map(look_at, entries), strict=True):
-            if isinstance(seen, Reading):
-                readings[entry[1]] = seen
-            else:
-                place, _, text = seen.partition(": ")
-                unreadable.append(_Finding(place, text, _words(text, entry[1])))
-            progress.advance()
+        try:
+            for entry, seen in zip(entries, pool.map(look_at, entries), strict=True):
+                if isinstance(seen, Reading):
+                    readings[entry[1]] = seen
+                else:
+                    place, _, text = seen.partition(": ")
+                    unreadable.append(_Finding(place, text, _words(text, entry[1])))
+                progress.advance()
+        except BaseException:
+            # Leaving the pool would wait until all are read.
+            pool.shutdown(cancel_futures=True)
+            raise
     allowed = most_bad_images(BuildConfig().max_bad_images, len(columns.id)) if part == "train" else 0
     return found + [(finding, len(unreadable) > allowed) for finding in unreadable], readings
 

@@ -300,6 +300,8 @@ class TrainConfig:
     long_side is cut."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
+    checkpoint_minutes: float = 15.0
+    """Most minutes between checkpoints, but for the step that is under way."""
     validate_every: int = 0
     """Epochs between evaluations on a slice of the validation images; 0 never. They choose nothing."""
     validate_images: int = 500
@@ -319,7 +321,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _at_least(0, "train", self, "seed", "weight_decay", "warmup", "regions", "loader_workers")
-        _above_zero("train", self, "steps", "images", "checkpoint_every", "learning_rate", "clip_norm")
+        _above_zero("train", self, "steps", "images", "learning_rate", "clip_norm")
+        _above_zero("train", self, "checkpoint_every", "checkpoint_minutes")
         sides = (self.short_side, self.long_side)
         _require(
             sides == (0, 0) or LEAST_SIDE <= sides[0] <= sides[1],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pipeline.report import write_report
 from pipeline.request import BuildRequest
 from pipeline.runs import Run, RunError
 from pipeline.shapes import write_shapes
+from pipeline.stop import run_commands
 
 log = logging.getLogger("ezsd")
 
@@ -73,8 +73,7 @@ def train_arms(out: Path, store: Path, *, seed: int, device: str, overrides: tup
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if device == "cpu" else {})
     together = 2 if device == "cpu" and (os.cpu_count() or 1) > 1 else 1
     for start in range(0, len(waiting), together):
-        processes = [subprocess.Popen(c, env=environment) for c in waiting[start : start + together]]
-        codes = [p.wait() for p in processes]
+        codes = run_commands(waiting[start : start + together], environment)
         if any(codes):
             raise RunError(f"training stopped with exit codes {codes}; its message stands above")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ezsd.crops import crop_boxes, distinct_crops
 from ezsd.teacher import Teacher, TeacherError
 from pipeline.config import Config
+from pipeline.memory import is_out_of_memory
 
 log = logging.getLogger("ezsd")
 
@@ -81,8 +82,8 @@ class CropEncoder:
         try:
             crops = crop_boxes(pixels, filled, size=size, ratio=ratio, surround=surround)
             return self.teacher.encode_image(crops.float() / 255).float().cpu()[: len(boxes)]
-        except RuntimeError as error:
-            if not _no_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             return None
 
@@ -97,8 +98,3 @@ class CropEncoder:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning("out of memory: going on with %d crops at once", self.batch)
-
-
-def _no_memory(error: RuntimeError) -> bool:
-    """Whether memory was short; torch has no type of its own for that on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.runs import RunError
+from pipeline.surroundings import require_launcher
+
 
 @dataclass(frozen=True, slots=True)
 class Processes:
@@ -35,11 +38,13 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def any(self, condition: bool, device: torch.device) -> bool:
-        """Whether it holds in any process."""
+    def largest(self, value: int, device: torch.device) -> int:
+        """The largest of all processes' values."""
         if self.count == 1:
-            return condition
-        return bool(self.add(torch.tensor(float(condition), device=device)) > 0)
+            return value
+        values = torch.tensor(value, device=device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return int(values)
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace each gradient by its sum over all processes."""
@@ -55,13 +60,22 @@ class Processes:
 
 @contextmanager
 def join_processes(device: torch.device) -> Iterator[Processes]:
-    """The processes that `torchrun` started together, connected while the context lasts; one alone without it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """The processes that `torchrun` started together, connected while the context lasts; one alone without it.
+
+    Raises:
+        ArgumentError: the environment's variables are not those of a launcher.
+        RunError: the processes do not reach each other.
+    """
+    if require_launcher(os.environ) == 1:
         yield Processes()
         return
     mine = not dist.is_initialized()
     if mine:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except dist.DistError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise RunError(f"the {os.environ['WORLD_SIZE']} processes did not meet at {where}: {error}") from error
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:

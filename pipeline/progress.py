@@ -117,7 +117,7 @@ def now() -> str:
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Everything logged meanwhile also goes to the end of a file."""
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     try:

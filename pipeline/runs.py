@@ -26,7 +26,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +61,35 @@ _CARD = {
     "re_normalisation": dict,
 }
 """What later commands read of run.json."""
+CHANGEABLE = (
+    "backend",
+    "channels_last",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "compile",
+    "loader_workers",
+    "tensorboard",
+    "validate_every",
+    "validate_images",
+)
+"""Settings of [train] that may change when a run is gone on with: what is learned does not depend on them, but for the
+rounding of another backend, layout or compiler. `accumulate` is one more where `learns_the_same_in_parts`."""
 _OF_NO_MATTER = frozenset(
-    {f"config.train.{key}" for key in ("loader_workers", "checkpoint_every", "tensorboard")}
+    {f"config.train.{key}" for key in CHANGEABLE}
     # The store's digest says whether it is the same one; a copy of it may record other places.
     | {f"config.{table}" for table in STAGE_ONE}
     # The rate that it leads to is compared: see `pipeline.step.in_effect`.
     | {"config.train.rate_images"}
 )
-"""What may change when a run is gone on with: nothing that is learned depends on it."""
+
+
+def learns_the_same_in_parts(sampling: object, *, frozen_norms: bool) -> bool:
+    """Whether a step learns the same, but for rounding, in however many batches it is computed (`train.accumulate`).
+
+    What is drawn must be each image's own, and no normalisation may depend on who is in a batch: the statistics of
+    batch normalisation are frozen where the backbone began with ImageNet's weights, and only there.
+    """
+    return sampling == "image" and frozen_norms
 
 
 class RunError(ValueError):
@@ -105,6 +126,8 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.began_at = 0
+        """The step at which `train` took it up; its last one where nothing was left to train."""
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -136,6 +159,8 @@ class Run:
     def create_or_resume(cls, folder: Path, card: Mapping[str, object], tables: Mapping[str, Tensor]) -> Run:
         """Start a run, or go on with the same one.
 
+        A folder without a checkpoint is nobody's run yet, whatever its run.json says: it is made anew.
+
         Raises:
             RunError: the folder holds something else, or another run; names what differs.
             OSError: it cannot be written to.
@@ -143,8 +168,9 @@ class Run:
         run = cls(folder)
         wanted = json.loads(json.dumps(card))
         _refuse_foreign(folder)
-        if (folder / "run.json").is_file():
-            differences = _differences(_with_effect(run.card) if "in_effect" in wanted else run.card, wanted)
+        if run.has_checkpoint and (folder / "run.json").is_file():
+            old = _with_effect(run.card) if "in_effect" in wanted else run.card
+            differences = _differences(old, wanted, ignored=_changeable(run.card))
             if differences and all(one.startswith("in_effect.") for one in differences):
                 raise RunError(
                     f"--run {folder}: an earlier version of ezsd understood the same settings otherwise: "
@@ -162,6 +188,11 @@ class Run:
         return run
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether anything was trained that could be gone on with."""
+        return any((self.folder / "checkpoints").glob("step-*"))
+
+    @property
     def card(self) -> dict[str, object]:
         """What run.json says."""
         return read_object(self.folder / "run.json")
@@ -177,8 +208,20 @@ class Run:
         return found
 
     def write_environment(self, environment: Mapping[str, object]) -> None:
-        """Record places and versions of the latest start."""
-        write_json(self.folder / "environment.json", environment)
+        """Record places and versions of the latest start; what `record_start` noted of the others stays."""
+        write_json(self.folder / "environment.json", {**environment, "starts": self.starts()})
+
+    def starts(self) -> list[dict[str, object]]:
+        """For each start that trained, oldest first: its first `step`, and the `settings` that starts may differ in."""
+        path = self.folder / "environment.json"
+        found: list[dict[str, object]] = read_object(path).get("starts", []) if path.exists() else []
+        return found
+
+    def record_start(self, step: int, settings: Mapping[str, object]) -> None:
+        """Note with which settings the steps from `step` on are made; what came later was forgotten."""
+        path = self.folder / "environment.json"
+        before = [start for start in self.starts() if int(str(start["step"])) < step]
+        write_json(path, {**read_object(path), "starts": [*before, {"step": step, "settings": dict(settings)}]})
 
     def tables(self) -> dict[str, Tensor]:
         """`text` (C, D) and `layer_norms` (K,), float32."""
@@ -202,7 +245,8 @@ class Run:
                 log.warning("%s: damaged, passed over", folder)
                 continue
             identity = self._identity()
-            differences = _differences({key: state.get(key) for key in identity}, identity)
+            ignored = _changeable(self.card)
+            differences = _differences({key: state.get(key) for key in identity}, identity, ignored=ignored)
             if differences:
                 raise RunError(f"{folder}: is another run's: {'; '.join(differences[:4])}; remove it")
             return Checkpoint(folder, int(state["step"]))
@@ -403,13 +447,22 @@ def _nested(card: Mapping[str, object], *keys: str) -> object:
     return value
 
 
-def _differences(old: object, new: object, where: str = "") -> list[str]:
-    if where in _OF_NO_MATTER:
+def _changeable(card: Mapping[str, object]) -> frozenset[str]:
+    """What a start may have otherwise than the run's card."""
+    train = _nested(card, "config", "train")
+    sampling = train.get("sampling") if isinstance(train, Mapping) else None
+    if learns_the_same_in_parts(sampling, frozen_norms=card.get("backbone_weights") is not None):
+        return _OF_NO_MATTER | {"config.train.accumulate"}
+    return _OF_NO_MATTER
+
+
+def _differences(old: object, new: object, where: str = "", *, ignored: Set[str]) -> list[str]:
+    if where in ignored:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted(old.keys() | new.keys()):
-            found += _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            found += _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key, ignored=ignored)
         return found
     if old == new:
         return []

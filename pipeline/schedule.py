@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pipeline.cluster import LOST, ClusterError, connected, dashboard_address, require_bokeh, silence_dask
 from pipeline.progress import Progress
+from pipeline.stop import shielded
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -205,32 +206,35 @@ def _local(schedule: Schedule, workers: int) -> Iterator[Client]:
     # pages, which took a third of the time here. One thread per process is what it sets besides, and stays.
     threads = {f"{library}_NUM_THREADS": 1 for library in ("OMP", "MKL", "OPENBLAS")}
     host = "127.0.0.1"
-    with (
-        config.set({"distributed.nanny.pre-spawn-environ": threads}),
-        tempfile.TemporaryDirectory(prefix="ezsd-dask-") as scratch,
-        SpecCluster(
-            scheduler={
-                "cls": Scheduler,
-                # Any free port, and nothing to look at there unless it was asked for.
-                "options": {"host": host, "dashboard": schedule.dashboard, "dashboard_address": f"{host}:0"},
-            },
-            workers={
-                number: {
-                    "cls": Nanny,
-                    "options": {
-                        "host": host,
-                        "nthreads": 1,
-                        "dashboard": False,
-                        "env": environment,
-                        "memory_limit": None,
-                        "local_directory": scratch,
-                        "silence_logs": logging.CRITICAL,
+    with ExitStack() as stack:
+        # A terminal sends SIGINT to workers too; this process ends them, and threads of its own start others.
+        with shielded():
+            stack.enter_context(config.set({"distributed.nanny.pre-spawn-environ": threads}))
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="ezsd-dask-"))
+            cluster = stack.enter_context(
+                SpecCluster(
+                    scheduler={
+                        "cls": Scheduler,
+                        # Any free port, and nothing to look at there unless it was asked for.
+                        "options": {"host": host, "dashboard": schedule.dashboard, "dashboard_address": f"{host}:0"},
                     },
-                }
-                for number, environment in enumerate(worker_environments(schedule.device, workers))
-            },
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
+                    workers={
+                        number: {
+                            "cls": Nanny,
+                            "options": {
+                                "host": host,
+                                "nthreads": 1,
+                                "dashboard": False,
+                                "env": environment,
+                                "memory_limit": None,
+                                "local_directory": scratch,
+                                "silence_logs": logging.CRITICAL,
+                            },
+                        }
+                        for number, environment in enumerate(worker_environments(schedule.device, workers))
+                    },
+                    silence_logs=logging.CRITICAL,
+                )
+            )
+            client = stack.enter_context(Client(cluster, set_as_default=False))
         yield client

@@ -16,6 +16,7 @@ from ezsd.data.shapes import IMAGE_SIZE, SHAPES_SPLIT, Scene, SceneSplit, scene
 from pipeline.datasets import DatasetError
 from pipeline.files import read_object
 from pipeline.progress import Progress
+from pipeline.stop import shielded
 
 TRAIN_IMAGES = 500
 VAL_IMAGES = 250
@@ -57,9 +58,16 @@ def write_shapes(
             folder = partial_folder / split
             folder.mkdir()
             records = []
-            for record in pool.map(partial(_write_scene, folder, seed, split), range(count), chunksize=16):
-                records.append(record)
-                progress.advance()
+            with shielded():
+                drawn = pool.map(partial(_write_scene, folder, seed, split), range(count), chunksize=16)
+            try:
+                for record in drawn:
+                    records.append(record)
+                    progress.advance()
+            except BaseException:
+                # Leaving the pool would wait until all are drawn.
+                pool.shutdown(cancel_futures=True)
+                raise
             document = _document(records)
             (partial_folder / f"annotations/instances_{split}.json").write_text(json.dumps(document, indent=1))
     (partial_folder / "shapes.json").write_text(json.dumps(card, indent=1) + "\n")

@@ -1,35 +1,227 @@
-"""SIGTERM as a request: a scheduler's notice that time is up."""
+"""SIGINT (Ctrl-C) and SIGTERM (a scheduler's notice): the first is a request, the second ends the process at once.
+
+Loads nothing heavy: the command line listens before it imports anything.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import subprocess
+import sys
 import threading
-from types import FrameType, TracebackType
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SHOW_CURSOR = "\x1b[?25h"
+_ONE_REQUEST_SECONDS = 0.5
+"""One request may arrive twice: a terminal and a scheduler tell all processes at once, and those tell their own."""
 
 
-class StopSignal:
-    """Notes a first SIGTERM instead of dying of it; a second one ends the process at once.
+class Stopped(SystemExit):
+    """A first signal ended the work. Nobody catches it for good: it passes where errors are handled.
 
     Attributes:
-        received: whether it has come.
+        code: 128 + the signal's number, as shells have it.
+        kept: what is kept and what to type, once somebody knows; None where another process says so.
     """
 
-    def __init__(self) -> None:
-        self.received = False
-        # Python lets the main thread alone handle signals.
-        self._handles = threading.current_thread() is threading.main_thread()
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.kept: str | None = ""
 
-    def __enter__(self) -> StopSignal:
-        if self._handles:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
+    def __str__(self) -> str:
+        name = signal.Signals(int(self.code or 0) - 128).name
+        return f"stopped by {name}: {self.kept or 'nothing is begun yet; run the same command again'}"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._handles:
-            signal.signal(signal.SIGTERM, self._before)
 
-    def _note(self, _: int, frame: FrameType | None) -> None:
-        self.received = True
-        signal.signal(signal.SIGTERM, self._before)
+@dataclass
+class _State:
+    """Of this process: signal handlers are the process's too."""
+
+    received: int | None = None
+    finishing: str | None = None
+    """What is finished before the work ends; None where it may end anywhere."""
+    children: list[subprocess.Popen[Any]] = field(default_factory=list)
+    before: dict[int, Any] = field(default_factory=dict)
+    """The handlers that were there before ours."""
+    told: int = -1
+    """Where the system writes the number of each signal."""
+    answered: threading.Event = field(default_factory=threading.Event)
+    """Whether the first signal has its line."""
+
+
+_state = _State()
+
+
+def listen() -> None:
+    """From now on the first SIGINT or SIGTERM raises `Stopped` in the main thread, and a second one ends the process.
+
+    A signal that the process was started to ignore (`nohup`, a background job) stays ignored. Does nothing where it is
+    done already, and outside the main thread, which alone may handle signals.
+    """
+    if _state.before or threading.current_thread() is not threading.main_thread():
+        return
+    _state.received = None
+    _state.answered.clear()
+    reading, _state.told = os.pipe()
+    os.set_blocking(_state.told, False)
+    signal.set_wakeup_fd(_state.told, warn_on_full_buffer=False)
+    threading.Thread(target=_answer, args=(reading,), name="signals", daemon=True).start()
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            _state.before[number] = signal.signal(number, _note)
+
+
+def stop_listening() -> None:
+    """Put the handlers back that were there before `listen`."""
+    for number, handler in _state.before.items():
+        signal.signal(number, handler)
+    _state.before.clear()
+    if _state.told >= 0:
+        signal.set_wakeup_fd(-1)
+        os.close(_state.told)
+        _state.told = -1
+
+
+def end_listening() -> None:
+    """The work is over: a signal kills what is left of the process, without a traceback."""
+    for number in _state.before:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    if _state.received is not None:
+        return
+    _state.received = number
+    # The last line comes after the first.
+    _state.answered.wait(1)
+    if _state.finishing is None:
+        raise Stopped(number)
+
+
+def _answer(reading: int) -> None:
+    """Say at once that a signal has come, and end the process with a second one.
+
+    A thread's work: the main one may be deep in a library that does not come back to Python for long.
+    """
+    first = 0.0
+    while numbers := os.read(reading, 1):
+        number = signal.Signals(numbers[0])
+        if number not in _SIGNALS:
+            continue
+        if not first:
+            first = time.monotonic()
+            _say_so(number)
+            _state.answered.set()
+        elif time.monotonic() - first > _ONE_REQUEST_SECONDS:
+            for child in _state.children:
+                child.kill()
+            os._exit(128 + number)
+    os.close(reading)
+
+
+def _say_so(number: signal.Signals) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    when = f"stopping after {_state.finishing}" if _state.finishing else "stopping"
+    again = "Ctrl-C again to stop at once" if number is signal.SIGINT else "a second one stops at once"
+    # A bar has hidden the cursor, and a process that ends at once does not bring it back.
+    start = f"{_SHOW_CURSOR}\n" if sys.stderr is not None and sys.stderr.isatty() else ""
+    with contextlib.suppress(OSError):
+        # Not through Python's stream: another thread may be writing to it.
+        os.write(2, f"{start}{number.name}: {when}; {again}\n".encode())
+
+
+@contextlib.contextmanager
+def keeping(say: str | Callable[[], str | None]) -> Iterator[None]:
+    """Where work is stopped meanwhile, what is kept of it and what to type; the innermost one knows best.
+
+    Serves as a decorator too.
+
+    Args:
+        say: the words, or what finds them once the work has stopped.
+    """
+    try:
+        yield
+    except Stopped as stopped:
+        if stopped.kept == "":
+            stopped.kept = say if isinstance(say, str) else say()
+        raise
+
+
+class Request:
+    """Whether the work of a `finishing` was asked to end."""
+
+    @property
+    def signal(self) -> int:
+        """The first signal that came; 0 for none."""
+        return _state.received or 0
+
+    @contextlib.contextmanager
+    def ending_anywhere(self) -> Iterator[None]:
+        """Work within that may be left where it stands."""
+        what, _state.finishing = _state.finishing, None
+        try:
+            if _state.received is not None:
+                raise Stopped(_state.received)
+            yield
+        finally:
+            _state.finishing = what
+
+
+@contextlib.contextmanager
+def finishing(what: str) -> Iterator[Request]:
+    """Note a first signal meanwhile instead of ending: who works here looks at the request, and finishes `what` first.
+
+    Listens meanwhile where nobody did, as when ezsd is used as a library.
+    """
+    own = not _state.before
+    listen()
+    outer, _state.finishing = _state.finishing, what
+    try:
+        yield Request()
+    finally:
+        _state.finishing = outer
+        if own:
+            stop_listening()
+
+
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Threads and processes that are started meanwhile never see SIGINT, which a terminal sends to all at once.
+
+    Whoever started them ends them. What starts processes later, such as a server, has to be started here itself.
+    """
+    # Whoever needs it starts it first, and that lets SIGINT through again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        # Handles one that came meanwhile.
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> list[int]:
+    """Exit codes of commands run side by side. They are asked to stop where this process is, and waited for."""
+    children = _state.children
+    try:
+        with shielded():
+            for command in commands:
+                children.append(subprocess.Popen(command, env=environment))
+        return [child.wait() for child in children]
+    except Stopped:
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.wait()
+        raise
+    finally:
+        children.clear()

@@ -7,7 +7,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,14 +28,15 @@ from pipeline.config import Config, ConfigError, TrainConfig, to_tables
 from pipeline.datasets import Dataset, DatasetError, read_dataset_image, recorded_dataset
 from pipeline.detector import build_detector, read_backbone
 from pipeline.images import Exif
+from pipeline.memory import OutOfMemory, is_out_of_memory, step_does_not_fit
 from pipeline.metrics import MetricsLog
 from pipeline.outlines import training_masks
 from pipeline.processes import Processes, join_processes, own_device
 from pipeline.progress import Progress
 from pipeline.provenance import as_built, dataset_inputs
-from pipeline.runs import Run, RunError, restore_optimiser, rows_digest
+from pipeline.runs import CHANGEABLE, Run, RunError, restore_optimiser, rows_digest
 from pipeline.step import AverageWeights, Objective, Trainer, build_optimiser, in_effect, peak_rate
-from pipeline.stop import StopSignal
+from pipeline.stop import Request, Stopped, finishing
 from pipeline.stored import checked_annotations
 from pipeline.trained_on import record_store, require_same_bytes
 from pipeline.validate import Validation, require_validation
@@ -71,7 +72,8 @@ def train(request: TrainRequest) -> Run:
         ValueError: (of many kinds) the store is unfinished or made from other data, or an input is wrong.
         FloatingPointError: a loss or gradient is not finite; names step, images and parts.
         OSError: the run folder cannot be written to.
-        SystemExit: 143, after a checkpoint, when SIGTERM was received.
+        OutOfMemory: a step does not fit; says what to change.
+        Stopped: after a checkpoint, when SIGINT or SIGTERM was received; it is a SystemExit with code 130 or 143.
     """
     device = own_device(request.device)
     require_backend(request.config.train.backend, device)
@@ -95,20 +97,25 @@ def train(request: TrainRequest) -> Run:
         run = Run.open(request.run)
         base = len(dataset.split.base)
         trainer = build_trainer(detector.to(device), request.config, tables["text"], base, processes)
-        step = _resume(run, trainer)
+        run.began_at = step = _resume(run, trainer)
         if processes.first:
             record_store(run, store, step)
-        loading = load_batches(samples, request.config.train, first_step=step, processes=processes)
-        batches = stack.enter_context(closing(loading))
         validation = Validation.of_run(run, trainer, dataset, request.config, len(samples))
-        try:
-            _loop(run, trainer, batches, samples, validation, step)
-        except RuntimeError as error:
-            # torch's own words; they name the process.
-            if "DataLoader worker" not in str(error):
-                raise
-            reason = str(error).splitlines()[0]
-            raise RunError(f"{reason} Run the same command to go on from the newest checkpoint.") from error
+        if step == request.config.train.steps and not validation.missing(step):
+            return run
+        if processes.first:
+            run.record_start(step, _changeable_settings(request.config, request.device, processes))
+        stop = stack.enter_context(finishing("this step"))
+        loading = load_batches(
+            samples,
+            request.config.train,
+            first_step=step,
+            processes=processes,
+            # Several processes end after the same step.
+            stopping=lambda: processes.count == 1 and bool(stop.signal),
+        )
+        batches = stack.enter_context(closing(loading))
+        _Training(run, trainer, samples, validation, stop, step).finish(batches)
     return run
 
 
@@ -121,6 +128,18 @@ def _require_regions(store: Store, config: Config) -> None:
             f"do nothing; build another store (`ezsd cache build` says which filter dropped them), or train without: "
             f"--set loss.distillation=0"
         )
+
+
+def _changeable_settings(config: Config, device: str, processes: Processes) -> dict[str, object]:
+    """With what a start trains, as far as the run's card leaves it open."""
+    train = config.train
+    settings = {name: getattr(train, name) for name in (*CHANGEABLE, "accumulate")}
+    return {**settings, "device": device, "processes": processes.count}
+
+
+def _has_batch_norm(detector: nn.Module) -> bool:
+    """Whether what is computed for an image depends on the others of its batch."""
+    return any(isinstance(module, nn.BatchNorm2d) for module in detector.modules())
 
 
 def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detector, dict[str, object]]:
@@ -216,7 +235,7 @@ def _say_what_differs(detector: Detector, config: TrainConfig, processes: Proces
             config.images,
         )
     parts = config.accumulate * processes.count
-    if parts > 1 and any(isinstance(m, nn.BatchNorm2d) for m in detector.modules()):
+    if parts > 1 and _has_batch_norm(detector):
         log.warning(
             "batch normalisation sees the %d images of one batch, not all %d of a step: with ImageNet weights its "
             "statistics are frozen, and nothing depends on how a step is shared out",
@@ -232,56 +251,116 @@ def _check_processes(config: TrainConfig, processes: Processes) -> None:
         )
 
 
-def _loop(
-    run: Run,
-    trainer: Trainer,
-    batches: Iterator[tuple[list[tuple[int, int]], list[Batch]]],
-    samples: DetectionDataset,
-    validation: Validation,
-    step: int,
-) -> None:
-    trainer.detector.train()
-    config, processes = trainer.config, trainer.processes
-    device = next(trainer.detector.parameters()).device
-    clock = _Clock(run)
-    with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
-        metrics = (
-            stack.enter_context(MetricsLog(run, tensorboard=config.tensorboard, begin=step))
-            if processes.first
-            else None
-        )
-        bar = Progress("train", config.steps, unit="step", done=step)
-        if processes.first:
-            stack.enter_context(bar)
-        if metrics is not None and validation.missing(step):
-            validation.look(step, metrics)
-        for keys, parts in batches:
-            began = time.perf_counter()
-            # One seed per step: a resumed run samples the same regions as an unbroken one.
-            torch.manual_seed(config.seed * 1_000_003 + step)
-            ready = [_prepare(part, device, channels_last=config.channels_last) for part in parts]
-            try:
-                found = trainer.step(ready, step)
-            except FloatingPointError as error:
-                ids = [samples.image_ids[position] for _, position in keys]
-                raise FloatingPointError(f"{error}; images: {ids}") from error
-            step += 1
-            stopped, due = processes.any(stop.received, device) and step < config.steps, validation.due(step)
-            if metrics is not None:
-                metrics.write({"step": step, **found, "seconds": round(time.perf_counter() - began, 4)})
-                # Before a validation too: it may take longer than whoever wants to end the training waits.
-                if stopped or due or step % config.checkpoint_every == 0 or step == config.steps:
-                    metrics.flush()
-                    average = None if trainer.average is None else trainer.average.state
-                    run.save(step, trainer.detector, trainer.optimiser, average)
-                    clock.record()
-                bar.advance(note=f"loss {found['loss']:.3f}")
-            if stopped:
-                log.warning("SIGTERM: checkpoint of step %d saved; run the same command to go on", step)
-                raise SystemExit(143)
-            if metrics is not None and due:
-                validation.look(step, metrics)
+@dataclass
+class _Training:
+    """The steps of one start, and when they are saved."""
+
+    run: Run
+    trainer: Trainer
+    samples: DetectionDataset
+    validation: Validation
+    request: Request
+    step: int
+    """Steps that are done."""
+
+    def __post_init__(self) -> None:
+        self._processes, self._config = self.trainer.processes, self.trainer.config
+        self._device = next(self.trainer.detector.parameters()).device
+        self._saved, self._saved_at = self.step, time.monotonic()
+        self._clock = _Clock(self.run)
+
+    def finish(self, batches: Iterator[tuple[list[tuple[int, int]], list[Batch]]]) -> None:
+        """Make the steps of these batches, which are all that are left, unless the request to stop comes."""
+        self.trainer.detector.train()
+        with ExitStack() as stack:
+            first = self._processes.first
+            log_to = MetricsLog(self.run, tensorboard=self._config.tensorboard, begin=self.step) if first else None
+            metrics = None if log_to is None else stack.enter_context(log_to)
+            bar = Progress("train", self._config.steps, unit="step", done=self.step)
+            if first:
+                stack.enter_context(bar)
+            if metrics is not None and self.validation.missing(self.step):
+                self._validate(metrics)
+            for keys, parts in batches:
+                began = time.perf_counter()
+                found = self._make_step(keys, parts)
+                self.step += 1
+                signal = self._processes.largest(self.request.signal, self._device)
+                stopped, due = bool(signal) and self.step < self._config.steps, self.validation.due(self.step)
+                if metrics is not None:
+                    metrics.write({"step": self.step, **found, "seconds": round(time.perf_counter() - began, 4)})
+                    # Before a validation too: it may take longer than whoever wants to end the training waits.
+                    if stopped or due or self._is_time():
+                        self._save(metrics)
+                    bar.advance(note=f"loss {found['loss']:.3f}")
+                if stopped:
+                    raise self._stopped(signal)
+                if metrics is not None and due:
+                    self._validate(metrics)
+            if self.step < self._config.steps:
+                # Batches end early only where the request comes while they are waited for.
+                if metrics is not None and self.step > self._saved:
+                    self._save(metrics)
+                raise self._stopped(self.request.signal)
+
+    def _make_step(self, keys: list[tuple[int, int]], parts: list[Batch]) -> dict[str, float]:
+        # One seed per step: a resumed run samples the same regions as an unbroken one.
+        torch.manual_seed(self._config.seed * 1_000_003 + self.step)
+        try:
+            ready = [_prepare(part, self._device, channels_last=self._config.channels_last) for part in parts]
+            return self.trainer.step(ready, self.step)
+        except FloatingPointError as error:
+            ids = [self.samples.image_ids[position] for _, position in keys]
+            raise FloatingPointError(f"{error}; images: {ids}") from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise step_does_not_fit(
+                parts,
+                self._config,
+                processes=self._processes.count,
+                step=self.step,
+                saved=self._saved,
+                frozen_norms=not _has_batch_norm(self.trainer.detector),
+            ) from error
+
+    def _is_time(self) -> bool:
+        if self.step % self._config.checkpoint_every == 0 or self.step == self._config.steps:
+            return True
+        return time.monotonic() - self._saved_at >= 60 * self._config.checkpoint_minutes
+
+    def _save(self, metrics: MetricsLog) -> None:
+        metrics.flush()
+        average = None if self.trainer.average is None else self.trainer.average.state
+        self.run.save(self.step, self.trainer.detector, self.trainer.optimiser, average)
+        self._clock.record()
+        self._saved, self._saved_at = self.step, time.monotonic()
+
+    def _validate(self, metrics: MetricsLog) -> None:
+        try:
+            # It is made up for where it is left. Other processes wait for this one: there it is finished.
+            with self.request.ending_anywhere() if self._processes.count == 1 else nullcontext():
+                self.validation.look(self.step, metrics)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"out of memory in the validation after step {self.step}, whose checkpoint is saved; add "
+                "--set train.validate_every=0 to go on without"
+            ) from error
+        except Stopped as stopped:
+            stopped.kept = self._kept()
+            raise
+
+    def _stopped(self, signal: int) -> Stopped:
+        stopped = Stopped(signal)
+        stopped.kept = self._kept() if self._processes.first else None
+        return stopped
+
+    def _kept(self) -> str:
+        if not self._saved:
+            return "no step is done yet; run the same command to begin again"
+        return f"checkpoint of step {self._saved} saved; run the same command to go on"
 
 
 def _prepare(batch: Batch, device: torch.device, *, channels_last: bool) -> Batch:
@@ -348,7 +427,7 @@ def _resume(run: Run, trainer: Trainer) -> int:
         if average is None:
             raise RunError(f"{checkpoint.folder}: holds no average of the weights, which train.average asks for")
         trainer.average.restore(average)
-    if processes.first:
+    if processes.first and step < trainer.config.steps:
         log.info("resuming %s at step %d", run.folder, step)
     return step
 

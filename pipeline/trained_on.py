@@ -35,7 +35,7 @@ def require_same_bytes(run: Run, store: Store, *, accept: bool) -> None:
     Raises:
         RunError: they are others; says how to accept them.
     """
-    known = read_stores(run)
+    known = read_stores(run) if run.has_checkpoint else []
     if not accept and known and known[-1]["sha256"] != store.digest:
         raise RunError(
             f"--run {run.folder}: was trained on other bytes than {store} holds now, made from equal settings "

@@ -328,3 +328,90 @@ def test_train_refuses_a_store_whose_annotations_have_changed(shapes_store, shap
     result = ezsd("train", "--cache", shapes_store, "--run", tmp_path / "run", "--data-root", moved)
     assert_one_clear_line(result, "base_boxes_sha256", "build a new store")
     assert not (tmp_path / "run").exists()
+
+
+def python(code, *, env=None, **options):
+    words = [sys.executable, "-c", code]
+    return subprocess.run(words, cwd=ROOT, env={**os.environ, **(env or {})}, text=True, check=False, **options)
+
+
+PRINTS = "import cli, typer; cli.app = lambda: typer.echo('caf\\u00e9 \\u5706'); cli.main()"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "read_as", "printed"),
+    [
+        # typer takes ASCII for a locale that was never set.
+        ("ascii", "utf-8", "caf\xe9 \u5706\n"),
+        ("latin-1", "latin-1", "caf\xe9 \\u5706\n"),
+        ("cp1252", "cp1252", "caf\xe9 \\u5706\n"),
+        ("utf-8", "utf-8", "caf\xe9 \u5706\n"),
+    ],
+)
+def test_names_outside_the_encoding_of_standard_output_are_escaped(encoding, read_as, printed):
+    done = python(PRINTS, env={"PYTHONIOENCODING": encoding}, capture_output=True, encoding=read_as)
+    assert (done.returncode, done.stdout, done.stderr) == (0, printed, "")
+
+
+def test_closed_standard_output_is_one_line(tmp_path):
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -m cli cache ls "{tmp_path}" >&-'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "ezsd: standard output is closed; send it somewhere, for example to a file or /dev/null\n"
+
+
+def test_a_reader_that_leaves_early_ends_the_command_in_silence(shapes_store):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", "cache", "info", str(shapes_store)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "without RANK, MASTER_ADDR, MASTER_PORT: start several processes with `torchrun`"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: expected the number of processes"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+            "expected a rank below the number of processes",
+        ),
+    ],
+)
+def test_variables_of_a_launcher_that_are_not_whole_are_one_line(given, words):
+    """Said before the store is opened, which is not there."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", "train", "--cache", "nowhere"],
+        cwd=ROOT,
+        env={**os.environ, **given},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_finished_run_says_so_and_what_next(shapes_run, shapes_store, tmp_path):
+    words = ["train", "--cache", str(shapes_store), "--run", str(tmp_path / "run"), "--device", "cpu"]
+    words += ["--set", "train.steps=1", "--set", "train.images=2"]
+    first, again = (
+        subprocess.run([sys.executable, "-m", "cli", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    )
+    assert "run: trained; next: ezsd eval" in first.stdout
+    assert "run: already trained for its 1 steps; next: ezsd eval" in again.stdout
+    assert "resuming" not in again.stderr

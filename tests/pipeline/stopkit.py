@@ -1,0 +1,94 @@
+"""Real commands in real processes, and real signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WAIT_SECONDS = 250
+
+
+def started(*words, own_group=True, env=None, python=(), stdout=subprocess.PIPE):
+    """An `ezsd` command, by default in a process group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, *python, "-m", "cli", *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0 if own_group else None,
+    )
+
+
+class Talk:
+    """What a command says on standard error, line by line as it comes."""
+
+    def __init__(self, process):
+        self.process, self.lines = process, []
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self):
+        self.lines.extend(iter_lines(self.process.stderr, self.lines))
+
+    def wait_for(self, done):
+        """Until something is the case; the command must be alive until then."""
+        until = time.monotonic() + WAIT_SECONDS
+        while not done():
+            assert self.process.poll() is None, self.text
+            assert time.monotonic() < until, self.text
+            time.sleep(0.02)
+
+    def end(self):
+        """Exit code and all that was said."""
+        code = self.process.wait(WAIT_SECONDS)
+        self._thread.join(WAIT_SECONDS)
+        self.process.stderr.close()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return code, self.text
+
+    @property
+    def text(self):
+        return "".join(self.lines)
+
+
+def iter_lines(stream, lines):
+    for line in stream:
+        lines.append(line)
+    return ()
+
+
+def descendants(process):
+    """Processes started by a process, and by those."""
+    try:
+        children = [int(c) for c in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+    return children + [deeper for child in children for deeper in descendants(child)]
+
+
+def alive(process):
+    """Whether it is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def require_gone(family):
+    """Every process of a family ends."""
+    until = time.monotonic() + WAIT_SECONDS
+    while left := [member for member in family if alive(member)]:
+        assert time.monotonic() < until, left
+        time.sleep(0.05)
+
+
+def press_ctrl_c(process):
+    """SIGINT to the whole process group, as a terminal does it."""
+    os.killpg(process.pid, signal.SIGINT)

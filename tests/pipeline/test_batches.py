@@ -1,0 +1,126 @@
+"""Reading processes that die, lose a batch or have no shared memory: one line, and soon."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A mount is seen by the processes of its own namespace alone, and goes with them.
+SMALL = """
+import subprocess, sys
+if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sys.argv[1]}", "tmpfs", "/dev/shm"]).returncode:
+    sys.exit(77)
+if sys.argv.pop(1) and sys.argv.pop(1) == "unseen":
+    import pipeline.batches
+    pipeline.batches._require_shared_memory = lambda *_: None
+import cli
+if __name__ == "__main__":
+    cli.main()
+"""
+
+
+def in_small_shared_memory(size, seen, script, *words):
+    if shutil.which("unshare") is None or os.geteuid() != 0:
+        pytest.skip("mounting a small /dev/shm needs root and unshare")
+    done = subprocess.run(
+        ["unshare", "-m", sys.executable, str(script), size, seen, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    if done.returncode == 77:
+        pytest.skip("this user may not mount a small /dev/shm")
+    return done
+
+
+@pytest.mark.parametrize("seen", ["seen", "unseen"])
+def test_too_little_shared_memory_is_one_line_and_its_advice_trains(seen, shapes_store, tmp_path):
+    """Looked at before the first step; and where that was too hopeful, no batch is lost and waited for."""
+    script = tmp_path / "small.py"
+    script.write_text(SMALL)
+    words = ["train", "--cache", shapes_store, "--run", tmp_path / "run", "--device", "cpu"]
+    for setting in ("steps=2", "images=4", "short_side=256", "long_side=256", "loader_workers=2"):
+        words += ["--set", f"train.{setting}"]
+    done = in_small_shared_memory("2m", seen, script, *words)
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("ezsd: /dev/shm: "), done.stderr
+    assert ("5 batches of 3 MB are under way at once" if seen == "seen" else "has no room") in said
+    assert "docker run --shm-size=SIZE" in said
+    assert "Traceback" not in done.stderr
+    (cure,) = re.findall(r"(train\.loader_workers=0) ", said)
+    done = in_small_shared_memory("2m", seen, script, *words, "--set", cure)
+    assert done.returncode == 0, done.stderr
+
+
+ODD = """
+import sys, threading, time
+import dataclasses
+import torch
+import pipeline.batches
+from cache import Store
+from pipeline.batches import load_batches
+from pipeline.config import load_preset
+from pipeline.runs import RunError
+from pipeline.train import store_dataset, training_samples
+
+class Odd(torch.utils.data.Dataset):
+    def __init__(self, samples, kind):
+        self.samples, self.kind, self.size = samples, kind, samples.size
+    def __len__(self):
+        return len(self.samples)
+    def __getitem__(self, key):
+        if self.kind == "slow":
+            time.sleep(1000)
+        # No queue can hand this over.
+        return dataclasses.replace(self.samples[key], seed=threading.Lock())
+
+asked = []
+def stopping():
+    asked.append(True)
+    return len(asked) == 3
+
+if __name__ == "__main__":
+    pipeline.batches.LOOK_SECONDS = 0.2
+    store = Store(sys.argv[1])
+    config = load_preset("shapes", ["train.images=2", "train.loader_workers=1"]).train
+    samples = Odd(training_samples(store, store_dataset(store, None), config), sys.argv[2])
+    try:
+        print(list(load_batches(samples, config, first_step=0, stopping=stopping)), len(asked))
+    except RunError as error:
+        print(error)
+"""
+
+
+def odd(kind, store, folder):
+    script = folder / "odd.py"
+    script.write_text(ODD)
+    return subprocess.run(
+        [sys.executable, str(script), str(store), kind],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_its_reader_and_the_run(shapes_store, tmp_path):
+    done = odd("lost", shapes_store, tmp_path)
+    said = r"DataLoader worker \(pid\(s\) \d+\) exited unexpectedly\. Run the same command to go on .*\n"
+    assert re.fullmatch(said, done.stdout), done.stderr
+    assert "a reading process cannot hand a batch over: " in done.stderr
+
+
+def test_a_slow_reader_is_waited_for_until_the_training_is_to_stop(shapes_store, tmp_path):
+    done = odd("slow", shapes_store, tmp_path)
+    assert (done.stdout, done.stderr) == ("[] 3\n", "")

@@ -1,0 +1,186 @@
+"""A step that does not fit the memory: one line with a cure, and the cure is accepted where the run stands."""
+
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ezsd.detector.backbone import Pyramid
+from pipeline.config import apply_override, from_tables, to_tables
+from pipeline.memory import OutOfMemory, is_out_of_memory
+from pipeline.runs import Run, RunError
+from pipeline.train import TrainRequest, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextmanager
+def room_for(images, *, from_step=1, parts=1, error=None):
+    """The backbone runs out of memory with more images at a time, from a step on whose batches are counted."""
+    calls = [0]
+
+    def refuse(module, inputs):
+        if isinstance(module, Pyramid) and module.training:
+            calls[0] += 1
+            if len(inputs[0]) > images and calls[0] > (from_step - 1) * parts:
+                raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def with_advice(config, message):
+    """The configuration once what a message says to set is set."""
+    tables = to_tables(config)
+    options = re.findall(r"--set (train\.\S+=\S+)", message)
+    assert options, message
+    for option in options:
+        apply_override(tables, option)
+    return from_tables(tables, where="test")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        state = torchvision.models.resnet18(weights=None, zero_init_residual=True).state_dict()
+    path = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
+    save_file(state, path)
+    return path
+
+
+def test_a_run_goes_on_in_smaller_batches_which_learn_the_same(shapes_store, weights, with_settings, tmp_path):
+    config = with_settings(
+        model={"backbone": "resnet18", "channels": 16, "rpn_sizes": (16, 24, 32, 48, 64), "rpn_proposals": 60},
+        train={"sampling": "image", "steps": 4, "checkpoint_every": 1},
+    )
+    request = {"cache": shapes_store, "run": tmp_path / "run", "backbone_weights": weights}
+    with room_for(2, from_step=3), pytest.raises(OutOfMemory) as caught:
+        train(TrainRequest(**request, config=config))
+    said = str(caught.value)
+    assert re.fullmatch(
+        r"out of memory in step 3: 4 images of \d+ x \d+ at a time do not fit; run the same command with "
+        r"--set train.accumulate=2 \(2 at a time; it learns the same\)",
+        said,
+    )
+    with room_for(2):
+        run = train(TrainRequest(**request, config=with_advice(config, said)))
+    assert (run.began_at, run.finished().step) == (2, 4)
+    # Which steps were made how stays on record.
+    assert [(start["step"], start["settings"]["accumulate"]) for start in run.starts()] == [(0, 1), (2, 2)]
+    assert run.card["config"]["train"]["accumulate"] == 1
+
+
+def test_before_the_first_checkpoint_any_cure_is_accepted(shapes_store, quick_config, tmp_path):
+    """Batch normalisation sees other batches: it is said, and refused once there is something to lose."""
+    request = TrainRequest(cache=shapes_store, run=tmp_path / "run", config=quick_config)
+    with room_for(2), pytest.raises(OutOfMemory, match="run the same command with .* learns a little oth") as caught:
+        train(request)
+    cured = with_advice(quick_config, str(caught.value))
+    assert (cured.train.sampling, cured.train.accumulate) == ("image", 2)
+    with room_for(2):
+        run = train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=cured))
+    assert run.finished().step == 6
+    assert run.card["config"]["train"]["accumulate"] == 2
+    with pytest.raises(RunError, match=r"another run: config.train.accumulate: 2 there, 1 wanted"):
+        train(request)
+
+
+def test_with_a_checkpoint_a_cure_that_changes_the_run_names_another_folder(shapes_store, quick_config, tmp_path):
+    with room_for(2, from_step=4), pytest.raises(OutOfMemory, match="step 4: .*start another --run with --set") as said:
+        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=quick_config))
+    cured = with_advice(quick_config, str(said.value))
+    with room_for(2):
+        assert train(TrainRequest(cache=shapes_store, run=tmp_path / "other", config=cured)).finished().step == 6
+
+
+def test_one_image_that_does_not_fit_is_told_what_else(shapes_store, with_settings, tmp_path):
+    config = with_settings(train={"sampling": "image", "accumulate": 4})
+    with room_for(0), pytest.raises(OutOfMemory, match=r"1 image of .* fewer are not possible; .*train.short_side"):
+        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
+
+
+def test_a_validation_that_does_not_fit_is_left_out(shapes_store, with_settings, tmp_path, monkeypatch):
+    config = with_settings(train={"validate_every": 1, "validate_images": 3})
+
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    request = {"cache": shapes_store, "run": tmp_path / "run"}
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.validate.detect_split", refuse)
+        with pytest.raises(OutOfMemory, match="validation after step 3, whose checkpoint is saved") as caught:
+            train(TrainRequest(**request, config=config))
+    assert train(TrainRequest(**request, config=with_advice(config, str(caught.value)))).began_at == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: not enough memory: you tried to al"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("std::bad_alloc"),
+        MemoryError(),
+    ],
+)
+def test_all_words_for_it_are_known(error, shapes_store, quick_config, tmp_path):
+    with room_for(2, error=error), pytest.raises(OutOfMemory):
+        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=quick_config))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+# As little room as a first step finds taken, and some more.
+NARROW = """
+import resource, sys
+from pathlib import Path
+import torch
+import cli, pipeline.step
+step = pipeline.step.Trainer.step
+def narrow(self, batches, number):
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 100 * 2**20, -1))
+    return step(self, batches, number)
+pipeline.step.Trainer.step = narrow
+torch.set_num_threads(1)
+cli.main()
+"""
+
+
+def test_a_command_without_memory_is_one_line_and_its_advice_trains(shapes_store, tmp_path):
+    words = ["train", "--cache", str(shapes_store), "--run", str(tmp_path / "run"), "--device", "cpu"]
+    for setting in ("steps=1", "images=8", "short_side=448", "long_side=448"):
+        words += ["--set", f"train.{setting}"]
+    tries = 0
+    while True:
+        done = subprocess.run(
+            [sys.executable, "-c", NARROW, *words],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode == 0:
+            break
+        assert done.returncode == 2, done.stderr
+        said = done.stderr.strip().splitlines()[-1]
+        assert said.startswith("ezsd: out of memory in step 1: "), done.stderr
+        assert "Traceback" not in done.stderr
+        for option in re.findall(r"--set (train\.\S+=\S+)", said):
+            words += ["--set", option]
+        tries += 1
+        assert tries < 4, said
+    assert tries > 0, "there was room enough"
+    assert Run.open(tmp_path / "run").finished().step == 1

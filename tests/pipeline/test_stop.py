@@ -1,0 +1,250 @@
+"""Ctrl-C and SIGTERM: what is done is kept and said, nothing is left running, and the same command goes on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cache import Store
+from pipeline.config import to_tables
+from pipeline.runs import Run
+from pipeline.train import TrainRequest, train
+from tests.pipeline.stopkit import WAIT_SECONDS, Talk, descendants, press_ctrl_c, require_gone, started
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ("adapt.steps=4", "adapt.crops=32", "proposals.sizes=[40]", "proposals.stride=0.5", "build.block_images=1")
+ENDLESS = ("train.steps=100000", "train.images=2", "train.checkpoint_every=100000")
+
+
+def settings(*values):
+    return [word for value in values for word in ("--set", value)]
+
+
+def checkpoints(run):
+    return list((run / "checkpoints").glob("step-*"))
+
+
+def last_line(text):
+    return text.strip().splitlines()[-1]
+
+
+def test_a_training_told_to_stop_saves_and_the_same_command_goes_on(shapes_store, tmp_path):
+    run = tmp_path / "run"
+    words = ["train", "--cache", shapes_store, "--run", run, "--device", "cpu"]
+    words += settings(*ENDLESS, "train.loader_workers=1", "train.checkpoint_minutes=0.0001")
+    reached = 0
+    for number, ask in ((signal.SIGINT, press_ctrl_c), (signal.SIGTERM, subprocess.Popen.terminate)):
+        process = started(*words)
+        talk = Talk(process)
+        talk.wait_for(lambda before=reached: any(int(p.name[5:]) > before for p in checkpoints(run)))
+        family = descendants(process.pid)
+        ask(process)
+        code, said = talk.end()
+        assert code == 128 + number, said
+        assert said.count(f"{number.name}: stopping after this step; ") == 1, said
+        found = re.fullmatch(
+            rf"ezsd: stopped by {number.name}: checkpoint of step (\d+) saved; run the same command to go on",
+            last_line(said),
+        )
+        assert found, said
+        assert "Traceback" not in said
+        assert "worker" not in said
+        assert len(family) >= 3, "a server, its tracker and a reader"
+        require_gone(family)
+        latest = Run.open(run).latest()
+        assert latest is not None
+        assert latest.step == int(found[1]) > reached
+        assert (f"at step {reached}" in said) == bool(reached), said
+        reached = latest.step
+
+
+def test_a_training_stopped_before_its_first_step_says_that_nothing_is_kept(shapes_store, tmp_path):
+    process = started("train", "--cache", shapes_store, "--run", tmp_path / "run", "--device", "cpu")
+    talk = Talk(process)
+    talk.wait_for(lambda: listens(process))
+    press_ctrl_c(process)
+    code, said = talk.end()
+    assert code == 130, said
+    assert re.search(r"(no step is done|nothing is begun) yet; run the same command (to begin )?again$", said), said
+    assert len(said.splitlines()) == 2, said
+
+
+def listens(process):
+    """Whether the process handles SIGTERM, which Python by itself does not."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("command", ["eval", "detect", "report", "check", "export", "verify"])
+def test_other_commands_end_with_a_line_and_130(command, shapes_run, shapes_store, shapes_root, tmp_path):
+    image = next((shapes_root / "val").iterdir())
+    words = {
+        "eval": ["eval", "--run", shapes_run.folder],
+        "detect": ["detect", image, "--run", shapes_run.folder, "--classes", "ring"],
+        "report": ["report", "--run", shapes_run.folder],
+        "check": ["data", "check", "--dataset", "shapes", "--data-root", shapes_root, "--decode"],
+        "export": ["cache", "export", shapes_store, "--format", "npz", "--out", tmp_path / "out"],
+        "verify": ["cache", "verify", shapes_store, "--deep"],
+    }[command]
+    process = started(*words)
+    talk = Talk(process)
+    talk.wait_for(lambda: listens(process))
+    press_ctrl_c(process)
+    code, said = talk.end()
+    assert code == 130, said
+    assert said.startswith("SIGINT: stopping; Ctrl-C again to stop at once\n"), said
+    assert re.search(r"^ezsd: stopped by SIGINT: .*; run the same command (again|to go on)$", last_line(said)), said
+    assert "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_build_in_several_processes_stops_and_goes_on_to_the_same_store(
+    shapes_dataset, shapes_root, shapes_store, tmp_path
+):
+    out = tmp_path / "store"
+    words = ["cache", "build", "--dataset", "shapes", "--data-root", shapes_root, "--out", out, "--device", "cpu"]
+    words += ["--workers", "2", *settings(*QUICK)]
+    process = started(*words)
+    talk = Talk(process)
+    talk.wait_for(lambda: list(out.glob("**/block-*")) or len(descendants(process.pid)) >= 3)
+    family = descendants(process.pid)
+    press_ctrl_c(process)
+    code, said = talk.end()
+    assert code == 130, said
+    assert re.search(r"SIGINT: \d+ of 12 blocks are done; run the same command to go on$", last_line(said)), said
+    assert "Traceback" not in said
+    require_gone(family)
+    code, said = Talk(started(*words)).end()
+    assert code == 0, said
+    assert (Store(out).text[1] == Store(shapes_store).text[1]).all()
+
+
+def test_drawing_shapes_leaves_no_folder(tmp_path):
+    process = started("data", "shapes", "--out", tmp_path / "shapes", "--train", 2000)
+    talk = Talk(process)
+    talk.wait_for(lambda: len(list((tmp_path / ".shapes.partial").glob("train/*.png"))) > 10)
+    family = descendants(process.pid)
+    press_ctrl_c(process)
+    code, said = talk.end()
+    assert code == 130, said
+    assert last_line(said).endswith("the folder appears when it is whole; run the same command again"), said
+    assert "Traceback" not in said
+    assert not (tmp_path / "shapes").exists()
+    require_gone(family)
+
+
+BUSY = """
+import subprocess, sys, time
+from pipeline.stop import finishing, listen, run_commands
+if sys.argv[1] == "step":
+    with finishing("this step"):
+        print("ready", flush=True)
+        time.sleep(1000)
+else:
+    listen()
+    # The child says what it hears, and takes its time.
+    child = (
+        "import time; from pipeline.stop import finishing\\n"
+        "with finishing('its work') as request:\\n"
+        "    print('ready', flush=True)\\n"
+        "    while not request.signal: time.sleep(0.02)\\n"
+        "    time.sleep(float(%r)); print('saved', flush=True)"
+    ) % sys.argv[2]
+    run_commands([[sys.executable, "-c", child]] * 2, {"PYTHONPATH": "."})
+"""
+
+
+def busy(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", BUSY, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+
+
+@pytest.mark.parametrize("arguments", [("step",), ("commands", "1000")])
+def test_a_second_one_ends_at_once_what_does_not_come_to_an_end(arguments):
+    with busy(*arguments) as process:
+        for _ in range(len(arguments)):
+            assert process.stdout.readline() == "ready\n"
+        family = descendants(process.pid)
+        press_ctrl_c(process)
+        while "Ctrl-C again to stop at once" not in process.stderr.readline():
+            assert process.poll() is None
+        # A wrapper that tells its child what the terminal has told it already asks no second time.
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.7)
+        assert process.poll() is None
+        press_ctrl_c(process)
+        assert process.wait(WAIT_SECONDS) == 130
+        assert "Traceback" not in process.stderr.read()
+        require_gone(family)
+
+
+@pytest.mark.parametrize("ask", [press_ctrl_c, lambda process: process.send_signal(signal.SIGINT)])
+def test_commands_that_are_run_finish_whoever_was_told(ask):
+    with busy("commands", "0.1") as process:
+        for _ in range(2):
+            assert process.stdout.readline() == "ready\n"
+        ask(process)
+        assert process.wait(WAIT_SECONDS) == 130
+        assert process.stdout.read() == "saved\nsaved\n"
+
+
+def test_a_job_started_to_ignore_ctrl_c_goes_on_ignoring_it(tmp_path):
+    code = (
+        "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from pipeline.stop import listen; listen(); os.kill(os.getpid(), signal.SIGINT); print('here')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("here\n", "")
+
+
+def test_several_processes_stop_after_the_same_step(shapes_store, tmp_path):
+    run = tmp_path / "run"
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "cli", "train"]
+    words += ["--cache", shapes_store, "--run", run, "--device", "cpu"]
+    words += settings(*ENDLESS, "train.sampling=image", "train.checkpoint_minutes=0.0001")
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    talk = Talk(process)
+    talk.wait_for(lambda: checkpoints(run))
+    family = descendants(process.pid)
+    press_ctrl_c(process)
+    _, said = talk.end()
+    require_gone(family)
+    found = re.findall(r"^ezsd: stopped by SIGINT: checkpoint of step (\d+) saved; run the same", said, re.MULTILINE)
+    assert len(found) == 1, said
+    latest = Run.open(run).latest()
+    assert latest is not None
+    assert latest.step == int(found[0])
+
+
+def test_checkpoints_by_time_change_nothing_that_is_learned(shapes_run, shapes_store, with_settings, tmp_path):
+    config = with_settings(train={"checkpoint_every": 100, "checkpoint_minutes": 1e-6})
+    timed = train(TrainRequest(cache=shapes_store, run=tmp_path / "timed", config=config))
+    assert sorted(p.name for p in checkpoints(timed.folder)) == ["step-00000005", "step-00000006"]
+    ours, theirs = timed.finished().trained(), shapes_run.finished().trained()
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+    # A run that began without the setting goes on.
+    card = json.loads((timed.folder / "run.json").read_text())
+    assert card["config"] == to_tables(config)
+    del card["config"]["train"]["checkpoint_minutes"]
+    (timed.folder / "run.json").write_text(json.dumps(card))
+    assert train(TrainRequest(cache=shapes_store, run=timed.folder, config=config)).began_at == 6
