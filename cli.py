@@ -142,9 +142,8 @@ def cache_build(
 
     share = None if blocks is None else parse_share(blocks)
     require_scheduler(scheduler, workers=workers, dashboard=dashboard, share=share)
-    from ezsd.teacher import require_teacher
     from pipeline.build import build_cache, build_share
-    from pipeline.command import build_config, drawn, resolve_device
+    from pipeline.command import build_config, drawn, require_known_teacher, resolve_device
     from pipeline.datasets import find_dataset
     from pipeline.forecast import forecast_build
     from pipeline.request import BuildRequest
@@ -158,7 +157,7 @@ def cache_build(
     config = build_config(
         start, set_ or [], teacher=teacher, weights=weights, activation=activation, prompts=named.prompts
     )
-    require_teacher(config.teacher.name, config.teacher.weights)
+    require_known_teacher(config)
     found = drawn(named, data_root)
     store = out or Path("cache") / found.name
     request = BuildRequest(

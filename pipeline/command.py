@@ -11,7 +11,7 @@ import torch
 
 from cache import Store
 from ezsd.kernels import BackendError
-from ezsd.teacher import TeacherError
+from ezsd.teacher import TeacherError, require_teacher
 from pipeline.arguments import EARLY_ERRORS, ArgumentError, require_device_name
 from pipeline.cluster import ClusterError
 from pipeline.config import STAGE_ONE, Config, ConfigError, setting_of
@@ -75,6 +75,11 @@ def build_config(
         # Another teacher's weights would never fit.
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=None))
     return config
+
+
+def require_known_teacher(config: Config) -> None:
+    """TeacherError for a teacher that is misspelt or lacks its weights, before data is drawn for it."""
+    require_teacher(config.teacher.name, config.teacher.weights)
 
 
 def train_config(cache: Path, preset: str | None, overrides: Sequence[str], *, seed: int | None = None) -> Config:
