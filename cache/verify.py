@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -97,10 +97,13 @@ def _unreadable(file: Path, name: str, error: StoreUnreadable) -> Damage:
 
 def stray_files(store: Path, mark: CommitMark) -> list[Damage]:
     """What lies in the store's folder and is none of its own: files, links (none is followed), and empty folders."""
+    own = {*mark.files, *UNLISTED}
+    # A folder whose files are lost is still the store's.
+    own.update(f"{above.as_posix()}/" for name in mark.files for above in PurePosixPath(name).parents)
     return [
         Damage(file=store / name, name=name, kind="stray", reason=_foreign(store / name))
         for name in (*files_below(store), *empty_folders(store))
-        if name not in mark.files and name not in UNLISTED and not name.startswith(f"{JOURNAL}/")
+        if name not in own and not name.startswith(f"{JOURNAL}/")
     ]
 
 
