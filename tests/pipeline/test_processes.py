@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -40,8 +41,8 @@ TRAIN = {
     "warmup": 5,
     "checkpoint_every": 100,
 }
-STEPS = {"one": 1, "twenty": 20, "masked": 1, "sized": 1}
-"""Of each run; one has masks, one images of many sizes."""
+STEPS = {"one": 1, "twenty": 20, "masked": 1, "sized": 1, "hot": 2}
+"""Of each run; one has masks, one images of many sizes, one a temperature that starts at its bound."""
 SIZED = {"short_side_min": 40, "short_side": 200, "long_side": 200, "seed": 2}
 
 
@@ -60,6 +61,8 @@ def weights(tmp_path_factory):
 def settings(quick_config):
     def of(name, **changes):
         model = dataclasses.replace(quick_config.model, **MODEL, masks=name == "masked")
+        if name == "hot":
+            model = dataclasses.replace(model, temperature=100.0)
         changes |= SIZED if name == "sized" else {}
         loop = dataclasses.replace(quick_config.train, **TRAIN, steps=STEPS[name], **changes)
         return dataclasses.replace(quick_config, model=model, train=loop)
@@ -98,6 +101,9 @@ def require_equal(runs, expected):
     assert len(first_gradients(expected["masked"])) > len(first_gradients(expected["one"]))
     masks = [r["masked"].read_metrics()[0]["mask"] for r in (runs, expected)]
     assert masks[0] == pytest.approx(masks[1], rel=1e-5)
+    hot = [r["hot"].finished().trained()["head.classifier.log_temperature"].item() for r in (runs, expected)]
+    assert hot[0] == pytest.approx(hot[1], abs=1e-5)
+    assert all(value < math.log(100) - 1e-5 for value in hot)
     ours, theirs = (r["twenty"].read_metrics() for r in (runs, expected))
     assert len(ours) == len(theirs) == 20
     for mine, other in zip(ours, theirs, strict=True):
