@@ -1,5 +1,6 @@
 """Real commands in real processes, and real signals."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -66,10 +67,11 @@ def iter_lines(stream, lines):
 
 def descendants(process):
     """Processes started by a process, and by those."""
-    try:
-        children = [int(c) for c in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
+    # Each thread has those that it started.
+    children = []
+    for thread in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children += [int(child) for child in thread.read_text().split()]
     return children + [deeper for child in children for deeper in descendants(child)]
 
 

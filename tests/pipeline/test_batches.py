@@ -14,13 +14,16 @@ ROOT = Path(__file__).resolve().parents[2]
 # A mount is seen by the processes of its own namespace alone, and goes with them.
 SMALL = """
 import subprocess, sys
-if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={sys.argv[1]}", "tmpfs", "/dev/shm"]).returncode:
-    sys.exit(77)
-if sys.argv.pop(1) and sys.argv.pop(1) == "unseen":
-    import pipeline.batches
-    pipeline.batches._require_shared_memory = lambda *_: None
 import cli
+import pipeline.batches
+
+# Reading processes look at this file too.
 if __name__ == "__main__":
+    size, seen = sys.argv.pop(1), sys.argv.pop(1)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"]).returncode:
+        sys.exit(77)
+    if seen == "unseen":
+        pipeline.batches._require_shared_memory = lambda *_: None
     cli.main()
 """
 
@@ -87,7 +90,7 @@ class Odd(torch.utils.data.Dataset):
 asked = []
 def stopping():
     asked.append(True)
-    return len(asked) == 3
+    return sys.argv[2] == "slow" and len(asked) == 3
 
 if __name__ == "__main__":
     pipeline.batches.LOOK_SECONDS = 0.2
