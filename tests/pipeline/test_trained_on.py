@@ -53,7 +53,9 @@ def test_other_bytes_of_equal_settings_are_refused_until_they_are_accepted(stopp
     assert Store(copy).manifest.digest == json.loads((stopped / "run.json").read_text())["store"]["digest"]
     request = TrainRequest(cache=copy, run=stopped, config=quick_config, verify="quick")
     files = sorted(stopped.rglob("*"))
-    with pytest.raises(RunError, match=f"trained on other bytes than {copy} .*{before[:12]}.*{after[:12]}.*--accept-store"):
+    with pytest.raises(
+        RunError, match=f"trained on other bytes than {copy} .*{before[:12]}.*{after[:12]}.*--accept-store"
+    ):
         train(request)
     assert sorted(stopped.rglob("*")) == files
     run = train(TrainRequest(cache=copy, run=stopped, config=quick_config, verify="quick", accept_store=True))
@@ -83,7 +85,9 @@ def test_a_damaged_row_ends_a_training_with_one_line(copy, with_settings, tmp_pa
     file.write_bytes(data)
     config = with_settings(train={"loader_workers": workers})
     request = TrainRequest(cache=copy, run=tmp_path / "run", config=config)
-    with pytest.raises(StoreError, match=f"^{file}: rows 0 to .* of the images .*`ezsd cache repair` mends it$") as caught:
+    with pytest.raises(
+        StoreError, match=f"^{file}: rows 0 to .* of the images .*`ezsd cache repair` mends it$"
+    ) as caught:
         train(request)
     assert "\n" not in str(caught.value)
     train(TrainRequest(cache=copy, run=tmp_path / "quick", config=config, verify="quick"))
