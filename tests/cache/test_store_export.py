@@ -96,7 +96,7 @@ def test_a_damaged_store_leaves_nothing_behind(copy, tmp_path, format):
     data = bytearray(file.read_bytes())
     data[0] ^= 1
     file.write_bytes(data)
-    with pytest.raises(StoreError, match="ground_truth/embedding: rows 0 to [0-9]+ do not match their checksum"):
+    with pytest.raises(StoreError, match="rows 0 to [0-9]+ of ground_truth/embedding do not match their checksum"):
         export(copy, tmp_path / "out", format=format)
     assert {entry.name for entry in tmp_path.iterdir()} == {"copy"}
 
