@@ -22,7 +22,6 @@ from cache.durable import (
     discard,
     failpoint,
     make_folders,
-    read_bytes,
     rename,
     scratch_name,
     sync,
@@ -83,9 +82,15 @@ def read_note(store: Path, name: str) -> bytes:
     Raises:
         StoreError: they are not there, or not those that were left.
     """
-    data = read_bytes(_note(store, name))
+    file = _note(store, name)
+    try:
+        data = file.read_bytes()
+    except ABSENT as error:
+        raise StoreError(f"{file}: is missing; run the build again") from error
+    except OSError as error:
+        raise unreadable(file, error) from error
     if hashlib.sha256(data).hexdigest() != name:
-        raise StoreError(f"{_note(store, name)}: is damaged; run the build again")
+        raise StoreError(f"{file}: is damaged; run the build again")
     return data
 
 

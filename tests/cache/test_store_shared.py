@@ -181,5 +181,5 @@ def test_a_note_is_read_as_it_was_left_or_not_at_all(tmp_path):
         file.write_bytes(b"something else")
         with pytest.raises(StoreError, match="is damaged"):
             read_note(tmp_path, name)
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match="is missing; run the build again"):
         read_note(tmp_path, "0" * 64)
