@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,8 @@ Exif: TypeAlias = Literal["turn", "ignore", "legacy"]
 "ignore": never. "legacy": never, and every mode goes through Pillow's `convert("RGB")`: how stores were built that do
 not say how they read images.
 """
+
+log = logging.getLogger("ezsd")
 
 MAX_PIXELS = 180_000_000
 """Larger images are refused; as RGB they would fill 540 MB."""
@@ -125,6 +128,8 @@ def read_pixels(path: Path, stated: tuple[int, int] | None = None, exif: Exif = 
         reading = _reading(path, image, stated, exif)
         if stated is not None:
             reading.require_size(path, stated, exif)
+        if exif == "legacy":
+            _warn_of_legacy(path, image)
         rgb = image.convert("RGB") if exif == "legacy" else _to_rgb(image, reading.conversion)
         if reading.turned:
             rgb = rgb.transpose(_TRANSPOSE[reading.orientation])
@@ -156,6 +161,27 @@ def _reading(path: Path, image: Image.Image, stated: tuple[int, int] | None, exi
         turned=turned,
         conversion=_conversion(path, image),
     )
+
+
+_told: set[str] = set()
+"""What `_warn_of_legacy` has said in this process."""
+
+
+def _warn_of_legacy(path: Path, image: Image.Image) -> None:
+    """Say once for each kind that an image is read otherwise than a new store would read it."""
+    kinds = {
+        f"an EXIF orientation ({_orientation(image)})": _orientation(image) > 1,
+        f"pixels of mode {image.mode}": image.mode not in _EIGHT_BIT_MODES or image.has_transparency_data,
+    }
+    for kind, there in kinds.items():
+        if there and kind not in _told:
+            _told.add(kind)
+            log.warning(
+                "%s: has %s, which the store was built without heeding, and is read the same way now; build the store "
+                "again to read such images by the rule of docs/datasets.md",
+                path,
+                kind,
+            )
 
 
 def _orientation(image: Image.Image) -> int:

@@ -16,6 +16,7 @@ from PIL import Image
 from cache import Store, StoreMismatch
 from cache.manifest import seal
 from ezsd.data.annotations import ImageRecord
+from pipeline import images
 from pipeline.arguments import find_images
 from pipeline.build import build_cache
 from pipeline.check import check_dataset
@@ -219,6 +220,17 @@ def test_a_store_that_does_not_say_how_it_read_images_is_read_as_it_was(stores, 
         del environment["dataset"]
         path.write_bytes(seal(environment))
         assert store_dataset(Store(path.parent), None).exif == "legacy"
+
+
+def test_a_store_that_did_not_turn_images_says_so_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(images, "_told", set())
+    for name in ("a", "b"):
+        save_turned(scene(24, 24), 3, tmp_path / f"{name}.png")
+        read_pixels(tmp_path / f"{name}.png", None, "legacy")
+    Image.fromarray(scene(24, 24)).save(tmp_path / "plain.png")
+    read_pixels(tmp_path / "plain.png", None, "legacy")
+    (said,) = caplog.messages
+    assert said.startswith(f"{tmp_path / 'a.png'}: has an EXIF orientation (3), which the store was built without")
 
 
 @pytest.fixture
