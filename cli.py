@@ -315,7 +315,7 @@ def cache_export(
 
 
 @app.command(epilog="Example:  ezsd train --cache cache/shapes --run runs/a")
-@keeping("no step is done yet; run the same command to begin again")
+@keeping("no step of this start is done; run the same command again")
 def train(
     cache: Annotated[Path, typer.Option(help="A complete store.")],
     run: Annotated[Path | None, typer.Option(help="Run folder, resumed if it exists; runs/STORE by default.")] = None,

@@ -30,7 +30,7 @@ from ezsd.checkpoints import (
     require_transformers,
     transformers_missing,
 )
-from ezsd.vocabulary import VocabularyError, clean_names, prompts, suggest
+from ezsd.vocabulary import VocabularyError, clean_names, first_few, prompts, suggest
 
 __all__ = ["Teacher", "TeacherError", "load_teacher", "require_told_apart"]
 
@@ -185,7 +185,7 @@ class OpenClipTeacher:
                 "teacher %s reads %d tokens of a prompt: the end is cut off, and makes no difference, for %s",
                 self.name,
                 self._tokenizer.context_length,
-                _some([repr(name) for name in cut]),
+                first_few([repr(name) for name in cut], _SHOWN),
             )
 
     def _are_cut(self, said: list[str]) -> list[bool]:
@@ -248,16 +248,11 @@ def require_told_apart(names: Sequence[str], rows: Tensor) -> None:
         near = torch.triu(exact[start : start + _ROWS] @ exact.T > 1 - ALIKE, diagonal=start + 1)
         pairs += [(start + first, second) for first, second in near.nonzero().tolist()]
     if pairs:
+        alike = first_few([f"{names[a]!r} from {names[b]!r}" for a, b in pairs], _SHOWN)
         raise VocabularyError(
-            f"the teacher cannot tell {_some([f'{names[a]!r} from {names[b]!r}' for a, b in pairs])}: their text "
-            "embeddings are equal; leave one of them out, or name it in other words"
+            f"the teacher cannot tell {alike}: their text embeddings are equal; leave one of them out, or name it in "
+            "other words"
         )
-
-
-def _some(words: Sequence[str]) -> str:
-    """The first few of many."""
-    shown = ", ".join(words[:_SHOWN])
-    return shown + (f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else "")
 
 
 def load_teacher(

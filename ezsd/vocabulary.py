@@ -217,8 +217,18 @@ def suggest(name: str, known: Sequence[str]) -> str:
     near = nearest(name, known)
     if near is not None:
         return f"did you mean {near!r}?"
-    shown = ", ".join(repr(other) for other in known[:5])
-    return f"known are {shown}" + (f" and {len(known) - 5} more" if len(known) > 5 else "")
+    return f"known are {first_few([repr(other) for other in known], 5)}"
+
+
+def first_few(words: Sequence[str], most: int) -> str:
+    """The first of many words, and how many more there are.
+
+    Args:
+        words: as they are to be shown.
+        most: so many of them are shown.
+    """
+    rest = len(words) - most
+    return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _positions(names: Iterable[str]) -> dict[str, tuple[int, str]]:

@@ -60,8 +60,8 @@ RELATIONS = (
         "train.accumulate",
         ("train.images", "train.sampling"),
         "scaled",
-        "`images` counts all batches of a step, so nothing that is learned depends on it; refused without "
-        "`sampling=image`",
+        "`images` counts all batches of a step, so nothing that is learned depends on it but batch normalisation "
+        "that is not frozen; refused without `sampling=image`",
     ),
     Relation(
         "train.decay_at",
@@ -137,9 +137,8 @@ RELATIONS = (
         "model.head",
         ("model.tower_depth", "model.box_hidden"),
         "warned",
-        "depth and width are of other layers: on the maps and of the regressor (`fast`), of each region and of all "
-        "layers "
-        "(`paper`: 3 and 1024)",
+        "depth and width are of other layers: on the maps and of the regressor (`fast`), of each region and of "
+        "all layers (`paper`: 3 and 1024)",
     ),
     Relation(
         "model.temperature",
@@ -177,8 +176,7 @@ RELATIONS = (
         ("adapt.learning_rate", "adapt.steps"),
         "warned",
         "the rate is as it stands: AdamW's follows the root of the crops (arXiv 2205.10287), and crops x steps is "
-        "what is "
-        "seen",
+        "what is seen",
     ),
     Relation(
         "adapt.loss",
@@ -198,8 +196,7 @@ RELATIONS = (
         ("proposals.sizes", "proposals.stride", "proposals.mode"),
         "warned",
         "sizes and stride are pixels of the resized image (`faithful`), or pixels of the image and a share of the "
-        "window "
-        "(`sliding`)",
+        "window (`sliding`)",
     ),
     Relation(
         "proposals.stride",
@@ -269,6 +266,7 @@ ALONE = frozenset(
         "train.seed",
         "train.backend",
         "train.channels_last",
+        "train.checkpoint_minutes",
         "train.compile",
         "train.tensorboard",
         "eval.nms_iou",
@@ -348,8 +346,7 @@ def require_fit(config: Config) -> None:
     _require(
         proposals.grid == "faithful" or proposals.stride <= 1,
         f"proposals.stride={proposals.stride:g} is a share of the window's side with proposals.grid=sliding, and "
-        "must be "
-        "at most 1",
+        "must be at most 1",
     )
     _require(
         proposals.regions <= proposals.keep,

@@ -17,7 +17,7 @@ import numpy as np
 
 from ezsd.data.annotations import AnnotationError, Annotations, resolve_image_path
 from ezsd.metrics import read_truth, with_masks
-from ezsd.vocabulary import Split, nearest
+from ezsd.vocabulary import Split, first_few, nearest
 from pipeline.datasets import DATASETS, Dataset, DatasetError
 from pipeline.parsed import evaluation_annotations, kept_arrays, read_categories
 
@@ -162,18 +162,15 @@ def unmeasured(annotations: Annotations, split: Split, offered: Iterable[str] = 
     if annotations.absent:
         near = {name: nearest(name, [other for other in offered if other != name]) for name in annotations.absent}
         hints = [f"{name!r}" + (f" (did you mean {other!r}?)" if other else "") for name, other in near.items()]
-        lines.append(f"no entry in categories named {_some(hints)}: without ground truth, figures of it are '-'")
+        lines.append(
+            f"no entry in categories named {first_few(hints, _NAMED)}: without ground truth, figures of it are '-'"
+        )
     boxless = [name for name in split.novel if name not in seen and name not in annotations.absent]
     if split.novel and not seen & set(split.novel):
         lines.append("has no box of any novel name: the novel figures will be '-'")
     elif boxless:
-        lines.append(f"no box of novel {_some([repr(name) for name in boxless])}: figures of it are '-'")
+        lines.append(f"no box of novel {first_few([repr(name) for name in boxless], _NAMED)}: figures of it are '-'")
     return lines
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def too_few_to_hold_out(images: int, share: float = 0.0) -> bool:

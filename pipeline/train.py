@@ -98,7 +98,7 @@ def train(request: TrainRequest) -> Run:
         base = len(dataset.split.base)
         trainer = build_trainer(detector.to(device), request.config, tables["text"], base, processes)
         run.began_at = step = _resume(run, trainer)
-        if processes.first:
+        if processes.first and step < request.config.train.steps:
             record_store(run, store, step)
         validation = Validation.of_run(run, trainer, dataset, request.config, len(samples))
         if step == request.config.train.steps and not validation.missing(step):

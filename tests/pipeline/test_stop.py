@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,14 +66,19 @@ def test_a_training_told_to_stop_saves_and_the_same_command_goes_on(shapes_store
         reached = latest.step
 
 
-def test_a_training_stopped_before_its_first_step_says_that_nothing_is_kept(shapes_store, tmp_path):
-    process = started("train", "--cache", shapes_store, "--run", tmp_path / "run", "--device", "cpu")
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_training_stopped_before_its_first_step_says_so(resumed, shapes_run, shapes_store, tmp_path):
+    run = tmp_path / "run"
+    if resumed:
+        shutil.copytree(shapes_run.folder, run)
+    process = started("train", "--cache", shapes_store, "--run", run, "--device", "cpu")
     talk = Talk(process)
     talk.wait_for(lambda: listens(process))
     press_ctrl_c(process)
     code, said = talk.end()
     assert code == 130, said
-    assert re.search(r"(no step is done|nothing is begun) yet; run the same command (to begin )?again$", said), said
+    # Whatever checkpoints are there: they are not gone.
+    assert re.search(r"(no step of this start is done|nothing is begun yet); run the same command again$", said), said
     assert len(said.splitlines()) == 2, said
 
 

@@ -76,6 +76,19 @@ def test_a_run_of_before_goes_on_and_records_from_there(stopped, shapes_store, q
     assert read_stores(run) == [{"step": 4, "sha256": Store(shapes_store).digest}]
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_finished_run_is_not_recorded_as_trained_on_what_it_is_only_shown(
+    shapes_run, copy, quick_config, tmp_path, earlier
+):
+    folder = shutil.copytree(shapes_run.folder, tmp_path / "finished")
+    if earlier:
+        (folder / "stores.json").unlink()
+    known = read_stores(Run.open(folder))
+    change_bytes(copy)
+    run = train(TrainRequest(cache=copy, run=folder, config=quick_config, verify="quick", accept_store=True))
+    assert read_stores(run) == known
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_row_ends_a_training_with_one_line(copy, with_settings, tmp_path, workers):
     file = next((copy / "regions/confidence/c").iterdir())
