@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from cache import StoreError
+from ezsd.data.annotations import AnnotationError
 from ezsd.data.dataset import DetectionDataset, Key, Sample, collate, epoch_order, padded_size
 from ezsd.detector.model import Batch
 from pipeline.config import ConfigError, TrainConfig
 from pipeline.images import ImageError
+from pipeline.memory import OutOfMemory, is_out_of_memory
 from pipeline.processes import Processes
 from pipeline.runs import RunError
 from pipeline.stop import shielded
@@ -134,6 +136,13 @@ def _take(source: _Source, stopping: Callable[[], bool]) -> Batch | None:
         if stopping():
             return None
         raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory while a batch of images was read ({error}); give the training more memory, or read fewer "
+            "images at a time: --set train.accumulate, train.loader_workers"
+        ) from error
 
 
 class _OneAhead:
@@ -208,8 +217,8 @@ def _told(error: Exception) -> Exception:
         last = words[-1].partition(": ")[2]
         if "unable to allocate shared memory" in last or "unable to mmap" in last:
             return RunError(f"{SHARED_MEMORY}: has no room for the batches of reading processes ({last}); {CURE}")
-        kind = type(error) if isinstance(error, StoreError) else ImageError
-        return kind(last) if isinstance(error, ValueError | OSError) else error
+        # Anything else is a bug, which shows itself.
+        return type(error)(last) if isinstance(error, AnnotationError | ImageError | StoreError) else error
     if "DataLoader worker" in str(error):
         # torch names the process.
         return RunError(f"{words[0]}. Run the same command to go on from the newest checkpoint.")
