@@ -1,7 +1,7 @@
 """What a reader asks of an array wherever it lies, and the two checks it makes on the way."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,6 +37,10 @@ class RowArray(Protocol):
 
     def file(self, row: int) -> str:
         """Where a row lies, for errors: its file, or the array's folder."""
+        ...
+
+    def shard_files(self) -> Iterator[str]:
+        """Every file that rows are read from, below the array's folder."""
         ...
 
 
@@ -77,6 +81,22 @@ class ZarrArray:
         """See `RowArray`."""
         return self._where
 
+    def shard_files(self) -> Iterator[str]:
+        """See `RowArray`; whatever the layout, and however many: none is made before it is asked for."""
+        shards = self._array.shards or self._array.chunks
+        counts = [-(-length // rows) for length, rows in zip(self.shape, shards, strict=True)]
+        return map(self._array.metadata.encode_chunk_key, _places(counts))
+
+
+def _places(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Every place of a grid; `itertools.product` would first make all numbers of each axis."""
+    if not counts:
+        yield ()
+        return
+    for first in range(counts[0]):
+        for rest in _places(counts[1:]):
+            yield (first, *rest)
+
 
 class VerifiedArray:
     """Another array whose chunks are compared with their checksums when they are first touched.
@@ -98,6 +118,7 @@ class VerifiedArray:
         self._good = bytearray(chunks)
         self.read_ahead = array.read_ahead
         self.file = array.file
+        self.shard_files = array.shard_files
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """See `RowArray`.
@@ -106,17 +127,22 @@ class VerifiedArray:
             StoreError: a chunk that holds some of these rows is damaged.
         """
         first, last = start // self._chunk_rows, -(-stop // self._chunk_rows)
-        if start < stop and self._good.count(1, first, last) < last - first:
-            for chunk in range(first, last):
-                self._check(chunk)
-        return self._array.read(start, stop)
+        if start >= stop or self._good.count(1, first, last) == last - first:
+            return self._array.read(start, stop)
+        # Whole chunks are read once, and what was asked for is cut out: from far away a second read costs as much.
+        low = first * self._chunk_rows
+        rows = self._array.read(low, min(last * self._chunk_rows, self.shape[0]))
+        for chunk in range(first, last):
+            at = chunk * self._chunk_rows - low
+            self._check(chunk, rows[at : at + self._chunk_rows])
+        return rows[start - low : stop - low]
 
-    def _check(self, chunk: int) -> None:
+    def _check(self, chunk: int, rows: NDArray[Any]) -> None:
         if self._good[chunk]:
             return
         start = chunk * self._chunk_rows
-        stop = min(start + self._chunk_rows, self.shape[0])
-        found = zlib.crc32(np.ascontiguousarray(self._array.read(start, stop)).data)
+        stop = start + len(rows)
+        found = zlib.crc32(np.ascontiguousarray(rows).data)
         missing = start + self._chunk_rows - stop
         if missing:
             padding = np.full((missing, *self.shape[1:]), fill_value(self.dtype.str), self.dtype)

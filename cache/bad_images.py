@@ -23,9 +23,20 @@ def all_bad_images(attributes: Iterable[Mapping[str, Any]]) -> dict[int, str]:
     return {int(image): reason for found in attributes for image, reason in found.get(_NAME, {}).items()}
 
 
-def bad_images_of(root: Mapping[str, Any]) -> dict[int, str]:
-    """The bad images of a finished store, by id, from the metadata of its root."""
-    return all_bad_images([root["consolidated_metadata"]["metadata"]["images"]["attributes"]])
+def bad_images_of(root: Mapping[str, Any], where: str) -> dict[int, str]:
+    """The bad images of a finished store, by id, from the metadata of its root; `where` names the file in errors.
+
+    Raises:
+        StoreError: it is not the root of a store.
+    """
+    try:
+        found = all_bad_images([root["consolidated_metadata"]["metadata"]["images"]["attributes"]])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(f"{where}: {NO_ROOT.format(type(error).__name__, error)}") from error
+    return {image: str(reason) for image, reason in found.items()}
+
+
+NO_ROOT = "does not say what the root of a store says ({}: {}); ezsd wrote no such file: do not use this store"
 
 
 def require_no_rows(

@@ -114,8 +114,15 @@ class MappedArray:
         """See `RowArray`."""
         return str(self._shard_file(row // self._shard_rows))
 
+    def shard_files(self) -> Iterator[str]:
+        """See `RowArray`."""
+        return map(self._below_folder, range(self._spec.shards))
+
+    def _below_folder(self, index: int) -> str:
+        return self._spec.shard_file(index).partition("/")[2]
+
     def _shard_file(self, index: int) -> Path:
-        return self._folder.joinpath(*self._spec.shard_file(index).split("/")[1:])
+        return self._folder / self._below_folder(index)
 
     def _open(self, index: int) -> "NDArray[Any] | _Rearranged":
         """The rows of a shard that is touched for the first time; two threads may both do so, to the same effect.

@@ -9,6 +9,7 @@ import resource
 import secrets
 import shutil
 import signal
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -148,29 +149,61 @@ def read_bytes(file: Path) -> bytes:
 
     Raises:
         StoreUnreadable: the system does not let it be read.
-        StoreError: it is missing.
+        StoreError: it is missing, or too long for what it is.
     """
     try:
         with os.fdopen(open_to_read(file), "rb") as opened:
-            return opened.read()
+            data = opened.read(MOST_UNSTATED + 1)
     except OSError as error:
         raise unreadable(file, error) from error
+    if len(data) > MOST_UNSTATED:
+        raise StoreError(f"{file}: is longer than the {MOST_UNSTATED:,} bytes it may have; it is not read")
+    return data
+
+
+def read_if_there(file: Path) -> bytes | None:
+    """Like `read_bytes`; None where there is no file."""
+    try:
+        return read_bytes(file)
+    except StoreError as error:
+        if isinstance(error.__cause__, ABSENT):
+            return None
+        raise
+
+
+MOST_UNSTATED = 256 * 2**20
+"""Most bytes of a file that is read at once: a mark with a million files is smaller."""
 
 
 def open_to_read(file: Path) -> int:
-    """A descriptor to read a file through; where all are in use, the limit is raised as far as is allowed."""
+    """A descriptor to read a file through; where all are in use, the limit is raised as far as is allowed.
+
+    Raises:
+        OSError: there is none to be had, or this is no file: a pipe that a store holds would be waited for for ever.
+    """
     try:
-        return os.open(file, _READ)
+        descriptor = os.open(file, _READ)
     except OSError as error:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        raised = _DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
-        if error.errno != errno.EMFILE or soft == resource.RLIM_INFINITY or soft >= raised:
+        if error.errno != errno.EMFILE:
             raise
-        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-        return os.open(file, _READ)
+        _raise_limit()
+        descriptor = os.open(file, _READ)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "is no regular file", str(file))
 
 
-_READ = os.O_RDONLY | os.O_CLOEXEC
+def _raise_limit() -> None:
+    """Let this process open as many files as it may; where the system refuses, the next `os.open` says so."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raised = _DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < raised:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+
+
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _DESCRIPTORS = 2**16
 """What the limit becomes where any number is allowed."""
 ABSENT = (FileNotFoundError, NotADirectoryError)

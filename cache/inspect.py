@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.bad_images import all_bad_images, bad_images_of
+from cache.bad_images import NO_ROOT, all_bad_images, bad_images_of
 from cache.commit import Committer
 from cache.durable import read_bytes
 from cache.manifest import Manifest, parse_json
@@ -86,12 +86,9 @@ def _committed_info(store: Path, mark: CommitMark, *, complete: bool) -> StoreIn
         attributes = root["attributes"]["ezsd_store"]
         images = int(attributes["images"])
         rows = {product: int(attributes["rows"][product]) for product in RAGGED}
-        bad_images = bad_images_of(root)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise StoreError(
-            f"{store / 'zarr.json'}: does not say what the root of a store says ({type(error).__name__}: {error}); "
-            "ezsd wrote no such file: do not use this store"
-        ) from error
+        raise StoreError(f"{store / 'zarr.json'}: {NO_ROOT.format(type(error).__name__, error)}") from error
+    bad_images = bad_images_of(root, str(store / "zarr.json"))
     manifest = Manifest.from_fields(_load(store, mark, MANIFEST), str(store / MANIFEST))
     return StoreInfo(
         complete=complete,

@@ -22,6 +22,8 @@ from cache.durable import (
     discard,
     failpoint,
     make_folders,
+    read_bytes,
+    read_if_there,
     rename,
     scratch_name,
     sync,
@@ -116,14 +118,10 @@ class Entry:
             StoreUnreadable: the system does not let it be read.
         """
         file = folder / "entry.json"
-        try:
-            record = unseal(file.read_bytes(), str(file))
-        except ABSENT as error:
-            raise StoreError(
-                f"{folder}: no finished journal entry here ({error.strerror}); run the build again"
-            ) from error
-        except OSError as error:
-            raise unreadable(file, error) from error
+        data = read_if_there(file)
+        if data is None:
+            raise StoreError(f"{folder}: no finished journal entry here; run the build again")
+        record = unseal(data, str(file))
         _require_described(record, file)
         return cls(folder, record["arrays"], record["attributes"], record["bytes"])
 

@@ -83,7 +83,11 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
         StoreError: not JSON, not an object, it uses NaN or Infinity, or is nested deeper than any file of a store.
     """
     try:
+        text = text.decode() if isinstance(text, bytes) else text
         found = json.loads(text, parse_constant=_refuse_constant)
+        if "\\u" in text:
+            # Half of a character is legal in JSON, and ends whatever writes it later.
+            _compact(found).encode()
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{where}: not valid JSON ({error}); the file is damaged or was edited") from error
     if _deeper(found, _DEEPEST):

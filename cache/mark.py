@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.durable import ABSENT, FileDigest, file_digest, unreadable
+from cache.durable import ABSENT, FileDigest, file_digest, read_if_there, unreadable
 from cache.manifest import JSON, parse_json, seal, unseal
 from cache.names import MANIFEST_FILE, is_store_file, needed_files, require_inside
 from cache.schema import (
@@ -80,12 +80,9 @@ def read_incomplete(store: Path) -> CommitMark | None:
 
 def _read(store: Path, name: str) -> CommitMark | None:
     file = store / name
-    try:
-        data = file.read_bytes()
-    except ABSENT:
+    data = read_if_there(file)
+    if data is None:
         return None
-    except OSError as error:
-        raise unreadable(file, error) from error
     mark = parse_mark(data, str(file))
     require_inside(store, [name, ENVIRONMENT, LOG, *mark.files])
     return mark

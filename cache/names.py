@@ -28,18 +28,27 @@ GROUPS = ("images", *RAGGED, *WHOLE)
 """Groups of data; each has its like below `checksums`."""
 
 
-def _arrays(embedding: EmbeddingType) -> list[str]:
-    ragged = [f"{product}/{field.name}" for product in RAGGED for field in (OFFSET, *stored_fields(product, embedding))]
-    images = [f"images/{field.name}" for field in IMAGES]
-    return [*images, *ragged, *(f"{product}/{field.name}" for product, field in WHOLE.items())]
+def _arrays(embedding: EmbeddingType) -> dict[str, int]:
+    """The arrays of data by name, and how many dimensions each has."""
+    columns = [("images", field) for field in IMAGES]
+    columns += [(product, field) for product in RAGGED for field in (OFFSET, *stored_fields(product, embedding))]
+    columns += WHOLE.items()
+    return {f"{product}/{field.name}": 1 + len(field.trailing) for product, field in columns}
 
 
-_ARRAYS = sorted({name for embedding in EMBEDDING_TYPES for name in _arrays(embedding)})
-_FILE = re.compile(
-    rf"{re.escape(ROOT)}|{re.escape(MANIFEST_FILE)}|{CHECKSUMS}/{re.escape(ROOT)}"
-    rf"|(?:{CHECKSUMS}/)?(?:{'|'.join(GROUPS)})/{re.escape(ROOT)}"
-    rf"|(?:{CHECKSUMS}/)?(?:{'|'.join(_ARRAYS)})/(?:{re.escape(ROOT)}|c(?:/(?:0|[1-9][0-9]{{0,8}})){{1,2}})"
-)
+def _pattern() -> str:
+    found = {name: axes for embedding in EMBEDDING_TYPES for name, axes in _arrays(embedding).items()}
+    arrays, root = "|".join(sorted(found)), re.escape(ROOT)
+    tables = "|".join(name for name in sorted(found) if found[name] == 2)
+    number = "(?:0|[1-9][0-9]{0,8})"
+    return (
+        rf"{root}|{re.escape(MANIFEST_FILE)}|{CHECKSUMS}/{root}"
+        rf"|(?:{CHECKSUMS}/)?(?:{'|'.join(GROUPS)}|{arrays})/{root}"
+        rf"|(?:{tables})/c/{number}/{number}|(?!(?:{tables})/)(?:{CHECKSUMS}/)?(?:{arrays})/c/{number}"
+    )
+
+
+_FILE = re.compile(_pattern())
 
 
 def is_store_file(name: str) -> bool:

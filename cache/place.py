@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from cache.arrays import RowArray, ZarrArray
 from cache.direct import open_mapped
-from cache.durable import ABSENT, MENDED, FileDigest, file_digest, read_bytes, unreadable
+from cache.durable import MENDED, FileDigest, file_digest, read_bytes, read_if_there, unreadable
 from cache.mark import (
     ENVIRONMENT,
     TRANSFER,
@@ -78,12 +78,7 @@ class LocalPlace:
 
     def read_if_there(self, name: str) -> bytes | None:
         """See `Place`."""
-        try:
-            return read_bytes(self.path / name)
-        except StoreError as error:
-            if isinstance(error.__cause__, ABSENT):
-                return None
-            raise
+        return read_if_there(self.path / name)
 
     def digest(self, name: str) -> FileDigest:
         """See `Place`."""
@@ -107,7 +102,7 @@ def _through_zarr(folder: Path) -> ZarrArray:
     import zarr
 
     with _zarr_errors(folder):
-        return ZarrArray(zarr.open_array(folder, mode="r"), str(folder), partial(_zarr_errors, folder))
+        return ZarrArray(zarr.open_array(folder, mode="r", zarr_format=3), str(folder), partial(_zarr_errors, folder))
 
 
 @contextmanager

@@ -23,7 +23,18 @@ from cache.place import LocalPlace, Place, find_place, read_environment
 from cache.plan import refuse
 from cache.quantise import dequantise
 from cache.records import GroundTruthRows, ProposalRows, RegionRows, RowBatch, Rows
-from cache.schema import CHECKSUMS, IMAGES, OFFSET, RAGGED, WHOLE, Field, StoreError, StoreKeyError, stored_fields
+from cache.schema import (
+    CHECKSUM,
+    CHECKSUMS,
+    IMAGES,
+    OFFSET,
+    RAGGED,
+    WHOLE,
+    Field,
+    StoreError,
+    StoreKeyError,
+    stored_fields,
+)
 from cache.verify import image_places, of_images
 
 Verify: TypeAlias = Literal["quick", "full"]
@@ -122,7 +133,8 @@ class Store:
     @property
     def bad_images(self) -> dict[int, str]:
         """Images that could not be read when the store was built, by id, and why: they have no rows."""
-        return bad_images_of(parse_json(self._place.read_file("zarr.json"), f"{self}/zarr.json"))
+        where = f"{self}/zarr.json"
+        return bad_images_of(parse_json(self._place.read_file("zarr.json"), where), where)
 
     @property
     def proposals(self) -> "Product[ProposalRows]":
@@ -143,7 +155,13 @@ class Store:
     def text(self) -> tuple[tuple[str, ...], NDArray[np.float32]]:
         """Class names, and their text embeddings (C, D) float32, unit."""
         arrays, attributes = self.read_whole("text")
-        return tuple(attributes["names"]), arrays["embedding"]
+        names, rows = attributes.get("names"), arrays["embedding"]
+        if not isinstance(names, list) or len(names) != len(rows) or not all(isinstance(name, str) for name in names):
+            raise StoreError(
+                f"{self}: text/zarr.json does not name the {len(rows)} rows of text/embedding; the store is damaged: "
+                f"{MENDED}"
+            )
+        return tuple(names), rows
 
     @property
     def teacher(self) -> tuple[NDArray[np.float32], dict[str, Any]]:
@@ -167,8 +185,10 @@ class Store:
         if not all_finite(values):
             raise _not_finite(f"{self}: {name}")
         file = f"{product}/zarr.json"
-        attributes = parse_json(self._place.read_file(file), f"{self}/{file}")["attributes"]
-        return {WHOLE[product].name: values}, dict(attributes)
+        attributes = parse_json(self._place.read_file(file), f"{self}/{file}").get("attributes")
+        if not isinstance(attributes, dict):
+            raise StoreError(f"{self}/{file}: has no attributes; the store is damaged: {MENDED}")
+        return {WHOLE[product].name: values}, attributes
 
     def require(self, wanted: Manifest) -> None:
         """Refuse to use this store for an experiment that needs another one.
@@ -280,6 +300,7 @@ class _Opened:
         found = self._arrays.get(name)
         if found is None:
             found = self._place.open_array(name)
+            self._require_listed(name, found)
             self._require_geometry(name, found)
             if self._checked and holds_rows(name) and _has_checksums(self._mark, name):
                 sums = self.column(f"{CHECKSUMS}/{name}")
@@ -297,25 +318,33 @@ class _Opened:
             f"the store is damaged: {MENDED}"
         )
 
+    def _require_listed(self, name: str, array: RowArray) -> None:
+        """Refuse an array with a file that the mark does not list: nobody has looked at its bytes, or where it lies."""
+        for file in array.shard_files():
+            if f"{name}/{file}" not in self._mark.files:
+                raise StoreError(
+                    f"{self._place}/{name}/{file}: belongs to an array, and the commit mark does not list it; "
+                    "ezsd wrote no such store: do not use it"
+                )
+
     def _require_geometry(self, name: str, array: RowArray) -> None:
-        product, _, field = name.partition("/")
-        expected = self._geometry(product, field)
-        if expected is None:
-            return
-        dtype, shape = expected
+        dtype, shape = self._geometry(name, array.shape[:1])
         if array.shape != shape or array.dtype.newbyteorder("<") != np.dtype(dtype):
             raise StoreError(
                 f"{self._place}/{name}/zarr.json: describes {array.dtype} {array.shape}, the arrays beside it need "
                 f"{np.dtype(dtype)} {shape}; the store is damaged: {MENDED}"
             )
 
-    def _geometry(self, product: str, field: str) -> tuple[str, tuple[int, ...]] | None:
-        """Type and shape that an array must have for those it belongs to; None where it is the measure of others."""
+    def _geometry(self, name: str, own: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """Type and shape that an array must have; its `own` length where it is the measure of others, or of none."""
+        product, _, field = name.partition("/")
+        if product == CHECKSUMS:
+            return CHECKSUM.dtype, own or (0,)
+        if product in WHOLE:
+            return WHOLE[product].dtype, (*(own or (0,)), *WHOLE[product].row_shape(self._mark.embed_dim))
         if product == "images":
             dtype = next(column.dtype for column in IMAGES if column.name == field)
-            return None if field == IMAGES[0].name else (dtype, self.column("images/id").shape)
-        if product not in RAGGED:
-            return None
+            return dtype, (own or (0,)) if field == IMAGES[0].name else self.column("images/id").shape
         if field == OFFSET.name:
             return OFFSET.dtype, (len(self.column("images/id")) + 1,)
         rows = self.column(f"{product}/{OFFSET.name}").item(-1)

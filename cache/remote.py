@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 from cache.arrays import RowArray, ZarrArray
-from cache.durable import FileDigest
+from cache.durable import MOST_UNSTATED, FileDigest
 from cache.mark import COMMIT, TRANSFER, CommitMark, parse_mark
 from cache.names import inside, require_inside
 from cache.schema import StoreError, StoreIncomplete
@@ -25,8 +25,12 @@ if TYPE_CHECKING:
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 _PIECE = 8 * 2**20
-_MOST_UNSTATED = 256 * 2**20
-"""Most bytes read of a file whose size no commit mark states; a mark with a million files is smaller."""
+_BLOCKS = {"block_size": _PIECE, "cache_type": "none"}
+_STREAM = {"block_size": 0, "size": 1}
+"""How fsspec reads a file of a web server in one request: without a block size it asks for no ranges, whose answers it
+takes whole however long they are, and with any size it asks for none."""
+_GONE = (404, 410)
+"""What a web server answers for a file that it does not have."""
 _TOGETHER = 32
 """Small files asked for at once."""
 
@@ -40,8 +44,8 @@ class RemotePlace:
         Raises:
             StoreError: fsspec or the library for this kind of URL is not installed, or there is none.
         """
+        self.files, root = _filesystem(url)
         self.url = url.rstrip("/")
-        self.files, root = _filesystem(self.url)
         self._root = root.rstrip("/")
         self.stated: Mapping[str, FileDigest] = {}
         """The files that a commit mark lists, once one was read: no more than the stated bytes are read of each."""
@@ -57,15 +61,23 @@ class RemotePlace:
     def _is_folder(self) -> bool:
         return self.url.startswith(_FILE)
 
+    @property
+    def _is_web(self) -> bool:
+        return "http" in self.files.protocol
+
     def mark(self) -> CommitMark:
         """See `Place`."""
+        return self.committed()[0]
+
+    def committed(self) -> tuple[CommitMark, bytes]:
+        """The commit mark, and the bytes that it is in; see `Place`."""
         data = self.read_if_there(COMMIT)
         if data is not None:
             mark = parse_mark(data, f"{self.url}/{COMMIT}")
             self.stated = mark.files
             if self._is_folder:
                 require_inside(Path(self._root), mark.files)
-            return mark
+            return mark, data
         if self.read_if_there(TRANSFER) is not None:
             raise StoreIncomplete(f"{self.url}: not all files were copied here; run the same `ezsd cache push` again")
         raise StoreError(
@@ -87,12 +99,29 @@ class RemotePlace:
     def sizes(self, names: Iterable[str] = ()) -> dict[str, int]:
         """Sizes of the files that are there; on a web server, which has no list, of those named alone."""
         with self.errors():
-            if "http" in self.files.protocol:
-                return {name: self.files.info(self.path(name))["size"] for name in names}
+            if self._is_web:
+                wanted = list(names)
+                with ThreadPoolExecutor(_TOGETHER, thread_name_prefix="sizes") as pool:
+                    found = dict(zip(wanted, pool.map(self._size, wanted), strict=True))
+                return {name: size for name, size in found.items() if size is not None}
             # Listings are remembered, and the files may have changed since.
             self.files.invalidate_cache()
-            found = self.files.find(self._root, detail=True)
-            return {path.removeprefix(f"{self._root}/"): info["size"] for path, info in found.items()}
+            listed = self.files.find(self._root, detail=True)
+            return {path.removeprefix(f"{self._root}/"): info["size"] for path, info in listed.items()}
+
+    def _size(self, name: str) -> int | None:
+        try:
+            return int(self.files.info(self.path(name))["size"])
+        except FileNotFoundError as error:
+            self._require_reached(error)
+            return None
+
+    def _require_reached(self, error: FileNotFoundError) -> None:
+        """Raise what is behind it: fsspec says "not found" whatever a web server answers, and also where none does."""
+        cause = error.__cause__
+        absent = isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in _GONE
+        if self._is_web and cause is not None and not absent:
+            raise cause from None
 
     def read_file(self, name: str) -> bytes:
         """See `Place`."""
@@ -107,10 +136,7 @@ class RemotePlace:
             try:
                 return b"".join(self._pieces(name))
             except FileNotFoundError as error:
-                cause = error.__cause__
-                # Of a web server fsspec says so too where it cannot be reached.
-                if "http" in self.files.protocol and cause is not None and not isinstance(cause, FileNotFoundError):
-                    raise cause from None
+                self._require_reached(error)
                 return None
 
     def digest(self, name: str) -> FileDigest:
@@ -137,9 +163,9 @@ class RemotePlace:
             yield from self._pieces(name)
 
     def _pieces(self, name: str) -> Iterator[bytes]:
-        most = self.stated[name].size if name in self.stated else _MOST_UNSTATED
+        most = self.stated[name].size if name in self.stated else MOST_UNSTATED
         left = most
-        with self.files.open(self.path(name), "rb", block_size=_PIECE, cache_type="none") as file:
+        with self.files.open(self.path(name), "rb", **(_STREAM if self._is_web else _BLOCKS)) as file:
             # One byte more is asked for: a server says what it likes about a file's size, and may never stop.
             while piece := file.read(min(_PIECE, left + 1)):
                 left -= len(piece)
@@ -203,7 +229,9 @@ def _folder_of(url: str) -> str:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    protocol = url.partition("://")[0]
+    protocol, _, place = url.partition("://")
+    if not place.strip("/"):
+        raise StoreError(f"{url}: names no place of a store; write the whole URL, such as {protocol}://PLACE/STORE")
     try:
         from fsspec.core import url_to_fs
         from fsspec.implementations.local import LocalFileSystem

@@ -14,6 +14,7 @@ from cache.durable import (
     discard,
     disk_room,
     make_folders,
+    read_if_there,
     rename,
     scratch_name,
     unreadable,
@@ -22,6 +23,7 @@ from cache.durable import (
 )
 from cache.journal import drop_data, journal_folder, scratch_folder, set_aside
 from cache.manifest import JSON, canonical_json, seal, unseal
+from cache.mark import is_count, is_sha256
 from cache.names import inside
 from cache.plan import Plan, block_name, read_block, read_plan
 from cache.schema import ArraySpec, StoreError, StoreUnreadable
@@ -140,15 +142,21 @@ def recorded(store: Path, task: ShardTask) -> ShardRecord | None:
     """The record of a finished shard, or None when it must be written (again)."""
     file = _records_folder(store) / record_name(task.array, task.shard)
     try:
-        record = unseal(file.read_bytes(), str(file))
+        data = read_if_there(file)
+        record = {} if data is None else unseal(data, str(file))
         size = (store / task.file).stat().st_size
+    except StoreUnreadable:
+        raise
     except (*ABSENT, StoreError):
         return None
     except OSError as error:
-        raise unreadable(file, error) from error
-    if record["sources"] != task.sources or record["size"] != size:
+        raise unreadable(store / task.file, error) from error
+    digest, sums = record.get("digest"), record.get("chunk_crc32")
+    # The digest of what it was made from covers neither of these: a record of a stranger's may say anything.
+    sound = is_sha256(digest) and isinstance(sums, list) and all(is_count(value) for value in sums)
+    if not sound or record.get("sources") != task.sources or record.get("size") != size:
         return None
-    return ShardRecord(FileDigest(size, record["digest"]), tuple(record["chunk_crc32"]))
+    return ShardRecord(FileDigest(size, str(digest)), tuple(record["chunk_crc32"]))
 
 
 def forget_record(store: Path, task: ShardTask) -> None:

@@ -133,7 +133,7 @@ def pull(url: str, folder: str | os.PathLike[str]) -> int:
         StoreError: there is no store, a file does not arrive as it was committed, or the folder holds other things.
     """
     there, here = RemotePlace(url), Path(folder).absolute()
-    mark, data = there.mark(), there.read_file(COMMIT)
+    mark, data = there.committed()
     if here.exists() and not here.is_dir():
         raise StoreError(f"{here}: is a file; choose a new folder")
     if _is_copied(here, data):

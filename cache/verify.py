@@ -204,10 +204,10 @@ class Locator:
     def _images(self, spec: ArraySpec, rows: Sequence[tuple[int, int]]) -> list[int]:
         product, _, field = spec.name.partition("/")
         ids = self.values("images/id")
-        if ids is None:
+        if ids is None or ids.ndim != 1:
             return []
         if product == "images":
-            return [int(ids[place]) for start, stop in rows for place in range(start, stop)]
+            return [int(ids[place]) for start, stop in rows for place in range(start, min(stop, len(ids)))]
         if product not in RAGGED:
             return []
         if field == "offset":
@@ -215,7 +215,7 @@ class Locator:
             places = {at for start, stop in rows for at in range(start - 1, stop) if 0 <= at < len(ids)}
             return [int(ids[place]) for place in sorted(places)]
         offset = self.values(f"{product}/offset")
-        if offset is None:
+        if offset is None or offset.shape != (len(ids) + 1,):
             return []
         return [int(ids[place]) for place in image_places(offset, rows)]
 
@@ -234,7 +234,9 @@ def image_places(offset: NDArray[np.int64], rows: Sequence[tuple[int, int]]) -> 
     for start, stop in rows:
         first = int(np.searchsorted(offset, start, side="right")) - 1
         last = int(np.searchsorted(offset, stop, side="left"))
-        found |= {place for place in range(first, last) if offset[place] < offset[place + 1]}
+        # Rows outside of all offsets, which only damaged or made-up ones leave, belong to no image.
+        owners = range(max(first, 0), min(last, len(offset) - 1))
+        found |= {place for place in owners if offset[place] < offset[place + 1]}
     return sorted(found)
 
 

@@ -97,6 +97,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
     """A web server that says of some files whatever it is told to."""
 
     endless = ()
+    status = 200
 
     def log_message(self, *_):
         pass
@@ -105,7 +106,7 @@ class Server(http.server.SimpleHTTPRequestHandler):
         if not self.path.endswith(self.endless or ("\0",)):
             super().do_GET()
             return
-        self.send_response(200)
+        self.send_response(self.status)
         self.end_headers()
         try:
             for _ in range(2**14):
@@ -406,9 +407,11 @@ def test_a_link_in_place_of_the_lock_makes_no_file(copy, tmp_path):
 # Sizes
 
 
+@pytest.mark.parametrize("status", [200, 206])
 @pytest.mark.parametrize("name", ["COMMIT.json", "environment.json", "zarr.json", "regions/box/c/0/0"])
-def test_a_server_that_never_stops_is_left(finished, web, tmp_path, monkeypatch, name):
-    monkeypatch.setattr("cache.remote._MOST_UNSTATED", 2**20)
+def test_a_server_that_never_stops_is_left(finished, web, tmp_path, monkeypatch, name, status):
+    web[1].status = status
+    monkeypatch.setattr("cache.remote.MOST_UNSTATED", 2**20)
     shutil.copytree(finished, tmp_path / "web/store")
     web[1].endless = (f"store/{name}",)
     with pytest.raises(StoreError, match=rf"store/{name}: is longer than the [\d,]+ bytes it may have"):
@@ -489,6 +492,108 @@ def test_metadata_that_describe_no_array_are_one_line(copy, array, path, value):
 def read_all(path):
     store = Store(path, verify="full")
     _ = store.regions.batch(storekit.IDS), store.text, store.sizes
+
+
+# Files that the mark does not list
+
+
+@pytest.mark.parametrize("way", ["mapped", "zarr", "url"])
+@pytest.mark.parametrize("array", ["images/id", "regions/score", "checksums/regions/score"])
+def test_no_shard_is_read_that_the_mark_does_not_list(copy, tmp_path, array, way):
+    outside = tmp_path / "outside"
+    (copy / array / "c/0").rename(outside)
+    (copy / array / "c/0").symlink_to(outside)
+    files = json.loads((copy / "COMMIT.json").read_text())["files"]
+    del files[f"{array}/c/0"]
+    if way == "zarr":
+        metadata = json.loads((copy / array / "zarr.json").read_text())
+        change(metadata, ("attributes",), {"of": "another writer"})
+        change(metadata, ("chunk_key_encoding", "configuration"), {"separator": "."})
+        (copy / array / "zarr.json").write_text(canonical_json(metadata) + "\n")
+        (copy / array / "c.0").symlink_to(outside)
+        found = file_digest(copy / array / "zarr.json")
+        files[f"{array}/zarr.json"] = {"size": found.size, "sha256": found.sha256}
+    (copy / "COMMIT.json").write_bytes(sealed(copy, files=files))
+    with pytest.raises(StoreError, match=rf"{array}/c.0: belongs to an array, and the commit mark does not list it"):
+        read_all(copy.as_uri() if way == "url" else copy)
+
+
+@pytest.mark.parametrize(
+    ("array", "changes", "words"),
+    [
+        ("images/id", {"data_type": "float64", "fill_value": "NaN"}, "need int64"),
+        ("checksums/regions/score", {"data_type": "int32", "fill_value": -1}, "need uint32"),
+        ("text/embedding", {"data_type": "int32", "fill_value": -1}, "need float32"),
+        ("teacher/values", {"data_type": "int32", "fill_value": -1}, "need float32"),
+    ],
+)
+def test_arrays_of_another_type_than_the_format_has_are_refused(copy, array, changes, words):
+    file = copy / array / "zarr.json"
+    file.write_text(canonical_json({**json.loads(file.read_text()), **changes}) + "\n")
+    recommit(copy, f"{array}/zarr.json")
+    with pytest.raises(StoreError, match=rf"{array}/zarr.json: describes .* {words}"):
+        _ = read_all(copy), Store(copy).teacher
+
+
+@pytest.mark.parametrize("attributes", [None, [], {}, {"names": "abc"}, {"names": ["circle"]}, {"names": [1, 2, 3]}])
+def test_text_rows_without_their_names_are_refused(copy, attributes):
+    file = copy / "text/zarr.json"
+    file.write_text(canonical_json({**json.loads(file.read_text()), "attributes": attributes}) + "\n")
+    recommit(copy, "text/zarr.json")
+    with pytest.raises(StoreError, match=r"text/zarr.json( has no attributes|: has no attributes| does not name)"):
+        _ = Store(copy).text
+
+
+def test_a_root_without_images_is_one_line_for_whoever_asks_for_bad_images(copy):
+    (copy / "zarr.json").write_text("{}\n")
+    recommit(copy, "zarr.json")
+    with pytest.raises(StoreError, match=r"zarr.json: does not say what the root of a store says \(KeyError"):
+        _ = Store(copy).bad_images
+
+
+@pytest.mark.parametrize("name", ["\\ud800", "\\uDFFF"])
+def test_half_a_character_in_a_mark_is_one_line(name):
+    with pytest.raises(StoreError, match=r"^here: not valid JSON \("):
+        parse_mark(f'{{"format_version":2,"x":"{name}","sha256":""}}'.encode(), "here")
+
+
+def test_a_pipe_in_a_store_is_never_waited_for(copy):
+    (copy / "COMMIT.json").unlink()
+    os.mkfifo(copy / "COMMIT.json")
+    for command in (Store, info, verify, repair, collect):
+        with pytest.raises(StoreError, match=r"COMMIT.json: cannot be read \(is no regular file\)"):
+            command(copy)
+
+
+def test_a_file_that_describes_a_store_is_read_as_far_as_one_can_be_long(copy, monkeypatch):
+    monkeypatch.setattr("cache.durable.MOST_UNSTATED", 100)
+    with pytest.raises(StoreError, match=r"COMMIT.json: is longer than the 100 bytes it may have; it is not read"):
+        Store(copy)
+
+
+@pytest.mark.parametrize("url", ["s3://", "file://", "file:///", "memory://", "https://"])
+def test_a_url_that_names_no_place_is_not_the_working_folder(copy, tmp_path, monkeypatch, url):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(StoreError, match=f"^{url}: names no place of a store"):
+        push(copy, url)
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_verify_tells_of_a_damaged_store_whose_offsets_are_made_up(copy):
+    for array, value in (("regions/offset", 0), ("regions/score", 0)):
+        del value
+        storekit.flip(next(f for f in (copy / array / "c").rglob("*") if f.is_file()), 9)
+    recommit(copy, "regions/offset/c/0")
+    assert any(damage.array == "regions/score" for damage in verify(copy, deep=True))
+
+
+def test_a_file_that_a_web_server_lacks_is_named_as_that(finished, web, tmp_path):
+    url, _ = web
+    shutil.copytree(finished, tmp_path / "web/store")
+    (tmp_path / "web/store/text/zarr.json").unlink()
+    with pytest.raises(StoreError, match=r"/store/text/zarr.json: is not there; the store is damaged"):
+        Store(f"{url}/store")
 
 
 @pytest.mark.parametrize(
