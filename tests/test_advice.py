@@ -2,13 +2,19 @@
 
 A row's `meet` returns the message or raises it; `cure` does what the matched message says; `works` is what was wanted
 and must go through then. Rows of other parts are welcome.
+
+`advice.toml` says of every message of the program that advises which test does what it says. A message is a text in
+the code; `{}` stands for what is put in.
 """
 
+import ast
 import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +25,8 @@ from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.teacher import require_teacher
 from pipeline.build import build_cache, build_share
 from pipeline.check import check_dataset
-from pipeline.command import USER_ERRORS, load_preset
-from pipeline.config import apply_override, from_tables, to_tables
+from pipeline.command import USER_ERRORS
+from pipeline.config import apply_override, from_tables, load_preset, to_tables
 from pipeline.datasets import Dataset, find_dataset
 from pipeline.request import BuildRequest
 from pipeline.shares import Share
@@ -307,6 +313,73 @@ def test_who_does_what_a_message_says_gets_on(row, shapes_root, tmp_path):
     row.cure(place, found)
     again = (row.works or row.meet)(place)
     assert not re.search(row.message, str(again))
+
+
+ROOT = Path(__file__).parents[1]
+INVENTORY = tomllib.loads(Path(__file__).with_name("advice.toml").read_text())
+UNTRIED_AT_MOST = 139
+"""A ratchet: may only fall."""
+
+VERBS = (
+    "accept|add|ask|begin|bring|build|change|choose|convert|copy|correct|detect|download|end|evaluate|give|go on|have|"
+    "install|join|keep|leave|lower|make|mend|mount|move|name|pip install|pull|push|put|raise|remove|rename|run|save|"
+    "say|scale|set|start|take|train|try|use|wait|write"
+)
+ADVICE = re.compile(
+    rf"`ezsd |--set \w|did you mean|(?:^|[;.:,] |\b(?:or|and|then|next:) )(?:{VERBS})\b(?![.,(]| must be\b)", re.IGNORECASE
+)
+
+
+def messages() -> Iterator[str]:
+    """Texts of the program, but for docstrings and the help of options, that advise."""
+    for file in (ROOT / "cli.py", *(path for part in ("cache", "ezsd", "pipeline") for path in (ROOT / part).rglob("*.py"))):
+        tree = ast.parse(file.read_text())
+        skipped: set[ast.expr] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr):
+                skipped.add(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                skipped |= set(node.values)
+            elif isinstance(node, ast.keyword) and node.arg in ("help", "epilog"):
+                skipped.add(node.value)
+        for node in ast.walk(tree):
+            text = "" if node in skipped else _text(node)
+            if " " in text and ADVICE.search(text):
+                yield text
+
+
+def _text(node: ast.AST) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def fragments(section: str) -> list[str]:
+    return [fragment for listed in INVENTORY[section].values() for fragment in listed]
+
+
+def test_every_message_that_advises_is_in_the_inventory_and_in_no_two_places():
+    advising = set(messages())
+    listed = [fragment for section in INVENTORY for fragment in fragments(section)]
+    assert [fragment for fragment, count in Counter(listed).items() if count > 1] == []
+    fits = {one: [one] if one in advising else [text for text in advising if one in text] for one in listed}
+    # A fragment that fits two texts would vouch for a message that nobody has looked at.
+    assert {fragment: texts for fragment, texts in fits.items() if len(texts) != 1} == {}
+    assert advising - {text for texts in fits.values() for text in texts} == set()
+
+
+@pytest.mark.parametrize("test", INVENTORY["tried"])
+def test_the_tests_that_the_inventory_names_are_there(test):
+    file, _, name = test.partition("::")
+    if file == "row":
+        assert name in {row.situation for row in TABLE}
+    else:
+        body = ast.parse((ROOT / file).read_text()).body
+        assert name in {node.name for node in body if isinstance(node, ast.FunctionDef)}
+
+
+def test_less_and_less_advice_is_untried():
+    assert len(fragments("untried")) == UNTRIED_AT_MOST
 
 
 def test_a_misspelt_teacher_is_said_before_anything_is_drawn_or_loaded():
