@@ -1,4 +1,7 @@
-"""Advice about stores is tested: each row meets a message, does what it says, and must get on. See tests/advice.toml."""
+"""Advice about stores is tested: each row meets a message, does what it says, and must get on.
+
+`tests/advice.toml` lists all advice.
+"""
 
 import json
 import re
@@ -299,10 +302,10 @@ TABLE = [
     ),
     Advice(
         situation="a teacher of another build",
-        prepare=lambda scene: scene.half("teacher"),
+        prepare=lambda scene: scene.half("whole-teacher"),
         meet=wholes_again,
         message="belongs to another build; remove this folder and run the build again$",
-        cure=lambda scene: shutil.rmtree(scene.new / "journal/teacher"),
+        cure=lambda scene: shutil.rmtree(scene.new / "journal/whole-teacher"),
         works=lambda scene: Store(storekit.build(scene.new)),
     ),
 ]
