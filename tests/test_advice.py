@@ -2,27 +2,47 @@
 
 A row's `meet` returns the message or raises it; `cure` does what the matched message says; `works` is what was wanted
 and must go through then. Rows of other parts are welcome.
+
+`advice.toml` says of every message of the program that advises which test does what it says. A message is a text in
+the code; `{}` stands for what is put in.
 """
 
+import ast
 import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from cache import Store
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.teacher import require_teacher
+from ezsd.vocabulary import parse_classes
+from pipeline.arguments import (
+    chosen_split,
+    class_names,
+    find_images,
+    picture_places,
+    require_one_source,
+    require_output,
+)
 from pipeline.build import build_cache, build_share
 from pipeline.check import check_dataset
-from pipeline.command import USER_ERRORS, load_preset
-from pipeline.config import apply_override, from_tables, to_tables
+from pipeline.command import USER_ERRORS
+from pipeline.config import apply_override, from_tables, load_preset, to_tables
 from pipeline.datasets import Dataset, find_dataset
+from pipeline.neighbours import load_settings
 from pipeline.request import BuildRequest
+from pipeline.runs import Run
+from pipeline.shapes import write_shapes
 from pipeline.shares import Share
 from pipeline.store import build_lines
 from pipeline.train import TrainRequest, train
@@ -190,6 +210,13 @@ TABLE = [
         cure=lambda place, found: take(place, found[1]),
     ),
     Advice(
+        situation="a dataset with the name of a built-in one",
+        prepare=lambda place: place.replace('name = "own"', 'name = "coco"'),
+        meet=Place.check,
+        message=r"name: 'coco' is a built-in dataset; choose another$",
+        cure=lambda place, found: place.replace('name = "coco"', 'name = "mine"'),
+    ),
+    Advice(
         situation="images named from the folder above",
         prepare=lambda place: (move_names(place, lambda name: name), place.edit(_prefixed)),
         meet=Place.check,
@@ -307,6 +334,179 @@ def test_who_does_what_a_message_says_gets_on(row, shapes_root, tmp_path):
     row.cure(place, found)
     again = (row.works or row.meet)(place)
     assert not re.search(row.message, str(again))
+
+
+CARD = {"names": ["cat"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": {"train": {"steps": 9}}}
+
+
+def begin(folder: Path) -> Run:
+    return Run.create_or_resume(folder, CARD, {"text": torch.eye(2)})
+
+
+def written(path: Path, text: str = "cat\n") -> Path:
+    path.write_text(text)
+    return path
+
+
+def drawn(path: Path) -> Path:
+    Image.new("RGB", (8, 8)).save(path)
+    return path
+
+
+def split_of(file: Path, base: tuple[str, ...] | None) -> None:
+    chosen_split(["cat", "ox"], {}, where=file, base=base, novel=None, split_file=file)
+
+
+SPOKEN: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
+    "no preset 'lvis'; choose one of coco,": (lambda _: load_preset("lvis"), lambda _: load_preset("coco")),
+    "unknown key 'stepz'; did you mean 'steps'\\?": (
+        lambda _: load_preset("shapes", ["train.stepz=3"]),
+        lambda _: load_preset("shapes", ["train.steps=3"]),
+    ),
+    "has a line break; give each setting in one line, with a --set of its own": (
+        lambda _: load_preset("shapes", ["train.steps=3\nimages=2"]),
+        lambda _: load_preset("shapes", ["train.steps=3", "train.images=2"]),
+    ),
+    "proposals.keep=100; set keep to at least as many": (
+        lambda _: load_settings("coco", ["proposals.keep=100"]),
+        lambda _: load_settings("coco", ["proposals.keep=300"]),
+    ),
+    "leaves no region on an object; raise one of them": (
+        lambda _: load_settings("shapes", ["model.sampled_regions=3"]),
+        lambda _: load_settings("shapes", ["model.sampled_regions=4"]),
+    ),
+    "; set proposals.mode=faithful": (
+        lambda _: load_settings("shapes", ["proposals.mode=coarse-to-fine"]),
+        lambda _: load_settings("shapes", ["proposals.mode=faithful"]),
+    ),
+    "leave --base/--novel out": (
+        lambda root: split_of(written(root / "s.toml", 'base = ["cat"]\nnovel = ["ox"]\n'), ("cat",)),
+        lambda root: split_of(root / "s.toml", None),
+    ),
+    "is a folder; give the name of a file": (require_output, lambda root: require_output(root / "new.json")),
+    "there is no folder \\S+; make it first": (
+        lambda root: require_output(root / "deep/new.json"),
+        lambda root: ((root / "deep").mkdir(), require_output(root / "deep/new.json")),
+    ),
+    "give --run RUN, or --detections RESULTS.json": (
+        lambda _: require_one_source(run=None, of_run={}, detections=None, of_file={"--annotations": None}),
+        lambda root: require_one_source(run=root, of_run={}, detections=None, of_file={"--annotations": None}),
+    ),
+    "names.txt: is a file; give it to --classes-file": (
+        lambda root: class_names("--classes", lists=[str(written(root / "names.txt"))]),
+        lambda root: class_names("--classes", files=[root / "names.txt"]),
+    ),
+    "names.txt' is a file; give it to --classes-file": (
+        lambda root: class_names("--classes", lists=[f"dog,{written(root / 'names.txt')}"]),
+        lambda root: class_names("--classes", lists=["dog"], files=[root / "names.txt"]),
+    ),
+    "put commas between names, or": (lambda _: parse_classes("cat;ox"), lambda _: parse_classes("cat,ox")),
+    "or double quotes around this one": (lambda _: parse_classes("cat;ox"), lambda _: parse_classes('"cat;ox"')),
+    "is a URL, .*download the image and give its path": (
+        lambda _: find_images(["https://example.com/a.png"]),
+        lambda root: find_images([drawn(root / "a.png")]),
+    ),
+    "no picture format; give it one such as .png": (
+        lambda root: picture_places([drawn(root / "a.png")], root / "b.txt", alone=True),
+        lambda root: picture_places([root / "a.png"], root / "b.png", alone=True),
+    ),
+    "is the image itself; choose another place": (
+        lambda root: picture_places([drawn(root / "a.png")], root / "a.png", alone=True),
+        lambda root: picture_places([root / "a.png"], root / "b.png", alone=True),
+    ),
+    "have the same name; detect them one by one": (
+        lambda root: picture_places([root / "a/x.png", root / "b/x.png"], root / "new", alone=False),
+        lambda root: [picture_places([root / f"{one}/x.png"], root / f"{one}.png", alone=True) for one in "ab"],
+    ),
+    "is not this very dataset; choose another folder or remove it": (
+        lambda root: write_shapes(root, train=1, val=1, seed=0, workers=1),
+        lambda root: write_shapes(root / "new", train=1, val=1, seed=0, workers=1),
+    ),
+    "is not empty and holds no run; choose another --run folder": (
+        lambda root: begin(written(root / "thesis.tex").parent),
+        lambda root: begin(root / "new"),
+    ),
+}
+"""Advice of one call: what is said, what it is said to, what it says to do."""
+
+
+@pytest.mark.parametrize("said", SPOKEN)
+def test_what_one_call_advises_is_accepted(said, tmp_path):
+    asked, advised = SPOKEN[said]
+    with pytest.raises((*USER_ERRORS, ValueError), match=said):
+        asked(tmp_path)
+    advised(tmp_path)
+
+
+ROOT = Path(__file__).parents[1]
+INVENTORY = tomllib.loads(Path(__file__).with_name("advice.toml").read_text())
+UNTRIED_AT_MOST = 110
+"""A ratchet: may only fall."""
+
+VERBS = (
+    "accept|add|ask|begin|bring|build|change|choose|convert|copy|correct|detect|download|end|evaluate|give|go on|have|"
+    "install|join|keep|leave|lower|make|mend|mount|move|name|pip install|pull|push|put|raise|remove|rename|run|save|"
+    "say|scale|set|start|take|train|try|use|wait|write"
+)
+ADVICE = re.compile(
+    rf"`ezsd |--set \w|did you mean|(?:^|[;.:,] |\b(?:or|and|then|next:) )(?:{VERBS})\b(?![.,(]| must be\b)",
+    re.IGNORECASE,
+)
+
+
+def messages() -> Iterator[str]:
+    """Texts of the program, but for docstrings and the help of options, that advise."""
+    for file in (
+        ROOT / "cli.py",
+        *(path for part in ("cache", "ezsd", "pipeline") for path in (ROOT / part).rglob("*.py")),
+    ):
+        tree = ast.parse(file.read_text())
+        skipped: set[ast.expr] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr):
+                skipped.add(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                skipped |= set(node.values)
+            elif isinstance(node, ast.keyword) and node.arg in ("help", "epilog"):
+                skipped.add(node.value)
+        for node in ast.walk(tree):
+            text = "" if node in skipped else _text(node)
+            if " " in text and ADVICE.search(text):
+                yield text
+
+
+def _text(node: ast.AST) -> str:
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def fragments(section: str) -> list[str]:
+    return [fragment for listed in INVENTORY[section].values() for fragment in listed]
+
+
+def test_every_message_that_advises_is_in_the_inventory_and_in_no_two_places():
+    advising = set(messages())
+    listed = [fragment for section in INVENTORY for fragment in fragments(section)]
+    assert [fragment for fragment, count in Counter(listed).items() if count > 1] == []
+    fits = {one: [one] if one in advising else [text for text in advising if one in text] for one in listed}
+    # A fragment that fits two texts would vouch for a message that nobody has looked at.
+    assert {fragment: texts for fragment, texts in fits.items() if len(texts) != 1} == {}
+    assert advising - {text for texts in fits.values() for text in texts} == set()
+
+
+@pytest.mark.parametrize("test", INVENTORY["tried"])
+def test_the_tests_that_the_inventory_names_are_there(test):
+    file, _, name = test.partition("::")
+    if file == "row":
+        assert name in {row.situation for row in TABLE}
+    else:
+        body = ast.parse((ROOT / file).read_text()).body
+        assert name in {node.name for node in body if isinstance(node, ast.FunctionDef)}
+
+
+def test_less_and_less_advice_is_untried():
+    assert len(fragments("untried")) == UNTRIED_AT_MOST
 
 
 def test_a_misspelt_teacher_is_said_before_anything_is_drawn_or_loaded():

@@ -86,10 +86,11 @@ def test_a_complete_store_has_nothing_left_to_do(finished, copy):
 
 def test_finishing_early_says_what_is_missing(path):
     with storekit.open_writer(path) as writer:
-        with pytest.raises(StoreIncomplete, match="0 of 6 blocks are done"):
+        with pytest.raises(StoreIncomplete, match="0 of 6 blocks are done; write the rest first"):
             writer.commit_tasks()
         for block in writer.pending():
             storekit.write_one(path, block)
+        assert writer.commit_tasks()
         with pytest.raises(StoreIncomplete, match=r"0 of \d+ shards are written"):
             writer.finish()
 
@@ -100,8 +101,10 @@ def test_a_store_without_teacher_is_not_finished(path):
             storekit.write_one(path, block)
         for task in writer.commit_tasks():
             storekit.commit_shard(path, task)
-        with pytest.raises(StoreIncomplete, match="teacher was not written yet"):
+        with pytest.raises(StoreIncomplete, match="teacher was not written yet; use write_whole first"):
             writer.finish()
+        storekit.write_wholes(writer)
+        writer.finish()
 
 
 def test_all_that_the_commit_mark_lists_is_on_the_disk_before_it(path, monkeypatch):

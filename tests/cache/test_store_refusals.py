@@ -146,8 +146,9 @@ def test_a_whole_product_is_written_once(tmp_path):
         storekit.write_wholes(writer)
         arrays, attributes = storekit.WHOLES["teacher"]
         writer.write_whole("teacher", arrays, attributes)
-        with pytest.raises(StoreError, match="was written before, with other contents"):
+        with pytest.raises(StoreError, match="was written before, with other contents; use read_whole"):
             writer.write_whole("teacher", {"values": arrays["values"] + 1}, attributes)
+        assert (writer.read_whole("teacher")[0]["values"] == arrays["values"]).all()
 
 
 OTHER = storekit.manifest(proposals={"nms_iou": 0.5}, text={"prompts": "new"})

@@ -242,6 +242,7 @@ def test_a_copy_never_mixes_with_anything_else(finished, tmp_path):
     killed("pull", finished.as_uri(), str(tmp_path / "half"), "pull.after_rename:3")
     with pytest.raises(StoreError, match="holds the unfinished copy of another store"):
         pull(other.as_uri(), tmp_path / "half")
+    pull(other.as_uri(), tmp_path / "another")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     with pytest.raises(StoreError, match="holds 'notes.txt' but no store"):

@@ -104,6 +104,8 @@ def test_a_folder_that_cannot_be_written_is_told_with_the_way_out(file, tmp_path
     monkeypatch.setenv("EZSD_CACHE_DIR", str(tmp_path / "taken"))
     with pytest.raises(AnnotationError, match="set EZSD_CACHE_DIR"):
         parsed.training_annotations(file, SPLIT)
+    monkeypatch.setenv("EZSD_CACHE_DIR", str(tmp_path / "free"))
+    parsed.training_annotations(file, SPLIT)
 
 
 def test_a_wrong_file_is_refused_as_ever_and_leaves_nothing(file):

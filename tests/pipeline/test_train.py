@@ -220,13 +220,14 @@ def test_an_unfinished_store_is_refused(shapes_store, quick_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_data_root_is_named(shapes_store, quick_config, tmp_path):
+def test_a_missing_data_root_is_named(shapes_store, shapes_root, quick_config, tmp_path):
     moved = tmp_path / "store"
     shutil.copytree(shapes_store, moved)
     file = moved / "environment.json"
     file.write_bytes(seal(unseal(file.read_bytes(), str(file)) | {"data_root": "/gone/away"}))
     with pytest.raises(ValueError, match="/gone/away.*--data-root"):
         train(TrainRequest(cache=moved, run=tmp_path / "run", config=quick_config))
+    assert store_dataset(Store(moved, verify="quick"), shapes_root).root == shapes_root
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"data_root":"elsewhere"}'])
