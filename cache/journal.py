@@ -22,7 +22,6 @@ from cache.durable import (
     discard,
     failpoint,
     make_folders,
-    read_bytes,
     read_if_there,
     rename,
     scratch_name,
