@@ -224,8 +224,10 @@ def test_journaled_work_that_cannot_be_read_is_not_thrown_away(memory, monkeypat
         tasks = writer.commit_tasks()
         place = path / "journal/block-000000" / name
         if name == "entry.json":
-            plain = Path.read_bytes
-            monkeypatch.setattr(Path, "read_bytes", lambda self: denied(self) if self == place else plain(self))
+            plain = cache.durable.open_to_read
+            monkeypatch.setattr(
+                cache.durable, "open_to_read", lambda file: denied(file) if file == place else plain(file)
+            )
         else:
             monkeypatch.setattr("cache.journal.np.memmap", lambda file, *_: denied(file))
         for task in tasks[:1]:
