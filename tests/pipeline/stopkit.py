@@ -11,11 +11,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_SECONDS = 250
+RUNNING = []
+"""Commands that `started` has begun."""
 
 
 def started(*words, own_group=True, env=None, python=(), stdout=subprocess.PIPE):
     """An `ezsd` command, by default in a process group of its own, as a shell starts it."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *python, "-m", "cli", *map(str, words)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
@@ -24,6 +26,17 @@ def started(*words, own_group=True, env=None, python=(), stdout=subprocess.PIPE)
         text=True,
         process_group=0 if own_group else None,
     )
+    RUNNING.append(process)
+    return process
+
+
+def end_all():
+    """Kill the commands that a failed test has left."""
+    while RUNNING:
+        process = RUNNING.pop()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 class Talk:

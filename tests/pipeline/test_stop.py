@@ -17,11 +17,20 @@ from cache import Store
 from pipeline.config import to_tables
 from pipeline.runs import Run
 from pipeline.train import TrainRequest, train
-from tests.pipeline.stopkit import WAIT_SECONDS, Talk, descendants, press_ctrl_c, require_gone, started
+from tests.pipeline.stopkit import WAIT_SECONDS, Talk, descendants, end_all, press_ctrl_c, require_gone, started
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("adapt.steps=4", "adapt.crops=32", "proposals.sizes=[40]", "proposals.stride=0.5", "build.block_images=1")
 ENDLESS = ("train.steps=100000", "train.images=2", "train.checkpoint_every=100000")
+
+
+@pytest.fixture(autouse=True)
+def _as_from_a_terminal():
+    # A shell has Ctrl-C ignored by what it starts in the background, as these tests may be.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+    end_all()
 
 
 def settings(*values):
