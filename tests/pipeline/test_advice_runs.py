@@ -1,6 +1,6 @@
 """Who does what a message about files, runs and options says gets on: the rows meet it, do it, and go on.
 
-Like tests/test_advice.py, whose inventory names these tests; `{}` in a message stands for what is put in.
+The inventory of `tests/test_advice.py` names these tests.
 """
 
 import json
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
@@ -20,17 +21,27 @@ from ezsd.data.table import read_table
 from ezsd.metrics import Named, read_results
 from ezsd.teacher import load_teacher, shipped_weights
 from pipeline.arguments import require_scheduler
-from pipeline.command import USER_ERRORS
+from pipeline.build import build_cache
+from pipeline.command import USER_ERRORS, train_config
+from pipeline.config import load_preset
 from pipeline.datasets import find_dataset
+from pipeline.evaluate import evaluate_run, run_dataset
 from pipeline.figures import evaluate_results
+from pipeline.files import sha256, write_json
 from pipeline.parsed import read_categories
+from pipeline.report import write_report
+from pipeline.request import BuildRequest
+from pipeline.required import require_evaluation
 from pipeline.runs import Run
 from pipeline.surroundings import require_launcher
+from pipeline.train import TrainRequest, train
+from pipeline.trained import load_trained
+from pipeline.validate import require_validation
+from tests.conftest import QUICK
 from tests.ezsd.test_teacher import WORKING
 from tests.pipeline.test_check import TOML, buildable, own
 
 __all__ = ["own"]
-ROOT = Path(__file__).resolve().parents[2]
 REFUSALS = (*USER_ERRORS, ValueError)
 
 
@@ -325,3 +336,193 @@ def test_a_hub_model_with_a_local_file_or_none_as_told_is_loaded(hub_model):
         load_teacher(f"local-dir:{hub_model}", "openai", template="a {}")
     for weights in (None, str(hub_model / "open_clip_model.safetensors")):
         load_teacher(f"local-dir:{hub_model}", weights, template="a {}", activation="gelu")
+
+
+class Runs:
+    """A store, a copy of its trained and evaluated run, and what rows make beside them."""
+
+    def __init__(self, folder: Path, request: pytest.FixtureRequest) -> None:
+        self.store, self.data = (request.getfixturevalue(f"shapes_{what}") for what in ("store", "root"))
+        self.folder, self._request = folder, request
+        self.run = self.copy("run")
+
+    def copy(self, name: str) -> Run:
+        place = self.folder / name
+        shutil.copytree(self._request.getfixturevalue("shapes_run").folder, place)
+        return Run(place)
+
+    def train(self, run: str, *overrides: str, data: Path | None = None, **options: object) -> Run:
+        config = load_preset("shapes", [*QUICK, *overrides])
+        request = TrainRequest(cache=self.store, run=self.folder / run, config=config, data_root=data, **options)
+        return train(request)
+
+    def one_step(self, run: str, *overrides: str, **options: object) -> Run:
+        return self.train(run, "train.steps=1", *overrides, **options)
+
+    def edit(self, name: str, change: Callable[[dict], None]) -> None:
+        """Change a JSON file of the run."""
+        path = self.run.folder / name
+        document = json.loads(path.read_text())
+        change(document)
+        write_json(path, document)
+
+    def evaluate(self, run: Run | None = None, **options: object) -> None:
+        evaluate_run(run or self.run, **{"data_root": None, "device": "cpu"} | options)
+
+    def report(self, *compare: Run) -> None:
+        write_report(self.run, images=0, data_root=None, compare=list(compare))
+
+    def load(self, run: str = "run", *overrides: str) -> None:
+        load_trained(Run.open(self.folder / run), "cpu", overrides)
+
+    def rename_a_weight(self) -> None:
+        """As if another version had called it so."""
+        newest = self.run.finished()
+        state = newest.model()
+        state["old"] = state.pop(next(iter(state)))
+        path = newest.folder / "model.safetensors"
+        save_file(state, path)
+        place = str((newest.folder / "state.json").relative_to(self.run.folder))
+        self.edit(place, put("sha256", "model.safetensors", sha256(path)))
+
+    def outlined(self) -> Path:
+        return self._request.getfixturevalue("outlined_root")
+
+    def build(self, name: str, *overrides: str) -> None:
+        dataset, config = find_dataset("shapes", self.data), load_preset("shapes", [*QUICK, *FAST, *overrides])
+        out = self.folder / name
+        build_cache(BuildRequest(dataset=dataset, config=config, out=out, scheduler="sync"))
+
+
+FAST = ("adapt.steps=1", "adapt.crops=16", "proposals.sizes=[60]", "proposals.stride=1.0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """One row; see tests/test_advice.py."""
+
+    situation: str
+    prepare: Callable[[Runs], object] = lambda runs: None
+    meet: Callable[[Runs], object]
+    message: str
+    cure: Callable[[Runs], object] = lambda runs: None
+    works: Callable[[Runs], object] | None = None
+    """What goes through then; `meet` by default."""
+
+
+TABLE = [
+    Advice(
+        situation="no run in a folder",
+        meet=lambda runs: Run.open(runs.folder / "new"),
+        message=r"no run here \(run.json is missing\); `ezsd train --cache ... --run` makes one$",
+        cure=lambda runs: runs.one_step("new"),
+    ),
+    Advice(
+        situation="a run whose images have moved",
+        prepare=lambda runs: runs.edit("environment.json", put("data_root", "/gone/away")),
+        meet=lambda runs: run_dataset(runs.run, None),
+        message="its images lay in /gone/away, which is gone; give --data-root DIR$",
+        works=lambda runs: run_dataset(runs.run, runs.data),
+    ),
+    Advice(
+        situation="a run that is not evaluated",
+        prepare=lambda runs: (runs.run.folder / "eval.json").unlink(),
+        meet=Runs.report,
+        message=r"not evaluated yet; run `ezsd eval --run \S+run` first$",
+        cure=Runs.evaluate,
+    ),
+    Advice(
+        situation="a run that another version evaluated",
+        prepare=lambda runs: runs.edit("eval.json", put("annotations", ...)),
+        meet=Runs.report,
+        message="was evaluated by another version of ezsd; run `ezsd eval` again$",
+        cure=Runs.evaluate,
+    ),
+    Advice(
+        situation="runs that were evaluated on two ground truths",
+        prepare=lambda runs: (runs.copy("other"), runs.edit("eval.json", put("annotations", "sha256", "a1" * 32))),
+        meet=lambda runs: runs.report(Run(runs.folder / "other")),
+        message="figures of two ground truths cannot stand side by side: run `ezsd eval` again, both with the same",
+        cure=lambda runs: [runs.evaluate(Run(runs.folder / name), data_root=runs.data) for name in ("run", "other")],
+    ),
+    Advice(
+        situation="a run that has not come to its end",
+        prepare=lambda runs: shutil.rmtree(runs.run.finished().folder),
+        meet=lambda runs: runs.load(),
+        message=r"training is not finished \(at step 4 of 6\); run `ezsd train` again$",
+        cure=lambda runs: runs.train("run"),
+    ),
+    Advice(
+        situation="a run whose card another version wrote",
+        prepare=lambda runs: runs.edit("run.json", put("embed_dim", ...)),
+        meet=lambda runs: runs.load(),
+        message="run.json has no embed_dim; another version made it, train it again in another --run folder$",
+        cure=lambda runs: runs.one_step("new"),
+        works=lambda runs: runs.load("new"),
+    ),
+    Advice(
+        situation="a run whose weights another version named",
+        prepare=Runs.rename_a_weight,
+        meet=lambda runs: runs.load(),
+        message=r"was trained by another version of ezsd \(.*\); train it again in another --run folder$",
+        cure=lambda runs: runs.one_step("new"),
+        works=lambda runs: runs.load("new"),
+    ),
+    Advice(
+        situation="a run whose weights another version named is gone on with",
+        prepare=Runs.rename_a_weight,
+        meet=lambda runs: runs.train("run"),
+        message=r"was trained by another version of ezsd \(.*\); train it again in another --run folder$",
+        works=lambda runs: runs.one_step("new"),
+    ),
+    Advice(
+        situation="masks of a run without",
+        meet=lambda runs: runs.load("run", "model.masks=true"),
+        message="was trained without masks; train another one with --set model.masks=true$",
+        cure=lambda runs: runs.one_step("new", "model.masks=true", data=runs.outlined()),
+        works=lambda runs: runs.load("new", "model.masks=true"),
+    ),
+    Advice(
+        situation="an evaluation of fewer detections: by the limit",
+        meet=lambda runs: runs.evaluate(overrides=["eval.keep=5"]),
+        message="eval.keep is for `ezsd detect` alone; leave it out, --max-detections says how many count",
+        works=lambda runs: runs.evaluate(max_detections=300),
+    ),
+    Advice(
+        situation="an evaluation of fewer detections: of `ezsd detect`",
+        meet=lambda runs: runs.evaluate(overrides=["eval.keep=5"]),
+        message="eval.keep is for `ezsd detect` alone",
+        works=lambda runs: runs.load("run", "eval.keep=5"),
+    ),
+    Advice(
+        situation="a training with another setting of stage one",
+        meet=lambda runs: train_config(runs.store, None, ["proposals.regions=7"]),
+        message="build another store with it: ezsd cache build --set proposals.regions=7 --out STORE$",
+        cure=lambda runs: runs.build("new", "proposals.regions=7"),
+        works=lambda runs: train_config(runs.folder / "new", None, []),
+    ),
+]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.situation)
+def test_who_does_what_a_message_about_a_run_says_gets_on(row, request, tmp_path):
+    runs = Runs(tmp_path, request)
+    row.prepare(runs)
+    with pytest.raises(REFUSALS) as met:
+        row.meet(runs)
+    assert re.search(row.message, str(met.value)), met.value
+    row.cure(runs)
+    (row.works or row.meet)(runs)
+
+
+def test_validation_files_put_there_as_told_are_evaluated_on(shapes_root, quick_config, tmp_path, caplog):
+    root = shutil.copytree(shapes_root, tmp_path / "data")
+    away = shutil.move(root / "annotations/instances_val.json", tmp_path / "away.json")
+    dataset = find_dataset("shapes", root)
+    require_validation(dataset, quick_config)
+    assert "`ezsd eval` will need it" in caplog.text
+    caplog.clear()
+    shutil.move(away, root / "annotations/instances_val.json")
+    require_validation(dataset, quick_config)
+    assert "will need it" not in caplog.text
+    require_evaluation(dataset)
