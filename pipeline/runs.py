@@ -143,7 +143,10 @@ class Run:
         card = run.card
         for key, kind in _CARD.items():
             if not isinstance(card.get(key), kind):
-                raise RunError(f"--run {folder}: run.json has no {key}; another version made it, train it again")
+                raise RunError(
+                    f"--run {folder}: run.json has no {key}; another version made it, train it again in another --run "
+                    "folder"
+                )
         return run
 
     @classmethod

@@ -38,6 +38,7 @@ from pipeline.runs import CHANGEABLE, Run, RunError, restore_optimiser, rows_dig
 from pipeline.step import AverageWeights, Objective, Trainer, build_optimiser, in_effect, peak_rate
 from pipeline.stop import Request, Stopped, finishing
 from pipeline.stored import checked_annotations
+from pipeline.trained import load_weights
 from pipeline.trained_on import record_store, require_same_bytes
 from pipeline.validate import Validation, require_validation
 
@@ -420,7 +421,7 @@ def _resume(run: Run, trainer: Trainer) -> int:
     if step == 0:
         return 0
     checkpoint = newest or run.checkpoint(step)
-    trainer.detector.load_state_dict(checkpoint.trained())
+    load_weights(trainer.detector, checkpoint.trained(), run)
     restore_optimiser(trainer.optimiser, checkpoint.optimiser())
     if trainer.average is not None:
         average = checkpoint.average()

@@ -158,13 +158,7 @@ def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> Traine
     frozen = card["backbone_weights"] is not None
     shaped = dataclasses.replace(config, model=dataclasses.replace(config.model, masks=own.model.masks))
     detector = build_detector(shaped, embed_dim, None, frozen_norms=frozen)
-    try:
-        detector.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise RunError(
-            f"--run {run.folder}: was trained by another version of ezsd ({reason}); train it again"
-        ) from error
+    load_weights(detector, state, run)
     names = card["names"]
     assert isinstance(names, list)
     return TrainedDetector(
@@ -175,6 +169,18 @@ def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> Traine
         text=tables["text"],
         device=torch.device(device),
     )
+
+
+def load_weights(detector: Detector, state: Mapping[str, Tensor], run: Run) -> None:
+    """Give a detector the weights of a checkpoint of a run. RunError when they are another version's."""
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise RunError(
+            f"--run {run.folder}: was trained by another version of ezsd ({reason}); train it again in another --run "
+            "folder"
+        ) from error
 
 
 def run_teacher(run: Run, device: str, *, adapted: bool, weights: Path | None = None) -> Teacher:

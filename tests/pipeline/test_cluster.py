@@ -36,7 +36,12 @@ class Cluster:
             port = free.getsockname()[1]
         self.address = f"tcp://{host}:{port}"
         options = ("--host", host, "--port", str(port), "--no-dashboard")
-        self.scheduler = self._start([*inside, *module("dask_scheduler"), *options], environment)
+        self._begin = [*inside, *module("dask_scheduler"), *options], environment
+        self.scheduler = self._start(*self._begin)
+
+    def start_again(self):
+        """Another scheduler in the place of one that has ended."""
+        self.scheduler = self._start(*self._begin)
 
     def worker(self, *options, host="127.0.0.1", inside=(), **environment):
         """One more worker; without a nanny, which would start it again when it dies."""
@@ -190,6 +195,26 @@ def test_a_scheduler_without_workers_is_refused(cluster, monkeypatch):
         Pool(Schedule(scheduler=cluster.address)),
     ):
         pass
+    cluster.worker()
+    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", WAIT_SECONDS)
+    require_pool(cluster.address)
+
+
+def test_a_scheduler_that_is_started_as_told_is_taken(cluster, monkeypatch):
+    cluster.scheduler.kill()
+    cluster.scheduler.wait()
+    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", 1)
+    with pytest.raises(ClusterError, match=r"\); start one with `dask scheduler`, or check the address$"):
+        require_pool(cluster.address)
+    cluster.start_again()
+    cluster.worker()
+    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", WAIT_SECONDS)
+    require_pool(cluster.address)
+
+
+def require_pool(address):
+    with Pool(Schedule(scheduler=address)) as pool, Progress("x", 1, unit="task") as progress:
+        pool.run(abs, [-1], named=str, progress=progress)
 
 
 def test_a_scheduler_that_is_not_there_is_refused(shapes_dataset, quick_config, tmp_path, monkeypatch):

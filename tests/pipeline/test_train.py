@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 
 import pipeline.train
@@ -363,7 +364,13 @@ def test_a_network_without_weights_is_said_to_start_from_none(shapes_store, with
     config = with_settings(model=small, train={"steps": 1})
     train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
     assert "resnet18 starts from random weights" in caplog.text
-    assert "--backbone-weights" in caplog.text
+    assert "give --backbone-weights FILE, ImageNet's as torchvision has them" in caplog.text
+    caplog.clear()
+    file = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), file)
+    given = train(TrainRequest(cache=shapes_store, run=tmp_path / "given", config=config, backbone_weights=file))
+    assert "random weights" not in caplog.text
+    assert given.card["backbone_weights"] is not None
 
 
 @pytest.fixture
