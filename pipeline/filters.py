@@ -29,8 +29,6 @@ def why_no_regions(path: Path) -> str:
         cure = "give it other proposals.boxes" if _given(store) else "lower proposals.stride, or add proposals.sizes"
     elif not clear:
         cure = f"raise proposals.base_iou above {base_iou:g}"
-    elif not settings["regions"]:
-        cure = "set proposals.regions above 0"
     else:
         cure = " or ".join(f"--set proposals.{key}=false" for key in dropping)
     why = " or ".join(_GUESSES[key] for key in dropping) or "were not asked for"
