@@ -21,6 +21,7 @@ import cache.durable
 from cache import Block, Store, StoreError, commit_shard, repair, write_block
 from cache.journal import Entry, read_note, write_entry
 from cache.mark import TRANSFER
+from cache.plan import read_block, read_plan
 from cache.transfer import push
 
 
@@ -186,7 +187,7 @@ TABLE = [
     Advice(
         situation="a block without rows",
         prepare=Scene.alien_block,
-        meet=lambda scene: scene.tasks(scene.path),
+        meet=lambda scene: read_block(read_plan(scene.path), 0),
         message="block-000000: does not hold the rows of a block; remove this folder and run the build again$",
         cure=lambda scene: shutil.rmtree(scene.path / "journal/block-000000"),
         works=whole,

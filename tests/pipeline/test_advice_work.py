@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from cache import Store
+from cli import app
 from ezsd.data.shapes import SHAPES_SPLIT
 from pipeline.batches import load_batches
 from pipeline.build import build_cache, build_share
@@ -114,9 +116,11 @@ class Place:
         load_trained(self.train(self.new), "cpu")
 
     def batches(self, images: int) -> None:
-        config = dataclasses.replace(self.config.train, images=images, accumulate=2, loader_workers=0, sampling="image")
+        config = dataclasses.replace(self.config.train, images=images, loader_workers=0)
         store = Store(self.store)
-        reading = load_batches(training_samples(store, store_dataset(store, None), config), config, first_step=0)
+        reading = load_batches(
+            training_samples(store, store_dataset(store, None), config), config, first_step=0, processes=Processes(0, 2)
+        )
         next(reading)
         reading.close()
 
@@ -218,7 +222,7 @@ TABLE = [
     Advice(
         situation="a step that cannot be shared out",
         meet=lambda place: place.batches(3),
-        message="train.accumulate=2; choose a multiple of 2$",
+        message="to 2 processes with train.accumulate=1; choose a multiple of 2$",
         works=lambda place: place.batches(4),
     ),
     Advice(
@@ -317,7 +321,7 @@ TABLE = [
         prepare=bad_image,
         meet=Place.build,
         message="1 images cannot be read and were left out; `ezsd cache info \\S+` says which and why",
-        works=lambda place: said_by_info(place, "train"),
+        works=said_by_info,
     ),
     Advice(
         situation="a run with other text rows",
@@ -332,6 +336,13 @@ TABLE = [
         meet=lambda place: load_trained(place.run, "cpu"),
         message="is damaged or gone .*; train again in another --run folder$",
         works=Place.train_anew,
+    ),
+    Advice(
+        situation="a run that is trained already",
+        prepare=lambda place: train_steps(place, "first", 1),
+        meet=lambda place: train_steps(place, "first", 1),
+        message=r"or train longer in another --run folder with --set train.steps=N",
+        works=lambda place: train_steps(place, "longer", 2),
     ),
     Advice(
         situation="a checkpoint of another run",
@@ -351,11 +362,14 @@ TABLE = [
 ]
 
 
-def said_by_info(place: Place, _: str) -> None:
-    from typer.testing import CliRunner
+def train_steps(place: Place, run: str, steps: int) -> str:
+    words = ["train", "--cache", str(place.store), "--run", str(place.folder / run), "--device", "cpu"]
+    done = CliRunner().invoke(app, [*words, "--set", f"train.steps={steps}", "--set", "train.images=2"])
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
-    from cli import app
 
+def said_by_info(place: Place) -> None:
     said = CliRunner().invoke(app, ["cache", "info", str(place.folder / "built")])
     assert said.exit_code == 0
     assert re.search(r"000001\.\w+: cannot be read", said.stdout), said.stdout
