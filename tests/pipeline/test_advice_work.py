@@ -204,6 +204,19 @@ def other_annotations(place: Place) -> None:
     place.edit(lambda document: [one["bbox"].__setitem__(0, one["bbox"][0] + 0.5) for one in document["annotations"]])
 
 
+def train_steps(place: Place, run: str, steps: int) -> str:
+    words = ["train", "--cache", str(place.store), "--run", str(place.folder / run), "--device", "cpu"]
+    done = CliRunner().invoke(app, [*words, "--set", f"train.steps={steps}", "--set", "train.images=2"])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def said_by_info(place: Place) -> None:
+    said = CliRunner().invoke(app, ["cache", "info", str(place.folder / "built")])
+    assert said.exit_code == 0
+    assert re.search(r"000001\.\w+: cannot be read", said.stdout), said.stdout
+
+
 @dataclass(frozen=True, kw_only=True)
 class Advice:
     """One row."""
@@ -360,19 +373,6 @@ TABLE = [
         cure=lambda place: place.train(place.run.folder),
     ),
 ]
-
-
-def train_steps(place: Place, run: str, steps: int) -> str:
-    words = ["train", "--cache", str(place.store), "--run", str(place.folder / run), "--device", "cpu"]
-    done = CliRunner().invoke(app, [*words, "--set", f"train.steps={steps}", "--set", "train.images=2"])
-    assert done.exit_code == 0, done.output
-    return done.stdout
-
-
-def said_by_info(place: Place) -> None:
-    said = CliRunner().invoke(app, ["cache", "info", str(place.folder / "built")])
-    assert said.exit_code == 0
-    assert re.search(r"000001\.\w+: cannot be read", said.stdout), said.stdout
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.situation)
