@@ -17,7 +17,7 @@ import subprocess, sys
 import storekit
 from cache import StoreError, verify
 
-folder, size, expected = sys.argv[1:4]
+folder, size, expected, other = sys.argv[1:5]
 mount = ["mount", "-t", "tmpfs", "-o"]
 if subprocess.run([*mount, f"size={size}", "tmpfs", folder]).returncode:
     sys.exit(77)
@@ -40,6 +40,7 @@ try:
     storekit.open_writer(f"{folder}/another")
 except StoreError as error:
     assert "another: cannot be written to (Read-only file system); choose another --out folder" in str(error)
+    storekit.build(other)
 else:
     sys.exit("the disk was not read-only")
 """
@@ -58,7 +59,7 @@ def test_a_full_disk_is_one_line_with_the_bytes_needed_and_the_build_goes_on(fin
     folder = tmp_path / "small"
     folder.mkdir()
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    command = ["unshare", "-m", sys.executable, "-c", SCRIPT, str(folder), size, expected]
+    command = ["unshare", "-m", sys.executable, "-c", SCRIPT, str(folder), size, expected, str(tmp_path / "other")]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=120
     )
