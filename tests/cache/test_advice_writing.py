@@ -227,3 +227,10 @@ def test_who_does_what_a_writer_is_told_gets_on(row, finished, copy, memory, mon
     assert re.search(row.message, str(met.value)), met.value
     row.cure(scene)
     (row.works or row.meet)(scene)
+
+
+def test_a_url_that_names_its_place_is_taken(finished, tmp_path):
+    with pytest.raises(StoreError, match="file:///: names no place of a store; write the whole URL"):
+        push(finished, "file:///")
+    assert push(finished, (tmp_path / "copy").as_uri())
+    assert Store(tmp_path / "copy").digest == Store(finished).digest
