@@ -39,7 +39,7 @@ LOOK_SECONDS = 2.0
 TELL_SECONDS = 60.0
 AHEAD = 2
 """Batches that each reading process has ready or reads."""
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+SHARED_MEMORY = Path("/dev/shm")
 _OWN_QUEUE: Any = multiprocessing.queues.Queue
 CURE = "train.loader_workers=0 reads without reading processes; a container gets more by `docker run --shm-size=SIZE`"
 
