@@ -29,6 +29,7 @@ QUICK = (
     "build.block_images=5",
     "train.steps=6",
     "train.images=4",
+    "train.rate_images=4",
     "train.warmup=2",
     "train.checkpoint_every=2",
 )

@@ -119,7 +119,9 @@ def test_alone_is_a_search_without_any_other_name_under_a_name_of_its_own(shapes
     bare = dataclasses.replace(trained, names=trained.names[first:], text=trained.text[first:])
     dataset = run_dataset(run, None)
     truth, root = dataset.root / dataset.val_annotations, dataset.root / dataset.val_images
-    found = detect_split(bare, evaluation_annotations(truth, dataset.split), root, bare.text, "detect")
+    found = detect_split(
+        bare, evaluation_annotations(truth, dataset.split), root, bare.text, "detect", exif=dataset.exif
+    )
     assert alone["novel_alone"]["detections"] == len(found.score)
     assert alone["novel_alone"]["at"]["100"]["novel"] != asked["novel_asked"]["at"]["100"]["novel"]
     stored = json.loads((run.folder / "detections-novel-alone.json").read_text())
@@ -271,7 +273,8 @@ def columns_end(line):
 def test_the_columns_of_every_table_are_aligned(fixture, request):
     result = json.loads((request.getfixturevalue(fixture).folder / "eval.json").read_text())
     blocks = evaluation_tables(result, per_class=True).split("\n\n")
-    assert len(blocks) >= 4
+    # One label space: a table or more of limits, and the classes.
+    assert len(blocks) >= 2
     for block in blocks:
         _, head, *rows = block.splitlines()
         titles = [match.end() for match in re.finditer(r"\S+", head)]

@@ -560,7 +560,14 @@ def test_learning_rate_warms_up_and_decays(quick_config):
 
 def test_the_step_schedule_falls_twice_and_the_rate_follows_the_images(with_settings):
     config = with_settings(
-        train={"schedule": "step", "steps": 120, "learning_rate": 0.005, "rate_images": 1, "warmup": 10}
+        train={
+            "optimiser": "sgd",
+            "schedule": "step",
+            "steps": 120,
+            "learning_rate": 0.005,
+            "rate_images": 1,
+            "warmup": 10,
+        }
     ).train
     rates = [learning_rate(step, config) for step in range(120)]
     assert rates[10:80] == pytest.approx([0.02] * 70)
