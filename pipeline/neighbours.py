@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ezsd.detector.heads import MAX_TEMPERATURE
-from pipeline.config import Config, ConfigError, load_preset, setting_of
+from pipeline.config import Config, ConfigError, load_preset, setting_of, to_tables
 
 log = logging.getLogger("ezsd")
 
@@ -308,7 +308,14 @@ def load_settings(preset: str, overrides: Iterable[str] = ()) -> Config:
     """
     overrides = list(overrides)
     config = load_preset(preset, overrides)
-    changed = {setting_of(override) for override in overrides}
+    preset_tables, tables = to_tables(load_preset(preset)), to_tables(config)
+    # Who gives the preset's own value changes nothing.
+    changed = {
+        setting
+        for setting in map(setting_of, overrides)
+        for section, _, key in [setting.partition(".")]
+        if tables[section][key] != preset_tables[section][key]
+    }
     require_use(config, changed)
     require_fit(config)
     for line in changed_alone(config, changed):

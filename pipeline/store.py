@@ -134,7 +134,7 @@ def collect_lines(path: Path, *, strays: bool = False, dry_run: bool = False) ->
     lines += [f"kept: {name} ({size:,} bytes), not made by ezsd" for name, size in found.kept.items()]
     lines.append(f"{path}: {len(found.removed)} files, {sum(found.removed.values()):,} bytes {done}")
     if found.kept:
-        lines.append(f"{len(found.kept)} files that ezsd did not make are kept; --strays removes them too")
+        lines.append(f"kept what ezsd did not make ({len(found.kept)}); --strays removes it too")
     return lines
 
 

@@ -10,7 +10,7 @@ def test_gc_says_what_goes_what_would_go_and_what_stays(tmp_path):
     (store / "journal/part").write_bytes(b"123")
     (store / "notes.txt").write_bytes(b"mine")
     kept = ["kept: notes.txt (4 bytes), not made by ezsd"]
-    cure = ["1 files that ezsd did not make are kept; --strays removes them too"]
+    cure = ["kept what ezsd did not make (1); --strays removes it too"]
     assert collect_lines(store, dry_run=True) == [
         "would be removed: journal/part (3 bytes)",
         *kept,
