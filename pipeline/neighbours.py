@@ -290,10 +290,7 @@ _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "loss.mask": ("model.masks=true", lambda c: c.model.masks),
     "proposals.growth": ("another proposals.mode than faithful", lambda c: c.proposals.mode != "faithful"),
     "proposals.passes": ("proposals.mode=coarse-to-fine", lambda c: c.proposals.mode == "coarse-to-fine"),
-    "proposals.drop_background": (
-        "a teacher.background",
-        lambda c: not c.proposals.drop_background or c.teacher.background is not None,
-    ),
+    "proposals.drop_background": ("a teacher.background", lambda c: c.teacher.background is not None),
 }
 """What a setting needs in order to change anything."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -17,7 +19,7 @@ from pipeline.progress import Progress
 from pipeline.stop import shielded
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, SpecCluster
 
 log = logging.getLogger("ezsd")
 
@@ -211,30 +213,55 @@ def _local(schedule: Schedule, workers: int) -> Iterator[Client]:
         with shielded():
             stack.enter_context(config.set({"distributed.nanny.pre-spawn-environ": threads}))
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="ezsd-dask-"))
-            cluster = stack.enter_context(
-                SpecCluster(
-                    scheduler={
-                        "cls": Scheduler,
-                        # Any free port, and nothing to look at there unless it was asked for.
-                        "options": {"host": host, "dashboard": schedule.dashboard, "dashboard_address": f"{host}:0"},
-                    },
-                    workers={
-                        number: {
-                            "cls": Nanny,
-                            "options": {
-                                "host": host,
-                                "nthreads": 1,
-                                "dashboard": False,
-                                "env": environment,
-                                "memory_limit": None,
-                                "local_directory": scratch,
-                                "silence_logs": logging.CRITICAL,
-                            },
-                        }
-                        for number, environment in enumerate(worker_environments(schedule.device, workers))
-                    },
-                    silence_logs=logging.CRITICAL,
-                )
+            cluster = SpecCluster(
+                scheduler={
+                    "cls": Scheduler,
+                    # Any free port, and nothing to look at there unless it was asked for.
+                    "options": {"host": host, "dashboard": schedule.dashboard, "dashboard_address": f"{host}:0"},
+                },
+                workers={
+                    number: {
+                        "cls": Nanny,
+                        "options": {
+                            "host": host,
+                            "nthreads": 1,
+                            "dashboard": False,
+                            "env": environment,
+                            "memory_limit": None,
+                            "local_directory": scratch,
+                            "silence_logs": logging.CRITICAL,
+                        },
+                    }
+                    for number, environment in enumerate(worker_environments(schedule.device, workers))
+                },
+                silence_logs=logging.CRITICAL,
             )
+            stack.push(partial(_close, cluster))
             client = stack.enter_context(Client(cluster, set_as_default=False))
+            stack.push(partial(_kill_workers, cluster))
         yield client
+
+
+def _kill_workers(cluster: SpecCluster, kind: type[BaseException] | None, *_: object) -> None:
+    """After a failure or a signal, end worker processes at once: what they are at will not be finished.
+
+    Dask waits for their tasks, and for those that are still starting.
+    """
+    if kind is None:
+        return
+    for nanny in list(cluster.workers.values()):
+        # It would start another one.
+        nanny.close_gracefully()
+        if (pid := nanny.pid) is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _close(cluster: SpecCluster, kind: type[BaseException] | None, *_: object) -> None:
+    """Close a cluster. After a failure that one is told, not what may follow from it here."""
+    try:
+        cluster.close()
+    except Exception:
+        if kind is None:
+            raise
+        log.debug("Dask did not close in order", exc_info=True)

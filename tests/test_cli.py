@@ -230,7 +230,7 @@ def test_a_store_is_listed_verified_and_compared(shapes_store, tmp_path):
     assert "lost are rows 0 to" in verified.stdout
     assert "notes.txt: does not belong" in verified.stdout
     assert "kept: notes.txt (4 bytes), not made by ezsd" in ezsd("cache", "gc", copy).stdout
-    assert "removed notes.txt (4 bytes)" in ezsd("cache", "gc", copy, "--strays").stdout
+    assert "removed: notes.txt (4 bytes)" in ezsd("cache", "gc", copy, "--strays").stdout
     repaired = ezsd("cache", "repair", copy)
     assert repaired.returncode == 1
     assert "marked incomplete, 1 files are still damaged" in repaired.stdout

@@ -60,7 +60,7 @@ def test_presets_fit_and_say_nothing(name, caplog):
         ("coco", ["loss.mask=2"], "changes nothing without model.masks=true"),
         ("shapes", ["proposals.growth=0.5"], "changes nothing without another proposals.mode than faithful"),
         ("shapes", ["proposals.passes=0.5"], "changes nothing without proposals.mode=coarse-to-fine"),
-        ("coco", ["proposals.drop_background=true"], "changes nothing without a teacher.background"),
+        ("coco", ["proposals.drop_background=false"], "changes nothing without a teacher.background"),
     ],
 )
 def test_settings_that_cannot_be_meant_together_are_refused_in_one_line(preset, overrides, message):
@@ -79,7 +79,8 @@ def test_settings_that_cannot_be_meant_together_are_refused_in_one_line(preset, 
         ("coco", ["model.box_class=topk", "model.box_top_k=3"]),
         ("coco", ["model.masks=true", "loss.mask=2"]),
         ("coco", ["proposals.mode=grown-stride", "proposals.growth=0.5"]),
-        ("coco", ["proposals.drop_background=false"]),
+        ("coco", ["proposals.drop_background=true"]),
+        ("shapes", ["proposals.drop_background=false"]),
         ("shapes", ["proposals.regions=1000"]),
         ("shapes", ["loss.metric=cosine", "loss.distillation=0"]),
     ],

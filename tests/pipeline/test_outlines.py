@@ -149,7 +149,7 @@ def test_the_detections_file_gives_the_figures_of_masks_too(masked_run, outlined
         masked_run.folder / "detections.json",
         outlined_root / "annotations/instances_val.json",
         base=None,
-        novel=",".join(SHAPES_SPLIT.novel),
+        novel=SHAPES_SPLIT.novel,
         split_file=None,
         classes=None,
         max_detections=None,
