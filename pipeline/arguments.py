@@ -304,7 +304,7 @@ def chosen_split(
 
     Raises:
         ArgumentError: a choice is made twice, or none and the file suggests none.
-        VocabularyError: a name is not in the file, occurs twice or is empty.
+        VocabularyError: a base name is not in the file, a name occurs twice or is empty.
     """
     if split_file is not None:
         if base is not None or novel is not None:
@@ -336,8 +336,8 @@ def _others(names: Sequence[str], chosen: Sequence[str] | None) -> tuple[str, ..
 
 
 def _known(split: Split, names: Sequence[str]) -> Split:
-    """The same split, its names spelt as the file spells them."""
-    resolve(split.names, names)
+    """The same split, its names spelt as the file spells them; the file may lack novel ones."""
+    resolve(split.base, names)
     return Split(base=spelt_as(split.base, names), novel=spelt_as(split.novel, names))
 
 
@@ -347,7 +347,7 @@ def _read_split(path: Path) -> Split:
     except OSError as error:
         raise ArgumentError(f"--split-file {path}: cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"--split-file {path}: is no TOML: {error}") from error
+        raise ArgumentError(f"--split-file {path}: is not valid TOML: {error}") from error
     table = document.get("classes", document)
     lists = [table.get(part) if isinstance(table, dict) else None for part in ("base", "novel")]
     for part, found in zip(("base", "novel"), lists, strict=True):

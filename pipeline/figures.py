@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 from ezsd.data.catalogue import read_catalogue
 from ezsd.data.segmentations import MissingOutline, json_run_lengths
 from ezsd.metrics import Limit, Results, Truth, evaluate_at, limits_of, read_results, read_truth, with_masks
+from ezsd.vocabulary import first_few, nearest
 from pipeline.arguments import ArgumentError, chosen_split
 from pipeline.files import sha256
 
@@ -33,6 +34,8 @@ _FORMER = {"base_alone": "base_only", "novel_alone": "novel_only"}
 """What earlier versions call the same."""
 SHAPES = {"bbox": "boxes", "segm": "masks"}
 """What overlaps are measured of."""
+NAMED = 5
+"""Most names in one line of what cannot be measured."""
 COLUMNS = ("AP", "AP50", "AP75", "AR")
 """Figures of a group or a class."""
 GROUPS = ("base", "novel", "all", "rare", "common", "frequent")
@@ -77,6 +80,9 @@ def evaluate_results(
         novel=novel,
         split_file=split_file,
     )
+    absent = [name for name in split.novel if name not in catalogue.ids]
+    if absent:
+        log.warning("%s: %s", annotations, no_ground_truth(absent, catalogue.ids))
     truth = read_truth(annotations, split, catalogue)
     results = read_results(detections, images=truth.sizes(), categories=truth.category_positions(), named=truth.named())
     if results.masks is not None:
@@ -93,6 +99,19 @@ def evaluate_results(
     _warn_of_unsearched(detections, results, truth, asked)
     # What else competed is not in the file.
     return document(truth, {space_of(asked, alone=False): results}, max_detections)
+
+
+def no_ground_truth(absent: Iterable[str], offered: Iterable[str]) -> str:
+    """One line about names that the class table of an annotation file lacks.
+
+    Args:
+        absent: the names.
+        offered: names of the class table, of which near ones are offered.
+    """
+    table = list(offered)
+    near = {name: nearest(name, [other for other in table if other != name]) for name in absent}
+    hints = [f"{name!r}" + (f" (did you mean {other!r}?)" if other else "") for name, other in near.items()]
+    return f"no entry in categories named {first_few(hints, NAMED)}: without ground truth, figures of it are '-'"
 
 
 def space_of(classes: Classes, *, alone: bool) -> Space:

@@ -17,14 +17,12 @@ import numpy as np
 
 from ezsd.data.annotations import AnnotationError, Annotations, resolve_image_path
 from ezsd.metrics import read_truth, with_masks
-from ezsd.vocabulary import Split, first_few, nearest
+from ezsd.vocabulary import Split, first_few
 from pipeline.datasets import DATASETS, Dataset, DatasetError
+from pipeline.figures import NAMED, no_ground_truth
 from pipeline.parsed import evaluation_annotations, kept_arrays, read_categories
 
 log = logging.getLogger("ezsd")
-
-_NAMED = 5
-"""Most names in one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,16 +158,12 @@ def unmeasured(annotations: Annotations, split: Split, offered: Iterable[str] = 
         return ["has no box of any name of the split: every figure will be '-'"]
     lines = []
     if annotations.absent:
-        near = {name: nearest(name, [other for other in offered if other != name]) for name in annotations.absent}
-        hints = [f"{name!r}" + (f" (did you mean {other!r}?)" if other else "") for name, other in near.items()]
-        lines.append(
-            f"no entry in categories named {first_few(hints, _NAMED)}: without ground truth, figures of it are '-'"
-        )
+        lines.append(no_ground_truth(annotations.absent, offered))
     boxless = [name for name in split.novel if name not in seen and name not in annotations.absent]
     if split.novel and not seen & set(split.novel):
         lines.append("has no box of any novel name: the novel figures will be '-'")
     elif boxless:
-        lines.append(f"no box of novel {first_few([repr(name) for name in boxless], _NAMED)}: figures of it are '-'")
+        lines.append(f"no box of novel {first_few([repr(name) for name in boxless], NAMED)}: figures of it are '-'")
     return lines
 
 

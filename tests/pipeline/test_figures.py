@@ -190,13 +190,26 @@ def test_classes_not_named_novel_are_base_and_the_reverse(scene):
         assert found["novel"]["AP50"] == pytest.approx(1)
 
 
+def test_a_novel_name_that_the_file_lacks_is_said_and_has_no_figures(scene, tmp_path, caplog):
+    (tmp_path / "split.toml").write_text('base = ["cat"]\nnovel = ["cow", "cowe"]\n')
+    for options in ({"novel": "cow,cowe"}, {"split_file": tmp_path / "split.toml"}):
+        caplog.clear()
+        found = at_limit(evaluated(*scene, **options), "generalised")
+        assert found["novel"]["AP50"] == pytest.approx(1)
+        assert found["per_class"]["cowe"]["AP50"] is None
+        assert [record.message for record in caplog.records] == [
+            f"{scene[1]}: no entry in categories named 'cowe' (did you mean 'cow'?): without ground truth, "
+            "figures of it are '-'"
+        ]
+
+
 def test_a_split_file_is_a_dataset_file_or_two_lists(scene, tmp_path):
     lists = 'base = ["cat"]\nnovel = ["cow"]\n'
     for text in (lists, f'name = "mine"\n[classes]\n{lists}'):
         (tmp_path / "split.toml").write_text(text)
         found = at_limit(evaluated(*scene, split_file=tmp_path / "split.toml"), "generalised")
         assert found["names"] == ["cat", "cow"]
-    for text, words in (("base = 5", "base: expected a list"), ("=", "no TOML")):
+    for text, words in (("base = 5", "base: expected a list"), ("=", "is not valid TOML")):
         (tmp_path / "split.toml").write_text(text)
         with pytest.raises(ArgumentError, match=words):
             evaluated(*scene, split_file=tmp_path / "split.toml")
@@ -215,7 +228,7 @@ def test_results_of_a_search_for_more_names_are_not_those_of_novel_ones(scene):
     ("options", "error", "words"),
     [
         ({}, ArgumentError, "which of its 3 classes are novel"),
-        ({"novel": "cows"}, VocabularyError, "did you mean 'cow'"),
+        ({"base": "cows"}, VocabularyError, "did you mean 'cow'"),
         ({"novel": "cow", "max_detections": 50}, ArgumentError, "reported at 100, 300"),
         ({"novel": "cow", "split_file": Path("x.toml")}, ArgumentError, "already says"),
         ({"split_file": Path("x.toml")}, ArgumentError, "cannot be read"),
