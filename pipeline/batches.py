@@ -86,7 +86,9 @@ def load_batches(
     wanted = partial(_shared_out, samples, starts=starts, size=size)
     source: _Source
     if config.loader_workers:
-        _require_shared_memory(samples, list(islice(wanted(order()), AHEAD * config.loader_workers)), config)
+        _require_shared_memory(
+            samples, list(islice(wanted(order()), AHEAD * config.loader_workers)), config, processes.here
+        )
         source = _Readers(samples, wanted(order()), config.loader_workers)
     else:
         source = _OneAhead(samples, wanted(order()))
@@ -250,8 +252,16 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
         yield from (masks.frame, masks.grid)
 
 
-def _require_shared_memory(samples: DetectionDataset, first: Sequence[Sequence[Key]], config: TrainConfig) -> None:
+def _require_shared_memory(
+    samples: DetectionDataset, first: Sequence[Sequence[Key]], config: TrainConfig, here: int
+) -> None:
     """Look whether the batches that are under way at once have room, by the pictures of the first ones.
+
+    Args:
+        samples: what is read.
+        first: the images of the first batches.
+        config: who reads them.
+        here: training processes on this machine: they share the memory, and each has readers of its own.
 
     Raises:
         RunError: they do not.
@@ -263,13 +273,13 @@ def _require_shared_memory(samples: DetectionDataset, first: Sequence[Sequence[K
         height, width = padded_size([*(samples.size(key.epoch, key.position) for key in keys), keys[0].canvas])
         pixels = max(pixels, len(keys) * height * width)
     # Each reader's, and the one that is in use.
-    count = AHEAD * config.loader_workers + 1
+    count = (AHEAD * config.loader_workers + 1) * here
     needed, free = count * pixels * 3 * torch.float32.itemsize, shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise RunError(
             f"{SHARED_MEMORY}: {free / 2**20:,.0f} MB of shared memory are free, but {count} batches of "
             f"{pixels * 3 * torch.float32.itemsize / 2**20:,.0f} MB are under way at once with train.loader_workers="
-            f"{config.loader_workers}; {CURE}"
+            f"{config.loader_workers}{f' in {here} processes' if here > 1 else ''}; {CURE}"
         )
 
 

@@ -21,6 +21,8 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    here: int = 1
+    """How many of them are on this machine."""
 
     @property
     def first(self) -> bool:
@@ -77,7 +79,9 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise RunError(f"the {os.environ['WORLD_SIZE']} processes did not meet at {where}: {error}") from error
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
+        # Another launcher than torchrun need not say how many are here.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        yield Processes(dist.get_rank(), dist.get_world_size(), here)
     finally:
         if mine:
             dist.destroy_process_group()

@@ -6,11 +6,14 @@ changes a store by hand can make its digests anew. So run.json, which tells runs
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from cache import Store
 from pipeline.files import DamagedFile, read_objects, write_json
 from pipeline.runs import Run, RunError
+
+log = logging.getLogger("ezsd")
 
 
 def read_stores(run: Run) -> list[dict[str, Any]]:
@@ -47,6 +50,14 @@ def require_same_bytes(run: Run, store: Store, *, accept: bool) -> None:
 def record_store(run: Run, store: Store, step: int) -> None:
     """Note which store the run is trained on from a step on; what is trained anew is forgotten."""
     known = read_stores(run)
+    if step and not known:
+        log.warning(
+            "--run %s: was begun by a version that did not record which bytes it is trained on; from step %d on they "
+            "are those of %s",
+            run.folder,
+            step,
+            store,
+        )
     entries = [entry for entry in known if entry["step"] < step]
     if not entries or entries[-1]["sha256"] != store.digest:
         entries.append({"step": step, "sha256": store.digest})

@@ -70,9 +70,11 @@ def test_a_report_shows_no_regions_of_other_bytes(shapes_run, copy, tmp_path):
         run_store(collect([run])[0])
 
 
-def test_a_run_of_before_goes_on_and_records_from_there(stopped, shapes_store, quick_config):
+def test_a_run_of_before_goes_on_says_so_and_records_from_there(stopped, shapes_store, quick_config, caplog):
     (stopped / "stores.json").unlink()
     run = train(TrainRequest(cache=shapes_store, run=stopped, config=quick_config))
+    (said,) = [text for text in caplog.messages if text.startswith(f"--run {stopped}: ")]
+    assert said.endswith(f"which bytes it is trained on; from step 4 on they are those of {shapes_store}")
     assert read_stores(run) == [{"step": 4, "sha256": Store(shapes_store).digest}]
 
 
