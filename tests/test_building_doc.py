@@ -1,16 +1,14 @@
 """docs/building.md: commands on the shapes run in the order in which they stand, others have options that exist."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import typer
 
 import cli
+from tests.commandkit import ezsd
 from tests.conftest import QUICK
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,14 +30,7 @@ def test_every_way_of_building_makes_the_same_store(shapes_root, shapes_store, t
     (tmp_path / "data/shapes").symlink_to(shapes_root)
     for words in found:
         quick = [word for setting in QUICK for word in ("--set", setting)] if words[1] == "build" else []
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "cli", *words, *quick],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = ezsd(*words, *quick, cwd=tmp_path)
         assert done.returncode == 0, f"{words}\n{done.stderr}"
         if words[1] == "diff":
             assert "same content, file for file" in done.stdout

@@ -10,19 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.commandkit import ezsd
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def ezsd(*arguments, cwd=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        timeout=240,
-        check=False,
-    )
 
 
 def assert_one_clear_line(result, *words):
@@ -396,14 +386,7 @@ def test_a_reader_that_leaves_early_ends_the_command_in_silence(shapes_store):
 )
 def test_variables_of_a_launcher_that_are_not_whole_are_one_line(given, words):
     """Said before the store is opened, which is not there."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cli", "train", "--cache", "nowhere"],
-        cwd=ROOT,
-        env={**os.environ, **given},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = ezsd("train", "--cache", "nowhere", **given)
     assert done.returncode == 2
     assert words in done.stderr
     assert done.stderr.count("\n") == 1
@@ -412,10 +395,7 @@ def test_variables_of_a_launcher_that_are_not_whole_are_one_line(given, words):
 def test_a_finished_run_says_so_and_what_next(shapes_run, shapes_store, tmp_path):
     words = ["train", "--cache", str(shapes_store), "--run", str(tmp_path / "run"), "--device", "cpu"]
     words += ["--set", "train.steps=1", "--set", "train.images=2"]
-    first, again = (
-        subprocess.run([sys.executable, "-m", "cli", *words], cwd=ROOT, capture_output=True, text=True, check=True)
-        for _ in range(2)
-    )
+    first, again = (ezsd(*words).check_returncode() for _ in range(2))
     assert "run: trained; next: ezsd eval" in first.stdout
     assert "run: already trained for its 1 steps; next: ezsd eval" in again.stdout
     assert "resuming" not in again.stderr

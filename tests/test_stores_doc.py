@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cache import compare
+from tests.commandkit import ezsd
 from tests.conftest import QUICK
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,17 +28,6 @@ def work(tmp_path_factory, shapes_store, shapes_root):
     return folder
 
 
-def run(work, words):
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=work,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_every_command_does_what_stands_there(work):
     assert len(COMMANDS) == 11
     for line in COMMANDS:
@@ -47,7 +37,7 @@ def test_every_command_does_what_stands_there(work):
             words += [word for setting in QUICK for word in ("--set", setting)]
         if words[:2] == ["cache", "pull"]:
             shutil.rmtree(work / "cache/copy")
-        done = run(work, ["-P", "-m", "cli", *words])
+        done = ezsd(*words, cwd=work)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         if words[:2] == ["cache", "build"]:
             assert "computed: regions" in done.stderr + done.stdout
@@ -58,6 +48,13 @@ def test_every_command_does_what_stands_there(work):
 def test_the_python_reads_a_store(work):
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     code = code.replace("[42, 7]", "[2, 1]").replace("[42]", "[2]")
-    done = run(work, ["-c", code + "\nprint(len(rows.box), batch.counts.sum() >= len(rows.box))"])
+    done = subprocess.run(
+        [sys.executable, "-c", code + "\nprint(len(rows.box), batch.counts.sum() >= len(rows.box))"],
+        cwd=work,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[1] == "True"

@@ -19,6 +19,7 @@ from pipeline.evaluate import detect_split, evaluate_run, run_dataset
 from pipeline.figures import aligned, at_limit, evaluate_results, evaluation_tables, headline
 from pipeline.parsed import evaluation_annotations
 from pipeline.trained import load_trained
+from tests.commandkit import ezsd
 
 ROOT = Path(__file__).resolve().parents[2]
 NOVEL = ",".join(SHAPES_SPLIT.novel)
@@ -310,9 +311,8 @@ def test_a_name_with_a_comma_is_novel_by_quotes_and_by_a_file(scene, tmp_path):
     (tmp_path / "novel.txt").write_text("tench, Tinca tinca\n")
     quoted = evaluated(*scene, novel='"tench, Tinca tinca"')
     assert at_limit(quoted, "generalised")["names"] == ["cat", "yak", "tench, Tinca tinca"]
-    words = [sys.executable, "-m", "cli", "eval", "--detections", scene[0], "--annotations", scene[1]]
-    words += ["--novel-file", tmp_path / "novel.txt", "--out", tmp_path / "out.json"]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=ROOT, check=False)
+    words = ["--novel-file", tmp_path / "novel.txt", "--out", tmp_path / "out.json"]
+    done = ezsd("eval", "--detections", scene[0], "--annotations", scene[1], *words)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(quoted))
 
