@@ -63,6 +63,7 @@ class Store:
         self._place = find_place(path)
         self._verify = verify
         self._opened: _Opened | None = None
+        # Read here, so that what is no store is said where it is opened.
         self._mark  # noqa: B018
 
     def __getstate__(self) -> tuple[str, Verify]:

@@ -83,17 +83,22 @@ def stop_listening() -> None:
     """Put the handlers back that were there before `listen`."""
     for number, handler in _state.before.items():
         signal.signal(number, handler)
+    _forget()
+
+
+def end_listening() -> None:
+    """The work is over: a signal kills what is left of the process, without a traceback. `listen` may begin again."""
+    for number in _state.before:
+        signal.signal(number, signal.SIG_DFL)
+    _forget()
+
+
+def _forget() -> None:
     _state.before.clear()
     if _state.told >= 0:
         signal.set_wakeup_fd(-1)
         os.close(_state.told)
         _state.told = -1
-
-
-def end_listening() -> None:
-    """The work is over: a signal kills what is left of the process, without a traceback."""
-    for number in _state.before:
-        signal.signal(number, signal.SIG_DFL)
 
 
 def _note(number: int, _: FrameType | None) -> None:

@@ -16,6 +16,7 @@ import torch
 from cache import Store
 from pipeline.config import to_tables
 from pipeline.runs import Run
+from pipeline.stop import end_listening, listen
 from pipeline.train import TrainRequest, train
 from tests.pipeline.stopkit import WAIT_SECONDS, Talk, descendants, end_all, press_ctrl_c, require_gone, started
 
@@ -139,6 +140,14 @@ def test_a_build_in_several_processes_stops_and_goes_on_to_the_same_store(
     code, said = Talk(started(*words)).end()
     assert code == 0, said
     assert (Store(out).text[1] == Store(shapes_store).text[1]).all()
+
+
+def test_a_second_command_of_a_process_listens_too():
+    for _ in range(2):
+        listen()
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+        end_listening()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_drawing_shapes_leaves_no_folder(tmp_path):
