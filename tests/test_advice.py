@@ -440,9 +440,6 @@ def test_what_one_call_advises_is_accepted(said, tmp_path):
 
 ROOT = Path(__file__).parents[1]
 INVENTORY = tomllib.loads(Path(__file__).with_name("advice.toml").read_text())
-UNTRIED_AT_MOST = 15
-"""A ratchet: may only fall."""
-
 VERBS = (
     "accept|add|ask|begin|bring|build|change|choose|convert|copy|correct|detect|download|end|evaluate|give|go on|have|"
     "install|join|keep|leave|lower|make|mend|mount|move|name|pip install|pull|push|put|raise|remove|rename|run|save|"
@@ -503,10 +500,6 @@ def test_the_tests_that_the_inventory_names_are_there(test):
     else:
         body = ast.parse((ROOT / file).read_text()).body
         assert name in {node.name for node in body if isinstance(node, ast.FunctionDef)}
-
-
-def test_less_and_less_advice_is_untried():
-    assert len(fragments("untried")) == UNTRIED_AT_MOST
 
 
 def test_a_misspelt_teacher_is_said_before_anything_is_drawn_or_loaded():

@@ -107,6 +107,18 @@ class Scene:
         with storekit.open_writer(self.path) as writer:
             self.note = writer.write_note(b"for the workers")
 
+    def lose_note(self) -> None:
+        self.leave_note()
+        (self.path / "journal/notes" / self.note).unlink()
+
+    def lose_an_entry(self) -> None:
+        """The folder of a block goes once the shards are planned."""
+        self.journal()
+        task = self.tasks(self.path)[-1]
+        for folder in self.path.glob("journal/block-*"):
+            shutil.rmtree(folder)
+        commit_shard(self.path, task)
+
     def spoil_note(self) -> None:
         self.leave_note()
         storekit.flip(self.path / "journal/notes" / self.note, 3)
@@ -183,6 +195,19 @@ TABLE = [
         meet=lambda scene: read_note(scene.path, scene.note),
         message=": is damaged; run the build again$",
         works=lambda scene: (scene.leave_note(), read_note(scene.path, scene.note), whole(scene)),
+    ),
+    Advice(
+        situation="a lost note for the workers",
+        prepare=Scene.lose_note,
+        meet=lambda scene: read_note(scene.path, scene.note),
+        message=": is missing; run the build again$",
+        works=lambda scene: (scene.leave_note(), read_note(scene.path, scene.note), whole(scene)),
+    ),
+    Advice(
+        situation="a block whose folder is lost when its shard is made",
+        meet=Scene.lose_an_entry,
+        message=r"block-\d+: no finished journal entry here; run the build again",
+        works=whole,
     ),
     Advice(
         situation="a block without rows",

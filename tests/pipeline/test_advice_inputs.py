@@ -96,6 +96,19 @@ def crowded(place: Place) -> None:
         place.set(f"proposals.{setting}")
 
 
+def look_at(place: Place, *settings: str) -> None:
+    for setting in (*settings, "drop_base_guesses=false", "drop_background=false"):
+        place.set(f"proposals.{setting}")
+
+
+def boxes(place: Place, name: str, *corners: list[int]) -> str:
+    """A file of proposals: the same in each training image."""
+    found = json.loads((place.root / "train.json").read_text())["images"]
+    entries = [{"image_id": one["id"], "category_id": 1, "bbox": box, "score": 0.5} for one in found for box in corners]
+    (place.root / name).write_text(json.dumps(entries))
+    return f"boxes={json.dumps(str(place.root / name))}"
+
+
 def elsewhere(place: Place, *overrides: str) -> None:
     """Build another store as the message says: from the first."""
     for override in overrides:
@@ -179,6 +192,30 @@ CHECKED = [
         meet=Place.build,
         message=r"no region was kept.*: raise proposals\.base_iou above 1e-09; or train",
         cure=lambda place, _: elsewhere(place, "proposals.base_iou=0.9"),
+        works=build_with_regions,
+    ),
+    Advice(
+        situation="no proposal: a finer grid",
+        prepare=lambda place: look_at(place, 'grid="faithful"', "stride=800.0", "sizes=[8]", "ratios=[1.0]"),
+        meet=Place.build,
+        message=r"no region was kept.*of 0 proposals .*: lower proposals\.stride, or",
+        cure=lambda place, _: elsewhere(place, "proposals.stride=300.0"),
+        works=build_with_regions,
+    ),
+    Advice(
+        situation="no proposal: more sizes",
+        prepare=lambda place: look_at(place, "sizes=[1]", "ratios=[2.0]", "stride=90.0"),
+        meet=Place.build,
+        message=r"no region was kept.*of 0 proposals .*, or add proposals\.sizes; or train",
+        cure=lambda place, _: elsewhere(place, "proposals.sizes=[1, 12]"),
+        works=build_with_regions,
+    ),
+    Advice(
+        situation="a file of proposals that holds none",
+        prepare=lambda place: look_at(place, boxes(place, "none.json")),
+        meet=Place.build,
+        message=r"no region was kept.*of 0 proposals .*: give it other proposals\.boxes; or train",
+        cure=lambda place, _: elsewhere(place, f"proposals.{boxes(place, 'some.json', [2, 2, 9, 9], [90, 90, 9, 9])}"),
         works=build_with_regions,
     ),
 ]
