@@ -140,8 +140,9 @@ def _take(source: _Source, stopping: Callable[[], bool]) -> Batch | None:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"out of memory while a batch of images was read ({str(error) or 'MemoryError'}); give the training more memory, or read fewer "
-            "images at a time: lower train.loader_workers, or raise train.accumulate with --set train.sampling=image"
+            f"out of memory while a batch of images was read ({str(error) or 'MemoryError'}); give the training more "
+            "memory, or read fewer images at a time: lower train.loader_workers, or raise train.accumulate with --set "
+            "train.sampling=image"
         ) from error
 
 

@@ -483,6 +483,7 @@ def fragments(section: str) -> list[str]:
 
 
 def test_every_message_that_advises_is_in_the_inventory_and_in_no_two_places():
+    assert set(INVENTORY) == {"tried", "elsewhere", "plain"}
     advising = set(messages())
     listed = [fragment for section in INVENTORY for fragment in fragments(section)]
     assert [fragment for fragment, count in Counter(listed).items() if count > 1] == []

@@ -142,7 +142,7 @@ def test_what_a_build_has_finished_stays_when_its_workers_or_the_scheduler_are_l
     try:
         cluster.worker(EZSD_FAILPOINT="block.after_rename")
         cluster.wait_for(1)
-        with pytest.raises(ClusterError, match=rf"block \d: the worker .* died \(1 in all; .* from outside\?\); {again}"):
+        with pytest.raises(ClusterError, match=rf"block \d: the worker .* died \(1 in all; .* outside\?\); {again}"):
             build_cache(request)
         assert blocks_done(request.out) == 1
         cluster.worker()
@@ -297,7 +297,7 @@ def test_a_cluster_that_loses_all_workers_is_not_waited_for_for_ever(cluster, mo
     monkeypatch.setattr(pipeline.schedule, "_ALONE_SECONDS", 1.0)
     with Pool(Schedule(scheduler=cluster.address)) as pool, Progress("x", 1, unit="task") as progress:
         worker.kill()
-        with pytest.raises(ClusterError, match=r"has had no workers for \d+ s; start some and run the same command again"):
+        with pytest.raises(ClusterError, match=r"no workers for \d+ s; start some and run the same command again"):
             pool.run(time.sleep, [600], named=str, progress=progress)
     assert "has no workers; waiting for some" in caplog.text
     cluster.worker()
