@@ -5,11 +5,9 @@
 
 import errno
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -23,6 +21,7 @@ from cache.journal import Entry, read_note, write_entry
 from cache.mark import TRANSFER
 from cache.plan import read_block, read_plan
 from cache.transfer import push
+from tests.advicekit import Advice, each_of, follow
 
 
 class Scene:
@@ -135,19 +134,6 @@ class Scene:
         self.patch.setattr("cache.durable.open_to_read", refuse)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """One row."""
-
-    situation: str
-    prepare: Callable[[Scene], object] = lambda scene: None
-    meet: Callable[[Scene], object]
-    message: str
-    cure: Callable[[Scene], object] = lambda scene: None
-    works: Callable[[Scene], object] | None = None
-    """What goes through then; `meet` by default."""
-
-
 def whole(scene: Scene) -> None:
     assert storekit.contents(storekit.build(scene.path)) == storekit.contents(scene.finished)
 
@@ -181,7 +167,7 @@ TABLE = [
         situation="a block where no store is being built",
         meet=lambda scene: storekit.write_one(scene.path.with_name("new"), scene.block),
         message="no store is being built here; start one with StoreWriter.open$",
-        cure=lambda scene: scene.begin(scene.path.with_name("new")),
+        cure=lambda scene, _: scene.begin(scene.path.with_name("new")),
     ),
     Advice(
         situation="data of a block that was cut when its shard is made",
@@ -214,7 +200,7 @@ TABLE = [
         prepare=Scene.alien_block,
         meet=lambda scene: read_block(read_plan(scene.path), 0),
         message="block-000000: does not hold the rows of a block; remove this folder and run the build again$",
-        cure=lambda scene: shutil.rmtree(scene.path / "journal/block-000000"),
+        cure=lambda scene, _: shutil.rmtree(scene.path / "journal/block-000000"),
         works=whole,
     ),
     Advice(
@@ -229,7 +215,7 @@ TABLE = [
         prepare=Scene.begun_copy,
         meet=lambda scene: push(scene.finished, scene.url),
         message="or remove what is there$",
-        cure=Scene.remove_copy,
+        cure=lambda scene, _: scene.remove_copy(),
         works=lambda scene: (push(scene.finished, scene.url), Store(scene.url)),
     ),
     Advice(
@@ -237,21 +223,15 @@ TABLE = [
         prepare=Scene.refused_by_the_system,
         meet=lambda scene: repair(scene.spoilt, storekit.Images()),
         message="Input/output error.*then run `ezsd cache repair` again$",
-        cure=lambda scene: scene.patch.undo(),
+        cure=lambda scene, _: scene.patch.undo(),
         works=lambda scene: (repair(scene.spoilt, storekit.Images()), Store(scene.spoilt)),
     ),
 ]
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.situation)
+@each_of(TABLE)
 def test_who_does_what_a_writer_is_told_gets_on(row, finished, copy, memory, monkeypatch):
-    scene = Scene(finished, copy, memory, monkeypatch)
-    row.prepare(scene)
-    with pytest.raises(StoreError) as met:
-        row.meet(scene)
-    assert re.search(row.message, str(met.value)), met.value
-    row.cure(scene)
-    (row.works or row.meet)(scene)
+    follow(row, Scene(finished, copy, memory, monkeypatch), (StoreError,))
 
 
 def test_a_url_that_names_its_place_is_taken(finished, tmp_path):

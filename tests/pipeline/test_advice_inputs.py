@@ -4,10 +4,8 @@
 """
 
 import json
-import re
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +24,7 @@ from pipeline.command import USER_ERRORS
 from pipeline.config import load_preset
 from pipeline.surroundings import require_launcher
 from pipeline.teachers import require_words
-from tests.test_advice import Advice, Place
+from tests.advicekit import Advice, Calls, Place, each_of, follow, follow_call
 
 
 def each(section: str, key: str, value: object) -> Callable[[Place], None]:
@@ -221,19 +219,9 @@ CHECKED = [
 ]
 
 
-@pytest.mark.parametrize("row", CHECKED, ids=lambda row: row.situation)
+@each_of(CHECKED)
 def test_who_mends_a_dataset_as_told_gets_on(row, shapes_root, tmp_path):
-    place = Place(shapes_root, tmp_path / "own")
-    row.prepare(place)
-    try:
-        said = str(row.meet(place))
-    except (*USER_ERRORS, ValueError) as error:
-        said = str(error)
-    found = re.search(row.message, said)
-    assert found, said
-    row.cure(place, found)
-    again = (row.works or row.meet)(place)
-    assert not re.search(row.message, str(again))
+    follow(row, Place(shapes_root, tmp_path / "own"))
 
 
 class Wordlist:
@@ -256,7 +244,7 @@ def launched(**variables: str) -> int:
     return require_launcher(variables)
 
 
-CALLS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
+CALLS: Calls = {
     r"WORLD_SIZE=two: expected the number of processes; start the training with torchrun": (
         lambda _: launched(WORLD_SIZE="two"),
         # What torchrun sets.
@@ -287,15 +275,11 @@ CALLS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
         lambda _: shapes_words("ring", "circle"),
     ),
 }
-"""Advice of one call: what is said, what it is said to, what it says to do."""
 
 
 @pytest.mark.parametrize("said", CALLS)
 def test_what_one_call_advises_about_its_input_is_accepted(said, tmp_path):
-    asked, advised = CALLS[said]
-    with pytest.raises((*USER_ERRORS, ValueError), match=said):
-        asked(tmp_path)
-    advised(tmp_path)
+    follow_call(CALLS, said, tmp_path)
 
 
 def test_an_unreadable_file_of_a_store_that_is_mended_is_read(shapes_store, tmp_path):
