@@ -591,9 +591,10 @@ def main() -> None:
         prepare_streams()
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("ezsd").setLevel(logging.INFO)
-        app()
+        with keeping(""):
+            app()
     except Stopped as stopped:
-        if stopped.kept is not None:
+        if stopped.is_told:
             typer.echo(f"ezsd: {stopped}", err=True)
         raise SystemExit(stopped.code) from None
     except Exception as error:

@@ -46,14 +46,17 @@ _hits: dict[str, int] = {}
 
 
 def failpoint(name: str) -> None:
-    """Kill this process if EZSD_FAILPOINT asks for it: `name`, or `name:3` for the third time it is reached."""
+    """Kill this process if EZSD_FAILPOINT asks for it: `name`, or `name:3` for the third time it is reached.
+
+    EZSD_FAILSIGNAL names another signal than SIGKILL, such as SIGSTOP: whoever tests may then send what he likes.
+    """
     wanted = os.environ.get("EZSD_FAILPOINT")
     if not wanted:
         return
     _hits[name] = _hits.get(name, 0) + 1
     target, _, hit = wanted.partition(":")
     if target == name and _hits[name] == int(hit or 1):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[os.environ.get("EZSD_FAILSIGNAL", "SIGKILL")])
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

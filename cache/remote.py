@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 from cache.arrays import RowArray, ZarrArray
-from cache.durable import MOST_UNSTATED, FileDigest
-from cache.mark import COMMIT, TRANSFER, CommitMark, parse_mark
+from cache.durable import MOST_UNSTATED, FileDigest, discard, make_folders, write_atomic
+from cache.mark import ARRIVING, COMMIT, TRANSFER, CommitMark, parse_mark
 from cache.names import inside, require_inside
 from cache.schema import StoreError, StoreIncomplete
 
@@ -174,6 +174,19 @@ class RemotePlace:
                         f"{self.url}/{name}: is longer than the {most:,} bytes it may have; it is not read"
                     )
                 yield piece
+
+    def write_sign(self, name: str, data: bytes) -> None:
+        """Write a small file that says what is here: all of it or nothing, as an object store does it by itself."""
+        with self.errors():
+            if not self._is_folder:
+                self.files.pipe_file(self.path(name), data)
+                return
+            scratch = Path(self.path(ARRIVING))
+            make_folders(scratch)
+            try:
+                write_atomic(Path(self.path(name)), data, scratch=scratch, point="push_sign")
+            finally:
+                discard(scratch)
 
     def open_array(self, name: str) -> RowArray:
         """See `Place`."""

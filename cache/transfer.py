@@ -60,7 +60,7 @@ def push(store: str | os.PathLike[str], url: str) -> int:
     left = _present(there, mark)
     with there.errors():
         there.files.makedirs(there.path(""), exist_ok=True)
-        there.files.pipe_file(there.path(TRANSFER), data)
+    there.write_sign(TRANSFER, data)
     sent = 0
     for name, expected in mark.files.items():
         if name in left and there.digest(name) == expected:
@@ -72,8 +72,9 @@ def push(store: str | os.PathLike[str], url: str) -> int:
     with there.errors():
         if environment.exists():
             there.files.pipe_file(there.path(ENVIRONMENT), environment.read_bytes())
-        # The mark makes it a store: last.
-        there.files.pipe_file(there.path(COMMIT), data)
+    # The mark makes it a store: last.
+    there.write_sign(COMMIT, data)
+    with there.errors():
         there.files.rm_file(there.path(TRANSFER))
     return sent
 
@@ -91,13 +92,18 @@ def _already(there: RemotePlace, data: bytes) -> bool:
     problems = there.size_problems(parse_mark(found, f"{there}/{COMMIT}"))
     if problems:
         raise StoreError(f"{problems[0]}; the copy is damaged: remove it and push again")
+    if started is not None:
+        # Stopped between the last two steps.
+        with there.errors():
+            there.files.rm_file(there.path(TRANSFER))
     return True
 
 
 def _present(there: RemotePlace, mark: CommitMark) -> set[str]:
     """Names of the store's files that lie at the target with their size; StoreError for files of somebody else."""
     sizes = there.sizes()
-    foreign = sorted(sizes.keys() - mark.files.keys() - {TRANSFER, ENVIRONMENT})
+    known = mark.files.keys() | {TRANSFER, ENVIRONMENT}
+    foreign = sorted(name for name in sizes.keys() - known if not name.startswith(f"{ARRIVING}/"))
     if foreign:
         raise StoreError(f"{there}: holds {foreign[0]!r}, which is no file of this store; choose another URL")
     return {name for name, expected in mark.files.items() if sizes.get(name) == expected.size}
@@ -112,6 +118,7 @@ def _send(file: Path, there: RemotePlace, name: str, expected: FileDigest) -> No
             while piece := source.read(_PIECE):
                 digest.update(piece)
                 target.write(piece)
+                failpoint("push.half_written")
     if digest.hexdigest() != expected.sha256:
         raise StoreError(
             f"{file}: its bytes are not those that were committed (sha256 differs); the store is damaged: "

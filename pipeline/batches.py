@@ -142,8 +142,9 @@ def _take(source: _Source, stopping: Callable[[], bool]) -> Batch | None:
         if not is_out_of_memory(error):
             raise
         raise OutOfMemory(
-            f"out of memory while a batch of images was read ({error}); give the training more memory, or read fewer "
-            "images at a time: --set train.accumulate, train.loader_workers"
+            f"out of memory while a batch of images was read ({str(error) or 'MemoryError'}); give the training more "
+            "memory, or read fewer images at a time: lower train.loader_workers, or raise train.accumulate with --set "
+            "train.sampling=image"
         ) from error
 
 
@@ -219,6 +220,8 @@ def _told(error: Exception) -> Exception:
         last = words[-1].partition(": ")[2]
         if "unable to allocate shared memory" in last or "unable to mmap" in last:
             return RunError(f"{SHARED_MEMORY}: has no room for the batches of reading processes ({last}); {CURE}")
+        if is_out_of_memory(error):
+            return MemoryError(last or words[-1])
         # Anything else is a bug, which shows itself.
         return type(error)(last) if isinstance(error, AnnotationError | ImageError | StoreError) else error
     if "DataLoader worker" in str(error):

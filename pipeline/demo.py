@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.build import build_cache
+from pipeline.config import STAGE_ONE, setting_of
 from pipeline.datasets import find_dataset
 from pipeline.evaluate import evaluate_crops, evaluate_run
 from pipeline.figures import headline
@@ -83,7 +84,9 @@ def _command(out: Path, store: Path, arm: str, seed: int, device: str, overrides
     command = [sys.executable, "-P", "-m", "cli", "train", "--cache", str(store), "--run", str(out / "runs" / arm)]
     command += ["--device", device, "--set", f"train.seed={seed}"]
     for override in overrides:
-        command += ["--set", override]
+        # What the store is built with is said to its build alone: a training refuses it.
+        if setting_of(override).partition(".")[0] not in STAGE_ONE:
+            command += ["--set", override]
     return command
 
 

@@ -16,10 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LOOK_SECONDS = 0.1
+"""How soon somebody looks whether `Stopped` has got away."""
 _SHOW_CURSOR = "\x1b[?25h"
+_SAID = "EZSD_STOP_IS_SAID"
+"""Set for commands that another one runs: that one says that all of them stop, and what to type."""
 _ONE_REQUEST_SECONDS = 0.5
 """One request may arrive twice: a terminal and a scheduler tell all processes at once, and those tell their own."""
 
@@ -36,6 +40,11 @@ class Stopped(SystemExit):
         super().__init__(128 + number)
         self.kept: str | None = ""
 
+    @property
+    def is_told(self) -> bool:
+        """Whether this process is the one to say what is kept."""
+        return self.kept is not None and _SAID not in os.environ
+
     def __str__(self) -> str:
         name = signal.Signals(int(self.code or 0) - 128).name
         return f"stopped by {name}: {self.kept or 'nothing is begun yet; run the same command again'}"
@@ -46,6 +55,8 @@ class _State:
     """Of this process: signal handlers are the process's too."""
 
     received: int | None = None
+    raised: bool = False
+    """Whether it has ended the work, with `Stopped`."""
     finishing: str | None = None
     """What is finished before the work ends; None where it may end anywhere."""
     children: list[subprocess.Popen[Any]] = field(default_factory=list)
@@ -68,7 +79,7 @@ def listen() -> None:
     """
     if _state.before or threading.current_thread() is not threading.main_thread():
         return
-    _state.received = None
+    _state.received, _state.raised = None, False
     _state.answered.clear()
     reading, _state.told = os.pipe()
     os.set_blocking(_state.told, False)
@@ -95,6 +106,9 @@ def end_listening() -> None:
 
 def _forget() -> None:
     _state.before.clear()
+    if _state.raised:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _state.raised = False
     if _state.told >= 0:
         signal.set_wakeup_fd(-1)
         os.close(_state.told)
@@ -108,7 +122,30 @@ def _note(number: int, _: FrameType | None) -> None:
     # The last line comes after the first.
     _state.answered.wait(1)
     if _state.finishing is None:
-        raise Stopped(number)
+        _end()
+
+
+def _end() -> NoReturn:
+    """Raise `Stopped`, and see to it that no library catches it for good: torch does, while it loads numpy."""
+    assert _state.received is not None
+    _state.raised = True
+    if signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, _end_again):
+        signal.signal(signal.SIGALRM, _end_again)
+        signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS)
+    raise Stopped(_state.received)
+
+
+def _end_again(_: int, __: FrameType | None) -> None:
+    if _state.finishing is not None:
+        # Whoever finishes something looks at the request.
+        return
+    error = sys.exception()
+    while error is not None:
+        if isinstance(error, SystemExit):
+            # On its way: what is called here is what cleans up.
+            return
+        error = error.__context__
+    _end()
 
 
 def _answer(reading: int) -> None:
@@ -133,7 +170,7 @@ def _answer(reading: int) -> None:
 
 
 def _say_so(number: signal.Signals) -> None:
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0" or _SAID in os.environ:
         return
     when = f"stopping after {_state.finishing}" if _state.finishing else "stopping"
     again = "Ctrl-C again to stop at once" if number is signal.SIGINT else "a second one stops at once"
@@ -159,6 +196,13 @@ def keeping(say: str | Callable[[], str | None]) -> Iterator[None]:
         if stopped.kept == "":
             stopped.kept = say if isinstance(say, str) else say()
         raise
+    except Exception as error:
+        if not _state.raised or _state.received is None:
+            raise
+        # Some library has caught `Stopped`, and stumbles over what is then not there.
+        caught = Stopped(_state.received)
+        caught.kept = say if isinstance(say, str) else say()
+        raise caught from error
 
 
 class Request:
@@ -175,7 +219,7 @@ class Request:
         what, _state.finishing = _state.finishing, None
         try:
             if _state.received is not None:
-                raise Stopped(_state.received)
+                _end()
             yield
         finally:
             _state.finishing = what
@@ -215,12 +259,15 @@ def shielded() -> Iterator[None]:
 
 
 def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> list[int]:
-    """Exit codes of commands run side by side. They are asked to stop where this process is, and waited for."""
+    """Exit codes of commands run side by side. They are asked to stop where this process is, and waited for.
+
+    What is kept is said by this process alone.
+    """
     children = _state.children
     try:
         with shielded():
             for command in commands:
-                children.append(subprocess.Popen(command, env=environment))
+                children.append(subprocess.Popen(command, env={**environment, _SAID: "1"}))
         return [child.wait() for child in children]
     except Stopped:
         for child in children:

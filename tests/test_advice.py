@@ -1,7 +1,4 @@
-"""Advice is tested: each row is a situation, words of its message, the cure done as the message says, what works then.
-
-A row's `meet` returns the message or raises it; `cure` does what the matched message says; `works` is what was wanted
-and must go through then. Rows of other parts are welcome.
+"""Advice is tested: who does what a message says gets on. Rows of other parts are welcome, see `advicekit`.
 
 `advice.toml` says of every message of the program that advises which test does what it says. A message is a text in
 the code; `{}` stands for what is put in.
@@ -15,7 +12,6 @@ import shutil
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,95 +30,12 @@ from pipeline.arguments import (
     require_one_source,
     require_output,
 )
-from pipeline.build import build_cache, build_share
-from pipeline.check import check_dataset
 from pipeline.command import USER_ERRORS
-from pipeline.config import apply_override, from_tables, load_preset, to_tables
-from pipeline.datasets import Dataset, find_dataset
+from pipeline.config import load_preset
 from pipeline.neighbours import load_settings
-from pipeline.request import BuildRequest
 from pipeline.runs import Run
 from pipeline.shapes import write_shapes
-from pipeline.shares import Share
-from pipeline.store import build_lines
-from pipeline.train import TrainRequest, train
-
-FAST = ("adapt.steps=1", "adapt.crops=16", "proposals.sizes=[60]", "proposals.stride=1.0", "build.block_images=6")
-
-
-class Place:
-    """A dataset of one's own, and what is built from it."""
-
-    def __init__(self, shapes_root: Path, root: Path) -> None:
-        self.root = root
-        self.config = load_preset("shapes", [*FAST, "train.steps=1", "train.images=2", "train.warmup=0"])
-        self.options: dict[str, object] = {}
-        for part in ("train", "val"):
-            shutil.copytree(shapes_root / part, root / part)
-            shutil.copyfile(shapes_root / f"annotations/instances_{part}.json", root / f"{part}.json")
-        self.toml = root / "own.toml"
-        self.toml.write_text(
-            'name = "own"\n'
-            + "".join(f'[{p}]\nimages = "{p}"\nannotations = "{p}.json"\n' for p in ("train", "val"))
-            + f"[classes]\nbase = {json.dumps(SHAPES_SPLIT.base)}\nnovel = {json.dumps(SHAPES_SPLIT.novel)}\n"
-        )
-
-    def edit(self, change: Callable[[dict], None]) -> None:
-        """Change both annotation files."""
-        for part in ("train", "val"):
-            path = self.root / f"{part}.json"
-            document = json.loads(path.read_text())
-            change(document)
-            path.write_text(json.dumps(document))
-
-    def replace(self, old: str, new: str) -> None:
-        """Change the TOML file."""
-        assert old in self.toml.read_text()
-        self.toml.write_text(self.toml.read_text().replace(old, new))
-
-    def set(self, override: str) -> None:
-        """As `--set` would."""
-        tables = to_tables(self.config)
-        apply_override(tables, override)
-        self.config = from_tables(tables, where="advice")
-
-    @property
-    def dataset(self) -> Dataset:
-        return find_dataset(str(self.toml))
-
-    def request(self) -> BuildRequest:
-        options = {"out": self.root / "store", **self.options}
-        return BuildRequest(dataset=self.dataset, config=self.config, scheduler="sync", **options)
-
-    def build(self) -> str:
-        report = build_cache(self.request())
-        return "\n".join(build_lines(report.path, report))
-
-    def build_half(self) -> None:
-        build_share(self.request(), Share(1, 2))
-
-    def check(self) -> str:
-        found = check_dataset(find_dataset(str(self.toml), strict=False))
-        if found.problems:
-            raise ValueError("\n".join(found.problems))
-        return "\n".join(found.warnings)
-
-    def train(self) -> None:
-        train(TrainRequest(cache=self.request().out, run=self.root / "run", config=self.config))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """One row."""
-
-    situation: str
-    prepare: Callable[[Place], object]
-    meet: Callable[[Place], object]
-    message: str
-    """A regular expression; its groups are what the cure is given."""
-    cure: Callable[[Place, re.Match[str]], object]
-    works: Callable[[Place], object] | None = None
-    """What goes through then; `meet` by default."""
+from tests.advicekit import FAST, Advice, Calls, Place, each_of, follow, follow_call
 
 
 def other_setting(place: Place) -> None:
@@ -321,19 +234,9 @@ def _require_regions(place: Place) -> None:
     assert sum(len(store.regions[image].box) for image in store.image_ids.tolist())
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.situation)
+@each_of(TABLE)
 def test_who_does_what_a_message_says_gets_on(row, shapes_root, tmp_path):
-    place = Place(shapes_root, tmp_path / "own")
-    row.prepare(place)
-    try:
-        said = str(row.meet(place))
-    except (*USER_ERRORS, ValueError) as error:
-        said = str(error)
-    found = re.search(row.message, said)
-    assert found, said
-    row.cure(place, found)
-    again = (row.works or row.meet)(place)
-    assert not re.search(row.message, str(again))
+    follow(row, Place(shapes_root, tmp_path / "own"))
 
 
 CARD = {"names": ["cat"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": {"train": {"steps": 9}}}
@@ -357,7 +260,7 @@ def split_of(file: Path, base: tuple[str, ...] | None) -> None:
     chosen_split(["cat", "ox"], {}, where=file, base=base, novel=None, split_file=file)
 
 
-SPOKEN: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
+SPOKEN: Calls = {
     "no preset 'lvis'; choose one of coco,": (lambda _: load_preset("lvis"), lambda _: load_preset("coco")),
     "unknown key 'stepz'; did you mean 'steps'\\?": (
         lambda _: load_preset("shapes", ["train.stepz=3"]),
@@ -427,22 +330,15 @@ SPOKEN: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
         lambda root: begin(root / "new"),
     ),
 }
-"""Advice of one call: what is said, what it is said to, what it says to do."""
 
 
 @pytest.mark.parametrize("said", SPOKEN)
 def test_what_one_call_advises_is_accepted(said, tmp_path):
-    asked, advised = SPOKEN[said]
-    with pytest.raises((*USER_ERRORS, ValueError), match=said):
-        asked(tmp_path)
-    advised(tmp_path)
+    follow_call(SPOKEN, said, tmp_path)
 
 
 ROOT = Path(__file__).parents[1]
 INVENTORY = tomllib.loads(Path(__file__).with_name("advice.toml").read_text())
-UNTRIED_AT_MOST = 29
-"""A ratchet: may only fall."""
-
 VERBS = (
     "accept|add|ask|begin|bring|build|change|choose|convert|copy|correct|detect|download|end|evaluate|give|go on|have|"
     "install|join|keep|leave|lower|make|mend|mount|move|name|pip install|pull|push|put|raise|remove|rename|run|save|"
@@ -486,6 +382,7 @@ def fragments(section: str) -> list[str]:
 
 
 def test_every_message_that_advises_is_in_the_inventory_and_in_no_two_places():
+    assert set(INVENTORY) == {"tried", "elsewhere", "plain"}
     advising = set(messages())
     listed = [fragment for section in INVENTORY for fragment in fragments(section)]
     assert [fragment for fragment, count in Counter(listed).items() if count > 1] == []
@@ -503,10 +400,6 @@ def test_the_tests_that_the_inventory_names_are_there(test):
     else:
         body = ast.parse((ROOT / file).read_text()).body
         assert name in {node.name for node in body if isinstance(node, ast.FunctionDef)}
-
-
-def test_less_and_less_advice_is_untried():
-    assert len(fragments("untried")) == UNTRIED_AT_MOST
 
 
 def test_a_misspelt_teacher_is_said_before_anything_is_drawn_or_loaded():

@@ -5,11 +5,9 @@
 
 import errno
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -23,6 +21,7 @@ from cache.journal import Entry, read_note, write_entry
 from cache.mark import TRANSFER
 from cache.plan import read_block, read_plan
 from cache.transfer import push
+from tests.advicekit import Advice, each_of, follow
 
 
 class Scene:
@@ -107,6 +106,18 @@ class Scene:
         with storekit.open_writer(self.path) as writer:
             self.note = writer.write_note(b"for the workers")
 
+    def lose_note(self) -> None:
+        self.leave_note()
+        (self.path / "journal/notes" / self.note).unlink()
+
+    def lose_an_entry(self) -> None:
+        """The folder of a block goes once the shards are planned."""
+        self.journal()
+        task = self.tasks(self.path)[-1]
+        for folder in self.path.glob("journal/block-*"):
+            shutil.rmtree(folder)
+        commit_shard(self.path, task)
+
     def spoil_note(self) -> None:
         self.leave_note()
         storekit.flip(self.path / "journal/notes" / self.note, 3)
@@ -121,19 +132,6 @@ class Scene:
             return plain(file)
 
         self.patch.setattr("cache.durable.open_to_read", refuse)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """One row."""
-
-    situation: str
-    prepare: Callable[[Scene], object] = lambda scene: None
-    meet: Callable[[Scene], object]
-    message: str
-    cure: Callable[[Scene], object] = lambda scene: None
-    works: Callable[[Scene], object] | None = None
-    """What goes through then; `meet` by default."""
 
 
 def whole(scene: Scene) -> None:
@@ -169,7 +167,7 @@ TABLE = [
         situation="a block where no store is being built",
         meet=lambda scene: storekit.write_one(scene.path.with_name("new"), scene.block),
         message="no store is being built here; start one with StoreWriter.open$",
-        cure=lambda scene: scene.begin(scene.path.with_name("new")),
+        cure=lambda scene, _: scene.begin(scene.path.with_name("new")),
     ),
     Advice(
         situation="data of a block that was cut when its shard is made",
@@ -185,11 +183,24 @@ TABLE = [
         works=lambda scene: (scene.leave_note(), read_note(scene.path, scene.note), whole(scene)),
     ),
     Advice(
+        situation="a lost note for the workers",
+        prepare=Scene.lose_note,
+        meet=lambda scene: read_note(scene.path, scene.note),
+        message=": is missing; run the build again$",
+        works=lambda scene: (scene.leave_note(), read_note(scene.path, scene.note), whole(scene)),
+    ),
+    Advice(
+        situation="a block whose folder is lost when its shard is made",
+        meet=Scene.lose_an_entry,
+        message=r"block-\d+: no finished journal entry here; run the build again",
+        works=whole,
+    ),
+    Advice(
         situation="a block without rows",
         prepare=Scene.alien_block,
         meet=lambda scene: read_block(read_plan(scene.path), 0),
         message="block-000000: does not hold the rows of a block; remove this folder and run the build again$",
-        cure=lambda scene: shutil.rmtree(scene.path / "journal/block-000000"),
+        cure=lambda scene, _: shutil.rmtree(scene.path / "journal/block-000000"),
         works=whole,
     ),
     Advice(
@@ -204,7 +215,7 @@ TABLE = [
         prepare=Scene.begun_copy,
         meet=lambda scene: push(scene.finished, scene.url),
         message="or remove what is there$",
-        cure=Scene.remove_copy,
+        cure=lambda scene, _: scene.remove_copy(),
         works=lambda scene: (push(scene.finished, scene.url), Store(scene.url)),
     ),
     Advice(
@@ -212,21 +223,15 @@ TABLE = [
         prepare=Scene.refused_by_the_system,
         meet=lambda scene: repair(scene.spoilt, storekit.Images()),
         message="Input/output error.*then run `ezsd cache repair` again$",
-        cure=lambda scene: scene.patch.undo(),
+        cure=lambda scene, _: scene.patch.undo(),
         works=lambda scene: (repair(scene.spoilt, storekit.Images()), Store(scene.spoilt)),
     ),
 ]
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.situation)
+@each_of(TABLE)
 def test_who_does_what_a_writer_is_told_gets_on(row, finished, copy, memory, monkeypatch):
-    scene = Scene(finished, copy, memory, monkeypatch)
-    row.prepare(scene)
-    with pytest.raises(StoreError) as met:
-        row.meet(scene)
-    assert re.search(row.message, str(met.value)), met.value
-    row.cure(scene)
-    (row.works or row.meet)(scene)
+    follow(row, Scene(finished, copy, memory, monkeypatch), (StoreError,))
 
 
 def test_a_url_that_names_its_place_is_taken(finished, tmp_path):

@@ -4,21 +4,18 @@
 """
 
 import json
-import re
 import secrets
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
-import pytest
 import storekit
 
 from cache import Store, StoreError, info, list_stores, repair, verify
 from cache.export import export
 from cache.manifest import seal
 from cache.transfer import pull, push
+from tests.advicekit import Advice, each_of, follow
 
 
 class Scene:
@@ -72,17 +69,6 @@ class Scene:
 
 def _files(url):
     return fsspec.url_to_fs(url)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    situation: str
-    prepare: Callable[[Scene], object] = lambda scene: None
-    meet: Callable[[Scene], object]
-    message: str
-    cure: Callable[[Scene], object] = lambda scene: None
-    works: Callable[[Scene], object] | None = None
-    """What goes through then; `meet` by default."""
 
 
 def wholes_again(scene: Scene) -> None:
@@ -139,7 +125,7 @@ TABLE = [
         prepare=lambda scene: push(scene.other(), scene.url),
         meet=lambda scene: push(scene.finished, scene.url),
         message="or remove that one first$",
-        cure=lambda scene: scene.remove_remote(),
+        cure=lambda scene, _: scene.remove_remote(),
     ),
     Advice(
         situation="a push into a folder of other things",
@@ -152,7 +138,7 @@ TABLE = [
         prepare=lambda scene: scene.cut_remote(),
         meet=lambda scene: push(scene.finished, scene.url),
         message="the copy is damaged: remove it and push again$",
-        cure=lambda scene: scene.remove_remote(),
+        cure=lambda scene, _: scene.remove_remote(),
         works=lambda scene: (push(scene.finished, scene.url), Store(scene.url)),
     ),
     Advice(
@@ -160,27 +146,27 @@ TABLE = [
         prepare=lambda scene: scene.cut_remote(),
         meet=lambda scene: Store(scene.url),
         message="remove this copy and push the store again$",
-        cure=lambda scene: (scene.remove_remote(), push(scene.finished, scene.url)),
+        cure=lambda scene, _: (scene.remove_remote(), push(scene.finished, scene.url)),
     ),
     Advice(
         situation="no store at a URL",
         meet=lambda scene: Store(scene.url),
         message="is not a store .*; `ezsd cache push STORE memory://\\w+` makes one$",
-        cure=lambda scene: push(scene.finished, scene.url),
+        cure=lambda scene, _: push(scene.finished, scene.url),
     ),
     Advice(
         situation="a damaged store that is sent",
         prepare=lambda scene: scene.spoil("regions/box/c/0/0"),
         meet=lambda scene: push(scene.copy, scene.url),
         message="the store is damaged: `ezsd cache repair` mends it$",
-        cure=lambda scene: repair(scene.copy, storekit.Images()),
+        cure=lambda scene, _: repair(scene.copy, storekit.Images()),
     ),
     Advice(
         situation="a file that did not arrive: pull again",
         prepare=lambda scene: scene.spoil("regions/box/c/0/0"),
         meet=lambda scene: pull(scene.copy.as_uri(), scene.new),
         message="did not arrive as it was committed .*; pull again, and",
-        cure=lambda scene: scene.spoil("regions/box/c/0/0"),
+        cure=lambda scene, _: scene.spoil("regions/box/c/0/0"),
         works=lambda scene: (pull(scene.copy.as_uri(), scene.new), Store(scene.new)),
     ),
     Advice(
@@ -203,7 +189,7 @@ TABLE = [
         prepare=lambda scene: scene.new.mkdir(),
         meet=lambda scene: Store(scene.new),
         message="is not a store .*; `ezsd cache build` makes one$",
-        cure=lambda scene: storekit.build(scene.new),
+        cure=lambda scene, _: storekit.build(scene.new),
     ),
     Advice(
         situation="stores of a file",
@@ -216,7 +202,7 @@ TABLE = [
         prepare=lambda scene: push(scene.finished, scene.url),
         meet=lambda scene: Store(scene.url).path,
         message="is no local folder; copy it with `ezsd cache pull memory://\\w+ DIR` first$",
-        cure=lambda scene: pull(scene.url, scene.new),
+        cure=lambda scene, _: pull(scene.url, scene.new),
         works=lambda scene: Store(scene.new).path,
     ),
     Advice(
@@ -236,7 +222,7 @@ TABLE = [
         prepare=lambda scene: (scene.copy / ".lock").symlink_to(scene.folder / "made"),
         meet=lambda scene: repair(scene.copy),
         message=r"\.lock: is a link, expected a file of ezsd's own; remove it$",
-        cure=lambda scene: (scene.copy / ".lock").unlink(),
+        cure=lambda scene, _: (scene.copy / ".lock").unlink(),
     ),
     Advice(
         situation="a link out of a store: put what it leads to in its place",
@@ -246,7 +232,7 @@ TABLE = [
         ),
         meet=lambda scene: verify(scene.copy, deep=True),
         message="remove the link, or put what it leads to in its place$",
-        cure=lambda scene: (
+        cure=lambda scene, _: (
             (scene.copy / "regions").unlink(),
             (scene.folder / "away").rename(scene.copy / "regions"),
         ),
@@ -256,42 +242,42 @@ TABLE = [
         prepare=lambda scene: (scene.copy / "environment.json").write_text("{}"),
         meet=lambda scene: Store(scene.copy).environment,
         message="nothing but this record is lost: `ezsd cache repair` or you may remove it$",
-        cure=lambda scene: (scene.copy / "environment.json").unlink(),
+        cure=lambda scene, _: (scene.copy / "environment.json").unlink(),
     ),
     Advice(
         situation="a damaged record of the build: repair",
         prepare=lambda scene: (scene.copy / "environment.json").write_text("{}"),
         meet=lambda scene: Store(scene.copy).environment,
         message="`ezsd cache repair` or you may remove it$",
-        cure=lambda scene: repair(scene.copy),
+        cure=lambda scene, _: repair(scene.copy),
     ),
     Advice(
         situation="a damaged file that describes a store",
         prepare=lambda scene: scene.spoil("manifest.json"),
         meet=lambda scene: info(scene.copy),
         message="the store is damaged: `ezsd cache repair \\S+` mends it$",
-        cure=lambda scene: repair(scene.copy, storekit.Images()),
+        cure=lambda scene, _: repair(scene.copy, storekit.Images()),
     ),
     Advice(
         situation="a file of a finished store that was cut, when it is built again",
         prepare=lambda scene: (scene.copy / "regions/box/c/0/0").write_bytes(b"short"),
         meet=lambda scene: storekit.build(scene.copy),
         message="the store is damaged: run `ezsd cache repair \\S+`$",
-        cure=lambda scene: repair(scene.copy, storekit.Images()),
+        cure=lambda scene, _: repair(scene.copy, storekit.Images()),
     ),
     Advice(
         situation="a file of a store that was cut, when it is read",
         prepare=lambda scene: (scene.copy / "regions/box/c/0/0").write_bytes(b"short"),
         meet=lambda scene: Store(scene.copy),
         message="`ezsd cache verify --deep` lists all damage, `ezsd cache repair` mends it$",
-        cure=lambda scene: (_lists(verify(scene.copy, deep=True)), repair(scene.copy, storekit.Images())),
+        cure=lambda scene, _: (_lists(verify(scene.copy, deep=True)), repair(scene.copy, storekit.Images())),
     ),
     Advice(
         situation="a store that was never finished is not repaired",
         prepare=lambda scene: storekit.open_writer(scene.new).close(),
         meet=lambda scene: repair(scene.new),
         message="was never finished, so there is nothing to repair; run `ezsd cache build` again$",
-        cure=lambda scene: storekit.build(scene.new),
+        cure=lambda scene, _: storekit.build(scene.new),
     ),
     Advice(
         situation="a repair from another source",
@@ -305,7 +291,7 @@ TABLE = [
         prepare=lambda scene: scene.half("whole-teacher"),
         meet=wholes_again,
         message="belongs to another build; remove this folder and run the build again$",
-        cure=lambda scene: shutil.rmtree(scene.new / "journal/whole-teacher"),
+        cure=lambda scene, _: shutil.rmtree(scene.new / "journal/whole-teacher"),
         works=lambda scene: Store(storekit.build(scene.new)),
     ),
 ]
@@ -315,12 +301,6 @@ def _lists(found: list) -> None:
     assert found
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.situation)
+@each_of(TABLE)
 def test_who_does_what_a_store_says_gets_on(row, finished, copy, tmp_path):
-    scene = Scene(finished, copy, tmp_path)
-    row.prepare(scene)
-    with pytest.raises(StoreError) as met:
-        row.meet(scene)
-    assert re.search(row.message, str(met.value)), met.value
-    row.cure(scene)
-    (row.works or row.meet)(scene)
+    follow(row, Scene(finished, copy, tmp_path), (StoreError,))

@@ -901,9 +901,14 @@ def test_a_state_of_another_network_is_refused_in_one_line(resnet18_state, kind,
     assert "\n" not in str(caught.value)
 
 
-def test_weights_for_the_tiny_backbone_are_refused():
-    with pytest.raises(ValueError, match="tiny backbone has no pretrained weights; choose model.backbone = resnet50"):
-        build_backbone("tiny", channels=16, weights={})
+def test_weights_for_the_tiny_backbone_are_refused_and_taken_by_the_one_that_is_offered():
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    with pytest.raises(
+        ValueError, match="tiny backbone has no pretrained weights; choose model.backbone = resnet50"
+    ) as said:
+        build_backbone("tiny", channels=16, weights=state)
+    offered = str(said.value).rpartition("= ")[2].partition(" ")[0]
+    assert build_backbone(offered, channels=16, weights=state).strides[0] == 4
 
 
 def test_an_unknown_backbone_is_refused_with_the_known_ones():

@@ -9,6 +9,10 @@ import threading
 import time
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from cli import app
+
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_SECONDS = 250
 RUNNING = []
@@ -102,6 +106,43 @@ def require_gone(family):
     while left := [member for member in family if alive(member)]:
         assert time.monotonic() < until, left
         time.sleep(0.05)
+
+
+def loads_libraries(process):
+    """Whether the command itself is at work: no library is loaded before."""
+    return "_multiarray" in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+def stands_still(process):
+    """Whether it has stopped itself at the failpoint that it was given."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def stopped_at(failpoint, *words):
+    """Exit code and words of a command at which Ctrl-C is pressed at a failpoint."""
+    process = started(*words, env={"EZSD_FAILPOINT": failpoint, "EZSD_FAILSIGNAL": "SIGSTOP"})
+    talk = Talk(process)
+    talk.wait_for(lambda: stands_still(process))
+    press_ctrl_c(process)
+    os.killpg(process.pid, signal.SIGCONT)
+    return talk.end()
+
+
+def require_stopped(ended, kept):
+    """A command ended by Ctrl-C says so at once, then what is kept and what to type, and nothing else of it."""
+    code, said = ended
+    assert code == 130, said
+    own = [line for line in said.splitlines() if line.startswith(("ezsd: ", "SIG"))]
+    assert own == ["SIGINT: stopping; Ctrl-C again to stop at once", f"ezsd: stopped by SIGINT: {kept}"], said
+    assert said.endswith(f"{own[-1]}\n"), said
+    assert "Traceback" not in said
+
+
+def run_again(*words):
+    """The same command once more, to its end, in this process: to load torch anew would cost seconds."""
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
 
 
 def press_ctrl_c(process):

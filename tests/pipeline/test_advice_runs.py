@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
@@ -22,7 +21,7 @@ from ezsd.metrics import Named, read_results
 from ezsd.teacher import load_teacher, shipped_weights
 from pipeline.arguments import require_scheduler
 from pipeline.build import build_cache
-from pipeline.command import USER_ERRORS, train_config
+from pipeline.command import train_config
 from pipeline.config import load_preset
 from pipeline.datasets import find_dataset
 from pipeline.evaluate import evaluate_run, run_dataset
@@ -37,12 +36,12 @@ from pipeline.surroundings import require_launcher
 from pipeline.train import TrainRequest, train
 from pipeline.trained import load_trained
 from pipeline.validate import require_validation
+from tests.advicekit import FAST, REFUSALS, Advice, Calls, each_of, follow, follow_call
 from tests.conftest import QUICK
 from tests.ezsd.test_teacher import WORKING
 from tests.pipeline.test_check import TOML, buildable, own
 
 __all__ = ["own"]
-REFUSALS = (*USER_ERRORS, ValueError)
 
 
 def put(*keys: object) -> Callable[[dict], None]:
@@ -256,7 +255,7 @@ def begin(folder: Path, **changed: object) -> None:
 
 EFFECT = {"distillation_weight": 2.0, "peak_rate": 0.2}
 RESULTS = {"images": IMAGES, "categories": CATEGORIES, "annotations": BOXES}
-CALLS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
+CALLS: Calls = {
     "--dataset cocoo: unknown; choose one of shapes, coco": (
         lambda root: find_dataset("cocoo", root),
         lambda root: find_dataset("coco", root),
@@ -310,15 +309,11 @@ CALLS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
         lambda root: begin(root / "b", in_effect=EFFECT),
     ),
 }
-"""Advice of one call: what is said, what it is said to, what it says to do."""
 
 
 @pytest.mark.parametrize("said", CALLS)
 def test_what_a_call_advises_is_accepted(said, tmp_path):
-    asked, advised = CALLS[said]
-    with pytest.raises(REFUSALS, match=said):
-        asked(tmp_path)
-    advised(tmp_path)
+    follow_call(CALLS, said, tmp_path)
 
 
 @pytest.fixture
@@ -394,28 +389,12 @@ class Runs:
         build_cache(BuildRequest(dataset=dataset, config=config, out=out, scheduler="sync"))
 
 
-FAST = ("adapt.steps=1", "adapt.crops=16", "proposals.sizes=[60]", "proposals.stride=1.0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """One row; see tests/test_advice.py."""
-
-    situation: str
-    prepare: Callable[[Runs], object] = lambda runs: None
-    meet: Callable[[Runs], object]
-    message: str
-    cure: Callable[[Runs], object] = lambda runs: None
-    works: Callable[[Runs], object] | None = None
-    """What goes through then; `meet` by default."""
-
-
 TABLE = [
     Advice(
         situation="no run in a folder",
         meet=lambda runs: Run.open(runs.folder / "new"),
         message=r"no run here \(run.json is missing\); `ezsd train --cache ... --run` makes one$",
-        cure=lambda runs: runs.one_step("new"),
+        cure=lambda runs, _: runs.one_step("new"),
     ),
     Advice(
         situation="a run whose images have moved",
@@ -429,35 +408,35 @@ TABLE = [
         prepare=lambda runs: (runs.run.folder / "eval.json").unlink(),
         meet=Runs.report,
         message=r"not evaluated yet; run `ezsd eval --run \S+run` first$",
-        cure=Runs.evaluate,
+        cure=lambda runs, _: runs.evaluate(),
     ),
     Advice(
         situation="a run that another version evaluated",
         prepare=lambda runs: runs.edit("eval.json", put("annotations", ...)),
         meet=Runs.report,
         message="was evaluated by another version of ezsd; run `ezsd eval` again$",
-        cure=Runs.evaluate,
+        cure=lambda runs, _: runs.evaluate(),
     ),
     Advice(
         situation="runs that were evaluated on two ground truths",
         prepare=lambda runs: (runs.copy("other"), runs.edit("eval.json", put("annotations", "sha256", "a1" * 32))),
         meet=lambda runs: runs.report(Run(runs.folder / "other")),
         message="figures of two ground truths cannot stand side by side: run `ezsd eval` again, both with the same",
-        cure=lambda runs: [runs.evaluate(Run(runs.folder / name), data_root=runs.data) for name in ("run", "other")],
+        cure=lambda runs, _: [runs.evaluate(Run(runs.folder / name), data_root=runs.data) for name in ("run", "other")],
     ),
     Advice(
         situation="a run that has not come to its end",
         prepare=lambda runs: shutil.rmtree(runs.run.finished().folder),
         meet=lambda runs: runs.load(),
         message=r"training is not finished \(at step 4 of 6\); run `ezsd train` again$",
-        cure=lambda runs: runs.train("run"),
+        cure=lambda runs, _: runs.train("run"),
     ),
     Advice(
         situation="a run whose card another version wrote",
         prepare=lambda runs: runs.edit("run.json", put("embed_dim", ...)),
         meet=lambda runs: runs.load(),
         message="run.json has no embed_dim; another version made it, train it again in another --run folder$",
-        cure=lambda runs: runs.one_step("new"),
+        cure=lambda runs, _: runs.one_step("new"),
         works=lambda runs: runs.load("new"),
     ),
     Advice(
@@ -465,7 +444,7 @@ TABLE = [
         prepare=Runs.rename_a_weight,
         meet=lambda runs: runs.load(),
         message=r"was trained by another version of ezsd \(.*\); train it again in another --run folder$",
-        cure=lambda runs: runs.one_step("new"),
+        cure=lambda runs, _: runs.one_step("new"),
         works=lambda runs: runs.load("new"),
     ),
     Advice(
@@ -479,7 +458,7 @@ TABLE = [
         situation="masks of a run without",
         meet=lambda runs: runs.load("run", "model.masks=true"),
         message="was trained without masks; train another one with --set model.masks=true$",
-        cure=lambda runs: runs.one_step("new", "model.masks=true", data=runs.outlined()),
+        cure=lambda runs, _: runs.one_step("new", "model.masks=true", data=runs.outlined()),
         works=lambda runs: runs.load("new", "model.masks=true"),
     ),
     Advice(
@@ -498,21 +477,15 @@ TABLE = [
         situation="a training with another setting of stage one",
         meet=lambda runs: train_config(runs.store, None, ["proposals.regions=7"]),
         message="build another store with it: ezsd cache build --set proposals.regions=7 --out STORE$",
-        cure=lambda runs: runs.build("new", "proposals.regions=7"),
+        cure=lambda runs, _: runs.build("new", "proposals.regions=7"),
         works=lambda runs: train_config(runs.folder / "new", None, []),
     ),
 ]
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.situation)
+@each_of(TABLE)
 def test_who_does_what_a_message_about_a_run_says_gets_on(row, request, tmp_path):
-    runs = Runs(tmp_path, request)
-    row.prepare(runs)
-    with pytest.raises(REFUSALS) as met:
-        row.meet(runs)
-    assert re.search(row.message, str(met.value)), met.value
-    row.cure(runs)
-    (row.works or row.meet)(runs)
+    follow(row, Runs(tmp_path, request))
 
 
 def test_validation_files_put_there_as_told_are_evaluated_on(shapes_root, quick_config, tmp_path, caplog):

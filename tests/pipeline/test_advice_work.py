@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -39,6 +38,7 @@ from pipeline.store import build_lines
 from pipeline.stored import checked_annotations
 from pipeline.train import TrainRequest, _check_processes, store_dataset, train, training_samples
 from pipeline.trained import load_trained
+from tests.advicekit import Advice, each_of, follow
 
 
 class Place:
@@ -217,20 +217,6 @@ def said_by_info(place: Place) -> None:
     assert re.search(r"000001\.\w+: cannot be read", said.stdout), said.stdout
 
 
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """One row."""
-
-    situation: str
-    prepare: Callable[[Place], object] = lambda place: None
-    meet: Callable[[Place], object]
-    """Returns the message or raises it."""
-    message: str
-    cure: Callable[[Place], object] = lambda place: None
-    works: Callable[[Place], object] | None = None
-    """What goes through then; `meet` by default."""
-
-
 TABLE = [
     Advice(
         situation="a step that cannot be shared out",
@@ -249,42 +235,42 @@ TABLE = [
         prepare=lambda place: place.edit(near_name),
         meet=Place.check,
         message="is nearly categories.*Join the two categories or rename one",
-        cure=lambda place: place.edit(rename),
+        cure=lambda place, _: place.edit(rename),
     ),
     Advice(
         situation="two names that are nearly equal: join them",
         prepare=lambda place: place.edit(near_name),
         meet=Place.check,
         message="is nearly categories.*Join the two categories or",
-        cure=lambda place: place.edit(join),
+        cure=lambda place, _: place.edit(join),
     ),
     Advice(
         situation="an image file that is listed twice",
         prepare=lambda place: place.edit(image_twice),
         meet=Place.check,
         message="is the file of another image of the list too.* Join the two images",
-        cure=lambda place: place.edit(join_images),
+        cure=lambda place, _: place.edit(join_images),
     ),
     Advice(
         situation="base boxes in one image",
         prepare=lambda place: (place.keep(), place.edit(one_image_with_base_boxes)),
         meet=Place.check,
         message="base boxes in at least 2 images, found them in 1. Add boxes of base names",
-        cure=Place.put_back,
+        cure=lambda place, _: place.put_back(),
     ),
     Advice(
         situation="a mode without a range",
         prepare=lambda place: wide_tiff(place, "F"),
         meet=lambda place: read_pixels(place.folder / "wide.tif"),
         message="Scale them to 0..255 and save the image as 8-bit grey or RGB$",
-        cure=lambda place: wide_tiff(place, "L"),
+        cure=lambda place, _: wide_tiff(place, "L"),
     ),
     Advice(
         situation="an image that is too large",
         prepare=large_image,
         meet=lambda place: read_pixels(place.folder / "large.png"),
         message="at most 180,000,000 are read. Scale it down or cut it into tiles, and its boxes with it$",
-        cure=scaled_down,
+        cure=lambda place, _: scaled_down(place),
     ),
     Advice(
         situation="a store that does not say where its images lie",
@@ -307,7 +293,7 @@ TABLE = [
         prepare=other_annotations,
         meet=lambda place: checked_annotations(Store(place.store), place.dataset),
         message="; build a new store, or",
-        cure=Place.build,
+        cure=lambda place, _: place.build(),
         works=lambda place: checked_annotations(Store(place.folder / "built"), place.dataset),
     ),
     Advice(
@@ -315,7 +301,7 @@ TABLE = [
         prepare=lambda place: (place.spoilt / "environment.json").unlink(),
         meet=lambda place: repair_store(place.spoilt, place.root, weights=None, device="cpu"),
         message="environment.json does not say how it was built; build it anew in another folder$",
-        cure=lambda place: place.build("anew"),
+        cure=lambda place, _: place.build("anew"),
         works=lambda place: repair_store(place.folder / "anew", place.root, weights=None, device="cpu"),
     ),
     Advice(
@@ -326,7 +312,7 @@ TABLE = [
         ),
         meet=lambda place: commit_cache(place.folder / "built", Schedule(scheduler="sync")),
         message="1 of 3 blocks are missing .*; run the same `ezsd cache build` command again$",
-        cure=Place.build,
+        cure=lambda place, _: place.build(),
         works=lambda place: (commit_cache(place.folder / "built", Schedule()), Store(place.folder / "built")),
     ),
     Advice(
@@ -362,7 +348,7 @@ TABLE = [
         prepare=other_checkpoint,
         meet=lambda place: place.run.latest(),
         message="step-00000006: is another run's: .*; remove it$",
-        cure=lambda place: shutil.rmtree(place.run.folder / "checkpoints/step-00000006"),
+        cure=lambda place, _: shutil.rmtree(place.run.folder / "checkpoints/step-00000006"),
         works=lambda place: place.train(place.run.folder),
     ),
     Advice(
@@ -370,23 +356,14 @@ TABLE = [
         prepare=lambda place: forget(place, "cache"),
         meet=lambda place: place.run.environment,
         message="does not say cache; run the same `ezsd train` again to write it$",
-        cure=lambda place: place.train(place.run.folder),
+        cure=lambda place, _: place.train(place.run.folder),
     ),
 ]
 
 
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.situation)
+@each_of(TABLE)
 def test_who_does_what_the_work_says_gets_on(row, request, tmp_path):
-    place = Place(request, tmp_path)
-    row.prepare(place)
-    try:
-        said = str(row.meet(place))
-    except USER_ERRORS as error:
-        said = str(error)
-    assert re.search(row.message, said), said
-    row.cure(place)
-    again = (row.works or row.meet)(place)
-    assert not re.search(row.message, str(again))
+    follow(row, Place(request, tmp_path), USER_ERRORS)
 
 
 def test_a_file_of_outlines_that_changed_while_it_was_read_is_read_again(outlined_root, tmp_path):

@@ -125,6 +125,50 @@ def test_what_kills_every_worker_is_named(tmp_path):
         cluster.stop()
 
 
+def test_what_a_build_has_finished_stays_when_its_workers_or_the_scheduler_are_lost(
+    shapes_dataset, quick_config, shapes_store, tmp_path, monkeypatch
+):
+    cluster = Cluster(tmp_path, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="0")
+    request = BuildRequest(
+        dataset=shapes_dataset, config=quick_config, out=tmp_path / "store", scheduler=cluster.address
+    )
+    again = "what is finished stays, run the same command again$"
+    finish = Progress.finish
+
+    def lose_the_scheduler(progress, item, result):
+        finish(progress, item, result)
+        cluster.scheduler.kill()
+
+    try:
+        cluster.worker(EZSD_FAILPOINT="block.after_rename")
+        cluster.wait_for(1)
+        with pytest.raises(ClusterError, match=rf"block \d: the worker .* died \(1 in all; .* outside\?\); {again}"):
+            build_cache(request)
+        assert blocks_done(request.out) == 1
+        cluster.worker()
+        cluster.wait_for(1)
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.build._Extraction.finish", lose_the_scheduler)
+            patch.setattr(pipeline.schedule, "_LOOK_SECONDS", 1.0)
+            patch.setattr(pipeline.cluster, "CONNECT_SECONDS", 1)
+            with pytest.raises(ClusterError, match=f"the connection to the Dask scheduler is lost; {again}"):
+                build_cache(request)
+        cluster.scheduler.wait()
+        assert blocks_done(request.out) >= 2
+        cluster.start_again()
+        cluster.worker()
+        cluster.wait_for(1)
+        # Of blocks of 5, 5 and 2 images.
+        assert build_cache(request).extracted <= 5
+        assert files(request.out) == files(shapes_store)
+    finally:
+        cluster.stop()
+
+
+def blocks_done(store):
+    return len(list(store.glob("journal/block-*")))
+
+
 def test_a_tasks_own_error_ends_the_work_at_once(cluster):
     cluster.worker()
     cluster.wait_for(1)
@@ -139,8 +183,14 @@ def test_a_tasks_own_error_ends_the_work_at_once(cluster):
 def test_workers_are_looked_over_before_any_work(cluster, shapes_store, tmp_path, monkeypatch):
     mark = shapes_store / "COMMIT.json"
     there = {str(mark): sha256(mark)}
-    worker = cluster.worker()
+    worker = cluster.worker("--nthreads", "2")
     with connected(cluster.address) as client:
+        with pytest.raises(ClusterError, match="runs 2 threads; start it with --nthreads 1"):
+            check_workers(client, Needs(files=there, device="cpu"))
+        worker.kill()
+        worker.wait()
+        worker = cluster.worker("--nthreads", "1")
+        client.wait_for_workers(1, timeout=WAIT_SECONDS)
         check_workers(client, Needs(files=there, device="cpu"))
         with pytest.raises(ClusterError, match=r"does not see /absent/plan; all machines .* \(1 of 1 workers"):
             check_workers(client, Needs(files={**there, "/absent/plan": ""}, device="cpu"))
@@ -156,15 +206,9 @@ def test_workers_are_looked_over_before_any_work(cluster, shapes_store, tmp_path
         worker.wait()
         (tmp_path / "else/pipeline").mkdir(parents=True)
         (tmp_path / "else/pipeline/__init__.py").touch()
-        other = cluster.worker(PYTHONPATH=str(tmp_path / "else"))
+        cluster.worker(PYTHONPATH=str(tmp_path / "else"))
         client.wait_for_workers(1, timeout=WAIT_SECONDS)
         with pytest.raises(ClusterError, match=r"cannot run ezsd .*No module named 'pipeline.cluster'"):
-            check_workers(client, Needs(files=there, device="cpu"))
-        other.kill()
-        other.wait()
-        cluster.worker("--nthreads", "2")
-        client.wait_for_workers(1, timeout=WAIT_SECONDS)
-        with pytest.raises(ClusterError, match="runs 2 threads; start it with --nthreads 1"):
             check_workers(client, Needs(files=there, device="cpu"))
 
 
@@ -253,9 +297,11 @@ def test_a_cluster_that_loses_all_workers_is_not_waited_for_for_ever(cluster, mo
     monkeypatch.setattr(pipeline.schedule, "_ALONE_SECONDS", 1.0)
     with Pool(Schedule(scheduler=cluster.address)) as pool, Progress("x", 1, unit="task") as progress:
         worker.kill()
-        with pytest.raises(ClusterError, match="has had no workers for"):
+        with pytest.raises(ClusterError, match=r"no workers for \d+ s; start some and run the same command again"):
             pool.run(time.sleep, [600], named=str, progress=progress)
     assert "has no workers; waiting for some" in caplog.text
+    cluster.worker()
+    require_pool(cluster.address)
 
 
 @pytest.fixture

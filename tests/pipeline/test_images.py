@@ -1,5 +1,6 @@
 """One reader of images: orientation, modes and size by one rule, from `data check` to `ezsd detect`."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -231,6 +232,30 @@ def test_a_store_that_did_not_turn_images_says_so_once(tmp_path, caplog, monkeyp
     read_pixels(tmp_path / "plain.png", None, "legacy")
     (said,) = caplog.messages
     assert said.startswith(f"{tmp_path / 'a.png'}: has an EXIF orientation (3), which the store was built without")
+
+
+def test_a_store_that_did_not_turn_images_is_built_again_as_told_and_reads_them_by_the_rule(
+    pair, stores, quick_config, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(images, "_told", set())
+    old = shutil.copytree(stores[1].path, tmp_path / "old")
+    environment = json.loads((old / "environment.json").read_text())
+    del environment["sha256"], environment["dataset"]["exif"]
+    (old / "environment.json").write_bytes(seal(environment))
+
+    def read_all(store):
+        caplog.clear()
+        samples = training_samples(store, store_dataset(store, None), quick_config.train)
+        for image in store.image_ids.tolist():
+            with contextlib.suppress(ImageError):
+                samples.read_image(image)
+        return caplog.text
+
+    assert "has an EXIF orientation (2), which the store was built without heeding" in read_all(Store(old))
+    monkeypatch.setattr(images, "_told", set())
+    request = BuildRequest(dataset=pair[1], config=quick_config, out=tmp_path / "new", scheduler="sync", reuse=old)
+    build_cache(request)
+    assert "without heeding" not in read_all(Store(tmp_path / "new"))
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ import pipeline.train
 from cache import Store, StoreError, StoreIncomplete
 from cache.manifest import seal, unseal
 from ezsd.data.annotations import AnnotationError
+from ezsd.data.dataset import collate
 from ezsd.data.shapes import SHAPES_SPLIT
 from pipeline.batches import load_batches
 from pipeline.command import train_config
@@ -447,7 +448,24 @@ def readers():
     return {int(child) for child in Path(f"/proc/{server}/task/{server}/children").read_text().split()}
 
 
-def test_a_killed_reader_of_images_is_one_line_that_names_it(shapes_store, with_settings, tmp_path):
+@pytest.fixture
+def read_beside(shapes_run, shapes_store, with_settings, tmp_path):
+    """A training with a checkpoint and two more steps, of which a process reads the images."""
+    run = tmp_path / "run"
+    shutil.copytree(shapes_run.folder, run)
+    shutil.rmtree(run / "checkpoints/step-00000006")
+    return TrainRequest(cache=shapes_store, run=run, config=with_settings(train={"loader_workers": 1}))
+
+
+def require_gone_on(request, unbroken):
+    """The same training goes on from its newest checkpoint to what an unbroken one learns."""
+    again = train(request)
+    assert again.began_at == 4
+    for name, value in state(again).items():
+        assert torch.equal(value, state(unbroken)[name]), name
+
+
+def test_a_killed_reader_of_images_is_one_line_that_names_it_and_the_training_goes_on(read_beside, shapes_run):
     known, killed = readers(), []
 
     def kill():
@@ -459,11 +477,71 @@ def test_a_killed_reader_of_images_is_one_line_that_names_it(shapes_store, with_
 
     killer = threading.Thread(target=kill)
     killer.start()
-    config = with_settings(train={"loader_workers": 1, "steps": 100_000})
-    with pytest.raises(RunError, match=r"DataLoader worker \(pid.*Run the same command") as caught:
-        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
+    with pytest.raises(RunError, match=r"DataLoader worker \(pid.*Run the same command to go on from") as caught:
+        train(read_beside)
     killer.join()
     assert str(killed[0]) in str(caught.value)
+    require_gone_on(read_beside, shapes_run)
+
+
+def test_a_reader_that_goes_while_it_hands_a_batch_over_is_one_line_and_the_training_goes_on(
+    read_beside, shapes_run, monkeypatch
+):
+    def gone(*_):
+        raise EOFError("the other side has gone")
+
+    with monkeypatch.context() as patch:
+        # How a batch is taken over from shared memory.
+        patch.setattr("torch.multiprocessing.reductions.rebuild_storage_fd", gone)
+        with pytest.raises(
+            RunError, match=r"handed a batch over \(the other side has gone\)\. Run the same command to go on from"
+        ):
+            train(read_beside)
+    require_gone_on(read_beside, shapes_run)
+
+
+class Hungry(torch.utils.data.Dataset):
+    """Images of which several processes read more than fit the memory."""
+
+    def __init__(self, samples):
+        self.samples, self.image_ids, self.size = samples, samples.image_ids, samples.size
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, key):
+        reader = torch.utils.data.get_worker_info()
+        if reader is not None and reader.num_workers > 1:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 9 bytes.")
+        return self.samples[key]
+
+
+def test_images_that_do_not_fit_the_memory_are_read_fewer_at_a_time_as_told(
+    shapes_store, with_settings, tmp_path, monkeypatch
+):
+    def start(**settings):
+        config = with_settings(train={"steps": 2, "warmup": 0, **settings})
+        return train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
+
+    def limited(samples):
+        if len(samples) > 2:
+            raise MemoryError
+        return collate(samples)
+
+    said = (
+        r"read \({}\); give the training more memory, or read fewer images at a time: lower train.loader_workers, or "
+        r"raise train.accumulate with --set train.sampling=image$"
+    )
+    monkeypatch.setattr("pipeline.train.training_samples", lambda *given: Hungry(training_samples(*given)))
+    with pytest.raises(RunError, match=said.format(r"\[enforce fail.* can't allocate memory: 9 bytes\.")) as caught:
+        start(loader_workers=2)
+    assert "Traceback" not in str(caught.value)
+    assert start(loader_workers=0).finished().step == 2
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.setattr("pipeline.batches.collate", limited)
+    with pytest.raises(RunError, match=said.format("MemoryError")):
+        start(loader_workers=0)
+    assert start(loader_workers=0, accumulate=2, sampling="image").finished().step == 2
 
 
 def test_readers_end_with_a_training_that_is_killed(shapes_store, quick_config, tmp_path):
