@@ -243,3 +243,15 @@ def test_bad_images_of_another_shape_are_one_line_for_whoever_asks(whole, memory
     for ask in (info, lambda path: Store(path).bad_images):
         with pytest.raises(StoreError, match=r"zarr.json: does not say what the root of a store says \(ValueError"):
             ask(store)
+
+
+@pytest.mark.parametrize("product", ["teacher", "text"])
+@pytest.mark.parametrize("value", [{}, {"attributes": None}, {"attributes": "x"}])
+def test_rows_are_not_computed_again_with_a_teacher_or_text_without_attributes(whole, memory, product, value):
+    store, shard = shutil.copytree(whole, memory / "store"), "regions/embedding/c/0/0"
+    metadata = json.loads((store / product / "zarr.json").read_text())
+    del metadata["attributes"]
+    put(store, f"{product}/zarr.json", (), {**metadata, **value} if value else value)
+    storekit.flip(store / shard, 9)
+    report = repair(store, storekit.Images(most=6))
+    assert (report.repaired, [damage.name for damage in report.left]) == ((), [shard])
