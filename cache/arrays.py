@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.durable import system_error, unreadable
+from cache.durable import ABSENT, system_error, unreadable
 from cache.encoding import fill_value
 from cache.schema import StoreError, array_spec
 
@@ -114,6 +114,8 @@ def zarr_errors(where: str, cure: str) -> Iterator[None]:
     # Codecs have exceptions of their own.
     except Exception as error:
         refused = system_error(error)
+        if isinstance(refused, ABSENT):
+            raise StoreError(f"{refused.filename or where}: is missing; the store is damaged: {cure}") from error
         if refused is not None:
             raise unreadable(refused.filename or where, refused) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())

@@ -148,6 +148,16 @@ def test_metadata_at_a_url_that_describe_no_array_are_damage(copy):
         _ = Store(url).image_ids
 
 
+def test_a_root_that_is_lost_while_a_url_is_read_is_damage_of_the_copy(finished):
+    url = f"memory://{secrets.token_hex(4)}"
+    push(finished, url)
+    store = Store(url)
+    files, root = fsspec.url_to_fs(url)
+    files.rm_file(f"{root}/zarr.json")
+    with pytest.raises(StoreError, match="images/id: is missing; the store is damaged: remove this copy and push"):
+        _ = store.image_ids
+
+
 class Ranges(http.server.SimpleHTTPRequestHandler):
     """A web server that knows ranges, and sends of some files what it is told to."""
 
