@@ -1,6 +1,7 @@
 """What a read from the store costs, beside a memory-mapped .npy, zarr-python and one JSON file per image.
 
     python benchmarks/store.py --folder FOLDER [--images 4000] [--dim 512] [--rounds 7]
+    python benchmarks/store.py --folder FOLDER --verification    # what checking costs a training that reads a store
 
 Everything is synthetic, made below FOLDER and removed at the end. All readers must first give the same bytes. Times
 are process CPU time per image in microseconds, medians over rounds in which the readers take turns.
@@ -28,10 +29,22 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from cache import PRODUCTS, Manifest, Origin, RaggedRows, Store, StoreWriter, commit_shard, images_digest, write_block
+from cache import (
+    PRODUCTS,
+    Manifest,
+    Origin,
+    RaggedRows,
+    Store,
+    StoreWriter,
+    Verify,
+    commit_shard,
+    images_digest,
+    write_block,
+)
 from cache.schema import array_spec, stored_fields
 
 BATCH = 16
+MODES: tuple[Verify, ...] = ("quick", "full")
 COCO_IMAGES, COCO_ROWS = 118_287, 200
 Reader = Callable[[list[int]], NDArray[np.float16]]
 
@@ -244,6 +257,56 @@ def loader(readers: Readers, rounds: int) -> dict[str, float]:
     return {name: round(value, 3) for name, value in found.items()}
 
 
+def epoch(store: Store, order: list[int]) -> float:
+    """CPU microseconds per image of reading what training reads, image by image."""
+    began = time.process_time()
+    for image_id in order:
+        store.ground_truth[image_id], store.regions[image_id]  # noqa: B018
+    return (time.process_time() - began) / len(order) * 1e6
+
+
+def opened(path: Path, verify: Verify) -> tuple[Store, float]:
+    """A store with its arrays open, and the CPU milliseconds that this took."""
+    began = time.process_time()
+    store = Store(path, verify=verify)
+    store.ground_truth.batch([]), store.regions.batch([])  # noqa: B018
+    return store, (time.process_time() - began) * 1e3
+
+
+def same_rows(path: Path) -> None:
+    """Both ways of reading give the same bytes, or nothing is timed."""
+    quick, full = (Store(path, verify=mode) for mode in MODES)
+    for image_id in quick.image_ids.tolist():
+        for product in ("ground_truth", "regions"):
+            one, other = getattr(quick, product)[image_id], getattr(full, product)[image_id]
+            if any(getattr(one, name).tobytes() != getattr(other, name).tobytes() for name in one.__slots__):
+                raise SystemExit(f"image {image_id}: the two ways of reading do not give the same {product}")
+
+
+def verification(path: Path, rounds: int) -> dict[str, float]:
+    """CPU of opening and of epochs with and without checksums, in turns; all is in the page cache."""
+    same_rows(path)
+    spent: dict[str, list[float]] = {}
+    ids = Store(path).image_ids
+    for turn in range(rounds):
+        chance = np.random.default_rng(turn)
+        for mode in chance.permutation(list(MODES)).tolist():
+            store, opening_ms = opened(path, mode)
+            spent.setdefault(f"{mode}_opening_cpu_ms", []).append(opening_ms)
+            for name in ("first", "later"):
+                order = chance.permutation(ids).tolist()
+                spent.setdefault(f"{mode}_{name}_epoch_cpu_us", []).append(epoch(store, order))
+    middle = {name: statistics.median(values) for name, values in spent.items()}
+    first, later = middle["full_first_epoch_cpu_us"], middle["full_later_epoch_cpu_us"]
+    return {
+        **{name: round(value, 1) for name, value in sorted(middle.items())},
+        "first_epoch_full_over_quick": round(first / middle["quick_first_epoch_cpu_us"], 2),
+        "later_epochs_full_over_quick": round(later / middle["quick_later_epoch_cpu_us"], 3),
+        "first_epoch_over_later": round(first / later, 2),
+        "opening_full_over_quick": round(middle["full_opening_cpu_ms"] / middle["quick_opening_cpu_ms"], 2),
+    }
+
+
 def sizes(readers: Readers, store: Path) -> dict[str, float]:
     """Bytes of the embedding array, and how many files a store of COCO's size has by its geometry."""
     stored = sum(f.stat().st_size for f in (store / "regions/embedding").rglob("*") if f.is_file())
@@ -368,6 +431,31 @@ def sparse_coco(folder: Path) -> None:
     (folder / "COMMIT.json").write_bytes(CommitMark(manifest.digest, 512, "float16", files).to_bytes())
 
 
+def verifying(store: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """The row of `--verification`."""
+    return {
+        "what": "verification",
+        "rows": zarr.open_array(store / "regions/box", mode="r").shape[0],
+        "page_cache": "warm",
+        "verification": verification(store, arguments.rounds),
+    }
+
+
+def reading(work: Path, store: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """The row of all readers."""
+    readers = Readers(work, store, arguments.json_images)
+    gate(readers)
+    return {
+        "what": "read",
+        "rows": len(readers.map),
+        "warm": warm(readers, arguments.rounds),
+        "loader": loader(readers, arguments.rounds),
+        "cold": cold(readers, min(3, arguments.rounds)),
+        "size": sizes(readers, store),
+        "opening_sparse_coco": opening(work / "sparse"),
+    }
+
+
 def main() -> None:
     """Measure, print, and add one row to results/store.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -376,6 +464,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--json-images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--verification", action="store_true", help="What checking costs, and nothing else.")
     parser.add_argument("--no-row", action="store_true", help="Print only.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -383,20 +472,13 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="store-"))
     try:
         store = build(work / "store", arguments.images, arguments.dim)
-        readers = Readers(work, store, arguments.json_images)
-        gate(readers)
+        measured = verifying(store, arguments) if arguments.verification else reading(work, store, arguments)
         row: dict[str, object] = {
-            "what": "read",
             "images": arguments.images,
             "dim": arguments.dim,
-            "rows": len(readers.map),
             "rounds": arguments.rounds,
             "file_system": result_rows.file_system(work),
-            "warm": warm(readers, arguments.rounds),
-            "loader": loader(readers, arguments.rounds),
-            "cold": cold(readers, min(3, arguments.rounds)),
-            "size": sizes(readers, store),
-            "opening_sparse_coco": opening(work / "sparse"),
+            **measured,
             "load": round(os.getloadavg()[0], 2),
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             "numpy": version("numpy"),

@@ -2,12 +2,13 @@
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.durable import ABSENT, system_error, unreadable
 from cache.encoding import fill_value
 from cache.schema import StoreError, array_spec
 
@@ -96,6 +97,32 @@ def _places(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
     for first in range(counts[0]):
         for rest in _places(counts[1:]):
             yield (first, *rest)
+
+
+@contextmanager
+def zarr_errors(where: str, cure: str) -> Iterator[None]:
+    """Make one line of whatever zarr raises about an array; `cure` says what mends damage.
+
+    Raises:
+        StoreUnreadable: the system let zarr down.
+        StoreError: the array is not what its metadata say; what is a StoreError already stays as it is.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    # Codecs have exceptions of their own.
+    except Exception as error:
+        refused = system_error(error)
+        if isinstance(refused, ABSENT):
+            raise StoreError(f"{refused.filename or where}: is missing; the store is damaged: {cure}") from error
+        if refused is not None:
+            raise unreadable(refused.filename or where, refused) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise StoreError(
+            f"{where}: zarr cannot read this array as its zarr.json describes it ({reason}); "
+            f"the store is damaged: {cure}"
+        ) from error
 
 
 class VerifiedArray:

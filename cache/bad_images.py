@@ -1,5 +1,7 @@
 """Images that could not be read when a store was built: it lists them, says why, and has no rows for them."""
 
+import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +13,8 @@ from cache.schema import RaggedRows, StoreError
 
 _NAME = "bad_images"
 """Attribute of a block's journal entry and of the group `images`, where there are any: id -> reason."""
+_ID = re.compile("0|-?[1-9][0-9]{0,18}")
+"""An id as JSON's text of it; what `int` would take beside is no id that ezsd wrote."""
 
 
 def bad_attributes(bad: Mapping[int, str]) -> dict[str, JSON]:
@@ -19,8 +23,21 @@ def bad_attributes(bad: Mapping[int, str]) -> dict[str, JSON]:
 
 
 def all_bad_images(attributes: Iterable[Mapping[str, Any]]) -> dict[int, str]:
-    """The bad images that attributes tell of, by id."""
-    return {int(image): reason for found in attributes for image, reason in found.get(_NAME, {}).items()}
+    """The bad images that attributes tell of, by id.
+
+    Raises:
+        ValueError: these are not what `bad_attributes` wrote.
+    """
+    return {int(image): reason for found in attributes for image, reason in _listed(found).items()}
+
+
+def _listed(attributes: Mapping[str, Any]) -> dict[str, str]:
+    listed = attributes.get(_NAME, {})
+    if not isinstance(listed, dict) or not all(
+        _ID.fullmatch(image) and isinstance(reason, str) for image, reason in listed.items()
+    ):
+        raise ValueError(f"{_NAME}: expected an object of ids and reasons, found {reprlib.repr(listed)}")
+    return listed
 
 
 def bad_images_of(root: Mapping[str, Any], where: str) -> dict[int, str]:
@@ -30,10 +47,9 @@ def bad_images_of(root: Mapping[str, Any], where: str) -> dict[int, str]:
         StoreError: it is not the root of a store.
     """
     try:
-        found = all_bad_images([root["consolidated_metadata"]["metadata"]["images"]["attributes"]])
+        return all_bad_images([root["consolidated_metadata"]["metadata"]["images"]["attributes"]])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{where}: {NO_ROOT.format(type(error).__name__, error)}") from error
-    return {image: str(reason) for image, reason in found.items()}
 
 
 NO_ROOT = "does not say what the root of a store says ({}: {}); ezsd wrote no such file: do not use this store"

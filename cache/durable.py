@@ -72,9 +72,14 @@ def disk_room(store: Path, needed: int) -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise StoreError(
-            f"{store}: the disk is full ({error.strerror}): {needed:,} bytes were to be written here, "
-            f"{shutil.disk_usage(store).free:,} are free; nothing is damaged, make room and run the same command again"
+            f"{store}: the disk is full ({error.strerror}): {needed:,} bytes were to be written here, {_free(store):,} "
+            "are free; nothing is damaged, make room and run the same command again"
         ) from error
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which may be still to be made."""
+    return shutil.disk_usage(folder).free if folder.exists() else _free(folder.parent)
 
 
 @contextlib.contextmanager
@@ -86,6 +91,19 @@ def writable(store: Path) -> Iterator[None]:
         if error.errno not in _READ_ONLY:
             raise
         raise StoreError(f"{store}: cannot be written to ({error.strerror}); choose another --out folder") from error
+
+
+@contextlib.contextmanager
+def copied_to(folder: Path, needed: int) -> Iterator[None]:
+    """Turn what the system says of files that a copy brings into a folder into a StoreError; `needed` bytes in all."""
+    try:
+        with disk_room(folder, needed):
+            yield
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename or folder}: cannot be read or written ({error.strerror or error}); what has come stays: "
+            "mend that and run the same command again, or choose another folder"
+        ) from error
 
 
 def require_room(store: Path, needed: int) -> None:
@@ -233,8 +251,29 @@ def unreadable(file: Path | str, error: OSError) -> StoreError:
     return StoreUnreadable(f"{file}: cannot be read ({error.strerror or error}); {cure}")
 
 
+def system_error(error: BaseException) -> OSError | None:
+    """What of the system is behind an exception of a library; None where there is nothing, and the bytes are at fault.
+
+    An OSError without a number is a codec's word for bytes that it cannot decode, unless its kind says more.
+    """
+    if isinstance(error, OSError) and (error.errno is not None or isinstance(error, _SAID_BY_KIND)):
+        return error
+    if isinstance(error, MemoryError):
+        return OSError(errno.ENOMEM, str(error) or os.strerror(errno.ENOMEM))
+    if isinstance(error, RuntimeError) and "new thread" in str(error):
+        return OSError(errno.EAGAIN, str(error))
+    if isinstance(error, ImportError):
+        return OSError(0, str(error))
+    return None if error.__cause__ is None else system_error(error.__cause__)
+
+
+_SAID_BY_KIND = (*ABSENT, ConnectionError, PermissionError, TimeoutError)
+
+
 MENDED = "`ezsd cache verify --deep` lists all damage, `ezsd cache repair` mends it"
 """What to do about a damaged store."""
+PUSHED = "remove this copy and push the store again"
+"""What to do about a damaged store behind a URL."""
 
 
 def sync(path: Path) -> None:

@@ -4,12 +4,14 @@ Their names are written by whoever made the store, and are not trusted: only the
 and no link on the way to a file may lead out of the store's folder.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 
+from cache.durable import unreadable
 from cache.schema import (
     CHECKSUMS,
     EMBEDDING_TYPES,
@@ -97,6 +99,8 @@ def _require_inside(store: Path, link: str) -> None:
             return
         where = f"to {target}"
     except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ELOOP:
+            raise unreadable(store / link, error) from error
         where = f"and cannot be followed ({error})"
     raise StoreError(
         f"{store / link}: is a link that leads out of the store, {where}; all of a store lies in its own folder: "

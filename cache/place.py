@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from cache.arrays import RowArray, ZarrArray
+from cache.arrays import RowArray, ZarrArray, zarr_errors
 from cache.direct import open_mapped
 from cache.durable import MENDED, FileDigest, file_digest, read_bytes, read_if_there, unreadable
 from cache.mark import (
@@ -101,25 +100,9 @@ def _through_zarr(folder: Path) -> ZarrArray:
     # Half a second to import: a worker that reads mapped shards never pays it.
     import zarr
 
-    with _zarr_errors(folder):
-        return ZarrArray(zarr.open_array(folder, mode="r", zarr_format=3), str(folder), partial(_zarr_errors, folder))
-
-
-@contextmanager
-def _zarr_errors(folder: Path) -> Iterator[None]:
-    """Make one line of whatever zarr raises about an array in a folder."""
-    try:
-        yield
-    except StoreError:
-        raise
-    except OSError as error:
-        raise unreadable(error.filename or folder, error) from error
-    # Codecs have exceptions of their own.
-    except Exception as error:
-        raise StoreError(
-            f"{folder}: zarr cannot read this array as its zarr.json describes it ({type(error).__name__}: {error}); "
-            f"the store is damaged: {MENDED}"
-        ) from error
+    errors = partial(zarr_errors, str(folder), MENDED)
+    with errors():
+        return ZarrArray(zarr.open_array(folder, mode="r", zarr_format=3), str(folder), errors)
 
 
 def find_place(where: str | os.PathLike[str]) -> Place:

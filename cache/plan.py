@@ -18,6 +18,7 @@ from cache.checks import check_block, check_images
 from cache.durable import disk_room
 from cache.journal import Entry, journal_folder, little_endian, set_aside, write_entry
 from cache.manifest import JSON, Manifest, canonical_json, images_digest
+from cache.mark import is_count
 from cache.quantise import quantise
 from cache.schema import (
     FORMAT_VERSION,
@@ -202,20 +203,30 @@ def read_block(plan: Plan, index: int) -> Entry:
 
 def _require_rows(entry: Entry, plan: Plan, block: Block) -> None:
     """Refuse an entry that says it is a block of this build and does not hold what a block does."""
-    counts = entry.attributes.get("counts")
-    arrays = {
-        f"{product}/{field.name}" for product in RAGGED for field in stored_fields(product, plan.manifest.embedding)
-    }
-    counted = isinstance(counts, dict) and all(
-        isinstance(counts.get(product), list)
-        and len(counts[product]) == block.stop - block.start
-        and all(type(count) is int and count >= 0 for count in counts[product])
-        for product in RAGGED
-    )
-    if not counted or entry.arrays.keys() != arrays or not all(place["shape"] for place in entry.arrays.values()):
+    try:
+        shapes = {
+            f"{product}/{field.name}": (field.dtype, [rows, *field.row_shape(plan.embed_dim)])
+            for product in RAGGED
+            for rows in [sum(_counts(entry, product, block.stop - block.start))]
+            for field in stored_fields(product, plan.manifest.embedding)
+        }
+        all_bad_images([entry.attributes])
+        sound = shapes == {name: (place["dtype"], place["shape"]) for name, place in entry.arrays.items()}
+    except ValueError:
+        sound = False
+    if not sound:
         raise StoreError(
             f"{entry.folder}: does not hold the rows of a block; remove this folder and run the build again"
         )
+
+
+def _counts(entry: Entry, product: str, images: int) -> list[int]:
+    """Rows of each image of a block; ValueError where its entry does not say them."""
+    counts = entry.attributes.get("counts")
+    found = counts.get(product) if isinstance(counts, dict) else None
+    if not isinstance(found, list) or len(found) != images or not all(map(is_count, found)):
+        raise ValueError("no counts")
+    return found
 
 
 def block_done(plan: Plan, index: int) -> bool:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cache.arrays import RowArray, VerifiedArray, all_finite
 from cache.bad_images import bad_images_of
-from cache.durable import MENDED
+from cache.durable import MENDED, PUSHED
 from cache.manifest import Manifest, parse_json
 from cache.mark import MANIFEST, CommitMark
 from cache.place import LocalPlace, Place, find_place, read_environment
@@ -452,7 +452,7 @@ def _not_finite(where: str) -> StoreError:
 def _refuse_damage(place: Place, problems: Sequence[str]) -> None:
     if problems:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        cure = MENDED if isinstance(place, LocalPlace) else "remove this copy and push the store again"
+        cure = MENDED if isinstance(place, LocalPlace) else PUSHED
         raise StoreError(f"{problems[0]}{more}; the store is damaged: {cure}")
 
 

@@ -4,23 +4,36 @@ Keys, endpoints and the like come from where fsspec and its libraries look for t
 `~/.config/fsspec`. Arrays are read through zarr-python.
 """
 
+import gzip
 import hashlib
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
-from cache.arrays import RowArray, ZarrArray
-from cache.durable import MOST_UNSTATED, FileDigest, discard, make_folders, write_atomic
+from cache.arrays import RowArray, ZarrArray, zarr_errors
+from cache.durable import (
+    MOST_UNSTATED,
+    PUSHED,
+    FileDigest,
+    copied_to,
+    discard,
+    make_folders,
+    system_error,
+    unreadable,
+    write_atomic,
+)
 from cache.mark import ARRIVING, COMMIT, TRANSFER, CommitMark, parse_mark
 from cache.names import inside, require_inside
 from cache.schema import StoreError, StoreIncomplete
 
 if TYPE_CHECKING:
+    import fsspec
     import zarr
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
@@ -29,6 +42,8 @@ _BLOCKS = {"block_size": _PIECE, "cache_type": "none"}
 _STREAM = {"block_size": 0, "size": 1}
 """How fsspec reads a file of a web server in one request: without a block size it asks for no ranges, whose answers it
 takes whole however long they are, and with any size it asks for none."""
+_PARTIAL = 206
+"""What a web server answers that sends the range it was asked for."""
 _GONE = (404, 410)
 """What a web server answers for a file that it does not have."""
 _TOGETHER = 32
@@ -44,7 +59,8 @@ class RemotePlace:
         Raises:
             StoreError: fsspec or the library for this kind of URL is not installed, or there is none.
         """
-        self.files, root = _filesystem(url)
+        self._files, root = _filesystem(url)
+        self._process = os.getpid()
         self.url = url.rstrip("/")
         self._root = root.rstrip("/")
         self.stated: Mapping[str, FileDigest] = {}
@@ -52,6 +68,13 @@ class RemotePlace:
 
     def __str__(self) -> str:
         return self.url
+
+    @property
+    def files(self) -> "fsspec.AbstractFileSystem":
+        """The file system of fsspec, of this process: a connection is of no use in a child of whoever made it."""
+        if self._process != os.getpid():
+            self._files, self._process = _filesystem(self.url)[0], os.getpid()
+        return self._files
 
     def path(self, name: str) -> str:
         """A file's name as the file system has it; StoreError where a link takes it out of the store's folder."""
@@ -127,8 +150,11 @@ class RemotePlace:
         """See `Place`."""
         data = self.read_if_there(name)
         if data is None:
-            raise StoreError(f"{self.url}/{name}: is not there; the store is damaged")
+            raise self._absent(name)
         return data
+
+    def _absent(self, name: str) -> StoreError:
+        return StoreError(f"{self.url}/{name}: is not there; the store is damaged")
 
     def read_if_there(self, name: str) -> bytes | None:
         """See `Place`; StoreError where a file is longer than its commit mark says."""
@@ -157,10 +183,14 @@ class RemotePlace:
         """The bytes of a file, some megabytes at a time.
 
         Raises:
-            StoreError: it is longer than its commit mark says, or cannot be read.
+            StoreError: it is not there, is longer than its commit mark says, or cannot be read.
         """
         with self.errors():
-            yield from self._pieces(name)
+            try:
+                yield from self._pieces(name)
+            except FileNotFoundError as error:
+                self._require_reached(error)
+                raise self._absent(name) from error
 
     def _pieces(self, name: str) -> Iterator[bytes]:
         most = self.stated[name].size if name in self.stated else MOST_UNSTATED
@@ -177,7 +207,7 @@ class RemotePlace:
 
     def write_sign(self, name: str, data: bytes) -> None:
         """Write a small file that says what is here: all of it or nothing, as an object store does it by itself."""
-        with self.errors():
+        with self.sending(len(data)):
             if not self._is_folder:
                 self.files.pipe_file(self.path(name), data)
                 return
@@ -188,25 +218,54 @@ class RemotePlace:
             finally:
                 discard(scratch)
 
+    def fetch(self, name: str, start: int, stop: int) -> bytes | None:
+        """Bytes `start` to `stop` (exclusive) of a file; None where there is no such file.
+
+        Raises:
+            StoreError: more is sent than was asked for, or nothing.
+        """
+        if start >= stop:
+            return b""
+        read = self._web_range if self._is_web else self.files.cat_file
+        with self.errors():
+            try:
+                data: bytes = read(self.path(name), start=start, end=stop)
+            except FileNotFoundError as error:
+                self._require_reached(error)
+                return None
+        if len(data) > stop - start:
+            raise StoreError(f"{self.url}/{name}: more is sent than the {stop - start:,} bytes asked for")
+        return data
+
+    def _web_range(self, path: str, start: int, end: int) -> bytes:
+        """What a web server sends of a range, and of no more than that: it says what it likes."""
+        headers = {**self.files.kwargs.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
+        with self.files.open(path, "rb", **_STREAM, headers=headers) as file:
+            part = file.r.status == _PARTIAL
+            # One that knows no ranges sends all of the file.
+            for _ in _up_to(file, 0 if part else start):
+                pass
+            return b"".join(_up_to(file, end - start + part))
+
     def open_array(self, name: str) -> RowArray:
         """See `Place`."""
         import zarr
 
-        with self.errors():
+        errors = partial(zarr_errors, f"{self.url}/{name}", PUSHED)
+        with errors():
             array = self._group[name]
         if not isinstance(array, zarr.Array):
             raise StoreError(f"{self.url}/{name}: is no array; the store is damaged")
-        return ZarrArray(array, f"{self.url}/{name}", self.errors)
+        return ZarrArray(array, f"{self.url}/{name}", errors)
 
     @cached_property
     def _group(self) -> "zarr.Group":
         import zarr
-        from zarr.storage import FsspecStore, LocalStore
+
+        from cache.fetch import Listed
 
         # The copy of all metadata in the root makes this one request.
-        if self._is_folder:
-            return zarr.open_group(LocalStore(self._root, read_only=True), mode="r", zarr_format=3)
-        return zarr.open_group(FsspecStore.from_url(self.url, read_only=True), mode="r", zarr_format=3)
+        return zarr.open_group(Listed(self.fetch, self.stated), mode="r", zarr_format=3)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -221,7 +280,42 @@ class RemotePlace:
             raise
         # Each library has exceptions of its own for a network that fails, and none can be imported here.
         except Exception as error:
-            raise StoreError(f"{self.url}: cannot be reached: {type(error).__name__}: {error}") from error
+            raise self._failure(error) from error
+
+    @contextmanager
+    def sending(self, needed: int) -> Iterator[None]:
+        """Like `errors`, around `needed` bytes that are written; of a folder, what its disk says of them."""
+        with self.errors(), copied_to(Path(self._root), needed) if self._is_folder else nullcontext():
+            yield
+
+    def _failure(self, error: Exception) -> StoreError:
+        refused = system_error(error)
+        if refused is not None and (self._is_folder or isinstance(error, MemoryError | RuntimeError | ImportError)):
+            return unreadable(refused.filename or self._root, refused)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if _is_undecodable(error):
+            return StoreError(f"{self.url}: what is sent cannot be decoded ({reason}); the store is damaged: {PUSHED}")
+        return StoreError(f"{self.url}: cannot be reached: {reason}")
+
+
+_UNDECODABLE = ("ContentEncodingError", "PayloadEncodingError", "content-encoding")
+"""What aiohttp says of it; an answer that is cut short it calls otherwise."""
+
+
+def _is_undecodable(error: BaseException | None) -> bool:
+    """Whether there was an answer, and its bytes are at fault."""
+    return error is not None and (
+        isinstance(error, EOFError | UnicodeError | gzip.BadGzipFile | zlib.error)
+        or any(words in f"{type(error).__name__} {error}" for words in _UNDECODABLE)
+        or _is_undecodable(error.__cause__)
+    )
+
+
+def _up_to(file: IO[bytes], most: int) -> Iterator[bytes]:
+    """The next bytes of a file, at most so many; a stream gives fewer at a time than it is asked for."""
+    while most > 0 and (piece := file.read(min(_PIECE, most))):
+        most -= len(piece)
+        yield piece
 
 
 _FILE = "file://"

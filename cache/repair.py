@@ -238,12 +238,14 @@ class _Repair:
     @cached_property
     def _wholes(self) -> dict[str, Whole]:
         """Teacher and text, as far as the store still has them; they are repaired before this is asked."""
-        found = {product: self._locate.values(f"{product}/{field.name}") for product, field in WHOLE.items()}
-        return {
-            product: (values, self._json(f"{product}/zarr.json")["attributes"])
-            for product, values in found.items()
-            if values is not None and self._locate.intact(f"{product}/zarr.json")
-        }
+        found: dict[str, Whole] = {}
+        for product, field in WHOLE.items():
+            values, file = self._locate.values(f"{product}/{field.name}"), f"{product}/zarr.json"
+            attributes = self._json(file).get("attributes") if self._locate.intact(file) else None
+            # A stranger's may say anything there, and nothing can be computed with that.
+            if values is not None and isinstance(attributes, dict):
+                found[product] = values, attributes
+        return found
 
     def _blocks(self, first: int, last: int) -> Iterator[tuple[Block, Mapping[str, RaggedRows]]]:
         assert self.source is not None

@@ -2,19 +2,25 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from cache.durable import (
     BuildLock,
     FileDigest,
+    copied_to,
     discard,
     failpoint,
     file_digest,
     make_folders,
+    open_to_read,
+    read_bytes,
+    read_if_there,
     rename,
     require_room,
     scratch_name,
     sync,
+    unreadable,
     write_new,
 )
 from cache.mark import (
@@ -50,15 +56,16 @@ def push(store: str | os.PathLike[str], url: str) -> int:
     """
     source = Store(store)
     there = RemotePlace(url)
-    data = (source.path / COMMIT).read_bytes()
+    data = read_bytes(source.path / COMMIT)
     mark = parse_mark(data, str(source.path / COMMIT))
     there.stated = mark.files
     # Whatever a file of this name holds, only a record of a build is sent.
     source.environment  # noqa: B018
+    environment = read_if_there(inside(source.path, ENVIRONMENT))
     if _already(there, data):
         return 0
     left = _present(there, mark)
-    with there.errors():
+    with there.sending(len(data)):
         there.files.makedirs(there.path(""), exist_ok=True)
     there.write_sign(TRANSFER, data)
     sent = 0
@@ -68,10 +75,9 @@ def push(store: str | os.PathLike[str], url: str) -> int:
         _send(inside(source.path, name), there, name, expected)
         sent += 1
         failpoint("push.after_file")
-    environment = inside(source.path, ENVIRONMENT)
-    with there.errors():
-        if environment.exists():
-            there.files.pipe_file(there.path(ENVIRONMENT), environment.read_bytes())
+    with there.sending(len(data) + len(environment or b"")):
+        if environment is not None:
+            there.files.pipe_file(there.path(ENVIRONMENT), environment)
     # The mark makes it a store: last.
     there.write_sign(COMMIT, data)
     with there.errors():
@@ -112,10 +118,10 @@ def _present(there: RemotePlace, mark: CommitMark) -> set[str]:
 def _send(file: Path, there: RemotePlace, name: str, expected: FileDigest) -> None:
     """Copy one file up; damage to the source is found before the mark could cover it."""
     digest = hashlib.sha256()
-    with there.errors():
+    with there.sending(expected.size):
         there.files.makedirs(there.path(name).rpartition("/")[0], exist_ok=True)
-        with file.open("rb") as source, there.files.open(there.path(name), "wb") as target:
-            while piece := source.read(_PIECE):
+        with there.files.open(there.path(name), "wb") as target:
+            for piece in _pieces_of(file):
                 digest.update(piece)
                 target.write(piece)
                 failpoint("push.half_written")
@@ -124,6 +130,16 @@ def _send(file: Path, there: RemotePlace, name: str, expected: FileDigest) -> No
             f"{file}: its bytes are not those that were committed (sha256 differs); the store is damaged: "
             "`ezsd cache repair` mends it"
         )
+
+
+def _pieces_of(file: Path) -> Iterator[bytes]:
+    """The bytes of a file here; StoreUnreadable names it, whatever it is sent to."""
+    try:
+        with os.fdopen(open_to_read(file), "rb") as source:
+            while piece := source.read(_PIECE):
+                yield piece
+    except OSError as error:
+        raise unreadable(file, error) from error
 
 
 def pull(url: str, folder: str | os.PathLike[str]) -> int:
@@ -141,10 +157,13 @@ def pull(url: str, folder: str | os.PathLike[str]) -> int:
     """
     there, here = RemotePlace(url), Path(folder).absolute()
     mark, data = there.committed()
-    if here.exists() and not here.is_dir():
-        raise StoreError(f"{here}: is a file; choose a new folder")
-    if _is_copied(here, data):
-        return 0
+    with copied_to(here, sum(expected.size for expected in mark.files.values())):
+        if here.exists() and not here.is_dir():
+            raise StoreError(f"{here}: is a file; choose a new folder")
+        return 0 if _is_copied(here, data) else _locked_pull(there, here, mark, data)
+
+
+def _locked_pull(there: RemotePlace, here: Path, mark: CommitMark, data: bytes) -> int:
     make_folders(here)
     lock = BuildLock(
         here / LOCK, busy="another process is copying a store to here; wait for it to end, or choose another folder"
@@ -161,7 +180,7 @@ def _is_copied(here: Path, data: bytes) -> bool:
     """Whether this very store is complete in the folder."""
     if not (here / COMMIT).exists():
         return False
-    if (here / COMMIT).read_bytes() != data:
+    if read_bytes(here / COMMIT) != data:
         raise StoreError(f"{here}: holds another store; choose another folder")
     Store(here)
     return True
@@ -190,7 +209,7 @@ def _prepare(here: Path, data: bytes) -> None:
     """Make the folder the copy of this store, or see that it is."""
     started = here / TRANSFER
     if started.exists():
-        if started.read_bytes() != data:
+        if read_bytes(started) != data:
             raise StoreError(f"{here}: holds the unfinished copy of another store; choose another folder")
     elif others := [name for name in files_below(here) if name != LOCK and not name.startswith(f"{ARRIVING}/")]:
         raise StoreError(f"{here}: holds {others[0]!r} but no store; choose an empty or new folder")

@@ -300,8 +300,14 @@ class StoreWriter:
         if not folder.is_dir():
             raise StoreIncomplete(f"{self.path}: {product} was not written yet; use write_whole first")
         entry = Entry.read(folder)
-        if entry.attributes["plan"] != self._plan.digest:
+        if entry.attributes.get("plan") != self._plan.digest:
             raise StoreError(f"{folder}: belongs to another build; remove this folder and run the build again")
+        arrays = {name: entry.array(name) for name in entry.arrays}
+        try:
+            # The seal of an entry tells damage, not malice.
+            check_whole(product, arrays, entry.attributes.get("user"), embed_dim=self._plan.embed_dim)
+        except StoreError as error:
+            raise StoreError(f"{folder}: {error}; remove this folder and run the build again") from error
         return entry
 
     def commit_tasks(self) -> list[ShardTask]:
