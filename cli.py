@@ -12,8 +12,13 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
-from pipeline.stop import Stopped, end_listening, keeping, listen
-from pipeline.surroundings import drop_output, nobody_reads, prepare_streams, require_launcher
+from ezsd.pipeline.interrupts import Stopped, end_listening, keeping, listen
+from ezsd.pipeline.process_environment import (
+    drop_output,
+    nobody_reads,
+    prepare_streams,
+    require_launcher,
+)
 
 
 class _Commands(typer.core.TyperGroup):
@@ -68,7 +73,7 @@ def data_shapes(
     seed: Annotated[int, typer.Option(min=0, help="0 is for choosing, 1 to 3 for reporting.")] = 0,
 ) -> None:
     """Draw the embedded benchmark as a COCO-format folder."""
-    from pipeline.shapes import write_shapes
+    from ezsd.pipeline.data.shapes import write_shapes
 
     write_shapes(out, train=train, val=val, seed=seed)
     typer.echo(f"{out}: {train} training and {val} validation images, seed {seed}")
@@ -85,8 +90,8 @@ def data_check(
     ] = False,
 ) -> None:
     """List everything that is wrong with a dataset, with its place; exit code 2 if anything is."""
-    from pipeline.check import check_dataset, check_table
-    from pipeline.datasets import find_dataset
+    from ezsd.pipeline.data.check import check_dataset, check_table
+    from ezsd.pipeline.data.datasets import find_dataset
 
     found = check_dataset(find_dataset(dataset, data_root, strict=False), decode=decode, masks=masks)
     for warning in found.warnings:
@@ -138,17 +143,18 @@ def cache_build(
     set_: Set = None,
 ) -> None:
     """Re-normalise the teacher, find CLIP proposals, embed them: once per dataset and teacher."""
-    from pipeline.arguments import parse_share, require_scheduler
+    from ezsd.pipeline.console.arguments import parse_share, require_scheduler
 
     share = None if blocks is None else parse_share(blocks)
     require_scheduler(scheduler, workers=workers, dashboard=dashboard, share=share)
-    from pipeline.build import build_cache, build_share
-    from pipeline.command import build_config, drawn, require_known_teacher, resolve_device
-    from pipeline.datasets import find_dataset
-    from pipeline.forecast import forecast_build
-    from pipeline.request import BuildRequest
-    from pipeline.shares import Share
-    from pipeline.store import build_lines, forecast_lines, share_lines
+    from ezsd.pipeline.extraction.build import build_cache, build_share
+    from ezsd.pipeline.console.defaults import build_config, drawn, require_known_teacher
+    from ezsd.pipeline.devices import resolve_device
+    from ezsd.pipeline.data.datasets import find_dataset
+    from ezsd.pipeline.extraction.forecast import forecast_build
+    from ezsd.pipeline.extraction.request import BuildRequest
+    from ezsd.pipeline.scheduling.job_array import Share
+    from ezsd.pipeline.console.store_messages import build_lines, forecast_lines, share_lines
 
     # Everything that can be refused is, before the benchmark is drawn.
     where = resolve_device(device)
@@ -190,12 +196,12 @@ def cache_commit(
     dashboard: Dashboard = False,
 ) -> None:
     """Finish a store that was built in shares (`ezsd cache build --blocks I/N`)."""
-    from pipeline.arguments import require_scheduler
+    from ezsd.pipeline.console.arguments import require_scheduler
 
     require_scheduler(scheduler, workers=workers, dashboard=dashboard)
-    from pipeline.commit import commit_cache
-    from pipeline.schedule import Schedule
-    from pipeline.store import commit_lines
+    from ezsd.pipeline.extraction.commit import commit_cache
+    from ezsd.pipeline.scheduling.pool import Schedule
+    from ezsd.pipeline.console.store_messages import commit_lines
 
     schedule = Schedule(scheduler=scheduler, workers=workers, dashboard=dashboard)
     typer.echo("\n".join(commit_lines(store, commit_cache(store, schedule))))
@@ -204,7 +210,7 @@ def cache_commit(
 @cache_app.command("ls", epilog="Example:  ezsd cache ls cache")
 def cache_ls(folder: Annotated[Path, typer.Argument(help="A folder with stores in it.")]) -> None:
     """List the stores in a folder."""
-    from pipeline.store import list_lines
+    from ezsd.pipeline.console.store_messages import list_lines
 
     typer.echo("\n".join(list_lines(folder)))
 
@@ -212,7 +218,7 @@ def cache_ls(folder: Annotated[Path, typer.Argument(help="A folder with stores i
 @cache_app.command("info", epilog="Example:  ezsd cache info cache/shapes")
 def cache_info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
     """Say what a store holds, who made it how, and whether it is complete."""
-    from pipeline.store import info_text
+    from ezsd.pipeline.console.store_messages import info_text
 
     typer.echo(info_text(store))
 
@@ -224,7 +230,7 @@ def cache_verify(
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte; else sizes and metadata.")] = False,
 ) -> None:
     """Check a store; damage is named by file, rows and images, and the exit code is then 1."""
-    from pipeline.store import verify_lines
+    from ezsd.pipeline.console.store_messages import verify_lines
 
     lines = verify_lines(store, deep=deep)
     typer.echo("\n".join(lines or [f"{store}: nothing is wrong"]))
@@ -241,9 +247,9 @@ def cache_repair(
     device: Device = "auto",
 ) -> None:
     """Rebuild exactly what is damaged, or mark the store incomplete; the exit code is then 1."""
-    from pipeline.command import resolve_device
-    from pipeline.repair import repair_store
-    from pipeline.store import repair_lines
+    from ezsd.pipeline.devices import resolve_device
+    from ezsd.pipeline.extraction.repair import repair_store
+    from ezsd.pipeline.console.store_messages import repair_lines
 
     report = repair_store(store, data_root, weights=weights, device=resolve_device(device))
     typer.echo("\n".join(repair_lines(store, report)))
@@ -260,7 +266,7 @@ def cache_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and stop.")] = False,
 ) -> None:
     """Remove what killed builds and copies left; list what else does not belong to the store, and keep it."""
-    from pipeline.store import collect_lines
+    from ezsd.pipeline.console.store_messages import collect_lines
 
     typer.echo("\n".join(collect_lines(store, strays=strays, dry_run=dry_run)))
 
@@ -271,7 +277,7 @@ def cache_diff(
     second: Annotated[Path, typer.Argument(help="Another one.")],
 ) -> None:
     """Say in which settings, products and files two stores differ."""
-    from pipeline.store import compare_lines
+    from ezsd.pipeline.console.store_messages import compare_lines
 
     typer.echo("\n".join(compare_lines(first, second)))
 
@@ -283,7 +289,7 @@ def cache_push(
     url: Annotated[str, typer.Argument(help="Where it shall lie: s3://, gs://, file:// and others of fsspec.")],
 ) -> None:
     """Copy a store to a URL, or go on with that; what lies there with the right bytes is not sent again."""
-    from pipeline.store import transfer_line
+    from ezsd.pipeline.console.store_messages import transfer_line
 
     typer.echo(transfer_line("push", str(store), url))
 
@@ -295,7 +301,7 @@ def cache_pull(
     folder: Annotated[Path, typer.Argument(help="Where it shall lie.")],
 ) -> None:
     """Copy a store from a URL, or go on with that; every file is compared with its digest."""
-    from pipeline.store import transfer_line
+    from ezsd.pipeline.console.store_messages import transfer_line
 
     typer.echo(transfer_line("pull", url, str(folder)))
 
@@ -309,7 +315,7 @@ def cache_export(
     verify: Verify = "full",
 ) -> None:
     """Write a store's contents as files of another format, for those who leave."""
-    from pipeline.store import export_line
+    from ezsd.pipeline.console.store_messages import export_line
 
     typer.echo(export_line(store, out, format_, verify=verify))
 
@@ -337,9 +343,10 @@ def train(
 ) -> None:
     """Train the detector from base boxes and cached regions; under `torchrun`, on several GPUs."""
     require_launcher(os.environ)
-    from pipeline.command import resolve_device, train_config
-    from pipeline.train import TrainRequest
-    from pipeline.train import train as start
+    from ezsd.pipeline.devices import resolve_device
+    from ezsd.pipeline.console.defaults import train_config
+    from ezsd.pipeline.training.train import TrainRequest
+    from ezsd.pipeline.training.train import train as start
 
     folder = run or Path("runs") / cache.absolute().name
     request = TrainRequest(
@@ -400,15 +407,15 @@ def evaluate(
     set_: Set = None,
 ) -> None:
     """Evaluate a run, or anybody's results: base, novel, all; COCO's rules, or LVIS's for its files."""
-    from pipeline.arguments import (
+    from ezsd.pipeline.console.arguments import (
         class_names,
         require_alone,
-        require_device_name,
         require_one_source,
         require_output,
-        require_run,
         require_weights,
     )
+    from ezsd.pipeline.devices import require_device_name
+    from ezsd.pipeline.runs.run import require_run
 
     of_run = {
         "--split": split,
@@ -430,7 +437,7 @@ def evaluate(
     require_one_source(run=run, of_run=of_run, detections=detections, of_file=of_file)
     require_device_name(device)
     if run is None:
-        from pipeline.figures import evaluate_results, evaluation_tables
+        from ezsd.pipeline.inference.evaluation_tables import evaluate_results, evaluation_tables
 
         assert detections is not None
         assert annotations is not None
@@ -447,17 +454,18 @@ def evaluate(
         )
         typer.echo(evaluation_tables(result, per_class=per_class))
         if out is not None:
-            from pipeline.files import write_json
+            from ezsd.pipeline.files import write_json
 
             write_json(out, result)
         return
     require_weights(weights, crops=crops)
     require_alone(alone, classes)
     require_run(run)
-    from pipeline.command import crop_table, resolve_device, score_table
-    from pipeline.evaluate import evaluate_crops, evaluate_run
-    from pipeline.figures import evaluation_tables, headline
-    from pipeline.runs import Run
+    from ezsd.pipeline.console.defaults import crop_table, score_table
+    from ezsd.pipeline.devices import resolve_device
+    from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
+    from ezsd.pipeline.inference.evaluation_tables import evaluation_tables, headline
+    from ezsd.pipeline.runs.run import Run
 
     opened, where = Run.open(run), resolve_device(device)
     result = evaluate_run(
@@ -502,14 +510,9 @@ def detect(
     set_: Set = None,
 ) -> None:
     """Find objects of any named classes in images; boxes are those of the image as it is shown."""
-    from pipeline.arguments import (
-        class_names,
-        find_images,
-        picture_places,
-        require_device_name,
-        require_run,
-        require_weights,
-    )
+    from ezsd.pipeline.console.arguments import class_names, find_images, picture_places, require_weights
+    from ezsd.pipeline.devices import require_device_name
+    from ezsd.pipeline.runs.run import require_run
 
     asked = class_names("--classes", lists=classes or (), files=classes_file or (), literal=class_ or ())
     require_device_name(device)
@@ -517,9 +520,9 @@ def detect(
     require_run(run)
     found = find_images(images)
     drawn = picture_places(found, out, alone=found == [Path(images[0])])
-    from pipeline.command import resolve_device
-    from pipeline.detect import coco_document, detect_images, found_lines, names_to_find
-    from pipeline.runs import Run
+    from ezsd.pipeline.devices import resolve_device
+    from ezsd.pipeline.inference.detect import coco_document, detect_images, found_lines, names_to_find
+    from ezsd.pipeline.runs.run import Run
 
     opened = Run.open(run)
     names = names_to_find(opened, asked)
@@ -552,12 +555,12 @@ def report(
     data_root: DataRoot = None,
 ) -> None:
     """Write one HTML page: results, curves, pictures."""
-    from pipeline.arguments import require_run
+    from ezsd.pipeline.runs.run import require_run
 
     for folder in (run, *(compare or [])):
         require_run(folder)
-    from pipeline.report import write_report
-    from pipeline.runs import Run
+    from ezsd.pipeline.report import write_report
+    from ezsd.pipeline.runs.run import Run
 
     others = [Run.open(folder) for folder in compare or []]
     typer.echo(str(write_report(Run.open(run), data_root=data_root, compare=others)))
@@ -572,8 +575,9 @@ def demo(
     set_: Set = None,
 ) -> None:
     """Run the whole of it on the embedded benchmark, in minutes."""
-    from pipeline.command import resolve_device, score_table, seconds_table
-    from pipeline.demo import run_demo
+    from ezsd.pipeline.devices import resolve_device
+    from ezsd.pipeline.console.defaults import score_table, seconds_table
+    from ezsd.pipeline.demo import run_demo
 
     result = run_demo(out, seed=seed, device=resolve_device(device), overrides=tuple(set_ or []))
     typer.echo(score_table(result.scores))
@@ -608,13 +612,14 @@ def main() -> None:
 
 def _is_users(error: BaseException) -> bool:
     """Whether the error is one that our own code raised about its input, or the system about a place."""
-    from pipeline.arguments import EARLY_ERRORS, is_of_a_place
+    from ezsd.pipeline.console.arguments import EARLY_ERRORS
+    from ezsd.pipeline.errors import is_of_a_place
 
     if isinstance(error, OSError):
         return is_of_a_place(error)
     if isinstance(error, EARLY_ERRORS):
         return True
-    from pipeline.command import USER_ERRORS
+    from ezsd.pipeline.console.defaults import USER_ERRORS
 
     return isinstance(error, USER_ERRORS)
 

@@ -27,20 +27,20 @@ from ablation_arms import ARMS, STORES, Arm, chosen
 from ablation_boxes import network_proposals, random_anchors, store_proposals, write_boxes
 from ablation_table import tables
 
-from cache import Store
+from ezsd.cache import Store
 from ezsd.data.shapes import DEV_SEED, SHAPES_SPLIT
 from ezsd.metrics import Detections, evaluate
-from pipeline.build import build_cache
-from pipeline.config import STAGE_ONE, load_preset
-from pipeline.datasets import Dataset, find_dataset
-from pipeline.evaluate import detect_split
-from pipeline.files import write_text
-from pipeline.parsed import evaluation_annotations
-from pipeline.request import BuildRequest
-from pipeline.runs import Run
-from pipeline.shapes import TRAIN_IMAGES, VAL_IMAGES, write_shapes
-from pipeline.train import TrainRequest, train
-from pipeline.trained import TrainedDetector, load_trained
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.config.schema import STAGE_ONE, load_preset
+from ezsd.pipeline.data.datasets import Dataset, find_dataset
+from ezsd.pipeline.inference.evaluate import detect_split
+from ezsd.pipeline.files import write_text
+from ezsd.pipeline.data.annotation_cache import evaluation_annotations
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.data.shapes import TRAIN_IMAGES, VAL_IMAGES, write_shapes
+from ezsd.pipeline.training.train import TrainRequest, train
+from ezsd.pipeline.inference.predictor import TrainedDetector, load_trained
 
 GATE_STEPS = 6
 

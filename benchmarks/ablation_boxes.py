@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
-from cache import Store
+from ezsd.cache import Store
 from ezsd.data.annotations import ImageRecord
 from ezsd.data.dataset import pad_images
 from ezsd.detector.backbone import normalise
 from ezsd.detector.model import Detector
-from pipeline.anchors import image_anchors
-from pipeline.config import ProposalConfig
-from pipeline.datasets import Dataset, read_dataset_image
-from pipeline.files import write_text
-from pipeline.parsed import training_annotations
-from pipeline.runs import Run
-from pipeline.trained import load_trained
+from ezsd.pipeline.extraction.anchors import image_anchors
+from ezsd.pipeline.config.schema import ProposalConfig
+from ezsd.pipeline.data.datasets import Dataset, read_dataset_image
+from ezsd.pipeline.files import write_text
+from ezsd.pipeline.data.annotation_cache import training_annotations
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.inference.predictor import load_trained
 
 Found = Iterator[tuple[int, np.ndarray, np.ndarray]]
 """Image id, boxes (K, 4) xyxy float32, scores (K,)."""

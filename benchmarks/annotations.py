@@ -54,7 +54,7 @@ boxes = len(read_raw(path, COCO_SPLIT.names).xywh)
 """,
     "loader, parsed before": """
 from ezsd.vocabulary import COCO_SPLIT
-from pipeline.parsed import evaluation_annotations
+from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 boxes = len(evaluation_annotations(path, COCO_SPLIT).box)
 """,
 }

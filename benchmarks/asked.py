@@ -18,10 +18,10 @@ from pathlib import Path
 import rows
 
 from ezsd.metrics import evaluate
-from pipeline.evaluate import detect_split, run_dataset
-from pipeline.parsed import evaluation_annotations
-from pipeline.runs import Run
-from pipeline.trained import load_trained
+from ezsd.pipeline.inference.evaluate import detect_split, run_dataset
+from ezsd.pipeline.data.annotation_cache import evaluation_annotations
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.inference.predictor import load_trained
 
 
 def by_name(run: Run, data_root: Path | None, share: slice) -> dict[str, dict[str, float | None]]:

@@ -3,7 +3,7 @@
 Arithmetic and no measurement: no GPU ran any of it. "--count" counts floating-point operations with torch's counter, on
 tensors without memory, and the crops that the presets look at in images of the sizes of a folder in COCO's layout; one
 row goes to results/cost.jsonl. Without it the newest row becomes the tables of docs/cost.md: operations over what a
-GPU is published to do in bf16 times --utilisation, which is assumed, and bytes by `cache.forecast`.
+GPU is published to do in bf16 times --utilisation, which is assumed, and bytes by `ezsd.cache.journal.disk_room`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cache import EmbeddingType, forecast
+from ezsd.cache import EmbeddingType, forecast
 from ezsd.crops import distinct_crops
 from ezsd.detector.model import Detector
 from ezsd.vocabulary import COCO_SPLIT
-from pipeline.anchors import look_at_anchors
-from pipeline.config import Config, load_preset
-from pipeline.datasets import find_dataset
-from pipeline.detector import build_detector
-from pipeline.parsed import training_annotations
+from ezsd.pipeline.extraction.anchors import look_at_anchors
+from ezsd.pipeline.config.schema import Config, load_preset
+from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.runs.model import build_detector
+from ezsd.pipeline.data.annotation_cache import training_annotations
 
 Row = dict[str, Any]
 PEAK_TFLOPS = {"H200": 989, "A100": 312, "RTX 4090": 165}

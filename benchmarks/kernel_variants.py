@@ -15,7 +15,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from ezsd import kernels
 from ezsd.kernels.eager import taps
-from ezsd.kernels.geometry import make_pooling
+from ezsd.kernels.pooling import make_pooling
 
 SAMPLES = 2
 

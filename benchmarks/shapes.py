@@ -18,10 +18,10 @@ import torch
 from ezsd.data.annotations import load_evaluation
 from ezsd.data.shapes import TEST_SEEDS
 from ezsd.metrics import evaluate
-from pipeline.demo import ARMS, run_demo
-from pipeline.evaluate import detect_split, run_dataset
-from pipeline.runs import Run
-from pipeline.trained import load_trained
+from ezsd.pipeline.demo import ARMS, run_demo
+from ezsd.pipeline.inference.evaluate import detect_split, run_dataset
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.inference.predictor import load_trained
 
 GROUPS = ("base", "novel", "all")
 

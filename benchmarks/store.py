@@ -29,7 +29,7 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from cache import (
+from ezsd.cache import (
     PRODUCTS,
     Manifest,
     Origin,
@@ -41,7 +41,7 @@ from cache import (
     images_digest,
     write_block,
 )
-from cache.schema import array_spec, stored_fields
+from ezsd.cache.format.schema import array_spec, stored_fields
 
 BATCH = 16
 MODES: tuple[Verify, ...] = ("quick", "full")
@@ -340,8 +340,8 @@ def coco_files(store: Path) -> int:
 OPENING = """
 import resource, sys, time
 import numpy as np, zarr
-from cache import Store
-import cache.direct, cache.reader
+from ezsd.cache import Store
+import ezsd.cache.storage.direct, ezsd.cache.reader
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 before, began, spent = resident(), time.perf_counter(), time.process_time()
@@ -366,8 +366,8 @@ def opening(folder: Path) -> dict[str, float]:
 
 def sparse_coco(folder: Path) -> None:
     """A store of COCO's size with real metadata, offsets and indexes, and holes where the rows would be."""
-    from cache.durable import FileDigest, file_digest
-    from cache.encoding import (
+    from ezsd.cache.files import FileDigest, file_digest
+    from ezsd.cache.format.zarr_bytes import (
         array_metadata,
         group_metadata,
         metadata_bytes,
@@ -376,8 +376,8 @@ def sparse_coco(folder: Path) -> None:
         shard_index,
         shard_parts,
     )
-    from cache.mark import CommitMark
-    from cache.names import GROUPS
+    from ezsd.cache.format.commit_mark import CommitMark
+    from ezsd.cache.format.names import GROUPS
 
     n = COCO_IMAGES
     ids = np.random.default_rng(0).permutation(10 * n)[:n].astype("<i8")

@@ -23,10 +23,20 @@ from pathlib import Path
 import numpy as np
 import rows
 
-from cache import PRODUCTS, Block, Manifest, Origin, RaggedRows, StoreWriter, commit_shard, images_digest, write_block
-from cache.checks import check_block
-from cache.manifest import seal, unseal
-from cache.plan import block_name
+from ezsd.cache import (
+    PRODUCTS,
+    Block,
+    Manifest,
+    Origin,
+    RaggedRows,
+    StoreWriter,
+    commit_shard,
+    images_digest,
+    write_block,
+)
+from ezsd.cache.journal.validation import check_block
+from ezsd.cache.format.manifest import seal, unseal
+from ezsd.cache.journal.plan import block_name
 
 COCO_IMAGES = 118_287
 REGIONS, PROPOSALS, TRUTH, DIM, BLOCK = 200, 200, 7, 512, 256

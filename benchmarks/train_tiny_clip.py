@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ezsd.checkpoints import load_checkpoint
+from ezsd.teacher.weights import load_checkpoint
 from ezsd.data.shapes import COLOURS, SHAPES_SPLIT, TEXTURES, cluttered_picture, picture
 
 SEED = 20

@@ -1,22 +1,25 @@
 """The store: which regions, which embeddings, made how. Sharded Zarr with provenance; no learning library."""
 
-from cache.commit import commit_numbered
-from cache.compare import Comparison, compare
-from cache.forecast import Forecast, forecast
-from cache.inspect import ProductInfo, StoreInfo, info, list_stores
-from cache.journal import read_note
-from cache.leftovers import Leftovers, collect
-from cache.manifest import JSON, Manifest, Origin, canonical_json, differences, images_digest
-from cache.plan import forget_block, journaled_bad_images, write_block
-from cache.reader import Product, Store, Verify
-from cache.records import GroundTruthRows, ProposalRows, RegionRows
-from cache.repair import RepairReport, RowSource, repair
-from cache.schema import (
-    PRODUCTS,
-    RAGGED,
-    Block,
-    EmbeddingType,
-    RaggedRows,
+from ezsd.cache.journal.commit import commit_numbered
+from ezsd.cache.tools.compare import Comparison, compare
+from ezsd.cache.journal.disk_room import Forecast, forecast
+from ezsd.cache.tools.inspect import ProductInfo, StoreInfo, info, list_stores
+from ezsd.cache.journal.entries import read_note
+from ezsd.cache.tools.leftovers import Leftovers, collect
+from ezsd.cache.format.manifest import (
+    JSON,
+    Manifest,
+    Origin,
+    canonical_json,
+    differences,
+    images_digest,
+)
+from ezsd.cache.journal.plan import forget_block, journaled_bad_images, write_block
+from ezsd.cache.reader import Product, Store, Verify
+from ezsd.cache.format.records import GroundTruthRows, ProposalRows, RegionRows
+from ezsd.cache.tools.repair import RepairReport, RowSource, repair
+from ezsd.cache.format.schema import PRODUCTS, RAGGED, Block, EmbeddingType, RaggedRows
+from ezsd.cache.errors import (
     StoreBusy,
     StoreError,
     StoreIncomplete,
@@ -24,9 +27,9 @@ from cache.schema import (
     StoreMismatch,
     StoreUnreadable,
 )
-from cache.shards import ShardTask, commit_shard
-from cache.verify import Damage, verify
-from cache.writer import StoreWriter
+from ezsd.cache.journal.shards import ShardTask, commit_shard
+from ezsd.cache.tools.verify import Damage, verify
+from ezsd.cache.writer import StoreWriter
 
 __all__ = [
     "RowSource",

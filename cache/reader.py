@@ -14,16 +14,16 @@ from typing import Any, Generic, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.arrays import RowArray, VerifiedArray, all_finite
-from cache.bad_images import bad_images_of
-from cache.durable import MENDED, PUSHED
-from cache.manifest import Manifest, parse_json
-from cache.mark import MANIFEST, CommitMark
-from cache.place import LocalPlace, Place, find_place, read_environment
-from cache.plan import refuse
-from cache.quantise import dequantise
-from cache.records import GroundTruthRows, ProposalRows, RegionRows, RowBatch, Rows
-from cache.schema import (
+from ezsd.cache.storage.arrays import RowArray, VerifiedArray, all_finite
+from ezsd.cache.journal.bad_images import bad_images_of
+from ezsd.cache.files import MENDED, PUSHED
+from ezsd.cache.format.manifest import Manifest, parse_json
+from ezsd.cache.format.commit_mark import MANIFEST, CommitMark
+from ezsd.cache.storage.locations import LocalPlace, Place, find_place, read_environment
+from ezsd.cache.journal.plan import refuse
+from ezsd.cache.format.quantise import dequantise
+from ezsd.cache.format.records import GroundTruthRows, ProposalRows, RegionRows, RowBatch, Rows
+from ezsd.cache.format.schema import (
     CHECKSUM,
     CHECKSUMS,
     IMAGES,
@@ -31,11 +31,10 @@ from cache.schema import (
     RAGGED,
     WHOLE,
     Field,
-    StoreError,
-    StoreKeyError,
     stored_fields,
 )
-from cache.verify import image_places, of_images
+from ezsd.cache.errors import StoreError, StoreKeyError
+from ezsd.cache.format.offsets import image_places, of_images
 
 Verify: TypeAlias = Literal["quick", "full"]
 """How far a store is checked before its values are handed out, see `Store`."""

@@ -9,12 +9,20 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cache.bad_images import all_bad_images
-from cache.checks import check_whole
-from cache.commit import Committer, Finisher, remove_journal
-from cache.durable import BuildLock, disk_room, make_folders, read_bytes, require_room, writable, write_atomic
-from cache.forecast import room_to_commit, small_bytes
-from cache.journal import (
+from ezsd.cache.journal.bad_images import all_bad_images
+from ezsd.cache.journal.validation import check_whole
+from ezsd.cache.journal.commit import Committer, Finisher, remove_journal
+from ezsd.cache.files import (
+    BuildLock,
+    disk_room,
+    make_folders,
+    read_bytes,
+    require_room,
+    writable,
+    write_atomic,
+)
+from ezsd.cache.journal.disk_room import room_to_commit, small_bytes
+from ezsd.cache.journal.entries import (
     Entry,
     clear_scratch,
     intact,
@@ -25,10 +33,19 @@ from cache.journal import (
     write_entry,
     write_note,
 )
-from cache.manifest import JSON, Manifest, canonical_json, seal
-from cache.mark import ENVIRONMENT, LOCK, LOG, MANIFEST, CommitMark, read_mark, require_not_set_aside, size_problems
-from cache.place import unfinished_plan
-from cache.plan import (
+from ezsd.cache.format.manifest import JSON, Manifest, canonical_json, seal
+from ezsd.cache.format.commit_mark import (
+    ENVIRONMENT,
+    LOCK,
+    LOG,
+    MANIFEST,
+    CommitMark,
+    read_mark,
+    require_not_set_aside,
+    size_problems,
+)
+from ezsd.cache.storage.locations import unfinished_plan
+from ezsd.cache.journal.plan import (
     Plan,
     another_folder,
     finished_block,
@@ -39,8 +56,9 @@ from cache.plan import (
     read_plan,
     refuse,
 )
-from cache.schema import SHARD_BYTES, WHOLE, Block, StoreBusy, StoreError, StoreIncomplete
-from cache.shards import ShardTask, forget_record, recorded
+from ezsd.cache.format.schema import SHARD_BYTES, WHOLE, Block
+from ezsd.cache.errors import StoreBusy, StoreError, StoreIncomplete
+from ezsd.cache.journal.shards import ShardTask, forget_record, recorded
 
 
 class StoreWriter:
@@ -289,7 +307,7 @@ class StoreWriter:
         """
         field = WHOLE[product]
         if self.complete:
-            from cache.reader import Store
+            from ezsd.cache.reader import Store
 
             return Store(self.path).read_whole(product)
         entry = self._whole(product)

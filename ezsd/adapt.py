@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ezsd.teacher import Teacher
+from ezsd.teacher.open_clip import Teacher
 
 AdaptLoss = Literal["bce", "softmax_ce"]
 

@@ -9,17 +9,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.build import build_cache
-from pipeline.config import STAGE_ONE, setting_of
-from pipeline.datasets import find_dataset
-from pipeline.evaluate import evaluate_crops, evaluate_run
-from pipeline.figures import headline
-from pipeline.neighbours import load_settings
-from pipeline.report import write_report
-from pipeline.request import BuildRequest
-from pipeline.runs import Run, RunError
-from pipeline.shapes import write_shapes
-from pipeline.stop import run_commands
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.config.schema import STAGE_ONE, setting_of
+from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
+from ezsd.pipeline.inference.evaluation_tables import headline
+from ezsd.pipeline.config.relations import load_settings
+from ezsd.pipeline.report import write_report
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.data.shapes import write_shapes
+from ezsd.pipeline.interrupts import run_commands
 
 log = logging.getLogger("ezsd")
 

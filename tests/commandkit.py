@@ -19,19 +19,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOADED = (
     "cli",
-    "pipeline.build",
-    "pipeline.check",
-    "pipeline.command",
-    "pipeline.commit",
-    "pipeline.demo",
-    "pipeline.detect",
-    "pipeline.evaluate",
-    "pipeline.figures",
-    "pipeline.forecast",
-    "pipeline.repair",
-    "pipeline.report",
-    "pipeline.store",
-    "pipeline.train",
+    "ezsd.pipeline.extraction.build",
+    "ezsd.pipeline.data.check",
+    "ezsd.pipeline.console.defaults",
+    "ezsd.pipeline.extraction.commit",
+    "ezsd.pipeline.demo",
+    "ezsd.pipeline.inference.detect",
+    "ezsd.pipeline.inference.evaluate",
+    "ezsd.pipeline.inference.evaluation_tables",
+    "ezsd.pipeline.extraction.forecast",
+    "ezsd.pipeline.extraction.repair",
+    "ezsd.pipeline.report",
+    "ezsd.pipeline.console.store_messages",
+    "ezsd.pipeline.training.train",
     "distributed",
     "open_clip",
     "zarr",
@@ -123,7 +123,7 @@ def serve(number):
 
 def _become(request, out, err):
     """Be the command, in this process."""
-    import cli
+    from ezsd import cli
 
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)

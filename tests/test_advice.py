@@ -18,23 +18,23 @@ import pytest
 import torch
 from PIL import Image
 
-from cache import Store
+from ezsd.cache import Store
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.teacher import require_teacher
+from ezsd.teacher.open_clip import require_teacher
 from ezsd.vocabulary import parse_classes
-from pipeline.arguments import (
-    chosen_split,
+from ezsd.pipeline.data.split import chosen_split
+from ezsd.pipeline.console.arguments import (
     class_names,
     find_images,
     picture_places,
     require_one_source,
     require_output,
 )
-from pipeline.command import USER_ERRORS
-from pipeline.config import load_preset
-from pipeline.neighbours import load_settings
-from pipeline.runs import Run
-from pipeline.shapes import write_shapes
+from ezsd.pipeline.console.defaults import USER_ERRORS
+from ezsd.pipeline.config.schema import load_preset
+from ezsd.pipeline.config.relations import load_settings
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.data.shapes import write_shapes
 from tests.advicekit import FAST, Advice, Calls, Place, each_of, follow, follow_call
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
-import cli
+from ezsd import cli
 from tests.commandkit import ezsd
 from tests.conftest import QUICK
 
@@ -22,7 +22,7 @@ def commands(language):
 
 
 def test_every_way_of_building_makes_the_same_store(shapes_root, shapes_store, tmp_path):
-    from cache import compare
+    from ezsd.cache import compare
 
     found = commands("sh")
     assert len(found) == 6

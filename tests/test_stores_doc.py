@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cache import compare
+from ezsd.cache import compare
 from tests.commandkit import ezsd
 from tests.conftest import QUICK
 

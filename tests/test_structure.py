@@ -131,7 +131,7 @@ def test_nothing_runs_code_out_of_data(part):
 def test_one_module_reads_image_files(part):
     """Two readers have two rules: for orientation, for modes, for size."""
     found = {path.relative_to(ROOT).as_posix(): list(openings(path)) for path in sources(part)}
-    reader = found.pop("pipeline/images.py", None)
+    reader = found.pop("pipeline/data/images.py", None)
     assert {path: places for path, places in found.items() if places} == {}
     assert (part == "pipeline") == bool(reader)
 

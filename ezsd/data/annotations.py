@@ -15,8 +15,16 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from ezsd.data.records import AnnotationError, Annotations, ImageRecord, ImageTable, RawAnnotations, refine
-from ezsd.data.table import Fault, Table, annotation_faults, category_faults, image_faults, read_table
+from ezsd.errors import AnnotationError
+from ezsd.data.records import Annotations, ImageRecord, ImageTable, RawAnnotations, refine
+from ezsd.data.coco_json import (
+    Fault,
+    Table,
+    annotation_faults,
+    category_faults,
+    image_faults,
+    read_table,
+)
 from ezsd.vocabulary import Split, canonical, suggest
 
 __all__ = [

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from ezsd.data.records import AnnotationError, unfit
+from ezsd.errors import AnnotationError
+from ezsd.data.records import unfit
 from ezsd.data.stream import FILE_CURE, open_json
 from ezsd.vocabulary import canonical
 

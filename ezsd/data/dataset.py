@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ezsd.boxes import flip_horizontal, scale
-from ezsd.data.augment import SEEN_SHARE, Augmentation, boxes_in_window, draw_limits, draw_window
+from ezsd.data.transforms import SEEN_SHARE, Augmentation, boxes_in_window, draw_limits, draw_window
 from ezsd.detector.masks import ObjectMasks
 from ezsd.detector.model import Batch
 

@@ -15,7 +15,7 @@ from torchvision.ops import batched_nms
 from ezsd.detector.backbone import Pyramid, normalise
 from ezsd.detector.heads import FastHead, Head, HeadName, PaperHead, Pooling
 from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, mask_loss, mask_targets
-from ezsd.detector.proposer import SAMPLED_ANCHORS, proposal_network
+from ezsd.detector.rpn import SAMPLED_ANCHORS, proposal_network
 from ezsd.detector.sampling import SampledRegions, sample_regions
 from ezsd.kernels import Backend, Metric
 from ezsd.losses import box_loss, classification_loss, decode_boxes, encode_boxes, region_weights

@@ -1,8 +1,9 @@
 """The fused RoI-align, projection and cosine operators."""
 
-from ezsd.kernels.backend import Backend, BackendError, require_backend, resolve_backend
-from ezsd.kernels.geometry import Metric
-from ezsd.kernels.operators import roi_align, roi_align_cosine, roi_embed
+from ezsd.kernels.backend import Backend, require_backend, resolve_backend
+from ezsd.errors import BackendError
+from ezsd.kernels.pooling import Metric
+from ezsd.kernels.ops import roi_align, roi_align_cosine, roi_embed
 
 __all__ = [
     "Backend",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ezsd.kernels.geometry import Pooling
+from ezsd.kernels.pooling import Pooling
 from ezsd.kernels.reference import unit
 
 _KEYS = (torch.int16, torch.int32, torch.int64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ezsd.kernels import eager
-from ezsd.kernels.geometry import Pooling
+from ezsd.kernels.pooling import Pooling
 from ezsd.kernels.reference import distances, project, unit, weighted_mean
 
 # torch gives the context of a registered operator no type and hands its inputs over as one tuple, hence `Any`.

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ezsd.kernels.backend import MAX_LEVELS
-from ezsd.kernels.geometry import Pooling
+from ezsd.kernels.pooling import Pooling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

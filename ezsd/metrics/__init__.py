@@ -18,9 +18,10 @@ from ezsd.metrics.evaluation import (
 )
 from ezsd.metrics.limits import Limit
 from ezsd.metrics.named import Named
-from ezsd.metrics.results import Detections, Results, ResultsError, read_results
-from ezsd.metrics.scores import ClassScores, GroupScores
-from ezsd.metrics.truth import Truth, read_truth, with_masks
+from ezsd.metrics.results import Detections, Results, read_results
+from ezsd.errors import ResultsError
+from ezsd.metrics.average_precision import ClassScores, GroupScores
+from ezsd.metrics.ground_truth import Truth, read_truth, with_masks
 
 __all__ = [
     "COCO_LIMITS",

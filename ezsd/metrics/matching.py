@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask
 
-from ezsd.data.segmentations import overlaps
+from ezsd.data.masks import overlaps
 from ezsd.metrics.results import Results
-from ezsd.metrics.truth import Truth
+from ezsd.metrics.ground_truth import Truth
 
 Shape: TypeAlias = Literal["bbox", "segm"]
 """What must overlap: boxes or masks."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ezsd.data.segmentations import parse_outline, to_box, to_run_lengths
+from ezsd.data.masks import parse_outline, to_box, to_run_lengths
 from ezsd.data.stream import is_finite
 from ezsd.metrics.named import DocumentError, Named, renumbered
 

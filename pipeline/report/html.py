@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from pipeline import figures
+from ezsd.pipeline.inference import evaluation_tables as figures
 
 DASH = "\u2013"
 """Where there is no number."""

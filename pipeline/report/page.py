@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.evaluate import run_dataset
-from pipeline.files import write_text
-from pipeline.report.curves import curves_section
-from pipeline.report.facts import Facts, collect, dataset_label
-from pipeline.report.html import Html, element
-from pipeline.report.numbers import classes_section, renormalisation_section, results_section, times_section
-from pipeline.report.pictures import SHOWN_REGIONS, SHOWN_SCORE, detection_gallery, pictures_section, region_gallery
-from pipeline.report.provenance import provenance_section
-from pipeline.report.style import style_sheet
-from pipeline.runs import Run, RunError
+from ezsd.pipeline.inference.evaluate import run_dataset
+from ezsd.pipeline.files import write_text
+from ezsd.pipeline.report.curves import curves_section
+from ezsd.pipeline.report.run_data import Facts, collect, dataset_label
+from ezsd.pipeline.report.html import Html, element
+from ezsd.pipeline.report.tables import (
+    classes_section,
+    renormalisation_section,
+    results_section,
+    times_section,
+)
+from ezsd.pipeline.report.galleries import (
+    SHOWN_REGIONS,
+    SHOWN_SCORE,
+    detection_gallery,
+    pictures_section,
+    region_gallery,
+)
+from ezsd.pipeline.report.provenance import provenance_section
+from ezsd.pipeline.report.style import style_sheet
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.errors import RunError
 
 
 def write_report(run: Run, *, data_root: Path | None, compare: Sequence[Run] = (), images: int = 12) -> Path:

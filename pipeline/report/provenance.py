@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import STAGE_ONE, load_preset, preset_names, to_tables
-from pipeline.datasets import DATASETS
-from pipeline.provenance import built_settings
-from pipeline.report.facts import (
+from ezsd.pipeline.config.schema import STAGE_ONE, load_preset, preset_names, to_tables
+from ezsd.pipeline.data.datasets import DATASETS
+from ezsd.pipeline.extraction.provenance import built_settings
+from ezsd.pipeline.report.run_data import (
     Facts,
     dataset_label,
     flat_settings,
@@ -19,9 +19,9 @@ from pipeline.report.facts import (
     shown_path,
     store_environment,
 )
-from pipeline.report.html import Html, element
-from pipeline.trained import run_manifest
-from pipeline.trained_on import read_stores
+from ezsd.pipeline.report.html import Html, element
+from ezsd.pipeline.inference.predictor import run_manifest
+from ezsd.pipeline.runs.store_digests import read_stores
 
 
 def provenance_section(facts: Sequence[Facts], data_root: Path | None) -> Html:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR
+from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR
 
 
 def style_sheet() -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache import Store
+from ezsd.cache import Store
 from ezsd.data.shapes import SHAPES_SPLIT
-from pipeline.config import load_preset, to_tables
-from pipeline.provenance import dataset_inputs
-from pipeline.step import part_weights
+from ezsd.pipeline.config.schema import load_preset, to_tables
+from ezsd.pipeline.extraction.provenance import dataset_inputs
+from ezsd.pipeline.training.trainer import part_weights
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Few windows, two blocks of images, two steps: the same code in seconds.

@@ -5,9 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import Manifest, Origin, RaggedRows, StoreWriter, commit_shard, images_digest, write_block
-from cache.durable import file_digest
-from cache.mark import CommitMark, read_mark
+from ezsd.cache import (
+    Manifest,
+    Origin,
+    RaggedRows,
+    StoreWriter,
+    commit_shard,
+    images_digest,
+    write_block,
+)
+from ezsd.cache.files import file_digest
+from ezsd.cache.format.commit_mark import CommitMark, read_mark
 
 IDS = [70, 3, 11, 900000000001, 5, 42, 8, 9, 10, 77, 12]
 WIDTHS = [64, 50, 64, 640, 64, 33, 64, 64, 64, 64, 64]

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import storekit
 
-import cache.durable
-from cache import Block, Store, StoreError, commit_shard, repair, write_block
-from cache.journal import Entry, read_note, write_entry
-from cache.mark import TRANSFER
-from cache.plan import read_block, read_plan
-from cache.transfer import push
+import ezsd.cache.files
+from ezsd.cache import Block, Store, StoreError, commit_shard, repair, write_block
+from ezsd.cache.journal.entries import Entry, read_note, write_entry
+from ezsd.cache.format.commit_mark import TRANSFER
+from ezsd.cache.journal.plan import read_block, read_plan
+from ezsd.cache.tools.transfer import push
 from tests.advicekit import Advice, each_of, follow
 
 
@@ -124,14 +124,14 @@ class Scene:
 
     def refused_by_the_system(self) -> None:
         """A file that the system does not let be read."""
-        plain = cache.durable.open_to_read
+        plain = ezsd.cache.files.open_to_read
 
         def refuse(file: Path) -> object:
             if str(file).endswith("regions/embedding/c/0/0"):
                 raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
             return plain(file)
 
-        self.patch.setattr("cache.durable.open_to_read", refuse)
+        self.patch.setattr("ezsd.cache.files.open_to_read", refuse)
 
 
 def whole(scene: Scene) -> None:

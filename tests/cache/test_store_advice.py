@@ -11,10 +11,10 @@ from pathlib import Path
 import fsspec
 import storekit
 
-from cache import Store, StoreError, info, list_stores, repair, verify
-from cache.export import export
-from cache.manifest import seal
-from cache.transfer import pull, push
+from ezsd.cache import Store, StoreError, info, list_stores, repair, verify
+from ezsd.cache.tools.export import export
+from ezsd.cache.format.manifest import seal
+from ezsd.cache.tools.transfer import pull, push
 from tests.advicekit import Advice, each_of, follow
 
 

@@ -21,9 +21,9 @@ import storekit
 import zarr
 from fsspec.implementations.local import LocalFileSystem
 
-from cache import Store, StoreError, StoreUnreadable
-from cache.durable import system_error
-from cache.transfer import pull, push
+from ezsd.cache import Store, StoreError, StoreUnreadable
+from ezsd.cache.files import system_error
+from ezsd.cache.tools.transfer import pull, push
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD = "regions/embedding/c/0/0"
@@ -237,7 +237,7 @@ def test_a_file_that_a_web_server_lacks_is_named_by_pull_too(web, tmp_path):
 @pytest.mark.parametrize("verify", ["quick", "full"])
 def test_rows_are_read_by_ranges_and_no_more_is_taken_than_was_asked_for(web, copy, verify, monkeypatch):
     expected = Store(copy).regions.batch(storekit.IDS)
-    monkeypatch.setattr("cache.arrays._KEPT_BYTES", 0)
+    monkeypatch.setattr("ezsd.cache.storage.arrays._KEPT_BYTES", 0)
     store = Store(web[0], verify=verify)
     assert store.image_ids.tolist() == storekit.IDS
     rows = store.regions.batch(storekit.IDS).rows
@@ -300,7 +300,7 @@ def pulled(finished, url, target):
 def test_a_full_disk_while_a_store_is_pulled_is_named_and_the_same_command_goes_on(finished, tmp_path, monkeypatch):
     url, target = f"memory://{secrets.token_hex(4)}", tmp_path / "deep/target"
     push(finished, url)
-    for broken in ("cache.transfer.write_new", "cache.transfer.make_folders"):
+    for broken in ("ezsd.cache.tools.transfer.write_new", "ezsd.cache.tools.transfer.make_folders"):
         with monkeypatch.context() as patch:
             patch.setattr(broken, full)
             said = rf"^{target}: the disk is full \(No space left on device\): [\d,]+ bytes were to be written here"
@@ -313,7 +313,7 @@ def test_a_folder_that_a_pull_may_not_write_is_named_and_another_one_taken(finis
     url, target = f"memory://{secrets.token_hex(4)}", tmp_path / "target"
     push(finished, url)
     with monkeypatch.context() as patch:
-        patch.setattr("cache.transfer.rename", denied(target / "zarr.json"))
+        patch.setattr("ezsd.cache.tools.transfer.rename", denied(target / "zarr.json"))
         said = rf"^{target}/zarr.json: cannot be read or written \(Permission denied\); what has come stays: mend that"
         with pytest.raises(StoreError, match=said) as found:
             pull(url, target)
@@ -328,7 +328,7 @@ def test_a_file_here_that_cannot_be_read_is_not_the_urls_fault(copy, monkeypatch
     def refuse(file):
         return denied(file)() if str(file).endswith(SHARD) else os.open(file, os.O_RDONLY)
 
-    monkeypatch.setattr("cache.transfer.open_to_read", refuse)
+    monkeypatch.setattr("ezsd.cache.tools.transfer.open_to_read", refuse)
     with pytest.raises(StoreUnreadable, match=rf"^{copy}/{SHARD}: cannot be read \(Permission denied\)") as found:
         push(copy, url)
     assert url not in str(found.value)

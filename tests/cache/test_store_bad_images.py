@@ -3,7 +3,7 @@
 import pytest
 import storekit
 
-from cache import Store, StoreError, info, journaled_bad_images, repair, verify, write_block
+from ezsd.cache import Store, StoreError, info, journaled_bad_images, repair, verify, write_block
 
 BAD = storekit.IDS[2]
 REASON = "a.jpg: cannot be read: image file is truncated"

@@ -18,15 +18,25 @@ import storekit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache import Store, StoreBusy, StoreError, collect, compare, info, list_stores, repair, verify
-from cache.commit import commit_shard
-from cache.durable import FileDigest, file_digest
-from cache.export import export
-from cache.manifest import canonical_json, parse_json, seal
-from cache.mark import parse_mark, read_mark
-from cache.names import files_below, is_store_file, needed_files
-from cache.remote import RemotePlace
-from cache.transfer import pull, push
+from ezsd.cache import (
+    Store,
+    StoreBusy,
+    StoreError,
+    collect,
+    compare,
+    info,
+    list_stores,
+    repair,
+    verify,
+)
+from ezsd.cache.journal.commit import commit_shard
+from ezsd.cache.files import FileDigest, file_digest
+from ezsd.cache.tools.export import export
+from ezsd.cache.format.manifest import canonical_json, parse_json, seal
+from ezsd.cache.format.commit_mark import parse_mark, read_mark
+from ezsd.cache.format.names import files_below, is_store_file, needed_files
+from ezsd.cache.storage.remote import RemotePlace
+from ezsd.cache.tools.transfer import pull, push
 
 SECRET = b"mine alone"
 BAD_NAMES = [
@@ -411,7 +421,7 @@ def test_a_link_in_place_of_the_lock_makes_no_file(copy, tmp_path):
 @pytest.mark.parametrize("name", ["COMMIT.json", "environment.json", "zarr.json", "regions/box/c/0/0"])
 def test_a_server_that_never_stops_is_left(finished, web, tmp_path, monkeypatch, name, status):
     web[1].status = status
-    monkeypatch.setattr("cache.remote.MOST_UNSTATED", 2**20)
+    monkeypatch.setattr("ezsd.cache.storage.remote.MOST_UNSTATED", 2**20)
     shutil.copytree(finished, tmp_path / "web/store")
     web[1].endless = (f"store/{name}",)
     with pytest.raises(StoreError, match=rf"store/{name}: is longer than the [\d,]+ bytes it may have"):
@@ -566,7 +576,7 @@ def test_a_pipe_in_a_store_is_never_waited_for(copy):
 
 
 def test_a_file_that_describes_a_store_is_read_as_far_as_one_can_be_long(copy, monkeypatch):
-    monkeypatch.setattr("cache.durable.MOST_UNSTATED", 100)
+    monkeypatch.setattr("ezsd.cache.files.MOST_UNSTATED", 100)
     with pytest.raises(StoreError, match=r"COMMIT.json: is longer than the 100 bytes it may have; it is not read"):
         Store(copy)
 

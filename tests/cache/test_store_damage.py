@@ -9,8 +9,8 @@ import pytest
 import storekit
 from storekit import flip, recommit
 
-from cache import Store, StoreError, StoreIncomplete, info, list_stores, verify, write_block
-from cache.mark import read_mark
+from ezsd.cache import Store, StoreError, StoreIncomplete, info, list_stores, verify, write_block
+from ezsd.cache.format.commit_mark import read_mark
 
 REASON = "its bytes are not those that were committed (sha256 differs)"
 SHARD = "regions/embedding/c/0/0"

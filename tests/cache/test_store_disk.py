@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import subprocess, sys
 import storekit
-from cache import StoreError, verify
+from ezsd.cache import StoreError, verify
 
 folder, size, expected, other = sys.argv[1:5]
 mount = ["mount", "-t", "tmpfs", "-o"]

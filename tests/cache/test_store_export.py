@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import storekit
 
-from cache import Store, StoreError
-from cache.export import FORMATS, export
+from ezsd.cache import Store, StoreError
+from ezsd.cache.tools.export import FORMATS, export
 
 SIZES = dict(zip(storekit.IDS, zip(storekit.WIDTHS, storekit.HEIGHTS, strict=True), strict=True))
 
@@ -17,7 +17,7 @@ SIZES = dict(zip(storekit.IDS, zip(storekit.WIDTHS, storekit.HEIGHTS, strict=Tru
 @pytest.fixture(params=[4, 1024])
 def per_file(request, monkeypatch):
     """Images per exported file: several files, or one."""
-    monkeypatch.setattr("cache.export.IMAGES_PER_FILE", request.param)
+    monkeypatch.setattr("ezsd.cache.tools.export.IMAGES_PER_FILE", request.param)
     return request.param
 
 

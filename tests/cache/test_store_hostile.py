@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 import storekit
 
-from cache import (
+from ezsd.cache import (
     Store,
     StoreError,
     StoreWriter,
@@ -22,10 +22,10 @@ from cache import (
     verify,
     write_block,
 )
-from cache.durable import file_digest
-from cache.export import export
-from cache.manifest import canonical_json, seal
-from cache.plan import read_block, read_plan
+from ezsd.cache.files import file_digest
+from ezsd.cache.tools.export import export
+from ezsd.cache.format.manifest import canonical_json, seal
+from ezsd.cache.journal.plan import read_block, read_plan
 
 VALUES = (None, -1, 2**70, "x", [], {}, True, 1.5)
 BAD = storekit.IDS[1]

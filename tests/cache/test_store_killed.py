@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import storekit
 
-from cache import Store, StoreError, StoreIncomplete, verify, write_block
-from cache.durable import FAILPOINTS
+from ezsd.cache import Store, StoreError, StoreIncomplete, verify, write_block
+from ezsd.cache.files import FAILPOINTS
 
 ROOT = Path(__file__).resolve().parents[2]
 LATER = ["block.after_rename:3", "shard.half_written:4", "shard.after_rename:5", "metadata.before_rename:30"]
@@ -120,7 +120,7 @@ def test_all_that_the_commit_mark_lists_is_on_the_disk_before_it(path, monkeypat
             seen.extend(place for place in places if place.stat().st_ino not in flushed)
             seen.append(None)
 
-    monkeypatch.setattr("cache.durable.os.fsync", watched_fsync)
-    monkeypatch.setattr("cache.durable.failpoint", watched_failpoint)
+    monkeypatch.setattr("ezsd.cache.files.os.fsync", watched_fsync)
+    monkeypatch.setattr("ezsd.cache.files.failpoint", watched_failpoint)
     storekit.build(path)
     assert seen == [path / ".lock", None]

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from cache import (
+from ezsd.cache import (
     RaggedRows,
     Store,
     StoreIncomplete,
@@ -28,7 +28,7 @@ from cache import (
     verify,
     write_block,
 )
-from cache.mark import read_mark
+from ezsd.cache.format.commit_mark import read_mark
 
 ROOT = Path(__file__).resolve().parents[2]
 SHM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -154,7 +154,7 @@ class dying_at:  # noqa: N801
     def __enter__(self):
         if self._point:
             self._patch = pytest.MonkeyPatch()
-            for module in ("cache.durable", "cache.journal", "cache.commit"):
+            for module in ("ezsd.cache.files", "ezsd.cache.journal.entries", "ezsd.cache.journal.commit"):
                 self._patch.setattr(f"{module}.failpoint", self._reached)
 
     def _reached(self, name):

@@ -6,7 +6,7 @@ import json
 import pytest
 import storekit
 
-from cache import PRODUCTS, Manifest, Origin, StoreError, canonical_json, differences
+from ezsd.cache import PRODUCTS, Manifest, Origin, StoreError, canonical_json, differences
 
 
 def test_the_digest_is_that_of_sorted_compact_unescaped_json():

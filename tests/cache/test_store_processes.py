@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import storekit
 
-from cache import Store
+from ezsd.cache import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 
 # A process of its own: newer Pythons warn about any fork beside zarr's threads, and here warnings are errors.
 FORK = """
 import os, sys
-from cache import Store
+from ezsd.cache import Store
 store = Store(sys.argv[1])
 regions = store.regions
 before = {image: regions[image].embedding.tobytes() for image in regions}

@@ -16,10 +16,10 @@ import zarr
 from readkit import digest, load
 from storekit import flip, recommit
 
-import cache.direct
-from cache import Store, StoreError, StoreKeyError
-from cache.arrays import ZarrArray, all_finite
-from cache.direct import MappedArray, direct_spec, open_mapped
+import ezsd.cache.storage.direct
+from ezsd.cache import Store, StoreError, StoreKeyError
+from ezsd.cache.storage.arrays import ZarrArray, all_finite
+from ezsd.cache.storage.direct import MappedArray, direct_spec, open_mapped
 
 FIRST = next(image for image in storekit.IDS if image not in storekit.EMPTY)
 SHARD = "regions/embedding/c/0/0"
@@ -98,7 +98,7 @@ def test_any_other_layout_is_read_through_zarr_with_the_same_result(finished, co
 
 @pytest.mark.parametrize("kept", [0, 2**30])
 def test_rows_read_through_zarr_by_slices_are_those_read_at_once(finished, monkeypatch, kept):
-    monkeypatch.setattr("cache.arrays._KEPT_BYTES", kept)
+    monkeypatch.setattr("ezsd.cache.storage.arrays._KEPT_BYTES", kept)
     array = ZarrArray(zarr.open_array(finished / "regions/embedding", mode="r"), "here")
     expected = array_of(Store(finished), "regions/embedding")
     for start, stop in [(0, 3), (250, 300), (5, 5)]:
@@ -116,7 +116,7 @@ def test_chunks_out_of_file_order_are_read_through_zarr(finished, copy):
     size = 256 * storekit.DIM * 2
     data[: 2 * size] = data[size : 2 * size] + data[:size]
     index = np.array([size, size, 0, size], "<u8").tobytes()
-    from cache.encoding import crc32c
+    from ezsd.cache.format.zarr_bytes import crc32c
 
     data[2 * size :] = index + crc32c(index).to_bytes(4, "little")
     (copy / SHARD).write_bytes(data)
@@ -226,15 +226,15 @@ def test_the_disk_is_asked_once_for_all_rows_before_the_first_is_read(finished, 
 
 
 def test_a_hint_reaches_the_kernel_for_long_ranges_and_changes_nothing(finished, monkeypatch):
-    monkeypatch.setattr("cache.direct._HINTED", 0)
+    monkeypatch.setattr("ezsd.cache.storage.direct._HINTED", 0)
     array = mapped(finished / "regions/embedding")
-    hints, plain = [], cache.direct.will_need
+    hints, plain = [], ezsd.cache.storage.direct.will_need
 
     def spy(data, *arguments):
         hints.append(arguments)
         plain(data, *arguments)
 
-    monkeypatch.setattr("cache.direct.will_need", spy)
+    monkeypatch.setattr("ezsd.cache.storage.direct.will_need", spy)
     array.read(0, 300)
     monkeypatch.setattr(MappedArray, "_in_memory", lambda *_: True)
     array.read_ahead([(0, 10), (250, 260)])
@@ -249,7 +249,7 @@ def test_a_hint_reaches_the_kernel_for_long_ranges_and_changes_nothing(finished,
 def test_a_system_that_cannot_say_what_is_in_memory_hints_at_every_range(finished, monkeypatch, missing):
     expected = Store(finished).regions.batch(storekit.IDS).rows
     monkeypatch.delattr(os, missing)
-    monkeypatch.setattr("cache.direct._HINTED", 0)
+    monkeypatch.setattr("ezsd.cache.storage.direct._HINTED", 0)
     store = Store(finished, verify="quick")
     same_record(store.regions.batch(storekit.IDS).rows, expected)
     assert not array_of(store, "regions/embedding")._in_memory(0, 0)

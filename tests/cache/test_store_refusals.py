@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import storekit
 
-from cache import Block, RaggedRows, Store, StoreError, StoreMismatch, info, write_block
-from cache.manifest import seal
+from ezsd.cache import Block, RaggedRows, Store, StoreError, StoreMismatch, info, write_block
+from ezsd.cache.format.manifest import seal
 
 ROOT = Path(__file__).resolve().parents[2]
 

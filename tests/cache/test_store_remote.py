@@ -16,11 +16,21 @@ import pytest
 import storekit
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cache import Store, StoreError, StoreIncomplete, StoreKeyError, collect, info, list_stores, repair, verify
-from cache.transfer import pull, push
+from ezsd.cache import (
+    Store,
+    StoreError,
+    StoreIncomplete,
+    StoreKeyError,
+    collect,
+    info,
+    list_stores,
+    repair,
+    verify,
+)
+from ezsd.cache.tools.transfer import pull, push
 
 ROOT = Path(__file__).resolve().parents[2]
-WORK = "import sys; from cache import transfer; getattr(transfer, sys.argv[1])(sys.argv[2], sys.argv[3])"
+WORK = "import sys; from ezsd.cache import transfer; getattr(transfer, sys.argv[1])(sys.argv[2], sys.argv[3])"
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,20 @@ import pytest
 import storekit
 from storekit import Images, flip
 
-from cache import Store, StoreError, StoreIncomplete, StoreMismatch, collect, compare, info, list_stores, repair, verify
-from cache.mark import read_mark
-from cache.quantise import dequantise, quantise
+from ezsd.cache import (
+    Store,
+    StoreError,
+    StoreIncomplete,
+    StoreMismatch,
+    collect,
+    compare,
+    info,
+    list_stores,
+    repair,
+    verify,
+)
+from ezsd.cache.format.commit_mark import read_mark
+from ezsd.cache.format.quantise import dequantise, quantise
 
 
 @pytest.fixture(params=["float16", "int8"])

@@ -9,7 +9,7 @@ import pytest
 import storekit
 import zarr
 
-from cache import (
+from ezsd.cache import (
     GroundTruthRows,
     ProposalRows,
     RegionRows,
@@ -21,8 +21,8 @@ from cache import (
     verify,
     write_block,
 )
-from cache.encoding import array_metadata, crc32c
-from cache.schema import array_spec
+from ezsd.cache.format.zarr_bytes import array_metadata, crc32c
+from ezsd.cache.format.schema import array_spec
 
 RECORDS = {"proposals": ProposalRows, "regions": RegionRows, "ground_truth": GroundTruthRows}
 
@@ -82,7 +82,7 @@ def test_metadata_and_shards_are_those_zarr_itself_writes(tmp_path):
     )
     array[:] = rows
     assert array_metadata(spec) == json.loads((tmp_path / "a/zarr.json").read_text())
-    from cache.encoding import shard_parts
+    from ezsd.cache.format.zarr_bytes import shard_parts
 
     assert b"".join(shard_parts(spec, 0, [rows[:512].tobytes()])) == (tmp_path / "a/c/0/0").read_bytes()
 

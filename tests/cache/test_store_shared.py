@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 import storekit
 
-from cache import StoreBusy, StoreError, StoreIncomplete, collect, commit_numbered, compare, read_note
-from cache.checks import check_block
-from cache.journal import scratch_folder, write_entry
-from cache.writer import StoreWriter
+from ezsd.cache import (
+    StoreBusy,
+    StoreError,
+    StoreIncomplete,
+    collect,
+    commit_numbered,
+    compare,
+    read_note,
+)
+from ezsd.cache.journal.validation import check_block
+from ezsd.cache.journal.entries import scratch_folder, write_entry
+from ezsd.cache.writer import StoreWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILDER = """
@@ -132,10 +140,10 @@ def test_work_that_outlives_its_builder_is_whole_or_gone(tmp_path, monkeypatch):
             source.rename(target)
 
         with monkeypatch.context() as patch:
-            patch.setattr("cache.journal.rename", cleared_meanwhile)
+            patch.setattr("ezsd.cache.journal.entries.rename", cleared_meanwhile)
             real(store, name, arrays, attributes, point=point)
 
-    monkeypatch.setattr("cache.plan.write_entry", late)
+    monkeypatch.setattr("ezsd.cache.journal.plan.write_entry", late)
     with pytest.raises(FileNotFoundError):
         storekit.write_one(tmp_path, pending)
     with storekit.open_writer(tmp_path) as writer:
@@ -155,7 +163,7 @@ def test_a_block_that_another_worker_finished_meanwhile_is_left_where_it_is(tmp_
             storekit.write_one(tmp_path, block)
             others.append(data.stat().st_ino)
 
-    monkeypatch.setattr("cache.plan.check_block", slow)
+    monkeypatch.setattr("ezsd.cache.journal.plan.check_block", slow)
     storekit.write_one(tmp_path, block)
     assert data.stat().st_ino == others[1]
 

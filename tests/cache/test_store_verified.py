@@ -18,12 +18,17 @@ import pytest
 import storekit
 from storekit import flip, recommit
 
-import cache.durable
-from cache import Store, StoreError, StoreUnreadable, repair, verify
-from cache.encoding import array_metadata, metadata_bytes, shard_bytes_on_disk, shard_index
-from cache.mark import CommitMark, read_mark
-from cache.reader import holds_rows
-from cache.schema import RAGGED, array_spec
+import ezsd.cache.files
+from ezsd.cache import Store, StoreError, StoreUnreadable, repair, verify
+from ezsd.cache.format.zarr_bytes import (
+    array_metadata,
+    metadata_bytes,
+    shard_bytes_on_disk,
+    shard_index,
+)
+from ezsd.cache.format.commit_mark import CommitMark, read_mark
+from ezsd.cache.reader import holds_rows
+from ezsd.cache.format.schema import RAGGED, array_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = pytest.mark.parametrize("mode", ["quick", "full"])
@@ -159,7 +164,7 @@ def test_a_store_checks_all_that_is_read_unless_told_otherwise(copy):
 
 def test_each_chunk_is_checked_once_in_a_process(finished, monkeypatch):
     checked, plain = [], zlib.crc32
-    monkeypatch.setattr("cache.arrays.zlib.crc32", lambda *data: checked.append(data) or plain(*data))
+    monkeypatch.setattr("ezsd.cache.storage.arrays.zlib.crc32", lambda *data: checked.append(data) or plain(*data))
     store = Store(finished)
     store.regions.batch(storekit.IDS)
     before = len(checked)
@@ -192,7 +197,7 @@ def test_what_is_wrong_with_a_store_reaches_whoever_reads_it_in_another_process(
 )
 def test_an_error_of_the_system_is_not_called_damage(copy, monkeypatch, number, words):
     shard = "regions/embedding/c/0/0"
-    plain = cache.durable.open_to_read
+    plain = ezsd.cache.files.open_to_read
 
     def refuse(file):
         if str(file).endswith(shard):
@@ -200,8 +205,8 @@ def test_an_error_of_the_system_is_not_called_damage(copy, monkeypatch, number, 
         return plain(file)
 
     store = Store(copy)
-    monkeypatch.setattr("cache.durable.open_to_read", refuse)
-    monkeypatch.setattr("cache.direct.open_to_read", refuse)
+    monkeypatch.setattr("ezsd.cache.files.open_to_read", refuse)
+    monkeypatch.setattr("ezsd.cache.storage.direct.open_to_read", refuse)
     message = f"{shard}: cannot be read .{words}"
     with pytest.raises(StoreUnreadable, match=message) as caught:
         store.regions[70]
@@ -225,12 +230,12 @@ def test_journaled_work_that_cannot_be_read_is_not_thrown_away(memory, monkeypat
         tasks = writer.commit_tasks()
         place = path / "journal/block-000000" / name
         if name == "entry.json":
-            plain = cache.durable.open_to_read
+            plain = ezsd.cache.files.open_to_read
             monkeypatch.setattr(
-                cache.durable, "open_to_read", lambda file: denied(file) if file == place else plain(file)
+                ezsd.cache.files, "open_to_read", lambda file: denied(file) if file == place else plain(file)
             )
         else:
-            monkeypatch.setattr("cache.journal.np.memmap", lambda file, *_: denied(file))
+            monkeypatch.setattr("ezsd.cache.journal.entries.np.memmap", lambda file, *_: denied(file))
         for task in tasks[:1]:
             with pytest.raises(StoreUnreadable, match=f"{name}: cannot be read .Permission denied"):
                 storekit.commit_shard(path, task)
@@ -252,7 +257,7 @@ LARGE = """
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
-from cache import Store
+from ezsd.cache import Store
 for mode in ("quick", "full"):
     store = Store(sys.argv[1], verify=mode)
     kept = [store._here.column("images/id"), store.regions[0].embedding]
@@ -320,7 +325,7 @@ def test_a_thousand_shards_an_array_are_read_with_few_descriptors(large, soft, h
 
 EXHAUSTED = """
 import os, sys
-from cache import Store, StoreUnreadable
+from ezsd.cache import Store, StoreUnreadable
 store = Store(sys.argv[1])
 try:
     while os.open("/dev/null", os.O_RDONLY) < 38:

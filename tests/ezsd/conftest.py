@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
-from ezsd.teacher import load_teacher
+from ezsd.teacher.open_clip import load_teacher
 
 # Tests share their cores with other work, so the time that an example takes says nothing.
 settings.register_profile("ezsd", deadline=None, suppress_health_check=[HealthCheck.too_slow])

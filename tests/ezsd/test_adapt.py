@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ezsd.adapt import adaptation_loss, crop_accuracy, flatten, restore, tune_layer_norms
-from ezsd.teacher import OpenClipTeacher
+from ezsd.teacher.open_clip import OpenClipTeacher
 
 NAMES = ("circle", "square", "bar")
 OPTIONS = {"loss": "softmax_ce", "learning_rate": 3e-3, "weight_decay": 1e-4, "clip_norm": 1.0}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ezsd.crops import crop_boxes, crop_windows, distinct_crops
-from ezsd.proposals import faithful_anchors
+from ezsd.proposals.select import faithful_anchors
 
 WIDTH, HEIGHT = 90, 70
 NASTY = {

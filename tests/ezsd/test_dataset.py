@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ezsd.boxes import flip_horizontal
-from ezsd.data.augment import Augmentation, boxes_in_window
+from ezsd.data.transforms import Augmentation, boxes_in_window
 from ezsd.data.dataset import DetectionDataset, Key, collate, epoch_order, pad_images, resize
 
 DIM = 6

@@ -14,7 +14,7 @@ from ezsd.detector.backbone import BACKBONES, build_backbone, normalise
 from ezsd.detector.heads import CosineClassifier, Pooling, SemanticBoxRegressor, Tower
 from ezsd.detector.masks import GRID, ObjectMasks
 from ezsd.detector.model import Batch, Detector, DetectorSettings, Totals
-from ezsd.detector.proposer import SAMPLED_ANCHORS, AnchorSampler
+from ezsd.detector.rpn import SAMPLED_ANCHORS, AnchorSampler
 from ezsd.detector.sampling import sample_regions
 from ezsd.losses import region_weights
 

@@ -11,7 +11,8 @@ import open_clip
 import pytest
 import torch
 
-from ezsd.teacher import TeacherError, has_quick_gelu, load_teacher
+from ezsd.errors import TeacherError
+from ezsd.teacher.open_clip import has_quick_gelu, load_teacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 from pycocotools import mask
 
-from ezsd.data.annotations import AnnotationError
-from ezsd.metrics import LVIS_LIMITS, Limit, evaluate, evaluate_at, read_results, read_truth, with_masks
+from ezsd.errors import AnnotationError
+from ezsd.metrics import (
+    LVIS_LIMITS,
+    Limit,
+    evaluate,
+    evaluate_at,
+    read_results,
+    read_truth,
+    with_masks,
+)
 from ezsd.vocabulary import Split
 
 NAMES = ("ant", "bee", "cod", "doe", "elk", "fox")

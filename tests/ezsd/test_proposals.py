@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
 from ezsd.data.annotations import load_evaluation, load_training
-from ezsd.proposals import entropy_score, faithful_anchors, name_probabilities, select_regions, sliding_anchors
+from ezsd.proposals.select import (
+    entropy_score,
+    faithful_anchors,
+    name_probabilities,
+    select_regions,
+    sliding_anchors,
+)
 from ezsd.vocabulary import Split
 
 SIZES, RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)

@@ -9,8 +9,8 @@ import pytest
 from pycocotools import mask
 from pycocotools.coco import COCO
 
-from ezsd.data.annotations import AnnotationError
-from ezsd.data.segmentations import (
+from ezsd.errors import AnnotationError
+from ezsd.data.masks import (
     REACH,
     decode,
     decompress,

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from ezsd.data import shapes
-from ezsd.data.shapes import DEV_SEED, IMAGE_SIZE, SHAPES_SPLIT, TEST_SEEDS, cluttered_picture, picture, scene
+from ezsd.data.shapes import (
+    DEV_SEED,
+    IMAGE_SIZE,
+    SHAPES_SPLIT,
+    TEST_SEEDS,
+    cluttered_picture,
+    picture,
+    scene,
+)
 
 # The freeze. A change of these is another benchmark: every reported figure would have to be measured again.
 SCENES_SHA256 = "c4e986cac5836126149e5f5c1df0778eddbae2c61db5b253353e77947e1af60a"

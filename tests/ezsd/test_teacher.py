@@ -20,20 +20,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ezsd import checkpoints
+from ezsd.teacher.open_clip import weights as checkpoints
 from ezsd.data.shapes import SHAPES_SPLIT, picture
-from ezsd.teacher import (
+from ezsd.teacher.open_clip import (
     NORMALISATIONS,
     TINY_SHAPES,
     OpenClipTeacher,
     Teacher,
-    TeacherError,
     load_teacher,
     require_told_apart,
     shipped_weights,
     state_digest,
 )
-from ezsd.vocabulary import VocabularyError
+from ezsd.errors import TeacherError
+from ezsd.errors import VocabularyError
 
 TEMPLATE = "a photo of a {}"
 

@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 
 from ezsd.kernels import reference
-from ezsd.kernels.geometry import make_pooling
+from ezsd.kernels.pooling import make_pooling
 from tests.kernels.kernel_problems import make_problem, run_align, run_loss, torchvision_align, torchvision_loss
 
 # Both sides sum a few hundred terms of size one in float64.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from cli import app
+from ezsd.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_SECONDS = 250

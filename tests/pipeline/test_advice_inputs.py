@@ -12,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from cache import Store
+from ezsd.cache import Store
 from ezsd.data.annotations import resolve_image_path
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.detector.backbone import build_backbone
 from ezsd.kernels.backend import require_backend
-from ezsd.teacher import load_teacher
+from ezsd.teacher.open_clip import load_teacher
 from ezsd.vocabulary import require_different
-from pipeline.check import check_dataset
-from pipeline.command import USER_ERRORS
-from pipeline.config import load_preset
-from pipeline.surroundings import require_launcher
-from pipeline.teachers import require_words
+from ezsd.pipeline.data.check import check_dataset
+from ezsd.pipeline.console.defaults import USER_ERRORS
+from ezsd.pipeline.config.schema import load_preset
+from ezsd.pipeline.process_environment import require_launcher
+from ezsd.pipeline.extraction.teacher import require_words
 from tests.advicekit import Advice, Calls, Place, each_of, follow, follow_call
 
 

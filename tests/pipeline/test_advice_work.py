@@ -15,29 +15,35 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from cache import Store
-from cli import app
+from ezsd.cache import Store
+from ezsd.cli import app
 from ezsd.data.shapes import SHAPES_SPLIT
-from pipeline.batches import load_batches
-from pipeline.build import build_cache, build_share
-from pipeline.check import check_dataset
-from pipeline.command import USER_ERRORS
-from pipeline.commit import commit_cache
-from pipeline.config import Config
-from pipeline.datasets import Dataset, find_dataset
-from pipeline.images import read_pixels
-from pipeline.outlines import _fill, training_masks
-from pipeline.parsed import training_annotations
-from pipeline.processes import Processes
-from pipeline.repair import repair_store
-from pipeline.request import BuildRequest
-from pipeline.runs import Run
-from pipeline.schedule import Schedule
-from pipeline.shares import Share
-from pipeline.store import build_lines
-from pipeline.stored import checked_annotations
-from pipeline.train import TrainRequest, _check_processes, store_dataset, train, training_samples
-from pipeline.trained import load_trained
+from ezsd.pipeline.training.dataloader import load_batches
+from ezsd.pipeline.extraction.build import build_cache, build_share
+from ezsd.pipeline.data.check import check_dataset
+from ezsd.pipeline.console.defaults import USER_ERRORS
+from ezsd.pipeline.extraction.commit import commit_cache
+from ezsd.pipeline.config.schema import Config
+from ezsd.pipeline.data.datasets import Dataset, find_dataset
+from ezsd.pipeline.data.images import read_pixels
+from ezsd.pipeline.data.mask_cache import _fill, training_masks
+from ezsd.pipeline.data.annotation_cache import training_annotations
+from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.extraction.repair import repair_store
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.scheduling.pool import Schedule
+from ezsd.pipeline.scheduling.job_array import Share
+from ezsd.pipeline.console.store_messages import build_lines
+from ezsd.pipeline.extraction.annotation_check import checked_annotations
+from ezsd.pipeline.training.train import (
+    TrainRequest,
+    _check_processes,
+    store_dataset,
+    train,
+    training_samples,
+)
+from ezsd.pipeline.inference.predictor import load_trained
 from tests.advicekit import Advice, each_of, follow
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from cache import Store, StoreMismatch, info
-from pipeline.anchors import image_anchors, look_at_anchors
-from pipeline.build import build_cache
-from pipeline.config import load_preset, to_tables
-from pipeline.provenance import proposal_settings
-from pipeline.request import BuildRequest
+from ezsd.cache import Store, StoreMismatch, info
+from ezsd.pipeline.extraction.anchors import image_anchors, look_at_anchors
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.config.schema import load_preset, to_tables
+from ezsd.pipeline.extraction.provenance import proposal_settings
+from ezsd.pipeline.extraction.request import BuildRequest
 
 MODES = ("grown-stride", "coarse-to-fine")
 

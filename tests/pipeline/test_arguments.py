@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from ezsd.vocabulary import VocabularyError
-from pipeline.arguments import ArgumentError, chosen_split, class_names, find_images, picture_places
+from ezsd.errors import VocabularyError
+from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.data.split import chosen_split
+from ezsd.pipeline.console.arguments import class_names, find_images, picture_places
 
 
 def test_names_come_as_they_stand_from_lists_and_from_files(tmp_path):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = """
 import subprocess, sys
 import cli
-import pipeline.batches
+import ezsd.pipeline.training.dataloader
 
 # Reading processes look at this file too.
 if __name__ == "__main__":
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"]).returncode:
         sys.exit(77)
     if seen == "unseen":
-        pipeline.batches._require_shared_memory = lambda *_: None
+        ezsd.pipeline.training.dataloader._require_shared_memory = lambda *_: None
     cli.main()
 """
 
@@ -69,12 +69,12 @@ ODD = """
 import sys, threading, time
 import dataclasses
 import torch
-import pipeline.batches
-from cache import Store
-from pipeline.batches import load_batches
-from pipeline.config import load_preset
-from pipeline.runs import RunError
-from pipeline.train import store_dataset, training_samples
+import ezsd.pipeline.training.dataloader
+from ezsd.cache import Store
+from ezsd.pipeline.training.dataloader import load_batches
+from ezsd.pipeline.config.schema import load_preset
+from ezsd.pipeline.runs.run import RunError
+from ezsd.pipeline.training.train import store_dataset, training_samples
 
 class Odd(torch.utils.data.Dataset):
     def __init__(self, samples, kind):
@@ -93,7 +93,7 @@ def stopping():
     return sys.argv[2] == "slow" and len(asked) == 3
 
 if __name__ == "__main__":
-    pipeline.batches.LOOK_SECONDS = 0.2
+    ezsd.pipeline.training.dataloader.LOOK_SECONDS = 0.2
     store = Store(sys.argv[1])
     config = load_preset("shapes", ["train.images=2", "train.loader_workers=1"]).train
     samples = Odd(training_samples(store, store_dataset(store, None), config), sys.argv[2])

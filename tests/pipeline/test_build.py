@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import zarr
 
-from cache import Store, StoreIncomplete, StoreMismatch
+from ezsd.cache import Store, StoreIncomplete, StoreMismatch
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.vocabulary import Split, VocabularyError
-from pipeline.build import build_cache
-from pipeline.config import to_tables
-from pipeline.datasets import find_dataset
-from pipeline.request import BuildRequest
+from ezsd.vocabulary import Split
+from ezsd.errors import VocabularyError
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.config.schema import to_tables
+from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.extraction.request import BuildRequest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOT_COMPARED = {"environment.json", "build.log"}

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from ezsd.vocabulary import COCO_SPLIT
-from pipeline.check import check_dataset, check_table
-from pipeline.datasets import find_dataset
+from ezsd.pipeline.data.check import check_dataset, check_table
+from ezsd.pipeline.data.datasets import find_dataset
 
 TOML = """
 name = "own"

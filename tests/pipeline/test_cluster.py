@@ -12,15 +12,22 @@ import time
 
 import pytest
 
-import pipeline.cluster
-import pipeline.schedule
-from cache.manifest import unseal
-from pipeline.build import build_cache
-from pipeline.cluster import ClusterError, Needs, check_workers, connected, other_versions, versions
-from pipeline.files import sha256
-from pipeline.progress import Progress
-from pipeline.request import BuildRequest
-from pipeline.schedule import Pool, Schedule
+import ezsd.pipeline.scheduling.dask_cluster
+import ezsd.pipeline.scheduling.pool
+from ezsd.cache.format.manifest import unseal
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.errors import ClusterError
+from ezsd.pipeline.scheduling.dask_cluster import (
+    Needs,
+    check_workers,
+    connected,
+    other_versions,
+    versions,
+)
+from ezsd.pipeline.files import sha256
+from ezsd.pipeline.progress import Progress
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.scheduling.pool import Pool, Schedule
 from tests.pipeline.test_build import ROOT, build_command, files
 
 WAIT_SECONDS = 120
@@ -85,7 +92,7 @@ def module(name):
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch):
     # Processes start slowly where tests share two cores.
-    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", WAIT_SECONDS)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "CONNECT_SECONDS", WAIT_SECONDS)
 
 
 @pytest.fixture
@@ -148,9 +155,9 @@ def test_what_a_build_has_finished_stays_when_its_workers_or_the_scheduler_are_l
         cluster.worker()
         cluster.wait_for(1)
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.build._Extraction.finish", lose_the_scheduler)
-            patch.setattr(pipeline.schedule, "_LOOK_SECONDS", 1.0)
-            patch.setattr(pipeline.cluster, "CONNECT_SECONDS", 1)
+            patch.setattr("ezsd.pipeline.extraction.build._Extraction.finish", lose_the_scheduler)
+            patch.setattr(ezsd.pipeline.scheduling.pool, "_LOOK_SECONDS", 1.0)
+            patch.setattr(ezsd.pipeline.scheduling.dask_cluster, "CONNECT_SECONDS", 1)
             with pytest.raises(ClusterError, match=f"the connection to the Dask scheduler is lost; {again}"):
                 build_cache(request)
         cluster.scheduler.wait()
@@ -199,7 +206,7 @@ def test_workers_are_looked_over_before_any_work(cluster, shapes_store, tmp_path
         with pytest.raises(ClusterError, match="cuda:99"):
             check_workers(client, Needs(files=there, device="cuda:99"))
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline.cluster, "versions", lambda: versions() | {"numpy": "1.0"})
+            patch.setattr(ezsd.pipeline.scheduling.dask_cluster, "versions", lambda: versions() | {"numpy": "1.0"})
             with pytest.raises(ClusterError, match=r"has numpy .* instead of 1\.0, .* same versions"):
                 check_workers(client, Needs(files=there, device="cpu"))
         worker.kill()
@@ -208,7 +215,7 @@ def test_workers_are_looked_over_before_any_work(cluster, shapes_store, tmp_path
         (tmp_path / "else/pipeline/__init__.py").touch()
         cluster.worker(PYTHONPATH=str(tmp_path / "else"))
         client.wait_for_workers(1, timeout=WAIT_SECONDS)
-        with pytest.raises(ClusterError, match=r"cannot run ezsd .*No module named 'pipeline.cluster'"):
+        with pytest.raises(ClusterError, match=r"cannot run ezsd .*No module named 'ezsd.pipeline.scheduling.dask_cluster'"):
             check_workers(client, Needs(files=there, device="cpu"))
 
 
@@ -216,7 +223,7 @@ def test_a_scheduler_that_goes_before_any_work_is_one_line(cluster, monkeypatch)
     cluster.worker()
     cluster.wait_for(1)
     # So long the client looks for it again.
-    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", 5)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "CONNECT_SECONDS", 5)
     with connected(cluster.address) as client:
         cluster.scheduler.kill()
         cluster.scheduler.wait()
@@ -233,26 +240,26 @@ def test_versions_are_compared_by_name():
 
 def test_a_scheduler_without_workers_is_refused(cluster, monkeypatch):
     cluster.wait_for_scheduler()
-    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", 3)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "CONNECT_SECONDS", 3)
     with (
         pytest.raises(ClusterError, match="has no workers, none came within 3 s; start some with `dask worker"),
         Pool(Schedule(scheduler=cluster.address)),
     ):
         pass
     cluster.worker()
-    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", WAIT_SECONDS)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "CONNECT_SECONDS", WAIT_SECONDS)
     require_pool(cluster.address)
 
 
 def test_a_scheduler_that_is_started_as_told_is_taken(cluster, monkeypatch):
     cluster.scheduler.kill()
     cluster.scheduler.wait()
-    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "CONNECT_SECONDS", 1)
     with pytest.raises(ClusterError, match=r"\); start one with `dask scheduler`, or check the address$"):
         require_pool(cluster.address)
     cluster.start_again()
     cluster.worker()
-    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", WAIT_SECONDS)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "CONNECT_SECONDS", WAIT_SECONDS)
     require_pool(cluster.address)
 
 
@@ -262,7 +269,7 @@ def require_pool(address):
 
 
 def test_a_scheduler_that_is_not_there_is_refused(shapes_dataset, quick_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.cluster, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "CONNECT_SECONDS", 1)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
@@ -281,7 +288,7 @@ def test_a_scheduler_that_goes_away_ends_the_build(cluster, monkeypatch):
             super().advance(steps, note)
             cluster.scheduler.kill()
 
-    monkeypatch.setattr(pipeline.schedule, "_LOOK_SECONDS", 1.0)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.pool, "_LOOK_SECONDS", 1.0)
     with (
         Pool(Schedule(scheduler=cluster.address)) as pool,
         Killing("x", 3, unit="task") as progress,
@@ -293,8 +300,8 @@ def test_a_scheduler_that_goes_away_ends_the_build(cluster, monkeypatch):
 def test_a_cluster_that_loses_all_workers_is_not_waited_for_for_ever(cluster, monkeypatch, caplog):
     worker = cluster.worker()
     cluster.wait_for(1)
-    monkeypatch.setattr(pipeline.schedule, "_LOOK_SECONDS", 0.5)
-    monkeypatch.setattr(pipeline.schedule, "_ALONE_SECONDS", 1.0)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.pool, "_LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.pool, "_ALONE_SECONDS", 1.0)
     with Pool(Schedule(scheduler=cluster.address)) as pool, Progress("x", 1, unit="task") as progress:
         worker.kill()
         with pytest.raises(ClusterError, match=r"no workers for \d+ s; start some and run the same command again"):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ezsd.vocabulary import VocabularyError
-from pipeline.datasets import DatasetError, find_dataset, from_definition, recorded_dataset
+from ezsd.errors import VocabularyError
+from ezsd.pipeline.errors import DatasetError
+from ezsd.pipeline.data.datasets import find_dataset, from_definition, recorded_dataset
 
 FREQUENCIES = {"bow_(weapon)": "f", "apple": "c", "aerosol_can": "r", "zebra": "f", "mug": "c"}
 

@@ -14,18 +14,26 @@ from safetensors.torch import load_file, save_file
 from ezsd.data.dataset import pad_images
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.detector.backbone import normalise
-from ezsd.teacher import TeacherError, shipped_weights
-from ezsd.vocabulary import VocabularyError
-from pipeline.arguments import ArgumentError, find_images, picture_places
-from pipeline.build import build_cache
-from pipeline.datasets import read_image
-from pipeline.detect import class_text, coco_document, detect_images, found_lines, names_to_find
-from pipeline.evaluate import evaluate_crops
-from pipeline.figures import at_limit, evaluate_results
-from pipeline.images import ImageError
-from pipeline.request import BuildRequest
-from pipeline.train import TrainRequest, train
-from pipeline.trained import load_trained
+from ezsd.errors import TeacherError
+from ezsd.teacher.open_clip import shipped_weights
+from ezsd.errors import VocabularyError
+from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.console.arguments import find_images, picture_places
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.data.datasets import read_image
+from ezsd.pipeline.inference.detect import (
+    class_text,
+    coco_document,
+    detect_images,
+    found_lines,
+    names_to_find,
+)
+from ezsd.pipeline.inference.evaluate import evaluate_crops
+from ezsd.pipeline.inference.evaluation_tables import at_limit, evaluate_results
+from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.training.train import TrainRequest, train
+from ezsd.pipeline.inference.predictor import load_trained
 
 ORIENTATION = 0x0112
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import fonts
-from pipeline.arguments import ArgumentError
-from pipeline.detect import detect_images
-from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
-from pipeline.report.pictures import _panel
+from ezsd.pipeline.inference import fonts
+from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.inference.detect import detect_images
+from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
+from ezsd.pipeline.report.galleries import _panel
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ezsd.teacher import TeacherError
-from pipeline.encode import SHORT, CropEncoder
-from pipeline.teachers import configured_teacher
+from ezsd.errors import TeacherError
+from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder
+from ezsd.pipeline.extraction.teacher import configured_teacher
 
 
 @pytest.fixture(scope="module")

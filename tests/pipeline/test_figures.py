@@ -10,15 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from ezsd.data.annotations import AnnotationError
+from ezsd.errors import AnnotationError
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.vocabulary import VocabularyError
-from pipeline.arguments import ArgumentError, class_names
-from pipeline.command import score_table
-from pipeline.evaluate import detect_split, evaluate_run, run_dataset
-from pipeline.figures import aligned, at_limit, evaluate_results, evaluation_tables, headline
-from pipeline.parsed import evaluation_annotations
-from pipeline.trained import load_trained
+from ezsd.errors import VocabularyError
+from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.console.arguments import class_names
+from ezsd.pipeline.console.defaults import score_table
+from ezsd.pipeline.inference.evaluate import detect_split, evaluate_run, run_dataset
+from ezsd.pipeline.inference.evaluation_tables import (
+    aligned,
+    at_limit,
+    evaluate_results,
+    evaluation_tables,
+    headline,
+)
+from ezsd.pipeline.data.annotation_cache import evaluation_annotations
+from ezsd.pipeline.inference.predictor import load_trained
 from tests.commandkit import ezsd
 
 ROOT = Path(__file__).resolve().parents[2]

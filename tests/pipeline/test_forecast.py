@@ -4,15 +4,15 @@ import shutil
 
 import pytest
 
-import pipeline.forecast
-from cache import Store, info
-from pipeline.build import build_cache
-from pipeline.datasets import find_dataset
-from pipeline.encode import CropEncoder
-from pipeline.forecast import forecast_build
-from pipeline.images import ImageError
-from pipeline.request import BuildRequest
-from pipeline.store import forecast_lines
+import ezsd.pipeline.extraction.forecast
+from ezsd.cache import Store, info
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.extraction.encoder import CropEncoder
+from ezsd.pipeline.extraction.forecast import forecast_build
+from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.console.store_messages import forecast_lines
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def test_a_probe_ends_in_time_on_a_slow_machine(forecast, quick_config, monkeypa
             clock[0] += len(boxes) / 100
             return super().encode(pixels, boxes)
 
-    monkeypatch.setattr(pipeline.forecast, "CropEncoder", Slow)
-    monkeypatch.setattr(pipeline.forecast.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(ezsd.pipeline.extraction.forecast, "CropEncoder", Slow)
+    monkeypatch.setattr(ezsd.pipeline.extraction.forecast.time, "perf_counter", lambda: clock[0])
     found = forecast(quick_config, probe_seconds=0.5)
     assert found.probe.rate == pytest.approx(100)
     assert 0.3 < found.probe.seconds <= 0.5

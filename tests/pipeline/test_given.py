@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from cache import Store, StoreMismatch
-from ezsd.metrics import ResultsError
-from pipeline.build import build_cache
-from pipeline.config import ConfigError
-from pipeline.given import given_proposals
-from pipeline.parsed import training_annotations
-from pipeline.repair import repair_store
-from pipeline.request import BuildRequest
+from ezsd.cache import Store, StoreMismatch
+from ezsd.errors import ResultsError
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.extraction.external_proposals import given_proposals
+from ezsd.pipeline.data.annotation_cache import training_annotations
+from ezsd.pipeline.extraction.repair import repair_store
+from ezsd.pipeline.extraction.request import BuildRequest
 
 
 def entries(proposals):

@@ -14,21 +14,23 @@ import pytest
 import torch
 from PIL import Image
 
-from cache import Store, StoreMismatch
-from cache.manifest import seal
+from ezsd.cache import Store, StoreMismatch
+from ezsd.cache.format.manifest import seal
 from ezsd.data.annotations import ImageRecord
-from pipeline import images
-from pipeline.arguments import find_images
-from pipeline.build import build_cache
-from pipeline.check import check_dataset
-from pipeline.config import load_preset
-from pipeline.datasets import DatasetError, find_dataset, from_definition, read_dataset_image, read_image
-from pipeline.detect import detect_images
-from pipeline.evaluate import evaluate_crops, evaluate_run
-from pipeline.images import ALPHA, MAX_PIXELS, SIXTEEN_BITS, ImageError, look, read_pixels
-from pipeline.request import BuildRequest
-from pipeline.reuse import plan_reuse
-from pipeline.train import TrainRequest, store_dataset, train, training_samples
+from ezsd.pipeline.data import images
+from ezsd.pipeline.console.arguments import find_images
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.data.check import check_dataset
+from ezsd.pipeline.config.schema import load_preset
+from ezsd.pipeline.errors import DatasetError
+from ezsd.pipeline.data.datasets import find_dataset, from_definition, read_dataset_image, read_image
+from ezsd.pipeline.inference.detect import detect_images
+from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
+from ezsd.pipeline.data.images import ALPHA, MAX_PIXELS, SIXTEEN_BITS, look, read_pixels
+from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.extraction.reuse import plan_reuse
+from ezsd.pipeline.training.train import TrainRequest, store_dataset, train, training_samples
 
 ORIENTATION = 0x0112
 # How a picture has to be stored so that a viewer, told the orientation, shows it upright.
@@ -435,7 +437,7 @@ def test_an_image_that_is_too_large_is_named_with_a_cure(tmp_path):
 def test_a_large_image_within_the_limit_is_opened_without_a_word(tmp_path):
     width = 10_000
     empty_png(tmp_path / "large.png", width, MAX_PIXELS // width)
-    command = "import sys, pathlib, pipeline.images as i; print(i.look(pathlib.Path(sys.argv[1])).size)"
+    command = "import sys, pathlib, ezsd.pipeline.data.images as i; print(i.look(pathlib.Path(sys.argv[1])).size)"
     done = subprocess.run(
         [sys.executable, "-c", command, tmp_path / "large.png"], capture_output=True, text=True, check=True
     )

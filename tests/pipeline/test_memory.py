@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ezsd.detector.backbone import Pyramid
-from pipeline.config import apply_override, from_tables, to_tables
-from pipeline.memory import OutOfMemory, is_out_of_memory
-from pipeline.runs import Run, RunError
-from pipeline.train import TrainRequest, train
+from ezsd.pipeline.config.schema import apply_override, from_tables, to_tables
+from ezsd.pipeline.training.out_of_memory import OutOfMemory
+from ezsd.pipeline.devices import is_out_of_memory
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.training.train import TrainRequest, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -119,7 +121,7 @@ def test_a_validation_that_does_not_fit_is_left_out(shapes_store, with_settings,
 
     request = {"cache": shapes_store, "run": tmp_path / "run"}
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.validate.detect_split", refuse)
+        patch.setattr("ezsd.pipeline.training.validation.detect_split", refuse)
         with pytest.raises(OutOfMemory, match="validation after step 3, whose checkpoint is saved") as caught:
             train(TrainRequest(**request, config=config))
     assert train(TrainRequest(**request, config=with_advice(config, str(caught.value)))).began_at == 3
@@ -146,13 +148,13 @@ NARROW = """
 import resource, sys
 from pathlib import Path
 import torch
-import cli, pipeline.step
-step = pipeline.step.Trainer.step
+import cli, ezsd.pipeline.training.trainer
+step = ezsd.pipeline.training.trainer.Trainer.step
 def narrow(self, batches, number):
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + 450 * 2**20, -1))
     return step(self, batches, number)
-pipeline.step.Trainer.step = narrow
+ezsd.pipeline.training.trainer.Trainer.step = narrow
 torch.set_num_threads(1)
 cli.main()
 """

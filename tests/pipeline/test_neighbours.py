@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config, ConfigError, load_preset, preset_names
-from pipeline.neighbours import ALONE, RELATIONS, changed_alone, load_settings, require_fit
+from ezsd.pipeline.config.schema import Config, load_preset, preset_names
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.config.relations import ALONE, RELATIONS, changed_alone, load_settings, require_fit
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/settings.md"
 
@@ -114,7 +115,7 @@ def test_a_setting_changed_without_its_neighbours_is_warned_of_in_one_line(overr
 
 
 def test_the_command_line_warns_and_refuses(shapes_store, caplog):
-    from pipeline.command import build_config, train_config
+    from ezsd.pipeline.console.defaults import build_config, train_config
 
     caplog.set_level(logging.WARNING, logger="ezsd")
     train_config(shapes_store, "shapes", ["train.images=4"])

@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from cache import Store
-from ezsd.data.annotations import AnnotationError
-from ezsd.data.segmentations import decode, parse_outline
+from ezsd.cache import Store
+from ezsd.errors import AnnotationError
+from ezsd.data.masks import decode, parse_outline
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.detector.masks import GRID
-from pipeline import outlines
-from pipeline.datasets import find_dataset
-from pipeline.detect import coco_document, detect_images
-from pipeline.draw import draw_boxes
-from pipeline.evaluate import evaluate_run
-from pipeline.figures import evaluate_results, evaluation_tables
-from pipeline.outlines import training_masks
-from pipeline.parsed import parsed_folder
-from pipeline.report import write_report
-from pipeline.runs import RunError
-from pipeline.train import TrainRequest, train
+from ezsd.pipeline.data import mask_cache as outlines
+from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.inference.detect import coco_document, detect_images
+from ezsd.pipeline.inference.visualize import draw_boxes
+from ezsd.pipeline.inference.evaluate import evaluate_run
+from ezsd.pipeline.inference.evaluation_tables import evaluate_results, evaluation_tables
+from ezsd.pipeline.data.mask_cache import training_masks
+from ezsd.pipeline.data.annotation_cache import parsed_folder
+from ezsd.pipeline.report import write_report
+from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.training.train import TrainRequest, train
 
 
 def curve(run):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from ezsd.data import annotations as loaders
-from ezsd.data.annotations import AnnotationError, load_training
+from ezsd.errors import AnnotationError
+from ezsd.data.annotations import load_training
 from ezsd.vocabulary import Split
-from pipeline import parsed
+from ezsd.pipeline.data import annotation_cache as parsed
 
 SPLIT = Split(base=("cat", "dog"), novel=("cow",))
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cache import Store
+from ezsd.cache import Store
 from ezsd.vocabulary import COCO_SPLIT
-from pipeline.build import build_cache
-from pipeline.config import load_preset
-from pipeline.datasets import find_dataset
-from pipeline.evaluate import evaluate_run
-from pipeline.figures import headline
-from pipeline.provenance import model_inputs
-from pipeline.request import BuildRequest
-from pipeline.train import TrainRequest, train
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.config.schema import load_preset
+from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.inference.evaluate import evaluate_run
+from ezsd.pipeline.inference.evaluation_tables import headline
+from ezsd.pipeline.extraction.provenance import model_inputs
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.training.train import TrainRequest, train
 
 PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 

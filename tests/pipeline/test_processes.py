@@ -15,11 +15,12 @@ import torchvision
 from safetensors.torch import save_file
 
 from ezsd.data.dataset import DetectionDataset, epoch_order
-from pipeline.batches import load_batches
-from pipeline.config import ConfigError, to_tables
-from pipeline.processes import Processes
-from pipeline.runs import Run
-from pipeline.train import TrainRequest, train
+from ezsd.pipeline.training.dataloader import load_batches
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.config.schema import to_tables
+from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.training.train import TrainRequest, train
 
 ROOT = Path(__file__).resolve().parents[2]
 # Statistics frozen by the presence of weights: those of a batch would depend on who is in it.
@@ -185,7 +186,7 @@ def test_every_image_of_a_step_goes_to_one_process(quick_config):
         range(30), None, lambda i: (90 + i, 100), {}, {}, regions_per_image=1, short_side=0, long_side=0, seed=0
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.batches.collate", list)
+        patch.setattr("ezsd.pipeline.training.dataloader.collate", list)
         shared = [list(load_batches(samples, config, first_step=1, processes=Processes(r, 3))) for r in range(3)]
     expected = list(epoch_order(30, per_step=12, first_step=1, steps=4, seed=config.seed))
     for step, keys in enumerate(expected):

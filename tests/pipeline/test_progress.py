@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from pipeline import progress
-from pipeline.build import build_cache
-from pipeline.progress import Progress, duration
-from pipeline.request import BuildRequest
+from ezsd.pipeline import progress
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.progress import Progress, duration
+from ezsd.pipeline.extraction.request import BuildRequest
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,20 @@ import pytest
 import torch
 from PIL import Image
 
-from cache import RaggedRows, StoreWriter, commit_shard, write_block
+from ezsd.cache import RaggedRows, StoreWriter, commit_shard, write_block
 from ezsd.data.annotations import load_training
 from ezsd.data.shapes import SHAPES_SPLIT, scene
-from pipeline.config import STAGE_ONE, load_preset, to_tables
-from pipeline.datasets import DatasetError, find_dataset
-from pipeline.draw import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
-from pipeline.files import DamagedFile, write_json
-from pipeline.provenance import describe
-from pipeline.report import write_report
-from pipeline.report.pictures import pictures_section
-from pipeline.runs import Run, RunError
+from ezsd.pipeline.config.schema import STAGE_ONE, load_preset, to_tables
+from ezsd.pipeline.errors import DatasetError
+from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
+from ezsd.pipeline.errors import DamagedFile
+from ezsd.pipeline.files import write_json
+from ezsd.pipeline.extraction.provenance import describe
+from ezsd.pipeline.report import write_report
+from ezsd.pipeline.report.galleries import pictures_section
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.errors import RunError
 
 NASTY = """</td><script>alert("x&y")</script><img src=http://evil.example/'>"""
 NASTY_FILE = '"><b onclick=x>&amp;.png'
@@ -138,7 +141,7 @@ def write_store(path, manifest):
 
 
 def evaluation(names, base, novel):
-    """One label space of what `pipeline.figures.document` returns, with figures of our choosing."""
+    """One label space of what `ezsd.pipeline.inference.evaluation_tables.document` returns, with figures of our choosing."""
 
     def scores(value, boxes=33):
         return {"AP": 0.1, "AP50": value, "AP75": 0.1, "AR": 0.234, "boxes": boxes}

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import pytest
 
-from cache import StoreError
+from ezsd.cache import StoreError
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.vocabulary import VocabularyError
-from pipeline.build import build_cache
-from pipeline.check import check_dataset
-from pipeline.command import USER_ERRORS, build_config
-from pipeline.datasets import find_dataset
-from pipeline.evaluate import evaluate_run
-from pipeline.request import BuildRequest
-from pipeline.runs import Run
-from pipeline.train import TrainRequest, train
+from ezsd.errors import VocabularyError
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.data.check import check_dataset
+from ezsd.pipeline.console.defaults import USER_ERRORS, build_config
+from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.inference.evaluate import evaluate_run
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.training.train import TrainRequest, train
 
 SETTINGS = (
     "adapt.steps=1",

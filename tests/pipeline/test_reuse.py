@@ -6,14 +6,14 @@ import shutil
 import numpy as np
 import pytest
 
-import pipeline.build
-import pipeline.extract
-import pipeline.jobs
-from cache import Store, StoreMismatch, compare, repair, verify
-from pipeline.build import build_cache
-from pipeline.repair import repair_store
-from pipeline.request import BuildRequest
-from pipeline.store import repair_lines
+import ezsd.pipeline.extraction.build
+import ezsd.pipeline.extraction.worker
+import ezsd.pipeline.extraction.jobs
+from ezsd.cache import Store, StoreMismatch, compare, repair, verify
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.extraction.repair import repair_store
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.console.store_messages import repair_lines
 
 
 def files(store):
@@ -37,10 +37,10 @@ def build(shapes_dataset, tmp_path):
 def crops_seen(monkeypatch):
     """How many crops the teacher was shown while regions were extracted."""
     seen = []
-    real = pipeline.jobs.extract_block
+    real = ezsd.pipeline.extraction.jobs.extract_block
 
     def counting(job, block):
-        from pipeline.extract import _worker
+        from ezsd.pipeline.extraction.worker import _worker
 
         teacher = _worker(job).teacher
         encode = type(teacher).encode_image
@@ -52,7 +52,7 @@ def crops_seen(monkeypatch):
         monkeypatch.setattr(teacher, "encode_image", encode_image)
         return real(job, block)
 
-    monkeypatch.setattr(pipeline.jobs, "extract_block", counting)
+    monkeypatch.setattr(ezsd.pipeline.extraction.jobs, "extract_block", counting)
     return seen
 
 
@@ -82,8 +82,8 @@ def test_no_image_is_read_of_which_nothing_is_encoded(build, with_settings, tmp_
     every = {"drop_base_guesses": False, "regions": 1000}
     build(with_settings(teacher={"background": None}, proposals=every), "every")
     crops_seen.clear()
-    read, real = [], pipeline.extract.read_dataset_image
-    monkeypatch.setattr(pipeline.extract, "read_dataset_image", lambda *place: read.append(place) or real(*place))
+    read, real = [], ezsd.pipeline.extraction.worker.read_dataset_image
+    monkeypatch.setattr(ezsd.pipeline.extraction.worker, "read_dataset_image", lambda *place: read.append(place) or real(*place))
     few = with_settings(teacher={"background": None}, proposals=every | {"regions": 4})
     assert build(few, "few", reuse=tmp_path / "every").computed == ("regions",)
     assert (crops_seen, read) == ([], [])
@@ -135,7 +135,7 @@ def test_a_complete_store_is_recognised_before_the_teacher_is_loaded(
     def refuse(*_, **__):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr(pipeline.build, "configured_teacher", refuse)
+    monkeypatch.setattr(ezsd.pipeline.extraction.build, "configured_teacher", refuse)
     request = BuildRequest(dataset=shapes_dataset, config=quick_config, out=shapes_store, workers=1)
     assert build_cache(request).already_complete
 
@@ -174,7 +174,7 @@ def test_a_lost_file_is_computed_again_from_the_images(name, shapes_store, shape
 
 
 def test_a_store_is_not_repaired_from_other_images(shapes_store, tmp_path):
-    from pipeline.shapes import write_shapes
+    from ezsd.pipeline.data.shapes import write_shapes
 
     write_shapes(tmp_path / "other", train=12, val=1, seed=6, workers=1)
     damaged = shutil.copytree(shapes_store, tmp_path / "damaged")

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.runs import Run, RunError
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = {"names": ["cat", "ox"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": {"train": {"steps": 9}}}
@@ -46,7 +47,7 @@ KILLED = """
     import os, signal, sys
     from pathlib import Path
     import torch
-    import pipeline.runs as runs
+    import ezsd.pipeline.runs.run as runs
     from test_runs import model_at
     torch.set_num_threads(1)
     run, calls, trained = runs.Run(Path(sys.argv[1])), [0], model_at(6)
@@ -186,7 +187,7 @@ def test_an_average_is_what_is_detected_with_and_not_what_is_trained_on(tmp_path
 LOCKED = """
     import sys
     from pathlib import Path
-    from pipeline.runs import Run
+    from ezsd.pipeline.runs.run import Run
     from test_runs import CARD, TABLES
     with Run.claim(Path(sys.argv[1]), CARD, TABLES):
         print("claimed", flush=True)
@@ -218,7 +219,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
 FULL = """
     import resource, signal, sys
     from pathlib import Path
-    from pipeline.runs import Run
+    from ezsd.pipeline.runs.run import Run
     from test_runs import model_at
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))

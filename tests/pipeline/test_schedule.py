@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 
-import pipeline.schedule
-from pipeline.build import build_cache
-from pipeline.cluster import ClusterError
-from pipeline.progress import Progress
-from pipeline.request import BuildRequest
-from pipeline.schedule import Pool, Schedule, worker_environments
+import ezsd.pipeline.scheduling.pool
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.errors import ClusterError
+from ezsd.pipeline.progress import Progress
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.scheduling.pool import Pool, Schedule, worker_environments
 from tests.pipeline.test_build import files
 
 
@@ -80,6 +80,6 @@ def test_a_dashboard_needs_bokeh():
 
 
 def test_a_job_has_as_many_workers_as_it_has_cores(monkeypatch):
-    monkeypatch.setattr(pipeline.schedule.os, "sched_getaffinity", lambda _: {3, 5, 6}, raising=False)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.pool.os, "sched_getaffinity", lambda _: {3, 5, 6}, raising=False)
     with Pool(Schedule()) as pool:
         assert pool.workers == 3

@@ -6,14 +6,15 @@ import subprocess
 
 import pytest
 
-from cache import Block, StoreIncomplete
-from cache.manifest import unseal
-from pipeline.arguments import ArgumentError, parse_share, require_scheduler
-from pipeline.build import build_share
-from pipeline.commit import commit_cache
-from pipeline.request import BuildRequest
-from pipeline.schedule import Schedule
-from pipeline.shares import Share
+from ezsd.cache import Block, StoreIncomplete
+from ezsd.cache.format.manifest import unseal
+from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.console.arguments import parse_share, require_scheduler
+from ezsd.pipeline.extraction.build import build_share
+from ezsd.pipeline.extraction.commit import commit_cache
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.scheduling.pool import Schedule
+from ezsd.pipeline.scheduling.job_array import Share
 from tests.pipeline.test_build import ROOT, build_command, files
 
 SYNC = Schedule(scheduler="sync")

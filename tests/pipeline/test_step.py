@@ -8,18 +8,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cache import Store
+from ezsd.cache import Store
 from ezsd.detector.heads import FastHead, PaperHead, Pooling
 from ezsd.losses import REFERENCE_COSINE, distillation_scale
-from pipeline.batches import load_batches
-from pipeline.config import from_tables, load_preset, preset_names
-from pipeline.detector import build_detector
-from pipeline.files import write_json
-from pipeline.processes import Processes
-from pipeline.runs import Run, RunError
-from pipeline.step import AverageWeights, learning_rate, part_weights, peak_rate, weigh
-from pipeline.train import TrainRequest, build_trainer, train, training_samples
-from pipeline.trained import load_trained
+from ezsd.pipeline.training.dataloader import load_batches
+from ezsd.pipeline.config.schema import from_tables, load_preset, preset_names
+from ezsd.pipeline.runs.model import build_detector
+from ezsd.pipeline.files import write_json
+from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.training.trainer import (
+    AverageWeights,
+    learning_rate,
+    part_weights,
+    peak_rate,
+    weigh,
+)
+from ezsd.pipeline.training.train import TrainRequest, build_trainer, train, training_samples
+from ezsd.pipeline.inference.predictor import load_trained
 
 BOUND = torch.tensor(math.log(100.0))
 NAME = "head.classifier.log_temperature"

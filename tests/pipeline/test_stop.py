@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache import Store
-from pipeline.config import to_tables
-from pipeline.runs import Run
-from pipeline.stop import end_listening, listen
-from pipeline.train import TrainRequest, train
+from ezsd.cache import Store
+from ezsd.pipeline.config.schema import to_tables
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.interrupts import end_listening, listen
+from ezsd.pipeline.training.train import TrainRequest, train
 from tests.conftest import QUICK as OF_SHAPES
 from tests.pipeline.stopkit import (
     WAIT_SECONDS,
@@ -239,7 +239,7 @@ def test_drawing_shapes_leaves_no_folder_and_the_same_command_makes_it(tmp_path)
 
 BUSY = """
 import subprocess, sys, time
-from pipeline.stop import finishing, listen, run_commands
+from ezsd.pipeline.interrupts import finishing, listen, run_commands
 if sys.argv[1] == "step":
     with finishing("this step"):
         print("ready", flush=True)
@@ -248,7 +248,7 @@ else:
     listen()
     # The child says what it hears, and takes its time.
     child = (
-        "import time; from pipeline.stop import finishing\\n"
+        "import time; from ezsd.pipeline.interrupts import finishing\\n"
         "with finishing('its work') as request:\\n"
         "    print('ready', flush=True)\\n"
         "    while not request.signal: time.sleep(0.02)\\n"
@@ -301,7 +301,7 @@ def test_commands_that_are_run_finish_whoever_was_told(ask):
 def test_a_job_started_to_ignore_ctrl_c_goes_on_ignoring_it(tmp_path):
     code = (
         "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "from pipeline.stop import listen; listen(); os.kill(os.getpid(), signal.SIGINT); print('here')"
+        "from ezsd.pipeline.interrupts import listen; listen(); os.kill(os.getpid(), signal.SIGINT); print('here')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("here\n", "")
@@ -342,7 +342,7 @@ def test_a_library_that_catches_the_stop_does_not_keep_it(then):
     """As torch does when it is loaded: it goes on without numpy, or stumbles over that."""
     code = (
         "import os, signal\n"
-        "from pipeline.stop import Stopped, keeping, listen\n"
+        "from ezsd.pipeline.interrupts import Stopped, keeping, listen\n"
         "listen()\n"
         "try:\n"
         "    with keeping('nothing is lost'):\n"

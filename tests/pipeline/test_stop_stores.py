@@ -9,8 +9,8 @@ import signal
 import fsspec
 import pytest
 
-from cache import Store, StoreIncomplete, verify
-from cache.transfer import push
+from ezsd.cache import Store, StoreIncomplete, verify
+from ezsd.cache.tools.transfer import push
 from tests.cache import storekit
 from tests.pipeline.stopkit import end_all, require_stopped, run_again, stopped_at
 

@@ -1,6 +1,6 @@
 """What `ezsd cache` says about stores."""
 
-from pipeline.store import collect_lines
+from ezsd.pipeline.console.store_messages import collect_lines
 from tests.cache import storekit
 
 

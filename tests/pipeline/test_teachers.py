@@ -6,16 +6,16 @@ import logging
 
 import pytest
 
-from cache import Store
+from ezsd.cache import Store
 from ezsd.adapt import flatten
 from ezsd.data.annotations import load_training
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.teacher import TeacherError
-from pipeline import teachers
-from pipeline.build import build_cache
-from pipeline.datasets import find_dataset
-from pipeline.request import BuildRequest
-from pipeline.train import store_dataset
+from ezsd.errors import TeacherError
+from ezsd.pipeline.extraction import teacher as teachers
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.training.train import store_dataset
 
 
 def compare(dataset, config):

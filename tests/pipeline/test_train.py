@@ -20,24 +20,26 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 
-import pipeline.train
-from cache import Store, StoreError, StoreIncomplete
-from cache.manifest import seal, unseal
-from ezsd.data.annotations import AnnotationError
+import ezsd.pipeline.training.train
+from ezsd.cache import Store, StoreError, StoreIncomplete
+from ezsd.cache.format.manifest import seal, unseal
+from ezsd.errors import AnnotationError
 from ezsd.data.dataset import collate
 from ezsd.data.shapes import SHAPES_SPLIT
-from pipeline.batches import load_batches
-from pipeline.command import train_config
-from pipeline.config import STAGE_ONE, ConfigError, load_preset, to_tables
-from pipeline.evaluate import evaluate_run
-from pipeline.figures import at_limit, headline
-from pipeline.files import write_json
-from pipeline.images import ImageError
-from pipeline.provenance import as_built
-from pipeline.runs import Run, RunError
-from pipeline.step import learning_rate
-from pipeline.train import TrainRequest, store_dataset, train, training_samples
-from pipeline.trained import load_trained
+from ezsd.pipeline.training.dataloader import load_batches
+from ezsd.pipeline.console.defaults import train_config
+from ezsd.pipeline.config.schema import STAGE_ONE, load_preset, to_tables
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.inference.evaluate import evaluate_run
+from ezsd.pipeline.inference.evaluation_tables import at_limit, headline
+from ezsd.pipeline.files import write_json
+from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.extraction.provenance import as_built
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.training.trainer import learning_rate
+from ezsd.pipeline.training.train import TrainRequest, store_dataset, train, training_samples
+from ezsd.pipeline.inference.predictor import load_trained
 
 
 def curve(run):
@@ -102,7 +104,7 @@ def test_all_that_a_step_reads_is_resumed(shapes_store, with_settings, tmp_path)
 def test_a_run_asked_to_end_saves_and_goes_on_bit_for_bit(
     shapes_run, shapes_store, quick_config, tmp_path, monkeypatch
 ):
-    step, calls = pipeline.train.Trainer.step, []
+    step, calls = ezsd.pipeline.training.train.Trainer.step, []
 
     def asking(*arguments):
         calls.append(arguments)
@@ -113,7 +115,7 @@ def test_a_run_asked_to_end_saves_and_goes_on_bit_for_bit(
     before = signal.getsignal(signal.SIGTERM)
     request = TrainRequest(cache=shapes_store, run=tmp_path / "asked", config=quick_config)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.train.Trainer, "step", asking)
+        patch.setattr(ezsd.pipeline.training.train.Trainer, "step", asking)
         with pytest.raises(SystemExit) as stopped:
             train(request)
     assert stopped.value.code == 143
@@ -331,7 +333,7 @@ def test_a_validation_that_a_stop_left_out_is_made_up_for(shapes_store, with_set
     """Stopped in the last step of an epoch, and killed while it is evaluated: its checkpoint is there before."""
     looking = with_settings(train={"validate_every": 1, "validate_images": 3, "checkpoint_every": 100})
     whole = train(TrainRequest(cache=shapes_store, run=tmp_path / "whole", config=looking))
-    step, calls, look = pipeline.train.Trainer.step, [], pipeline.train.Validation.look
+    step, calls, look = ezsd.pipeline.training.train.Trainer.step, [], ezsd.pipeline.training.train.Validation.look
 
     def asking(*arguments):
         calls.append(arguments)
@@ -346,12 +348,12 @@ def test_a_validation_that_a_stop_left_out_is_made_up_for(shapes_store, with_set
 
     request = TrainRequest(cache=shapes_store, run=tmp_path / "asked", config=looking)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.train.Trainer, "step", asking)
+        patch.setattr(ezsd.pipeline.training.train.Trainer, "step", asking)
         with pytest.raises(SystemExit):
             train(request)
     assert Run.open(request.run).read_validation() == []
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.train.Validation, "look", dying)
+        patch.setattr(ezsd.pipeline.training.train.Validation, "look", dying)
         with pytest.raises(KeyboardInterrupt):
             train(request)
     latest = Run.open(request.run).latest()
@@ -532,13 +534,13 @@ def test_images_that_do_not_fit_the_memory_are_read_fewer_at_a_time_as_told(
         r"read \({}\); give the training more memory, or read fewer images at a time: lower train.loader_workers, or "
         r"raise train.accumulate with --set train.sampling=image$"
     )
-    monkeypatch.setattr("pipeline.train.training_samples", lambda *given: Hungry(training_samples(*given)))
+    monkeypatch.setattr("ezsd.pipeline.training.train.training_samples", lambda *given: Hungry(training_samples(*given)))
     with pytest.raises(RunError, match=said.format(r"\[enforce fail.* can't allocate memory: 9 bytes\.")) as caught:
         start(loader_workers=2)
     assert "Traceback" not in str(caught.value)
     assert start(loader_workers=0).finished().step == 2
     shutil.rmtree(tmp_path / "run")
-    monkeypatch.setattr("pipeline.batches.collate", limited)
+    monkeypatch.setattr("ezsd.pipeline.training.dataloader.collate", limited)
     with pytest.raises(RunError, match=said.format("MemoryError")):
         start(loader_workers=0)
     assert start(loader_workers=0, accumulate=2, sampling="image").finished().step == 2
@@ -546,7 +548,7 @@ def test_images_that_do_not_fit_the_memory_are_read_fewer_at_a_time_as_told(
 
 def test_readers_end_with_a_training_that_is_killed(shapes_store, quick_config, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from pipeline.config import load_preset; from pipeline.train import *\n"
+        "import sys; from pathlib import Path; from ezsd.pipeline.config.schema import load_preset; from ezsd.pipeline.training.train import *\n"
         "config = load_preset('shapes', ['train.images=1', 'train.loader_workers=1', 'train.steps=100000'])\n"
         "train(TrainRequest(cache=Path(sys.argv[1]), run=Path(sys.argv[2]), config=config))"
     )

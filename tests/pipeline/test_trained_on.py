@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 
-from cache import Store, StoreError, StoreMismatch
-from cache.durable import file_digest
-from cache.mark import CommitMark, read_mark
-from pipeline.report.facts import collect, run_store
-from pipeline.runs import Run, RunError
-from pipeline.train import TrainRequest, train
-from pipeline.trained_on import read_stores
+from ezsd.cache import Store, StoreError, StoreMismatch
+from ezsd.cache.files import file_digest
+from ezsd.cache.format.commit_mark import CommitMark, read_mark
+from ezsd.pipeline.report.run_data import collect, run_store
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.training.train import TrainRequest, train
+from ezsd.pipeline.runs.store_digests import read_stores
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.config import from_tables
-from pipeline.train import TrainRequest, train
+from ezsd.pipeline.config.schema import from_tables
+from ezsd.pipeline.training.train import TrainRequest, train
 
 
 def main():

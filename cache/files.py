@@ -1,0 +1,426 @@
+"""Files that are whole or absent: checksummed writes, fsync, rename, the build lock, failpoints."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import resource
+import secrets
+import shutil
+import signal
+import stat
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ezsd.cache.errors import StoreBusy, StoreError, StoreUnreadable
+
+FAILPOINTS: tuple[str, ...] = (
+    "plan.half_written",
+    "plan.before_rename",
+    "plan.after_rename",
+    "whole.half_written",
+    "whole.before_rename",
+    "whole.after_rename",
+    "block.half_written",
+    "block.before_rename",
+    "block.after_rename",
+    "shard.half_written",
+    "shard.before_rename",
+    "shard.after_rename",
+    "record.before_rename",
+    "record.after_rename",
+    "block.dropped",
+    "metadata.before_rename",
+    "metadata.after_rename",
+    "commit.before_rename",
+    "commit.after_rename",
+    "journal.half_removed",
+    "journal.removed",
+)
+"""Places where a test can have the process killed, in the order a build reaches them."""
+
+_hits: dict[str, int] = {}
+
+
+def failpoint(name: str) -> None:
+    """Kill this process if EZSD_FAILPOINT asks for it: `name`, or `name:3` for the third time it is reached.
+
+    EZSD_FAILSIGNAL names another signal than SIGKILL, such as SIGSTOP: whoever tests may then send what he likes.
+    """
+    wanted = os.environ.get("EZSD_FAILPOINT")
+    if not wanted:
+        return
+    _hits[name] = _hits.get(name, 0) + 1
+    target, _, hit = wanted.partition(":")
+    if target == name and _hits[name] == int(hit or 1):
+        os.kill(os.getpid(), signal.Signals[os.environ.get("EZSD_FAILSIGNAL", "SIGKILL")])
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextlib.contextmanager
+def disk_room(store: Path, needed: int) -> Iterator[None]:
+    """Turn a full disk into a StoreError that names the `needed` bytes; what was finished stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise StoreError(
+            f"{store}: the disk is full ({error.strerror}): {needed:,} bytes were to be written here, {_free(store):,} "
+            "are free; nothing is damaged, make room and run the same command again"
+        ) from error
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which may be still to be made."""
+    return shutil.disk_usage(folder).free if folder.exists() else _free(folder.parent)
+
+
+@contextlib.contextmanager
+def writable(store: Path) -> Iterator[None]:
+    """Turn a folder that cannot be written to into a StoreError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _READ_ONLY:
+            raise
+        raise StoreError(f"{store}: cannot be written to ({error.strerror}); choose another --out folder") from error
+
+
+@contextlib.contextmanager
+def copied_to(folder: Path, needed: int) -> Iterator[None]:
+    """Turn what the system says of files that a copy brings into a folder into a StoreError; `needed` bytes in all."""
+    try:
+        with disk_room(folder, needed):
+            yield
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename or folder}: cannot be read or written ({error.strerror or error}); what has come stays: "
+            "mend that and run the same command again, or choose another folder"
+        ) from error
+
+
+def require_room(store: Path, needed: int) -> None:
+    """Refuse work that cannot fit on the disk of `store`, before any of it is done."""
+    free = shutil.disk_usage(store).free
+    if free < needed:
+        raise StoreError(
+            f"{store}: {needed:,} bytes are still to be written here, but only {free:,} are free; "
+            f"make room for {needed - free:,} more and run the same command again"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """Size in bytes and sha256 (hexadecimal) of one file."""
+
+    size: int
+    sha256: str
+
+
+def write_unhashed(
+    path: Path, parts: Iterable[bytes | memoryview], *, point: str | None = None, flush: bool = True
+) -> None:
+    """Write a new file and flush it to the disk, or leave that to the caller.
+
+    `point` names a failpoint `POINT.half_written`, reached after each part.
+    """
+    with path.open("xb") as file:
+        for part in parts:
+            file.write(part)
+            if point:
+                failpoint(f"{point}.half_written")
+        file.flush()
+        if flush:
+            os.fsync(file.fileno())
+
+
+def write_new(
+    path: Path, parts: Iterable[bytes | memoryview], *, point: str | None = None, flush: bool = True
+) -> FileDigest:
+    """Like `write_unhashed`; also the size and sha256 of what was written."""
+    digest, size = hashlib.sha256(), 0
+
+    def watched() -> Iterator[bytes | memoryview]:
+        nonlocal size
+        for part in parts:
+            digest.update(part)
+            size += len(part)
+            yield part
+
+    write_unhashed(path, watched(), point=point, flush=flush)
+    return FileDigest(size, digest.hexdigest())
+
+
+def file_digest(path: Path) -> FileDigest:
+    """Size and sha256 of a file on disk."""
+    with os.fdopen(open_to_read(path), "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileDigest(file.tell(), digest.hexdigest())
+
+
+def read_bytes(file: Path) -> bytes:
+    """A small file of a store that must be there.
+
+    Raises:
+        StoreUnreadable: the system does not let it be read.
+        StoreError: it is missing, or too long for what it is.
+    """
+    try:
+        with os.fdopen(open_to_read(file), "rb") as opened:
+            data = opened.read(MOST_UNSTATED + 1)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    if len(data) > MOST_UNSTATED:
+        raise StoreError(f"{file}: is longer than the {MOST_UNSTATED:,} bytes it may have; it is not read")
+    return data
+
+
+def read_if_there(file: Path) -> bytes | None:
+    """Like `read_bytes`; None where there is no file."""
+    try:
+        return read_bytes(file)
+    except StoreError as error:
+        if isinstance(error.__cause__, ABSENT):
+            return None
+        raise
+
+
+MOST_UNSTATED = 256 * 2**20
+"""Most bytes of a file that is read at once: a mark with a million files is smaller."""
+
+
+def open_to_read(file: Path) -> int:
+    """A descriptor to read a file through; where all are in use, the limit is raised as far as is allowed.
+
+    Raises:
+        OSError: there is none to be had, or this is no file: a pipe that a store holds would be waited for for ever.
+    """
+    try:
+        descriptor = os.open(file, _READ)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        _raise_limit()
+        descriptor = os.open(file, _READ)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "is no regular file", str(file))
+
+
+def _raise_limit() -> None:
+    """Let this process open as many files as it may; where the system refuses, the next `os.open` says so."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raised = _DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < raised:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+
+
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+_DESCRIPTORS = 2**16
+"""What the limit becomes where any number is allowed."""
+ABSENT = (FileNotFoundError, NotADirectoryError)
+"""What the system says of a file that is not there."""
+
+_CURES = {
+    errno.EMFILE: "this process has too many files open: raise its limit (`ulimit -n`) and run the same command again",
+    errno.ENFILE: "this machine has too many files open: end other programs, or have its limit (fs.file-max) raised",
+    errno.EACCES: "you may not read it: ask its owner, or change its mode (`chmod -R u+rX` on the store)",
+    errno.EPERM: "you may not read it: ask its owner",
+    errno.EIO: "the disk or the network has a fault, see the system's log, and run the same command again; if the file "
+    "stays so, remove it: `ezsd cache repair`, or the build that goes on, makes it anew",
+    errno.ESTALE: "the file server replaced it: run the same command again, or mount its file system anew",
+    errno.ENOMEM: "the system has no memory for it, or no more maps (vm.max_map_count): give it more and run the same "
+    "command again",
+}
+
+
+def unreadable(file: Path | str, error: OSError) -> StoreError:
+    """What to raise for a file of a store that could not be read: damage only where it is missing."""
+    if isinstance(error, ABSENT):
+        return StoreError(f"{file}: is missing; the store is damaged: {MENDED}")
+    cure = _CURES.get(error.errno or 0, "nothing is known to be damaged: mend that and run the same command again")
+    return StoreUnreadable(f"{file}: cannot be read ({error.strerror or error}); {cure}")
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """What of the system is behind an exception of a library; None where there is nothing, and the bytes are at fault.
+
+    An OSError without a number is a codec's word for bytes that it cannot decode, unless its kind says more.
+    """
+    if isinstance(error, OSError) and (error.errno is not None or isinstance(error, _SAID_BY_KIND)):
+        return error
+    if isinstance(error, MemoryError):
+        return OSError(errno.ENOMEM, str(error) or os.strerror(errno.ENOMEM))
+    if isinstance(error, RuntimeError) and "new thread" in str(error):
+        return OSError(errno.EAGAIN, str(error))
+    if isinstance(error, ImportError):
+        return OSError(0, str(error))
+    return None if error.__cause__ is None else system_error(error.__cause__)
+
+
+_SAID_BY_KIND = (*ABSENT, ConnectionError, PermissionError, TimeoutError)
+
+
+MENDED = "`ezsd cache verify --deep` lists all damage, `ezsd cache repair` mends it"
+"""What to do about a damaged store."""
+PUSHED = "remove this copy and push the store again"
+"""What to do about a damaged store behind a URL."""
+
+
+def sync(path: Path) -> None:
+    """Flush a file's bytes, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_TOGETHER = 8
+"""Flushes under way at once."""
+
+
+def sync_together(paths: Iterable[Path]) -> None:
+    """Flush files and folders, several at a time: the file system then writes its own journal once for many."""
+    with ThreadPoolExecutor(_TOGETHER) as pool:
+        for _ in pool.map(sync, paths):
+            pass
+
+
+def make_folders(path: Path) -> None:
+    """Create a folder and its parents, each flushed to the disk; existing ones are left alone."""
+    if path.is_dir():
+        return
+    make_folders(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
+def rename(source: Path, target: Path, *, point: str, flush: bool = True) -> None:
+    """Move a finished file or folder to its place; nothing in between is ever visible.
+
+    Without `flush` the move may still be lost with the machine's power: the caller flushes the folder later.
+    """
+    failpoint(f"{point}.before_rename")
+    source.rename(target)
+    if flush:
+        sync(target.parent)
+    failpoint(f"{point}.after_rename")
+
+
+def write_atomic(path: Path, data: bytes, *, scratch: Path, point: str, flush: bool = True) -> FileDigest:
+    """Write a small file so that `path` holds its old or its new bytes, never a part.
+
+    Args:
+        path: the file; its folder is made.
+        data: all of its bytes.
+        scratch: a folder on the same disk, to prepare the file in.
+        point: prefix of the failpoints passed on the way.
+        flush: without it all may still be lost with the machine's power, or half of it be there after that: the
+            caller flushes the file, its folder and those above it, before anything says that they are there.
+    """
+    if flush:
+        make_folders(path.parent)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = scratch_name(scratch, path.name)
+    try:
+        digest = write_new(temporary, [data], flush=flush)
+        rename(temporary, path, point=point, flush=flush)
+    finally:
+        discard(temporary)
+    return digest
+
+
+def scratch_name(scratch: Path, label: str) -> Path:
+    """A name below `scratch` that no other process uses."""
+    return scratch / f"{label}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+_held: set[tuple[int, str]] = set()
+
+
+class BuildLock:
+    """The right to build in one folder; the system frees it when the process ends, however it ends.
+
+    One process has it alone, or several share it. A record lock (not flock): worker processes forked by the builder
+    must not keep it alive after the builder's death. Such locks do not exclude the own process, so what this process
+    holds is remembered beside them.
+    """
+
+    def __init__(self, path: Path, *, shared: bool = False, busy: str = "") -> None:
+        """Take the lock file `path`.
+
+        Args:
+            path: the file; made if it is absent.
+            shared: beside others that share it.
+            busy: what to say when another process has it.
+
+        Raises:
+            StoreBusy: another builder has it; for `shared`, one that does not share it.
+            StoreError: a link lies in its place.
+        """
+        self._path = path
+        self._said = busy or (
+            "another process is building this store, or a share of it; wait for it to end, "
+            "or choose another --out folder"
+        )
+        self.shared = shared
+        self._key = (os.getpid(), str(path.resolve()))
+        if self._key in _held:
+            raise self._busy()
+        while not self._try():
+            pass
+        _held.add(self._key)
+
+    def _try(self) -> bool:
+        """Lock the file; False when its last owner removed it meanwhile, and the lock is on nothing."""
+        try:
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise StoreError(f"{self._path}: is a link, expected a file of ezsd's own; remove it") from error
+        try:
+            fcntl.lockf(self._handle, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            os.close(self._handle)
+            raise self._busy() from error
+        try:
+            if os.fstat(self._handle).st_ino == self._path.stat().st_ino:
+                return True
+        except FileNotFoundError:
+            pass
+        os.close(self._handle)
+        return False
+
+    def share(self) -> None:
+        """Let others share the lock from now on."""
+        fcntl.lockf(self._handle, fcntl.LOCK_SH)
+        self.shared = True
+
+    def _busy(self) -> StoreBusy:
+        return StoreBusy(f"{self._path.parent}: {self._said}")
+
+    def release(self) -> None:
+        """Give the lock back; a second call does nothing."""
+        if self._key in _held and self._key[0] == os.getpid():
+            _held.discard(self._key)
+            os.close(self._handle)

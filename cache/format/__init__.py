@@ -1,0 +1,1 @@
+"""What a store's files hold: arrays, manifest and commit mark, as bytes."""

@@ -1,0 +1,200 @@
+"""The commit mark: the last file a build writes, which says that the store is complete and what it consists of."""
+
+import json
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ezsd.cache.files import ABSENT, FileDigest, file_digest, read_if_there, unreadable
+from ezsd.cache.format.manifest import JSON, parse_json, seal, unseal
+from ezsd.cache.format.names import MANIFEST_FILE, is_store_file, needed_files, require_inside
+from ezsd.cache.format.schema import EMBEDDING_TYPES, FORMAT_VERSION, EmbeddingType, require_supported
+from ezsd.cache.errors import StoreError, StoreIncomplete
+
+COMMIT = "COMMIT.json"
+INCOMPLETE = "INCOMPLETE.json"
+"""What `repair` renames the commit mark to when a store is damaged beyond it; renamed back once it is whole."""
+TRANSFER = "TRANSFER.json"
+"""The commit mark of a store that is still being copied to where this file lies; becomes COMMIT.json at the end."""
+ARRIVING = ".transfer"
+"""Folder in which the files of a copy lie until they are whole."""
+MANIFEST = MANIFEST_FILE
+ENVIRONMENT = "environment.json"
+LOG = "build.log"
+LOCK = ".lock"
+UNLISTED = (COMMIT, INCOMPLETE, ENVIRONMENT, LOG, LOCK)
+"""Files that the commit mark does not list: itself, and what may differ between equal stores."""
+
+
+@dataclass(frozen=True)
+class CommitMark:
+    """What `COMMIT.json` says: the store is complete, and consists of exactly these files."""
+
+    manifest_digest: str
+    embed_dim: int
+    embedding: EmbeddingType
+    files: Mapping[str, FileDigest]
+
+    @property
+    def digest(self) -> str:
+        """The sha256 that the mark carries, hexadecimal: equal for stores of equal bytes, and for no others."""
+        return str(json.loads(self.to_bytes())["sha256"])
+
+    def to_bytes(self) -> bytes:
+        """The mark as it lies on disk."""
+        files: JSON = {name: {"size": at.size, "sha256": at.sha256} for name, at in self.files.items()}
+        return seal(
+            {
+                "format_version": FORMAT_VERSION,
+                "manifest_digest": self.manifest_digest,
+                "embed_dim": self.embed_dim,
+                "embedding": self.embedding,
+                "files": files,
+            }
+        )
+
+
+def read_mark(store: Path) -> CommitMark | None:
+    """The commit mark of a store, or None when it has none.
+
+    Raises:
+        StoreError: the mark is damaged, of another format version or not one that ezsd writes; or a link leads from
+            one of the files that it lists, or from what lies beside them, out of the store.
+    """
+    return _read(store, COMMIT)
+
+
+def read_incomplete(store: Path) -> CommitMark | None:
+    """The mark of a store that `repair` found damaged and took out of use, or None."""
+    return _read(store, INCOMPLETE)
+
+
+def _read(store: Path, name: str) -> CommitMark | None:
+    file = store / name
+    data = read_if_there(file)
+    if data is None:
+        return None
+    mark = parse_mark(data, str(file))
+    require_inside(store, [name, ENVIRONMENT, LOG, *mark.files])
+    return mark
+
+
+def parse_mark(data: bytes, where: str) -> CommitMark:
+    """The commit mark in the bytes of a file; `where` names it in errors.
+
+    The seal tells damage, not malice: whoever makes a store makes its seal. So everything that others rely on is looked
+    at here, once: what the mark lists are files that a store has, and each has a size and a digest.
+
+    Raises:
+        StoreError: the mark is damaged, of another format version, or says what no mark of ezsd does.
+    """
+    # A future format may seal itself otherwise: the version is looked at first.
+    version = parse_json(data, where)
+    require_supported(version.get("format_version"), where)
+    record = unseal(data, where)
+    problem = _mark_problem(record)
+    if problem is not None:
+        raise StoreError(f"{where}: {problem}; ezsd wrote no such mark: do not use this store")
+    files = {name: FileDigest(at["size"], at["sha256"]) for name, at in record["files"].items()}
+    return CommitMark(record["manifest_digest"], record["embed_dim"], record["embedding"], files)
+
+
+LARGEST = 2**62
+"""No store has as many bytes."""
+
+
+def _mark_problem(record: Mapping[str, Any]) -> str | None:
+    """What a mark says that it must not, or None."""
+    files, embedding = record.get("files"), record.get("embedding")
+    if not is_sha256(record.get("manifest_digest")):
+        return "manifest_digest: expected 64 hexadecimal digits"
+    if not is_count(record.get("embed_dim"), least=1):
+        return f"embed_dim: expected a whole number from 1, found {_shown(record.get('embed_dim'))}"
+    if not isinstance(embedding, str) or embedding not in EMBEDDING_TYPES:
+        return f"embedding: expected {' or '.join(EMBEDDING_TYPES)}, found {_shown(embedding)}"
+    if not isinstance(files, dict):
+        return f"files: expected an object, found {_shown(files)}"
+    for name, at in files.items():
+        if not is_store_file(name):
+            return f"files: {_shown(name)} is no file of a store"
+        if not isinstance(at, dict) or not is_count(at.get("size")) or not is_sha256(at.get("sha256")):
+            return f"files: {name}: expected a size from 0 and a sha256, found {_shown(at)}"
+    if sum(at["size"] for at in files.values()) > LARGEST:
+        return "files: more bytes than any disk holds"
+    missing = [name for name in needed_files(embedding) if name not in files]
+    return f"files: {missing[0]} is not listed, and every store has it" if missing else None
+
+
+def is_count(value: object, *, least: int = 0) -> bool:
+    """Whether a value from JSON is a whole number that something can be counted by."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
+
+
+def is_sha256(value: object) -> bool:
+    """Whether a value from JSON is a sha256 as ezsd writes it: 64 hexadecimal digits of lower case."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _shown(value: object) -> str:
+    # What a stranger wrote is shown by its repr, so that one line stays one, and cut.
+    return reprlib.repr(value)
+
+
+def parse_environment(data: bytes | None, where: str) -> dict[str, Any]:
+    """What a build recorded of itself (host, versions, times, settings, places); empty when there is no record.
+
+    Raises:
+        StoreError: the record is damaged; says what to do.
+    """
+    if data is None:
+        return {}
+    try:
+        return unseal(data, where)
+    except StoreError as error:
+        cure = "nothing but this record is lost: `ezsd cache repair` or you may remove it"
+        raise StoreError(f"{error}; {cure}") from error
+
+
+def require_not_set_aside(store: Path) -> None:
+    """Refuse a store that `repair` found damaged and could not make whole.
+
+    Raises:
+        StoreIncomplete: it is one; says what mends it.
+    """
+    if (store / INCOMPLETE).exists():
+        raise StoreIncomplete(
+            f"{store}: this store is damaged and was marked incomplete; "
+            f"`ezsd cache repair {store} --data-root DIR` rebuilds what is lost from the images in DIR"
+        )
+
+
+def file_problem(file: Path, expected: FileDigest, *, whole: bool) -> str | None:
+    """Why a file is not as it was committed, or None; by its size alone, or with `whole` by its bytes too.
+
+    Raises:
+        StoreUnreadable: the system does not let it be read, so nobody knows.
+    """
+    try:
+        size = file.stat().st_size
+        if size != expected.size:
+            return f"is {size} bytes long, expected {expected.size}"
+        if whole and file_digest(file) != expected:
+            return "its bytes are not those that were committed (sha256 differs)"
+    except ABSENT:
+        return "is missing"
+    except OSError as error:
+        raise unreadable(file, error) from error
+    return None
+
+
+def size_problems(store: Path, mark: CommitMark) -> list[str]:
+    """The quick check: one line for each listed file that is missing or not as long as it was.
+
+    Raises:
+        StoreUnreadable: the system does not let a file be looked at.
+    """
+    found = ((name, file_problem(store / name, expected, whole=False)) for name, expected in mark.files.items())
+    return [f"{store / name}: {reason}" for name, reason in found if reason is not None]

@@ -1,0 +1,1 @@
+"""The build's journal: finished work until it is committed."""

@@ -1,0 +1,322 @@
+"""The plan of a build (manifest, image list, block size) and the blocks journaled under it."""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ezsd.cache.journal.bad_images import all_bad_images, bad_attributes, require_no_rows
+from ezsd.cache.journal.validation import check_block, check_images
+from ezsd.cache.files import disk_room
+from ezsd.cache.journal.entries import Entry, journal_folder, little_endian, set_aside, write_entry
+from ezsd.cache.format.manifest import JSON, Manifest, canonical_json, images_digest
+from ezsd.cache.format.commit_mark import is_count
+from ezsd.cache.format.quantise import quantise
+from ezsd.cache.format.schema import (
+    FORMAT_VERSION,
+    IMAGES,
+    PRODUCTS,
+    RAGGED,
+    Block,
+    EmbeddingType,
+    RaggedRows,
+    require_supported,
+    stored_fields,
+)
+from ezsd.cache.errors import StoreError, StoreMismatch, StoreUnreadable
+
+PLAN = "plan"
+_GEOMETRY = ("embed_dim", "block_images", "shard_bytes")
+_LISTED = 10
+"""Most differences named in one error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a store is going to hold: fixed when it is created, compared when its build is resumed.
+
+    image_ids (n,) int64, widths and heights (n,) int32 in pixels, in the order of the blocks.
+    """
+
+    store: Path
+    manifest: Manifest
+    image_ids: NDArray[np.int64]
+    widths: NDArray[np.int32]
+    heights: NDArray[np.int32]
+    embed_dim: int
+    block_images: int
+    shard_bytes: int
+    digest: str = ""
+
+    def __post_init__(self) -> None:
+        check_images(self.image_ids, self.widths, self.heights)
+        if self.manifest.images_sha256 != self.images_digest:
+            raise StoreError(f"{self.store}: the manifest was made for another list of images than the one given")
+        for name in _GEOMETRY:
+            if getattr(self, name) < 1:
+                raise StoreError(f"{self.store}: {name} must be at least 1, got {getattr(self, name)}")
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The image list cut into blocks; the last may be shorter."""
+        total = len(self.image_ids)
+        starts = range(0, total, self.block_images)
+        return [Block(index, start, min(start + self.block_images, total)) for index, start in enumerate(starts)]
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The image list as the columns of the `images` product."""
+        columns: tuple[NDArray[Any], ...] = (self.image_ids, self.widths, self.heights)
+        return {field.name: little_endian(values, field.dtype) for field, values in zip(IMAGES, columns, strict=True)}
+
+    @cached_property
+    def images_digest(self) -> str:
+        """See `ezsd.cache.format.manifest.images_digest`."""
+        return images_digest(self.image_ids, self.widths, self.heights)
+
+    def write(self) -> "Plan":
+        """Write the plan as the journal's first entry; a store exists from this rename on."""
+        geometry = {name: getattr(self, name) for name in _GEOMETRY}
+        attributes: dict[str, JSON] = {
+            "format_version": FORMAT_VERSION,
+            "manifest": self.manifest.fields,
+            **geometry,
+        }
+        write_entry(self.store, PLAN, self.arrays, attributes, point="plan")
+        return read_plan(self.store)
+
+    def require_same(self, wanted: "Plan") -> None:
+        """Refuse to go on with a build that was started as something else.
+
+        Raises:
+            StoreMismatch: names each difference.
+        """
+        found = self.manifest.differences(wanted.manifest)
+        found += geometry_differences({name: getattr(self, name) for name in _GEOMETRY}, wanted)
+        refuse(self.store, found, cure=unfinished_folder(self.store))
+
+
+def another_folder(store: Path, found: Manifest, wanted: Manifest) -> str:
+    """What to do about a store of other settings: a folder to build in, and what can be taken over from this one."""
+    same = [product for product in PRODUCTS if found.fingerprints[product] == wanted.fingerprints[product]]
+    if not same:
+        return f"build into another folder: --out {_free(store)}"
+    return f"build into another folder: --out {_free(store)} --reuse {store} takes over {', '.join(same)}"
+
+
+def unfinished_folder(store: Path) -> str:
+    """What to do about an unfinished store of other settings, from which nothing can be taken over."""
+    return (
+        f"it is not finished: go on with the settings that it was begun with, or remove the folder {store}, or build "
+        f"into another folder: --out {_free(store)}"
+    )
+
+
+def _free(store: Path) -> Path:
+    """A folder beside a store that is not there yet."""
+    return next(name for n in itertools.count(2) if not (name := store.with_name(f"{store.name}-{n}")).exists())
+
+
+def geometry_differences(stored: Mapping[str, Any], wanted: Plan) -> list[str]:
+    """One line for each of a store's geometry values that differs from the plan's."""
+    return [
+        f"{name}: store has {value}, wanted {getattr(wanted, name)}"
+        for name, value in stored.items()
+        if value != getattr(wanted, name)
+    ]
+
+
+def refuse(store: Path | str, differences: list[str], *, cure: str) -> None:
+    """Raise StoreMismatch if there are differences; `cure` says what to do about them."""
+    if differences:
+        rest = len(differences) - _LISTED
+        listed = differences[:_LISTED] + ([f"and {rest} more"] if rest > 0 else [])
+        raise StoreMismatch(f"{store}: this store was made from something else: {'; '.join(listed)}; {cure}")
+
+
+def plan_folder(store: Path) -> Path:
+    """Where the plan lies while the store is being built."""
+    return journal_folder(store) / PLAN
+
+
+def read_plan(store: Path) -> Plan:
+    """The plan of the unfinished store at `store`.
+
+    Raises:
+        StoreError: no build is in progress here, the plan is damaged or of another format version.
+    """
+    folder = plan_folder(store)
+    if not folder.is_dir():
+        raise StoreError(f"{store}: no store is being built here; start one with StoreWriter.open")
+    entry = Entry.read(folder)
+    require_supported(entry.attributes.get("format_version"), str(store))
+    described = canonical_json([entry.arrays, entry.attributes])
+    try:
+        manifest = Manifest.from_fields(entry.attributes["manifest"], str(folder))
+        geometry = {name: int(entry.attributes[name]) for name in _GEOMETRY}
+        columns = {name: entry.array(name) for name in ("id", "width", "height")}
+    except StoreError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise StoreError(
+            f"{folder}: does not describe a build ({type(error).__name__}: {error}); ezsd wrote no such file: "
+            "do not use this folder"
+        ) from error
+    return Plan(
+        store=store,
+        manifest=manifest,
+        image_ids=columns["id"],
+        widths=columns["width"],
+        heights=columns["height"],
+        **geometry,
+        digest=hashlib.sha256(described.encode()).hexdigest(),
+    )
+
+
+def block_name(index: int) -> str:
+    """Name of a block's journal entry."""
+    return f"block-{index:06d}"
+
+
+def read_block(plan: Plan, index: int) -> Entry:
+    """The journal entry of block `index`; its data may have been dropped, see `Entry.dropped`.
+
+    Raises:
+        StoreError: not there, damaged, or made for another plan.
+    """
+    entry = Entry.read(journal_folder(plan.store) / block_name(index))
+    if {key: entry.attributes.get(key) for key in ("plan", "block")} != _block_attributes(plan, plan.blocks[index]):
+        raise StoreError(f"{entry.folder}: belongs to another build; remove this folder and run the build again")
+    _require_rows(entry, plan, plan.blocks[index])
+    return entry
+
+
+def _require_rows(entry: Entry, plan: Plan, block: Block) -> None:
+    """Refuse an entry that says it is a block of this build and does not hold what a block does."""
+    try:
+        shapes = {
+            f"{product}/{field.name}": (field.dtype, [rows, *field.row_shape(plan.embed_dim)])
+            for product in RAGGED
+            for rows in [sum(_counts(entry, product, block.stop - block.start))]
+            for field in stored_fields(product, plan.manifest.embedding)
+        }
+        all_bad_images([entry.attributes])
+        sound = shapes == {name: (place["dtype"], place["shape"]) for name, place in entry.arrays.items()}
+    except ValueError:
+        sound = False
+    if not sound:
+        raise StoreError(
+            f"{entry.folder}: does not hold the rows of a block; remove this folder and run the build again"
+        )
+
+
+def _counts(entry: Entry, product: str, images: int) -> list[int]:
+    """Rows of each image of a block; ValueError where its entry does not say them."""
+    counts = entry.attributes.get("counts")
+    found = counts.get(product) if isinstance(counts, dict) else None
+    if not isinstance(found, list) or len(found) != images or not all(map(is_count, found)):
+        raise ValueError("no counts")
+    return found
+
+
+def block_done(plan: Plan, index: int) -> bool:
+    """Whether block `index` is finished, by its description and size."""
+    return finished_block(plan, index) is not None
+
+
+def finished_block(plan: Plan, index: int) -> Entry | None:
+    """The entry of block `index`, or None when it has to be computed (again)."""
+    try:
+        entry = read_block(plan, index)
+    except StoreUnreadable:
+        raise
+    except StoreError:
+        return None
+    return entry if entry.sized or entry.dropped else None
+
+
+def _block_attributes(plan: Plan, block: Block) -> dict[str, JSON]:
+    return {"plan": plan.digest, "block": [block.index, block.start, block.stop]}
+
+
+def _block_arrays(products: Mapping[str, RaggedRows], embedding: EmbeddingType) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {}
+    for product in RAGGED:
+        columns = stored_columns(products[product].fields, embedding)
+        for field in stored_fields(product, embedding):
+            arrays[f"{product}/{field.name}"] = little_endian(columns[field.name], field.dtype)
+    return arrays
+
+
+def stored_columns(given: Mapping[str, NDArray[Any]], embedding: EmbeddingType) -> dict[str, NDArray[Any]]:
+    """Checked columns as they are stored: with int8, the embedding becomes whole numbers and a scale."""
+    if embedding == "float16" or "embedding" not in given:
+        return dict(given)
+    codes, scale = quantise(given["embedding"])
+    return {**given, "embedding": codes, "embedding_scale": scale}
+
+
+def write_block(
+    path: str | os.PathLike[str],
+    block: Block,
+    products: Mapping[str, RaggedRows],
+    *,
+    bad_images: Mapping[int, str] = MappingProxyType({}),
+) -> None:
+    """Check and journal all rows of one block: the whole block, or nothing. Called in a worker process.
+
+    Args:
+        path: the store's folder, created by `StoreWriter.open`.
+        block: one of `StoreWriter.blocks`.
+        products: the rows of proposals, regions and ground_truth of the block's images; embeddings are float16, also
+            where the store keeps them as int8.
+        bad_images: by id, why an image of the block could not be read; it has no rows.
+
+    Raises:
+        StoreError: rows that must not get into a store; says which field, row and image. No room on the disk.
+    """
+    plan = read_plan(Path(path).absolute())
+    if block not in plan.blocks[block.index : block.index + 1]:
+        raise StoreError(f"{path}: {block} is not a block of this store; take blocks from StoreWriter.pending()")
+    images = slice(block.start, block.stop)
+    check_block(
+        products,
+        image_ids=plan.image_ids[images],
+        widths=plan.widths[images],
+        heights=plan.heights[images],
+        embed_dim=plan.embed_dim,
+        where=f"block {block.index}",
+    )
+    require_no_rows(bad_images, products, plan.image_ids[images], where=f"block {block.index}")
+    name = block_name(block.index)
+    arrays = _block_arrays(products, plan.manifest.embedding)
+    counts: dict[str, JSON] = {product: products[product].counts.tolist() for product in RAGGED}
+    attributes = {**_block_attributes(plan, block), "counts": counts, **bad_attributes(bad_images)}
+    # Looked at last: another worker may have finished it while this one computed.
+    done = finished_block(plan, block.index)
+    if done is not None and done.sized:
+        return
+    with disk_room(plan.store, sum(rows.nbytes for rows in arrays.values())):
+        # Not done, yet something is there: damaged, dropped, or of another build.
+        set_aside(plan.store, name)
+        write_entry(plan.store, name, arrays, attributes, point="block")
+
+
+def journaled_bad_images(path: str | os.PathLike[str]) -> dict[int, str]:
+    """Images of an unfinished store that could not be read so far, by id, and why."""
+    plan = read_plan(Path(path).absolute())
+    entries = (finished_block(plan, block.index) for block in plan.blocks)
+    return all_bad_images(entry.attributes for entry in entries if entry is not None)
+
+
+def forget_block(path: str | os.PathLike[str], block: Block) -> None:
+    """Take a block out of the journal again: it is then still to be written."""
+    set_aside(Path(path).absolute(), block_name(block.index))

@@ -1,0 +1,1 @@
+"""Where a store lies, and how its arrays are read."""

@@ -1,0 +1,191 @@
+"""What a reader asks of an array wherever it lies, and the two checks it makes on the way."""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ezsd.cache.files import ABSENT, system_error, unreadable
+from ezsd.cache.format.zarr_bytes import fill_value
+from ezsd.cache.errors import StoreError
+from ezsd.cache.format.schema import array_spec
+
+if TYPE_CHECKING:
+    import zarr
+
+_KEPT_BYTES = 32 * 2**20
+"""Arrays up to this size are read once through zarr and kept: there a slice costs a millisecond, or a round trip."""
+
+_LARGE = np.uint64(0x4000_4000_4000_4000)
+"""The highest bit of the exponent of four float16: set in numbers from 2 on, infinite ones and NaN."""
+
+
+class RowArray(Protocol):
+    """Rows of one array, in slices of axis 0."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop` (exclusive); not to be written to."""
+        ...
+
+    def read_ahead(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Hint that these ranges of rows are read next."""
+        ...
+
+    def file(self, row: int) -> str:
+        """Where a row lies, for errors: its file, or the array's folder."""
+        ...
+
+    def shard_files(self) -> Iterator[str]:
+        """Every file that rows are read from, below the array's folder."""
+        ...
+
+
+class ZarrArray:
+    """An array read through zarr-python: any codec chain, any place.
+
+    Args:
+        array: the array.
+        where: its folder or URL.
+        errors: makes one line of what reading raises, see `RemotePlace.errors`.
+    """
+
+    def __init__(
+        self, array: "zarr.Array[Any]", where: str, errors: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self._where = where
+        self.shape = array.shape
+        self.dtype = array.dtype
+        self._array = array
+        self._errors = errors
+        self._kept: NDArray[Any] | None = None
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """See `RowArray`."""
+        if self._array.nbytes > _KEPT_BYTES:
+            with self._errors():
+                return np.asarray(self._array[start:stop])
+        if self._kept is None:
+            with self._errors():
+                self._kept = np.asarray(self._array[:])
+            self._kept.flags.writeable = False
+        return self._kept[start:stop]
+
+    def read_ahead(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Nothing to do: zarr has no such hint."""
+
+    def file(self, row: int) -> str:
+        """See `RowArray`."""
+        return self._where
+
+    def shard_files(self) -> Iterator[str]:
+        """See `RowArray`; whatever the layout, and however many: none is made before it is asked for."""
+        shards = self._array.shards or self._array.chunks
+        counts = [-(-length // rows) for length, rows in zip(self.shape, shards, strict=True)]
+        return map(self._array.metadata.encode_chunk_key, _places(counts))
+
+
+def _places(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Every place of a grid; `itertools.product` would first make all numbers of each axis."""
+    if not counts:
+        yield ()
+        return
+    for first in range(counts[0]):
+        for rest in _places(counts[1:]):
+            yield (first, *rest)
+
+
+@contextmanager
+def zarr_errors(where: str, cure: str) -> Iterator[None]:
+    """Make one line of whatever zarr raises about an array; `cure` says what mends damage.
+
+    Raises:
+        StoreUnreadable: the system let zarr down.
+        StoreError: the array is not what its metadata say; what is a StoreError already stays as it is.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    # Codecs have exceptions of their own.
+    except Exception as error:
+        refused = system_error(error)
+        if isinstance(refused, ABSENT):
+            raise StoreError(f"{refused.filename or where}: is missing; the store is damaged: {cure}") from error
+        if refused is not None:
+            raise unreadable(refused.filename or where, refused) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise StoreError(
+            f"{where}: zarr cannot read this array as its zarr.json describes it ({reason}); "
+            f"the store is damaged: {cure}"
+        ) from error
+
+
+class VerifiedArray:
+    """Another array whose chunks are compared with their checksums when they are first touched.
+
+    Args:
+        array: the array.
+        sums: CRC-32 of each of its chunks, padding included, (chunks,) uint32.
+        damage: makes the error for rows (first, last exclusive) that are not what was written.
+    """
+
+    def __init__(self, array: RowArray, sums: NDArray[np.uint32], damage: Callable[[int, int], StoreError]) -> None:
+        # The checksums follow the layout that the store was committed with, whatever the array looks like now.
+        spec = array_spec("", array.dtype.str, array.shape, shard_bytes=1)
+        chunks = -(-array.shape[0] // spec.chunk_rows)
+        if len(sums) != chunks:
+            raise damage(0, array.shape[0])
+        self.shape, self.dtype, self._chunk_rows = array.shape, array.dtype, spec.chunk_rows
+        self._array, self._sums, self._damage = array, sums, damage
+        self._good = bytearray(chunks)
+        self.read_ahead = array.read_ahead
+        self.file = array.file
+        self.shard_files = array.shard_files
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """See `RowArray`.
+
+        Raises:
+            StoreError: a chunk that holds some of these rows is damaged.
+        """
+        first, last = start // self._chunk_rows, -(-stop // self._chunk_rows)
+        if start >= stop or self._good.count(1, first, last) == last - first:
+            return self._array.read(start, stop)
+        # Whole chunks are read once, and what was asked for is cut out: from far away a second read costs as much.
+        low = first * self._chunk_rows
+        rows = self._array.read(low, min(last * self._chunk_rows, self.shape[0]))
+        for chunk in range(first, last):
+            at = chunk * self._chunk_rows - low
+            self._check(chunk, rows[at : at + self._chunk_rows])
+        return rows[start - low : stop - low]
+
+    def _check(self, chunk: int, rows: NDArray[Any]) -> None:
+        if self._good[chunk]:
+            return
+        start = chunk * self._chunk_rows
+        stop = start + len(rows)
+        found = zlib.crc32(np.ascontiguousarray(rows).data)
+        missing = start + self._chunk_rows - stop
+        if missing:
+            padding = np.full((missing, *self.shape[1:]), fill_value(self.dtype.str), self.dtype)
+            found = zlib.crc32(padding.tobytes(), found)
+        if found != self._sums[chunk]:
+            raise self._damage(start, stop)
+        self._good[chunk] = 1
+
+
+def all_finite(values: NDArray[Any]) -> bool:
+    """Whether no value is NaN or infinite; embeddings in float16 are looked at four numbers at a time."""
+    if values.dtype.kind != "f":
+        return True
+    if values.dtype == np.float16 and values.flags.c_contiguous and values.size % 4 == 0 and values.size:
+        together = np.bitwise_or.reduce(values.reshape(-1).view(np.uint64))
+        if not together & _LARGE:
+            return True
+    return bool(np.isfinite(values).all())

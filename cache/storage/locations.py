@@ -1,0 +1,152 @@
+"""Where a store lies: a folder, or a URL (`ezsd.cache.storage.remote`). What a reader needs of either, and nothing else."""
+
+import os
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from ezsd.cache.storage.arrays import RowArray, ZarrArray, zarr_errors
+from ezsd.cache.storage.direct import open_mapped
+from ezsd.cache.files import MENDED, FileDigest, file_digest, read_bytes, read_if_there, unreadable
+from ezsd.cache.format.commit_mark import (
+    ENVIRONMENT,
+    TRANSFER,
+    CommitMark,
+    parse_environment,
+    read_mark,
+    require_not_set_aside,
+    size_problems,
+)
+from ezsd.cache.journal.plan import Plan, block_done, plan_folder, read_plan
+from ezsd.cache.errors import StoreError, StoreIncomplete
+
+
+class Place(Protocol):
+    """A store's files; printed as its path or URL."""
+
+    def mark(self) -> CommitMark:
+        """The commit mark; StoreIncomplete or StoreError where there is none."""
+        ...
+
+    def size_problems(self, mark: CommitMark) -> list[str]:
+        """One line for each file that is missing or not as long as it was."""
+        ...
+
+    def read_file(self, name: str) -> bytes:
+        """A small file; StoreError if it cannot be read."""
+        ...
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """A small file, or None where there is none."""
+        ...
+
+    def digest(self, name: str) -> FileDigest:
+        """Size and sha256 of a file as it is now."""
+        ...
+
+    def digests(self, names: Iterable[str]) -> Iterator[tuple[str, FileDigest]]:
+        """The same of many small files."""
+        ...
+
+    def open_array(self, name: str) -> RowArray:
+        """An array of the store, by its path."""
+        ...
+
+
+class LocalPlace:
+    """A folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def mark(self) -> CommitMark:
+        """See `Place`."""
+        return require_mark(self.path)
+
+    def size_problems(self, mark: CommitMark) -> list[str]:
+        """See `Place`."""
+        return size_problems(self.path, mark)
+
+    def read_file(self, name: str) -> bytes:
+        """See `Place`."""
+        return read_bytes(self.path / name)
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """See `Place`."""
+        return read_if_there(self.path / name)
+
+    def digest(self, name: str) -> FileDigest:
+        """See `Place`."""
+        try:
+            return file_digest(self.path / name)
+        except OSError as error:
+            raise unreadable(self.path / name, error) from error
+
+    def digests(self, names: Iterable[str]) -> Iterator[tuple[str, FileDigest]]:
+        """See `Place`."""
+        return ((name, self.digest(name)) for name in names)
+
+    def open_array(self, name: str) -> RowArray:
+        """See `Place`; memory-mapped where its layout allows, else through zarr."""
+        folder = self.path / name
+        return open_mapped(folder, partial(_through_zarr, folder)) or _through_zarr(folder)
+
+
+def _through_zarr(folder: Path) -> ZarrArray:
+    # Half a second to import: a worker that reads mapped shards never pays it.
+    import zarr
+
+    errors = partial(zarr_errors, str(folder), MENDED)
+    with errors():
+        return ZarrArray(zarr.open_array(folder, mode="r", zarr_format=3), str(folder), errors)
+
+
+def find_place(where: str | os.PathLike[str]) -> Place:
+    """The place that a path or URL names."""
+    if isinstance(where, str) and "://" in where:
+        from ezsd.cache.storage.remote import RemotePlace
+
+        return RemotePlace(where)
+    return LocalPlace(Path(where).absolute())
+
+
+def read_environment(place: Place) -> dict[str, Any]:
+    """What a build recorded of itself; empty when there is no record. StoreError if it is damaged."""
+    return parse_environment(place.read_if_there(ENVIRONMENT), f"{place}/{ENVIRONMENT}")
+
+
+def require_mark(store: Path) -> CommitMark:
+    """The commit mark of a complete store in a folder.
+
+    Raises:
+        StoreIncomplete: a build or copy that is not finished, or a damaged store; says how far it is.
+        StoreError: no store at all.
+    """
+    mark = read_mark(store)
+    if mark is not None:
+        return mark
+    plan = unfinished_plan(store)
+    done = sum(block_done(plan, block.index) for block in plan.blocks)
+    raise StoreIncomplete(
+        f"{store}: the store is not finished, {done} of {len(plan.blocks)} blocks are done; "
+        "run the same `ezsd cache build` command again to go on"
+    )
+
+
+def unfinished_plan(store: Path) -> Plan:
+    """The plan of the build that a folder without a commit mark holds.
+
+    Raises:
+        StoreIncomplete: no build, but a copy that is not finished, or a damaged store that `repair` set aside.
+        StoreError: no store at all, or a damaged plan.
+    """
+    require_not_set_aside(store)
+    if (store / TRANSFER).exists():
+        raise StoreIncomplete(f"{store}: not all files were copied here; run the same `ezsd cache pull` again to go on")
+    if not plan_folder(store).is_dir():
+        raise StoreError(f"{store}: is not a store (no COMMIT.json, no journal); `ezsd cache build` makes one")
+    return read_plan(store)

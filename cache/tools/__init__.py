@@ -1,0 +1,1 @@
+"""What is done to whole stores: inspect, verify, repair, copy, export."""

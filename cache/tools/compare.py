@@ -1,0 +1,55 @@
+"""What two stores have in common: fingerprints by name, then content file by file."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ezsd.cache.files import FileDigest
+from ezsd.cache.format.manifest import Manifest
+from ezsd.cache.format.commit_mark import MANIFEST
+from ezsd.cache.storage.locations import require_mark
+from ezsd.cache.format.schema import PRODUCTS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two complete stores compared, from what they say about themselves: no array is read."""
+
+    settings: tuple[str, ...]
+    """One line for each setting in which they differ, by dotted name."""
+    same_fingerprint: tuple[str, ...]
+    """Products made from the same things in the same way."""
+    content: tuple[str, ...]
+    """One line for each array or other file that differs or that only one of them has."""
+
+
+def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Comparison:
+    """Compare two complete stores.
+
+    Raises:
+        StoreError: one of them is no store, is not finished, or its manifest is damaged.
+    """
+    (left, left_files), (right, right_files) = _read(first), _read(second)
+    return Comparison(
+        settings=tuple(left.differences(right)),
+        same_fingerprint=tuple(name for name in PRODUCTS if left.fingerprints[name] == right.fingerprints[name]),
+        content=tuple(_content(left_files, right_files)),
+    )
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[Manifest, Mapping[str, FileDigest]]:
+    store = Path(path).absolute()
+    mark = require_mark(store)
+    return Manifest.from_json((store / MANIFEST).read_bytes(), str(store / MANIFEST)), mark.files
+
+
+def _content(left: Mapping[str, FileDigest], right: Mapping[str, FileDigest]) -> list[str]:
+    lines: dict[str, list[str]] = {}
+    for name in sorted(left.keys() | right.keys()):
+        if left.get(name) == right.get(name):
+            continue
+        array, is_shard, place = name.partition("/c/")
+        only = "" if name in left and name in right else f" (only in the {'first' if name in left else 'second'})"
+        lines.setdefault(array, []).append(f"shard {place.partition('/')[0]}{only}" if is_shard else f"differs{only}")
+    return [f"{name}: {', '.join(parts)}" for name, parts in lines.items()]

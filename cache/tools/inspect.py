@@ -1,0 +1,183 @@
+"""Looking at a store, finished or not, without changing it: what is in it, and who made it how."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ezsd.cache.journal.bad_images import NO_ROOT, all_bad_images, bad_images_of
+from ezsd.cache.journal.commit import Committer
+from ezsd.cache.files import read_bytes
+from ezsd.cache.format.manifest import Manifest, parse_json
+from ezsd.cache.format.commit_mark import (
+    COMMIT,
+    INCOMPLETE,
+    MANIFEST,
+    TRANSFER,
+    CommitMark,
+    file_problem,
+    read_incomplete,
+    read_mark,
+    size_problems,
+)
+from ezsd.cache.format.names import files_below, size_of
+from ezsd.cache.storage.locations import LocalPlace, read_environment, unfinished_plan
+from ezsd.cache.journal.plan import Plan, block_done, plan_folder, read_block
+from ezsd.cache.format.schema import FORMAT_VERSION, RAGGED, EmbeddingType
+from ezsd.cache.errors import StoreError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductInfo:
+    """One product: its fingerprint, and its rows in all and per image (mean); None where it has no rows of images."""
+
+    name: str
+    fingerprint: str
+    rows: int | None
+    rows_per_image: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreInfo:
+    """What `info` found. `images` of an unfinished store counts all planned ones, rows only the finished blocks'."""
+
+    path: Path
+    complete: bool
+    format_version: int
+    images: int
+    blocks_done: int
+    """Blocks of an unfinished build; both numbers are 0 in a complete store, which knows no blocks."""
+    blocks: int
+    embed_dim: int
+    embedding: EmbeddingType
+    products: tuple[ProductInfo, ...]
+    bytes_: int
+    """Bytes of all files in the folder."""
+    files: int
+    bad_images: Mapping[int, str]
+    """Images that could not be read when the store was built, by id, and why: they have no rows."""
+    manifest: Manifest
+    environment: Mapping[str, Any] | None
+    """Who built it, where and with what; None when nothing is recorded."""
+    problems: tuple[str, ...]
+    """Files that are missing or of the wrong size; `verify` looks closer."""
+
+
+def info(path: str | os.PathLike[str]) -> StoreInfo:
+    """Describe the store at `path`, complete or not; damage is reported in `problems`.
+
+    Raises:
+        StoreIncomplete: a copy that is not finished.
+        StoreError: no store, another format version, or damage to what describes it.
+    """
+    store = Path(path).absolute()
+    mark = read_mark(store)
+    if mark is not None:
+        return _committed_info(store, mark, complete=True)
+    damaged = read_incomplete(store)
+    if damaged is not None:
+        return _committed_info(store, damaged, complete=False)
+    return _unfinished_info(unfinished_plan(store))
+
+
+def _committed_info(store: Path, mark: CommitMark, *, complete: bool) -> StoreInfo:
+    root = _load(store, mark, "zarr.json")
+    try:
+        attributes = root["attributes"]["ezsd_store"]
+        images = int(attributes["images"])
+        rows = {product: int(attributes["rows"][product]) for product in RAGGED}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StoreError(f"{store / 'zarr.json'}: {NO_ROOT.format(type(error).__name__, error)}") from error
+    bad_images = bad_images_of(root, str(store / "zarr.json"))
+    manifest = Manifest.from_fields(_load(store, mark, MANIFEST), str(store / MANIFEST))
+    return StoreInfo(
+        complete=complete,
+        images=images,
+        blocks_done=0,
+        blocks=0,
+        embed_dim=mark.embed_dim,
+        embedding=mark.embedding,
+        products=_products(manifest, rows, images),
+        bad_images=bad_images,
+        manifest=manifest,
+        problems=tuple(size_problems(store, mark)),
+        **_folder(store),
+    )
+
+
+def _unfinished_info(plan: Plan) -> StoreInfo:
+    done = [block for block in plan.blocks if block_done(plan, block.index)]
+    rows = Committer(plan, tuple(read_block(plan, block.index) for block in done))
+    present = sum(block.stop - block.start for block in done)
+    return StoreInfo(
+        complete=False,
+        images=len(plan.image_ids),
+        blocks_done=len(done),
+        blocks=len(plan.blocks),
+        embed_dim=plan.embed_dim,
+        embedding=plan.manifest.embedding,
+        products=_products(plan.manifest, {product: rows.rows(product) for product in RAGGED}, present),
+        bad_images=all_bad_images(entry.attributes for entry in rows.entries),
+        manifest=plan.manifest,
+        problems=(),
+        **_folder(plan.store),
+    )
+
+
+def _products(manifest: Manifest, rows: Mapping[str, int], images: int) -> tuple[ProductInfo, ...]:
+    return tuple(
+        ProductInfo(
+            name=name,
+            fingerprint=fingerprint,
+            rows=rows.get(name),
+            rows_per_image=rows[name] / images if name in rows and images else None,
+        )
+        for name, fingerprint in manifest.fingerprints.items()
+    )
+
+
+def _folder(store: Path) -> dict[str, Any]:
+    names = files_below(store)
+    return {
+        "path": store,
+        "format_version": FORMAT_VERSION,
+        "files": len(names),
+        "bytes_": sum(size_of(store / name) for name in names),
+        "environment": _environment(store),
+    }
+
+
+def _environment(store: Path) -> dict[str, Any] | None:
+    """What was recorded, or None where that is damaged: `verify` says so, and the store does not depend on it."""
+    try:
+        return read_environment(LocalPlace(store)) or None
+    except StoreError:
+        return None
+
+
+def _load(store: Path, mark: CommitMark, name: str) -> dict[str, Any]:
+    """A file that describes the store, once it is what was committed: a wrong figure would be told as a fact."""
+    reason = file_problem(store / name, mark.files[name], whole=True)
+    if reason is not None:
+        raise StoreError(f"{store / name}: {reason}; the store is damaged: `ezsd cache repair {store}` mends it")
+    return parse_json(read_bytes(store / name), str(store / name))
+
+
+def list_stores(folder: str | os.PathLike[str]) -> dict[Path, StoreInfo | StoreError]:
+    """The stores directly below a folder, complete or not, by path in order; the error where one cannot be described.
+
+    Raises:
+        StoreError: there is no such folder.
+    """
+    place = Path(folder).absolute()
+    if not place.is_dir():
+        raise StoreError(f"{place}: is no folder; give one that holds stores, such as cache")
+    found: dict[Path, StoreInfo | StoreError] = {}
+    for path in sorted(place.iterdir()):
+        if path.is_dir() and any((path / sign).exists() for sign in (COMMIT, INCOMPLETE, TRANSFER, plan_folder(path))):
+            try:
+                found[path] = info(path)
+            except StoreError as error:
+                found[path] = error
+    return found

@@ -1,0 +1,273 @@
+"""Whether a store is still what was committed; where it is not, which file, and which rows and images are lost."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ezsd.cache.format.checksums import checksum_spec, damaged_rows
+from ezsd.cache.storage.direct import direct_spec
+from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk, shard_rows
+from ezsd.cache.journal.entries import JOURNAL, Entry, journal_folder
+from ezsd.cache.format.manifest import parse_json
+from ezsd.cache.format.commit_mark import (
+    ENVIRONMENT,
+    UNLISTED,
+    CommitMark,
+    file_problem,
+    read_incomplete,
+    read_mark,
+)
+from ezsd.cache.format.names import empty_folders, files_below
+from ezsd.cache.storage.locations import LocalPlace, read_environment, unfinished_plan
+from ezsd.cache.journal.plan import Plan, block_name
+from ezsd.cache.format.schema import CHECKSUMS, RAGGED, WHOLE, ArraySpec
+from ezsd.cache.errors import StoreError, StoreUnreadable
+
+_LISTED = 8
+"""Most images named in one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """One file that is not as it was committed, and what it takes with it."""
+
+    file: Path
+    name: str
+    """The file inside the store, with forward slashes."""
+    kind: Literal["damaged", "unreadable", "stray"]
+    """What is unreadable may be whole: the system does not let it be read. Strays do not belong to the store, and take
+    nothing from it."""
+    reason: str
+    array: str | None = None
+    rows: tuple[tuple[int, int], ...] = ()
+    """Ranges (first, last exclusive) of the array's rows that are lost."""
+    images: tuple[int, ...] = ()
+    """Ids of the images they belong to."""
+
+    def __str__(self) -> str:
+        text = f"{self.file}: {self.reason}"
+        if self.rows:
+            ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in self.rows)
+            text += f"; lost are rows {ranges} of {self.array}"
+        return text + of_images(self.images)
+
+
+def of_images(images: Sequence[int]) -> str:
+    """Which images lost rows belong to, as the end of a sentence; empty where there are none."""
+    if not images:
+        return ""
+    shown = ", ".join(map(str, images[:_LISTED]))
+    return f", of the images {shown}" + (f" and {len(images) - _LISTED} more" if len(images) > _LISTED else "")
+
+
+def verify(path: str | os.PathLike[str], *, deep: bool = False) -> list[Damage]:
+    """What is damaged, missing or foreign in a store; nothing if all is well.
+
+    Args:
+        path: a store, complete or not.
+        deep: read every byte and compare digests. Without it, sizes and the digests of metadata alone are looked at:
+            enough for truncated, missing and foreign files, not for a wrong bit in an array.
+
+    Raises:
+        StoreIncomplete: a copy that is not finished.
+        StoreError: not a store, another format version, or a damaged commit mark.
+    """
+    store = Path(path).absolute()
+    mark = read_mark(store) or read_incomplete(store)
+    if mark is None:
+        return damaged_entries(unfinished_plan(store), deep=deep)
+    return damaged_files(store, mark, deep=deep) + stray_files(store, mark)
+
+
+def damaged_files(store: Path, mark: CommitMark, *, deep: bool) -> list[Damage]:
+    """Files that are missing, not as they were committed or unreadable, see `verify`."""
+    locate = Locator(store, mark)
+    found = []
+    for name, expected in mark.files.items():
+        try:
+            reason = file_problem(store / name, expected, whole=deep or name.endswith(".json"))
+        except StoreUnreadable as error:
+            found.append(_unreadable(store / name, name, error))
+            continue
+        if reason:
+            found.append(locate.damage(name, reason))
+    return found + _environment_problems(store)
+
+
+def _unreadable(file: Path, name: str, error: StoreUnreadable) -> Damage:
+    return Damage(file=file, name=name, kind="unreadable", reason=str(error).removeprefix(f"{file}: "))
+
+
+def stray_files(store: Path, mark: CommitMark) -> list[Damage]:
+    """What lies in the store's folder and is none of its own: files, links (none is followed), and empty folders."""
+    own = {*mark.files, *UNLISTED}
+    # A folder whose files are lost is still the store's.
+    own.update(f"{above.as_posix()}/" for name in mark.files for above in PurePosixPath(name).parents)
+    return [
+        Damage(file=store / name, name=name, kind="stray", reason=_foreign(store / name))
+        for name in (*files_below(store), *empty_folders(store))
+        if name not in own and not name.startswith(f"{JOURNAL}/")
+    ]
+
+
+def _foreign(path: Path) -> str:
+    if path.is_symlink():
+        return "is a link that does not belong to the store"
+    return "is an empty folder" if path.is_dir() else "does not belong to the store"
+
+
+def _environment_problems(store: Path) -> list[Damage]:
+    file = store / ENVIRONMENT
+    try:
+        read_environment(LocalPlace(store))
+    except StoreUnreadable as error:
+        return [_unreadable(file, ENVIRONMENT, error)]
+    except StoreError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        return [Damage(file=file, name=ENVIRONMENT, kind="damaged", reason=reason)]
+    return []
+
+
+@dataclass(frozen=True)
+class Locator:
+    """Says which rows and images a damaged file of a store takes with it, as far as its other files still tell."""
+
+    store: Path
+    mark: CommitMark
+
+    def damage(self, name: str, reason: str) -> Damage:
+        """The damage of one listed file."""
+        spec, shard = self._shard(name)
+        if spec is None:
+            return Damage(file=self.store / name, name=name, kind="damaged", reason=reason)
+        rows = tuple(self._rows(spec, shard, name))
+        return Damage(
+            file=self.store / name,
+            name=name,
+            kind="damaged",
+            reason=reason,
+            array=spec.name,
+            rows=rows,
+            images=tuple(self._images(spec, rows)),
+        )
+
+    def intact(self, name: str) -> bool:
+        """Whether a listed file is known to be as it was committed."""
+        expected = self.mark.files.get(name)
+        if expected is None:
+            return False
+        try:
+            return file_problem(self.store / name, expected, whole=True) is None
+        except StoreUnreadable:
+            return False
+
+    def spec(self, array: str) -> ArraySpec | None:
+        """Geometry of an array, from its own metadata or the copy in the root.
+
+        None where both are damaged, and for a layout that another writer chose.
+
+        Raises:
+            StoreError: it is the geometry of no array.
+        """
+        for name, of in ((f"{array}/zarr.json", None), ("zarr.json", array)):
+            if self.intact(name):
+                metadata = parse_json((self.store / name).read_bytes(), str(self.store / name))
+                try:
+                    return direct_spec(metadata if of is None else consolidated(metadata, of), array)
+                except StoreError as error:
+                    raise StoreError(f"{self.store}/{error}") from error
+        return None
+
+    def values(self, array: str) -> NDArray[Any] | None:
+        """A whole array, or None where any of it is damaged, or another writer arranged it."""
+        spec = self.spec(array)
+        if spec is None or not all(self.intact(spec.shard_file(shard)) for shard in range(spec.shards)):
+            return None
+        files = [(shard, self.store / spec.shard_file(shard)) for shard in range(spec.shards)]
+        if any(file.stat().st_size != shard_bytes_on_disk(spec, shard) for shard, file in files):
+            return None
+        parts = [shard_rows(spec, shard, file.read_bytes()) for shard, file in files]
+        return np.concatenate([np.empty((0, *spec.shape[1:]), spec.dtype), *parts])
+
+    def _shard(self, name: str) -> tuple[ArraySpec | None, int]:
+        array, is_shard, place = name.partition("/c/")
+        return (self.spec(array), int(place.partition("/")[0])) if is_shard else (None, 0)
+
+    def _rows(self, spec: ArraySpec, shard: int, name: str) -> list[tuple[int, int]]:
+        whole = [spec.shard_range(shard)]
+        if spec.name.startswith(f"{CHECKSUMS}/"):
+            return whole
+        sums = self.values(checksum_spec(spec, shard_bytes=1).name)
+        file = self.store / name
+        if sums is None or not file.is_file():
+            return whole
+        # Where all checksums agree and the digest does not, everything is in doubt.
+        return damaged_rows(spec, shard, file.read_bytes(), sums) or whole
+
+    def _images(self, spec: ArraySpec, rows: Sequence[tuple[int, int]]) -> list[int]:
+        product, _, field = spec.name.partition("/")
+        ids = self.values("images/id")
+        if ids is None or ids.ndim != 1:
+            return []
+        if product == "images":
+            return [int(ids[place]) for start, stop in rows for place in range(start, min(stop, len(ids)))]
+        if product not in RAGGED:
+            return []
+        if field == "offset":
+            # Entry k ends image k - 1 and begins image k.
+            places = {at for start, stop in rows for at in range(start - 1, stop) if 0 <= at < len(ids)}
+            return [int(ids[place]) for place in sorted(places)]
+        offset = self.values(f"{product}/offset")
+        if offset is None or offset.shape != (len(ids) + 1,):
+            return []
+        return [int(ids[place]) for place in image_places(offset, rows)]
+
+
+def consolidated(root: dict[str, Any], array: str) -> dict[str, Any]:
+    """The copy of an array's metadata in the root; nothing where the root has none."""
+    found: object = root
+    for key in ("consolidated_metadata", "metadata", array):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def image_places(offset: NDArray[np.int64], rows: Sequence[tuple[int, int]]) -> list[int]:
+    """Positions of the images that own any of these rows, in order."""
+    found: set[int] = set()
+    for start, stop in rows:
+        first = int(np.searchsorted(offset, start, side="right")) - 1
+        last = int(np.searchsorted(offset, stop, side="left"))
+        # Rows outside of all offsets, which only damaged or made-up ones leave, belong to no image.
+        owners = range(max(first, 0), min(last, len(offset) - 1))
+        found |= {place for place in owners if offset[place] < offset[place + 1]}
+    return sorted(found)
+
+
+def damaged_entries(plan: Plan, *, deep: bool) -> list[Damage]:
+    """Pieces of an unfinished build that are not as they were journaled."""
+    names = [block_name(block.index) for block in plan.blocks] + [f"whole-{product}" for product in WHOLE]
+    folders = [journal_folder(plan.store) / name for name in names]
+    return [
+        damage for folder in folders if folder.exists() for damage in _entry_problems(plan.store, folder, deep=deep)
+    ]
+
+
+def _entry_problems(store: Path, folder: Path, *, deep: bool) -> Iterator[Damage]:
+    try:
+        entry = Entry.read(folder)
+        sized = entry.sized
+        for name in entry.arrays if deep and sized else ():
+            entry.array(name)
+    except StoreError as error:
+        place, _, reason = str(error).partition(": ")
+        kind: Literal["damaged", "unreadable"] = "unreadable" if isinstance(error, StoreUnreadable) else "damaged"
+        yield Damage(file=Path(place), name=Path(place).relative_to(store).as_posix(), kind=kind, reason=reason)
+        return
+    if not sized and not entry.dropped:
+        reason = f"data.raw is not {entry.bytes_} bytes long"
+        yield Damage(file=folder, name=folder.relative_to(store).as_posix(), kind="damaged", reason=reason)

@@ -1,0 +1,1 @@
+"""CLIP proposals: anchors, their scores, and which of them are kept."""

@@ -1,0 +1,1 @@
+"""Teachers: open_clip models and plug-ins."""

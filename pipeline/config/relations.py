@@ -1,0 +1,384 @@
+"""Settings whose meaning hangs on other settings: what is scaled, what is refused, what is warned of.
+
+docs/settings.md has the table; a test compares it with `RELATIONS`, and another one wants every setting to be either in
+a relation or among `ALONE`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ezsd.detector.heads import MAX_TEMPERATURE
+from ezsd.pipeline.config.schema import Config, load_preset, setting_of, to_tables
+from ezsd.pipeline.errors import ConfigError
+
+log = logging.getLogger("ezsd")
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """A setting, those it hangs on, and what is done when it is changed and they are not."""
+
+    setting: str
+    neighbours: tuple[str, ...]
+    how: Literal["scaled", "refused", "warned", "listed"]
+    """"scaled": the program keeps the meaning. "refused": where the two cannot be meant together. "warned": when the
+    setting is given without any of its neighbours. "listed": a change alone is an experiment like any other."""
+    effect: str
+    """What happens when one of them changes alone."""
+
+
+RELATIONS = (
+    Relation(
+        "loss.distillation",
+        ("loss.metric",),
+        "scaled",
+        "equal weights give equal gradients at cosine 0.7, whatever metric and width of the embedding",
+    ),
+    Relation(
+        "train.learning_rate",
+        ("train.images", "train.rate_images", "train.optimiser"),
+        "scaled",
+        "the rate is for `rate_images` images a step; with SGD it follows `images` in proportion "
+        "(arXiv 1706.02677), with AdamW by the root (arXiv 2205.10287)",
+    ),
+    Relation(
+        "train.optimiser",
+        ("train.learning_rate",),
+        "warned",
+        "rates of SGD are some ten times those of AdamW",
+    ),
+    Relation(
+        "train.images",
+        ("train.steps",),
+        "warned",
+        "the rate follows, the number of epochs (steps x images / training images) does not",
+    ),
+    Relation(
+        "train.accumulate",
+        ("train.images", "train.sampling"),
+        "scaled",
+        "`images` counts all batches of a step, so nothing that is learned depends on it but batch normalisation "
+        "that is not frozen; refused without `sampling=image`",
+    ),
+    Relation(
+        "train.decay_at",
+        ("train.steps", "train.schedule"),
+        "scaled",
+        "shares of all steps, so they follow the length; refused where the schedule has no use for them",
+    ),
+    Relation(
+        "train.warmup",
+        ("train.steps",),
+        "warned",
+        "steps, not a share: with `warmup` >= `steps` the rate never reaches its height",
+    ),
+    Relation(
+        "train.average",
+        ("train.steps",),
+        "scaled",
+        "the decay is at most (1 + step) / (10 + step), so an average of a short run forgets its start too",
+    ),
+    Relation(
+        "train.weight_decay",
+        ("train.learning_rate", "train.steps"),
+        "listed",
+        "what decays in a step is rate x weight_decay: it follows the rate, and the sum follows the steps",
+    ),
+    Relation(
+        "train.clip_norm",
+        ("loss.distillation", "loss.rpn", "loss.classification", "loss.box", "loss.mask"),
+        "listed",
+        "of the whole objective's gradient: larger weights are clipped sooner",
+    ),
+    Relation(
+        "train.checkpoint_every", ("train.steps",), "scaled", "the last step has a checkpoint whatever the interval"
+    ),
+    Relation(
+        "train.validate_every",
+        ("train.images",),
+        "scaled",
+        "counts epochs, not steps",
+    ),
+    Relation("train.validate_images", ("train.validate_every",), "refused", "of no use while nothing is validated"),
+    Relation(
+        "train.regions",
+        ("proposals.regions",),
+        "listed",
+        "drawn for a step out of the regions that the store keeps for an image; more than it has is all of them",
+    ),
+    Relation(
+        "train.short_side",
+        ("train.long_side", "model.rpn_sizes", "model.canonical_size"),
+        "warned",
+        "anchors and the level of a box are in pixels of the resized image, and do not follow its size",
+    ),
+    Relation(
+        "train.jitter",
+        ("train.long_side", "train.short_side_min"),
+        "refused",
+        "the window's side is `long_side`, and the factor replaces `short_side_min`",
+    ),
+    Relation(
+        "model.rpn_sizes",
+        ("model.backbone", "train.long_side"),
+        "refused",
+        "one size per level of the backbone; an image smaller than the smallest anchor has no anchor that fits",
+    ),
+    Relation(
+        "model.canonical_size",
+        ("model.canonical_level", "train.short_side"),
+        "listed",
+        "a box of this side belongs on the level of stride 2 ** `canonical_level`; both change all levels",
+    ),
+    Relation(
+        "model.head",
+        ("model.tower_depth", "model.box_hidden"),
+        "warned",
+        "depth and width are of other layers: on the maps and of the regressor (`fast`), of each region and of "
+        "all layers (`paper`: 3 and 1024)",
+    ),
+    Relation(
+        "model.temperature",
+        ("train.learning_rate",),
+        "refused",
+        f"at most {MAX_TEMPERATURE:g}, where it is held while it learns; it learns by the detector's rate, without "
+        "decay",
+    ),
+    Relation(
+        "model.sampled_regions",
+        ("model.positive_share",),
+        "refused",
+        "at most their product are on objects: none where it is below one",
+    ),
+    Relation(
+        "model.spare_confidence",
+        ("teacher.background", "adapt.steps", "adapt.loss", "proposals.drop_background"),
+        "listed",
+        "on the scale of the teacher's softmax over the names, times the share of names against a background prompt: "
+        "another teacher, prompt or re-normalisation has other confidences",
+    ),
+    Relation("model.spare_rpn", ("model.spare_confidence",), "refused", "of no use while no region is spared"),
+    Relation("model.box_class", ("model.semantic_boxes",), "refused", "of no use where no row enters the regression"),
+    Relation("model.box_top_k", ("model.box_class",), "refused", "of no use but for `topk`"),
+    Relation("loss.metric", ("loss.distillation",), "scaled", "see the weight; of no use where it is 0"),
+    Relation("loss.mask", ("model.masks",), "refused", "of no use without masks"),
+    Relation(
+        "loss.novel_names",
+        ("model.spare_confidence",),
+        "listed",
+        "novel names compete with background on regions that are not spared",
+    ),
+    Relation(
+        "adapt.crops",
+        ("adapt.learning_rate", "adapt.steps"),
+        "warned",
+        "the rate is as it stands: AdamW's follows the root of the crops (arXiv 2205.10287), and crops x steps is "
+        "what is seen",
+    ),
+    Relation(
+        "adapt.loss",
+        ("adapt.learning_rate", "adapt.steps"),
+        "warned",
+        "each loss has a best rate of its own; at low rates the binary one spoils the teacher before it mends it",
+    ),
+    Relation("adapt.weight_decay", ("adapt.learning_rate",), "listed", "what decays in a step is rate x weight_decay"),
+    Relation(
+        "adapt.held_out",
+        ("adapt.crops",),
+        "listed",
+        "these images are not learned from: a large share leaves fewer crops to draw",
+    ),
+    Relation(
+        "proposals.grid",
+        ("proposals.sizes", "proposals.stride", "proposals.mode"),
+        "warned",
+        "sizes and stride are pixels of the resized image (`faithful`), or pixels of the image and a share of the "
+        "window (`sliding`)",
+    ),
+    Relation(
+        "proposals.stride",
+        ("proposals.grid",),
+        "refused",
+        "a share of the window's side above 1 leaves strips between the windows that nothing looks at",
+    ),
+    Relation("proposals.growth", ("proposals.mode",), "refused", "of no use while every anchor is looked at"),
+    Relation("proposals.passes", ("proposals.mode",), "refused", "of no use but for `coarse-to-fine`"),
+    Relation(
+        "proposals.keep",
+        ("proposals.regions",),
+        "refused",
+        "regions are chosen among the kept proposals: fewer kept than regions asked for is a slip",
+    ),
+    Relation(
+        "proposals.score",
+        ("proposals.drop_base_guesses",),
+        "listed",
+        "a score of the novel names ranks few base guesses high anyway",
+    ),
+    Relation(
+        "proposals.crop_ratio",
+        ("proposals.surround",),
+        "listed",
+        "a larger crop shows more context, or more black",
+    ),
+    Relation(
+        "proposals.drop_background",
+        ("teacher.background",),
+        "refused",
+        "of no use without a background prompt",
+    ),
+    Relation(
+        "eval.score_floor",
+        ("model.temperature",),
+        "listed",
+        "of the softmax over all names that are looked for: more names, lower scores",
+    ),
+)
+"""All of them. What a setting needs to have an effect is in `_NEEDS`."""
+
+ALONE = frozenset(
+    [
+        "teacher.name",
+        "teacher.weights",
+        "teacher.template",
+        "teacher.names",
+        "teacher.activation",
+        "teacher.normalisation",
+        "teacher.precision",
+        "adapt.towers",
+        "adapt.clip_norm",
+        "proposals.ratios",
+        "proposals.nms_iou",
+        "proposals.base_iou",
+        "proposals.boxes",
+        "build.seed",
+        "build.block_images",
+        "build.batch",
+        "build.max_bad_images",
+        "build.embedding",
+        "model.channels",
+        "model.rpn_proposals",
+        "model.pool_size",
+        "train.loader_workers",
+        "train.seed",
+        "train.backend",
+        "train.channels_last",
+        "train.checkpoint_minutes",
+        "train.compile",
+        "train.tensorboard",
+        "eval.nms_iou",
+        "eval.keep",
+    ]
+)
+"""Settings that mean the same whatever the others are."""
+
+_NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
+    "train.validate_images": ("train.validate_every above 0", lambda c: c.train.validate_every > 0),
+    "train.decay_at": ("train.schedule=step", lambda c: c.train.schedule == "step"),
+    "model.spare_rpn": (
+        "model.spare_confidence of at most 1",
+        lambda c: not c.model.spare_rpn or c.model.spare_confidence <= 1,
+    ),
+    "model.box_class": (
+        "model.semantic_boxes=true",
+        lambda c: c.model.box_class == "foreground" or c.model.semantic_boxes,
+    ),
+    "model.box_top_k": ("model.box_class=topk", lambda c: c.model.box_class == "topk"),
+    "loss.mask": ("model.masks=true", lambda c: c.model.masks),
+    "proposals.growth": ("another proposals.mode than faithful", lambda c: c.proposals.mode != "faithful"),
+    "proposals.passes": ("proposals.mode=coarse-to-fine", lambda c: c.proposals.mode == "coarse-to-fine"),
+    "proposals.drop_background": ("a teacher.background", lambda c: c.teacher.background is not None),
+}
+"""What a setting needs in order to change anything."""
+
+
+def load_settings(preset: str, overrides: Iterable[str] = ()) -> Config:
+    """`load_preset` for what a person asked for: no two settings that cannot be meant together.
+
+    Warns of a setting that was changed without its neighbours.
+
+    Raises:
+        ConfigError: see `load_preset`, `require_fit` and `require_use`.
+    """
+    overrides = list(overrides)
+    config = load_preset(preset, overrides)
+    preset_tables, tables = to_tables(load_preset(preset)), to_tables(config)
+    # Who gives the preset's own value changes nothing.
+    changed = {
+        setting
+        for setting in map(setting_of, overrides)
+        for section, _, key in [setting.partition(".")]
+        if tables[section][key] != preset_tables[section][key]
+    }
+    require_use(config, changed)
+    require_fit(config)
+    for line in changed_alone(config, changed):
+        log.warning("%s", line)
+    return config
+
+
+def require_use(config: Config, changed: set[str]) -> None:
+    """ConfigError for a setting that was given and changes nothing."""
+    for setting in sorted(changed & _NEEDS.keys()):
+        needs, met = _NEEDS[setting]
+        if not met(config):
+            raise ConfigError(f"--set {setting}: changes nothing without {needs}; set both, or leave it out")
+
+
+def require_fit(config: Config) -> None:
+    """ConfigError for two settings that cannot be meant together."""
+    model, train, proposals = config.model, config.train, config.proposals
+    _require(
+        model.temperature <= MAX_TEMPERATURE,
+        f"model.temperature must be at most {MAX_TEMPERATURE:g}, where it is held while it learns, got "
+        f"{model.temperature:g}",
+    )
+    positives = int(model.sampled_regions * model.positive_share)
+    _require(
+        positives > 0 or model.positive_share == 0,
+        f"model.sampled_regions={model.sampled_regions} times model.positive_share={model.positive_share} leaves no "
+        "region on an object; raise one of them",
+    )
+    _require(
+        not 0 < train.long_side < min(model.rpn_sizes),
+        f"model.rpn_sizes={list(model.rpn_sizes)} are all above train.long_side={train.long_side}: no anchor fits into "
+        "an image; both are pixels of the resized image",
+    )
+    _require(
+        proposals.grid == "faithful" or proposals.stride <= 1,
+        f"proposals.stride={proposals.stride:g} is a share of the window's side with proposals.grid=sliding, and "
+        "must be at most 1",
+    )
+    _require(
+        proposals.regions <= proposals.keep,
+        f"proposals.regions={proposals.regions} are chosen among proposals.keep={proposals.keep}; set keep to at least "
+        "as many",
+    )
+
+
+def changed_alone(config: Config, changed: set[str]) -> list[str]:
+    """A line for each setting that was changed without any of its neighbours, where that is seldom meant."""
+    lines = [
+        f"--set {one.setting} alone, without {' or '.join(one.neighbours)}: {one.effect.replace('`', '')}"
+        for one in RELATIONS
+        if one.how == "warned"
+        and one.setting in changed
+        and not changed & set(one.neighbours)
+        # What it is about is the pair's order, which the next line looks at.
+        and one.setting != "train.warmup"
+    ]
+    if config.train.warmup >= config.train.steps and changed & {"train.warmup", "train.steps"}:
+        lines.append(
+            f"train.warmup={config.train.warmup} is not below train.steps={config.train.steps}: the learning rate "
+            "never reaches its height"
+        )
+    return lines
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

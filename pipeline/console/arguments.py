@@ -1,0 +1,357 @@
+"""What can be said about a command's arguments before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ezsd.cache.errors import StoreError
+from ezsd.errors import AnnotationError
+from ezsd.errors import ResultsError
+from ezsd.vocabulary import (
+    COCO_SPLIT,
+    Split,
+    canonical,
+    parse_classes,
+    require_characters,
+    require_different,
+    resolve,
+    spelt_as,
+)
+from ezsd.errors import VocabularyError
+from ezsd.pipeline.errors import DamagedFile
+from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.data.images import look
+
+
+class ArgumentError(ValueError):
+    """An argument, or a file that it names, is not what the command needs."""
+
+
+EARLY_ERRORS = (
+    AnnotationError,
+    ArgumentError,
+    DamagedFile,
+    ImageError,
+    ResultsError,
+    StoreError,
+    VocabularyError,
+)
+"""The user's errors that need no heavy import to be known; see `ezsd.pipeline.console.defaults.USER_ERRORS` for all."""
+
+_OF_THE_DISK = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOLCK),
+)
+"""A disk that is full, may not be written to, or has no locks."""
+
+
+def is_of_a_place(error: OSError) -> bool:
+    """Whether a system's error is about a file, disk or network that the user can do something about.
+
+    Without the name of a file it says so of itself, or it comes from a call that ezsd got wrong.
+    """
+    return (
+        error.filename is not None or error.errno in _OF_THE_DISK or isinstance(error, ConnectionError | TimeoutError)
+    )
+
+
+def require_run(folder: Path) -> None:
+    """ArgumentError when a folder holds no run."""
+    if not (folder / "run.json").is_file():
+        raise ArgumentError(
+            f"--run {folder}: no run here (run.json is missing); `ezsd train --cache ... --run` makes one"
+        )
+
+
+def require_weights(file: Path | None, *, crops: bool = True) -> None:
+    """ArgumentError when `--weights` names no file, or what uses it was not asked for; None is nothing to check."""
+    if file is None:
+        return
+    if not crops:
+        raise ArgumentError(f"--weights {file} goes with --crops: nothing else of an evaluation asks the teacher")
+    if not file.is_file():
+        raise ArgumentError(f"--weights {file}: no such file")
+
+
+def require_alone(alone: bool, classes: str | None) -> None:
+    """ArgumentError for `--alone` where all names are looked for anyway."""
+    if alone and classes == "all":
+        raise ArgumentError(
+            "--alone goes with --classes base or novel, or without --classes: beside all names there are no others"
+        )
+
+
+def require_output(file: Path) -> None:
+    """ArgumentError when no file can be written to a place: it is a folder, or there is no folder around it."""
+    if file.is_dir():
+        raise ArgumentError(f"--out {file}: is a folder; give the name of a file")
+    if not file.parent.is_dir():
+        raise ArgumentError(f"--out {file}: there is no folder {file.parent}; make it first")
+
+
+def require_one_source(
+    *,
+    run: Path | None,
+    of_run: Mapping[str, object | None],
+    detections: Path | None,
+    of_file: Mapping[str, object | None],
+) -> None:
+    """ArgumentError unless a run or a results file is given, with the options that go with it and no other."""
+    if (run is None) == (detections is None):
+        raise ArgumentError("give --run RUN, or --detections RESULTS.json with --annotations GT.json, and not both")
+    if detections is not None and of_file["--annotations"] is None:
+        raise ArgumentError("--detections needs --annotations, the ground truth to compare with")
+    other, strange = ("--run", of_run) if run is None else ("--detections", of_file)
+    for option, value in strange.items():
+        if value is not None:
+            raise ArgumentError(f"{option} goes with {other} alone")
+
+
+def require_device_name(name: str) -> None:
+    """ArgumentError for what is no device's name; whether the device is there shows later."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ArgumentError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+
+
+def class_names(
+    option: str, *, lists: Sequence[str] = (), files: Sequence[Path] = (), literal: Sequence[str] = ()
+) -> tuple[str, ...] | None:
+    """Class names of a command line: the one grammar of all options that take them; docs/names.md states it.
+
+    Args:
+        option: the name of the option that takes `lists`, such as "--classes"; "--classes-file" takes `files`.
+        lists: comma-separated names, see `parse_classes`.
+        files: one name a line, as it stands: UTF-8, with or without a byte order mark, any line ends. Blank lines and
+            lines that begin with "#" are left out.
+        literal: names as they stand, of the option "--class".
+
+    Returns:
+        `literal`, then `lists`, then `files`, in the form of `canonical`; None when nothing was given.
+
+    Raises:
+        ArgumentError: a file cannot be read or has no name, or a list or a name in it is itself a file.
+        VocabularyError: a name is empty, holds a control character or occurs twice; a list is not well-formed.
+    """
+    if not lists and not files and not literal:
+        return None
+    names = [_one_name("--class", name) for name in literal]
+    for text in lists:
+        names += _listed(option, text)
+    for file in files:
+        names += _names_of_file(f"{option}-file {file}", file)
+    try:
+        require_different(names)
+    except VocabularyError as error:
+        raise VocabularyError(f"{option}: {error}") from None
+    return tuple(names)
+
+
+def _listed(option: str, text: str) -> tuple[str, ...]:
+    """Names of a list, none of which is a file: that would be looked for as an object, in silence."""
+    if os.path.isfile(text):
+        raise ArgumentError(f"{option} {text}: is a file; give it to {option}-file")
+    try:
+        names = parse_classes(text)
+    except VocabularyError as error:
+        hint = f"; a file with one name a line goes to {option}-file" if "\n" in text else ""
+        raise VocabularyError(f"{option}: {error}{hint}") from None
+    for name in names:
+        if os.path.isfile(name):
+            raise ArgumentError(f"{option}: {name!r} is a file; give it to {option}-file")
+    return names
+
+
+def _names_of_file(where: str, file: Path) -> list[str]:
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ArgumentError(f"{where}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{where}: is not UTF-8 text: {error}") from error
+    lines = enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1)
+    kept = [(number, line.strip()) for number, line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not kept:
+        raise ArgumentError(f"{where}: holds no class name; expected one a line")
+    return [_one_name(f"{where}: line {number}", line) for number, line in kept]
+
+
+def _one_name(where: str, name: str) -> str:
+    try:
+        require_characters(name)
+    except VocabularyError as error:
+        raise VocabularyError(f"{where}: {error}") from None
+    if not name.strip():
+        raise VocabularyError(f"{where}: the name is empty")
+    return canonical(name.strip())
+
+
+def find_images(places: Sequence[str | Path]) -> list[Path]:
+    """The image files among files, folders and patterns, those of a folder by name; each is opened, none is decoded.
+
+    A pattern is what a shell would have expanded, such as "photos/*.jpg", unless a file has that very name.
+
+    Raises:
+        ImageError: a file is missing, no image or too large, or its mode cannot be read.
+        ArgumentError: a folder holds no file with an image's ending, a pattern matches nothing, or it is a URL.
+    """
+    images: list[Path] = []
+    for given in places:
+        for place in _expanded(str(given)):
+            images += _folder_images(place) if place.is_dir() else [place]
+    for image in images:
+        look(image)
+    return images
+
+
+def _expanded(text: str) -> list[Path]:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        raise ArgumentError(f"{text}: is a URL, and only files are read; download the image and give its path")
+    if not glob.has_magic(text) or os.path.lexists(text):
+        return [Path(text)]
+    found = sorted(glob.glob(text, recursive=True))
+    if not found:
+        raise ArgumentError(f"{text}: no file matches this pattern")
+    return [Path(one) for one in found]
+
+
+def picture_places(images: Sequence[Path], out: str | Path | None, *, alone: bool) -> list[Path] | None:
+    """Where the pictures with boxes go: to `out` itself for one image, else below it by the images' names.
+
+    What ends in a slash is a folder, there or not.
+
+    Raises:
+        ArgumentError: a name's ending says no format that can be written, two images have one name, or `out` is a
+            file where a folder must be.
+    """
+    if out is None:
+        return None
+    is_folder = str(out).endswith(tuple(filter(None, (os.sep, os.altsep))))
+    out = Path(out)
+    if (is_folder or not alone) and out.exists() and not out.is_dir():
+        raise ArgumentError(
+            f"--out {out}: is a file; {'several images need' if not alone else 'a slash means'} a folder"
+        )
+    places = [out] if alone and not is_folder and not out.is_dir() else [out / image.name for image in images]
+    Image.init()
+    taken: dict[Path, Path] = {}
+    for place, image in zip(places, images, strict=True):
+        if Image.registered_extensions().get(place.suffix.lower()) not in Image.SAVE:
+            raise ArgumentError(f"--out {place}: its ending says no picture format; give it one such as .png")
+        if place.exists() and place.samefile(image):
+            raise ArgumentError(f"--out {place}: is the image itself; choose another place")
+        if taken.setdefault(place, image) != image:
+            raise ArgumentError(f"--out {out}: {taken[place]} and {image} have the same name; detect them one by one")
+    return places
+
+
+def _folder_images(folder: Path) -> list[Path]:
+    known = Image.registered_extensions()
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in known and p.is_file())
+    if not found:
+        raise ArgumentError(f"{folder}: no images in this folder; folders in it are not looked into")
+    return found
+
+
+def require_scheduler(scheduler: str, *, workers: int, dashboard: bool, share: tuple[int, int] | None = None) -> None:
+    """ArgumentError for what is no place to run tasks in, and for options that do not go with it."""
+    address = re.fullmatch(r"(tcp|tls)://.+:\d+", scheduler)
+    if address is None and scheduler not in ("local", "sync"):
+        raise ArgumentError(
+            f"--scheduler {scheduler}: expected local, sync, or a Dask scheduler's tcp://HOST:PORT or tls://HOST:PORT"
+        )
+    if workers and scheduler != "local":
+        raise ArgumentError(f"--workers goes with --scheduler local alone, not with {scheduler}")
+    if dashboard and scheduler == "sync":
+        raise ArgumentError("--dashboard: with --scheduler sync there is no Dask to look at")
+    if share is not None and address is not None:
+        raise ArgumentError("--blocks is for jobs without a scheduler; leave --scheduler out, or --blocks")
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """Number and count of a share such as "2/8"; ArgumentError when it is none."""
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ArgumentError(f"--blocks {text}: expected I/N with I from 1 to N, such as 1/8 to 8/8")
+    return int(found[1]), int(found[2])
+
+
+def chosen_split(
+    names: Sequence[str],
+    frequency: dict[str, str],
+    *,
+    where: Path,
+    base: Sequence[str] | None,
+    novel: Sequence[str] | None,
+    split_file: Path | None,
+) -> Split:
+    """Which classes of an annotation file are base and which novel.
+
+    Without a choice, LVIS's rare classes are novel, and COCO's 48 and 17 are taken where the file has them all.
+
+    Args:
+        names: all classes of the file.
+        frequency: LVIS's letters by name; empty for other files.
+        where: the file, for errors.
+        base: names, see `class_names`; alone, all other classes are novel.
+        novel: names; alone, all other classes are base.
+        split_file: TOML with lists `base` and `novel`, at the top or in [classes].
+
+    Raises:
+        ArgumentError: a choice is made twice, or none and the file suggests none.
+        VocabularyError: a base name is not in the file, a name occurs twice or is empty.
+    """
+    if split_file is not None:
+        if base is not None or novel is not None:
+            raise ArgumentError("--split-file already says which classes are base and novel; leave --base/--novel out")
+        return _known(_read_split(split_file), names)
+    if base is not None or novel is not None:
+        first = None if base is None else spelt_as(base, names)
+        second = None if novel is None else spelt_as(novel, names)
+        return _known(
+            Split(
+                base=_others(names, second) if first is None else first,
+                novel=_others(names, first) if second is None else second,
+            ),
+            names,
+        )
+    if frequency:
+        return Split(
+            base=tuple(sorted(name for name in names if frequency[name] != "r")),
+            novel=tuple(sorted(name for name in names if frequency[name] == "r")),
+        )
+    if set(COCO_SPLIT.names) <= set(names):
+        return COCO_SPLIT
+    raise ArgumentError(f"{where}: which of its {len(names)} classes are novel? Give --novel, --base or --split-file")
+
+
+def _others(names: Sequence[str], chosen: Sequence[str] | None) -> tuple[str, ...]:
+    assert chosen is not None
+    return tuple(name for name in names if name not in chosen)
+
+
+def _known(split: Split, names: Sequence[str]) -> Split:
+    """The same split, its names spelt as the file spells them; the file may lack novel ones."""
+    resolve(split.base, names)
+    return Split(base=spelt_as(split.base, names), novel=spelt_as(split.novel, names))
+
+
+def _read_split(path: Path) -> Split:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"--split-file {path}: cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"--split-file {path}: is not valid TOML: {error}") from error
+    table = document.get("classes", document)
+    lists = [table.get(part) if isinstance(table, dict) else None for part in ("base", "novel")]
+    for part, found in zip(("base", "novel"), lists, strict=True):
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise ArgumentError(f"--split-file {path}: {part}: expected a list of names, found {found!r}")
+    return Split(base=tuple(lists[0]), novel=tuple(lists[1]))  # type: ignore[arg-type]

@@ -1,0 +1,156 @@
+"""Between the command line and the work: defaults, device names, tables, and which errors are the user's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ezsd.cache import Store
+from ezsd.errors import BackendError
+from ezsd.errors import TeacherError
+from ezsd.teacher.open_clip import require_teacher
+from ezsd.pipeline.console.arguments import EARLY_ERRORS
+from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.devices import require_device_name
+from ezsd.pipeline.errors import ClusterError
+from ezsd.pipeline.config.schema import STAGE_ONE, Config, setting_of
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.errors import DatasetError
+from ezsd.pipeline.inference.evaluation_tables import headline_columns, percent
+from ezsd.pipeline.config.relations import load_settings
+from ezsd.pipeline.extraction.provenance import dataset_inputs
+from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.data.shapes import write_shapes
+
+USER_ERRORS = (
+    *EARLY_ERRORS,
+    BackendError,
+    ClusterError,
+    ConfigError,
+    DatasetError,
+    FloatingPointError,
+    RunError,
+    TeacherError,
+)
+"""Shown as one line; anything else is a bug."""
+
+
+def resolve_device(name: str) -> str:
+    """Resolve a device name; "auto" takes a GPU if there is one.
+
+    Raises:
+        ArgumentError: no device's name, or that of a GPU which is not there.
+    """
+    require_device_name(name)
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ArgumentError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu"
+        )
+    return name
+
+
+def build_config(
+    preset: str,
+    overrides: Sequence[str],
+    *,
+    teacher: str | None,
+    weights: str | None,
+    activation: str | None = None,
+    prompts: Mapping[str, str] | None = None,
+) -> Config:
+    """The configuration of a cache build: preset, then the dataset's prompts, `--set`, and the teacher's options."""
+    of_dataset = [f"teacher.{key}={json.dumps(value)}" for key, value in (prompts or {}).items()]
+    of_teacher = []
+    if teacher is not None:
+        of_teacher.append(f"teacher.name={json.dumps(teacher)}")
+    if weights is not None:
+        of_teacher.append(f"teacher.weights={json.dumps(weights)}")
+    if activation is not None:
+        of_teacher.append(f"teacher.activation={json.dumps(activation)}")
+    config = load_settings(preset, [*of_dataset, *overrides, *of_teacher])
+    if teacher is not None and weights is None:
+        # Another teacher's weights would never fit.
+        config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=None))
+    return config
+
+
+def require_known_teacher(config: Config) -> None:
+    """TeacherError for a teacher that is misspelt or lacks its weights, before data is drawn for it."""
+    require_teacher(config.teacher.name, config.teacher.weights)
+
+
+def train_config(cache: Path, preset: str | None, overrides: Sequence[str], *, seed: int | None = None) -> Config:
+    """The configuration of a training: by default the preset that the store was built with.
+
+    Raises:
+        ConfigError: a setting that the store was built with, a seed that is said twice, or a value that does not fit.
+    """
+    _refuse_stage_one(cache, overrides)
+    if seed is not None:
+        overrides = [*overrides, _seed_override(seed, overrides)]
+    # No rows are read of it here.
+    store = Store(cache, verify="quick")
+    if preset is None:
+        preset = store.environment.get("preset")
+    if preset is None:
+        preset = str(dataset_inputs(store.manifest)["name"])
+    return load_settings(preset, overrides)
+
+
+def _seed_override(seed: int, overrides: Sequence[str]) -> str:
+    for override in overrides:
+        if setting_of(override) == "train.seed":
+            raise ConfigError(f"--seed {seed} and --set {override} both say the seed; leave one of them out")
+    return f"train.seed={seed}"
+
+
+def _refuse_stage_one(cache: Path, overrides: Sequence[str]) -> None:
+    for override in overrides:
+        section, dot, _ = setting_of(override).partition(".")
+        if dot and section in STAGE_ONE:
+            raise ConfigError(
+                f"--set {override}: [{section}] is what the store {cache} was built with, and training does not change "
+                f"it; build another store with it: ezsd cache build --set {override} --out STORE"
+            )
+
+
+def drawn(dataset: Dataset, root: Path | None) -> Dataset:
+    """The dataset once its files are there; `shapes` is drawn when no folder is given and none is there."""
+    if dataset.name == "shapes" and root is None and not dataset.root.exists():
+        write_shapes(dataset.root)
+    return dataset.require()
+
+
+def score_table(scores: Mapping[str, Mapping[str, float | None]]) -> str:
+    """AP50 per run; generalised unless it says otherwise."""
+    width = max(len(name) for name in [*scores, "AP50"])
+    columns = headline_columns(scores.values())
+    lines = [f"{'AP50':<{width}}" + "".join(f"  {said:>5}" for said in columns.values())]
+    for name, row in scores.items():
+        cells = (f"  {percent(row.get(key)):>{max(len(said), 5)}}" for key, said in columns.items())
+        lines.append(f"{name:<{width}}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def crop_table(crops: Mapping[str, object]) -> str:
+    """Crop accuracy of the teacher before and after re-normalisation."""
+    lines = ["crop accuracy     base  novel"]
+    for name in ("raw", "re_normalised"):
+        row = crops[name]
+        assert isinstance(row, Mapping)
+        lines.append(f"{name:<16} {percent(row['base']):>5}  {percent(row['novel']):>5}")
+    return "\n".join(lines)
+
+
+def seconds_table(seconds: Mapping[str, float]) -> str:
+    """Time per stage."""
+    total = sum(seconds.values())
+    return "\n".join(f"{stage:<16} {spent:7.1f} s" for stage, spent in [*seconds.items(), ("total", total)])

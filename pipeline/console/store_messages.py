@@ -1,0 +1,184 @@
+"""What `ezsd cache` says about stores. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ezsd.cache import (
+    Damage,
+    RepairReport,
+    StoreError,
+    StoreInfo,
+    Verify,
+    collect,
+    compare,
+    info,
+    list_stores,
+    verify,
+)
+from ezsd.cache.tools.export import Format, export
+from ezsd.cache.tools.transfer import pull, push
+from ezsd.pipeline.progress import duration
+
+if TYPE_CHECKING:
+    from ezsd.pipeline.extraction.build import BuildReport, ShareReport
+    from ezsd.pipeline.extraction.forecast import BuildForecast
+
+
+def build_lines(store: Path, report: BuildReport) -> list[str]:
+    """What a build did."""
+    if report.already_complete:
+        return [f"{store}: complete already, nothing to do"]
+    times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
+    found = info(store)
+    regions = next(product.rows for product in found.products if product.name == "regions")
+    lines = [
+        f"{store}: complete ({times})",
+        f"{report.images:,} images, {regions:,} regions, {found.bytes_:,} bytes in {found.files} files",
+    ]
+    if report.crops:
+        rate = report.crops / max(report.seconds["extract"], 1e-9)
+        lines.append(f"the teacher saw {report.crops:,} crops of {report.extracted:,} images, {rate:,.0f} a second")
+    lines += _left_out(store, report.bad_images)
+    lines += _no_regions(store, regions)
+    if report.reused:
+        lines.append(f"reused: {', '.join(report.reused)}; computed: {', '.join(report.computed) or 'nothing'}")
+    return [*lines, f"next: ezsd train --cache {store}"]
+
+
+def _no_regions(store: Path, regions: int | None) -> list[str]:
+    """Why a store has nothing to distil from, and what to do; nothing where it has."""
+    if regions != 0:
+        return []
+    from ezsd.pipeline.extraction.filters import why_no_regions
+
+    return [f"warning: {why_no_regions(store)}"]
+
+
+def _left_out(store: Path, bad_images: int) -> list[str]:
+    if not bad_images:
+        return []
+    return [f"{bad_images} images cannot be read and were left out; `ezsd cache info {store}` says which and why"]
+
+
+def share_lines(store: Path, report: ShareReport) -> list[str]:
+    """What a share of a build did, and what comes next."""
+    if report.already_complete:
+        return [f"{store}: complete already, nothing to do"]
+    done = f"{store}: share {report.share} is done, {report.blocks} blocks"
+    left_out = _left_out(store, report.bad_images)
+    if report.missing:
+        return [f"{done}; other shares' {report.missing} blocks are missing", *left_out]
+    return [f"{done}; all blocks are there, next: ezsd cache commit {store}", *left_out]
+
+
+def commit_lines(store: Path, seconds: float | None) -> list[str]:
+    """What a commit did."""
+    if seconds is None:
+        return [f"{store}: complete already, nothing to do"]
+    found = info(store)
+    regions = next(product.rows for product in found.products if product.name == "regions")
+    done = f"{store}: complete ({seconds:.1f} s)"
+    return [done, *_left_out(store, len(found.bad_images)), *_no_regions(store, regions)]
+
+
+def forecast_lines(store: Path, found: BuildForecast) -> list[str]:
+    """What a build would do."""
+    missing = f", {found.missing} of them missing" if found.missing else ""
+    return [
+        f"{store}: {found.images:,} images in {found.blocks:,} blocks{missing}",
+        f"store, at most: {found.at_most.final:,} bytes",
+        f"disk while it is built, at most: {found.at_most.peak:,} bytes",
+        f"free there: {found.free:,} bytes",
+        f"crops for the teacher, at most: {found.passes:,}, {found.passes / found.images:,.0f} an image",
+        f"extraction, at most: {duration(found.seconds)} {_by(found.processes)} (a probe: one process of this machine "
+        f"encoded {found.probe.crops:,} crops in {found.probe.seconds:.0f} s; re-normalisation comes on top)",
+    ]
+
+
+def _by(processes: int | None) -> str:
+    if processes is None:
+        return "for each worker, divided by their number,"
+    return f"by {processes} processes" if processes > 1 else "by one process"
+
+
+def info_text(path: Path) -> str:
+    """A store described as JSON."""
+    found = info(path)
+    table = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    table["manifest"] = found.manifest.fields
+    table["products"] = [dataclasses.asdict(product) for product in found.products]
+    return json.dumps(table, indent=1, default=str, ensure_ascii=False)
+
+
+def list_lines(folder: Path) -> list[str]:
+    """One line for each store in a folder."""
+    found = list_stores(folder)
+    if not found:
+        return [f"{folder}: no stores in it"]
+    width = max(len(path.name) for path in found)
+    return [f"{path.name:<{width}}  {_summary(store)}" for path, store in found.items()]
+
+
+def _summary(store: StoreInfo | StoreError) -> str:
+    if isinstance(store, StoreError):
+        return f"cannot be read: {store}"
+    done = f"{store.blocks_done} of {store.blocks} blocks" if store.blocks else "marked incomplete"
+    state = ("damaged" if store.problems else "complete") if store.complete else f"unfinished, {done}"
+    regions = next(product for product in store.products if product.name == "regions")
+    return f"{state}, {store.images:,} images, {regions.rows:,} regions, {store.bytes_:,} bytes, {store.embedding}"
+
+
+def verify_lines(path: Path, *, deep: bool) -> list[str]:
+    """One line for each thing that is wrong with a store."""
+    return [str(damage) for damage in verify(path, deep=deep)]
+
+
+def collect_lines(path: Path, *, strays: bool = False, dry_run: bool = False) -> list[str]:
+    """Remove leftovers; one line for each file, and one for all."""
+    found = collect(path, strays=strays, dry_run=dry_run)
+    done = "would be removed" if dry_run else "removed"
+    lines = [f"{done}: {name} ({size:,} bytes)" for name, size in found.removed.items()]
+    lines += [f"kept: {name} ({size:,} bytes), not made by ezsd" for name, size in found.kept.items()]
+    lines.append(f"{path}: {len(found.removed)} files, {sum(found.removed.values()):,} bytes {done}")
+    if found.kept:
+        lines.append(f"kept what ezsd did not make ({len(found.kept)}); --strays removes it too")
+    return lines
+
+
+def compare_lines(first: Path, second: Path) -> list[str]:
+    """How two stores differ: settings, products, content."""
+    found = compare(first, second)
+    same = ", ".join(found.same_fingerprint) or "none"
+    return [
+        *(line.replace("store has", "first has").replace("wanted", "second has") for line in found.settings),
+        f"products with the same fingerprint: {same}",
+        *(found.content or ["same content, file for file"]),
+    ]
+
+
+def repair_lines(path: Path, report: RepairReport) -> list[str]:
+    """What a repair did; the last line says how the store is now."""
+    lines = [f"repaired {name}" for name in report.repaired]
+    lines += [_left(damage) for damage in report.left]
+    if not report.left:
+        return [*lines, f"{path}: complete, every file is what was committed"]
+    return [*lines, f"{path}: marked incomplete, {len(report.left)} files are still damaged"]
+
+
+def _left(damage: Damage) -> str:
+    return f"not repaired {damage}"
+
+
+def transfer_line(way: Literal["push", "pull"], source: str, target: str) -> str:
+    """Copy a store and say what was copied."""
+    files = push(source, target) if way == "push" else pull(source, target)
+    return f"{target}: complete already, nothing to do" if not files else f"{target}: complete ({files} files copied)"
+
+
+def export_line(store: str, out: Path, name: Format, *, verify: Verify = "full") -> str:
+    """Export a store and say where it lies."""
+    return f"{export(store, out, format=name, verify=verify)}: exported as {name}"

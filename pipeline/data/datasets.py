@@ -1,0 +1,339 @@
+"""Datasets by name or by a TOML file: which files, which names are base and which novel."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ezsd.data.annotations import ImageRecord, resolve_image_path
+from ezsd.data.shapes import SHAPES_SPLIT
+from ezsd.vocabulary import COCO_SPLIT, Split, canonical, clean_names, suggest
+from ezsd.vocabulary import prompts as make_prompts
+from ezsd.pipeline.data.images import Exif, read_pixels
+from ezsd.pipeline.data.annotation_cache import Category, read_categories, sound_categories
+
+log = logging.getLogger("ezsd")
+
+
+class DatasetError(ValueError):
+    """A dataset's files are not where they should be, or cannot be read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """Where a dataset lies, how its classes are split, and how its names are asked for."""
+
+    name: str
+    """"shapes", "coco", "lvis", "lvis-frequent" or what a TOML file says."""
+    root: Path
+    """Folder that holds images and annotations."""
+    split: Split
+    """Base and novel names."""
+    train_images: str
+    """Folder below root."""
+    train_annotations: str
+    """COCO-format JSON below root."""
+    val_images: str
+    """Folder below root."""
+    val_annotations: str
+    """COCO-format JSON below root."""
+    preset: str = "coco"
+    """Settings to start from, unless others are asked for."""
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Settings of the teacher that belong to the data: template, background, names (see `TeacherConfig`)."""
+    exif: Exif = "turn"
+    """What becomes of its images' EXIF orientation."""
+
+    def place(self, part: str) -> tuple[Path, Path]:
+        """Annotation file and image folder of "train" or "val"."""
+        return self.root / getattr(self, f"{part}_annotations"), self.root / getattr(self, f"{part}_images")
+
+    def require(self, *parts: str) -> Dataset:
+        """Self, once annotations and images of "train" and "val", or of some part, exist.
+
+        Raises:
+            DatasetError: names all places that do not exist, and what is there instead.
+        """
+        missing = self.missing(*parts)
+        if missing:
+            raise DatasetError(f"--data-root {self.root}: {'; '.join(missing)}")
+        return self
+
+    def missing(self, *parts: str) -> list[str]:
+        """A phrase for each place that does not exist."""
+        wanted = [(part, key) for part in parts or ("train", "val") for key in ("annotations", "images")]
+        named: dict[str, list[str]] = {}
+        for part, key in wanted:
+            named.setdefault(getattr(self, f"{part}_{key}"), []).append(f"[{part}] {key}")
+        layout = f"{self.name} has {', '.join(named)}"
+        missing = {place: keys for place, keys in named.items() if not (self.root / place).exists()}
+        if self.name in DATASETS:
+            return [f"no {place} in it; {layout}" for place in missing]
+        return [
+            f"no {place} in it; {' and '.join(keys)} say{'s' * (len(keys) == 1)} so; {self._near(place)}"
+            for place, keys in missing.items()
+        ]
+
+    def _near(self, place: str) -> str:
+        """What may have been meant by a place that does not exist."""
+        parent, kind = (self.root / place).parent, Path(place).suffix
+        if not parent.is_dir():
+            return f"there is no folder {parent}"
+        there = sorted(one.name for one in parent.iterdir() if one.is_dir() != bool(kind))
+        return suggest(Path(place).name, there) if there else f"{parent} is empty"
+
+    def definition(self) -> dict[str, object]:
+        """Everything but the root, as JSON has it: what a store, a run or a worker needs to find the data again."""
+        table = dataclasses.asdict(self)
+        del table["root"]
+        definition: dict[str, object] = json.loads(json.dumps(table))
+        return definition
+
+
+def from_definition(definition: Mapping[str, object], root: Path) -> Dataset:
+    """The inverse of `Dataset.definition`."""
+    split = cast("Mapping[str, Sequence[str]]", definition["split"])
+    # Who does not say how images are read made its store before they were turned.
+    values = {"exif": "legacy", **definition, "split": Split(base=tuple(split["base"]), novel=tuple(split["novel"]))}
+    return Dataset(root=root, **values)  # type: ignore[arg-type]
+
+
+def recorded_dataset(definition: object, name: str, root: Path) -> Dataset:
+    """The dataset that a store or a run recorded; without a record, a built-in one by its name.
+
+    Raises:
+        DatasetError: there is no record, and the name is none of `DATASETS`.
+    """
+    if isinstance(definition, dict):
+        return from_definition(definition, root)
+    return dataclasses.replace(find_dataset(name, root), exif="legacy")
+
+
+DATASETS = ("shapes", "coco", "lvis", "lvis-frequent")
+"""Names that `find_dataset` knows; anything that ends in .toml is a file."""
+
+
+def find_dataset(name: str, root: Path | None = None, *, strict: bool = True) -> Dataset:
+    """A dataset by name or by a TOML file.
+
+    Only what decides the split is read: of "lvis" and of a file whose novel names are "others" the categories of the
+    training annotations.
+
+    Args:
+        name: one of `DATASETS`, or the path of a TOML file.
+        root: folder with images and annotations; data/NAME or the TOML file's own by default.
+        strict: False takes what is sound of class tables and prompts that are faulty: `ezsd.pipeline.data.check` lists the rest.
+
+    Raises:
+        DatasetError: an unknown name, or a TOML file that is not as it must be.
+        AnnotationError: the categories cannot be read.
+        VocabularyError: a name is empty or doubled, or prompts cannot be made of the names.
+    """
+    require_known(name)
+    if name.endswith(".toml"):
+        return _from_toml(Path(name), root, strict)
+    folder = root or Path("data") / name
+    if name == "shapes":
+        return _standard(name, folder, SHAPES_SPLIT, "train", "val", preset="shapes")
+    if name == "coco":
+        return _standard(name, folder, COCO_SPLIT, "train2017", "val2017")
+    return _lvis(name, folder)
+
+
+def require_known(name: str) -> None:
+    """DatasetError for a name that is no dataset, or a TOML file that is not there."""
+    if name.endswith(".toml"):
+        if not Path(name).is_file():
+            raise DatasetError(f"--dataset {name}: no such file")
+    elif name not in DATASETS:
+        choice = ", ".join(DATASETS)
+        raise DatasetError(f"--dataset {name}: unknown; choose one of {choice}, or a file that ends in .toml")
+
+
+def _standard(name: str, root: Path, split: Split, train: str, val: str, *, preset: str = "coco") -> Dataset:
+    """Folders and files named as COCO's are."""
+    return Dataset(
+        name=name,
+        root=root,
+        split=split,
+        train_images=train,
+        train_annotations=f"annotations/instances_{train}.json",
+        val_images=val,
+        val_annotations=f"annotations/instances_{val}.json",
+        preset=preset,
+    )
+
+
+def _lvis(name: str, root: Path) -> Dataset:
+    """LVIS v1 over COCO's image folders; the JSON's own `frequency` decides, by name.
+
+    "lvis": 866 frequent and common names are base, 337 rare ones novel. "lvis-frequent": 405 frequent names are base,
+    461 common and 337 rare ones novel.
+    """
+    train = "annotations/lvis_v1_train.json"
+    base = {"lvis": "fc", "lvis-frequent": "f"}[name]
+    categories = _categories(root, train, name)
+    for category in categories:
+        if category.frequency not in ("f", "c", "r"):
+            raise DatasetError(
+                f"{root / train}: category {category.name!r}: expected a frequency of f, c or r, found "
+                f"{category.frequency!r}. --dataset {name} needs the files of LVIS v1"
+            )
+    split = Split(
+        base=tuple(sorted(c.name for c in categories if c.frequency in base)),
+        novel=tuple(sorted(c.name for c in categories if c.frequency not in base)),
+    )
+    val = "annotations/lvis_v1_val.json"
+    return Dataset(
+        name=name,
+        root=root,
+        split=split,
+        # Both parts take images from both of COCO's folders, which their file names begin with.
+        train_images=".",
+        train_annotations=train,
+        val_images=".",
+        val_annotations=val,
+        prompts={"names": "clean"},
+    )
+
+
+def _categories(root: Path, annotations: str, name: str, *, strict: bool = True) -> list[Category]:
+    if not (root / annotations).is_file():
+        raise DatasetError(f"--data-root {root}: no {annotations} in it, which decides the split of {name}")
+    return (read_categories if strict else sound_categories)(root / annotations)
+
+
+_TOML_KEYS = {
+    "": ("name", "train", "val", "classes", "prompts", "exif"),
+    "train": ("images", "annotations"),
+    "val": ("images", "annotations"),
+    "classes": ("base", "novel"),
+    "prompts": ("template", "background", "names"),
+}
+
+
+def _from_toml(path: Path, root: Path | None, strict: bool) -> Dataset:
+    """A dataset of one's own; see docs/datasets.md."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: is not valid TOML: {error}") from error
+    _check_toml(tables, path)
+    folder = root or path.parent
+    prompts = tables.get("prompts", {})
+    dataset = Dataset(
+        name=tables["name"],
+        root=folder,
+        split=_toml_split(tables, folder, path, strict),
+        train_images=tables["train"]["images"],
+        train_annotations=tables["train"]["annotations"],
+        val_images=tables["val"]["images"],
+        val_annotations=tables["val"]["annotations"],
+        prompts=prompts,
+        exif=tables.get("exif", "turn"),
+    )
+    if strict:
+        require_prompts(dataset.split, prompts.get("template"), prompts.get("names"))
+    return dataset
+
+
+def require_prompts(split: Split, template: str | None, names: str | None) -> None:
+    """VocabularyError when no prompts can be made of the names of a split, or two of them would have the same one.
+
+    Args:
+        split: the names.
+        template: see `ezsd.vocabulary.prompts`; None for the usual one.
+        names: "clean" or "raw"; None for the usual one.
+    """
+    words = clean_names(split.names) if names == "clean" else split.names
+    if template is not None:
+        make_prompts(words, template)
+
+
+def _check_toml(tables: dict[str, object], path: Path) -> None:
+    """Known keys alone, none missing, texts where texts belong."""
+    for section, keys in _TOML_KEYS.items():
+        table = tables.get(section, {}) if section else tables
+        where = f"{path}: [{section}]" if section else f"{path}:"
+        if not isinstance(table, dict):
+            raise DatasetError(f"{where} expected a table, found {table!r}")
+        for key in table.keys() - set(keys):
+            raise DatasetError(f"{where} unknown key {key!r}; {suggest(key, keys)}")
+        optional = ("prompts", "exif") if not section else keys if section == "prompts" else ()
+        for key in keys:
+            if key not in table and key not in optional:
+                raise DatasetError(f"{where} {key} is missing; docs/datasets.md shows a whole file")
+        if section not in ("", "classes") and not all(isinstance(value, str) for value in table.values()):
+            raise DatasetError(f"{where} expected texts, found {table!r}")
+    prompts = tables.get("prompts", {})
+    assert isinstance(prompts, dict)
+    if prompts.get("names", "raw") not in ("raw", "clean"):
+        raise DatasetError(f'{path}: [prompts] names: expected "raw" or "clean", found {prompts["names"]!r}')
+    if not isinstance(tables["name"], str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", tables["name"]):
+        raise DatasetError(f"{path}: name: expected letters, digits, '-', '_' and '.', found {tables['name']!r}")
+    if tables.get("exif", "turn") not in ("turn", "ignore"):
+        raise DatasetError(f'{path}: exif: expected "turn" or "ignore", found {tables["exif"]!r}')
+    if tables["name"] in DATASETS:
+        raise DatasetError(f"{path}: name: {tables['name']!r} is a built-in dataset; choose another")
+
+
+def _toml_split(tables: dict[str, Mapping[str, object]], root: Path, path: Path, strict: bool) -> Split:
+    """Base and novel names; "others" are all other names of the training annotations, in alphabetical order.
+
+    Categories that are only the supercategory of others, as some exports have one for their whole tree, are no class.
+    """
+    base, novel = tables["classes"]["base"], tables["classes"]["novel"]
+    if not _is_names(base):
+        raise DatasetError(f"{path}: [classes] base: expected a list of names, found {base!r}")
+    if _is_names(novel):
+        return Split(base=tuple(cast("list[str]", base)), novel=tuple(cast("list[str]", novel)))
+    if novel != "others":
+        raise DatasetError(f'{path}: [classes] novel: expected a list of names or "others", found {novel!r}')
+    known = {canonical(name) for name in cast("list[str]", base)}
+    train, val = (
+        _categories(root, str(tables[part]["annotations"]), path.name, strict=strict) for part in ("train", "val")
+    )
+    roots = _only_supercategories(train, val) - known
+    if roots:
+        named = ", ".join(repr(name) for name in sorted(roots))
+        log.info('%s: novel = "others" leaves out %s: only the supercategory of others, without a box', path, named)
+    others = {canonical(one.name): one.name for one in train if canonical(one.name) not in known | roots}
+    return Split(base=tuple(cast("list[str]", base)), novel=tuple(sorted(others.values())))
+
+
+def _only_supercategories(*parts: Sequence[Category]) -> set[str]:
+    """Names (canonical) that are another's supercategory and of which no file has an annotation."""
+    offered = [category for part in parts for category in part]
+    above = {canonical(one.supercategory) for one in offered if one.supercategory != one.name}
+    used = {canonical(one.name) for one in offered if one.used}
+    return {canonical(one.name) for one in offered} & above - used
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def read_image(path: Path) -> Tensor:
+    """(3, H, W) uint8 RGB of an image as viewers show it, see `read_pixels`. ImageError when it cannot be read."""
+    return torch.from_numpy(read_pixels(path)).permute(2, 0, 1)
+
+
+def read_dataset_image(root: Path, record: ImageRecord, exif: Exif) -> Tensor:
+    """(3, H, W) uint8 RGB of an image that annotations name, by the dataset's rule for EXIF.
+
+    Raises:
+        AnnotationError: it does not lie below root.
+        ImageError: it cannot be read, or has another size than the annotations state.
+    """
+    path = resolve_image_path(root, record.file_name)
+    return torch.from_numpy(read_pixels(path, (record.width, record.height), exif)).permute(2, 0, 1)

@@ -1,0 +1,1 @@
+"""Stage one: a store built from a dataset by a teacher."""

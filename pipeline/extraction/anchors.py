@@ -1,0 +1,98 @@
+"""The anchors of a configuration, and which of them the teacher is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ezsd.boxes import clip
+from ezsd.crops import distinct_crops
+from ezsd.proposals.select import faithful_anchors, faithful_cells, sliding_anchors
+from ezsd.proposals.search import Lattice, coarse_to_fine, grown_stride
+from ezsd.pipeline.config.schema import ProposalConfig
+
+
+def image_anchors(config: ProposalConfig, width: int, height: int) -> Tensor:
+    """Anchors (A, 4) of an image that are at least one pixel wide and high, original-image pixels."""
+    anchors = _grid(config, width, height)
+    return anchors[_wide(anchors)]
+
+
+def encoded_at_most(config: ProposalConfig, width: int, height: int) -> int:
+    """How many crops of an image the teacher is shown for its anchors: "coarse-to-fine" so many at most, else just so.
+
+    Anchors with the same crop share one.
+    """
+    if config.mode == "coarse-to-fine":
+        return _most_looks(config, _lattice(config, width, height))
+    anchors = _grid(config, width, height)
+    boxes = _chosen(config, anchors, _wide(anchors), width, height)
+    first, _ = distinct_crops(boxes, ratio=config.crop_ratio, surround=config.surround, width=width, height=height)
+    return len(first)
+
+
+def look_at_anchors(
+    config: ProposalConfig,
+    width: int,
+    height: int,
+    encode: Callable[[Tensor], Tensor],
+    score: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Show the teacher those anchors of an image that the mode chooses.
+
+    Args:
+        config: grid and mode.
+        width: of the image, pixels.
+        height: likewise.
+        encode: unit embeddings (R, D) of boxes (R, 4).
+        score: scores (R,) of embeddings (R, D); "coarse-to-fine" follows them.
+
+    Returns:
+        Boxes (R, 4), float32, original-image pixels, in the grid's order, and their embeddings (R, D).
+    """
+    anchors = _grid(config, width, height)
+    wide = _wide(anchors)
+    if config.mode == "coarse-to-fine":
+        anchors = clip(anchors, width, height)
+
+        def look(chosen: Tensor) -> tuple[Tensor, Tensor]:
+            embedding = encode(anchors[chosen])
+            return score(embedding), embedding
+
+        lattice = _lattice(config, width, height)
+        passes = _most_looks(config, lattice)
+        looked = coarse_to_fine(lattice, wide, look, growth=config.growth, passes=passes)
+        return anchors[looked.anchor], looked.embedding
+    boxes = _chosen(config, anchors, wide, width, height)
+    return boxes, encode(boxes)
+
+
+def _chosen(config: ProposalConfig, anchors: Tensor, wide: Tensor, width: int, height: int) -> Tensor:
+    """The boxes of a mode that need not see anything to choose, within the image."""
+    anchors = clip(anchors, width, height)
+    if config.mode == "faithful":
+        return anchors[wide]
+    chosen = grown_stride(_lattice(config, width, height), growth=config.growth)
+    return anchors[chosen[wide[chosen]]]
+
+
+def _most_looks(config: ProposalConfig, lattice: Lattice) -> int:
+    return max(1, round(config.passes * len(lattice)))
+
+
+def _grid(config: ProposalConfig, width: int, height: int) -> Tensor:
+    if config.grid == "faithful":
+        stride = round(config.stride)
+        return faithful_anchors(width, height, sizes=config.sizes, ratios=config.ratios, stride=stride)
+    return sliding_anchors(width, height, sizes=config.sizes, ratios=config.ratios, stride=config.stride)
+
+
+def _wide(anchors: Tensor) -> Tensor:
+    return ((anchors[:, 2:] - anchors[:, :2]) >= 1).all(1)
+
+
+def _lattice(config: ProposalConfig, width: int, height: int) -> Lattice:
+    stride = round(config.stride)
+    _, rows, columns = faithful_cells(width, height, stride=stride)
+    return Lattice(rows=rows, columns=columns, sizes=config.sizes, ratios=config.ratios, stride=stride)

@@ -1,0 +1,101 @@
+"""Boxes of an image turned into crops and embeddings, in batches that the memory holds."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ezsd.crops import crop_boxes, distinct_crops
+from ezsd.teacher.open_clip import Teacher
+from ezsd.errors import TeacherError
+from ezsd.pipeline.config.schema import Config
+from ezsd.pipeline.devices import is_out_of_memory
+
+log = logging.getLogger("ezsd")
+
+SHORT = 16
+"""Batches are never shorter: a matrix product of few rows adds in another order."""
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread computes meanwhile: sums are then added in one order, whatever else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class CropEncoder:
+    """What a teacher makes of the boxes of images.
+
+    An embedding depends on its crop alone, whatever is encoded beside it: batches never cross an image, and short ones
+    are filled up. So images may be encoded in any order and by any number of processes, and a batch may be halved.
+
+    Args:
+        teacher: looks at crops.
+        config: how boxes are cropped, and how many crops the teacher is shown at once.
+    """
+
+    def __init__(self, teacher: Teacher, config: Config) -> None:
+        self.teacher, self._crops = teacher, config.proposals
+        self.batch = config.build.batch
+        """Crops per call of the teacher; halved, for good, where the memory is too small."""
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, boxes: Tensor) -> tuple[Tensor, int]:
+        """Unit embeddings (R, D) float32 on the CPU of boxes, and how many crops were encoded.
+
+        Boxes with the same crop share one pass.
+
+        Args:
+            pixels: (3, H, W) uint8, where the teacher is.
+            boxes: (R, 4) in pixels of the image.
+
+        Raises:
+            TeacherError: the memory is too small for the shortest batch.
+        """
+        _, height, width = pixels.shape
+        ratio, surround = self._crops.crop_ratio, self._crops.surround
+        first, crop = distinct_crops(boxes, ratio=ratio, surround=surround, width=width, height=height)
+        parts = [torch.zeros(0, self.teacher.embed_dim)]
+        done = 0
+        while done < len(first):
+            chunk = boxes[first[done : done + self.batch]]
+            part = self._embed(pixels, chunk)
+            if part is None:
+                self._halve()
+                continue
+            parts.append(part)
+            done += len(chunk)
+        return torch.cat(parts)[crop], len(first)
+
+    def _embed(self, pixels: Tensor, boxes: Tensor) -> Tensor | None:
+        """Embeddings of one batch; None when the memory is too small for it."""
+        filled = torch.cat([boxes, boxes[:1].expand(max(0, SHORT - len(boxes)), 4)])
+        size, ratio, surround = self.teacher.input_size, self._crops.crop_ratio, self._crops.surround
+        try:
+            crops = crop_boxes(pixels, filled, size=size, ratio=ratio, surround=surround)
+            return self.teacher.encode_image(crops.float() / 255).float().cpu()[: len(boxes)]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+    def _halve(self) -> None:
+        """Called once the failed batch's own memory is free again."""
+        if self.batch <= SHORT:
+            raise TeacherError(
+                f"teacher {self.teacher.name}: out of memory with {self.batch} crops at once, and fewer are not shown; "
+                "use a GPU with more memory, or --device cpu"
+            )
+        self.batch = max(SHORT, self.batch // 2)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning("out of memory: going on with %d crops at once", self.batch)

@@ -1,0 +1,67 @@
+"""Who builds a store how, with what and where: `environment.json`, neither compared nor checked later."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import platform
+from importlib.resources import as_file
+from pathlib import Path
+
+from ezsd.cache import JSON
+from ezsd.teacher.open_clip import TINY_SHAPES, shipped_weights
+from ezsd.pipeline.config.schema import Config, to_tables
+from ezsd.pipeline.progress import now
+from ezsd.pipeline.extraction.provenance import as_json
+from ezsd.pipeline.extraction.request import BuildRequest
+
+
+def describe_build(request: BuildRequest, *, workers: int, shares: int | None) -> dict[str, JSON]:
+    """The record at the beginning of a build.
+
+    Args:
+        request: what is built.
+        workers: processes that extract.
+        shares: jobs that the blocks are divided among, if they are.
+    """
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "open_clip_torch", "zarr", "numpy", "ezsd")
+    }
+    return {
+        "dataset": as_json(request.dataset.definition()),
+        "data_root": str(request.dataset.root.absolute()),
+        "preset": request.preset,
+        "limit": request.limit,
+        "device": request.device,
+        "teacher": dataclasses.asdict(request.config.teacher),
+        "weights_file_sha256": weights_file_digest(request.config),
+        "config": as_json(to_tables(request.config)),
+        "reused_from": None if request.reuse is None else str(request.reuse.absolute()),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": dict(versions),
+        "scheduler": request.schedule.kind,
+        "workers": workers,
+        "shares": shares,
+        # Of the last call of the build; of shares, of the one that prepared the store, and of the commit.
+        "started": now(),
+        "finished": None,
+        "seconds": {},
+        # Of the images that were extracted by the last call of the build.
+        "encoded": {},
+    }
+
+
+def weights_file_digest(config: Config) -> str | None:
+    """Sha256 of the local file that the teacher's weights come from; None where they come from elsewhere."""
+    file = Path(config.teacher.weights) if config.teacher.weights else None
+    if file is None and config.teacher.name == TINY_SHAPES:
+        with as_file(shipped_weights()) as shipped:
+            return _file_sha256(shipped)
+    return _file_sha256(file) if file is not None and file.is_file() else None
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

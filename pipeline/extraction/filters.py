@@ -1,0 +1,43 @@
+"""Why a store has no regions: which of the filters dropped its proposals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ezsd.cache import Store
+from ezsd.proposals.select import clear_of_base
+from ezsd.pipeline.extraction.provenance import proposal_settings
+
+_GUESSES = {"drop_base_guesses": "look like a base name", "drop_background": "look like background"}
+
+
+def why_no_regions(path: Path) -> str:
+    """One line about a complete store without regions: what each filter dropped, and what to build instead."""
+    store = Store(path)
+    settings = proposal_settings(store.manifest)
+    base_iou = float(str(settings["base_iou"]))
+    proposals = clear = 0
+    for image in store.image_ids.tolist():
+        boxes = torch.from_numpy(store.proposals[image].box)
+        base = torch.from_numpy(store.ground_truth[image].box)
+        proposals += len(boxes)
+        clear += int(clear_of_base(boxes, base, base_iou=base_iou).sum())
+    dropping = [key for key in _GUESSES if settings[key]]
+    if not proposals:
+        cure = "give it other proposals.boxes" if _given(store) else "lower proposals.stride, or add proposals.sizes"
+    elif not clear:
+        cure = f"raise proposals.base_iou above {base_iou:g}"
+    else:
+        cure = " or ".join(f"--set proposals.{key}=false" for key in dropping)
+    why = " or ".join(_GUESSES[key] for key in dropping) or "were not asked for"
+    return (
+        f"no region was kept, so there is nothing to distil from: of {proposals:,} proposals {proposals - clear:,} lie "
+        f"on a base object, {clear:,} {why}. Build another store (--reuse {path} --out STORE): {cure}; or train with "
+        f"--set loss.distillation=0"
+    )
+
+
+def _given(store: Store) -> bool:
+    return "boxes_sha256" in store.manifest.products["proposals"].inputs

@@ -1,0 +1,177 @@
+"""What a build would do and need, without doing any of it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ezsd.cache import Forecast, forecast
+from ezsd.boxes import clip
+from ezsd.data.annotations import Annotations, ImageRecord, resolve_image_path
+from ezsd.teacher.open_clip import Teacher
+from ezsd.pipeline.extraction.anchors import encoded_at_most, image_anchors
+from ezsd.pipeline.config.schema import Config, ProposalConfig
+from ezsd.pipeline.data.datasets import read_dataset_image
+from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread
+from ezsd.pipeline.data.images import most_bad_images, require_few_bad
+from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
+from ezsd.pipeline.extraction.teacher import configured_teacher
+
+log = logging.getLogger("ezsd")
+
+_LOOKED_AT = 32
+"""Images whose sizes stand for all, and which are encoded for a probe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildForecast:
+    """What a build would do, without doing any of it."""
+
+    images: int
+    missing: int
+    """Of them, images that are not there: so few that a build would leave them out."""
+    blocks: int
+    at_most: Forecast
+    """With as many proposals and regions in each image as are kept at most."""
+    free: int
+    """Bytes free where the store would lie."""
+    passes: int
+    """Crops that the teacher would be shown, at most, by the sizes of some images."""
+    probe: Probe
+    processes: int | None
+    """Processes that would extract; None on a cluster, which was not asked."""
+
+    @property
+    def seconds(self) -> float:
+        """Of extraction, were each process as fast as the probe."""
+        return self.passes / self.probe.rate / (self.processes or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How fast one process of this machine reads, crops and encodes."""
+
+    crops: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Crops a second."""
+        return self.crops / self.seconds
+
+
+def forecast_build(request: BuildRequest, *, probe_seconds: float = 10.0) -> BuildForecast:
+    """How large the store would become, how much the disk must hold meanwhile, and how long extraction would take.
+
+    Args:
+        request: what would be built.
+        probe_seconds: time for which crops of the dataset are encoded to see how fast that is.
+
+    Raises:
+        ImageError: more images are missing than a build may leave out, or one that is looked at cannot be read.
+        ValueError: (of other kinds) see `build_cache`.
+    """
+    request.dataset.require()
+    annotations = read_annotations(request)
+    images, size = len(annotations.images), request.config.build.block_images
+    blocks, processes = -(-images // size), request.schedule.processes
+    missing = _missing(request, annotations)
+    require_few_bad(missing, most_bad_images(request.config.build.max_bad_images, images))
+    there = [image for image in annotations.images if image.id not in missing]
+    teacher = configured_teacher(request.config.teacher, request.device)
+    return BuildForecast(
+        passes=_passes(request.config, annotations),
+        probe=_probe(request, _some(there), teacher, probe_seconds),
+        processes=processes and min(processes, blocks),
+        images=images,
+        missing=len(missing),
+        blocks=blocks,
+        at_most=_at_most(request, annotations, teacher.embed_dim),
+        free=_free(request.out),
+    )
+
+
+def _missing(request: BuildRequest, annotations: Annotations) -> dict[int, str]:
+    """Images that are not there, by id, and what there is to say of them."""
+    folder, missing = request.dataset.root / request.dataset.train_images, dict[int, str]()
+    for image in annotations.images:
+        path = resolve_image_path(folder, image.file_name)
+        if not path.is_file():
+            missing[image.id] = f"{path}: no such image"
+    return missing
+
+
+def _some(images: Sequence[ImageRecord]) -> list[ImageRecord]:
+    """A few images, far apart."""
+    count = len(images)
+    return [images[place] for place in sorted({part * count // _LOOKED_AT for part in range(_LOOKED_AT)})]
+
+
+def _passes(config: Config, annotations: Annotations) -> int:
+    """Crops of all images: for anchors by the sizes of some of them, and one for each base box."""
+    if config.proposals.boxes:
+        return len(annotations.images) * config.proposals.keep + len(annotations.box)
+    some = _some(annotations.images)
+    seen = sum(encoded_at_most(config.proposals, image.width, image.height) for image in some)
+    return round(seen / len(some) * len(annotations.images)) + len(annotations.box)
+
+
+def _probe(request: BuildRequest, images: Sequence[ImageRecord], teacher: Teacher, seconds: float) -> Probe:
+    """Encode anchors of images, over and over, as long as there is time for another batch."""
+    encoder = CropEncoder(teacher, request.config)
+    folder = request.dataset.root / request.dataset.train_images
+    # A slow machine is not done with a whole batch in time: batches grow to a fifth of it at most.
+    size, crops, began = SHORT, 0, None
+    with single_thread():
+        for image in itertools.cycle(images):
+            pixels = read_dataset_image(folder, image, request.dataset.exif).to(getattr(teacher, "device", "cpu"))
+            boxes = _some_boxes(request.config.proposals, image)
+            while len(boxes):
+                if began is None:
+                    # The first call makes ready what later ones find.
+                    encoder.encode(pixels, boxes[:size])
+                    began = time.perf_counter()
+                started = time.perf_counter()
+                crops += encoder.encode(pixels, boxes[:size])[1]
+                now = time.perf_counter()
+                if now - began + now - started >= seconds:
+                    return Probe(crops, now - began)
+                boxes = boxes[size:]
+                size = min(encoder.batch, max(SHORT, int(crops / (now - began) * seconds / 5)))
+    raise AssertionError("a cycle ends")
+
+
+def _some_boxes(config: ProposalConfig, image: ImageRecord) -> Tensor:
+    """The anchors (R, 4) of an image; the whole of one that has none."""
+    anchors = clip(image_anchors(config, image.width, image.height), image.width, image.height)
+    return anchors if len(anchors) else torch.tensor([[0.0, 0.0, image.width, image.height]])
+
+
+def _at_most(request: BuildRequest, annotations: Annotations, embed_dim: int) -> Forecast:
+    images, settings = len(annotations.images), request.config.proposals
+    rows = {
+        "proposals": images * settings.keep,
+        "regions": images * min(settings.keep, settings.regions),
+        "ground_truth": len(annotations.box),
+    }
+    return forecast(rows, images=images, embed_dim=embed_dim, embedding=request.config.build.embedding)
+
+
+def _free(folder: Path) -> int:
+    there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def warn_of_room(request: BuildRequest, annotations: Annotations, embed_dim: int) -> None:
+    """Say it when the disk could become too small."""
+    most, free = _at_most(request, annotations, embed_dim), _free(request.out)
+    if most.peak > free:
+        log.warning("%s: the build may need up to %s bytes, %s are free", request.out, f"{most.peak:,}", f"{free:,}")

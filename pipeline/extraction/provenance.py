@@ -1,0 +1,195 @@
+"""What shapes each product of a store: content and settings, never a path, a host or a version of a library."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ezsd.cache import JSON, Manifest, Origin, images_digest
+from ezsd.errors import AnnotationError
+from ezsd.data.annotations import Annotations, ImageRecord, resolve_image_path
+from ezsd.pipeline.config.schema import STAGE_ONE, Config, from_tables, to_tables
+from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.extraction.external_proposals import boxes_digest
+from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.data.images import look, reads_as_before
+
+VERSIONS = {"teacher": 1, "text": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
+"""Raised when the way a product is computed changes: stores made the old way are then another product."""
+
+_ANCHORS = ("grid", "sizes", "ratios", "stride", "score", "nms_iou", "keep")
+_MODES = {"faithful": (), "grown-stride": ("mode", "growth"), "coarse-to-fine": ("mode", "growth", "passes")}
+"""What a mode reads. The faithful one names nothing: stores made before there were others stay what they are."""
+_FILTERS = ("base_iou", "drop_base_guesses", "regions")
+
+_READERS = 8
+_LOOKED_AT_ONCE = 256
+"""Images: a dataset of which the first is turned is not looked through."""
+
+
+def describe(dataset: Dataset, annotations: Annotations, config: Config, model: Mapping[str, object]) -> Manifest:
+    """The manifest of the store that these make; `model` is the published teacher's fingerprint.
+
+    Looks at the start of image files, see `images_read`.
+    """
+    digests, proposals = annotations.digest(), to_tables(config)["proposals"]
+    data = {"image_list_sha256": digests["images"], "base_boxes_sha256": digests["boxes"]}
+    crop = {"ratio": config.proposals.crop_ratio, "surround": config.proposals.surround}
+    inputs: dict[str, dict[str, object]] = {
+        "teacher": {
+            "model": model,
+            "adapt": dataclasses.asdict(config.adapt),
+            "seed": config.build.seed,
+            "crop": crop,
+            "dataset": {**data, "base_names": dataset.split.base},
+            # Named only where it matters. All other products need this one.
+            **images_read(dataset, annotations),
+        },
+        "text": {"base_names": dataset.split.base, "novel_names": dataset.split.novel},
+        "proposals": {
+            **{key: proposals[key] for key in (*_ANCHORS, *_MODES[config.proposals.mode])},
+            **({"boxes_sha256": boxes_digest(config.proposals.boxes)} if config.proposals.boxes else {}),
+            "background": config.teacher.background,
+            "batch": config.build.batch,
+            "image_list_sha256": digests["images"],
+        },
+        "regions": {
+            **{key: proposals[key] for key in _FILTERS},
+            # Named only where it is not as ever: stores made before it was a setting stay what they are.
+            **({} if config.proposals.drop_background else {"drop_background": False}),
+            "base_boxes_sha256": digests["boxes"],
+        },
+        "ground_truth": {
+            "dataset": {"name": dataset.name, **data, "base_names": dataset.split.base},
+            "batch": config.build.batch,
+        },
+    }
+    needs = {
+        "text": ("teacher",),
+        "proposals": ("teacher", "text"),
+        "regions": ("teacher", "text", "proposals"),
+        "ground_truth": ("teacher",),
+    }
+    products = {name: Origin(VERSIONS[name], as_json(table), needs.get(name, ())) for name, table in inputs.items()}
+    images = annotations.images
+    listed = images_digest(images.id, images.width, images.height)
+    return Manifest(products, listed, config.build.embedding)
+
+
+def images_read(dataset: Dataset, annotations: Annotations) -> dict[str, dict[str, str]]:
+    """What of the rule for reading images makes pixels that stores made before there was a rule do not have.
+
+    Empty where it makes the same ones: those stores stay what they are. Whether there are such images decides, not
+    which they are: a build takes in images that can be read later. Stops at the first of each sort.
+    """
+    if dataset.exif == "legacy":
+        return {}
+    found: dict[str, str] = {}
+    folder = dataset.root / dataset.train_images
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(annotations.images), _LOOKED_AT_ONCE):
+            records = annotations.images[start : start + _LOOKED_AT_ONCE]
+            for turned, converted in pool.map(partial(_image_read, dataset, folder), records):
+                found |= {"exif": "turn"} if turned else {}
+                found |= {"modes": "converted"} if converted else {}
+            if len(found) == 2:
+                break
+    return {"images": found} if found else {}
+
+
+def _image_read(dataset: Dataset, folder: Path, record: ImageRecord) -> tuple[bool, bool]:
+    """Whether an image is turned, and whether its mode is read otherwise than before there was a rule."""
+    try:
+        path = resolve_image_path(folder, record.file_name)
+        reading = look(path, (record.width, record.height), dataset.exif)
+        return reading.turned, not reads_as_before(path, reading)
+    except (AnnotationError, ImageError):
+        # It has no rows; whether it may be left out is decided where they would be made.
+        return False, False
+
+
+def dataset_inputs(manifest: Manifest) -> Mapping[str, JSON]:
+    """Which dataset a store was made from: its name, the digests of image list and base boxes, the base names."""
+    table = manifest.products["ground_truth"].inputs["dataset"]
+    assert isinstance(table, dict)
+    return table
+
+
+def model_inputs(manifest: Manifest) -> Mapping[str, JSON]:
+    """The fingerprint of the published teacher that a store was made with."""
+    table = manifest.products["teacher"].inputs["model"]
+    assert isinstance(table, dict)
+    return table
+
+
+def as_json(value: object) -> dict[str, JSON]:
+    """A table as JSON has it: tuples become lists."""
+    table: dict[str, JSON] = json.loads(json.dumps(value))
+    return table
+
+
+def proposal_settings(manifest: Manifest) -> dict[str, JSON]:
+    """The [proposals] table that a store was made with."""
+    teacher, anchors, filters = (manifest.products[name].inputs for name in ("teacher", "proposals", "regions"))
+    crop = teacher["crop"]
+    assert isinstance(crop, dict)
+    return {
+        **{key: anchors[key] for key in _ANCHORS},
+        "mode": "faithful",
+        **{key: anchors[key] for key in ("mode", "growth", "passes") if key in anchors},
+        **{key: filters[key] for key in _FILTERS},
+        "drop_background": filters.get("drop_background", True),
+        "crop_ratio": crop["ratio"],
+        "surround": crop["surround"],
+    }
+
+
+def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
+    """The tables [adapt], [proposals] and [build] that a store was made with, but for the size of its blocks."""
+    teacher = manifest.products["teacher"].inputs
+    adapt = teacher["adapt"]
+    assert isinstance(adapt, dict)
+    build: dict[str, JSON] = {
+        "seed": teacher["seed"],
+        "batch": manifest.products["proposals"].inputs["batch"],
+        "embedding": manifest.embedding,
+    }
+    return {"adapt": adapt, "proposals": proposal_settings(manifest), "build": build}
+
+
+def as_built(config: Config, manifest: Manifest, record: Mapping[str, Any]) -> Config:
+    """A configuration with the tables of `STAGE_ONE` as a store was built with them.
+
+    Args:
+        config: of a training, whose own such tables nobody reads.
+        manifest: the store's; what it decides is its word.
+        record: what the build recorded of itself (environment.json), for all else; may be empty.
+
+    Raises:
+        ConfigError: the record has a setting that is none.
+    """
+    recorded = record.get("config", {})
+    built = built_settings(manifest)
+    built["teacher"] = record.get("teacher") or _known_of_teacher(manifest)
+    boxes = manifest.products["proposals"].inputs.get("boxes_sha256")
+    if boxes is not None and "proposals" not in recorded:
+        built["proposals"]["boxes"] = f"sha256:{boxes}"
+    stage_one = {name: {**recorded.get(name, {}), **built[name]} for name in STAGE_ONE}
+    return from_tables(to_tables(config) | stage_one, where="the store's environment.json")
+
+
+def _known_of_teacher(manifest: Manifest) -> dict[str, JSON]:
+    """What a manifest says of the table [teacher]; a plug-in goes by the name that it gives itself."""
+    model = model_inputs(manifest)
+    settings = ("template", "names", "precision")
+    known = {key: model[key] for key in settings} if model.keys() >= set(settings) else {}
+    return {
+        "name": str(model.get("name", "unknown")),
+        **known,
+        "background": manifest.products["proposals"].inputs["background"],
+    }

@@ -1,0 +1,102 @@
+"""What computes a damaged store's rows again: its images and its teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ezsd.cache import Block, Manifest, RaggedRows, RepairReport, StoreError, info, repair
+from ezsd.cache.storage.locations import find_place, read_environment
+from ezsd.cache.tools.repair import Whole
+from ezsd.adapt import restore
+from ezsd.pipeline.extraction.build import adapted, embed_names, extract_job
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.config.schema import from_tables
+from ezsd.pipeline.data.datasets import from_definition
+from ezsd.pipeline.extraction.worker import block_rows
+from ezsd.pipeline.extraction.provenance import describe, model_inputs
+from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
+from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
+
+
+def repair_store(path: Path, data_root: Path | None, *, weights: str | None, device: str) -> RepairReport:
+    """Repair a store, from its images if their folder is given.
+
+    Raises:
+        ConfigError: the store does not say how it was built.
+        StoreError: see `ezsd.cache.tools.repair`.
+    """
+    return repair(path, None if data_root is None else _source(path, data_root, weights=weights, device=device))
+
+
+def _source(path: Path, data_root: Path, *, weights: str | None, device: str) -> _Images:
+    recorded = read_environment(find_place(path))
+    if "config" not in recorded:
+        raise ConfigError(f"{path}: environment.json does not say how it was built; build it anew in another folder")
+    config = from_tables(recorded["config"], where=str(path / "environment.json"))
+    if weights is not None:
+        config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=weights))
+    # Where the manifest is what has to be repaired, only the settings can say it.
+    with contextlib.suppress(StoreError):
+        model = model_inputs(info(path).manifest)
+        config = dataclasses.replace(config, teacher=with_recorded_normalisation(config.teacher, model))
+    dataset = from_definition(recorded["dataset"], data_root).require()
+    return _Images(BuildRequest(dataset=dataset, config=config, out=path, limit=recorded["limit"], device=device))
+
+
+class _Images:
+    """The images of a store and what computes its rows: `cache.RowSource`."""
+
+    def __init__(self, request: BuildRequest) -> None:
+        self._request = request
+        self._annotations = read_annotations(request)
+        self._teacher = configured_teacher(request.config.teacher, request.device)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """What the store is made from."""
+        request = self._request
+        return describe(request.dataset, self._annotations, request.config, self._teacher.fingerprint())
+
+    @property
+    def images(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+        """Ids, widths, heights."""
+        images = self._annotations.images
+        return (
+            np.array([image.id for image in images], np.int64),
+            np.array([image.width for image in images], np.int32),
+            np.array([image.height for image in images], np.int32),
+        )
+
+    def whole(self, product: str, wholes: Mapping[str, Whole]) -> NDArray[np.float32]:
+        """The teacher's values, or the text rows."""
+        teacher = configured_teacher(self._request.config.teacher, self._request.device)
+        if product == "teacher" or "teacher" not in wholes:
+            values, _ = adapted(self._request, teacher, self._annotations)
+            if product == "teacher":
+                return values
+        else:
+            values, attributes = wholes["teacher"]
+            restore(teacher.layer_norms(), values, attributes["parameters"])
+        return embed_names(teacher, self._request.dataset.split.names)
+
+    def rows(self, block: Block, wholes: Mapping[str, Whole]) -> Mapping[str, RaggedRows]:
+        """All rows of a slice of the images."""
+        (values, attributes), (text, _) = wholes["teacher"], wholes["text"]
+        job = extract_job(self._request, attributes["parameters"], values, text, self.manifest.digest)
+        return block_rows(job, block, left_out=self._left_out)
+
+    @cached_property
+    def _left_out(self) -> Collection[int]:
+        """Images that have no rows in the store, readable or not."""
+        try:
+            return info(self._request.out).bad_images.keys()
+        except StoreError:
+            # The list is lost with what holds it; rows that then come out otherwise are not put into the store.
+            return ()

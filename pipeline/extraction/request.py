@@ -1,0 +1,70 @@
+"""What is to be built: one build as the command line asks for it, and the images and base boxes that it is of."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from ezsd.data.annotations import Annotations
+from ezsd.pipeline.config.schema import Config
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.data.annotation_cache import training_annotations
+from ezsd.pipeline.scheduling.pool import Schedule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """One build, as the command line asks for it."""
+
+    dataset: Dataset
+    config: Config
+    out: Path
+    """The store's folder."""
+    preset: str | None = None
+    """Name of the preset that the configuration came from: `ezsd train` then starts from the same."""
+    limit: int | None = None
+    """Only the first images of the training split, by id."""
+    device: str = "cpu"
+    """Where the teacher runs."""
+    scheduler: str = "local"
+    """Where tasks run, see `Schedule`."""
+    workers: int = 0
+    """Worker processes of this machine; 0 takes one per GPU, or one per core on the CPU."""
+    dashboard: bool = False
+    """Whether Dask's pages about the work are served."""
+    reuse: Path | None = None
+    """A complete store to take over what would come out the same."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """Where tasks shall run."""
+        return Schedule(scheduler=self.scheduler, workers=self.workers, device=self.device, dashboard=self.dashboard)
+
+
+def read_annotations(request: BuildRequest) -> Annotations:
+    """The images and base boxes that a build is of."""
+    file = request.dataset.root / request.dataset.train_annotations
+    annotations = take_first(training_annotations(file, request.dataset.split), request.limit)
+    if not annotations.images:
+        raise ConfigError(f"{file}: no images; there is nothing to build")
+    return annotations
+
+
+def take_first(annotations: Annotations, limit: int | None) -> Annotations:
+    """The record of the first `limit` images."""
+    if limit is None or limit >= len(annotations.images):
+        return annotations
+    if limit < 1:
+        raise ConfigError(f"--limit must be at least 1, got {limit}")
+    rows = annotations.image_index < limit
+    return dataclasses.replace(
+        annotations,
+        images=annotations.images[:limit],
+        image_index=annotations.image_index[rows],
+        box=annotations.box[rows],
+        class_index=annotations.class_index[rows],
+        annotation_id=annotations.annotation_id[rows],
+        crowd=annotations.crowd[rows],
+    )

@@ -1,0 +1,357 @@
+"""Stage one, second half: one task turns one block of images into journaled proposals, regions and ground truth."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ezsd.cache import RAGGED, Block, RaggedRows, forget_block, journaled_bad_images, write_block
+from ezsd.adapt import restore
+from ezsd.data.annotations import Annotations
+from ezsd.proposals.select import anchor_scores, clear_of_base, guesses, may_be_unseen, select_regions
+from ezsd.teacher.open_clip import Teacher
+from ezsd.pipeline.extraction.anchors import look_at_anchors
+from ezsd.pipeline.config.schema import Config, from_tables
+from ezsd.pipeline.data.datasets import Dataset, from_definition, read_dataset_image
+from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread
+from ezsd.pipeline.extraction.external_proposals import given_proposals
+from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.data.images import most_bad_images, portable_reason, require_few_bad
+from ezsd.pipeline.data.annotation_cache import training_annotations
+from ezsd.pipeline.extraction.reuse import PER_IMAGE, Columns, KnownRegion, Reuse, ReusedRows
+from ezsd.pipeline.extraction.teacher import configured_teacher
+
+log = logging.getLogger("ezsd")
+
+_READ_AHEAD = 2
+"""Images that are read while another one is encoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractJob:
+    """Everything a worker needs, in names and numbers: it makes the teacher and reads the annotations itself."""
+
+    store: str
+    dataset: str
+    """Its definition as JSON."""
+    root: str
+    config: str
+    """The configuration as JSON."""
+    device: str
+    values: bytes
+    """Re-normalised LayerNorms, float32."""
+    parameters: str
+    """Their names and shapes as JSON."""
+    text: bytes
+    """Unit text rows of base + novel names, float32 (C, D)."""
+    made_from: str
+    """Digest of all that the store is made from: a worker that outlives a build keeps nothing for another one."""
+    limit: int | None = None
+    """Only the first images of the training split are the store's."""
+    reuse: Reuse | None = None
+    """What an earlier store has already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Worker:
+    """What one process keeps between blocks."""
+
+    config: Config
+    dataset: Dataset
+    annotations: Annotations
+    teacher: Teacher
+    encoder: CropEncoder
+    text: Tensor
+    background: Tensor | None
+    reused: ReusedRows | None
+    most_bad: int
+    """Images that may be left out because they cannot be read."""
+    given: Mapping[int, Columns] | None
+    """Proposals by image, where a file has them."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the images lie."""
+        return self.dataset.root / self.dataset.train_images
+
+
+@lru_cache(maxsize=1)
+def _worker(job: ExtractJob) -> _Worker:
+    config = from_tables(json.loads(job.config), where="job")
+    dataset = from_definition(json.loads(job.dataset), Path(job.root))
+    teacher = configured_teacher(config.teacher, job.device)
+    restore(teacher.layer_norms(), np.frombuffer(job.values, np.float32), json.loads(job.parameters))
+    rows = torch.from_numpy(np.frombuffer(job.text, np.float32).copy()).reshape(-1, teacher.embed_dim)
+    background = None
+    if config.teacher.background is not None:
+        with torch.no_grad():
+            background = teacher.encode_text([config.teacher.background])[0].cpu()
+    annotations = training_annotations(dataset.root / dataset.train_annotations, dataset.split)
+    images = min(job.limit or len(annotations.images), len(annotations.images))
+    return _Worker(
+        config=config,
+        dataset=dataset,
+        annotations=annotations,
+        teacher=teacher,
+        encoder=CropEncoder(teacher, config),
+        text=rows,
+        background=background,
+        most_bad=most_bad_images(config.build.max_bad_images, images),
+        reused=None if job.reuse is None else ReusedRows(job.reuse),
+        given=given_proposals(config.proposals, annotations.images) if config.proposals.boxes else None,
+    )
+
+
+def extract_block(job: ExtractJob, block: Block) -> int:
+    """Compute one block and write it whole into the store's journal; returns how many crops the teacher was shown.
+
+    Raises:
+        ImageError: with the block's, more images cannot be read than `build.max_bad_images` allows; nothing of the
+            block is kept then.
+    """
+    found = _extract(job, block)
+    write_block(job.store, block, found.rows, bad_images=found.bad)
+    if found.bad:
+        try:
+            # Counted once they are written: of two processes that find one each, the later sees both.
+            require_few_bad(journaled_bad_images(job.store), _worker(job).most_bad)
+        except ImageError:
+            forget_block(job.store, block)
+            raise
+    return found.passes
+
+
+def block_rows(job: ExtractJob, block: Block, *, left_out: Collection[int] = ()) -> dict[str, RaggedRows]:
+    """All rows of one block of images; none of those that are left out, by id.
+
+    Raises:
+        ImageError: another one cannot be read.
+    """
+    return _extract(job, block, left_out).rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Extracted:
+    rows: dict[str, RaggedRows]
+    passes: int
+    """Crops that the teacher was shown."""
+    bad: dict[int, str]
+    """By id, what is wrong with images that cannot be read."""
+
+
+def _extract(job: ExtractJob, block: Block, left_out: Collection[int] | None = None) -> _Extracted:
+    """The rows of a block, without images of given ids, or else without those that cannot be read.
+
+    The store has the same bytes from any number of workers, see `single_thread`.
+    """
+    images: list[dict[str, Columns]] = []
+    bad: dict[int, str] = {}
+    passes = 0
+    worker = _worker(job)
+    with single_thread(), contextlib.closing(_views(worker, block)) as views:
+        for view in views:
+            if left_out is not None and view.record.id in left_out:
+                images.append(_no_rows(worker.teacher.embed_dim))
+                continue
+            try:
+                if left_out is None and worker.reused is None:
+                    # Also where there is no box to encode: training is going to read it.
+                    view.require_readable()
+                images.append(_extract_image(view))
+            except ImageError as error:
+                if left_out is not None or not worker.most_bad:
+                    raise
+                log.warning("left out: %s", error)
+                bad[view.record.id] = portable_reason(error, worker.folder)
+                images.append(_no_rows(worker.teacher.embed_dim))
+            passes += view.passes
+    return _Extracted(_collate(images), passes, bad)
+
+
+def _views(worker: _Worker, block: Block) -> Generator[_View, None, None]:
+    """The images of a block in order. The next ones are read while one is encoded, unless they may not be needed."""
+    positions = range(block.start, block.stop)
+    if worker.reused is not None:
+        yield from (_View(worker, position, partial(_read, worker, position)) for position in positions)
+        return
+    ahead: deque[_View] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        for position in positions:
+            ahead.append(_View(worker, position, reader.submit(_read, worker, position).result))
+            if len(ahead) > _READ_AHEAD:
+                yield ahead.popleft()
+        yield from ahead
+
+
+def _read(worker: _Worker, position: int) -> Tensor:
+    """(3, H, W) uint8."""
+    return read_dataset_image(worker.folder, worker.annotations.images[position], worker.dataset.exif)
+
+
+def _no_rows(embed_dim: int) -> dict[str, Columns]:
+    """The rows of an image that cannot be read."""
+    return {
+        product: {field.name: np.zeros((0, *field.row_shape(embed_dim)), field.dtype) for field in RAGGED[product]}
+        for product in PER_IMAGE
+    }
+
+
+@torch.no_grad()
+def _extract_image(view: _View) -> dict[str, Columns]:
+    worker, record, position = view.worker, view.record, view.position
+    rows = {} if worker.reused is None else worker.reused.taken(record.id)
+    if "ground_truth" not in rows:
+        rows["ground_truth"] = _ground_truth(view, worker.annotations, worker.annotations.rows(position))
+    if "proposals" not in rows and worker.given is not None:
+        rows["proposals"] = worker.given[record.id]
+    if "regions" not in rows:
+        base_boxes = torch.from_numpy(worker.annotations.box[worker.annotations.rows(position)])
+        if "proposals" in rows:
+            rows["regions"] = _filtered(view, rows["proposals"], base_boxes)
+        else:
+            rows |= _proposed(view, base_boxes)
+    return rows
+
+
+class _View:
+    """One image as the teacher sees it."""
+
+    def __init__(self, worker: _Worker, position: int, read: Callable[[], Tensor]) -> None:
+        self.worker, self.position, self._read = worker, position, read
+        self.record = worker.annotations.images[position]
+        self.passes = 0
+        """Crops that the teacher was shown, but for those that fill up a batch."""
+
+    def encode(self, boxes: Tensor) -> Tensor:
+        """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4)."""
+        if not len(boxes):
+            return torch.zeros(0, self.worker.teacher.embed_dim)
+        embedding, passes = self.worker.encoder.encode(self.pixels, boxes)
+        self.passes += passes
+        return embedding
+
+    def score(self, embedding: Tensor) -> Tensor:
+        """Scores (R,) of embeddings (R, D); see `select_regions`."""
+        worker = self.worker
+        names, present = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
+        base_count = len(worker.dataset.split.base)
+        return anchor_scores(names, present, base_count=base_count, score=worker.config.proposals.score)
+
+    def require_readable(self) -> None:
+        """ImageError when the image cannot be read."""
+        self._read()
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """(3, H, W) uint8, where the teacher is. ImageError when it cannot be read."""
+        return self._read().to(getattr(self.worker.teacher, "device", "cpu"))
+
+
+def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:
+    """Proposals and regions from the anchors."""
+    worker, record = view.worker, view.record
+    settings = worker.config.proposals
+    anchors, embedding = look_at_anchors(settings, record.width, record.height, view.encode, view.score)
+    found = select_regions(
+        anchors,
+        embedding,
+        worker.text,
+        base_boxes,
+        base_count=len(worker.dataset.split.base),
+        background=worker.background,
+        logit_scale=worker.teacher.logit_scale,
+        score=settings.score,
+        nms_iou=settings.nms_iou,
+        keep_proposals=settings.keep,
+        base_iou=settings.base_iou,
+        drop_base_guesses=settings.drop_base_guesses,
+        keep_regions=settings.regions,
+        drop_background=settings.drop_background,
+    )
+    return {
+        "proposals": {"box": anchors[found.proposal].numpy(), "score": found.proposal_score.numpy()},
+        "regions": {
+            "box": anchors[found.region].numpy(),
+            "score": found.region_score.numpy(),
+            "confidence": found.confidence.numpy(),
+            "class_index": found.class_index.numpy().astype(np.int32),
+            "embedding": embedding[found.region].half().numpy(),
+        },
+    }
+
+
+def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
+    """Regions from kept proposals, best first, encoding only as many as the filters make necessary."""
+    worker, settings = view.worker, view.worker.config.proposals
+    box = torch.from_numpy(proposals["box"])
+    clear = torch.nonzero(clear_of_base(box, base_boxes, base_iou=settings.base_iou))[:, 0]
+    known = {} if worker.reused is None else worker.reused.known(view.record.id)
+    found: list[tuple[int, np.float32, int, np.ndarray]] = []
+    for places in clear.split(max(settings.regions, SHORT)):
+        missing = [place for place in places.tolist() if box[place].numpy().tobytes() not in known]
+        known |= _encoded(view, box[missing])
+        for place in places.tolist():
+            one = known[box[place].numpy().tobytes()]
+            present, guess = torch.tensor([one.present]), torch.tensor([one.class_index])
+            if may_be_unseen(
+                present,
+                guess,
+                base_count=len(worker.dataset.split.base),
+                drop_base_guesses=settings.drop_base_guesses,
+                drop_background=settings.drop_background,
+            ):
+                found.append((place, one.confidence, one.class_index, one.embedding))
+        if len(found) >= settings.regions:
+            break
+    kept = found[: settings.regions]
+    places = np.array([place for place, *_ in kept], np.int64)
+    empty = np.zeros((0, worker.teacher.embed_dim), np.float16)
+    return {
+        "box": proposals["box"][places],
+        "score": proposals["score"][places],
+        "confidence": np.array([confidence for _, confidence, _, _ in kept], np.float32),
+        "class_index": np.array([guess for _, _, guess, _ in kept], np.int32),
+        "embedding": np.stack([embedding for *_, embedding in kept]) if kept else empty,
+    }
+
+
+def _encoded(view: _View, boxes: Tensor) -> dict[bytes, KnownRegion]:
+    """What the teacher makes of boxes, by their bytes."""
+    worker, embedding = view.worker, view.encode(boxes)
+    names, present = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
+    confidence, guess = names.max(1)
+    sure, half = (confidence * present).numpy(), embedding.half().numpy()
+    return {
+        box.numpy().tobytes(): KnownRegion(float(present[row]), sure[row], int(guess[row]), half[row])
+        for row, box in enumerate(boxes)
+    }
+
+
+def _ground_truth(view: _View, annotations: Annotations, rows: slice) -> Columns:
+    return {
+        "box": annotations.box[rows],
+        "class_index": annotations.class_index[rows],
+        "annotation_id": annotations.annotation_id[rows],
+        "embedding": view.encode(torch.from_numpy(annotations.box[rows])).half().numpy(),
+    }
+
+
+def _collate(images: Sequence[dict[str, Columns]]) -> dict[str, RaggedRows]:
+    return {
+        product: RaggedRows(
+            counts=np.array([len(image[product]["box"]) for image in images], np.int32),
+            fields={name: np.concatenate([image[product][name] for image in images]) for name in images[0][product]},
+        )
+        for product in images[0]
+    }

@@ -1,0 +1,258 @@
+"""`ezsd eval --run`: base, novel and all, on the validation split; the only place that meets novel boxes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ezsd.adapt import crop_accuracy
+from ezsd.data.annotations import Annotations
+from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Detections, Results, read_truth, with_masks
+from ezsd.pipeline.extraction.adapt import CropSource
+from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.config.schema import from_tables, setting_of, to_tables
+from ezsd.pipeline.data.datasets import Dataset, read_dataset_image, recorded_dataset
+from ezsd.pipeline.errors import DatasetError
+from ezsd.pipeline.inference.evaluation_tables import (
+    SPACES,
+    Classes,
+    Space,
+    coco_results,
+    document,
+    looked_for,
+    space_of,
+)
+from ezsd.pipeline.files import write_json, write_text
+from ezsd.pipeline.data.images import Exif
+from ezsd.pipeline.config.inference_overrides import changed_settings
+from ezsd.pipeline.data.annotation_cache import evaluation_annotations
+from ezsd.pipeline.progress import Progress
+from ezsd.pipeline.extraction.provenance import proposal_settings
+from ezsd.pipeline.data.requirements import require_evaluation
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.inference.predictor import (
+    Located,
+    TrainedDetector,
+    adapt_back,
+    load_trained,
+    run_config,
+    run_manifest,
+    run_teacher,
+)
+
+BATCH_IMAGES = 16
+KEEP = max(limit.count for limit in (*COCO_LIMITS, *LVIS_LIMITS))
+"""Detections per image that an evaluation asks for: the most that any limit counts."""
+T = TypeVar("T")
+
+
+def run_dataset(run: Run, data_root: Path | None) -> Dataset:
+    """The dataset a run was trained on, where it lies now."""
+    root = Path(str(run.environment["data_root"])) if data_root is None else data_root
+    if not root.is_dir():
+        raise DatasetError(f"--run {run.folder}: its images lay in {root}, which is gone; give --data-root DIR")
+    return recorded_dataset(run.environment.get("dataset"), str(run.card["dataset"]), root).require()
+
+
+def detect_split(
+    trained: TrainedDetector,
+    annotations: Annotations,
+    root: Path,
+    text: Tensor,
+    stage: str,
+    *,
+    exif: Exif,
+    masks: bool = True,
+    alone: bool = False,
+) -> Detections:
+    """The `KEEP` best detections in each image of a record; class indices are rows of `text`.
+
+    Masks are made if the settings have them, unless `masks` is false. For `alone` see `TrainedDetector.search`.
+    """
+    masks = masks and trained.config.model.masks
+    search = trained.search(text, alone=alone)
+    ids: list[NDArray[np.int64]] = []
+    parts: list[Located] = []
+    with Progress(stage, len(annotations.images), unit="image") as progress:
+        for records in _chunks(annotations.images, BATCH_IMAGES):
+            images = [read_dataset_image(root, record, exif) for record in records]
+            for record, found in zip(records, trained.find(images, search, keep=KEEP, masks=masks), strict=True):
+                ids.append(np.full(len(found.boxes), record.id, np.int64))
+                parts.append(found)
+            progress.advance(len(records))
+    return Detections(
+        image_id=np.concatenate(ids),
+        box=np.concatenate([p.boxes for p in parts]).astype(np.float32),
+        score=np.concatenate([p.scores for p in parts]).astype(np.float32),
+        class_index=np.concatenate([p.labels for p in parts]).astype(np.int64),
+        masks=tuple(chain.from_iterable(p.masks or () for p in parts)) if masks else None,
+    )
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    data_root: Path | None,
+    device: str,
+    split: str = "val",
+    classes: Classes | None = None,
+    alone: bool = False,
+    max_detections: int | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, object]:
+    """Evaluate a finished run and write eval.json and detections.json.
+
+    "generalised" looks for all names at once and is the headline. "novel_asked" looks for the novel names while the
+    base ones compete unseen: it differs from the headline's novel figures by the places that detections of base names
+    take there. "novel_alone" has no competitors. Another split or label space goes into files named after it, as
+    eval-train-novel.json, and what other settings give into eval-set.json.
+
+    Args:
+        run: a finished run.
+        data_root: where the images lie now; None takes the place recorded in the run.
+        device: where to run.
+        split: "val" or "train".
+        classes: the names looked for, at once: all, base or novel; None for all.
+        alone: whether no other names compete with `classes`, base or novel; without `classes`, the novel names are
+            looked for alone after all names.
+        max_detections: the limit of the headline; None for the usual one of the file's rules.
+        overrides: settings to look with instead of the run's, see `at_test_time`; not `eval.keep`.
+
+    Raises:
+        ValueError: (of many kinds) an unfinished run, images or annotations that are not in order or none.
+    """
+    _refuse_keep(overrides)
+    trained, dataset = load_trained(run, device, overrides), run_dataset(run, data_root)
+    if trained.names != dataset.split.names:
+        raise RunError(f"--run {run.folder}: trained for other names than dataset {dataset.name} has now")
+    path, root = _split_places(dataset, split)
+    annotations = require_evaluation(dataset, part=split)
+    truth = read_truth(path, dataset.split)
+    if trained.config.model.masks:
+        truth = with_masks(truth)
+    began = time.perf_counter()
+    found = {
+        space: _as_stored(_search(trained, annotations, root, space, exif=dataset.exif))
+        for space in _spaces(classes, alone=alone)
+    }
+    result = document(truth, found, max_detections)
+    if overrides:
+        result["settings"] = changed_settings(overrides, trained.config)
+    apart = "alone" if classes and alone else ""
+    words = ("" if split == "val" else split, classes or "", apart, "set" if overrides else "")
+    suffix = "".join(f"-{word}" for word in words if word)
+    write_json(run.folder / f"eval{suffix}.json", result)
+    first = next(iter(found.values()))
+    write_text(run.folder / f"detections{suffix}.json", coco_results(first, truth))
+    run.record_seconds("eval", time.perf_counter() - began)
+    return result
+
+
+def _refuse_keep(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if setting_of(override) == "eval.keep":
+            raise ConfigError(
+                f"--set {override}: an evaluation always asks for {KEEP} detections per image, and eval.keep is for "
+                "`ezsd detect` alone; leave it out, --max-detections says how many count in the headline"
+            )
+
+
+def _spaces(classes: Classes | None, *, alone: bool) -> tuple[Space, ...]:
+    """What is looked for, one after the other."""
+    if classes is not None:
+        return (space_of(classes, alone=alone),)
+    return ("generalised", "novel_alone") if alone else ("generalised",)
+
+
+def _split_places(dataset: Dataset, split: str) -> tuple[Path, Path]:
+    """Annotations and image folder."""
+    places = {
+        "val": (dataset.val_annotations, dataset.val_images),
+        "train": (dataset.train_annotations, dataset.train_images),
+    }
+    if split not in places:
+        raise ArgumentError(f"--split {split}: expected one of {', '.join(places)}")
+    annotations, images = places[split]
+    return dataset.root / annotations, dataset.root / images
+
+
+def _search(trained: TrainedDetector, annotations: Annotations, root: Path, space: Space, *, exif: Exif) -> Detections:
+    """Detections when only a space's names are looked for; class indices are those of the whole split."""
+    members, alone = looked_for(SPACES[space], len(trained.names), trained.base_count), space.endswith("alone")
+    stage = "detect" if space == "generalised" else f"detect {space.replace('_', ' ')}"
+    found = detect_split(trained, annotations, root, trained.text[members], stage, exif=exif, alone=alone)
+    return dataclasses.replace(found, class_index=found.class_index + members.start)
+
+
+def _as_stored(found: Detections) -> Results:
+    """Detections as the file has them, so that evaluating the file gives the same figures."""
+    exact = found.results()
+    return Results(
+        image_id=exact.image_id,
+        xywh=exact.xywh.round(3),
+        # Nine digits tell all float32 apart: no two scores become equal.
+        score=np.array([float(f"{score:.9g}") for score in exact.score], dtype=np.float64),
+        class_index=exact.class_index,
+        masks=exact.masks,
+    )
+
+
+def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Path | None = None) -> dict[str, object]:
+    """Crop accuracy of the raw and the re-normalised teacher on validation objects, and write crops.json.
+
+    Each crop is compared with all names; base and novel crops are counted apart.
+
+    Args:
+        run: whose teacher.
+        data_root: where the images lie now; None takes the place recorded in the run.
+        device: where to run.
+        weights: the teacher's weights, if they have moved.
+
+    Raises:
+        ValueError: (of many kinds) the teacher is gone or another one, images or annotations are not in order.
+    """
+    dataset = run_dataset(run, data_root)
+    annotations = evaluation_annotations(dataset.root / dataset.val_annotations, dataset.split)
+    config = run_config(run)
+    teacher = run_teacher(run, device, adapted=False, weights=weights)
+    made_with = proposal_settings(run_manifest(run))
+    # The store's own crop rule, which runs of earlier versions do not record.
+    crops = from_tables(to_tables(config) | {"proposals": dict(made_with)}, where="store").proposals
+    folder = dataset.root / dataset.val_images
+    source = CropSource(annotations, folder, exif=dataset.exif, size=teacher.input_size, crops=crops)
+    single = ~annotations.crowd
+    is_base = annotations.class_index < len(dataset.split.base)
+
+    def accuracy() -> dict[str, float | None]:
+        batches = source.batches(range(len(annotations.images)), crops=config.build.batch)
+        right = crop_accuracy(teacher, batches, dataset.split.names).numpy()
+        return {"base": _mean(right[is_base & single]), "novel": _mean(right[~is_base & single])}
+
+    raw = accuracy()
+    adapt_back(run, teacher)
+    result: dict[str, object] = {
+        "raw": raw,
+        "re_normalised": accuracy(),
+        "crops": {"base": int((is_base & single).sum()), "novel": int((~is_base & single).sum())},
+    }
+    write_json(run.folder / "crops.json", result)
+    return result
+
+
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _mean(values: NDArray[np.bool_]) -> float | None:
+    return float(values.mean()) if len(values) else None

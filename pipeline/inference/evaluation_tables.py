@@ -1,0 +1,334 @@
+"""Evaluations as documents and tables, and `ezsd eval --detections`: anybody's results. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from ezsd.data.catalogue import read_catalogue
+from ezsd.data.masks import MissingOutline, json_run_lengths
+from ezsd.metrics import (
+    Limit,
+    Results,
+    Truth,
+    evaluate_at,
+    limits_of,
+    read_results,
+    read_truth,
+    with_masks,
+)
+from ezsd.vocabulary import first_few, nearest
+from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.data.split import chosen_split
+from ezsd.pipeline.files import sha256
+
+log = logging.getLogger("ezsd")
+
+Classes = Literal["all", "base", "novel"]
+"""Which names a detector looked for at once."""
+Space = Literal["generalised", "base_asked", "novel_asked", "base_alone", "novel_alone"]
+SPACES: dict[Space, Classes] = {
+    "generalised": "all",
+    "base_asked": "base",
+    "novel_asked": "novel",
+    "base_alone": "base",
+    "novel_alone": "novel",
+}
+"""Evaluations, with the names that were looked for: "asked" while a run's others competed unseen, "alone" with none."""
+_FORMER = {"base_alone": "base_only", "novel_alone": "novel_only"}
+"""What earlier versions call the same."""
+SHAPES = {"bbox": "boxes", "segm": "masks"}
+"""What overlaps are measured of."""
+NAMED = 5
+"""Most names in one line of what cannot be measured."""
+COLUMNS = ("AP", "AP50", "AP75", "AR")
+"""Figures of a group or a class."""
+GROUPS = ("base", "novel", "all", "rare", "common", "frequent")
+"""Groups of classes, of which a file may have the first three alone."""
+
+
+def evaluate_results(
+    detections: Path,
+    annotations: Path,
+    *,
+    base: Sequence[str] | None,
+    novel: Sequence[str] | None,
+    split_file: Path | None,
+    classes: Classes | None,
+    max_detections: int | None,
+) -> dict[str, object]:
+    """Evaluate a results file in COCO's format against an annotation file.
+
+    Masks are evaluated too where both files have them; a warning says so where the results alone do.
+
+    Args:
+        detections: the results.
+        annotations: a COCO- or LVIS-format file.
+        base: see `ezsd.pipeline.data.split.chosen_split`, as `novel` and `split_file`.
+        novel: see there.
+        split_file: see there.
+        classes: the names that the detector looked for; None for all. Detections of others are refused.
+        max_detections: the limit of the headline; None for the usual one of the file's rules.
+
+    Raises:
+        ValueError: (of many kinds) one of the files or choices is not in order.
+    """
+    for path, option in ((detections, "--detections"), (annotations, "--annotations")):
+        if not path.is_file():
+            raise ArgumentError(f"{option} {path}: no such file")
+    catalogue = read_catalogue(annotations)
+    split = chosen_split(
+        list(catalogue.ids),
+        dict(catalogue.frequency),
+        where=annotations,
+        base=base,
+        novel=novel,
+        split_file=split_file,
+    )
+    absent = [name for name in split.novel if name not in catalogue.ids]
+    if absent:
+        log.warning("%s: %s", annotations, no_ground_truth(absent, catalogue.ids))
+    truth = read_truth(annotations, split, catalogue)
+    results = read_results(detections, images=truth.sizes(), categories=truth.category_positions(), named=truth.named())
+    if results.masks is not None:
+        try:
+            truth = with_masks(truth)
+        except MissingOutline:
+            log.warning(
+                "%s has masks, but not every object of %s has a segmentation: boxes alone are evaluated",
+                detections,
+                annotations,
+            )
+    asked: Classes = classes or "all"
+    _refuse_others(detections, results, truth, asked)
+    _warn_of_unsearched(detections, results, truth, asked)
+    # What else competed is not in the file.
+    return document(truth, {space_of(asked, alone=False): results}, max_detections)
+
+
+def no_ground_truth(absent: Iterable[str], offered: Iterable[str]) -> str:
+    """One line about names that the class table of an annotation file lacks.
+
+    Args:
+        absent: the names.
+        offered: names of the class table, of which near ones are offered.
+    """
+    table = list(offered)
+    near = {name: nearest(name, [other for other in table if other != name]) for name in absent}
+    hints = [f"{name!r}" + (f" (did you mean {other!r}?)" if other else "") for name, other in near.items()]
+    return f"no entry in categories named {first_few(hints, NAMED)}: without ground truth, figures of it are '-'"
+
+
+def space_of(classes: Classes, *, alone: bool) -> Space:
+    """What an evaluation of a search for these names is called."""
+    return next(space for space, names in SPACES.items() if names == classes and space.endswith("alone") == alone)
+
+
+def looked_for(classes: Classes, names: int, base_count: int) -> slice:
+    """The names looked for, as a slice of all names of a split."""
+    return {"all": slice(0, names), "base": slice(0, base_count), "novel": slice(base_count, names)}[classes]
+
+
+def _refuse_others(path: Path, results: Results, truth: Truth, classes: Classes) -> None:
+    """Detections of other names show that more was looked for."""
+    if classes == "all":
+        return
+    split = truth.split
+    members = looked_for(classes, len(split.names), len(split.base))
+    strange = results.class_index[(results.class_index < members.start) | (results.class_index >= members.stop)]
+    if len(strange):
+        name = split.names[strange[0]] if strange[0] >= 0 else "a class outside the split"
+        raise ArgumentError(
+            f"--classes {classes}: {path} has detections of {name!r}, so more than the {classes} names was looked for; "
+            f"leave --classes out, or give the detections of the {classes} names"
+        )
+
+
+def _warn_of_unsearched(path: Path, results: Results, truth: Truth, classes: Classes) -> None:
+    """Classes that nobody looked for are missed like any other; where the results say so, that is said."""
+    split = truth.split
+    members = looked_for(classes, len(split.names), len(split.base))
+    unsearched = [] if results.searched is None else sorted(set(range(members.start, members.stop)) - results.searched)
+    if unsearched:
+        log.warning(
+            "%s: %d of the %d names were not looked for, such as %r; their objects count as missed",
+            path,
+            len(unsearched),
+            members.stop - members.start,
+            split.names[unsearched[0]],
+        )
+
+
+def document(truth: Truth, found: Mapping[Space, Results], max_detections: int | None) -> dict[str, object]:
+    """Everything that is said of detections: what eval.json holds, the same bytes for the same detections.
+
+    "at" has the figures of boxes, "masks_at" those of masks, where the truth and the detections have them.
+
+    Raises:
+        ArgumentError: results are not reported at this limit.
+    """
+    limits = limits_of(truth)
+    headline_limit = limits[0] if max_detections is None else Limit(max_detections)
+    if headline_limit not in limits:
+        rules = "LVIS" if truth.federated else "COCO"
+        offered = ", ".join(limit.label for limit in limits if not limit.per_class)
+        raise ArgumentError(f"--max-detections {max_detections}: by {rules}'s rules results are reported at {offered}")
+    result: dict[str, object] = {
+        "annotations": {"file": truth.path.name, "sha256": sha256(truth.path)},
+        "limit": headline_limit.label,
+    }
+    for space, results in found.items():
+        names = truth.split.names[looked_for(SPACES[space], len(truth.split.names), len(truth.split.base))]
+        result[space] = table = {
+            "detections": len(results.score),
+            "most_per_image": results.fullest(),
+            "at": evaluate_at(truth, results, names=names, limits=limits),
+        }
+        if truth.masks is not None and results.masks is not None:
+            table["masks_at"] = evaluate_at(truth, results, names=names, limits=limits, shape="segm")
+    return result
+
+
+def evaluated(result: Mapping[str, object]) -> dict[Space, dict[str, Any]]:
+    """The label spaces that a document has, of an earlier version as well."""
+    stored = {space: result.get(space, result.get(_FORMER.get(space, ""))) for space in SPACES}
+    return {space: cast("dict[str, Any]", table) for space, table in stored.items() if table is not None}
+
+
+def at_limit(result: Mapping[str, object], space: Space) -> dict[str, Any]:
+    """The evaluation of one label space at the document's own limit."""
+    found: dict[str, Any] = evaluated(result)[space]["at"][result["limit"]]
+    return found
+
+
+def headline(result: Mapping[str, object]) -> dict[str, float | None]:
+    """AP50 of base, novel and all names (generalised), and of other label spaces; only of what was evaluated."""
+    scores: dict[str, float | None] = {}
+    for space in evaluated(result):
+        found = at_limit(result, space)
+        if space == "generalised":
+            scores |= {group: found[group]["AP50"] for group in ("base", "novel", "all")}
+        else:
+            scores[space] = found[SPACES[space]]["AP50"]
+    return scores
+
+
+def headline_columns(scores: Iterable[Mapping[str, float | None]]) -> dict[str, str]:
+    """The keys of some `headline`s, in the order of a table, with what each is called."""
+    present = {key for one in scores for key in one}
+    return {key: said for key, said in _SAID.items() if key in present}
+
+
+_SAID = {group: group for group in ("base", "novel", "all")} | {
+    space: space.replace("_asked", " asked").replace("_alone", ", alone") for space in SPACES if space != "generalised"
+}
+
+
+def coco_results(found: Results, truth: Truth) -> str:
+    """Detections as a results file in COCO's format, one a line, best first within an image, with the class's name."""
+    category, sizes = truth.category_ids(), truth.sizes()
+    columns = zip(
+        found.image_id.tolist(),
+        found.class_index.tolist(),
+        found.xywh.tolist(),
+        found.score.tolist(),
+        found.masks or repeat(None, len(found.score)),
+        strict=True,
+    )
+    lines = [
+        json.dumps(
+            {
+                "image_id": image,
+                "category_id": category[index],
+                "name": truth.split.names[index],
+                "bbox": xywh,
+                "score": score,
+                **({} if counts is None else {"segmentation": json_run_lengths(counts, sizes[image])}),
+            }
+        )
+        for image, index, xywh, score, counts in columns
+    ]
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+def evaluation_tables(result: Mapping[str, object], *, per_class: bool) -> str:
+    """The figures in percent, by label space and limit; limits that give the same figures share a table."""
+    blocks: list[str] = []
+    for space, table in evaluated(result).items():
+        labels = sorted(table["at"], key=lambda label: label != result["limit"])
+        for figures in ("at", "masks_at"):
+            found = table.get(figures, {})
+            if found:
+                blocks += _blocks(space, [found[label] for label in labels], table["most_per_image"])
+        if per_class:
+            blocks.append(_class_block(space, table["at"][result["limit"]]))
+    return "\n\n".join(blocks)
+
+
+def _blocks(space: str, evaluations: Sequence[Mapping[str, Any]], fullest: int) -> list[str]:
+    """A table for each limit whose figures differ from those of the limits before."""
+    alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for found in evaluations:
+        rows = [
+            [group, *_cells(found[group]), str(found[group]["classes"]), str(found[group]["boxes"])]
+            for group in GROUPS
+            if group in found
+        ]
+        alike.setdefault(tuple(aligned(["", *COLUMNS, "classes", "boxes"], rows)), []).append(found)
+    blocks = []
+    for lines, (first, *others) in alike.items():
+        title = (
+            f"{space.replace('_', ' ')}: {first['rules'].upper()} rules, {SHAPES[first['iou_type']]}, "
+            f"{first['images']} images, {_limit(first)} (up to {fullest} detections in one image)"
+        )
+        same = [f"the same figures: {' and '.join(map(_limit, others))}"] if others else []
+        blocks.append("\n".join([title, *lines, *same]))
+    return blocks
+
+
+def _limit(found: Mapping[str, Any]) -> str:
+    return f"at most {found['max_detections']} detections per {found['counted_per']}"
+
+
+def _class_block(space: str, found: Mapping[str, Any]) -> str:
+    rows = [
+        [name, *_cells(found["per_class"][name]), str(found["per_class"][name]["boxes"])] for name in found["names"]
+    ]
+    title = f"{space.replace('_', ' ')}, class by class, at most {found['max_detections']} detections per image"
+    return "\n".join([title, *aligned(["class", *COLUMNS, "boxes"], rows)])
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right, each as wide as its widest cell.
+
+    Widths are those of a terminal, where an East Asian letter takes two places.
+    """
+    widths = [max(map(_width, column)) for column in zip(head, *rows, strict=True)]
+    lines = []
+    for first, *others in (head, *rows):
+        cells = [first + " " * (widths[0] - _width(first))]
+        cells += [" " * (width - _width(cell)) + cell for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _width(text: str) -> int:
+    """Places that a text takes in a terminal."""
+    return sum(
+        0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        for letter in text
+    )
+
+
+def _cells(scores: Mapping[str, float | None]) -> list[str]:
+    return [percent(scores[column]) for column in COLUMNS]
+
+
+def percent(value: float | None) -> str:
+    """A share in percent with one digit; "-" for none."""
+    return "-" if value is None else f"{100 * value:.1f}"

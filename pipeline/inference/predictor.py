@@ -1,0 +1,240 @@
+"""A finished run made ready to look at images, and the teacher that goes with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ezsd.cache import Manifest, differences
+from ezsd.adapt import restore
+from ezsd.competitors import competition
+from ezsd.data.dataset import pad_images, padded_size, resize
+from ezsd.data.masks import encode
+from ezsd.detector.masks import paste
+from ezsd.detector.model import Detections, Detector
+from ezsd.teacher.open_clip import Teacher, names_file
+from ezsd.errors import TeacherError
+from ezsd.pipeline.config.schema import Config, TeacherConfig, from_tables
+from ezsd.pipeline.runs.model import build_detector
+from ezsd.pipeline.config.inference_overrides import at_test_time
+from ezsd.pipeline.extraction.provenance import as_json, model_inputs
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """What was found in one image, best first, in its own pixels."""
+
+    boxes: Floats
+    """xyxy, (N, 4)."""
+    scores: Floats
+    """In [0, 1], (N,)."""
+    labels: Integers
+    """Rows of the text that was looked for, (N,)."""
+    masks: tuple[bytes, ...] | None
+    """Run lengths of an image-sized mask each; None where none were made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """Names to look for, and those that compete with them unseen; `TrainedDetector.search` makes it."""
+
+    text: Tensor
+    """Unit rows of the names to look for, (C, D)."""
+    competing: Tensor
+    """Unit rows of the others that take part, (K, D); none when the names are looked for alone."""
+    aside: tuple[str, ...]
+    """Names of the run that would have competed, but say nearly what an asked name says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedDetector:
+    """A finished run, ready to look at images."""
+
+    detector: Detector
+    config: Config
+    names: tuple[str, ...]
+    """Base names, then novel ones."""
+    base_count: int
+    text: Tensor
+    """Unit rows of `names`, (C, D)."""
+    device: torch.device
+
+    def search(self, text: Tensor, *, alone: bool = False) -> Search:
+        """What to look for: asked names, and the run's own that compete with them.
+
+        Args:
+            text: unit rows of the names to look for, (C, D).
+            alone: whether no other name competes; every object is then called by an asked name.
+        """
+        if alone:
+            return Search(text=text, competing=text[:0], aside=())
+        competing, aside = competition(text, self.text)
+        names = tuple(name for name, out in zip(self.names, aside.tolist(), strict=True) if out)
+        return Search(text=text, competing=self.text[competing], aside=names)
+
+    def find(
+        self, images: Sequence[Tensor], search: Search, *, keep: int | None = None, masks: bool = True
+    ) -> list[Located]:
+        """Look for named objects.
+
+        Args:
+            images: (3, H, W) uint8 RGB each, at original size.
+            search: the names to look for.
+            keep: most detections per image; None for the run's own setting.
+            masks: whether to make masks, if the settings have them.
+        """
+        settings = self.config.train
+        resized = [resize(i, short_side=settings.short_side, long_side=settings.long_side) for i in images]
+        found = self._detect([image for image, _, _ in resized], search, keep=keep, masks=masks)
+        results = []
+        for image, one, (_, sx, sy) in zip(images, found, resized, strict=True):
+            boxes = one.boxes.float().cpu() / torch.tensor([sx, sy, sx, sy])
+            runs = None
+            if one.masks is not None:
+                runs = tuple(encode(pixels) for pixels in paste(one.masks.cpu(), boxes, *image.shape[1:]))
+            results.append(
+                Located(
+                    boxes=boxes.numpy(),
+                    scores=one.scores.float().cpu().numpy(),
+                    labels=one.labels.cpu().numpy(),
+                    masks=runs,
+                )
+            )
+        return results
+
+    def _detect(self, images: Sequence[Tensor], search: Search, *, keep: int | None, masks: bool) -> list[Detections]:
+        """Like `find`, in the pixels of resized images."""
+        text, competing = search.text.to(self.device), search.competing.to(self.device)
+        # A map's border shows in what is found beside it: no image is padded otherwise than it would be alone.
+        alike: dict[tuple[int, int], list[int]] = {}
+        for place, image in enumerate(images):
+            alike.setdefault(padded_size([(image.shape[1], image.shape[2])]), []).append(place)
+        found: dict[int, Detections] = {}
+        for places in alike.values():
+            batch, sizes = pad_images([images[place] for place in places])
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+                ones = self.detector.detect(
+                    batch.to(self.device),
+                    sizes,
+                    text,
+                    competing=competing,
+                    score_floor=self.config.eval.score_floor,
+                    nms_iou=self.config.eval.nms_iou,
+                    keep=self.config.eval.keep if keep is None else keep,
+                    masks=masks and self.config.model.masks,
+                )
+            found.update(zip(places, ones, strict=True))
+        return [found[place] for place in range(len(images))]
+
+
+def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> TrainedDetector:
+    """The detector of a finished run, with some settings changed as `at_test_time` allows.
+
+    Raises:
+        RunError: training has not ended.
+        ConfigError: see `at_test_time`.
+    """
+    checkpoint, card, tables = run.finished(), run.card, run.tables()
+    own = run_config(run)
+    config = at_test_time(own, overrides)
+    if config.model.masks and not own.model.masks:
+        raise RunError(f"--run {run.folder}: was trained without masks; train another one with --set model.masks=true")
+    embed_dim, base_count = card["embed_dim"], card["base_count"]
+    assert isinstance(embed_dim, int)
+    assert isinstance(base_count, int)
+    state = checkpoint.model()
+    # Frozen normalisation is chosen by the presence of weights; the state replaces them whole.
+    frozen = card["backbone_weights"] is not None
+    shaped = dataclasses.replace(config, model=dataclasses.replace(config.model, masks=own.model.masks))
+    detector = build_detector(shaped, embed_dim, None, frozen_norms=frozen)
+    load_weights(detector, state, run)
+    names = card["names"]
+    assert isinstance(names, list)
+    return TrainedDetector(
+        detector=detector.to(device).eval(),
+        config=config,
+        names=tuple(names),
+        base_count=base_count,
+        text=tables["text"],
+        device=torch.device(device),
+    )
+
+
+def load_weights(detector: Detector, state: Mapping[str, Tensor], run: Run) -> None:
+    """Give a detector the weights of a checkpoint of a run. RunError when they are another version's."""
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise RunError(
+            f"--run {run.folder}: was trained by another version of ezsd ({reason}); train it again in another --run "
+            "folder"
+        ) from error
+
+
+def run_teacher(run: Run, device: str, *, adapted: bool, weights: Path | None = None) -> Teacher:
+    """The teacher of a run.
+
+    Args:
+        run: whose teacher.
+        device: where it runs.
+        adapted: re-normalised, or as it was published.
+        weights: the file with its weights, if it has moved; None takes the place that the store's build recorded.
+
+    Raises:
+        TeacherError: it cannot be had, or is not the one that the store was made with.
+    """
+    recorded = run.environment["teacher"]
+    if not isinstance(recorded, dict):
+        raise TeacherError(f"--run {run.folder}: its store did not say which teacher made it")
+    config = TeacherConfig(**recorded)
+    if weights is not None:
+        config = dataclasses.replace(config, weights=str(weights))
+    elif config.weights is not None and names_file(config.weights) and not Path(config.weights).is_file():
+        raise TeacherError(
+            f"--run {run.folder}: the weights of its teacher were {config.weights}, which is gone; give --weights FILE"
+        )
+    model = model_inputs(run_manifest(run))
+    teacher = configured_teacher(with_recorded_normalisation(config, model), device)
+    changed = differences(model, as_json(teacher.fingerprint()))
+    if changed:
+        raise TeacherError(f"--run {run.folder}: the teacher is another now: {'; '.join(changed)}")
+    if adapted:
+        adapt_back(run, teacher)
+    return teacher
+
+
+def adapt_back(run: Run, teacher: Teacher) -> None:
+    """Give a teacher the run's re-normalised LayerNorms."""
+    table = run.card["layer_norms"]
+    assert isinstance(table, list)
+    restore(teacher.layer_norms(), run.tables()["layer_norms"].numpy(), table)
+
+
+def run_config(run: Run) -> Config:
+    """The configuration that a run was trained with."""
+    return from_tables(_table(run.card, "config"), where=str(run.folder / "run.json"))
+
+
+def run_manifest(run: Run) -> Manifest:
+    """The manifest of the store that a run was trained from."""
+    return Manifest.from_fields(_table(run.card, "store")["manifest"], str(run.folder))
+
+
+def _table(card: Mapping[str, object], key: str) -> dict[str, dict[str, object]]:
+    value = card[key]
+    assert isinstance(value, dict)
+    return value

@@ -1,0 +1,68 @@
+"""The detector of a configuration, and the weights that its backbone begins with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ezsd.detector.backbone import build_backbone
+from ezsd.detector.model import Detector, DetectorSettings
+from ezsd.pipeline.config.schema import Config
+from ezsd.pipeline.errors import ConfigError
+
+
+def build_detector(
+    config: Config, embed_dim: int, weights: dict[str, Tensor] | None, *, frozen_norms: bool | None = None
+) -> Detector:
+    """The detector of a configuration, freshly initialised; `build_backbone` explains the last two arguments."""
+    model = config.model
+    try:
+        backbone = build_backbone(model.backbone, channels=model.channels, weights=weights, frozen_norms=frozen_norms)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if len(model.rpn_sizes) != len(backbone.strides):
+        raise ConfigError(
+            f"model.rpn_sizes needs one size per level of {model.backbone} (strides {backbone.strides}), "
+            f"got {len(model.rpn_sizes)}"
+        )
+    return Detector(
+        backbone,
+        DetectorSettings(
+            embed_dim=embed_dim,
+            head=model.head,
+            rpn_sizes=tuple((size,) for size in model.rpn_sizes),
+            rpn_proposals=model.rpn_proposals,
+            pool_size=model.pool_size,
+            canonical_size=model.canonical_size,
+            canonical_level=model.canonical_level,
+            tower_depth=model.tower_depth,
+            box_hidden=model.box_hidden,
+            semantic_boxes=model.semantic_boxes,
+            temperature=model.temperature,
+            sampled_regions=model.sampled_regions,
+            positive_share=model.positive_share,
+            spare_confidence=model.spare_confidence,
+            spare_rpn=model.spare_rpn,
+            box_class=model.box_class,
+            box_top_k=model.box_top_k,
+            masks=model.masks,
+            backend=config.train.backend,
+        ),
+    )
+
+
+def read_backbone(path: Path) -> dict[str, Tensor]:
+    """An ImageNet state from .safetensors, or from .pth without running code in it."""
+    if not path.is_file():
+        raise ConfigError(f"--backbone-weights {path}: no such file")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--backbone-weights {path}: not a plain state of tensors: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ConfigError(f"--backbone-weights {path}: expected a dictionary of tensors")
+    return state

@@ -1,0 +1,485 @@
+"""The run folder: what was trained on what, metrics, checkpoints that survive a kill.
+
+run.json                configuration, store's manifest, names, digest of their text rows, table of LayerNorms
+environment.json        places, definition of the dataset, teacher, device, versions: recorded, not compared
+stores.json             which bytes of a store it was trained on, from which step on
+tables.safetensors      text rows of all names, re-normalised LayerNorms
+metrics.jsonl           one line per step
+checkpoints/            step-00000400/{model.safetensors, optimiser.safetensors, state.json} and, where an average of
+                        the weights is kept, average.safetensors
+seconds.json            time of each stage
+train.lock              locked while a training writes here
+
+If asked for: validation_slice.json (annotations of the images looked at while training), validation.jsonl (AP50 on
+them), tensorboard/. Written by the later commands: eval.json and detections.json, also with a suffix for another split
+or label space (eval-train-novel.json), crops.json, report.html.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ezsd.pipeline.runs.run import require_run
+from ezsd.pipeline.config.schema import STAGE_ONE
+from ezsd.pipeline.files import (
+    fsync,
+    parse_object,
+    read_object,
+    sha256,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+log = logging.getLogger("ezsd")
+KEEP_CHECKPOINTS = 2
+LOCK = "train.lock"
+_CHECKPOINT = re.compile(r"step-\d+|\.step-\d+\.partial")
+"""Names of folders that training writes below checkpoints/."""
+_PARTS = frozenset(("model.safetensors", "optimiser.safetensors"))
+_AVERAGE = "average.safetensors"
+_CARD = {
+    "config": dict,
+    "store": dict,
+    "dataset": str,
+    "names": list,
+    "base_count": int,
+    "embed_dim": int,
+    "layer_norms": list,
+    "re_normalisation": dict,
+}
+"""What later commands read of run.json."""
+CHANGEABLE = (
+    "backend",
+    "channels_last",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "compile",
+    "loader_workers",
+    "tensorboard",
+    "validate_every",
+    "validate_images",
+)
+"""Settings of [train] that may change when a run is gone on with: what is learned does not depend on them, but for the
+rounding of another backend, layout or compiler. `accumulate` is one more where `learns_the_same_in_parts`."""
+_OF_NO_MATTER = frozenset(
+    {f"config.train.{key}" for key in CHANGEABLE}
+    # The store's digest says whether it is the same one; a copy of it may record other places.
+    | {f"config.{table}" for table in STAGE_ONE}
+    # The rate that it leads to is compared: see `ezsd.pipeline.training.trainer.in_effect`.
+    | {"config.train.rate_images"}
+)
+
+
+def learns_the_same_in_parts(sampling: object, *, frozen_norms: bool) -> bool:
+    """Whether a step learns the same, but for rounding, in however many batches it is computed (`train.accumulate`).
+
+    What is drawn must be each image's own, and no normalisation may depend on who is in a batch: the statistics of
+    batch normalisation are frozen where the backbone began with ImageNet's weights, and only there.
+    """
+    return sampling == "image" and frozen_norms
+
+
+class RunError(ValueError):
+    """A run folder is missing, unfinished or another run's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One complete checkpoint on disk."""
+
+    folder: Path
+    step: int
+
+    def model(self) -> dict[str, Tensor]:
+        """The state to detect with: the moving average of the weights, if one was kept."""
+        return self.average() or self.trained()
+
+    def trained(self) -> dict[str, Tensor]:
+        """The state to go on training from."""
+        return load_file(self.folder / "model.safetensors")
+
+    def average(self) -> dict[str, Tensor] | None:
+        """The moving average of the weights; None if none was kept."""
+        path = self.folder / "average.safetensors"
+        return load_file(path) if path.exists() else None
+
+    def optimiser(self) -> dict[str, Tensor]:
+        """Flattened optimiser state, see `flatten_optimiser`."""
+        return load_file(self.folder / "optimiser.safetensors")
+
+
+class Run:
+    """A run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.began_at = 0
+        """The step at which `train` took it up; its last one where nothing was left to train."""
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """An existing run.
+
+        Raises:
+            ArgumentError: the folder holds none.
+            RunError: another version made it.
+            DamagedFile: run.json is no JSON object.
+        """
+        require_run(folder)
+        run = cls(folder)
+        card = run.card
+        for key, kind in _CARD.items():
+            if not isinstance(card.get(key), kind):
+                raise RunError(
+                    f"--run {folder}: run.json has no {key}; another version made it, train it again in another --run "
+                    "folder"
+                )
+        return run
+
+    @classmethod
+    @contextmanager
+    def claim(cls, folder: Path, card: Mapping[str, object], tables: Mapping[str, Tensor]) -> Iterator[Run]:
+        """Like `create_or_resume`, and other trainings are kept out as long as the context lasts."""
+        _refuse_foreign(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            yield cls.create_or_resume(folder, card, tables)
+
+    @classmethod
+    def create_or_resume(cls, folder: Path, card: Mapping[str, object], tables: Mapping[str, Tensor]) -> Run:
+        """Start a run, or go on with the same one.
+
+        A folder without a checkpoint is nobody's run yet, whatever its run.json says: it is made anew.
+
+        Raises:
+            RunError: the folder holds something else, or another run; names what differs.
+            OSError: it cannot be written to.
+        """
+        run = cls(folder)
+        wanted = json.loads(json.dumps(card))
+        _refuse_foreign(folder)
+        if run.has_checkpoint and (folder / "run.json").is_file():
+            old = _with_effect(run.card) if "in_effect" in wanted else run.card
+            differences = _differences(old, wanted, ignored=_changeable(run.card))
+            if differences and all(one.startswith("in_effect.") for one in differences):
+                raise RunError(
+                    f"--run {folder}: an earlier version of ezsd understood the same settings otherwise: "
+                    f"{'; '.join(differences)}; choose another --run folder"
+                )
+            if differences:
+                raise RunError(
+                    f"--run {folder}: holds another run: {'; '.join(differences[:4])}; choose another --run folder"
+                )
+            return run
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / "tables.safetensors", save(dict(tables)))
+        # Last, so that a folder with run.json is whole.
+        write_json(folder / "run.json", wanted)
+        return run
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether anything was trained that could be gone on with."""
+        return any((self.folder / "checkpoints").glob("step-*"))
+
+    @property
+    def card(self) -> dict[str, object]:
+        """What run.json says."""
+        return read_object(self.folder / "run.json")
+
+    @property
+    def environment(self) -> dict[str, object]:
+        """What environment.json says: places and versions, never compared."""
+        path = self.folder / "environment.json"
+        found = read_object(path)
+        for key in ("data_root", "cache"):
+            if not isinstance(found.get(key), str):
+                raise RunError(f"{path}: does not say {key}; run the same `ezsd train` again to write it")
+        return found
+
+    def write_environment(self, environment: Mapping[str, object]) -> None:
+        """Record places and versions of the latest start; what `record_start` noted of the others stays."""
+        write_json(self.folder / "environment.json", {**environment, "starts": self.starts()})
+
+    def starts(self) -> list[dict[str, object]]:
+        """For each start that trained, oldest first: its first `step`, and the `settings` that starts may differ in."""
+        path = self.folder / "environment.json"
+        found: list[dict[str, object]] = read_object(path).get("starts", []) if path.exists() else []
+        return found
+
+    def record_start(self, step: int, settings: Mapping[str, object]) -> None:
+        """Note with which settings the steps from `step` on are made; what came later was forgotten."""
+        path = self.folder / "environment.json"
+        before = [start for start in self.starts() if int(str(start["step"])) < step]
+        write_json(path, {**read_object(path), "starts": [*before, {"step": step, "settings": dict(settings)}]})
+
+    def tables(self) -> dict[str, Tensor]:
+        """`text` (C, D) and `layer_norms` (K,), float32."""
+        path = self.folder / "tables.safetensors"
+        try:
+            tables = load_file(path)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise RunError(f"{path}: is damaged or gone ({error}); train again in another --run folder") from error
+        if rows_digest(tables["text"].numpy()) != self.card["text_sha256"]:
+            raise RunError(f"{path}: holds other text rows than run.json says; train again in another --run folder")
+        return tables
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint whose files are what its state says; torn ones are passed over.
+
+        RunError when it is another run's.
+        """
+        for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
+            state = _whole_state(folder)
+            if state is None:
+                log.warning("%s: damaged, passed over", folder)
+                continue
+            identity = self._identity()
+            ignored = _changeable(self.card)
+            differences = _differences({key: state.get(key) for key in identity}, identity, ignored=ignored)
+            if differences:
+                raise RunError(f"{folder}: is another run's: {'; '.join(differences[:4])}; remove it")
+            return Checkpoint(folder, int(state["step"]))
+        return None
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The checkpoint of a step, unchecked: another process has found it whole."""
+        return Checkpoint(self._checkpoint_folder(step), step)
+
+    def _checkpoint_folder(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:08d}"
+
+    def finished(self) -> Checkpoint:
+        """The checkpoint of the last step. RunError when training has not reached it."""
+        latest = self.latest()
+        steps = _nested(self.card, "config", "train", "steps")
+        if latest is None or latest.step != steps:
+            at = "no checkpoint yet" if latest is None else f"at step {latest.step}"
+            raise RunError(f"--run {self.folder}: training is not finished ({at} of {steps}); run `ezsd train` again")
+        return latest
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        average: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write a checkpoint: all of it or nothing, durable before older ones go.
+
+        Raises:
+            OSError: the disk is full or cannot be written to; earlier checkpoints are still there.
+        """
+        target = self._checkpoint_folder(step)
+        scratch = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        parts = {"model": model.state_dict(), "optimiser": flatten_optimiser(optimiser)}
+        if average is not None:
+            parts["average"] = dict(average)
+        digests = {}
+        for name, tensors in parts.items():
+            content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+            write_bytes(scratch / f"{name}.safetensors", content)
+            digests[f"{name}.safetensors"] = hashlib.sha256(content).hexdigest()
+        write_json(scratch / "state.json", {"step": step, "sha256": digests, **self._identity()})
+        fsync(scratch)
+        # Only a torn one can stand here: training goes on from the newest that is whole.
+        shutil.rmtree(target, ignore_errors=True)
+        scratch.rename(target)
+        fsync(target.parent)
+        self._forget_others(step)
+
+    def _identity(self) -> dict[str, object]:
+        """What a checkpoint needs to be told from others, and to be used for any names."""
+        card = self.card
+        return {
+            "names": card["names"],
+            "text_sha256": card["text_sha256"],
+            "store_digest": _nested(card, "store", "digest"),
+            "config": card["config"],
+        }
+
+    def _forget_others(self, step: int) -> None:
+        """Keep the newest checkpoints up to `step`; what is later or unfinished was torn."""
+        folder = self.folder / "checkpoints"
+        known = sorted(p for p in folder.glob("step-*") if p.name <= f"step-{step:08d}")[-KEEP_CHECKPOINTS:]
+        for old in folder.iterdir():
+            # What no training writes is somebody's own, and a link may lead anywhere.
+            if old not in known and _CHECKPOINT.fullmatch(old.name) and not old.is_symlink():
+                shutil.rmtree(old)
+
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took, as far as recorded."""
+        path = self.folder / "seconds.json"
+        return read_object(path) if path.exists() else {}
+
+    def record_seconds(self, stage: str, seconds: float) -> None:
+        """Note how long a stage took; kept apart from results, which are the same on a re-run."""
+        write_json(self.folder / "seconds.json", {**self.seconds(), stage: round(seconds, 2)})
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """All lines of metrics.jsonl."""
+        return self._lines("metrics.jsonl")
+
+    def read_validation(self) -> list[dict[str, float]]:
+        """All lines of validation.jsonl."""
+        return self._lines("validation.jsonl")
+
+    def _lines(self, name: str) -> list[dict[str, float]]:
+        path = self.folder / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [parse_object(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+    def cut_metrics(self, step: int) -> None:
+        """Forget metrics after `step`, which a resumed run will write again; a torn last line goes too."""
+        for path in (self.folder / "metrics.jsonl", self.folder / "validation.jsonl"):
+            kept = []
+            for line in path.read_text().splitlines() if path.exists() else []:
+                with contextlib.suppress(json.JSONDecodeError):
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+            if path.exists():
+                write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _whole_state(folder: Path) -> dict[str, Any] | None:
+    """What state.json of a checkpoint says; None if its files are not those, or not the ones that a checkpoint has."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        names = state["sha256"].keys()
+        # Names from a file are not joined to a path before they are known.
+        if not _PARTS <= names <= {*_PARTS, _AVERAGE} or not isinstance(state["step"], int):
+            return None
+        if all(sha256(folder / name) == digest for name, digest in state["sha256"].items()):
+            return state
+    return None
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if (folder / "run.json").is_file():
+        return
+    # What a start that was killed before run.json leaves behind is made again.
+    begun = {"checkpoints", "tables.safetensors", ".tables.safetensors.partial", ".run.json.partial", LOCK}
+    if folder.exists() and any(p.name not in begun for p in folder.iterdir()):
+        raise RunError(f"--run {folder}: is not empty and holds no run; choose another --run folder")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The right to train in a folder; the system frees it when the process ends, however it ends.
+
+    A record lock (not flock): processes forked to read images must not keep it alive after the training's death.
+    """
+    path = folder / LOCK
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = path.read_text().strip() or "unknown"
+            raise RunError(
+                f"--run {folder}: another training ({owner}) is writing to it; wait for it to end, "
+                "or choose another --run folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def rows_digest(text: NDArray[np.float32]) -> str:
+    """What a card tells text rows (C, D) by."""
+    return hashlib.sha256(text.tobytes()).hexdigest()
+
+
+def flatten_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimiser state as named tensors: `<parameter number>.<name>`."""
+    state = optimiser.state_dict()["state"]
+    return {
+        f"{number}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for number, entries in state.items()
+        for name, value in entries.items()
+        if value is not None
+    }
+
+
+def restore_optimiser(optimiser: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
+    """The inverse of `flatten_optimiser`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        number, name = key.split(".", 1)
+        state.setdefault(int(number), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _with_effect(card: Mapping[str, object]) -> Mapping[str, object]:
+    """A card as this version writes it: earlier ones took a distance as it stands, and any rate in proportion."""
+    if "in_effect" in card:
+        return card
+    loss, train = _nested(card, "config", "loss"), _nested(card, "config", "train")
+    assert isinstance(loss, Mapping)
+    assert isinstance(train, Mapping)
+    rate, of = train["learning_rate"], train.get("rate_images", 0)
+    return {
+        **card,
+        "in_effect": {
+            "distillation_weight": loss["distillation"],
+            "peak_rate": rate * train["images"] / of if of else rate,
+        },
+    }
+
+
+def _nested(card: Mapping[str, object], *keys: str) -> object:
+    value: object = card
+    for key in keys:
+        assert isinstance(value, Mapping)
+        value = value[key]
+    return value
+
+
+def _changeable(card: Mapping[str, object]) -> frozenset[str]:
+    """What a start may have otherwise than the run's card."""
+    train = _nested(card, "config", "train")
+    sampling = train.get("sampling") if isinstance(train, Mapping) else None
+    if learns_the_same_in_parts(sampling, frozen_norms=card.get("backbone_weights") is not None):
+        return _OF_NO_MATTER | {"config.train.accumulate"}
+    return _OF_NO_MATTER
+
+
+def _differences(old: object, new: object, where: str = "", *, ignored: Set[str]) -> list[str]:
+    if where in ignored:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key, ignored=ignored)
+        return found
+    if old == new:
+        return []
+    return [f"{where}: {_short(old)} there, {_short(new)} wanted"]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,1 @@
+"""Where the tasks of a build run: worker processes, Dask clusters, job arrays."""

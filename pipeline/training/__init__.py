@@ -1,0 +1,1 @@
+"""Stage two: a detector trained from a store."""

@@ -1,0 +1,61 @@
+"""Memory that does not suffice: what every library calls it, and what a training can do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+from ezsd.detector.model import Batch
+from ezsd.pipeline.config.schema import TrainConfig
+from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.runs.run import learns_the_same_in_parts
+
+_WORDS = re.compile(r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+
+
+class OutOfMemory(RunError):
+    """A step of a training does not fit the memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short: torch has a type for its own GPU allocator alone, and words for all others."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None
+
+
+def step_does_not_fit(
+    batches: Sequence[Batch], config: TrainConfig, *, processes: int, step: int, saved: int, frozen_norms: bool
+) -> OutOfMemory:
+    """What to do about a step that does not fit.
+
+    Args:
+        batches: of this process.
+        config: of the run.
+        processes: that share its steps.
+        step: steps that are done.
+        saved: the step of the newest checkpoint; 0 for none.
+        frozen_norms: whether no normalisation depends on who is in a batch.
+    """
+    images, _, height, width = max((batch.images.shape for batch in batches), key=lambda shape: shape.numel())
+    number = "1 image" if images == 1 else f"{images} images"
+    what = f"out of memory in step {step + 1}: {number} of {width} x {height} at a time do not fit"
+    parts = next_parts(config, processes)
+    if parts is None:
+        cure = "use a GPU with more memory, or another --run with smaller train.short_side and train.long_side"
+        return OutOfMemory(f"{what}, and fewer are not possible; {cure}")
+    options, at_once = f"--set train.accumulate={parts}", config.images // parts // processes
+    if learns_the_same_in_parts(config.sampling, frozen_norms=frozen_norms):
+        return OutOfMemory(f"{what}; run the same command with {options} ({at_once} at a time; it learns the same)")
+    if config.sampling != "image":
+        options = f"--set train.sampling=image {options}"
+    how = "start another --run" if saved else "run the same command"
+    return OutOfMemory(f"{what}; {how} with {options} ({at_once} at a time; it learns a little otherwise)")
+
+
+def next_parts(config: TrainConfig, processes: int) -> int | None:
+    """The next larger `train.accumulate` that the images of a step can be shared out by; None when there is none."""
+    most = config.images // processes
+    return next((k for k in range(config.accumulate + 1, most + 1) if config.images % (k * processes) == 0), None)

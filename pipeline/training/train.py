@@ -1,0 +1,462 @@
+"""`ezsd train`: the detector, from base boxes and cached regions."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ezsd.cache import Store, Verify, info
+from ezsd.data.annotations import ImageRecord, ImageTable
+from ezsd.data.transforms import Augmentation
+from ezsd.data.dataset import DetectionDataset, MaskSource
+from ezsd.detector.model import Batch, Detector
+from ezsd.kernels import require_backend
+from ezsd.teacher.open_clip import state_digest
+from ezsd.pipeline.training.dataloader import load_batches
+from ezsd.pipeline.config.schema import Config, TrainConfig, to_tables
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.data.datasets import Dataset, read_dataset_image, recorded_dataset
+from ezsd.pipeline.errors import DatasetError
+from ezsd.pipeline.runs.model import build_detector, read_backbone
+from ezsd.pipeline.data.images import Exif
+from ezsd.pipeline.training.out_of_memory import OutOfMemory, step_does_not_fit
+from ezsd.pipeline.devices import is_out_of_memory
+from ezsd.pipeline.runs.loggers import MetricsLog
+from ezsd.pipeline.data.mask_cache import training_masks
+from ezsd.pipeline.training.distributed import Processes, join_processes, own_device
+from ezsd.pipeline.progress import Progress
+from ezsd.pipeline.extraction.provenance import as_built, dataset_inputs
+from ezsd.pipeline.runs.run import CHANGEABLE, Run, restore_optimiser, rows_digest
+from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.training.trainer import (
+    AverageWeights,
+    Objective,
+    Trainer,
+    build_optimiser,
+    in_effect,
+    peak_rate,
+)
+from ezsd.pipeline.interrupts import Request, Stopped, finishing
+from ezsd.pipeline.extraction.annotation_check import checked_annotations
+from ezsd.pipeline.inference.predictor import load_weights
+from ezsd.pipeline.runs.store_digests import record_store, require_same_bytes
+from ezsd.pipeline.training.validation import Validation, require_validation
+
+log = logging.getLogger("ezsd")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRequest:
+    """One training run, as the command line asks for it."""
+
+    cache: Path
+    """A committed store."""
+    run: Path
+    """Run folder; resumed if it holds this very run."""
+    config: Config
+    """The run records its tables of stage one as the store was built with them, whatever they are here."""
+    data_root: Path | None = None
+    """Where the images lie now; None takes the place that the store was built from."""
+    backbone_weights: Path | None = None
+    """ImageNet state of the backbone."""
+    device: str = "cpu"
+    verify: Verify = "full"
+    """How far what is read of the store is checked, see `Store`."""
+    accept_store: bool = False
+    """Whether a run may go on with other bytes than it was trained on so far."""
+
+
+def train(request: TrainRequest) -> Run:
+    """Train to the last step, resuming from the newest checkpoint.
+
+    Raises:
+        ValueError: (of many kinds) the store is unfinished or made from other data, or an input is wrong.
+        FloatingPointError: a loss or gradient is not finite; names step, images and parts.
+        OSError: the run folder cannot be written to.
+        OutOfMemory: a step does not fit; says what to change.
+        Stopped: after a checkpoint, when SIGINT or SIGTERM was received; it is a SystemExit with code 130 or 143.
+    """
+    device = own_device(request.device)
+    require_backend(request.config.train.backend, device)
+    with ExitStack() as stack:
+        processes = stack.enter_context(join_processes(device))
+        _check_processes(request.config.train, processes)
+        store = Store(request.cache, verify=request.verify)
+        _require_regions(store, request.config)
+        dataset = store_dataset(store, request.data_root)
+        if processes.first:
+            require_validation(dataset, request.config)
+        masks = training_masks(dataset) if request.config.model.masks else None
+        samples = training_samples(store, dataset, request.config.train, masks)
+        detector, card = _begin(request, store, dataset)
+        tables = _tables(store)
+        if processes.first:
+            run = stack.enter_context(Run.claim(request.run, card, tables))
+            require_same_bytes(run, store, accept=request.accept_store)
+            run.write_environment(_environment(store, dataset, request.device))
+        processes.wait()
+        run = Run.open(request.run)
+        base = len(dataset.split.base)
+        trainer = build_trainer(detector.to(device), request.config, tables["text"], base, processes)
+        run.began_at = step = _resume(run, trainer)
+        if processes.first and step < request.config.train.steps:
+            record_store(run, store, step)
+        validation = Validation.of_run(run, trainer, dataset, request.config, len(samples))
+        if step == request.config.train.steps and not validation.missing(step):
+            return run
+        if processes.first:
+            run.record_start(step, _changeable_settings(request.config, request.device, processes))
+        stop = stack.enter_context(finishing("this step"))
+        loading = load_batches(
+            samples,
+            request.config.train,
+            first_step=step,
+            processes=processes,
+            # Several processes end after the same step.
+            stopping=lambda: processes.count == 1 and bool(stop.signal),
+        )
+        batches = stack.enter_context(closing(loading))
+        _Training(run, trainer, samples, validation, stop, step).finish(batches)
+    return run
+
+
+def _require_regions(store: Store, config: Config) -> None:
+    """ConfigError for a distillation from nothing: its loss would be 0 in every step."""
+    regions = next(product.rows for product in info(store.path).products if product.name == "regions")
+    if config.loss.distillation and config.train.regions and not regions:
+        raise ConfigError(
+            f"{store.path}: has no region to distil from, so that loss.distillation={config.loss.distillation:g} would "
+            f"do nothing; build another store (`ezsd cache build` says which filter dropped them), or train without: "
+            f"--set loss.distillation=0"
+        )
+
+
+def _changeable_settings(config: Config, device: str, processes: Processes) -> dict[str, object]:
+    """With what a start trains, as far as the run's card leaves it open."""
+    train = config.train
+    settings = {name: getattr(train, name) for name in (*CHANGEABLE, "accumulate")}
+    return {**settings, "device": device, "processes": processes.count}
+
+
+def _has_batch_norm(detector: nn.Module) -> bool:
+    """Whether what is computed for an image depends on the others of its batch."""
+    return any(isinstance(module, nn.BatchNorm2d) for module in detector.modules())
+
+
+def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detector, dict[str, object]]:
+    """The detector with its first weights, and all that the run must be told from others by."""
+    config = request.config
+    weights = None if request.backbone_weights is None else read_backbone(request.backbone_weights)
+    if weights is None and config.model.backbone != "tiny":
+        log.warning(
+            "%s starts from random weights and learns much more slowly: give --backbone-weights FILE, ImageNet's as "
+            "torchvision has them",
+            config.model.backbone,
+        )
+    torch.manual_seed(config.train.seed)
+    detector = build_detector(config, store.embed_dim, weights)
+    names, text = store.text
+    attributes = store.teacher[1]
+    return detector, {
+        "config": to_tables(as_built(config, store.manifest, store.environment)),
+        "in_effect": in_effect(config, store.embed_dim),
+        "store": {"digest": store.manifest.digest, "manifest": dict(store.manifest.fields)},
+        "dataset": dataset.name,
+        "names": list(names),
+        "base_count": len(dataset.split.base),
+        "text_sha256": rows_digest(text),
+        "embed_dim": store.embed_dim,
+        "layer_norms": attributes["parameters"],
+        "re_normalisation": _accuracy(attributes),
+        "backbone_weights": None if weights is None else state_digest(weights),
+    }
+
+
+def _tables(store: Store) -> dict[str, Tensor]:
+    return {"text": torch.from_numpy(store.text[1].copy()), "layer_norms": torch.from_numpy(store.teacher[0].copy())}
+
+
+def training_samples(
+    store: Store, dataset: Dataset, config: TrainConfig, masks: MaskSource | None = None
+) -> DetectionDataset:
+    """The samples of a store. StoreMismatch when the annotations are others than it was made from."""
+    images = checked_annotations(store, dataset).images
+    bad = store.bad_images
+    if bad:
+        log.info("%d of %d images could not be read when the store was built and are left out", len(bad), len(images))
+    return DetectionDataset(
+        [image for image in store.image_ids.tolist() if image not in bad],
+        partial(_read_by_id, dataset.root / dataset.train_images, images, dataset.exif),
+        partial(_size_by_id, images),
+        store.ground_truth,
+        store.regions,
+        regions_per_image=config.regions,
+        short_side=config.short_side,
+        long_side=config.long_side,
+        seed=config.seed,
+        augmentation=Augmentation(
+            short_side_min=config.short_side_min,
+            jitter=(config.jitter[0], config.jitter[1]) if config.jitter else None,
+        ),
+        seeded=config.sampling == "image",
+        masks=masks,
+    )
+
+
+def build_trainer(detector: Detector, config: Config, text: Tensor, base: int, processes: Processes) -> Trainer:
+    """How a detector, on its device, is trained; `text` holds the rows of all names (C, D), base ones first."""
+    device = next(detector.parameters()).device
+    if config.train.channels_last:
+        detector.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        detector.backbone.compile()
+    rows = len(text) if config.loss.novel_names else base
+    average = AverageWeights(detector, config.train.average) if config.train.average else None
+    _say_what_differs(detector, config.train, processes)
+    return Trainer(
+        detector,
+        build_optimiser(detector, config.train),
+        Objective(text[:rows].to(device), config.loss),
+        config.train,
+        average,
+        processes,
+    )
+
+
+def _say_what_differs(detector: Detector, config: TrainConfig, processes: Processes) -> None:
+    if not processes.first:
+        return
+    if config.rate_images not in (0, config.images):
+        log.info(
+            "learning rate %g = %g for %d images per step, scaled %s to %d",
+            peak_rate(config),
+            config.learning_rate,
+            config.rate_images,
+            "by the root" if config.optimiser == "adamw" else "in proportion",
+            config.images,
+        )
+    parts = config.accumulate * processes.count
+    if parts > 1 and _has_batch_norm(detector):
+        log.warning(
+            "batch normalisation sees the %d images of one batch, not all %d of a step: with ImageNet weights its "
+            "statistics are frozen, and nothing depends on how a step is shared out",
+            config.images // parts,
+            config.images,
+        )
+
+
+def _check_processes(config: TrainConfig, processes: Processes) -> None:
+    if processes.count > 1 and config.sampling != "image":
+        raise ConfigError(
+            f"{processes.count} processes need --set train.sampling=image: losses could not be added up otherwise"
+        )
+
+
+@dataclass
+class _Training:
+    """The steps of one start, and when they are saved."""
+
+    run: Run
+    trainer: Trainer
+    samples: DetectionDataset
+    validation: Validation
+    request: Request
+    step: int
+    """Steps that are done."""
+
+    def __post_init__(self) -> None:
+        self._processes, self._config = self.trainer.processes, self.trainer.config
+        self._device = next(self.trainer.detector.parameters()).device
+        self._saved, self._saved_at = self.step, time.monotonic()
+        self._clock = _Clock(self.run)
+
+    def finish(self, batches: Iterator[tuple[list[tuple[int, int]], list[Batch]]]) -> None:
+        """Make the steps of these batches, which are all that are left, unless the request to stop comes."""
+        self.trainer.detector.train()
+        with ExitStack() as stack:
+            first = self._processes.first
+            log_to = MetricsLog(self.run, tensorboard=self._config.tensorboard, begin=self.step) if first else None
+            metrics = None if log_to is None else stack.enter_context(log_to)
+            bar = Progress("train", self._config.steps, unit="step", done=self.step)
+            if first:
+                stack.enter_context(bar)
+            if metrics is not None and self.validation.missing(self.step):
+                self._validate(metrics)
+            for keys, parts in batches:
+                began = time.perf_counter()
+                found = self._make_step(keys, parts)
+                self.step += 1
+                signal = self._processes.largest(self.request.signal, self._device)
+                stopped, due = bool(signal) and self.step < self._config.steps, self.validation.due(self.step)
+                if metrics is not None:
+                    metrics.write({"step": self.step, **found, "seconds": round(time.perf_counter() - began, 4)})
+                    # Before a validation too: it may take longer than whoever wants to end the training waits.
+                    if stopped or due or self._is_time():
+                        self._save(metrics)
+                    bar.advance(note=f"loss {found['loss']:.3f}")
+                if stopped:
+                    raise self._stopped(signal)
+                if metrics is not None and due:
+                    self._validate(metrics)
+            if self.step < self._config.steps:
+                # Batches end early only where the request comes while they are waited for.
+                if metrics is not None and self.step > self._saved:
+                    self._save(metrics)
+                raise self._stopped(self.request.signal)
+
+    def _make_step(self, keys: list[tuple[int, int]], parts: list[Batch]) -> dict[str, float]:
+        # One seed per step: a resumed run samples the same regions as an unbroken one.
+        torch.manual_seed(self._config.seed * 1_000_003 + self.step)
+        try:
+            ready = [_prepare(part, self._device, channels_last=self._config.channels_last) for part in parts]
+            return self.trainer.step(ready, self.step)
+        except FloatingPointError as error:
+            ids = [self.samples.image_ids[position] for _, position in keys]
+            raise FloatingPointError(f"{error}; images: {ids}") from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise step_does_not_fit(
+                parts,
+                self._config,
+                processes=self._processes.count,
+                step=self.step,
+                saved=self._saved,
+                frozen_norms=not _has_batch_norm(self.trainer.detector),
+            ) from error
+
+    def _is_time(self) -> bool:
+        if self.step % self._config.checkpoint_every == 0 or self.step == self._config.steps:
+            return True
+        return time.monotonic() - self._saved_at >= 60 * self._config.checkpoint_minutes
+
+    def _save(self, metrics: MetricsLog) -> None:
+        metrics.flush()
+        average = None if self.trainer.average is None else self.trainer.average.state
+        self.run.save(self.step, self.trainer.detector, self.trainer.optimiser, average)
+        self._clock.record()
+        self._saved, self._saved_at = self.step, time.monotonic()
+
+    def _validate(self, metrics: MetricsLog) -> None:
+        try:
+            # It is made up for where it is left. Other processes wait for this one: there it is finished.
+            with self.request.ending_anywhere() if self._processes.count == 1 else nullcontext():
+                self.validation.look(self.step, metrics)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"out of memory in the validation after step {self.step}, whose checkpoint is saved; add "
+                "--set train.validate_every=0 to go on without"
+            ) from error
+        except Stopped as stopped:
+            stopped.kept = self._kept()
+            raise
+
+    def _stopped(self, signal: int) -> Stopped:
+        stopped = Stopped(signal)
+        stopped.kept = self._kept() if self._processes.first else None
+        return stopped
+
+    def _kept(self) -> str:
+        if not self._saved:
+            return "no step is done yet; run the same command to begin again"
+        return f"checkpoint of step {self._saved} saved; run the same command to go on"
+
+
+def _prepare(batch: Batch, device: torch.device, *, channels_last: bool) -> Batch:
+    batch = batch.to(device)
+    if not channels_last:
+        return batch
+    return dataclasses.replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
+
+
+class _Clock:
+    """Training time of a run, over all of its starts."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.before = run.seconds().get("train", 0.0)
+        self.began = time.perf_counter()
+
+    def record(self) -> None:
+        self.run.record_seconds("train", self.before + time.perf_counter() - self.began)
+
+
+def store_dataset(store: Store, data_root: Path | None) -> Dataset:
+    """The dataset a store was built from, where it lies now."""
+    fields = dataset_inputs(store.manifest)
+    environment = store.environment
+    if data_root is None:
+        if "data_root" not in environment:
+            raise DatasetError(f"{store.path}: does not say where its images lie; give --data-root DIR")
+        data_root = Path(environment["data_root"])
+        if not data_root.is_dir():
+            raise DatasetError(f"{store.path}: its images lay in {data_root}, which is gone; give --data-root DIR")
+    # Training reads nothing else.
+    return recorded_dataset(environment.get("dataset"), str(fields["name"]), data_root).require("train")
+
+
+def _read_by_id(root: Path, images: ImageTable, exif: Exif, image_id: int) -> Tensor:
+    return read_dataset_image(root, _record(images, image_id), exif)
+
+
+def _size_by_id(images: ImageTable, image_id: int) -> tuple[int, int]:
+    record = _record(images, image_id)
+    return record.height, record.width
+
+
+def _record(images: ImageTable, image_id: int) -> ImageRecord:
+    return images[int(np.searchsorted(images.id, image_id))]
+
+
+def _resume(run: Run, trainer: Trainer) -> int:
+    """Load the newest whole checkpoint, which the first process looks for; returns its step."""
+    processes = trainer.processes
+    device = next(trainer.detector.parameters()).device
+    newest = run.latest() if processes.first else None
+    step = int(processes.add(torch.tensor(newest.step if newest else 0, device=device)))
+    if processes.first:
+        run.cut_metrics(step)
+    if step == 0:
+        return 0
+    checkpoint = newest or run.checkpoint(step)
+    load_weights(trainer.detector, checkpoint.trained(), run)
+    restore_optimiser(trainer.optimiser, checkpoint.optimiser())
+    if trainer.average is not None:
+        average = checkpoint.average()
+        if average is None:
+            raise RunError(f"{checkpoint.folder}: holds no average of the weights, which train.average asks for")
+        trainer.average.restore(average)
+    if processes.first and step < trainer.config.steps:
+        log.info("resuming %s at step %d", run.folder, step)
+    return step
+
+
+def _environment(store: Store, dataset: Dataset, device: str) -> dict[str, object]:
+    """Where things lie and what ran: recorded, never compared."""
+    built = store.environment
+    return {
+        "data_root": str(dataset.root.absolute()),
+        "dataset": dataset.definition(),
+        "cache": str(store.path.absolute()),
+        "teacher": built.get("teacher"),
+        "build_seconds": built.get("seconds", {}),
+        "device": device,
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "ezsd")},
+    }
+
+
+def _accuracy(attributes: dict[str, object]) -> dict[str, object]:
+    return {key: attributes[key] for key in ("base_accuracy_before", "base_accuracy_after", "held_out_crops")}

@@ -1,0 +1,176 @@
+"""One optimiser step: what is minimised, at which rate, over how many batches and processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ezsd.detector.model import Batch, Detector, Totals
+from ezsd.losses import distillation_scale
+from ezsd.pipeline.config.schema import Config, LossConfig, TrainConfig
+from ezsd.pipeline.training.distributed import Processes
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What training minimises, whatever the batch."""
+
+    text: Tensor
+    """Unit rows of the names in the cross-entropy, base names first, (C, D)."""
+    config: LossConfig
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each part of the objective is multiplied by."""
+        return part_weights(self.config, self.text.shape[1])
+
+
+class AverageWeights:
+    """A moving average of a model's state, `decay` near one; it starts fast, to forget the first weights."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move towards the weights after `step` steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.state[name].lerp_(value, 1 - decay)
+            else:
+                self.state[name].copy_(value)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a saved average."""
+        for name, value in self.state.items():
+            value.copy_(state[name])
+
+
+@dataclass
+class Trainer:
+    """Detector and optimiser, and how they step."""
+
+    detector: Detector
+    optimiser: torch.optim.Optimizer
+    objective: Objective
+    config: TrainConfig
+    average: AverageWeights | None = None
+    processes: Processes = field(default_factory=Processes)
+
+    def step(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
+        """One step over this process' batches, which lie on the detector's device.
+
+        Returns:
+            `loss`, the weighted sum, its parts as they are before weighing, and the learning rate; over all processes.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite; the message has the parts.
+        """
+        rate = learning_rate(step, self.config)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        totals = self._totals(batches)
+        self.optimiser.zero_grad(set_to_none=True)
+        names, values = self._backward(batches[0], totals)
+        for batch in batches[1:]:
+            values = values + self._backward(batch, totals)[1]
+        self.processes.add_gradients(self.detector.parameters())
+        norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.clip_norm)
+        self.optimiser.step()
+        self.detector.constrain()
+        if self.average is not None:
+            self.average.update(self.detector, step + 1)
+        # One transfer, for a GPU is waited for at each.
+        *found, length = torch.cat([self.processes.add(values), norm.detach().float()[None]]).tolist()
+        record = dict(zip(names, found, strict=True))
+        if not (math.isfinite(record["loss"]) and math.isfinite(length)):
+            what = "gradient" if math.isfinite(record["loss"]) else "loss"
+            raise FloatingPointError(f"the {what} is not finite at step {step + 1}; parts: {record}")
+        return {**record, "learning_rate": rate}
+
+    def _backward(self, batch: Batch, totals: Totals | None) -> tuple[list[str], Tensor]:
+        with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=batch.images.is_cuda):
+            parts = self.detector.losses(
+                batch,
+                self.objective.text,
+                distill=self.objective.config.metric if self.objective.config.distillation > 0 else None,
+                totals=totals,
+            )
+        loss = weigh(parts, self.objective.weights)
+        loss.backward()
+        return ["loss", *parts], torch.stack([loss.detach(), *(p.detach().float() for p in parts.values())])
+
+    def _totals(self, batches: Sequence[Batch]) -> Totals | None:
+        if self.config.sampling == "stream":
+            return None
+        device = batches[0].region_boxes.device
+        regions = torch.tensor(float(sum(len(b.region_boxes) for b in batches)), device=device)
+        return Totals(images=self.config.images, regions=int(self.processes.add(regions)))
+
+
+def part_weights(config: LossConfig, embed_dim: int) -> dict[str, float]:
+    """What each part of the objective is multiplied by, for embeddings of width `embed_dim`."""
+    return {
+        "rpn_objectness": config.rpn,
+        "rpn_box": config.rpn,
+        "classification": config.classification,
+        "box": config.box,
+        "mask": config.mask,
+        "distillation": config.distillation * distillation_scale(config.metric, embed_dim),
+    }
+
+
+def weigh(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The objective: weighted sum of the parts that are there."""
+    return torch.stack([weights[name] * part.float() for name, part in parts.items()]).sum()
+
+
+def peak_rate(config: TrainConfig) -> float:
+    """The learning rate at its height, scaled to the images per step.
+
+    With SGD in proportion to them (Goyal et al., arXiv 1706.02677). With AdamW, which divides by the gradient's size,
+    in proportion to their root (Malladi et al., arXiv 2205.10287).
+    """
+    if not config.rate_images:
+        return config.learning_rate
+    if config.optimiser == "adamw":
+        return config.learning_rate * math.sqrt(config.images / config.rate_images)
+    return config.learning_rate * config.images / config.rate_images
+
+
+def in_effect(config: Config, embed_dim: int) -> dict[str, float]:
+    """What settings that hang on neighbours come to: a run is another one when these differ."""
+    return {
+        "distillation_weight": part_weights(config.loss, embed_dim)["distillation"],
+        "peak_rate": peak_rate(config.train),
+    }
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine to zero or steps down; a pure function of the step."""
+    height = peak_rate(config)
+    if step < config.warmup:
+        return height * (step + 1) / config.warmup
+    if config.schedule == "step":
+        return height * 0.1 ** sum(step >= share * config.steps for share in config.decay_at)
+    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    return height * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimiser(detector: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD; vectors (biases, norms, background row) and the temperature do not decay."""
+    trained = [p for p in detector.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    rate = peak_rate(config)
+    if config.optimiser == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=rate)

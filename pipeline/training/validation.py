@@ -1,0 +1,125 @@
+"""AP50 on a slice of the validation images while training. It is looked at by people; it chooses no checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ezsd.metrics import Evaluation, evaluate
+from ezsd.pipeline.config.schema import Config
+from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.inference.evaluate import detect_split
+from ezsd.pipeline.inference.evaluation_tables import percent
+from ezsd.pipeline.files import write_text
+from ezsd.pipeline.runs.loggers import MetricsLog
+from ezsd.pipeline.data.annotation_cache import evaluation_annotations
+from ezsd.pipeline.data.requirements import require_evaluation
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.training.trainer import Trainer
+from ezsd.pipeline.inference.predictor import TrainedDetector
+
+log = logging.getLogger("ezsd")
+SLICE = "validation_slice.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """When to look, and at what."""
+
+    run: Run
+    trainer: Trainer
+    dataset: Dataset
+    config: Config
+    images: int
+    """Training images: an epoch."""
+
+    @classmethod
+    def of_run(cls, run: Run, trainer: Trainer, dataset: Dataset, config: Config, images: int) -> Validation:
+        """Ready for a run whose dataset `require_validation` has seen."""
+        made = cls(run, trainer, dataset, config, images)
+        if config.train.validate_every and trainer.processes.first:
+            cut_slice(dataset.root / dataset.val_annotations, run.folder / SLICE, config.train.validate_images)
+        return made
+
+    def due(self, step: int) -> bool:
+        """Whether an epoch that asks for it ends with a step."""
+        every, per_step = self.config.train.validate_every * self.images, self.config.train.images
+        return bool(every) and step * per_step // every > (step - 1) * per_step // every
+
+    def missing(self, step: int) -> bool:
+        """Whether it was due after a step, whose checkpoint is there, and was not made."""
+        return step > 0 and self.due(step) and all(line["step"] != step for line in self.run.read_validation())
+
+    def look(self, step: int, metrics: MetricsLog) -> None:
+        """Evaluate, and say and record what was found."""
+        found = self._evaluate()
+        scores = {group: found[group]["AP50"] for group in ("base", "novel", "all")}
+        metrics.write_validation({"step": step, **scores})
+        shown = ", ".join(f"{group} {percent(score)}" for group, score in scores.items())
+        log.info("step %d, AP50 on %d validation images: %s", step, found["images"], shown)
+
+    def _evaluate(self) -> Evaluation:
+        detector, text = self.trainer.detector, self.run.tables()["text"]
+        split, path = self.dataset.split, self.run.folder / SLICE
+        trained = TrainedDetector(
+            detector=detector,
+            config=self.config,
+            names=split.names,
+            base_count=len(split.base),
+            text=text,
+            device=next(detector.parameters()).device,
+        )
+        own = None if self.trainer.average is None else {k: v.clone() for k, v in detector.state_dict().items()}
+        if self.trainer.average is not None:
+            detector.load_state_dict(self.trainer.average.state)
+        detector.eval()
+        try:
+            root = self.dataset.root / self.dataset.val_images
+            annotations, exif = evaluation_annotations(path, split), self.dataset.exif
+            found = detect_split(trained, annotations, root, text, "validate", exif=exif, masks=False)
+        finally:
+            detector.train()
+            if own is not None:
+                detector.load_state_dict(own)
+        return evaluate(path, found, split)
+
+
+def require_validation(dataset: Dataset, config: Config) -> None:
+    """Refuse what the evaluation of the trained run would refuse: a fault would else show after the last step.
+
+    Where the validation files are elsewhere a training can do without them, unless it validates.
+
+    Raises:
+        ValueError: (of two kinds) see `require_evaluation`.
+    """
+    missing = dataset.missing("val")
+    if missing and not config.train.validate_every:
+        log.warning("%s: %s; `ezsd eval` will need it", dataset.root, "; ".join(missing))
+        return
+    require_evaluation(dataset, masks=config.model.masks)
+
+
+def cut_slice(annotations: Path, out: Path, images: int) -> None:
+    """An annotation file of `images` images, evenly spread over the file's, by id; `read_truth` has read it."""
+    document = json.loads(annotations.read_bytes())
+    ids = sorted(image["id"] for image in document["images"])
+    kept = set(_spread(ids, images))
+    document["images"] = [image for image in document["images"] if image["id"] in kept]
+    document["annotations"] = [one for one in document["annotations"] if _belongs(one, kept)]
+    write_text(out, json.dumps(document))
+
+
+def _belongs(annotation: Mapping[str, object], images: Set[int]) -> bool:
+    # Of annotations outside the split nothing but the class was checked.
+    image = annotation.get("image_id")
+    return isinstance(image, int) and image in images
+
+
+def _spread(ids: Sequence[int], count: int) -> list[int]:
+    count = min(count, len(ids))
+    return [ids[int(place)] for place in torch.linspace(0, len(ids) - 1, count).round()]
