@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
+from ezsd.errors import EzsdError
+from ezsd.pipeline.errors import is_of_a_place
 from ezsd.pipeline.interrupts import Stopped, end_listening, keeping, listen
 from ezsd.pipeline.process_environment import (
     drop_output,
@@ -147,14 +149,14 @@ def cache_build(
 
     share = None if blocks is None else parse_share(blocks)
     require_scheduler(scheduler, workers=workers, dashboard=dashboard, share=share)
-    from ezsd.pipeline.extraction.build import build_cache, build_share
     from ezsd.pipeline.console.defaults import build_config, drawn, require_known_teacher
-    from ezsd.pipeline.devices import resolve_device
+    from ezsd.pipeline.console.store_messages import build_lines, forecast_lines, share_lines
     from ezsd.pipeline.data.datasets import find_dataset
+    from ezsd.pipeline.devices import resolve_device
+    from ezsd.pipeline.extraction.build import build_cache, build_share
     from ezsd.pipeline.extraction.forecast import forecast_build
     from ezsd.pipeline.extraction.request import BuildRequest
     from ezsd.pipeline.scheduling.job_array import Share
-    from ezsd.pipeline.console.store_messages import build_lines, forecast_lines, share_lines
 
     # Everything that can be refused is, before the benchmark is drawn.
     where = resolve_device(device)
@@ -199,9 +201,9 @@ def cache_commit(
     from ezsd.pipeline.console.arguments import require_scheduler
 
     require_scheduler(scheduler, workers=workers, dashboard=dashboard)
+    from ezsd.pipeline.console.store_messages import commit_lines
     from ezsd.pipeline.extraction.commit import commit_cache
     from ezsd.pipeline.scheduling.pool import Schedule
-    from ezsd.pipeline.console.store_messages import commit_lines
 
     schedule = Schedule(scheduler=scheduler, workers=workers, dashboard=dashboard)
     typer.echo("\n".join(commit_lines(store, commit_cache(store, schedule))))
@@ -247,9 +249,9 @@ def cache_repair(
     device: Device = "auto",
 ) -> None:
     """Rebuild exactly what is damaged, or mark the store incomplete; the exit code is then 1."""
+    from ezsd.pipeline.console.store_messages import repair_lines
     from ezsd.pipeline.devices import resolve_device
     from ezsd.pipeline.extraction.repair import repair_store
-    from ezsd.pipeline.console.store_messages import repair_lines
 
     report = repair_store(store, data_root, weights=weights, device=resolve_device(device))
     typer.echo("\n".join(repair_lines(store, report)))
@@ -343,8 +345,8 @@ def train(
 ) -> None:
     """Train the detector from base boxes and cached regions; under `torchrun`, on several GPUs."""
     require_launcher(os.environ)
-    from ezsd.pipeline.devices import resolve_device
     from ezsd.pipeline.console.defaults import train_config
+    from ezsd.pipeline.devices import resolve_device
     from ezsd.pipeline.training.train import TrainRequest
     from ezsd.pipeline.training.train import train as start
 
@@ -575,9 +577,9 @@ def demo(
     set_: Set = None,
 ) -> None:
     """Run the whole of it on the embedded benchmark, in minutes."""
-    from ezsd.pipeline.devices import resolve_device
     from ezsd.pipeline.console.defaults import score_table, seconds_table
     from ezsd.pipeline.demo import run_demo
+    from ezsd.pipeline.devices import resolve_device
 
     result = run_demo(out, seed=seed, device=resolve_device(device), overrides=tuple(set_ or []))
     typer.echo(score_table(result.scores))
@@ -612,16 +614,7 @@ def main() -> None:
 
 def _is_users(error: BaseException) -> bool:
     """Whether the error is one that our own code raised about its input, or the system about a place."""
-    from ezsd.pipeline.console.arguments import EARLY_ERRORS
-    from ezsd.pipeline.errors import is_of_a_place
-
-    if isinstance(error, OSError):
-        return is_of_a_place(error)
-    if isinstance(error, EARLY_ERRORS):
-        return True
-    from ezsd.pipeline.console.defaults import USER_ERRORS
-
-    return isinstance(error, USER_ERRORS)
+    return is_of_a_place(error) if isinstance(error, OSError) else isinstance(error, EzsdError)
 
 
 if __name__ == "__main__":

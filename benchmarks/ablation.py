@@ -30,17 +30,17 @@ from ablation_table import tables
 from ezsd.cache import Store
 from ezsd.data.shapes import DEV_SEED, SHAPES_SPLIT
 from ezsd.metrics import Detections, evaluate
-from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset
-from ezsd.pipeline.data.datasets import Dataset, find_dataset
-from ezsd.pipeline.inference.evaluate import detect_split
-from ezsd.pipeline.files import write_text
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
-from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.data.datasets import Dataset, find_dataset
 from ezsd.pipeline.data.shapes import TRAIN_IMAGES, VAL_IMAGES, write_shapes
-from ezsd.pipeline.training.train import TrainRequest, train
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.files import write_text
+from ezsd.pipeline.inference.evaluate import detect_split
 from ezsd.pipeline.inference.predictor import TrainedDetector, load_trained
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.training.train import TrainRequest, train
 
 GATE_STEPS = 6
 

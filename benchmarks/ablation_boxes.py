@@ -16,13 +16,13 @@ from ezsd.data.annotations import ImageRecord
 from ezsd.data.dataset import pad_images
 from ezsd.detector.backbone import normalise
 from ezsd.detector.model import Detector
-from ezsd.pipeline.extraction.anchors import image_anchors
 from ezsd.pipeline.config.schema import ProposalConfig
-from ezsd.pipeline.data.datasets import Dataset, read_dataset_image
-from ezsd.pipeline.files import write_text
 from ezsd.pipeline.data.annotation_cache import training_annotations
-from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.data.datasets import Dataset, read_dataset_image
+from ezsd.pipeline.extraction.anchors import image_anchors
+from ezsd.pipeline.files import write_text
 from ezsd.pipeline.inference.predictor import load_trained
+from ezsd.pipeline.runs.run import Run
 
 Found = Iterator[tuple[int, np.ndarray, np.ndarray]]
 """Image id, boxes (K, 4) xyxy float32, scores (K,)."""

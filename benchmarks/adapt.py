@@ -27,20 +27,20 @@ import numpy as np
 import rows
 import torch
 
-from ezsd.cache import Block, RaggedRows
 from ezsd.adapt import crop_accuracy
+from ezsd.cache import Block, RaggedRows
 from ezsd.data.shapes import DEV_SEED
 from ezsd.metrics.recall import recall_at
-from ezsd.teacher.open_clip import Teacher
+from ezsd.pipeline.config.schema import Config, load_preset
+from ezsd.pipeline.data.annotation_cache import evaluation_annotations
+from ezsd.pipeline.data.datasets import Dataset, find_dataset
+from ezsd.pipeline.data.shapes import write_shapes
 from ezsd.pipeline.extraction.adapt import CropSource
 from ezsd.pipeline.extraction.build import adapted, embed_names, extract_job
-from ezsd.pipeline.config.schema import Config, load_preset
-from ezsd.pipeline.data.datasets import Dataset, find_dataset
-from ezsd.pipeline.extraction.worker import block_rows
-from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
-from ezsd.pipeline.data.shapes import write_shapes
 from ezsd.pipeline.extraction.teacher import configured_teacher
+from ezsd.pipeline.extraction.worker import block_rows
+from ezsd.teacher.open_clip import Teacher
 
 RATES = {"bce": (3e-3, 1e-2, 3e-2, 1e-1), "softmax_ce": (3e-4, 1e-3, 3e-3, 1e-2)}
 """By loss, around the best one of each."""

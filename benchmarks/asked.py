@@ -18,10 +18,10 @@ from pathlib import Path
 import rows
 
 from ezsd.metrics import evaluate
-from ezsd.pipeline.inference.evaluate import detect_split, run_dataset
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
-from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.inference.evaluate import detect_split, run_dataset
 from ezsd.pipeline.inference.predictor import load_trained
+from ezsd.pipeline.runs.run import Run
 
 
 def by_name(run: Run, data_root: Path | None, share: slice) -> dict[str, dict[str, float | None]]:

@@ -26,12 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ezsd.cache import EmbeddingType, forecast
 from ezsd.crops import distinct_crops
 from ezsd.detector.model import Detector
-from ezsd.vocabulary import COCO_SPLIT
-from ezsd.pipeline.extraction.anchors import look_at_anchors
 from ezsd.pipeline.config.schema import Config, load_preset
-from ezsd.pipeline.data.datasets import find_dataset
-from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.data.annotation_cache import training_annotations
+from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.extraction.anchors import look_at_anchors
+from ezsd.pipeline.runs.model import build_detector
+from ezsd.vocabulary import COCO_SPLIT
 
 Row = dict[str, Any]
 PEAK_TFLOPS = {"H200": 989, "A100": 312, "RTX 4090": 165}

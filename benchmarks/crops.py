@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ezsd.boxes import clip
 from ezsd.crops import crop_boxes
-from ezsd.proposals.select import faithful_anchors
 from ezsd.pipeline.data.datasets import read_image
+from ezsd.proposals.select import faithful_anchors
 
 SIZE = 224
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]

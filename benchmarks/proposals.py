@@ -27,25 +27,25 @@ import torch
 from ablation_boxes import network_boxes
 from torch import Tensor
 
-from ezsd.cache import Store, info
 from ezsd.adapt import restore
+from ezsd.cache import Store, info
 from ezsd.crops import distinct_crops
 from ezsd.data.annotations import Annotations, load_evaluation
 from ezsd.metrics.recall import recall_at
-from ezsd.proposals.select import anchor_scores, guesses, select_regions
-from ezsd.teacher.open_clip import Teacher
-from ezsd.pipeline.extraction.anchors import image_anchors, look_at_anchors
-from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.config.schema import Config, load_preset
 from ezsd.pipeline.data.datasets import Dataset, find_dataset, read_dataset_image
+from ezsd.pipeline.data.shapes import write_shapes
+from ezsd.pipeline.extraction.anchors import image_anchors, look_at_anchors
+from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.encoder import CropEncoder
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.extraction.teacher import configured_teacher
 from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import headline
-from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.data.shapes import write_shapes
-from ezsd.pipeline.extraction.teacher import configured_teacher
-from ezsd.pipeline.training.train import TrainRequest, train
 from ezsd.pipeline.inference.predictor import load_trained
+from ezsd.pipeline.training.train import TrainRequest, train
+from ezsd.proposals.select import anchor_scores, guesses, select_regions
+from ezsd.teacher.open_clip import Teacher
 
 TOP = (50, 200, 300)
 GRID = ("grid", "sizes", "ratios", "stride")

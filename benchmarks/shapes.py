@@ -20,8 +20,8 @@ from ezsd.data.shapes import TEST_SEEDS
 from ezsd.metrics import evaluate
 from ezsd.pipeline.demo import ARMS, run_demo
 from ezsd.pipeline.inference.evaluate import detect_split, run_dataset
-from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.inference.predictor import load_trained
+from ezsd.pipeline.runs.run import Run
 
 GROUPS = ("base", "novel", "all")
 

@@ -41,19 +41,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ezsd.cache import Block, StoreWriter
 from ezsd.adapt import flatten
+from ezsd.cache import Block, StoreWriter
 from ezsd.crops import crop_boxes
-from ezsd.teacher.open_clip import OpenClipTeacher, Precision
-from ezsd.vocabulary import COCO_SPLIT
-from ezsd.pipeline.extraction.anchors import image_anchors
-from ezsd.pipeline.extraction.build import embed_names, extract_job
 from ezsd.pipeline.config.schema import Config, load_preset
 from ezsd.pipeline.data.datasets import find_dataset, read_dataset_image
-from ezsd.pipeline.extraction.worker import ExtractJob, block_rows, extract_block
+from ezsd.pipeline.extraction.anchors import image_anchors
+from ezsd.pipeline.extraction.build import embed_names, extract_job
 from ezsd.pipeline.extraction.provenance import describe
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.teacher import configured_teacher
+from ezsd.pipeline.extraction.worker import ExtractJob, block_rows, extract_block
+from ezsd.teacher.open_clip import OpenClipTeacher, Precision
+from ezsd.vocabulary import COCO_SPLIT
 
 MODEL = "ViT-B-32"
 LEAST_COSINE: dict[Precision, float] = {"fp32": 0.9999, "bf16": 0.999}

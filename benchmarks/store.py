@@ -367,6 +367,8 @@ def opening(folder: Path) -> dict[str, float]:
 def sparse_coco(folder: Path) -> None:
     """A store of COCO's size with real metadata, offsets and indexes, and holes where the rows would be."""
     from ezsd.cache.files import FileDigest, file_digest
+    from ezsd.cache.format.commit_mark import CommitMark
+    from ezsd.cache.format.names import GROUPS
     from ezsd.cache.format.zarr_bytes import (
         array_metadata,
         group_metadata,
@@ -376,8 +378,6 @@ def sparse_coco(folder: Path) -> None:
         shard_index,
         shard_parts,
     )
-    from ezsd.cache.format.commit_mark import CommitMark
-    from ezsd.cache.format.names import GROUPS
 
     n = COCO_IMAGES
     ids = np.random.default_rng(0).permutation(10 * n)[:n].astype("<i8")

@@ -34,9 +34,9 @@ from ezsd.cache import (
     images_digest,
     write_block,
 )
-from ezsd.cache.journal.validation import check_block
 from ezsd.cache.format.manifest import seal, unseal
 from ezsd.cache.journal.plan import block_name
+from ezsd.cache.journal.validation import check_block
 
 COCO_IMAGES = 118_287
 REGIONS, PROPOSALS, TRUTH, DIM, BLOCK = 200, 200, 7, 512, 256

@@ -23,21 +23,21 @@ from pathlib import Path
 import rows
 import torch
 
-from ezsd.cache import Store
 from ezsd.adapt import restore
+from ezsd.cache import Store
 from ezsd.crops import crop_boxes
 from ezsd.data.dataset import DetectionDataset
 from ezsd.detector.model import Batch
-from ezsd.teacher.open_clip import Teacher
-from ezsd.pipeline.training.dataloader import load_batches
-from ezsd.pipeline.devices import resolve_device
-from ezsd.pipeline.console.defaults import train_config
 from ezsd.pipeline.config.schema import Config
-from ezsd.pipeline.runs.model import build_detector
-from ezsd.pipeline.training.distributed import Processes
-from ezsd.pipeline.training.trainer import Trainer
+from ezsd.pipeline.console.defaults import train_config
+from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.extraction.teacher import configured_teacher
+from ezsd.pipeline.runs.model import build_detector
+from ezsd.pipeline.training.dataloader import load_batches
+from ezsd.pipeline.training.distributed import Processes
 from ezsd.pipeline.training.train import build_trainer, store_dataset, training_samples
+from ezsd.pipeline.training.trainer import Trainer
+from ezsd.teacher.open_clip import Teacher
 
 ARMS = ("none", "store", "online")
 MEMORY_STEPS = 8

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ezsd.teacher.weights import load_checkpoint
 from ezsd.data.shapes import COLOURS, SHAPES_SPLIT, TEXTURES, cluttered_picture, picture
+from ezsd.teacher.weights import load_checkpoint
 
 SEED = 20
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,24 +1,5 @@
 """The store: which regions, which embeddings, made how. Sharded Zarr with provenance; no learning library."""
 
-from ezsd.cache.journal.commit import commit_numbered
-from ezsd.cache.tools.compare import Comparison, compare
-from ezsd.cache.journal.disk_room import Forecast, forecast
-from ezsd.cache.tools.inspect import ProductInfo, StoreInfo, info, list_stores
-from ezsd.cache.journal.entries import read_note
-from ezsd.cache.tools.leftovers import Leftovers, collect
-from ezsd.cache.format.manifest import (
-    JSON,
-    Manifest,
-    Origin,
-    canonical_json,
-    differences,
-    images_digest,
-)
-from ezsd.cache.journal.plan import forget_block, journaled_bad_images, write_block
-from ezsd.cache.reader import Product, Store, Verify
-from ezsd.cache.format.records import GroundTruthRows, ProposalRows, RegionRows
-from ezsd.cache.tools.repair import RepairReport, RowSource, repair
-from ezsd.cache.format.schema import PRODUCTS, RAGGED, Block, EmbeddingType, RaggedRows
 from ezsd.cache.errors import (
     StoreBusy,
     StoreError,
@@ -27,7 +8,26 @@ from ezsd.cache.errors import (
     StoreMismatch,
     StoreUnreadable,
 )
+from ezsd.cache.format.manifest import (
+    JSON,
+    Manifest,
+    Origin,
+    canonical_json,
+    differences,
+    images_digest,
+)
+from ezsd.cache.format.records import GroundTruthRows, ProposalRows, RegionRows
+from ezsd.cache.format.schema import PRODUCTS, RAGGED, Block, EmbeddingType, RaggedRows
+from ezsd.cache.journal.commit import commit_numbered
+from ezsd.cache.journal.disk_room import Forecast, forecast
+from ezsd.cache.journal.entries import read_note
+from ezsd.cache.journal.plan import forget_block, journaled_bad_images, write_block
 from ezsd.cache.journal.shards import ShardTask, commit_shard
+from ezsd.cache.reader import Product, Store, Verify
+from ezsd.cache.tools.compare import Comparison, compare
+from ezsd.cache.tools.inspect import ProductInfo, StoreInfo, info, list_stores
+from ezsd.cache.tools.leftovers import Leftovers, collect
+from ezsd.cache.tools.repair import RepairReport, RowSource, repair
 from ezsd.cache.tools.verify import Damage, verify
 from ezsd.cache.writer import StoreWriter
 

@@ -14,13 +14,11 @@ from typing import Any, Generic, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.cache.storage.arrays import RowArray, VerifiedArray, all_finite
-from ezsd.cache.journal.bad_images import bad_images_of
+from ezsd.cache.errors import StoreError, StoreKeyError
 from ezsd.cache.files import MENDED, PUSHED
-from ezsd.cache.format.manifest import Manifest, parse_json
 from ezsd.cache.format.commit_mark import MANIFEST, CommitMark
-from ezsd.cache.storage.locations import LocalPlace, Place, find_place, read_environment
-from ezsd.cache.journal.plan import refuse
+from ezsd.cache.format.manifest import Manifest, parse_json
+from ezsd.cache.format.offsets import image_places, of_images
 from ezsd.cache.format.quantise import dequantise
 from ezsd.cache.format.records import GroundTruthRows, ProposalRows, RegionRows, RowBatch, Rows
 from ezsd.cache.format.schema import (
@@ -33,8 +31,10 @@ from ezsd.cache.format.schema import (
     Field,
     stored_fields,
 )
-from ezsd.cache.errors import StoreError, StoreKeyError
-from ezsd.cache.format.offsets import image_places, of_images
+from ezsd.cache.journal.bad_images import bad_images_of
+from ezsd.cache.journal.plan import refuse
+from ezsd.cache.storage.arrays import RowArray, VerifiedArray, all_finite
+from ezsd.cache.storage.locations import LocalPlace, Place, find_place, read_environment
 
 Verify: TypeAlias = Literal["quick", "full"]
 """How far a store is checked before its values are handed out, see `Store`."""

@@ -9,9 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ezsd.cache.journal.bad_images import all_bad_images
-from ezsd.cache.journal.validation import check_whole
-from ezsd.cache.journal.commit import Committer, Finisher, remove_journal
+from ezsd.cache.errors import StoreBusy, StoreError, StoreIncomplete
 from ezsd.cache.files import (
     BuildLock,
     disk_room,
@@ -21,6 +19,20 @@ from ezsd.cache.files import (
     writable,
     write_atomic,
 )
+from ezsd.cache.format.commit_mark import (
+    ENVIRONMENT,
+    LOCK,
+    LOG,
+    MANIFEST,
+    CommitMark,
+    read_mark,
+    require_not_set_aside,
+    size_problems,
+)
+from ezsd.cache.format.manifest import JSON, Manifest, canonical_json, seal
+from ezsd.cache.format.schema import SHARD_BYTES, WHOLE, Block
+from ezsd.cache.journal.bad_images import all_bad_images
+from ezsd.cache.journal.commit import Committer, Finisher, remove_journal
 from ezsd.cache.journal.disk_room import room_to_commit, small_bytes
 from ezsd.cache.journal.entries import (
     Entry,
@@ -33,18 +45,6 @@ from ezsd.cache.journal.entries import (
     write_entry,
     write_note,
 )
-from ezsd.cache.format.manifest import JSON, Manifest, canonical_json, seal
-from ezsd.cache.format.commit_mark import (
-    ENVIRONMENT,
-    LOCK,
-    LOG,
-    MANIFEST,
-    CommitMark,
-    read_mark,
-    require_not_set_aside,
-    size_problems,
-)
-from ezsd.cache.storage.locations import unfinished_plan
 from ezsd.cache.journal.plan import (
     Plan,
     another_folder,
@@ -56,9 +56,9 @@ from ezsd.cache.journal.plan import (
     read_plan,
     refuse,
 )
-from ezsd.cache.format.schema import SHARD_BYTES, WHOLE, Block
-from ezsd.cache.errors import StoreBusy, StoreError, StoreIncomplete
 from ezsd.cache.journal.shards import ShardTask, forget_record, recorded
+from ezsd.cache.journal.validation import check_whole
+from ezsd.cache.storage.locations import unfinished_plan
 
 
 class StoreWriter:

@@ -13,9 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-
-class VocabularyError(ValueError):
-    """A class name is unknown, doubled, empty or missing."""
+from ezsd.errors import VocabularyError
 
 
 def canonical(name: str) -> str:

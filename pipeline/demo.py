@@ -9,18 +9,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import STAGE_ONE, setting_of
 from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.data.shapes import write_shapes
+from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import headline
-from ezsd.pipeline.config.relations import load_settings
-from ezsd.pipeline.report import write_report
-from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.errors import RunError
-from ezsd.pipeline.data.shapes import write_shapes
 from ezsd.pipeline.interrupts import run_commands
+from ezsd.pipeline.report import write_report
+from ezsd.pipeline.runs.run import Run
 
 log = logging.getLogger("ezsd")
 

@@ -8,9 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-
-class DamagedFile(ValueError):
-    """A file that ezsd wrote holds something else now."""
+from ezsd.pipeline.errors import DamagedFile
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.pipeline.extraction.build import build_cache, build_share
-from ezsd.pipeline.data.check import check_dataset
-from ezsd.pipeline.console.defaults import USER_ERRORS
+from ezsd.errors import EzsdError
 from ezsd.pipeline.config.schema import apply_override, from_tables, load_preset, to_tables
+from ezsd.pipeline.console.store_messages import build_lines
+from ezsd.pipeline.data.check import check_dataset
 from ezsd.pipeline.data.datasets import Dataset, find_dataset
+from ezsd.pipeline.extraction.build import build_cache, build_share
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.scheduling.job_array import Share
-from ezsd.pipeline.console.store_messages import build_lines
 from ezsd.pipeline.training.train import TrainRequest, train
 
-REFUSALS = (*USER_ERRORS, ValueError)
+REFUSALS = (EzsdError, ValueError)
 """With what a user's mistake is told; some of these checks are the method's, which has no errors of its own."""
 
 

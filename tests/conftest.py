@@ -11,13 +11,13 @@ import torch
 from pycocotools import mask
 
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.config.schema import Config, load_preset
 from ezsd.pipeline.data.datasets import Dataset, find_dataset
-from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
-from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.data.shapes import write_shapes
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
+from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.train import TrainRequest, train
 
 # A preset of minutes made one of seconds: fewer anchors, steps and regions, the same code.

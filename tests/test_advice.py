@@ -20,9 +20,9 @@ from PIL import Image
 
 from ezsd.cache import Store
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.teacher.open_clip import require_teacher
-from ezsd.vocabulary import parse_classes
-from ezsd.pipeline.data.split import chosen_split
+from ezsd.errors import EzsdError
+from ezsd.pipeline.config.relations import load_settings
+from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.console.arguments import (
     class_names,
     find_images,
@@ -30,11 +30,11 @@ from ezsd.pipeline.console.arguments import (
     require_one_source,
     require_output,
 )
-from ezsd.pipeline.console.defaults import USER_ERRORS
-from ezsd.pipeline.config.schema import load_preset
-from ezsd.pipeline.config.relations import load_settings
-from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.data.shapes import write_shapes
+from ezsd.pipeline.data.split import chosen_split
+from ezsd.pipeline.runs.run import Run
+from ezsd.teacher.open_clip import require_teacher
+from ezsd.vocabulary import parse_classes
 from tests.advicekit import FAST, Advice, Calls, Place, each_of, follow, follow_call
 
 
@@ -404,7 +404,7 @@ def test_the_tests_that_the_inventory_names_are_there(test):
 
 def test_a_misspelt_teacher_is_said_before_anything_is_drawn_or_loaded():
     with pytest.raises(
-        USER_ERRORS, match=r"--teacher ViT-B-23: no such open_clip model; did you mean '([\w-]+)'"
+        EzsdError, match=r"--teacher ViT-B-23: no such open_clip model; did you mean '([\w-]+)'"
     ) as said:
         require_teacher("ViT-B-23", "openai")
     require_teacher(re.search(r"did you mean '([\w-]+)'", str(said.value))[1], "openai")

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk, shard_chunks, shard_index
 from ezsd.cache.format.schema import CHECKSUM, CHECKSUMS, ArraySpec, array_spec
+from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk, shard_chunks, shard_index
 
 
 class ChunkSums:

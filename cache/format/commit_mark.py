@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ezsd.cache.errors import StoreError, StoreIncomplete
 from ezsd.cache.files import ABSENT, FileDigest, file_digest, read_if_there, unreadable
 from ezsd.cache.format.manifest import JSON, parse_json, seal, unseal
 from ezsd.cache.format.names import MANIFEST_FILE, is_store_file, needed_files, require_inside
 from ezsd.cache.format.schema import EMBEDDING_TYPES, FORMAT_VERSION, EmbeddingType, require_supported
-from ezsd.cache.errors import StoreError, StoreIncomplete
 
 COMMIT = "COMMIT.json"
 INCOMPLETE = "INCOMPLETE.json"

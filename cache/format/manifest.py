@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ezsd.cache.errors import StoreError
 from ezsd.cache.format.schema import (
     EMBED,
     EMBEDDING_TYPES,
@@ -21,7 +22,6 @@ from ezsd.cache.format.schema import (
     EmbeddingType,
     require_supported,
 )
-from ezsd.cache.errors import StoreError
 
 JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
 

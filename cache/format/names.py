@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 
+from ezsd.cache.errors import StoreError
 from ezsd.cache.files import unreadable
 from ezsd.cache.format.schema import (
     CHECKSUMS,
@@ -22,7 +23,6 @@ from ezsd.cache.format.schema import (
     EmbeddingType,
     stored_fields,
 )
-from ezsd.cache.errors import StoreError
 
 MANIFEST_FILE = "manifest.json"
 ROOT = "zarr.json"

@@ -13,6 +13,8 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ezsd.cache.errors import StoreError
+
 FORMAT_VERSION = 2
 """Changes only together with a migration, or a clear refusal of the older stores."""
 
@@ -28,33 +30,6 @@ EMBED = -1
 EmbeddingType: TypeAlias = Literal["float16", "int8"]
 """How a store keeps the embeddings of regions and ground truth; with int8 a float32 scale stands beside each row."""
 EMBEDDING_TYPES: tuple[EmbeddingType, ...] = get_args(EmbeddingType)
-
-
-class StoreError(ValueError):
-    """A store, or something given to one, is not as it must be."""
-
-
-class StoreIncomplete(StoreError):
-    """The store has no commit mark yet: its build was interrupted or still runs."""
-
-
-class StoreMismatch(StoreError):
-    """The store was made from something else than what is wanted now."""
-
-
-class StoreBusy(StoreError):
-    """Another process is at work on the store."""
-
-
-class StoreUnreadable(StoreError):
-    """The system does not let a file be read; whether it is damaged is not known."""
-
-
-class StoreKeyError(StoreError, KeyError):
-    """The store has no image with this id."""
-
-    # KeyError shows the repr of its message; a sentence must stay a sentence.
-    __str__ = ValueError.__str__
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ezsd.cache.errors import StoreError
 from ezsd.cache.format.manifest import JSON, canonical_json
 from ezsd.cache.format.schema import ArraySpec
-from ezsd.cache.errors import StoreError
 
 _ABSENT = 2**64 - 1
 """Marks an inner chunk that a shard does not hold: those beyond the end of the array."""

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ezsd.cache.journal.commit import Committer
-from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk
-from ezsd.cache.journal.entries import Entry
 from ezsd.cache.format.schema import RAGGED, SHARD_BYTES, EmbeddingType, array_spec, stored_fields
+from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk
+from ezsd.cache.journal.commit import Committer
+from ezsd.cache.journal.entries import Entry
 from ezsd.cache.journal.shards import ShardTask
 
 _METADATA = 2**21

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ezsd.cache.errors import StoreError, StoreUnreadable
 from ezsd.cache.files import (
     ABSENT,
     discard,
@@ -32,7 +33,6 @@ from ezsd.cache.files import (
 )
 from ezsd.cache.format.manifest import JSON, seal, unseal
 from ezsd.cache.format.names import inside
-from ezsd.cache.errors import StoreError, StoreUnreadable
 
 _ALIGNMENT = 64
 _PIECE_BYTES = 2**19

@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.cache.journal.bad_images import all_bad_images, bad_attributes, require_no_rows
-from ezsd.cache.journal.validation import check_block, check_images
+from ezsd.cache.errors import StoreError, StoreMismatch, StoreUnreadable
 from ezsd.cache.files import disk_room
-from ezsd.cache.journal.entries import Entry, journal_folder, little_endian, set_aside, write_entry
-from ezsd.cache.format.manifest import JSON, Manifest, canonical_json, images_digest
 from ezsd.cache.format.commit_mark import is_count
+from ezsd.cache.format.manifest import JSON, Manifest, canonical_json, images_digest
 from ezsd.cache.format.quantise import quantise
 from ezsd.cache.format.schema import (
     FORMAT_VERSION,
@@ -31,7 +29,9 @@ from ezsd.cache.format.schema import (
     require_supported,
     stored_fields,
 )
-from ezsd.cache.errors import StoreError, StoreMismatch, StoreUnreadable
+from ezsd.cache.journal.bad_images import all_bad_images, bad_attributes, require_no_rows
+from ezsd.cache.journal.entries import Entry, journal_folder, little_endian, set_aside, write_entry
+from ezsd.cache.journal.validation import check_block, check_images
 
 PLAN = "plan"
 _GEOMETRY = ("embed_dim", "block_images", "shard_bytes")

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ezsd.cache.format import zarr_bytes as encoding
-from ezsd.cache.format.checksums import ChunkSums
+from ezsd.cache.errors import StoreError, StoreUnreadable
 from ezsd.cache.files import (
     ABSENT,
     FileDigest,
@@ -21,13 +20,14 @@ from ezsd.cache.files import (
     write_atomic,
     write_new,
 )
-from ezsd.cache.journal.entries import drop_data, journal_folder, scratch_folder, set_aside
-from ezsd.cache.format.manifest import JSON, canonical_json, seal, unseal
+from ezsd.cache.format import zarr_bytes as encoding
+from ezsd.cache.format.checksums import ChunkSums
 from ezsd.cache.format.commit_mark import is_count, is_sha256
+from ezsd.cache.format.manifest import JSON, canonical_json, seal, unseal
 from ezsd.cache.format.names import inside
-from ezsd.cache.journal.plan import Plan, block_name, read_block, read_plan
 from ezsd.cache.format.schema import ArraySpec
-from ezsd.cache.errors import StoreError, StoreUnreadable
+from ezsd.cache.journal.entries import drop_data, journal_folder, scratch_folder, set_aside
+from ezsd.cache.journal.plan import Plan, block_name, read_block, read_plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.cache.format.schema import EMBED, RAGGED, UNIT_TOLERANCE, WHOLE, Field, RaggedRows
 from ezsd.cache.errors import StoreError
+from ezsd.cache.format.schema import EMBED, RAGGED, UNIT_TOLERANCE, WHOLE, Field, RaggedRows
 
 
 def check_images(image_ids: NDArray[np.int64], widths: NDArray[np.int32], heights: NDArray[np.int32]) -> None:

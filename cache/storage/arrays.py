@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.cache.files import ABSENT, system_error, unreadable
-from ezsd.cache.format.zarr_bytes import fill_value
 from ezsd.cache.errors import StoreError
+from ezsd.cache.files import ABSENT, system_error, unreadable
 from ezsd.cache.format.schema import array_spec
+from ezsd.cache.format.zarr_bytes import fill_value
 
 if TYPE_CHECKING:
     import zarr

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.cache.storage.arrays import RowArray
+from ezsd.cache.errors import StoreError
 from ezsd.cache.files import MENDED, open_to_read, read_bytes, unreadable
+from ezsd.cache.format.manifest import parse_json
+from ezsd.cache.format.schema import ArraySpec
 from ezsd.cache.format.zarr_bytes import (
     array_metadata,
     crc32c,
@@ -30,10 +32,8 @@ from ezsd.cache.format.zarr_bytes import (
     shard_rows,
     spec_of_metadata,
 )
-from ezsd.cache.format.manifest import parse_json
+from ezsd.cache.storage.arrays import RowArray
 from ezsd.cache.storage.memory_maps import map_file, will_need
-from ezsd.cache.format.schema import ArraySpec
-from ezsd.cache.errors import StoreError
 
 _PAGE = mmap.PAGESIZE
 # The kernel reads as much around a page fault of its own accord; a hint then costs more than it gains.

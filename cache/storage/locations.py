@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from ezsd.cache.storage.arrays import RowArray, ZarrArray, zarr_errors
-from ezsd.cache.storage.direct import open_mapped
+from ezsd.cache.errors import StoreError, StoreIncomplete
 from ezsd.cache.files import MENDED, FileDigest, file_digest, read_bytes, read_if_there, unreadable
 from ezsd.cache.format.commit_mark import (
     ENVIRONMENT,
@@ -19,7 +18,8 @@ from ezsd.cache.format.commit_mark import (
     size_problems,
 )
 from ezsd.cache.journal.plan import Plan, block_done, plan_folder, read_plan
-from ezsd.cache.errors import StoreError, StoreIncomplete
+from ezsd.cache.storage.arrays import RowArray, ZarrArray, zarr_errors
+from ezsd.cache.storage.direct import open_mapped
 
 
 class Place(Protocol):

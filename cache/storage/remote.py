@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
-from ezsd.cache.storage.arrays import RowArray, ZarrArray, zarr_errors
+from ezsd.cache.errors import StoreError, StoreIncomplete
 from ezsd.cache.files import (
     MOST_UNSTATED,
     PUSHED,
@@ -30,7 +30,7 @@ from ezsd.cache.files import (
 )
 from ezsd.cache.format.commit_mark import ARRIVING, COMMIT, TRANSFER, CommitMark, parse_mark
 from ezsd.cache.format.names import inside, require_inside
-from ezsd.cache.errors import StoreError, StoreIncomplete
+from ezsd.cache.storage.arrays import RowArray, ZarrArray, zarr_errors
 
 if TYPE_CHECKING:
     import fsspec

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ezsd.cache.files import FileDigest
-from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.commit_mark import MANIFEST
-from ezsd.cache.storage.locations import require_mark
+from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.schema import PRODUCTS
+from ezsd.cache.storage.locations import require_mark
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ezsd.cache.errors import StoreError
 from ezsd.cache.files import discard
 from ezsd.cache.format.commit_mark import MANIFEST
-from ezsd.cache.reader import Store, Verify
 from ezsd.cache.format.schema import RAGGED
-from ezsd.cache.errors import StoreError
+from ezsd.cache.reader import Store, Verify
 
 Format: TypeAlias = Literal["npz", "parquet", "webdataset"]
 FORMATS: tuple[Format, ...] = get_args(Format)

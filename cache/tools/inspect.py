@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ezsd.cache.journal.bad_images import NO_ROOT, all_bad_images, bad_images_of
-from ezsd.cache.journal.commit import Committer
+from ezsd.cache.errors import StoreError
 from ezsd.cache.files import read_bytes
-from ezsd.cache.format.manifest import Manifest, parse_json
 from ezsd.cache.format.commit_mark import (
     COMMIT,
     INCOMPLETE,
@@ -21,11 +19,13 @@ from ezsd.cache.format.commit_mark import (
     read_mark,
     size_problems,
 )
+from ezsd.cache.format.manifest import Manifest, parse_json
 from ezsd.cache.format.names import files_below, size_of
-from ezsd.cache.storage.locations import LocalPlace, read_environment, unfinished_plan
-from ezsd.cache.journal.plan import Plan, block_done, plan_folder, read_block
 from ezsd.cache.format.schema import FORMAT_VERSION, RAGGED, EmbeddingType
-from ezsd.cache.errors import StoreError
+from ezsd.cache.journal.bad_images import NO_ROOT, all_bad_images, bad_images_of
+from ezsd.cache.journal.commit import Committer
+from ezsd.cache.journal.plan import Plan, block_done, plan_folder, read_block
+from ezsd.cache.storage.locations import LocalPlace, read_environment, unfinished_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ezsd.cache.files import BuildLock, discard
-from ezsd.cache.journal.entries import JOURNAL, scratch_folder
 from ezsd.cache.format.commit_mark import (
     ARRIVING,
     LOCK,
@@ -16,6 +15,7 @@ from ezsd.cache.format.commit_mark import (
     read_mark,
 )
 from ezsd.cache.format.names import files_below, inside, size_of
+from ezsd.cache.journal.entries import JOURNAL, scratch_folder
 from ezsd.cache.storage.locations import unfinished_plan
 from ezsd.cache.tools.verify import stray_files
 

@@ -10,12 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ezsd.cache.errors import StoreError, StoreMismatch, StoreUnreadable
+from ezsd.cache.files import BuildLock, discard, make_folders, rename, scratch_name, write_new
 from ezsd.cache.format import zarr_bytes as encoding
 from ezsd.cache.format.checksums import ChunkSums
-from ezsd.cache.journal.commit import root_attributes
-from ezsd.cache.files import BuildLock, discard, make_folders, rename, scratch_name, write_new
-from ezsd.cache.journal.entries import journal_folder, little_endian, raw_bytes, scratch_folder
-from ezsd.cache.format.manifest import Manifest, parse_json
 from ezsd.cache.format.commit_mark import (
     COMMIT,
     ENVIRONMENT,
@@ -26,9 +24,8 @@ from ezsd.cache.format.commit_mark import (
     read_incomplete,
     read_mark,
 )
+from ezsd.cache.format.manifest import Manifest, parse_json
 from ezsd.cache.format.names import inside
-from ezsd.cache.storage.locations import unfinished_plan
-from ezsd.cache.journal.plan import stored_columns
 from ezsd.cache.format.schema import (
     CHECKSUM,
     CHECKSUMS,
@@ -41,7 +38,10 @@ from ezsd.cache.format.schema import (
     RaggedRows,
     stored_fields,
 )
-from ezsd.cache.errors import StoreError, StoreMismatch, StoreUnreadable
+from ezsd.cache.journal.commit import root_attributes
+from ezsd.cache.journal.entries import journal_folder, little_endian, raw_bytes, scratch_folder
+from ezsd.cache.journal.plan import stored_columns
+from ezsd.cache.storage.locations import unfinished_plan
 from ezsd.cache.tools.verify import Damage, Locator, consolidated, damaged_files
 
 BLOCK_IMAGES = 64

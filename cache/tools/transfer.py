@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ezsd.cache.errors import StoreError
 from ezsd.cache.files import (
     BuildLock,
     FileDigest,
@@ -36,7 +37,6 @@ from ezsd.cache.format.commit_mark import (
 from ezsd.cache.format.names import files_below, inside
 from ezsd.cache.reader import Store
 from ezsd.cache.storage.remote import RemotePlace
-from ezsd.cache.errors import StoreError
 
 _PIECE = 8 * 2**20
 

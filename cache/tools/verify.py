@@ -9,11 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ezsd.cache.errors import StoreError, StoreUnreadable
 from ezsd.cache.format.checksums import checksum_spec, damaged_rows
-from ezsd.cache.storage.direct import direct_spec
-from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk, shard_rows
-from ezsd.cache.journal.entries import JOURNAL, Entry, journal_folder
-from ezsd.cache.format.manifest import parse_json
 from ezsd.cache.format.commit_mark import (
     ENVIRONMENT,
     UNLISTED,
@@ -22,14 +19,15 @@ from ezsd.cache.format.commit_mark import (
     read_incomplete,
     read_mark,
 )
+from ezsd.cache.format.manifest import parse_json
 from ezsd.cache.format.names import empty_folders, files_below
-from ezsd.cache.storage.locations import LocalPlace, read_environment, unfinished_plan
-from ezsd.cache.journal.plan import Plan, block_name
+from ezsd.cache.format.offsets import image_places, of_images
 from ezsd.cache.format.schema import CHECKSUMS, RAGGED, WHOLE, ArraySpec
-from ezsd.cache.errors import StoreError, StoreUnreadable
-
-_LISTED = 8
-"""Most images named in one line."""
+from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk, shard_rows
+from ezsd.cache.journal.entries import JOURNAL, Entry, journal_folder
+from ezsd.cache.journal.plan import Plan, block_name
+from ezsd.cache.storage.direct import direct_spec
+from ezsd.cache.storage.locations import LocalPlace, read_environment, unfinished_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,14 +53,6 @@ class Damage:
             ranges = ", ".join(f"{start} to {stop - 1}" for start, stop in self.rows)
             text += f"; lost are rows {ranges} of {self.array}"
         return text + of_images(self.images)
-
-
-def of_images(images: Sequence[int]) -> str:
-    """Which images lost rows belong to, as the end of a sentence; empty where there are none."""
-    if not images:
-        return ""
-    shown = ", ".join(map(str, images[:_LISTED]))
-    return f", of the images {shown}" + (f" and {len(images) - _LISTED} more" if len(images) > _LISTED else "")
 
 
 def verify(path: str | os.PathLike[str], *, deep: bool = False) -> list[Damage]:
@@ -234,18 +224,6 @@ def consolidated(root: dict[str, Any], array: str) -> dict[str, Any]:
     for key in ("consolidated_metadata", "metadata", array):
         found = found.get(key) if isinstance(found, dict) else None
     return found if isinstance(found, dict) else {}
-
-
-def image_places(offset: NDArray[np.int64], rows: Sequence[tuple[int, int]]) -> list[int]:
-    """Positions of the images that own any of these rows, in order."""
-    found: set[int] = set()
-    for start, stop in rows:
-        first = int(np.searchsorted(offset, start, side="right")) - 1
-        last = int(np.searchsorted(offset, stop, side="left"))
-        # Rows outside of all offsets, which only damaged or made-up ones leave, belong to no image.
-        owners = range(max(first, 0), min(last, len(offset) - 1))
-        found |= {place for place in owners if offset[place] < offset[place + 1]}
-    return sorted(found)
 
 
 def damaged_entries(plan: Plan, *, deep: bool) -> list[Damage]:

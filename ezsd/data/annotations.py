@@ -15,8 +15,6 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from ezsd.errors import AnnotationError
-from ezsd.data.records import Annotations, ImageRecord, ImageTable, RawAnnotations, refine
 from ezsd.data.coco_json import (
     Fault,
     Table,
@@ -25,6 +23,8 @@ from ezsd.data.coco_json import (
     image_faults,
     read_table,
 )
+from ezsd.data.records import Annotations, ImageRecord, ImageTable, RawAnnotations, refine
+from ezsd.errors import AnnotationError
 from ezsd.vocabulary import Split, canonical, suggest
 
 __all__ = [

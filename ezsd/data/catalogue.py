@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from ezsd.errors import AnnotationError
 from ezsd.data.records import unfit
 from ezsd.data.stream import FILE_CURE, open_json
+from ezsd.errors import AnnotationError
 from ezsd.vocabulary import canonical
 
 _FEDERATED = "A federated file, as LVIS's are, has these lists in every image and a frequency in every category."

@@ -17,9 +17,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ezsd.errors import AnnotationError
 from ezsd.data.records import unfit
 from ezsd.data.stream import FILE_CURE, JsonError, JsonReader, is_finite, open_json
+from ezsd.errors import AnnotationError
 from ezsd.vocabulary import canonical, is_writable
 
 Section = Literal["images", "annotations", "categories"]

@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask
 
-from ezsd.errors import AnnotationError
-from ezsd.data.stream import open_json
 from ezsd.data.coco_json import Fault
+from ezsd.data.stream import open_json
+from ezsd.errors import AnnotationError
 
 Rings: TypeAlias = list[npt.NDArray[np.float64]]
 """Corner points of a polygon's rings, pixels, each (P, 2) with P >= 3."""

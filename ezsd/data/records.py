@@ -23,13 +23,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-
-class AnnotationError(ValueError):
-    """An annotation file, or a path it names, is not what it must be.
-
-    The message names the file, the place inside it, what was expected, what was found and what
-    to do.
-    """
+from ezsd.errors import AnnotationError
 
 
 def unfit(path: Path, where: str, expected: str, found: str, cure: str) -> AnnotationError:

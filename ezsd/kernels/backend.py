@@ -12,6 +12,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ezsd.errors import BackendError
+
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "eager", "triton"]
@@ -19,10 +21,6 @@ Resolved = Literal["eager", "triton"]
 
 MAX_LEVELS = 5
 """Pyramid levels one Triton launch can address."""
-
-
-class BackendError(RuntimeError):
-    """The Triton backend was asked for where it cannot run."""
 
 
 def resolve_backend(backend: Backend, maps: tuple[Tensor, ...]) -> Resolved:

@@ -8,6 +8,7 @@ detector look for some names, evaluate with these, as `names=split.novel`. Restr
 detections does not make them those of a search for the novel names *alone*: the classes have competed for every box.
 """
 
+from ezsd.metrics.average_precision import ClassScores, GroupScores
 from ezsd.metrics.evaluation import (
     COCO_LIMITS,
     LVIS_LIMITS,
@@ -16,12 +17,10 @@ from ezsd.metrics.evaluation import (
     evaluate_at,
     limits_of,
 )
+from ezsd.metrics.ground_truth import Truth, read_truth, with_masks
 from ezsd.metrics.limits import Limit
 from ezsd.metrics.named import Named
 from ezsd.metrics.results import Detections, Results, read_results
-from ezsd.errors import ResultsError
-from ezsd.metrics.average_precision import ClassScores, GroupScores
-from ezsd.metrics.ground_truth import Truth, read_truth, with_masks
 
 __all__ = [
     "COCO_LIMITS",
@@ -33,7 +32,6 @@ __all__ = [
     "Limit",
     "Named",
     "Results",
-    "ResultsError",
     "Truth",
     "evaluate",
     "evaluate_at",

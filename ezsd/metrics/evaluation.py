@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ezsd.data.catalogue import FREQUENCIES
+from ezsd.metrics.average_precision import ClassScores, Curves, GroupScores
+from ezsd.metrics.ground_truth import Truth, read_truth
 from ezsd.metrics.limits import Limit
 from ezsd.metrics.matching import Matches, Shape, is_listed, match
 from ezsd.metrics.results import Detections, Results
-from ezsd.metrics.average_precision import ClassScores, Curves, GroupScores
-from ezsd.metrics.ground_truth import Truth, read_truth
 from ezsd.vocabulary import Split, resolve
 
 COCO_LIMITS = (Limit(100), Limit(300), Limit(100, per_class=True))

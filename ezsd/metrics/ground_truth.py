@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ezsd.errors import AnnotationError
 from ezsd.data.annotations import RawAnnotations, read_raw
 from ezsd.data.catalogue import Catalogue, read_catalogue
-from ezsd.data.records import ImageTable
 from ezsd.data.masks import read_outlines, to_run_lengths
+from ezsd.data.records import ImageTable
+from ezsd.errors import AnnotationError
 from ezsd.metrics.named import Named
 from ezsd.vocabulary import Split
 

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from pycocotools import mask
 
 from ezsd.data.masks import overlaps
-from ezsd.metrics.results import Results
 from ezsd.metrics.ground_truth import Truth
+from ezsd.metrics.results import Results
 
 Shape: TypeAlias = Literal["bbox", "segm"]
 """What must overlap: boxes or masks."""

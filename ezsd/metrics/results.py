@@ -13,13 +13,10 @@ import numpy.typing as npt
 
 from ezsd.data.masks import parse_outline, to_box, to_run_lengths
 from ezsd.data.stream import is_finite
+from ezsd.errors import ResultsError
 from ezsd.metrics.named import DocumentError, Named, renumbered
 
 _CURE = "A results file is a list of objects with image_id, category_id, bbox and score."
-
-
-class ResultsError(ValueError):
-    """A results file is not what it must be; the message names the file, the place and what was expected."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

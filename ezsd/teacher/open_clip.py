@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, INCEPTION_MEAN, INCEPTION_STD
 from torch import Tensor, nn
 
-from ezsd.errors import TeacherError
+from ezsd.errors import TeacherError, VocabularyError
 from ezsd.teacher.weights import (
     activation_mismatch,
     load_checkpoint,
@@ -30,7 +30,6 @@ from ezsd.teacher.weights import (
     require_transformers,
     transformers_missing,
 )
-from ezsd.errors import VocabularyError
 from ezsd.vocabulary import clean_names, first_few, prompts, suggest
 
 __all__ = ["Teacher", "TeacherError", "load_teacher", "require_told_apart"]

@@ -15,16 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ezsd.errors import TeacherError
+
 # Files as their publishers have them, by sha256. open_clip checks the activation of its tags only, not of files.
 _KNOWN: dict[str, Literal["gelu", "quickgelu"]] = {
     # open_clip_model.safetensors of timm/vit_base_patch32_clip_224.openai
     "e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31": "quickgelu",
 }
 _HUB_SECONDS = 5.0
-
-
-class TeacherError(ValueError):
-    """A teacher cannot be had as asked for; the message says what to bring."""
 
 
 def require_activation(name: str, path: Path, stated: str | None, *, model_has_quick_gelu: bool) -> None:

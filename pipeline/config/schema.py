@@ -13,21 +13,17 @@ from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any, Literal
 
-from ezsd.cache import EmbeddingType
 from ezsd.adapt import AdaptLoss
+from ezsd.cache import EmbeddingType
 from ezsd.crops import Surround
 from ezsd.detector.backbone import BACKBONES
 from ezsd.detector.heads import HeadName
 from ezsd.detector.model import BoxClass
 from ezsd.kernels import Backend, Metric
-from ezsd.proposals.select import Score
+from ezsd.pipeline.errors import ConfigError
 from ezsd.proposals.search import Mode
+from ezsd.proposals.select import Score
 from ezsd.teacher.open_clip import Activation, Names, Normalisation, Precision
-
-
-class ConfigError(ValueError):
-    """A setting is unknown or has an impossible value."""
-
 
 LEAST_SIDE = 32
 """Pixels that images may be resized to: the coarsest level of a pyramid then has a cell."""
@@ -397,7 +393,11 @@ STAGE_ONE = ("teacher", "adapt", "proposals", "build")
 
 def preset_names() -> list[str]:
     """Presets that the package ships."""
-    return sorted(p.name.removesuffix(".toml") for p in files("ezsd.pipeline.config.presets").iterdir() if p.name.endswith(".toml"))
+    return sorted(
+        p.name.removesuffix(".toml")
+        for p in files("ezsd.pipeline.config.presets").iterdir()
+        if p.name.endswith(".toml")
+    )
 
 
 PRESET_ALIASES = {"fast": "coco"}

@@ -2,72 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from ezsd.cache.errors import StoreError
-from ezsd.errors import AnnotationError
-from ezsd.errors import ResultsError
+from ezsd.errors import VocabularyError
+from ezsd.pipeline.data.images import look
+from ezsd.pipeline.errors import ArgumentError
 from ezsd.vocabulary import (
-    COCO_SPLIT,
-    Split,
     canonical,
     parse_classes,
     require_characters,
     require_different,
-    resolve,
-    spelt_as,
 )
-from ezsd.errors import VocabularyError
-from ezsd.pipeline.errors import DamagedFile
-from ezsd.pipeline.errors import ImageError
-from ezsd.pipeline.data.images import look
-
-
-class ArgumentError(ValueError):
-    """An argument, or a file that it names, is not what the command needs."""
-
-
-EARLY_ERRORS = (
-    AnnotationError,
-    ArgumentError,
-    DamagedFile,
-    ImageError,
-    ResultsError,
-    StoreError,
-    VocabularyError,
-)
-"""The user's errors that need no heavy import to be known; see `ezsd.pipeline.console.defaults.USER_ERRORS` for all."""
-
-_OF_THE_DISK = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOLCK),
-)
-"""A disk that is full, may not be written to, or has no locks."""
-
-
-def is_of_a_place(error: OSError) -> bool:
-    """Whether a system's error is about a file, disk or network that the user can do something about.
-
-    Without the name of a file it says so of itself, or it comes from a call that ezsd got wrong.
-    """
-    return (
-        error.filename is not None or error.errno in _OF_THE_DISK or isinstance(error, ConnectionError | TimeoutError)
-    )
-
-
-def require_run(folder: Path) -> None:
-    """ArgumentError when a folder holds no run."""
-    if not (folder / "run.json").is_file():
-        raise ArgumentError(
-            f"--run {folder}: no run here (run.json is missing); `ezsd train --cache ... --run` makes one"
-        )
 
 
 def require_weights(file: Path | None, *, crops: bool = True) -> None:
@@ -112,12 +63,6 @@ def require_one_source(
     for option, value in strange.items():
         if value is not None:
             raise ArgumentError(f"{option} goes with {other} alone")
-
-
-def require_device_name(name: str) -> None:
-    """ArgumentError for what is no device's name; whether the device is there shows later."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ArgumentError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
 
 
 def class_names(
@@ -280,78 +225,3 @@ def parse_share(text: str) -> tuple[int, int]:
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise ArgumentError(f"--blocks {text}: expected I/N with I from 1 to N, such as 1/8 to 8/8")
     return int(found[1]), int(found[2])
-
-
-def chosen_split(
-    names: Sequence[str],
-    frequency: dict[str, str],
-    *,
-    where: Path,
-    base: Sequence[str] | None,
-    novel: Sequence[str] | None,
-    split_file: Path | None,
-) -> Split:
-    """Which classes of an annotation file are base and which novel.
-
-    Without a choice, LVIS's rare classes are novel, and COCO's 48 and 17 are taken where the file has them all.
-
-    Args:
-        names: all classes of the file.
-        frequency: LVIS's letters by name; empty for other files.
-        where: the file, for errors.
-        base: names, see `class_names`; alone, all other classes are novel.
-        novel: names; alone, all other classes are base.
-        split_file: TOML with lists `base` and `novel`, at the top or in [classes].
-
-    Raises:
-        ArgumentError: a choice is made twice, or none and the file suggests none.
-        VocabularyError: a base name is not in the file, a name occurs twice or is empty.
-    """
-    if split_file is not None:
-        if base is not None or novel is not None:
-            raise ArgumentError("--split-file already says which classes are base and novel; leave --base/--novel out")
-        return _known(_read_split(split_file), names)
-    if base is not None or novel is not None:
-        first = None if base is None else spelt_as(base, names)
-        second = None if novel is None else spelt_as(novel, names)
-        return _known(
-            Split(
-                base=_others(names, second) if first is None else first,
-                novel=_others(names, first) if second is None else second,
-            ),
-            names,
-        )
-    if frequency:
-        return Split(
-            base=tuple(sorted(name for name in names if frequency[name] != "r")),
-            novel=tuple(sorted(name for name in names if frequency[name] == "r")),
-        )
-    if set(COCO_SPLIT.names) <= set(names):
-        return COCO_SPLIT
-    raise ArgumentError(f"{where}: which of its {len(names)} classes are novel? Give --novel, --base or --split-file")
-
-
-def _others(names: Sequence[str], chosen: Sequence[str] | None) -> tuple[str, ...]:
-    assert chosen is not None
-    return tuple(name for name in names if name not in chosen)
-
-
-def _known(split: Split, names: Sequence[str]) -> Split:
-    """The same split, its names spelt as the file spells them; the file may lack novel ones."""
-    resolve(split.base, names)
-    return Split(base=spelt_as(split.base, names), novel=spelt_as(split.novel, names))
-
-
-def _read_split(path: Path) -> Split:
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArgumentError(f"--split-file {path}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"--split-file {path}: is not valid TOML: {error}") from error
-    table = document.get("classes", document)
-    lists = [table.get(part) if isinstance(table, dict) else None for part in ("base", "novel")]
-    for part, found in zip(("base", "novel"), lists, strict=True):
-        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-            raise ArgumentError(f"--split-file {path}: {part}: expected a list of names, found {found!r}")
-    return Split(base=tuple(lists[0]), novel=tuple(lists[1]))  # type: ignore[arg-type]

@@ -7,54 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from ezsd.cache import Store
-from ezsd.errors import BackendError
-from ezsd.errors import TeacherError
-from ezsd.teacher.open_clip import require_teacher
-from ezsd.pipeline.console.arguments import EARLY_ERRORS
-from ezsd.pipeline.errors import ArgumentError
-from ezsd.pipeline.devices import require_device_name
-from ezsd.pipeline.errors import ClusterError
-from ezsd.pipeline.config.schema import STAGE_ONE, Config, setting_of
-from ezsd.pipeline.errors import ConfigError
-from ezsd.pipeline.data.datasets import Dataset
-from ezsd.pipeline.errors import DatasetError
-from ezsd.pipeline.inference.evaluation_tables import headline_columns, percent
 from ezsd.pipeline.config.relations import load_settings
-from ezsd.pipeline.extraction.provenance import dataset_inputs
-from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.config.schema import STAGE_ONE, Config, setting_of
+from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.shapes import write_shapes
-
-USER_ERRORS = (
-    *EARLY_ERRORS,
-    BackendError,
-    ClusterError,
-    ConfigError,
-    DatasetError,
-    FloatingPointError,
-    RunError,
-    TeacherError,
-)
-"""Shown as one line; anything else is a bug."""
-
-
-def resolve_device(name: str) -> str:
-    """Resolve a device name; "auto" takes a GPU if there is one.
-
-    Raises:
-        ArgumentError: no device's name, or that of a GPU which is not there.
-    """
-    require_device_name(name)
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise ArgumentError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu"
-        )
-    return name
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.extraction.provenance import dataset_inputs
+from ezsd.pipeline.inference.evaluation_tables import headline_columns, percent
+from ezsd.teacher.open_clip import require_teacher
 
 
 def build_config(

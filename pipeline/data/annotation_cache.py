@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.errors import AnnotationError
 from ezsd.data.annotations import Annotations, ImageTable, load_training, read_raw
-from ezsd.data.records import refine
 from ezsd.data.coco_json import Table, category_faults, read_table, used_categories
+from ezsd.data.records import refine
+from ezsd.errors import AnnotationError
 from ezsd.metrics.ground_truth import read_truth
-from ezsd.vocabulary import Split
 from ezsd.pipeline.files import sha256
+from ezsd.vocabulary import Split
 
 log = logging.getLogger("ezsd")
 

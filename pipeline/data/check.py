@@ -13,26 +13,25 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.errors import AnnotationError
 from ezsd.data.annotations import category_ids, raw_annotations, refusals, resolve_image_path
 from ezsd.data.catalogue import read_catalogue
-from ezsd.data.records import clip_boxes, refine
-from ezsd.data.masks import outline_faults
 from ezsd.data.coco_json import Fault, Table, annotation_faults, read_table
+from ezsd.data.masks import outline_faults
+from ezsd.data.records import clip_boxes, refine
+from ezsd.errors import AnnotationError, VocabularyError
 from ezsd.metrics import read_truth
-from ezsd.vocabulary import Split, canonical
-from ezsd.errors import VocabularyError
 from ezsd.pipeline.config.schema import BuildConfig
 from ezsd.pipeline.data.datasets import Dataset, require_prompts
 from ezsd.pipeline.data.images import Exif, Reading, look, most_bad_images, read_pixels
-from ezsd.pipeline.errors import ImageError
-from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.data.requirements import (
     fitting,
     image_file_faults,
     too_few_to_hold_out,
     unmeasured,
 )
+from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.progress import Progress
+from ezsd.vocabulary import Split, canonical
 
 # Reading is waiting, mostly for a disk or a network.
 _READERS = 8

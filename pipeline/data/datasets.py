@@ -17,16 +17,13 @@ from torch import Tensor
 
 from ezsd.data.annotations import ImageRecord, resolve_image_path
 from ezsd.data.shapes import SHAPES_SPLIT
+from ezsd.pipeline.data.annotation_cache import Category, read_categories, sound_categories
+from ezsd.pipeline.data.images import Exif, read_pixels
+from ezsd.pipeline.errors import DatasetError
 from ezsd.vocabulary import COCO_SPLIT, Split, canonical, clean_names, suggest
 from ezsd.vocabulary import prompts as make_prompts
-from ezsd.pipeline.data.images import Exif, read_pixels
-from ezsd.pipeline.data.annotation_cache import Category, read_categories, sound_categories
 
 log = logging.getLogger("ezsd")
-
-
-class DatasetError(ValueError):
-    """A dataset's files are not where they should be, or cannot be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

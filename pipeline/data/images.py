@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from ezsd.pipeline.errors import ImageError
+
 Exif: TypeAlias = Literal["turn", "ignore", "legacy"]
 """What becomes of an image's EXIF orientation.
 
@@ -57,10 +59,6 @@ _TRANSPOSE = {
 
 _NAMED = 3
 """Most images that one error names."""
-
-
-class ImageError(ValueError):
-    """A file is missing, damaged, no image, or not the one that the annotations describe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ezsd.errors import AnnotationError
 from ezsd.data.annotations import Annotations
 from ezsd.data.catalogue import read_catalogue
 from ezsd.data.masks import draw_in_frame, pack, read_outlines, unpack
 from ezsd.detector.masks import GRID, ObjectMasks
-from ezsd.pipeline.data.datasets import Dataset
+from ezsd.errors import AnnotationError
 from ezsd.pipeline.data.annotation_cache import kept_arrays, training_annotations
+from ezsd.pipeline.data.datasets import Dataset
 
 
 class StoredMasks:

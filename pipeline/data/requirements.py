@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ezsd.errors import AnnotationError
 from ezsd.data.annotations import Annotations, resolve_image_path
+from ezsd.errors import AnnotationError
 from ezsd.metrics import read_truth, with_masks
-from ezsd.vocabulary import Split, first_few
-from ezsd.pipeline.data.datasets import DATASETS, Dataset
-from ezsd.pipeline.errors import DatasetError
-from ezsd.pipeline.data.split import NAMED, no_ground_truth
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations, kept_arrays, read_categories
+from ezsd.pipeline.data.datasets import DATASETS, Dataset
+from ezsd.pipeline.data.split import NAMED, no_ground_truth
+from ezsd.pipeline.errors import DatasetError
+from ezsd.vocabulary import Split, first_few
 
 log = logging.getLogger("ezsd")
 

@@ -15,8 +15,8 @@ from PIL import Image
 from ezsd.data.shapes import IMAGE_SIZE, SHAPES_SPLIT, Scene, SceneSplit, scene
 from ezsd.pipeline.errors import DatasetError
 from ezsd.pipeline.files import read_object
-from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.interrupts import shielded
+from ezsd.pipeline.progress import Progress
 
 TRAIN_IMAGES = 500
 VAL_IMAGES = 250

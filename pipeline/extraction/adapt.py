@@ -14,15 +14,14 @@ from torch import Tensor
 from ezsd.adapt import crop_accuracy, flatten, tune_layer_norms
 from ezsd.crops import crop_boxes
 from ezsd.data.annotations import Annotations
-from ezsd.teacher.open_clip import Teacher
 from ezsd.pipeline.config.schema import AdaptConfig, ProposalConfig
-from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.data.datasets import read_dataset_image
 from ezsd.pipeline.data.images import Exif, require_few_bad
-from ezsd.pipeline.errors import ImageError
-from ezsd.pipeline.devices import is_out_of_memory
-from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.data.requirements import held_out_images, too_few_to_hold_out
+from ezsd.pipeline.devices import is_out_of_memory
+from ezsd.pipeline.errors import ConfigError, ImageError
+from ezsd.pipeline.progress import Progress
+from ezsd.teacher.open_clip import Teacher
 
 log = logging.getLogger("ezsd")
 

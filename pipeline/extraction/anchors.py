@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ezsd.boxes import clip
 from ezsd.crops import distinct_crops
-from ezsd.proposals.select import faithful_anchors, faithful_cells, sliding_anchors
-from ezsd.proposals.search import Lattice, coarse_to_fine, grown_stride
 from ezsd.pipeline.config.schema import ProposalConfig
+from ezsd.proposals.search import Lattice, coarse_to_fine, grown_stride
+from ezsd.proposals.select import faithful_anchors, faithful_cells, sliding_anchors
 
 
 def image_anchors(config: ProposalConfig, width: int, height: int) -> Tensor:

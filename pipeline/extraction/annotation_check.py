@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ezsd.cache import Store, StoreMismatch
 from ezsd.data.annotations import Annotations
-from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.annotation_cache import training_annotations
+from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.extraction.provenance import dataset_inputs
 from ezsd.pipeline.extraction.request import take_first
 

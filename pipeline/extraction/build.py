@@ -16,35 +16,34 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ezsd.cache import JSON, PRODUCTS, Block, Manifest, Store, StoreWriter, info
 from ezsd.adapt import restore
+from ezsd.cache import JSON, PRODUCTS, Block, Manifest, Store, StoreWriter, info
 from ezsd.data.annotations import Annotations
-from ezsd.teacher.open_clip import Teacher, require_told_apart
-from ezsd.pipeline.extraction.adapt import adapt_teacher
-from ezsd.pipeline.extraction.commit import require_workers, write_shards
 from ezsd.pipeline.config.schema import Config, TeacherConfig, to_tables
-from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.data.datasets import read_dataset_image, require_prompts
-from ezsd.pipeline.extraction.environment import describe_build, weights_file_digest
-from ezsd.pipeline.extraction.worker import ExtractJob
-from ezsd.pipeline.extraction.forecast import warn_of_room
-from ezsd.pipeline.extraction.external_proposals import given_proposals
-from ezsd.pipeline.errors import ImageError
 from ezsd.pipeline.data.images import most_bad_images, require_few_bad
-from ezsd.pipeline.extraction.jobs import extract_numbered, leave_job
-from ezsd.pipeline.progress import Progress, log_file, now, timed
-from ezsd.pipeline.extraction.provenance import as_json, describe, model_inputs
-from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.data.requirements import (
     require_evaluation,
     require_image_files,
     too_few_to_hold_out,
 )
+from ezsd.pipeline.errors import ConfigError, ImageError
+from ezsd.pipeline.extraction.adapt import adapt_teacher
+from ezsd.pipeline.extraction.commit import require_workers, write_shards
+from ezsd.pipeline.extraction.environment import describe_build, weights_file_digest
+from ezsd.pipeline.extraction.external_proposals import given_proposals
+from ezsd.pipeline.extraction.forecast import warn_of_room
+from ezsd.pipeline.extraction.jobs import extract_numbered, leave_job
+from ezsd.pipeline.extraction.provenance import as_json, describe, model_inputs
+from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.reuse import Reuse, plan_reuse
-from ezsd.pipeline.scheduling.pool import Pool
-from ezsd.pipeline.scheduling.job_array import Share, open_share
-from ezsd.pipeline.interrupts import keeping
 from ezsd.pipeline.extraction.teacher import check_precision, configured_teacher, require_words
+from ezsd.pipeline.extraction.worker import ExtractJob
+from ezsd.pipeline.interrupts import keeping
+from ezsd.pipeline.progress import Progress, log_file, now, timed
+from ezsd.pipeline.scheduling.job_array import Share, open_share
+from ezsd.pipeline.scheduling.pool import Pool
+from ezsd.teacher.open_clip import Teacher, require_told_apart
 
 log = logging.getLogger("ezsd")
 WHOLE_PRODUCTS = ("teacher", "text")

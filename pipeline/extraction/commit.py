@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from ezsd.cache import Block, StoreIncomplete, StoreWriter, commit_numbered
-from ezsd.cache.storage.locations import find_place, read_environment
 from ezsd.cache.journal.plan import plan_folder
-from ezsd.pipeline.scheduling.dask_cluster import Needs, check_workers
-from ezsd.pipeline.files import sha256
+from ezsd.cache.storage.locations import find_place, read_environment
 from ezsd.pipeline.data.images import most_bad_images, require_few_bad
+from ezsd.pipeline.files import sha256
 from ezsd.pipeline.progress import Progress, log_file, now, timed
+from ezsd.pipeline.scheduling.dask_cluster import Needs, check_workers
 from ezsd.pipeline.scheduling.pool import Pool, Schedule
 
 log = logging.getLogger("ezsd")

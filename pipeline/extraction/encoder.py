@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ezsd.crops import crop_boxes, distinct_crops
-from ezsd.teacher.open_clip import Teacher
 from ezsd.errors import TeacherError
 from ezsd.pipeline.config.schema import Config
 from ezsd.pipeline.devices import is_out_of_memory
+from ezsd.teacher.open_clip import Teacher
 
 log = logging.getLogger("ezsd")
 

@@ -10,11 +10,11 @@ from importlib.resources import as_file
 from pathlib import Path
 
 from ezsd.cache import JSON
-from ezsd.teacher.open_clip import TINY_SHAPES, shipped_weights
 from ezsd.pipeline.config.schema import Config, to_tables
-from ezsd.pipeline.progress import now
 from ezsd.pipeline.extraction.provenance import as_json
 from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.progress import now
+from ezsd.teacher.open_clip import TINY_SHAPES, shipped_weights
 
 
 def describe_build(request: BuildRequest, *, workers: int, shares: int | None) -> dict[str, JSON]:

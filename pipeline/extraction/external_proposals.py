@@ -12,8 +12,8 @@ import torch
 from ezsd.boxes import clip
 from ezsd.data.annotations import ImageRecord
 from ezsd.metrics import Named, read_results
-from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.config.schema import ProposalConfig
+from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.extraction.reuse import Columns
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from ezsd.cache import Store
-from ezsd.proposals.select import clear_of_base
 from ezsd.pipeline.extraction.provenance import proposal_settings
+from ezsd.proposals.select import clear_of_base
 
 _GUESSES = {"drop_base_guesses": "look like a base name", "drop_background": "look like background"}
 

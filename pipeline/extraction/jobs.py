@@ -13,9 +13,9 @@ from pathlib import Path
 from ezsd.cache import Block, StoreWriter, read_note
 from ezsd.cache.journal.plan import read_plan
 from ezsd.pipeline.errors import ClusterError
-from ezsd.pipeline.scheduling.dask_cluster import other_versions, versions
-from ezsd.pipeline.extraction.worker import ExtractJob, extract_block
 from ezsd.pipeline.extraction.reuse import Reuse
+from ezsd.pipeline.extraction.worker import ExtractJob, extract_block
+from ezsd.pipeline.scheduling.dask_cluster import other_versions, versions
 
 _BYTES = ("values", "text")
 

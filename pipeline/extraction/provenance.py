@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ezsd.cache import JSON, Manifest, Origin, images_digest
-from ezsd.errors import AnnotationError
 from ezsd.data.annotations import Annotations, ImageRecord, resolve_image_path
+from ezsd.errors import AnnotationError
 from ezsd.pipeline.config.schema import STAGE_ONE, Config, from_tables, to_tables
 from ezsd.pipeline.data.datasets import Dataset
-from ezsd.pipeline.extraction.external_proposals import boxes_digest
-from ezsd.pipeline.errors import ImageError
 from ezsd.pipeline.data.images import look, reads_as_before
+from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.extraction.external_proposals import boxes_digest
 
 VERSIONS = {"teacher": 1, "text": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
 """Raised when the way a product is computed changes: stores made the old way are then another product."""

@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ezsd.adapt import restore
 from ezsd.cache import Block, Manifest, RaggedRows, RepairReport, StoreError, info, repair
 from ezsd.cache.storage.locations import find_place, read_environment
 from ezsd.cache.tools.repair import Whole
-from ezsd.adapt import restore
-from ezsd.pipeline.extraction.build import adapted, embed_names, extract_job
-from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.config.schema import from_tables
 from ezsd.pipeline.data.datasets import from_definition
-from ezsd.pipeline.extraction.worker import block_rows
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.extraction.build import adapted, embed_names, extract_job
 from ezsd.pipeline.extraction.provenance import describe, model_inputs
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
+from ezsd.pipeline.extraction.worker import block_rows
 
 
 def repair_store(path: Path, data_root: Path | None, *, weights: str | None, device: str) -> RepairReport:

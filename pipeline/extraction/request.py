@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ezsd.data.annotations import Annotations
 from ezsd.pipeline.config.schema import Config
-from ezsd.pipeline.errors import ConfigError
-from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.annotation_cache import training_annotations
+from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.scheduling.pool import Schedule
 
 

@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ezsd.cache import JSON
 from ezsd.adapt import restore
+from ezsd.cache import JSON
 from ezsd.crops import crop_boxes
 from ezsd.data.annotations import Annotations
-from ezsd.teacher.open_clip import NORMALISATIONS, TINY_SHAPES, OpenClipTeacher, Teacher, load_teacher
 from ezsd.errors import TeacherError
 from ezsd.pipeline.config.schema import Config, TeacherConfig
 from ezsd.pipeline.data.datasets import Dataset, read_dataset_image
 from ezsd.pipeline.errors import ImageError
+from ezsd.teacher.open_clip import NORMALISATIONS, TINY_SHAPES, OpenClipTeacher, Teacher, load_teacher
 
 log = logging.getLogger("ezsd")
 

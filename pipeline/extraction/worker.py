@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ezsd.cache import RAGGED, Block, RaggedRows, forget_block, journaled_bad_images, write_block
 from ezsd.adapt import restore
+from ezsd.cache import RAGGED, Block, RaggedRows, forget_block, journaled_bad_images, write_block
 from ezsd.data.annotations import Annotations
-from ezsd.proposals.select import anchor_scores, clear_of_base, guesses, may_be_unseen, select_regions
-from ezsd.teacher.open_clip import Teacher
-from ezsd.pipeline.extraction.anchors import look_at_anchors
 from ezsd.pipeline.config.schema import Config, from_tables
+from ezsd.pipeline.data.annotation_cache import training_annotations
 from ezsd.pipeline.data.datasets import Dataset, from_definition, read_dataset_image
+from ezsd.pipeline.data.images import most_bad_images, portable_reason, require_few_bad
+from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.extraction.anchors import look_at_anchors
 from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread
 from ezsd.pipeline.extraction.external_proposals import given_proposals
-from ezsd.pipeline.errors import ImageError
-from ezsd.pipeline.data.images import most_bad_images, portable_reason, require_few_bad
-from ezsd.pipeline.data.annotation_cache import training_annotations
 from ezsd.pipeline.extraction.reuse import PER_IMAGE, Columns, KnownRegion, Reuse, ReusedRows
 from ezsd.pipeline.extraction.teacher import configured_teacher
+from ezsd.proposals.select import anchor_scores, clear_of_base, guesses, may_be_unseen, select_regions
+from ezsd.teacher.open_clip import Teacher
 
 log = logging.getLogger("ezsd")
 

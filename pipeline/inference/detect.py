@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ezsd.data.masks import decode, decompress, json_run_lengths
-from ezsd.teacher.open_clip import require_told_apart
 from ezsd.errors import VocabularyError
-from ezsd.vocabulary import spelt_as
 from ezsd.pipeline.data.datasets import read_image
-from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
 from ezsd.pipeline.inference.fonts import require_named_font
-from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.inference.predictor import Located, TrainedDetector, load_trained, run_teacher
+from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
+from ezsd.pipeline.runs.run import Run
+from ezsd.teacher.open_clip import require_told_apart
+from ezsd.vocabulary import spelt_as
 
 log = logging.getLogger("ezsd")
 BATCH_IMAGES = 8

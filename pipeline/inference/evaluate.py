@@ -16,12 +16,16 @@ from torch import Tensor
 from ezsd.adapt import crop_accuracy
 from ezsd.data.annotations import Annotations
 from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Detections, Results, read_truth, with_masks
-from ezsd.pipeline.extraction.adapt import CropSource
-from ezsd.pipeline.errors import ArgumentError
-from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.config.inference_overrides import changed_settings
 from ezsd.pipeline.config.schema import from_tables, setting_of, to_tables
+from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset, read_dataset_image, recorded_dataset
-from ezsd.pipeline.errors import DatasetError
+from ezsd.pipeline.data.images import Exif
+from ezsd.pipeline.data.requirements import require_evaluation
+from ezsd.pipeline.errors import ArgumentError, ConfigError, DatasetError, RunError
+from ezsd.pipeline.extraction.adapt import CropSource
+from ezsd.pipeline.extraction.provenance import proposal_settings
+from ezsd.pipeline.files import write_json, write_text
 from ezsd.pipeline.inference.evaluation_tables import (
     SPACES,
     Classes,
@@ -31,15 +35,6 @@ from ezsd.pipeline.inference.evaluation_tables import (
     looked_for,
     space_of,
 )
-from ezsd.pipeline.files import write_json, write_text
-from ezsd.pipeline.data.images import Exif
-from ezsd.pipeline.config.inference_overrides import changed_settings
-from ezsd.pipeline.data.annotation_cache import evaluation_annotations
-from ezsd.pipeline.progress import Progress
-from ezsd.pipeline.extraction.provenance import proposal_settings
-from ezsd.pipeline.data.requirements import require_evaluation
-from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.inference.predictor import (
     Located,
     TrainedDetector,
@@ -49,6 +44,8 @@ from ezsd.pipeline.inference.predictor import (
     run_manifest,
     run_teacher,
 )
+from ezsd.pipeline.progress import Progress
+from ezsd.pipeline.runs.run import Run
 
 BATCH_IMAGES = 16
 KEEP = max(limit.count for limit in (*COCO_LIMITS, *LVIS_LIMITS))

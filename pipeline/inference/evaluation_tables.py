@@ -22,9 +22,8 @@ from ezsd.metrics import (
     read_truth,
     with_masks,
 )
-from ezsd.vocabulary import first_few, nearest
+from ezsd.pipeline.data.split import chosen_split, no_ground_truth
 from ezsd.pipeline.errors import ArgumentError
-from ezsd.pipeline.data.split import chosen_split
 from ezsd.pipeline.files import sha256
 
 log = logging.getLogger("ezsd")
@@ -44,8 +43,6 @@ _FORMER = {"base_alone": "base_only", "novel_alone": "novel_only"}
 """What earlier versions call the same."""
 SHAPES = {"bbox": "boxes", "segm": "masks"}
 """What overlaps are measured of."""
-NAMED = 5
-"""Most names in one line of what cannot be measured."""
 COLUMNS = ("AP", "AP50", "AP75", "AR")
 """Figures of a group or a class."""
 GROUPS = ("base", "novel", "all", "rare", "common", "frequent")
@@ -109,19 +106,6 @@ def evaluate_results(
     _warn_of_unsearched(detections, results, truth, asked)
     # What else competed is not in the file.
     return document(truth, {space_of(asked, alone=False): results}, max_detections)
-
-
-def no_ground_truth(absent: Iterable[str], offered: Iterable[str]) -> str:
-    """One line about names that the class table of an annotation file lacks.
-
-    Args:
-        absent: the names.
-        offered: names of the class table, of which near ones are offered.
-    """
-    table = list(offered)
-    near = {name: nearest(name, [other for other in table if other != name]) for name in absent}
-    hints = [f"{name!r}" + (f" (did you mean {other!r}?)" if other else "") for name, other in near.items()]
-    return f"no entry in categories named {first_few(hints, NAMED)}: without ground truth, figures of it are '-'"
 
 
 def space_of(classes: Classes, *, alone: bool) -> Space:

@@ -12,22 +12,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ezsd.cache import Manifest, differences
 from ezsd.adapt import restore
+from ezsd.cache import Manifest, differences
 from ezsd.competitors import competition
 from ezsd.data.dataset import pad_images, padded_size, resize
 from ezsd.data.masks import encode
 from ezsd.detector.masks import paste
 from ezsd.detector.model import Detections, Detector
-from ezsd.teacher.open_clip import Teacher, names_file
 from ezsd.errors import TeacherError
-from ezsd.pipeline.config.schema import Config, TeacherConfig, from_tables
-from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.config.inference_overrides import at_test_time
-from ezsd.pipeline.extraction.provenance import as_json, model_inputs
-from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.config.schema import Config, TeacherConfig, from_tables
 from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.extraction.provenance import as_json, model_inputs
 from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
+from ezsd.pipeline.runs.model import build_detector
+from ezsd.pipeline.runs.run import Run
+from ezsd.teacher.open_clip import Teacher, names_file
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

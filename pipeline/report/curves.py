@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ezsd.pipeline.report.run_data import Facts
 from ezsd.pipeline.report.html import Html, element, note, section
+from ezsd.pipeline.report.run_data import Facts
 
 _CURVE_POINTS = 80
 _RUN_COLOURS = 6

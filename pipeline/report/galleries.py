@@ -16,21 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from ezsd.cache import RegionRows, StoreError
-from ezsd.errors import AnnotationError
 from ezsd.data.annotations import Annotations
 from ezsd.data.masks import decode, parse_outline, to_run_lengths
-from ezsd.pipeline.errors import is_of_a_place
-from ezsd.pipeline.data.datasets import Dataset, read_dataset_image
-from ezsd.pipeline.errors import DatasetError
-from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
-from ezsd.pipeline.errors import DamagedFile
-from ezsd.pipeline.files import read_objects
-from ezsd.pipeline.errors import ImageError
+from ezsd.errors import AnnotationError
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
-from ezsd.pipeline.report.run_data import Facts, run_store
-from ezsd.pipeline.report.html import Html, element, note, section
-from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.data.datasets import Dataset, read_dataset_image
+from ezsd.pipeline.errors import DamagedFile, DatasetError, ImageError, RunError, is_of_a_place
 from ezsd.pipeline.extraction.annotation_check import checked_annotations
+from ezsd.pipeline.files import read_objects
+from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
+from ezsd.pipeline.report.html import Html, element, note, section
+from ezsd.pipeline.report.run_data import Facts, run_store
 
 log = logging.getLogger("ezsd")
 

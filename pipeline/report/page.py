@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ezsd.pipeline.inference.evaluate import run_dataset
+from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.files import write_text
+from ezsd.pipeline.inference.evaluate import run_dataset
 from ezsd.pipeline.report.curves import curves_section
-from ezsd.pipeline.report.run_data import Facts, collect, dataset_label
-from ezsd.pipeline.report.html import Html, element
-from ezsd.pipeline.report.tables import (
-    classes_section,
-    renormalisation_section,
-    results_section,
-    times_section,
-)
 from ezsd.pipeline.report.galleries import (
     SHOWN_REGIONS,
     SHOWN_SCORE,
@@ -23,10 +16,17 @@ from ezsd.pipeline.report.galleries import (
     pictures_section,
     region_gallery,
 )
+from ezsd.pipeline.report.html import Html, element
 from ezsd.pipeline.report.provenance import provenance_section
+from ezsd.pipeline.report.run_data import Facts, collect, dataset_label
 from ezsd.pipeline.report.style import style_sheet
+from ezsd.pipeline.report.tables import (
+    classes_section,
+    renormalisation_section,
+    results_section,
+    times_section,
+)
 from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.errors import RunError
 
 
 def write_report(run: Run, *, data_root: Path | None, compare: Sequence[Run] = (), images: int = 12) -> Path:

@@ -10,6 +10,8 @@ from typing import Any
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset, preset_names, to_tables
 from ezsd.pipeline.data.datasets import DATASETS
 from ezsd.pipeline.extraction.provenance import built_settings
+from ezsd.pipeline.inference.predictor import run_manifest
+from ezsd.pipeline.report.html import Html, element
 from ezsd.pipeline.report.run_data import (
     Facts,
     dataset_label,
@@ -19,8 +21,6 @@ from ezsd.pipeline.report.run_data import (
     shown_path,
     store_environment,
 )
-from ezsd.pipeline.report.html import Html, element
-from ezsd.pipeline.inference.predictor import run_manifest
 from ezsd.pipeline.runs.store_digests import read_stores
 
 

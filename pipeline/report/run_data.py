@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ezsd.cache import Store, StoreMismatch
+from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.files import read_object
 from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.runs.store_digests import read_stores
 
 _LABELS = {

@@ -17,8 +17,8 @@ from ezsd.pipeline.inference.evaluation_tables import (
     headline,
     headline_columns,
 )
-from ezsd.pipeline.report.run_data import Facts, dataset_label, flat_settings, store_environment
 from ezsd.pipeline.report.html import DASH, Html, element, note, percent, section, wide_table
+from ezsd.pipeline.report.run_data import Facts, dataset_label, flat_settings, store_environment
 
 
 def results_section(facts: Sequence[Facts]) -> Html:

@@ -39,8 +39,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ezsd.pipeline.runs.run import require_run
 from ezsd.pipeline.config.schema import STAGE_ONE
+from ezsd.pipeline.errors import ArgumentError, RunError
 from ezsd.pipeline.files import (
     fsync,
     parse_object,
@@ -98,10 +98,6 @@ def learns_the_same_in_parts(sampling: object, *, frozen_norms: bool) -> bool:
     batch normalisation are frozen where the backbone began with ImageNet's weights, and only there.
     """
     return sampling == "image" and frozen_norms
-
-
-class RunError(ValueError):
-    """A run folder is missing, unfinished or another run's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,3 +479,11 @@ def _differences(old: object, new: object, where: str = "", *, ignored: Set[str]
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def require_run(folder: Path) -> None:
+    """ArgumentError when a folder holds no run."""
+    if not (folder / "run.json").is_file():
+        raise ArgumentError(
+            f"--run {folder}: no run here (run.json is missing); `ezsd train --cache ... --run` makes one"
+        )

@@ -10,10 +10,9 @@ import logging
 from typing import Any
 
 from ezsd.cache import Store
-from ezsd.pipeline.errors import DamagedFile
+from ezsd.pipeline.errors import DamagedFile, RunError
 from ezsd.pipeline.files import read_objects, write_json
 from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.errors import RunError
 
 log = logging.getLogger("ezsd")
 

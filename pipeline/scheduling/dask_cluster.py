@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.errors import ArgumentError, ClusterError
 from ezsd.pipeline.files import sha256
 
 if TYPE_CHECKING:
@@ -27,10 +27,6 @@ SHAPES_BYTES = ("ezsd", "torch", "torchvision", "open_clip_torch", "numpy", "zar
 
 
 LOST = "the connection to the Dask scheduler is lost; what is finished stays, run the same command again"
-
-
-class ClusterError(ValueError):
-    """A Dask cluster, or a worker of it, cannot do the work."""
 
 
 @contextmanager

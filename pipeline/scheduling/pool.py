@@ -14,6 +14,9 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from ezsd.pipeline.errors import ClusterError
+from ezsd.pipeline.interrupts import shielded
+from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.scheduling.dask_cluster import (
     LOST,
     connected,
@@ -21,9 +24,6 @@ from ezsd.pipeline.scheduling.dask_cluster import (
     require_bokeh,
     silence_dask,
 )
-from ezsd.pipeline.errors import ClusterError
-from ezsd.pipeline.progress import Progress
-from ezsd.pipeline.interrupts import shielded
 
 if TYPE_CHECKING:
     from distributed import Client, SpecCluster

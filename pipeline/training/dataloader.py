@@ -22,17 +22,15 @@ import torch
 from torch import Tensor
 
 from ezsd.cache import StoreError
-from ezsd.errors import AnnotationError
 from ezsd.data.dataset import DetectionDataset, Key, Sample, collate, epoch_order, padded_size
 from ezsd.detector.model import Batch
-from ezsd.pipeline.errors import ConfigError
+from ezsd.errors import AnnotationError
 from ezsd.pipeline.config.schema import TrainConfig
-from ezsd.pipeline.errors import ImageError
-from ezsd.pipeline.training.out_of_memory import OutOfMemory
 from ezsd.pipeline.devices import is_out_of_memory
-from ezsd.pipeline.training.distributed import Processes
-from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.errors import ConfigError, ImageError, RunError
 from ezsd.pipeline.interrupts import shielded
+from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.training.out_of_memory import OutOfMemory
 
 log = logging.getLogger("ezsd")
 

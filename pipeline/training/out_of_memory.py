@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-
-import torch
 
 from ezsd.detector.model import Batch
 from ezsd.pipeline.config.schema import TrainConfig
 from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.runs.run import learns_the_same_in_parts
 
-_WORDS = re.compile(r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
-
 
 class OutOfMemory(RunError):
     """A step of a training does not fit the memory."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short: torch has a type for its own GPU allocator alone, and words for all others."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None
 
 
 def step_does_not_fit(

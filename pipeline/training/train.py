@@ -18,27 +18,28 @@ from torch import Tensor, nn
 
 from ezsd.cache import Store, Verify, info
 from ezsd.data.annotations import ImageRecord, ImageTable
-from ezsd.data.transforms import Augmentation
 from ezsd.data.dataset import DetectionDataset, MaskSource
+from ezsd.data.transforms import Augmentation
 from ezsd.detector.model import Batch, Detector
 from ezsd.kernels import require_backend
-from ezsd.teacher.open_clip import state_digest
-from ezsd.pipeline.training.dataloader import load_batches
 from ezsd.pipeline.config.schema import Config, TrainConfig, to_tables
-from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.data.datasets import Dataset, read_dataset_image, recorded_dataset
-from ezsd.pipeline.errors import DatasetError
-from ezsd.pipeline.runs.model import build_detector, read_backbone
 from ezsd.pipeline.data.images import Exif
-from ezsd.pipeline.training.out_of_memory import OutOfMemory, step_does_not_fit
-from ezsd.pipeline.devices import is_out_of_memory
-from ezsd.pipeline.runs.loggers import MetricsLog
 from ezsd.pipeline.data.mask_cache import training_masks
-from ezsd.pipeline.training.distributed import Processes, join_processes, own_device
-from ezsd.pipeline.progress import Progress
+from ezsd.pipeline.devices import is_out_of_memory
+from ezsd.pipeline.errors import ConfigError, DatasetError, NonFiniteLoss, RunError
+from ezsd.pipeline.extraction.annotation_check import checked_annotations
 from ezsd.pipeline.extraction.provenance import as_built, dataset_inputs
+from ezsd.pipeline.inference.predictor import load_weights
+from ezsd.pipeline.interrupts import Request, Stopped, finishing
+from ezsd.pipeline.progress import Progress
+from ezsd.pipeline.runs.loggers import MetricsLog
+from ezsd.pipeline.runs.model import build_detector, read_backbone
 from ezsd.pipeline.runs.run import CHANGEABLE, Run, restore_optimiser, rows_digest
-from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.runs.store_digests import record_store, require_same_bytes
+from ezsd.pipeline.training.dataloader import load_batches
+from ezsd.pipeline.training.distributed import Processes, join_processes, own_device
+from ezsd.pipeline.training.out_of_memory import OutOfMemory, step_does_not_fit
 from ezsd.pipeline.training.trainer import (
     AverageWeights,
     Objective,
@@ -47,11 +48,8 @@ from ezsd.pipeline.training.trainer import (
     in_effect,
     peak_rate,
 )
-from ezsd.pipeline.interrupts import Request, Stopped, finishing
-from ezsd.pipeline.extraction.annotation_check import checked_annotations
-from ezsd.pipeline.inference.predictor import load_weights
-from ezsd.pipeline.runs.store_digests import record_store, require_same_bytes
 from ezsd.pipeline.training.validation import Validation, require_validation
+from ezsd.teacher.open_clip import state_digest
 
 log = logging.getLogger("ezsd")
 
@@ -82,7 +80,7 @@ def train(request: TrainRequest) -> Run:
 
     Raises:
         ValueError: (of many kinds) the store is unfinished or made from other data, or an input is wrong.
-        FloatingPointError: a loss or gradient is not finite; names step, images and parts.
+        NonFiniteLoss: a loss or gradient is not finite; names step, images and parts.
         OSError: the run folder cannot be written to.
         OutOfMemory: a step does not fit; says what to change.
         Stopped: after a checkpoint, when SIGINT or SIGTERM was received; it is a SystemExit with code 130 or 143.
@@ -321,9 +319,9 @@ class _Training:
         try:
             ready = [_prepare(part, self._device, channels_last=self._config.channels_last) for part in parts]
             return self.trainer.step(ready, self.step)
-        except FloatingPointError as error:
+        except NonFiniteLoss as error:
             ids = [self.samples.image_ids[position] for _, position in keys]
-            raise FloatingPointError(f"{error}; images: {ids}") from error
+            raise NonFiniteLoss(f"{error}; images: {ids}") from error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ezsd.detector.model import Batch, Detector, Totals
 from ezsd.losses import distillation_scale
 from ezsd.pipeline.config.schema import Config, LossConfig, TrainConfig
+from ezsd.pipeline.errors import NonFiniteLoss
 from ezsd.pipeline.training.distributed import Processes
 
 
@@ -70,7 +71,7 @@ class Trainer:
             `loss`, the weighted sum, its parts as they are before weighing, and the learning rate; over all processes.
 
         Raises:
-            FloatingPointError: loss or gradient is not finite; the message has the parts.
+            NonFiniteLoss: loss or gradient is not finite; the message has the parts.
         """
         rate = learning_rate(step, self.config)
         for group in self.optimiser.param_groups:
@@ -91,7 +92,7 @@ class Trainer:
         record = dict(zip(names, found, strict=True))
         if not (math.isfinite(record["loss"]) and math.isfinite(length)):
             what = "gradient" if math.isfinite(record["loss"]) else "loss"
-            raise FloatingPointError(f"the {what} is not finite at step {step + 1}; parts: {record}")
+            raise NonFiniteLoss(f"the {what} is not finite at step {step + 1}; parts: {record}")
         return {**record, "learning_rate": rate}
 
     def _backward(self, batch: Batch, totals: Totals | None) -> tuple[list[str], Tensor]:

@@ -12,16 +12,16 @@ import torch
 
 from ezsd.metrics import Evaluation, evaluate
 from ezsd.pipeline.config.schema import Config
+from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.data.requirements import require_evaluation
+from ezsd.pipeline.files import write_text
 from ezsd.pipeline.inference.evaluate import detect_split
 from ezsd.pipeline.inference.evaluation_tables import percent
-from ezsd.pipeline.files import write_text
+from ezsd.pipeline.inference.predictor import TrainedDetector
 from ezsd.pipeline.runs.loggers import MetricsLog
-from ezsd.pipeline.data.annotation_cache import evaluation_annotations
-from ezsd.pipeline.data.requirements import require_evaluation
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.trainer import Trainer
-from ezsd.pipeline.inference.predictor import TrainedDetector
 
 log = logging.getLogger("ezsd")
 SLICE = "validation_slice.json"

@@ -17,8 +17,8 @@ import storekit
 
 import ezsd.cache.files
 from ezsd.cache import Block, Store, StoreError, commit_shard, repair, write_block
-from ezsd.cache.journal.entries import Entry, read_note, write_entry
 from ezsd.cache.format.commit_mark import TRANSFER
+from ezsd.cache.journal.entries import Entry, read_note, write_entry
 from ezsd.cache.journal.plan import read_block, read_plan
 from ezsd.cache.tools.transfer import push
 from tests.advicekit import Advice, each_of, follow

@@ -29,13 +29,13 @@ from ezsd.cache import (
     repair,
     verify,
 )
-from ezsd.cache.journal.commit import commit_shard
 from ezsd.cache.files import FileDigest, file_digest
-from ezsd.cache.tools.export import export
-from ezsd.cache.format.manifest import canonical_json, parse_json, seal
 from ezsd.cache.format.commit_mark import parse_mark, read_mark
+from ezsd.cache.format.manifest import canonical_json, parse_json, seal
 from ezsd.cache.format.names import files_below, is_store_file, needed_files
+from ezsd.cache.journal.commit import commit_shard
 from ezsd.cache.storage.remote import RemotePlace
+from ezsd.cache.tools.export import export
 from ezsd.cache.tools.transfer import pull, push
 
 SECRET = b"mine alone"

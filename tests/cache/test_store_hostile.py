@@ -23,9 +23,9 @@ from ezsd.cache import (
     write_block,
 )
 from ezsd.cache.files import file_digest
-from ezsd.cache.tools.export import export
 from ezsd.cache.format.manifest import canonical_json, seal
 from ezsd.cache.journal.plan import read_block, read_plan
+from ezsd.cache.tools.export import export
 
 VALUES = (None, -1, 2**70, "x", [], {}, True, 1.5)
 BAD = storekit.IDS[1]

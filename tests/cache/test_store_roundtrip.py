@@ -21,8 +21,8 @@ from ezsd.cache import (
     verify,
     write_block,
 )
-from ezsd.cache.format.zarr_bytes import array_metadata, crc32c
 from ezsd.cache.format.schema import array_spec
+from ezsd.cache.format.zarr_bytes import array_metadata, crc32c
 
 RECORDS = {"proposals": ProposalRows, "regions": RegionRows, "ground_truth": GroundTruthRows}
 

@@ -18,8 +18,8 @@ from ezsd.cache import (
     compare,
     read_note,
 )
-from ezsd.cache.journal.validation import check_block
 from ezsd.cache.journal.entries import scratch_folder, write_entry
+from ezsd.cache.journal.validation import check_block
 from ezsd.cache.writer import StoreWriter
 
 ROOT = Path(__file__).resolve().parents[2]

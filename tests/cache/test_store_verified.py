@@ -20,15 +20,15 @@ from storekit import flip, recommit
 
 import ezsd.cache.files
 from ezsd.cache import Store, StoreError, StoreUnreadable, repair, verify
+from ezsd.cache.format.commit_mark import CommitMark, read_mark
+from ezsd.cache.format.schema import RAGGED, array_spec
 from ezsd.cache.format.zarr_bytes import (
     array_metadata,
     metadata_bytes,
     shard_bytes_on_disk,
     shard_index,
 )
-from ezsd.cache.format.commit_mark import CommitMark, read_mark
 from ezsd.cache.reader import holds_rows
-from ezsd.cache.format.schema import RAGGED, array_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = pytest.mark.parametrize("mode", ["quick", "full"])

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ezsd.errors import AnnotationError
 from ezsd.data.annotations import load_evaluation, load_training, read_raw, resolve_image_path
+from ezsd.errors import AnnotationError
 from ezsd.vocabulary import COCO_SPLIT, Split
 
 SPLIT = Split(base=("cat", "dog"), novel=("cow",))

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ezsd.boxes import flip_horizontal
-from ezsd.data.transforms import Augmentation, boxes_in_window
 from ezsd.data.dataset import DetectionDataset, Key, collate, epoch_order, pad_images, resize
+from ezsd.data.transforms import Augmentation, boxes_in_window
 
 DIM = 6
 SIZES = {4: (40, 60), 9: (64, 48), 30: (33, 90)}

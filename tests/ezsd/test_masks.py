@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.models.detection.roi_heads import maskrcnn_loss, project_masks_on_boxes
 
-from ezsd.data.transforms import Augmentation
 from ezsd.data.dataset import DetectionDataset, collate
 from ezsd.data.masks import decode, draw_in_frame, encode, to_run_lengths
+from ezsd.data.transforms import Augmentation
 from ezsd.detector.masks import GRID, ObjectMasks, mask_loss, mask_targets, paste
 
 HEIGHT, WIDTH = 120, 160

@@ -10,12 +10,11 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ezsd.errors import AnnotationError
 from ezsd.data.annotations import load_evaluation
 from ezsd.data.masks import decompress, to_run_lengths
+from ezsd.errors import AnnotationError, VocabularyError
 from ezsd.metrics import Detections, Limit, evaluate, evaluate_at, read_truth, with_masks
 from ezsd.vocabulary import Split
-from ezsd.errors import VocabularyError
 
 SPLIT = Split(base=("cat", "dog"), novel=("cow", "yak"))
 # Ids far from positions, in another order than the split's; "kite" is outside it.

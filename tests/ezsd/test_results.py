@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ezsd.data.masks import encode
-from ezsd.metrics import Named, read_results
 from ezsd.errors import ResultsError
+from ezsd.metrics import Named, read_results
 
 GOOD = {"image_id": 7, "category_id": 3, "bbox": [1, 2, 3.5, 0], "score": 0.25, "area": "unread"}
 

@@ -9,7 +9,6 @@ import pytest
 from pycocotools import mask
 from pycocotools.coco import COCO
 
-from ezsd.errors import AnnotationError
 from ezsd.data.masks import (
     REACH,
     decode,
@@ -22,6 +21,7 @@ from ezsd.data.masks import (
     to_run_lengths,
     unpack,
 )
+from ezsd.errors import AnnotationError
 
 HEIGHT, WIDTH = 40, 60
 TRIANGLE = [5.5, 4.25, 30.5, 6, 12, 33.75]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from ezsd.proposals.select import faithful_anchors, faithful_cells
 from ezsd.proposals.search import Lattice, coarse_to_fine, grown_stride, thinned
+from ezsd.proposals.select import faithful_anchors, faithful_cells
 
 SIZES, RATIOS = (32.0, 64.0, 128.0, 256.0, 512.0), (0.5, 1.0, 2.0)
 

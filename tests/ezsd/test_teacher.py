@@ -20,8 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ezsd.teacher.open_clip import weights as checkpoints
 from ezsd.data.shapes import SHAPES_SPLIT, picture
+from ezsd.errors import TeacherError, VocabularyError
 from ezsd.teacher.open_clip import (
     NORMALISATIONS,
     TINY_SHAPES,
@@ -32,8 +32,7 @@ from ezsd.teacher.open_clip import (
     shipped_weights,
     state_digest,
 )
-from ezsd.errors import TeacherError
-from ezsd.errors import VocabularyError
+from ezsd.teacher.open_clip import weights as checkpoints
 
 TEMPLATE = "a photo of a {}"
 

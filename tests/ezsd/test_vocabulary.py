@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ezsd.vocabulary import COCO_SPLIT, Split, clean_names, parse_classes, prompts, resolve, spelt_as
 from ezsd.errors import VocabularyError
+from ezsd.vocabulary import COCO_SPLIT, Split, clean_names, parse_classes, prompts, resolve, spelt_as
 
 
 def test_coco_split_has_48_base_and_17_novel_names():

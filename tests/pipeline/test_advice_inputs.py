@@ -16,14 +16,14 @@ from ezsd.cache import Store
 from ezsd.data.annotations import resolve_image_path
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.detector.backbone import build_backbone
+from ezsd.errors import EzsdError
 from ezsd.kernels.backend import require_backend
+from ezsd.pipeline.config.schema import load_preset
+from ezsd.pipeline.data.check import check_dataset
+from ezsd.pipeline.extraction.teacher import require_words
+from ezsd.pipeline.process_environment import require_launcher
 from ezsd.teacher.open_clip import load_teacher
 from ezsd.vocabulary import require_different
-from ezsd.pipeline.data.check import check_dataset
-from ezsd.pipeline.console.defaults import USER_ERRORS
-from ezsd.pipeline.config.schema import load_preset
-from ezsd.pipeline.process_environment import require_launcher
-from ezsd.pipeline.extraction.teacher import require_words
 from tests.advicekit import Advice, Calls, Place, each_of, follow, follow_call
 
 
@@ -289,7 +289,7 @@ def test_an_unreadable_file_of_a_store_that_is_mended_is_read(shapes_store, tmp_
     file.rename(tmp_path / "kept")
     # A loop of links: an error of the system that nothing else is said about.
     file.symlink_to(file)
-    with pytest.raises(USER_ERRORS, match="COMMIT.json: cannot be read .*; nothing is known to be damaged: mend that"):
+    with pytest.raises(EzsdError, match="COMMIT.json: cannot be read .*; nothing is known to be damaged: mend that"):
         Store(copy)
     file.unlink()
     (tmp_path / "kept").rename(file)

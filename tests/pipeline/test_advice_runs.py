@@ -18,24 +18,24 @@ from safetensors.torch import save_file
 
 from ezsd.data.coco_json import read_table
 from ezsd.metrics import Named, read_results
-from ezsd.teacher.open_clip import load_teacher, shipped_weights
-from ezsd.pipeline.console.arguments import require_scheduler
-from ezsd.pipeline.extraction.build import build_cache
-from ezsd.pipeline.console.defaults import train_config
 from ezsd.pipeline.config.schema import load_preset
+from ezsd.pipeline.console.arguments import require_scheduler
+from ezsd.pipeline.console.defaults import train_config
+from ezsd.pipeline.data.annotation_cache import read_categories
 from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.data.requirements import require_evaluation
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.files import sha256, write_json
 from ezsd.pipeline.inference.evaluate import evaluate_run, run_dataset
 from ezsd.pipeline.inference.evaluation_tables import evaluate_results
-from ezsd.pipeline.files import sha256, write_json
-from ezsd.pipeline.data.annotation_cache import read_categories
-from ezsd.pipeline.report import write_report
-from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.data.requirements import require_evaluation
-from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.process_environment import require_launcher
-from ezsd.pipeline.training.train import TrainRequest, train
 from ezsd.pipeline.inference.predictor import load_trained
+from ezsd.pipeline.process_environment import require_launcher
+from ezsd.pipeline.report import write_report
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.training.train import TrainRequest, train
 from ezsd.pipeline.training.validation import require_validation
+from ezsd.teacher.open_clip import load_teacher, shipped_weights
 from tests.advicekit import FAST, REFUSALS, Advice, Calls, each_of, follow, follow_call
 from tests.conftest import QUICK
 from tests.ezsd.test_teacher import WORKING

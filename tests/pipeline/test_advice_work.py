@@ -18,24 +18,25 @@ from typer.testing import CliRunner
 from ezsd.cache import Store
 from ezsd.cli import app
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.pipeline.training.dataloader import load_batches
-from ezsd.pipeline.extraction.build import build_cache, build_share
-from ezsd.pipeline.data.check import check_dataset
-from ezsd.pipeline.console.defaults import USER_ERRORS
-from ezsd.pipeline.extraction.commit import commit_cache
+from ezsd.errors import EzsdError
 from ezsd.pipeline.config.schema import Config
+from ezsd.pipeline.console.store_messages import build_lines
+from ezsd.pipeline.data.annotation_cache import training_annotations
+from ezsd.pipeline.data.check import check_dataset
 from ezsd.pipeline.data.datasets import Dataset, find_dataset
 from ezsd.pipeline.data.images import read_pixels
 from ezsd.pipeline.data.mask_cache import _fill, training_masks
-from ezsd.pipeline.data.annotation_cache import training_annotations
-from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.extraction.annotation_check import checked_annotations
+from ezsd.pipeline.extraction.build import build_cache, build_share
+from ezsd.pipeline.extraction.commit import commit_cache
 from ezsd.pipeline.extraction.repair import repair_store
 from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.scheduling.pool import Schedule
 from ezsd.pipeline.scheduling.job_array import Share
-from ezsd.pipeline.console.store_messages import build_lines
-from ezsd.pipeline.extraction.annotation_check import checked_annotations
+from ezsd.pipeline.scheduling.pool import Schedule
+from ezsd.pipeline.training.dataloader import load_batches
+from ezsd.pipeline.training.distributed import Processes
 from ezsd.pipeline.training.train import (
     TrainRequest,
     _check_processes,
@@ -43,7 +44,6 @@ from ezsd.pipeline.training.train import (
     train,
     training_samples,
 )
-from ezsd.pipeline.inference.predictor import load_trained
 from tests.advicekit import Advice, each_of, follow
 
 
@@ -369,7 +369,7 @@ TABLE = [
 
 @each_of(TABLE)
 def test_who_does_what_the_work_says_gets_on(row, request, tmp_path):
-    follow(row, Place(request, tmp_path), USER_ERRORS)
+    follow(row, Place(request, tmp_path), EzsdError)
 
 
 def test_a_file_of_outlines_that_changed_while_it_was_read_is_read_again(outlined_root, tmp_path):
@@ -380,6 +380,6 @@ def test_a_file_of_outlines_that_changed_while_it_was_read_is_read_again(outline
     document["annotations"] = [one for one in document["annotations"] if one["id"] != int(annotations.annotation_id[0])]
     path.write_text(json.dumps(document))
     (tmp_path / "draft").mkdir()
-    with pytest.raises(USER_ERRORS, match="changed while it was read; run the same command again$"):
+    with pytest.raises(EzsdError, match="changed while it was read; run the same command again$"):
         _fill(path, annotations, tmp_path / "draft")
     assert training_masks(find_dataset("shapes", root))

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ezsd.cache import Store, StoreMismatch, info
+from ezsd.pipeline.config.schema import load_preset, to_tables
 from ezsd.pipeline.extraction.anchors import image_anchors, look_at_anchors
 from ezsd.pipeline.extraction.build import build_cache
-from ezsd.pipeline.config.schema import load_preset, to_tables
 from ezsd.pipeline.extraction.provenance import proposal_settings
 from ezsd.pipeline.extraction.request import BuildRequest
 

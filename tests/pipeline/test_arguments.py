@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from ezsd.errors import VocabularyError
-from ezsd.pipeline.errors import ArgumentError
-from ezsd.pipeline.data.split import chosen_split
 from ezsd.pipeline.console.arguments import class_names, find_images, picture_places
+from ezsd.pipeline.data.split import chosen_split
+from ezsd.pipeline.errors import ArgumentError
 
 
 def test_names_come_as_they_stand_from_lists_and_from_files(tmp_path):

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from ezsd.cache import Store, journaled_bad_images
-from ezsd.pipeline.extraction.build import build_cache, build_share
-from ezsd.pipeline.extraction.commit import commit_cache
+from ezsd.pipeline.console.store_messages import commit_lines, share_lines
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.extraction.build import build_cache, build_share
+from ezsd.pipeline.extraction.commit import commit_cache
 from ezsd.pipeline.extraction.repair import repair_store
 from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.scheduling.pool import Schedule
 from ezsd.pipeline.scheduling.job_array import Share
-from ezsd.pipeline.console.store_messages import commit_lines, share_lines
+from ezsd.pipeline.scheduling.pool import Schedule
 from ezsd.pipeline.training.train import TrainRequest, train
 
 

@@ -16,12 +16,12 @@ import zarr
 
 from ezsd.cache import Store, StoreIncomplete, StoreMismatch
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.vocabulary import Split
 from ezsd.errors import VocabularyError
-from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.config.schema import to_tables
 from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.vocabulary import Split
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOT_COMPARED = {"environment.json", "build.log"}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ezsd.vocabulary import COCO_SPLIT
 from ezsd.pipeline.data.check import check_dataset, check_table
 from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.vocabulary import COCO_SPLIT
 
 TOML = """
 name = "own"

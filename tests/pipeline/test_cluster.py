@@ -15,8 +15,11 @@ import pytest
 import ezsd.pipeline.scheduling.dask_cluster
 import ezsd.pipeline.scheduling.pool
 from ezsd.cache.format.manifest import unseal
-from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.errors import ClusterError
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.files import sha256
+from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.scheduling.dask_cluster import (
     Needs,
     check_workers,
@@ -24,9 +27,6 @@ from ezsd.pipeline.scheduling.dask_cluster import (
     other_versions,
     versions,
 )
-from ezsd.pipeline.files import sha256
-from ezsd.pipeline.progress import Progress
-from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.scheduling.pool import Pool, Schedule
 from tests.pipeline.test_build import ROOT, build_command, files
 
@@ -215,7 +215,9 @@ def test_workers_are_looked_over_before_any_work(cluster, shapes_store, tmp_path
         (tmp_path / "else/pipeline/__init__.py").touch()
         cluster.worker(PYTHONPATH=str(tmp_path / "else"))
         client.wait_for_workers(1, timeout=WAIT_SECONDS)
-        with pytest.raises(ClusterError, match=r"cannot run ezsd .*No module named 'ezsd.pipeline.scheduling.dask_cluster'"):
+        with pytest.raises(
+            ClusterError, match=r"cannot run ezsd .*No module named 'ezsd.pipeline.scheduling.dask_cluster'"
+        ):
             check_workers(client, Needs(files=there, device="cpu"))
 
 

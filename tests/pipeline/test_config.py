@@ -2,8 +2,8 @@
 
 import pytest
 
-from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.config.schema import from_tables, load_preset, preset_names, to_tables
+from ezsd.pipeline.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ezsd.errors import VocabularyError
-from ezsd.pipeline.errors import DatasetError
 from ezsd.pipeline.data.datasets import find_dataset, from_definition, recorded_dataset
+from ezsd.pipeline.errors import DatasetError
 
 FREQUENCIES = {"bow_(weapon)": "f", "apple": "c", "aerosol_can": "r", "zebra": "f", "mug": "c"}
 

@@ -14,13 +14,12 @@ from safetensors.torch import load_file, save_file
 from ezsd.data.dataset import pad_images
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.detector.backbone import normalise
-from ezsd.errors import TeacherError
-from ezsd.teacher.open_clip import shipped_weights
-from ezsd.errors import VocabularyError
-from ezsd.pipeline.errors import ArgumentError
+from ezsd.errors import TeacherError, VocabularyError
 from ezsd.pipeline.console.arguments import find_images, picture_places
-from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.data.datasets import read_image
+from ezsd.pipeline.errors import ArgumentError, ImageError
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.inference.detect import (
     class_text,
     coco_document,
@@ -30,10 +29,9 @@ from ezsd.pipeline.inference.detect import (
 )
 from ezsd.pipeline.inference.evaluate import evaluate_crops
 from ezsd.pipeline.inference.evaluation_tables import at_limit, evaluate_results
-from ezsd.pipeline.errors import ImageError
-from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.training.train import TrainRequest, train
 from ezsd.pipeline.inference.predictor import load_trained
+from ezsd.pipeline.training.train import TrainRequest, train
+from ezsd.teacher.open_clip import shipped_weights
 
 ORIENTATION = 0x0112
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ezsd.pipeline.inference import fonts
 from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.inference import fonts
 from ezsd.pipeline.inference.detect import detect_images
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
 from ezsd.pipeline.report.galleries import _panel

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from ezsd.errors import AnnotationError
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.errors import VocabularyError
-from ezsd.pipeline.errors import ArgumentError
+from ezsd.errors import AnnotationError, VocabularyError
 from ezsd.pipeline.console.arguments import class_names
 from ezsd.pipeline.console.defaults import score_table
+from ezsd.pipeline.data.annotation_cache import evaluation_annotations
+from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.inference.evaluate import detect_split, evaluate_run, run_dataset
 from ezsd.pipeline.inference.evaluation_tables import (
     aligned,
@@ -24,7 +24,6 @@ from ezsd.pipeline.inference.evaluation_tables import (
     evaluation_tables,
     headline,
 )
-from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.inference.predictor import load_trained
 from tests.commandkit import ezsd
 

@@ -6,13 +6,13 @@ import pytest
 
 import ezsd.pipeline.extraction.forecast
 from ezsd.cache import Store, info
-from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.console.store_messages import forecast_lines
 from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.encoder import CropEncoder
 from ezsd.pipeline.extraction.forecast import forecast_build
-from ezsd.pipeline.errors import ImageError
 from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.console.store_messages import forecast_lines
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 
 from ezsd.cache import Store, StoreMismatch
 from ezsd.errors import ResultsError
-from ezsd.pipeline.extraction.build import build_cache
-from ezsd.pipeline.errors import ConfigError
-from ezsd.pipeline.extraction.external_proposals import given_proposals
 from ezsd.pipeline.data.annotation_cache import training_annotations
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.extraction.external_proposals import given_proposals
 from ezsd.pipeline.extraction.repair import repair_store
 from ezsd.pipeline.extraction.request import BuildRequest
 

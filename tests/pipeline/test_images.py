@@ -17,19 +17,18 @@ from PIL import Image
 from ezsd.cache import Store, StoreMismatch
 from ezsd.cache.format.manifest import seal
 from ezsd.data.annotations import ImageRecord
-from ezsd.pipeline.data import images
-from ezsd.pipeline.console.arguments import find_images
-from ezsd.pipeline.extraction.build import build_cache
-from ezsd.pipeline.data.check import check_dataset
 from ezsd.pipeline.config.schema import load_preset
-from ezsd.pipeline.errors import DatasetError
+from ezsd.pipeline.console.arguments import find_images
+from ezsd.pipeline.data import images
+from ezsd.pipeline.data.check import check_dataset
 from ezsd.pipeline.data.datasets import find_dataset, from_definition, read_dataset_image, read_image
-from ezsd.pipeline.inference.detect import detect_images
-from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
 from ezsd.pipeline.data.images import ALPHA, MAX_PIXELS, SIXTEEN_BITS, look, read_pixels
-from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.errors import DatasetError, ImageError
+from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.extraction.reuse import plan_reuse
+from ezsd.pipeline.inference.detect import detect_images
+from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
 from ezsd.pipeline.training.train import TrainRequest, store_dataset, train, training_samples
 
 ORIENTATION = 0x0112

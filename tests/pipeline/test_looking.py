@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
+from ezsd.pipeline.config.inference_overrides import TEST_TIME, at_test_time
 from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.inference.detect import detect_images
 from ezsd.pipeline.inference.evaluate import evaluate_run
-from ezsd.pipeline.config.inference_overrides import TEST_TIME, at_test_time
 
 
 def found(run, shapes_root, *overrides):

@@ -15,10 +15,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ezsd.detector.backbone import Pyramid
 from ezsd.pipeline.config.schema import apply_override, from_tables, to_tables
-from ezsd.pipeline.training.out_of_memory import OutOfMemory
 from ezsd.pipeline.devices import is_out_of_memory
-from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.training.out_of_memory import OutOfMemory
 from ezsd.pipeline.training.train import TrainRequest, train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ezsd.pipeline.config.relations import ALONE, RELATIONS, changed_alone, load_settings, require_fit
 from ezsd.pipeline.config.schema import Config, load_preset, preset_names
 from ezsd.pipeline.errors import ConfigError
-from ezsd.pipeline.config.relations import ALONE, RELATIONS, changed_alone, load_settings, require_fit
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/settings.md"
 

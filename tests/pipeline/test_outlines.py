@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from ezsd.cache import Store
-from ezsd.errors import AnnotationError
 from ezsd.data.masks import decode, parse_outline
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.detector.masks import GRID
+from ezsd.errors import AnnotationError
 from ezsd.pipeline.data import mask_cache as outlines
+from ezsd.pipeline.data.annotation_cache import parsed_folder
 from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.data.mask_cache import training_masks
+from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.inference.detect import coco_document, detect_images
-from ezsd.pipeline.inference.visualize import draw_boxes
 from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import evaluate_results, evaluation_tables
-from ezsd.pipeline.data.mask_cache import training_masks
-from ezsd.pipeline.data.annotation_cache import parsed_folder
+from ezsd.pipeline.inference.visualize import draw_boxes
 from ezsd.pipeline.report import write_report
-from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.training.train import TrainRequest, train
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from ezsd.data import annotations as loaders
-from ezsd.errors import AnnotationError
 from ezsd.data.annotations import load_training
-from ezsd.vocabulary import Split
+from ezsd.errors import AnnotationError
 from ezsd.pipeline.data import annotation_cache as parsed
+from ezsd.vocabulary import Split
 
 SPLIT = Split(base=("cat", "dog"), novel=("cow",))
 

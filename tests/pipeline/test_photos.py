@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from ezsd.cache import Store
-from ezsd.vocabulary import COCO_SPLIT
-from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.data.datasets import find_dataset
-from ezsd.pipeline.inference.evaluate import evaluate_run
-from ezsd.pipeline.inference.evaluation_tables import headline
+from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.provenance import model_inputs
 from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.inference.evaluate import evaluate_run
+from ezsd.pipeline.inference.evaluation_tables import headline
 from ezsd.pipeline.training.train import TrainRequest, train
+from ezsd.vocabulary import COCO_SPLIT
 
 PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
 

@@ -15,11 +15,11 @@ import torchvision
 from safetensors.torch import save_file
 
 from ezsd.data.dataset import DetectionDataset, epoch_order
-from ezsd.pipeline.training.dataloader import load_batches
-from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.config.schema import to_tables
-from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.training.dataloader import load_batches
+from ezsd.pipeline.training.distributed import Processes
 from ezsd.pipeline.training.train import TrainRequest, train
 
 ROOT = Path(__file__).resolve().parents[2]

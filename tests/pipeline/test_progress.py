@@ -7,8 +7,8 @@ import pytest
 
 from ezsd.pipeline import progress
 from ezsd.pipeline.extraction.build import build_cache
-from ezsd.pipeline.progress import Progress, duration
 from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.progress import Progress, duration
 
 
 @pytest.mark.parametrize(

@@ -20,16 +20,14 @@ from ezsd.cache import RaggedRows, StoreWriter, commit_shard, write_block
 from ezsd.data.annotations import load_training
 from ezsd.data.shapes import SHAPES_SPLIT, scene
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset, to_tables
-from ezsd.pipeline.errors import DatasetError
 from ezsd.pipeline.data.datasets import find_dataset
-from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
-from ezsd.pipeline.errors import DamagedFile
-from ezsd.pipeline.files import write_json
+from ezsd.pipeline.errors import DamagedFile, DatasetError, RunError
 from ezsd.pipeline.extraction.provenance import describe
+from ezsd.pipeline.files import write_json
+from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
 from ezsd.pipeline.report import write_report
 from ezsd.pipeline.report.galleries import pictures_section
 from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.errors import RunError
 
 NASTY = """</td><script>alert("x&y")</script><img src=http://evil.example/'>"""
 NASTY_FILE = '"><b onclick=x>&amp;.png'

@@ -10,13 +10,13 @@ import pytest
 
 from ezsd.cache import StoreError
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.errors import VocabularyError
-from ezsd.pipeline.extraction.build import build_cache
+from ezsd.errors import EzsdError, VocabularyError
+from ezsd.pipeline.console.defaults import build_config
 from ezsd.pipeline.data.check import check_dataset
-from ezsd.pipeline.console.defaults import USER_ERRORS, build_config
 from ezsd.pipeline.data.datasets import find_dataset
-from ezsd.pipeline.inference.evaluate import evaluate_run
+from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.train import TrainRequest, train
 
@@ -166,7 +166,7 @@ def checked(toml):
     """Whether `data check` finds nothing wrong."""
     try:
         return not check_dataset(find_dataset(toml, strict=False), decode=True).problems
-    except USER_ERRORS:
+    except EzsdError:
         return False
 
 
@@ -182,7 +182,7 @@ def test_what_check_finds_wrong_is_refused_before_the_first_crop(case, files, tm
     REFUSED[case](files)
     toml = files.write()
     assert not checked(toml)
-    with pytest.raises(USER_ERRORS) as caught:
+    with pytest.raises(EzsdError) as caught:
         built(toml, tmp_path / "store")
     assert "\n" not in str(caught.value)
     # A training image may be found unreadable when it is read; all else shows before there is a store.
@@ -204,7 +204,7 @@ def test_a_validation_file_that_went_bad_is_refused_before_the_first_step(files,
     config = built(files.write(), tmp_path / "store")
     files.of("val", files.novel).pop("bbox")
     files.write()
-    with pytest.raises(USER_ERRORS, match=r"val.json: annotations\[\d+\].bbox"):
+    with pytest.raises(EzsdError, match=r"val.json: annotations\[\d+\].bbox"):
         train(TrainRequest(cache=tmp_path / "store", run=tmp_path / "run", config=config))
     assert not (tmp_path / "run").exists()
 

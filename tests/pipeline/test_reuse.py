@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import ezsd.pipeline.extraction.build
-import ezsd.pipeline.extraction.worker
 import ezsd.pipeline.extraction.jobs
+import ezsd.pipeline.extraction.worker
 from ezsd.cache import Store, StoreMismatch, compare, repair, verify
+from ezsd.pipeline.console.store_messages import repair_lines
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.repair import repair_store
 from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.console.store_messages import repair_lines
 
 
 def files(store):
@@ -83,7 +83,9 @@ def test_no_image_is_read_of_which_nothing_is_encoded(build, with_settings, tmp_
     build(with_settings(teacher={"background": None}, proposals=every), "every")
     crops_seen.clear()
     read, real = [], ezsd.pipeline.extraction.worker.read_dataset_image
-    monkeypatch.setattr(ezsd.pipeline.extraction.worker, "read_dataset_image", lambda *place: read.append(place) or real(*place))
+    monkeypatch.setattr(
+        ezsd.pipeline.extraction.worker, "read_dataset_image", lambda *place: read.append(place) or real(*place)
+    )
     few = with_settings(teacher={"background": None}, proposals=every | {"regions": 4})
     assert build(few, "few", reuse=tmp_path / "every").computed == ("regions",)
     assert (crops_seen, read) == ([], [])

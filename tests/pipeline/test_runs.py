@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.runs.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = {"names": ["cat", "ox"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": {"train": {"steps": 9}}}

@@ -7,10 +7,10 @@ import pickle
 import pytest
 
 import ezsd.pipeline.scheduling.pool
-from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.errors import ClusterError
-from ezsd.pipeline.progress import Progress
+from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.scheduling.pool import Pool, Schedule, worker_environments
 from tests.pipeline.test_build import files
 

@@ -8,13 +8,13 @@ import pytest
 
 from ezsd.cache import Block, StoreIncomplete
 from ezsd.cache.format.manifest import unseal
-from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.console.arguments import parse_share, require_scheduler
+from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.extraction.build import build_share
 from ezsd.pipeline.extraction.commit import commit_cache
 from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.scheduling.pool import Schedule
 from ezsd.pipeline.scheduling.job_array import Share
+from ezsd.pipeline.scheduling.pool import Schedule
 from tests.pipeline.test_build import ROOT, build_command, files
 
 SYNC = Schedule(scheduler="sync")

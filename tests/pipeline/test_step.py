@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from ezsd.cache import Store
 from ezsd.detector.heads import FastHead, PaperHead, Pooling
 from ezsd.losses import REFERENCE_COSINE, distillation_scale
-from ezsd.pipeline.training.dataloader import load_batches
 from ezsd.pipeline.config.schema import from_tables, load_preset, preset_names
-from ezsd.pipeline.runs.model import build_detector
-from ezsd.pipeline.files import write_json
-from ezsd.pipeline.training.distributed import Processes
-from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.files import write_json
+from ezsd.pipeline.inference.predictor import load_trained
+from ezsd.pipeline.runs.model import build_detector
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.training.dataloader import load_batches
+from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.training.train import TrainRequest, build_trainer, train, training_samples
 from ezsd.pipeline.training.trainer import (
     AverageWeights,
     learning_rate,
@@ -25,8 +27,6 @@ from ezsd.pipeline.training.trainer import (
     peak_rate,
     weigh,
 )
-from ezsd.pipeline.training.train import TrainRequest, build_trainer, train, training_samples
-from ezsd.pipeline.inference.predictor import load_trained
 
 BOUND = torch.tensor(math.log(100.0))
 NAME = "head.classifier.log_temperature"

@@ -16,8 +16,8 @@ import torch
 
 from ezsd.cache import Store
 from ezsd.pipeline.config.schema import to_tables
-from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.interrupts import end_listening, listen
+from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.train import TrainRequest, train
 from tests.conftest import QUICK as OF_SHAPES
 from tests.pipeline.stopkit import (

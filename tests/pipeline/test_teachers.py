@@ -6,14 +6,14 @@ import logging
 
 import pytest
 
-from ezsd.cache import Store
 from ezsd.adapt import flatten
+from ezsd.cache import Store
 from ezsd.data.annotations import load_training
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.errors import TeacherError
+from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.extraction import teacher as teachers
 from ezsd.pipeline.extraction.build import build_cache
-from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.training.train import store_dataset
 

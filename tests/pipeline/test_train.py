@@ -23,23 +23,21 @@ from safetensors.torch import load_file, save_file
 import ezsd.pipeline.training.train
 from ezsd.cache import Store, StoreError, StoreIncomplete
 from ezsd.cache.format.manifest import seal, unseal
-from ezsd.errors import AnnotationError
 from ezsd.data.dataset import collate
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.pipeline.training.dataloader import load_batches
-from ezsd.pipeline.console.defaults import train_config
+from ezsd.errors import AnnotationError
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset, to_tables
-from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.console.defaults import train_config
+from ezsd.pipeline.errors import ConfigError, ImageError, RunError
+from ezsd.pipeline.extraction.provenance import as_built
+from ezsd.pipeline.files import write_json
 from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import at_limit, headline
-from ezsd.pipeline.files import write_json
-from ezsd.pipeline.errors import ImageError
-from ezsd.pipeline.extraction.provenance import as_built
-from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.errors import RunError
-from ezsd.pipeline.training.trainer import learning_rate
-from ezsd.pipeline.training.train import TrainRequest, store_dataset, train, training_samples
 from ezsd.pipeline.inference.predictor import load_trained
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.training.dataloader import load_batches
+from ezsd.pipeline.training.train import TrainRequest, store_dataset, train, training_samples
+from ezsd.pipeline.training.trainer import learning_rate
 
 
 def curve(run):
@@ -534,7 +532,9 @@ def test_images_that_do_not_fit_the_memory_are_read_fewer_at_a_time_as_told(
         r"read \({}\); give the training more memory, or read fewer images at a time: lower train.loader_workers, or "
         r"raise train.accumulate with --set train.sampling=image$"
     )
-    monkeypatch.setattr("ezsd.pipeline.training.train.training_samples", lambda *given: Hungry(training_samples(*given)))
+    monkeypatch.setattr(
+        "ezsd.pipeline.training.train.training_samples", lambda *given: Hungry(training_samples(*given))
+    )
     with pytest.raises(RunError, match=said.format(r"\[enforce fail.* can't allocate memory: 9 bytes\.")) as caught:
         start(loader_workers=2)
     assert "Traceback" not in str(caught.value)

@@ -8,11 +8,11 @@ import pytest
 from ezsd.cache import Store, StoreError, StoreMismatch
 from ezsd.cache.files import file_digest
 from ezsd.cache.format.commit_mark import CommitMark, read_mark
+from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.report.run_data import collect, run_store
 from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.errors import RunError
-from ezsd.pipeline.training.train import TrainRequest, train
 from ezsd.pipeline.runs.store_digests import read_stores
+from ezsd.pipeline.training.train import TrainRequest, train
 
 
 @pytest.fixture

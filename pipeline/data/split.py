@@ -1,0 +1,101 @@
+"""Base and novel classes of an annotation file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from ezsd.pipeline.errors import ArgumentError
+from ezsd.vocabulary import COCO_SPLIT, Split, first_few, nearest, resolve, spelt_as
+
+NAMED = 5
+"""Most names in one line of what cannot be measured."""
+
+
+def chosen_split(
+    names: Sequence[str],
+    frequency: dict[str, str],
+    *,
+    where: Path,
+    base: Sequence[str] | None,
+    novel: Sequence[str] | None,
+    split_file: Path | None,
+) -> Split:
+    """Which classes of an annotation file are base and which novel.
+
+    Without a choice, LVIS's rare classes are novel, and COCO's 48 and 17 are taken where the file has them all.
+
+    Args:
+        names: all classes of the file.
+        frequency: LVIS's letters by name; empty for other files.
+        where: the file, for errors.
+        base: names, see `class_names`; alone, all other classes are novel.
+        novel: names; alone, all other classes are base.
+        split_file: TOML with lists `base` and `novel`, at the top or in [classes].
+
+    Raises:
+        ArgumentError: a choice is made twice, or none and the file suggests none.
+        VocabularyError: a base name is not in the file, a name occurs twice or is empty.
+    """
+    if split_file is not None:
+        if base is not None or novel is not None:
+            raise ArgumentError("--split-file already says which classes are base and novel; leave --base/--novel out")
+        return _known(_read_split(split_file), names)
+    if base is not None or novel is not None:
+        first = None if base is None else spelt_as(base, names)
+        second = None if novel is None else spelt_as(novel, names)
+        return _known(
+            Split(
+                base=_others(names, second) if first is None else first,
+                novel=_others(names, first) if second is None else second,
+            ),
+            names,
+        )
+    if frequency:
+        return Split(
+            base=tuple(sorted(name for name in names if frequency[name] != "r")),
+            novel=tuple(sorted(name for name in names if frequency[name] == "r")),
+        )
+    if set(COCO_SPLIT.names) <= set(names):
+        return COCO_SPLIT
+    raise ArgumentError(f"{where}: which of its {len(names)} classes are novel? Give --novel, --base or --split-file")
+
+
+def _others(names: Sequence[str], chosen: Sequence[str] | None) -> tuple[str, ...]:
+    assert chosen is not None
+    return tuple(name for name in names if name not in chosen)
+
+
+def _known(split: Split, names: Sequence[str]) -> Split:
+    """The same split, its names spelt as the file spells them; the file may lack novel ones."""
+    resolve(split.base, names)
+    return Split(base=spelt_as(split.base, names), novel=spelt_as(split.novel, names))
+
+
+def _read_split(path: Path) -> Split:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"--split-file {path}: cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"--split-file {path}: is not valid TOML: {error}") from error
+    table = document.get("classes", document)
+    lists = [table.get(part) if isinstance(table, dict) else None for part in ("base", "novel")]
+    for part, found in zip(("base", "novel"), lists, strict=True):
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise ArgumentError(f"--split-file {path}: {part}: expected a list of names, found {found!r}")
+    return Split(base=tuple(lists[0]), novel=tuple(lists[1]))  # type: ignore[arg-type]
+
+
+def no_ground_truth(absent: Iterable[str], offered: Iterable[str]) -> str:
+    """One line about names that the class table of an annotation file lacks.
+
+    Args:
+        absent: the names.
+        offered: names of the class table, of which near ones are offered.
+    """
+    table = list(offered)
+    near = {name: nearest(name, [other for other in table if other != name]) for name in absent}
+    hints = [f"{name!r}" + (f" (did you mean {other!r}?)" if other else "") for name, other in near.items()]
+    return f"no entry in categories named {first_few(hints, NAMED)}: without ground truth, figures of it are '-'"

@@ -1,0 +1,41 @@
+"""Devices by name, and what they say when their memory is short."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from ezsd.pipeline.errors import ArgumentError
+
+_WORDS = re.compile(r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+
+
+def require_device_name(name: str) -> None:
+    """ArgumentError for what is no device's name; whether the device is there shows later."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ArgumentError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+
+
+def resolve_device(name: str) -> str:
+    """Resolve a device name; "auto" takes a GPU if there is one.
+
+    Raises:
+        ArgumentError: no device's name, or that of a GPU which is not there.
+    """
+    require_device_name(name)
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ArgumentError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu"
+        )
+    return name
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short: torch has a type for its own GPU allocator alone, and words for all others."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None
