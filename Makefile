@@ -2,8 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Remade when the dependencies change. "compat" puts this folder on the path, so that a folder of stores named cache/
-# where a user works cannot stand in for the package.
+# Remade when the dependencies change.
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test gpu-check lint clean
@@ -29,7 +28,7 @@ lint: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable ".[test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $(STAMP)
 
 clean:

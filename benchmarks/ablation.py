@@ -204,7 +204,7 @@ def _losses(run: Run) -> list[dict[str, float]]:
 
 
 def _ezsd(*words: str, plan: Plan) -> str:
-    command = [sys.executable, "-P", "-m", "cli", *words]
+    command = [sys.executable, "-P", "-m", "ezsd", *words]
     for override in plan.overrides:
         command += ["--set", override]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)

@@ -30,7 +30,7 @@ def assert_one_clear_line(result, *words):
 
 
 def test_help_loads_neither_torch_nor_zarr():
-    code = "import sys, cli; cli.app(['--help'], standalone_mode=False); print(sorted(sys.modules), file=sys.stderr)"
+    code = "import sys; from ezsd import cli; cli.app(['--help'], standalone_mode=False); print(sorted(sys.modules), file=sys.stderr)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "Teach an object detector" in result.stdout
     for heavy in ("torch", "zarr", "numpy", "open_clip", "matplotlib", "dask"):
@@ -106,7 +106,8 @@ def test_misuse_is_one_clear_line(arguments, words, tmp_path):
 )
 def test_arguments_are_refused_before_torch_is_loaded(arguments, tmp_path):
     code = f"""
-import sys, cli
+import sys
+from ezsd import cli
 sys.argv[1:] = {arguments!r}
 try:
     cli.main()
@@ -129,7 +130,7 @@ except SystemExit as end:
 )
 def test_an_error_of_the_system_without_a_place_is_a_bug_and_shows_itself(what, code, tmp_path):
     """No line about a bad file descriptor: who called has nothing to mend there."""
-    script = f"import os, socket, cli; cli.app = lambda: {what}; cli.main()"
+    script = f"import os, socket; from ezsd import cli; cli.app = lambda: {what}; cli.main()"
     here = os.environ | {"PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-W", "ignore", "-c", script]
     result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=here, check=False)
@@ -144,7 +145,8 @@ STORES = {"info": ["cache/whole"], "ls": ["cache"], "verify": ["cache/whole", "-
 def test_looking_at_stores_loads_no_torch(command, shapes_store, tmp_path):
     shutil.copytree(shapes_store, tmp_path / "cache/whole")
     code = """if True:
-    import sys, cli
+    import sys
+from ezsd import cli
     sys.argv = ["ezsd", "cache", *sys.argv[1:]]
     try:
         cli.main()
@@ -163,7 +165,8 @@ def test_a_results_file_is_evaluated_and_written_without_torch(shapes_run, shape
     arguments = ["eval", "--detections", found, "--annotations", truth, "--base", "circle,square"]
     arguments = [str(word) for word in [*arguments, "--out", tmp_path / "figures.json"]]
     code = f"""
-import sys, cli
+import sys
+from ezsd import cli
 sys.argv[1:] = {arguments!r}
 try:
     cli.main()
@@ -329,7 +332,7 @@ def python(code, *, env=None, **options):
     return subprocess.run(words, cwd=ROOT, env={**os.environ, **(env or {})}, text=True, check=False, **options)
 
 
-PRINTS = "import cli, typer; cli.app = lambda: typer.echo('caf\\u00e9 \\u5706'); cli.main()"
+PRINTS = "import typer; from ezsd import cli; cli.app = lambda: typer.echo('caf\\u00e9 \\u5706'); cli.main()"
 
 
 @pytest.mark.parametrize(
@@ -361,7 +364,7 @@ def test_closed_standard_output_is_one_line(tmp_path):
 
 def test_a_reader_that_leaves_early_ends_the_command_in_silence(shapes_store):
     process = subprocess.Popen(
-        [sys.executable, "-m", "cli", "cache", "info", str(shapes_store)],
+        [sys.executable, "-m", "ezsd", "cache", "info", str(shapes_store)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -22,7 +22,7 @@ RUNNING = []
 def started(*words, own_group=True, env=None, python=(), stdout=subprocess.PIPE):
     """An `ezsd` command, by default in a process group of its own, as a shell starts it."""
     process = subprocess.Popen(
-        [sys.executable, *python, "-m", "cli", *map(str, words)],
+        [sys.executable, *python, "-m", "ezsd", *map(str, words)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         stdout=stdout,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A mount is seen by the processes of its own namespace alone, and goes with them.
 SMALL = """
 import subprocess, sys
-import cli
+from ezsd import cli
 import ezsd.pipeline.training.dataloader
 
 # Reading processes look at this file too.

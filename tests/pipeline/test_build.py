@@ -47,7 +47,7 @@ def overrides(config):
 
 
 def build_command(dataset, config, out, *, workers):
-    command = [sys.executable, "-m", "cli", "cache", "build", "--dataset", dataset.name, "--out", str(out)]
+    command = [sys.executable, "-m", "ezsd", "cache", "build", "--dataset", dataset.name, "--out", str(out)]
     return [*command, "--workers", str(workers), "--data-root", str(dataset.root), *overrides(config)]
 
 

@@ -148,7 +148,8 @@ NARROW = """
 import resource, sys
 from pathlib import Path
 import torch
-import cli, ezsd.pipeline.training.trainer
+import ezsd.pipeline.training.trainer
+from ezsd import cli
 step = ezsd.pipeline.training.trainer.Trainer.step
 def narrow(self, batches, number):
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -361,7 +361,7 @@ def test_a_library_that_catches_the_stop_does_not_keep_it(then):
 
 def test_several_processes_stop_after_the_same_step(shapes_store, tmp_path):
     run = tmp_path / "run"
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "cli", "train"]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "ezsd", "train"]
     words += ["--cache", shapes_store, "--run", run, "--device", "cpu"]
     words += settings(*ENDLESS, "train.sampling=image", "train.checkpoint_minutes=0.0001")
     process = subprocess.Popen(
