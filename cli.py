@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import signal
@@ -42,7 +43,7 @@ app = typer.Typer(
     cls=_Commands,
     help="Teach an object detector to find classes it never saw a box of.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Make and check datasets.", no_args_is_help=True)
@@ -64,6 +65,23 @@ Verify = Annotated[
     typer.Option(help="full: compare all that is read with its checksum; quick: all but rows, and those as they are."),
 ]
 Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes, coco (or fast), paper or photos.")]
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        python = ".".join(map(str, sys.version_info[:3]))
+        torch = importlib.metadata.version("torch")
+        typer.echo(f"ezsd {importlib.metadata.version('ezsd')} (torch {torch}, Python {python})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @data_app.command("shapes", epilog="Example:  ezsd data shapes --out data/shapes")
@@ -598,7 +616,7 @@ def main() -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("ezsd").setLevel(logging.INFO)
         with keeping(""):
-            app()
+            app(prog_name="ezsd")
     except Stopped as stopped:
         if stopped.is_told:
             typer.echo(f"ezsd: {stopped}", err=True)

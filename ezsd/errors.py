@@ -1,4 +1,4 @@
-"""Errors that a user can mend. All are an `EzsdError`, whose text is one line: what, where, expected, found, what to do.
+"""Errors that a user can mend: all are an `EzsdError`, whose text is one line with place, fault and cure.
 
 Imports nothing heavy: whoever catches them need not load what raises them.
 """

@@ -1,10 +1,8 @@
-"""Devices by name, and what they say when their memory is short."""
+"""Devices by name, and what they say when their memory is short. Loads torch only where a device is asked."""
 
 from __future__ import annotations
 
 import re
-
-import torch
 
 from ezsd.pipeline.errors import ArgumentError
 
@@ -24,6 +22,8 @@ def resolve_device(name: str) -> str:
         ArgumentError: no device's name, or that of a GPU which is not there.
     """
     require_device_name(name)
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
@@ -36,6 +36,8 @@ def resolve_device(name: str) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was short: torch has a type for its own GPU allocator alone, and words for all others."""
+    import torch
+
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None

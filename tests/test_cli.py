@@ -30,7 +30,9 @@ def assert_one_clear_line(result, *words):
 
 
 def test_help_loads_neither_torch_nor_zarr():
-    code = "import sys; from ezsd import cli; cli.app(['--help'], standalone_mode=False); print(sorted(sys.modules), file=sys.stderr)"
+    code = (
+        "import sys, ezsd.cli as c; c.app(['-h'], standalone_mode=False); print(sorted(sys.modules), file=sys.stderr)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "Teach an object detector" in result.stdout
     for heavy in ("torch", "zarr", "numpy", "open_clip", "matplotlib", "dask"):

@@ -1,15 +1,33 @@
 """The tree keeps its promises: imports flow one way, nothing runs code out of data, no machine's places leak."""
 
 import ast
+import functools
+import graphlib
 import re
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ALLOWED = {"cli": {"pipeline"}, "pipeline": {"ezsd", "cache"}, "ezsd": set(), "cache": set()}
+PARTS = ("cli", "pipeline", "ezsd", "cache")
+"""What lies at the top level; below the one name ezsd for whoever imports it."""
+BEFORE = {
+    "ezsd": (
+        *("errors", "weights", "boxes", "vocabulary", "proposals", "kernels", "losses", "teacher", "crops"),
+        *("competitors", "detector", "data", "adapt", "metrics"),
+    ),
+    "cache": ("errors", "files", "format", "journal", "storage", "reader", "writer", "tools"),
+    "pipeline": (
+        *("errors", "progress", "process_environment", "interrupts", "devices", "files", "config", "data"),
+        *("scheduling", "runs", "extraction", "inference", "training", "report", "console", "demo"),
+    ),
+}
+"""The rooms of each part in their order: a room imports only what stands before it."""
+ALLOWED = {"cli": {"pipeline", "cache", "ezsd"}, "pipeline": {"ezsd", "cache"}, "cache": {"ezsd.errors"}, "ezsd": set()}
+"""What modules of a part may import of others."""
+FACES = {"ezsd", "ezsd.__main__"}
+"""What people import and run: above everything."""
 # The store can be read where no learning library is installed.
 HEAVY = {"torch", "torchvision", "open_clip", "safetensors", "triton"}
 RUNS_CODE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -21,27 +39,68 @@ REGISTRIES = re.compile(
 
 
 def sources(part):
-    """All modules of one of the four parts."""
+    """All modules of one of the parts."""
     single = ROOT / f"{part}.py"
-    return [single] if single.is_file() else sorted((ROOT / part).rglob("*.py"))
+    if single.is_file():
+        return [single]
+    # ezsd/ has links to the other parts.
+    return [path for path in sorted((ROOT / part).rglob("*.py")) if not path.is_symlink() and linked(path) is None]
 
 
+def linked(path):
+    """The link to another part that a path leads through; None for none."""
+    return next((above for above in path.parents if above != ROOT and above.is_symlink()), None)
+
+
+def module_name(path):
+    """What a module is called where it is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "ezsd" else ("ezsd", *parts)).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): (part, path) for part in PARTS for path in sources(part)}
+
+
+def imported_modules(path):
+    """Our own modules that a module imports, at any depth of it, but for those that only a type checker sees."""
+    unseen = {
+        below
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for below in ast.walk(node)
+    }
+    for node in set(ast.walk(tree(path))) - unseen:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def room(module):
+    """The part of a module and its place in it."""
+    part = MODULES[module][0]
+    rest = module.split(".")[2 if part in ("pipeline", "cache") else 1 :]
+    return part, rest[0] if rest else ""
+
+
+@functools.cache
 def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
 def imported(path):
     """Top-level package of every import in a module, at any depth of it."""
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield own if node.level else node.module.partition(".")[0]
+            yield "ezsd" if node.level else node.module.partition(".")[0]
         elif isinstance(node, ast.Call) and called(node).rpartition(".")[2] in ("import_module", "__import__"):
             name = node.args[0] if node.args else None
             if isinstance(name, ast.Constant):
-                yield own if name.value.startswith(".") else name.value.partition(".")[0]
+                yield "ezsd" if name.value.startswith(".") else name.value.partition(".")[0]
 
 
 def called(node):
@@ -108,12 +167,34 @@ def tracked():
     return [file for file in files if file.is_file()]
 
 
-@pytest.mark.parametrize("part", ALLOWED)
+@pytest.mark.parametrize("part", PARTS)
 def test_imports_flow_one_way(part):
     assert sources(part)
     for path in sources(part):
-        wrong = set(imported(path)) & (ALLOWED.keys() | {"tests", "benchmarks"}) - ALLOWED[part] - {part}
+        wrong = set(imported(path)) & {"cache", "pipeline", "cli", "tests", "benchmarks"}
+        if module_name(path) not in FACES:
+            found = {name for name in imported_modules(path) if name in MODULES and MODULES[name][0] != part}
+            wrong |= {name for name in found if MODULES[name][0] not in ALLOWED[part] and name not in ALLOWED[part]}
         assert not wrong, f"{path.relative_to(ROOT)} must not import {', '.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize("part", BEFORE)
+def test_a_room_imports_only_what_stands_before_it(part):
+    order = ["", *BEFORE[part]]
+    for path in sources(part):
+        name = module_name(path)
+        if name in FACES or room(name)[1] == "":
+            continue
+        own = order.index(room(name)[1])
+        for other in set(imported_modules(path)) & MODULES.keys():
+            if room(other)[0] == part and room(other)[1] != room(name)[1]:
+                assert 0 < order.index(room(other)[1]) < own, f"{path.relative_to(ROOT)} must not import {other}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {name: set(imported_modules(path)) & MODULES.keys() - {name} for name, (_, path) in MODULES.items()}
+    # Raises CycleError with the modules of a circle.
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == MODULES.keys()
 
 
 def test_the_store_knows_no_learning_library():
@@ -121,13 +202,13 @@ def test_the_store_knows_no_learning_library():
         assert not set(imported(path)) & HEAVY, path.relative_to(ROOT)
 
 
-@pytest.mark.parametrize("part", ALLOWED)
+@pytest.mark.parametrize("part", PARTS)
 def test_nothing_runs_code_out_of_data(part):
     found = [f"{path.relative_to(ROOT)}: {danger}" for path in sources(part) for danger in dangers(path)]
     assert found == []
 
 
-@pytest.mark.parametrize("part", [*ALLOWED, "benchmarks"])
+@pytest.mark.parametrize("part", [*PARTS, "benchmarks"])
 def test_one_module_reads_image_files(part):
     """Two readers have two rules: for orientation, for modes, for size."""
     found = {path.relative_to(ROOT).as_posix(): list(openings(path)) for path in sources(part)}
@@ -136,12 +217,11 @@ def test_one_module_reads_image_files(part):
     assert (part == "pipeline") == bool(reader)
 
 
-def test_every_package_is_listed_and_every_listed_one_is_there():
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    folders = {path.parent for part in ALLOWED for path in sources(part) if path.parent != ROOT}
-    assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} == set(settings["packages"])
+def test_every_folder_is_a_package_and_every_part_lies_below_the_one_name():
+    folders = {path.parent for part in PARTS for path in sources(part) if path.parent != ROOT}
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
-    assert settings["py-modules"] == ["cli"]
+    for part, name in (("cache", "cache"), ("pipeline", "pipeline"), ("cli", "cli.py")):
+        assert (ROOT / "ezsd" / name).readlink() == Path("..") / name, part
 
 
 def test_no_file_names_a_place_of_one_machine():

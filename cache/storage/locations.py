@@ -1,4 +1,4 @@
-"""Where a store lies: a folder, or a URL (`ezsd.cache.storage.remote`). What a reader needs of either, and nothing else."""
+"""Where a store lies: a folder, or a URL (`ezsd.cache.storage.remote`); what a reader needs of either."""
 
 import os
 from collections.abc import Iterable, Iterator

@@ -129,7 +129,8 @@ def find_dataset(name: str, root: Path | None = None, *, strict: bool = True) ->
     Args:
         name: one of `DATASETS`, or the path of a TOML file.
         root: folder with images and annotations; data/NAME or the TOML file's own by default.
-        strict: False takes what is sound of class tables and prompts that are faulty: `ezsd.pipeline.data.check` lists the rest.
+        strict: False takes what is sound of class tables and prompts that are faulty: `ezsd.pipeline.data.check` lists
+            the rest.
 
     Raises:
         DatasetError: an unknown name, or a TOML file that is not as it must be.

@@ -67,7 +67,7 @@ def require_workers(pool: Pool, writer: StoreWriter, *, device: str | None, file
     if pool.client is not None:
         plan = plan_folder(writer.path) / "entry.json"
         found = {str(file): sha256(file) for file in (plan, *files)}
-        check_workers(pool.client, Needs(files=found, device=device))
+        check_workers(pool.client, Needs(files=found, device=device, code="ezsd.pipeline.extraction.jobs"))
 
 
 def missing_line(missing: list[Block], total: int, shares: int | None) -> str:

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.errors import ArgumentError, ClusterError
 from ezsd.pipeline.files import sha256
 
@@ -88,6 +89,8 @@ class Needs:
     """Sha256 by absolute path."""
     device: str | None
     """Where the teacher shall run; None where none does."""
+    code: str = "ezsd"
+    """The module that the tasks come from."""
 
 
 def versions() -> dict[str, str]:
@@ -108,9 +111,7 @@ def other_versions(wanted: Mapping[str, str]) -> str | None:
 def look_around(needs: Needs, wanted: Mapping[str, str], dask_worker: Worker) -> str | None:
     """Why this process, a worker, cannot do the work; None when it can."""
     # A task whose code cannot be imported would end the worker.
-    import_module("ezsd.pipeline.extraction.jobs")
-    from ezsd.pipeline.devices import resolve_device
-
+    import_module(needs.code)
     threads = dask_worker.state.nthreads
     if threads != 1:
         return f"runs {threads} threads; start it with --nthreads 1, which keeps sums in one order"

@@ -336,7 +336,7 @@ def test_names_that_a_document_did_not_look_for_are_named(scene, caplog):
 
 def test_the_command_needs_no_torch_for_results(scene, tmp_path):
     arguments = ["eval", "--detections", scene[0], "--annotations", scene[1], "--novel", "cow"]
-    code = "import sys; from ezsd import cli; cli.app(sys.argv[1:], standalone_mode=False); assert 'torch' not in sys.modules"
+    code = "import sys, ezsd.cli as c; c.app(sys.argv[1:], standalone_mode=False); assert 'torch' not in sys.modules"
     result = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, check=False
     )

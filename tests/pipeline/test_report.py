@@ -139,7 +139,7 @@ def write_store(path, manifest):
 
 
 def evaluation(names, base, novel):
-    """One label space of what `ezsd.pipeline.inference.evaluation_tables.document` returns, with figures of our choosing."""
+    """One label space of an evaluation's document, with figures of our choosing."""
 
     def scores(value, boxes=33):
         return {"AP": 0.1, "AP50": value, "AP75": 0.1, "AR": 0.234, "boxes": boxes}

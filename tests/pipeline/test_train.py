@@ -548,7 +548,8 @@ def test_images_that_do_not_fit_the_memory_are_read_fewer_at_a_time_as_told(
 
 def test_readers_end_with_a_training_that_is_killed(shapes_store, quick_config, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from ezsd.pipeline.config.schema import load_preset; from ezsd.pipeline.training.train import *\n"
+        "import sys; from pathlib import Path\n"
+        "from ezsd.pipeline.config.schema import load_preset; from ezsd.pipeline.training.train import *\n"
         "config = load_preset('shapes', ['train.images=1', 'train.loader_workers=1', 'train.steps=100000'])\n"
         "train(TrainRequest(cache=Path(sys.argv[1]), run=Path(sys.argv[2]), config=config))"
     )
