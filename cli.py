@@ -168,22 +168,26 @@ def cache_build(
     share = None if blocks is None else parse_share(blocks)
     require_scheduler(scheduler, workers=workers, dashboard=dashboard, share=share)
     from ezsd.pipeline.console.defaults import build_config, drawn, require_known_teacher
-    from ezsd.pipeline.console.store_messages import build_lines, forecast_lines, share_lines
     from ezsd.pipeline.data.datasets import find_dataset
-    from ezsd.pipeline.devices import resolve_device
-    from ezsd.pipeline.extraction.build import build_cache, build_share
-    from ezsd.pipeline.extraction.forecast import forecast_build
-    from ezsd.pipeline.extraction.request import BuildRequest
-    from ezsd.pipeline.scheduling.job_array import Share
+    from ezsd.pipeline.devices import require_device_name, resolve_device
 
-    # Everything that can be refused is, before the benchmark is drawn.
-    where = resolve_device(device)
+    # What can be refused is, before anything heavy is loaded and before the benchmark is drawn.
+    require_device_name(device)
     named = find_dataset(dataset, data_root)
     start = preset or named.preset
     config = build_config(
         start, set_ or [], teacher=teacher, weights=weights, activation=activation, prompts=named.prompts
     )
+    if data_root is not None or named.root.exists():
+        named.require()
     require_known_teacher(config)
+    where = resolve_device(device)
+    from ezsd.pipeline.console.store_messages import build_lines, forecast_lines, share_lines
+    from ezsd.pipeline.extraction.build import build_cache, build_share
+    from ezsd.pipeline.extraction.forecast import forecast_build
+    from ezsd.pipeline.extraction.request import BuildRequest
+    from ezsd.pipeline.scheduling.job_array import Share
+
     found = drawn(named, data_root)
     store = out or Path("cache") / found.name
     request = BuildRequest(
@@ -267,11 +271,17 @@ def cache_repair(
     device: Device = "auto",
 ) -> None:
     """Rebuild exactly what is damaged, or mark the store incomplete; the exit code is then 1."""
+    from ezsd.cache import repair
     from ezsd.pipeline.console.store_messages import repair_lines
-    from ezsd.pipeline.devices import resolve_device
-    from ezsd.pipeline.extraction.repair import repair_store
+    from ezsd.pipeline.devices import require_device_name, resolve_device
 
-    report = repair_store(store, data_root, weights=weights, device=resolve_device(device))
+    require_device_name(device)
+    if data_root is None:
+        report = repair(store, None)
+    else:
+        from ezsd.pipeline.extraction.repair import repair_store
+
+        report = repair_store(store, data_root, weights=weights, device=resolve_device(device))
     typer.echo("\n".join(repair_lines(store, report)))
     if report.left:
         raise typer.Exit(1)
@@ -364,7 +374,11 @@ def train(
     """Train the detector from base boxes and cached regions; under `torchrun`, on several GPUs."""
     require_launcher(os.environ)
     from ezsd.pipeline.console.defaults import train_config
-    from ezsd.pipeline.devices import resolve_device
+    from ezsd.pipeline.devices import require_device_name, resolve_device
+
+    # What can be refused is, before anything heavy is loaded.
+    require_device_name(device)
+    config = train_config(cache, preset, set_ or [], seed=seed)
     from ezsd.pipeline.training.train import TrainRequest
     from ezsd.pipeline.training.train import train as start
 
@@ -372,7 +386,7 @@ def train(
     request = TrainRequest(
         cache=cache,
         run=folder,
-        config=train_config(cache, preset, set_ or [], seed=seed),
+        config=config,
         data_root=data_root,
         backbone_weights=backbone_weights,
         device=resolve_device(device),
@@ -435,7 +449,7 @@ def evaluate(
         require_weights,
     )
     from ezsd.pipeline.devices import require_device_name
-    from ezsd.pipeline.runs.run import require_run
+    from ezsd.pipeline.runs.folder import require_run
 
     of_run = {
         "--split": split,
@@ -532,7 +546,7 @@ def detect(
     """Find objects of any named classes in images; boxes are those of the image as it is shown."""
     from ezsd.pipeline.console.arguments import class_names, find_images, picture_places, require_weights
     from ezsd.pipeline.devices import require_device_name
-    from ezsd.pipeline.runs.run import require_run
+    from ezsd.pipeline.runs.folder import require_run
 
     asked = class_names("--classes", lists=classes or (), files=classes_file or (), literal=class_ or ())
     require_device_name(device)
@@ -575,7 +589,7 @@ def report(
     data_root: DataRoot = None,
 ) -> None:
     """Write one HTML page: results, curves, pictures."""
-    from ezsd.pipeline.runs.run import require_run
+    from ezsd.pipeline.runs.folder import require_run
 
     for folder in (run, *(compare or [])):
         require_run(folder)

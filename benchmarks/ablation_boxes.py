@@ -18,7 +18,8 @@ from ezsd.detector.backbone import normalise
 from ezsd.detector.model import Detector
 from ezsd.pipeline.config.schema import ProposalConfig
 from ezsd.pipeline.data.annotation_cache import training_annotations
-from ezsd.pipeline.data.datasets import Dataset, read_dataset_image
+from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.data.images import read_dataset_image
 from ezsd.pipeline.extraction.anchors import image_anchors
 from ezsd.pipeline.files import write_text
 from ezsd.pipeline.inference.predictor import load_trained

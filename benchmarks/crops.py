@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ezsd.boxes import clip
 from ezsd.crops import crop_boxes
-from ezsd.pipeline.data.datasets import read_image
+from ezsd.pipeline.data.images import read_image
 from ezsd.proposals.select import faithful_anchors
 
 SIZE = 224

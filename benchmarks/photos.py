@@ -19,7 +19,7 @@ from ezsd.cache import Store
 from ezsd.data.annotations import load_evaluation
 from ezsd.metrics.recall import recall_at
 from ezsd.pipeline.config.schema import from_tables, load_preset, to_tables
-from ezsd.pipeline.data.datasets import read_dataset_image
+from ezsd.pipeline.data.images import read_dataset_image
 from ezsd.pipeline.extraction.anchors import image_anchors
 from ezsd.pipeline.extraction.provenance import model_inputs, proposal_settings
 from ezsd.pipeline.inference.evaluation_tables import headline

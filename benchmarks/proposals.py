@@ -33,7 +33,8 @@ from ezsd.crops import distinct_crops
 from ezsd.data.annotations import Annotations, load_evaluation
 from ezsd.metrics.recall import recall_at
 from ezsd.pipeline.config.schema import Config, load_preset
-from ezsd.pipeline.data.datasets import Dataset, find_dataset, read_dataset_image
+from ezsd.pipeline.data.datasets import Dataset, find_dataset
+from ezsd.pipeline.data.images import read_dataset_image
 from ezsd.pipeline.data.shapes import write_shapes
 from ezsd.pipeline.extraction.anchors import image_anchors, look_at_anchors
 from ezsd.pipeline.extraction.build import build_cache

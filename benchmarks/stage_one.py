@@ -43,16 +43,18 @@ from torch import Tensor
 
 from ezsd.adapt import flatten
 from ezsd.cache import Block, StoreWriter
+from ezsd.choices import Precision
 from ezsd.crops import crop_boxes
 from ezsd.pipeline.config.schema import Config, load_preset
-from ezsd.pipeline.data.datasets import find_dataset, read_dataset_image
+from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.data.images import read_dataset_image
 from ezsd.pipeline.extraction.anchors import image_anchors
 from ezsd.pipeline.extraction.build import embed_names, extract_job
 from ezsd.pipeline.extraction.provenance import describe
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.teacher import configured_teacher
 from ezsd.pipeline.extraction.worker import ExtractJob, block_rows, extract_block
-from ezsd.teacher.open_clip import OpenClipTeacher, Precision
+from ezsd.teacher.open_clip import OpenClipTeacher
 from ezsd.vocabulary import COCO_SPLIT
 
 MODEL = "ViT-B-32"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,9 +10,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ezsd.choices import AdaptLoss
 from ezsd.teacher.open_clip import Teacher
-
-AdaptLoss = Literal["bce", "softmax_ce"]
 
 
 def adaptation_loss(logits: Tensor, label: Tensor, *, loss: AdaptLoss) -> Tensor:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Surround = Literal["black", "context"]
-"""What lies beside a box that is not square: nothing, or what the image shows there."""
+from ezsd.choices import Surround
 
 _AT_ONCE = 16
 """Windows of one size are resampled together, up to this many and, large ones, to the memory of so many crops."""

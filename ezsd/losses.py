@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ezsd.kernels import Metric
+from ezsd.choices import Metric
 
 DELTA_SCALE = (10.0, 10.0, 5.0, 5.0)
 """Box deltas are multiplied by these, so that they have a spread of about one."""

@@ -33,7 +33,7 @@ from ezsd.pipeline.console.arguments import (
 from ezsd.pipeline.data.shapes import write_shapes
 from ezsd.pipeline.data.split import chosen_split
 from ezsd.pipeline.runs.run import Run
-from ezsd.teacher.open_clip import require_teacher
+from ezsd.teacher.requirements import require_teacher
 from ezsd.vocabulary import parse_classes
 from tests.advicekit import FAST, Advice, Calls, Place, each_of, follow, follow_call
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from ezsd.teacher.requirements import open_clip_models
 from tests.commandkit import ezsd
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,9 +105,21 @@ def test_misuse_is_one_clear_line(arguments, words, tmp_path):
         ["detect", "nowhere.png", "--run", "nowhere", "--classes", "ring"],
         ["detect", "nowhere.png", "--run", "nowhere", "--classes", "ring,ring"],
         ["report", "--run", "nowhere"],
+        ["train", "--cache", "nowhere"],
+        ["train", "--cache", "nowhere", "--device", "tpu"],
+        ["data", "check", "--dataset", "cocoa"],
+        ["cache", "build", "--dataset", "cocoa"],
+        ["cache", "build", "--dataset", "coco", "--data-root", "nowhere"],
+        ["cache", "build", "--dataset", "shapes", "--preset", "shape"],
+        ["cache", "build", "--dataset", "shapes", "--set", "train.stepps=3"],
+        ["cache", "build", "--dataset", "shapes", "--teacher", "ViT-B-23", "--weights", "openai"],
+        ["cache", "build", "--dataset", "shapes", "--device", "tpu"],
+        ["cache", "commit", "nowhere"],
+        ["cache", "repair", "nowhere"],
     ],
 )
 def test_arguments_are_refused_before_torch_is_loaded(arguments, tmp_path):
+    """Seconds sooner than after it."""
     code = f"""
 import sys
 from ezsd import cli
@@ -132,12 +145,24 @@ except SystemExit as end:
 )
 def test_an_error_of_the_system_without_a_place_is_a_bug_and_shows_itself(what, code, tmp_path):
     """No line about a bad file descriptor: who called has nothing to mend there."""
-    script = f"import os, socket; from ezsd import cli; cli.app = lambda: {what}; cli.main()"
+    script = f"import os, socket; from ezsd import cli; cli.app = lambda **_: {what}; cli.main()"
     here = os.environ | {"PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-W", "ignore", "-c", script]
     result = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=here, check=False)
     assert result.returncode == code, result.stderr
     assert ("Traceback" in result.stderr) == (code == 1)
+
+
+def test_the_package_by_itself_loads_nothing_heavy():
+    code = "import sys, ezsd, ezsd.errors; print([m for m in ('torch', 'numpy', 'zarr', 'PIL') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_names_of_open_clips_models_are_known_without_it():
+    import open_clip
+
+    assert open_clip_models() == sorted(open_clip.list_models())
 
 
 STORES = {"info": ["cache/whole"], "ls": ["cache"], "verify": ["cache/whole", "--deep"]}
@@ -148,7 +173,7 @@ def test_looking_at_stores_loads_no_torch(command, shapes_store, tmp_path):
     shutil.copytree(shapes_store, tmp_path / "cache/whole")
     code = """if True:
     import sys
-from ezsd import cli
+    from ezsd import cli
     sys.argv = ["ezsd", "cache", *sys.argv[1:]]
     try:
         cli.main()
@@ -334,7 +359,7 @@ def python(code, *, env=None, **options):
     return subprocess.run(words, cwd=ROOT, env={**os.environ, **(env or {})}, text=True, check=False, **options)
 
 
-PRINTS = "import typer; from ezsd import cli; cli.app = lambda: typer.echo('caf\\u00e9 \\u5706'); cli.main()"
+PRINTS = "import typer; from ezsd import cli; cli.app = lambda **_: typer.echo('caf\\u00e9 \\u5706'); cli.main()"
 
 
 @pytest.mark.parametrize(
@@ -354,7 +379,7 @@ def test_names_outside_the_encoding_of_standard_output_are_escaped(encoding, rea
 
 def test_closed_standard_output_is_one_line(tmp_path):
     done = subprocess.run(
-        ["sh", "-c", f'"{sys.executable}" -m cli cache ls "{tmp_path}" >&-'],
+        ["sh", "-c", f'"{sys.executable}" -m ezsd cache ls "{tmp_path}" >&-'],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
-RESNETS = ("resnet18", "resnet34", "resnet50")
-BACKBONES = ("tiny", *RESNETS)
-"""Names that `build_backbone` knows."""
+from ezsd.choices import BACKBONES, RESNETS
 
 
 class Pyramid(nn.Module):

@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypedDict
+from typing import Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ezsd.kernels import Backend, Metric, roi_align, roi_align_cosine, roi_embed
+from ezsd.choices import MAX_TEMPERATURE, Backend, Metric
+from ezsd.kernels import roi_align, roi_align_cosine, roi_embed
 from ezsd.kernels.reference import distances, unit, weighted_mean
-
-HeadName = Literal["fast", "paper"]
 
 
 class PoolingOptions(TypedDict):
@@ -121,10 +120,6 @@ class Tower(nn.Module):
         for convolution in self.convolutions:
             maps = [F.relu(convolution(m)) for m in maps]
         return maps
-
-
-MAX_TEMPERATURE = 100.0
-"""Above it the softmax is as hard as CLIP's own, and gradients vanish."""
 
 
 class CosineClassifier(nn.Module):

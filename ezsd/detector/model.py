@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms
 
+from ezsd.choices import Backend, BoxClass, HeadName, Metric
 from ezsd.detector.backbone import Pyramid, normalise
-from ezsd.detector.heads import FastHead, Head, HeadName, PaperHead, Pooling
+from ezsd.detector.heads import FastHead, Head, PaperHead, Pooling
 from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, mask_loss, mask_targets
 from ezsd.detector.rpn import SAMPLED_ANCHORS, proposal_network
 from ezsd.detector.sampling import SampledRegions, sample_regions
-from ezsd.kernels import Backend, Metric
 from ezsd.losses import box_loss, classification_loss, decode_boxes, encode_boxes, region_weights
-
-BoxClass = Literal["foreground", "reference", "topk"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

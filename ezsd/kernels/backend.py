@@ -12,11 +12,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ezsd.choices import Backend
 from ezsd.errors import BackendError
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "eager", "triton"]
 Resolved = Literal["eager", "triton"]
 
 MAX_LEVELS = 5

@@ -18,9 +18,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ezsd.choices import Backend, Metric
 from ezsd.kernels import registered
-from ezsd.kernels.backend import Backend, resolve_backend
-from ezsd.kernels.pooling import Metric, check_boxes, check_head, check_targets, make_pooling
+from ezsd.kernels.backend import resolve_backend
+from ezsd.kernels.pooling import check_boxes, check_head, check_targets, make_pooling
 
 _Operand = TypeVar("_Operand", Tensor, Tensor | None)
 

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Metric = Literal["cosine", "l1"]
+from ezsd.choices import Metric
 
 # torchvision adds this to the (fractional) level before rounding down, so that a box of exactly the
 # canonical size does not fall to the finer level by one rounding error of float32.

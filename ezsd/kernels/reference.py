@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ezsd.kernels.pooling import Metric, Pooling, check_boxes, check_head, check_targets, make_pooling
+from ezsd.choices import Metric
+from ezsd.kernels.pooling import Pooling, check_boxes, check_head, check_targets, make_pooling
 
 
 def roi_align(

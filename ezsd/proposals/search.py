@@ -9,13 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-Mode = Literal["faithful", "grown-stride", "coarse-to-fine"]
-"""How much of a grid is looked at: all of it, less of large anchors, or what a first look found promising."""
 
 _ROUND = 64
 """Anchors that a round of refinement looks around. Fewer follow the scores more closely, more fill an accelerator."""

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torchvision.ops import nms
 
 from ezsd.boxes import overlaps_any
-
-Score = Literal["entropy", "novel"]
+from ezsd.choices import Score
 
 
 def faithful_anchors(

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, INCEPTION_MEAN, INCEPTION_STD
 from torch import Tensor, nn
 
+from ezsd.choices import Activation, Names, Normalisation, Precision
 from ezsd.errors import TeacherError, VocabularyError
+from ezsd.teacher.requirements import TINY_SHAPES, require_teacher
 from ezsd.teacher.weights import (
     activation_mismatch,
     load_checkpoint,
@@ -30,18 +32,10 @@ from ezsd.teacher.weights import (
     require_transformers,
     transformers_missing,
 )
-from ezsd.vocabulary import clean_names, first_few, prompts, suggest
+from ezsd.vocabulary import clean_names, first_few, prompts
 
 __all__ = ["Teacher", "TeacherError", "load_teacher", "require_told_apart"]
 
-Names = Literal["raw", "clean"]
-"""How prompts say a class name: as it is, or see `clean_names`."""
-Activation = Literal["gelu", "quickgelu"]
-"""What CLIP's two towers were trained with."""
-Normalisation = Literal["openai", "inception", "imagenet", "none"]
-"""Which mean and deviation of pixels a model was trained with, see `NORMALISATIONS`."""
-Precision = Literal["auto", "fp32", "bf16"]
-"""Of convolutions and linear layers; LayerNorms are float32 always."""
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +52,6 @@ NORMALISATIONS: Mapping[Normalisation, tuple[tuple[float, ...], tuple[float, ...
     "none": ((0.0,) * 3, (1.0,) * 3),
 }
 """Mean and standard deviation of red, green and blue in [0, 1]: those that open_clip's published weights have."""
-
-TINY_SHAPES = "tiny-shapes"
-"""Name of the shipped teacher of the `shapes` benchmark: a real open_clip model of 0.9 M parameters in use."""
 
 
 @runtime_checkable
@@ -299,27 +290,6 @@ def load_teacher(
     return OpenClipTeacher(model, name, template=template, names=names, precision=wanted, known_tokens=known_tokens)
 
 
-def require_teacher(name: str, weights: str | None) -> None:
-    """Refuse what can be refused of a teacher's name and weights before anything is loaded.
-
-    Raises:
-        TeacherError: an unknown model, no weights where it needs some, a file that is not there.
-    """
-    if name.startswith("plugin:"):
-        return
-    on_hub = ":" in name
-    if name != TINY_SHAPES and not on_hub and name not in open_clip.list_models():
-        near = suggest(name, open_clip.list_models())
-        raise TeacherError(
-            f"--teacher {name}: no such open_clip model; {near} `open_clip.list_models()` names them all"
-        )
-    if weights is None:
-        if name != TINY_SHAPES and not on_hub:
-            raise TeacherError(f"--teacher {name} needs --weights: a tag such as openai, or a local .safetensors file")
-    elif not Path(weights).exists() and (name == TINY_SHAPES or names_file(weights)):
-        raise TeacherError(f"--weights {weights}: no such file")
-
-
 def _load_model(
     name: str,
     weights: str | None,
@@ -344,11 +314,6 @@ def _load_model(
         return model, None
     _require_tag(name, weights)
     return _create(name, weights, device, require_pretrained=True), None
-
-
-def names_file(weights: str) -> bool:
-    """Whether weights are named by a local file, there or not, rather than by a tag of open_clip's."""
-    return Path(weights).is_absolute() or Path(weights).suffix in {".safetensors", ".pt", ".pth", ".bin"}
 
 
 def has_quick_gelu(model: nn.Module) -> bool:

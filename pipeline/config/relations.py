@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from ezsd.detector.heads import MAX_TEMPERATURE
+from ezsd.choices import MAX_TEMPERATURE
 from ezsd.pipeline.config.schema import Config, load_preset, setting_of, to_tables
 from ezsd.pipeline.errors import ConfigError
 

@@ -13,17 +13,23 @@ from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any, Literal
 
-from ezsd.adapt import AdaptLoss
 from ezsd.cache import EmbeddingType
-from ezsd.crops import Surround
-from ezsd.detector.backbone import BACKBONES
-from ezsd.detector.heads import HeadName
-from ezsd.detector.model import BoxClass
-from ezsd.kernels import Backend, Metric
+from ezsd.choices import (
+    BACKBONES,
+    Activation,
+    AdaptLoss,
+    Backend,
+    BoxClass,
+    HeadName,
+    Metric,
+    Mode,
+    Names,
+    Normalisation,
+    Precision,
+    Score,
+    Surround,
+)
 from ezsd.pipeline.errors import ConfigError
-from ezsd.proposals.search import Mode
-from ezsd.proposals.select import Score
-from ezsd.teacher.open_clip import Activation, Names, Normalisation, Precision
 
 LEAST_SIDE = 32
 """Pixels that images may be resized to: the coarsest level of a pyramid then has a cell."""

@@ -1,4 +1,4 @@
-"""Between the command line and the work: defaults, device names, tables, and which errors are the user's."""
+"""Between the command line and the work: defaults and tables. Loads nothing heavy before it is needed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ezsd.cache import Store
 from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import STAGE_ONE, Config, setting_of
 from ezsd.pipeline.data.datasets import Dataset
-from ezsd.pipeline.data.shapes import write_shapes
 from ezsd.pipeline.errors import ConfigError
-from ezsd.pipeline.extraction.provenance import dataset_inputs
 from ezsd.pipeline.inference.evaluation_tables import headline_columns, percent
-from ezsd.teacher.open_clip import require_teacher
 
 
 def build_config(
@@ -45,6 +41,8 @@ def build_config(
 
 def require_known_teacher(config: Config) -> None:
     """TeacherError for a teacher that is misspelt or lacks its weights, before data is drawn for it."""
+    from ezsd.teacher.requirements import require_teacher
+
     require_teacher(config.teacher.name, config.teacher.weights)
 
 
@@ -57,11 +55,15 @@ def train_config(cache: Path, preset: str | None, overrides: Sequence[str], *, s
     _refuse_stage_one(cache, overrides)
     if seed is not None:
         overrides = [*overrides, _seed_override(seed, overrides)]
+    from ezsd.cache import Store
+
     # No rows are read of it here.
     store = Store(cache, verify="quick")
     if preset is None:
         preset = store.environment.get("preset")
     if preset is None:
+        from ezsd.pipeline.extraction.provenance import dataset_inputs
+
         preset = str(dataset_inputs(store.manifest)["name"])
     return load_settings(preset, overrides)
 
@@ -86,6 +88,8 @@ def _refuse_stage_one(cache: Path, overrides: Sequence[str]) -> None:
 def drawn(dataset: Dataset, root: Path | None) -> Dataset:
     """The dataset once its files are there; `shapes` is drawn when no folder is given and none is there."""
     if dataset.name == "shapes" and root is None and not dataset.root.exists():
+        from ezsd.pipeline.data.shapes import write_shapes
+
         write_shapes(dataset.root)
     return dataset.require()
 

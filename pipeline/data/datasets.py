@@ -12,13 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import torch
-from torch import Tensor
-
-from ezsd.data.annotations import ImageRecord, resolve_image_path
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.pipeline.data.annotation_cache import Category, read_categories, sound_categories
-from ezsd.pipeline.data.images import Exif, read_pixels
+from ezsd.pipeline.data.images import Exif
 from ezsd.pipeline.errors import DatasetError
 from ezsd.vocabulary import COCO_SPLIT, Split, canonical, clean_names, suggest
 from ezsd.vocabulary import prompts as make_prompts
@@ -319,19 +315,3 @@ def _only_supercategories(*parts: Sequence[Category]) -> set[str]:
 
 def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8 RGB of an image as viewers show it, see `read_pixels`. ImageError when it cannot be read."""
-    return torch.from_numpy(read_pixels(path)).permute(2, 0, 1)
-
-
-def read_dataset_image(root: Path, record: ImageRecord, exif: Exif) -> Tensor:
-    """(3, H, W) uint8 RGB of an image that annotations name, by the dataset's rule for EXIF.
-
-    Raises:
-        AnnotationError: it does not lie below root.
-        ImageError: it cannot be read, or has another size than the annotations state.
-    """
-    path = resolve_image_path(root, record.file_name)
-    return torch.from_numpy(read_pixels(path, (record.width, record.height), exif)).permute(2, 0, 1)

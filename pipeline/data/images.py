@@ -1,4 +1,4 @@
-"""Reading of image files: one rule for all parts, and one line for each way in which it fails. Loads no torch."""
+"""Reading of image files: one rule for all parts, and one line for each way in which it fails."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from ezsd.data.annotations import ImageRecord, resolve_image_path
 from ezsd.pipeline.errors import ImageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Exif: TypeAlias = Literal["turn", "ignore", "legacy"]
 """What becomes of an image's EXIF orientation.
@@ -285,3 +289,23 @@ def _require_pixels(path: Path, image: Image.Image) -> None:
             f"{path}: has {_by(image.size)} = {pixels:,} pixels, at most {MAX_PIXELS:,} are read. Scale it down or cut "
             "it into tiles, and its boxes with it"
         )
+
+
+def read_image(path: Path) -> Tensor:
+    """(3, H, W) uint8 RGB of an image as viewers show it, see `read_pixels`. ImageError when it cannot be read."""
+    import torch
+
+    return torch.from_numpy(read_pixels(path)).permute(2, 0, 1)
+
+
+def read_dataset_image(root: Path, record: ImageRecord, exif: Exif) -> Tensor:
+    """(3, H, W) uint8 RGB of an image that annotations name, by the dataset's rule for EXIF.
+
+    Raises:
+        AnnotationError: it does not lie below root.
+        ImageError: it cannot be read, or has another size than the annotations state.
+    """
+    import torch
+
+    path = resolve_image_path(root, record.file_name)
+    return torch.from_numpy(read_pixels(path, (record.width, record.height), exif)).permute(2, 0, 1)

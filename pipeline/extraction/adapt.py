@@ -15,8 +15,7 @@ from ezsd.adapt import crop_accuracy, flatten, tune_layer_norms
 from ezsd.crops import crop_boxes
 from ezsd.data.annotations import Annotations
 from ezsd.pipeline.config.schema import AdaptConfig, ProposalConfig
-from ezsd.pipeline.data.datasets import read_dataset_image
-from ezsd.pipeline.data.images import Exif, require_few_bad
+from ezsd.pipeline.data.images import Exif, read_dataset_image, require_few_bad
 from ezsd.pipeline.data.requirements import held_out_images, too_few_to_hold_out
 from ezsd.pipeline.devices import is_out_of_memory
 from ezsd.pipeline.errors import ConfigError, ImageError

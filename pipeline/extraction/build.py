@@ -20,8 +20,8 @@ from ezsd.adapt import restore
 from ezsd.cache import JSON, PRODUCTS, Block, Manifest, Store, StoreWriter, info
 from ezsd.data.annotations import Annotations
 from ezsd.pipeline.config.schema import Config, TeacherConfig, to_tables
-from ezsd.pipeline.data.datasets import read_dataset_image, require_prompts
-from ezsd.pipeline.data.images import most_bad_images, require_few_bad
+from ezsd.pipeline.data.datasets import require_prompts
+from ezsd.pipeline.data.images import most_bad_images, read_dataset_image, require_few_bad
 from ezsd.pipeline.data.requirements import (
     require_evaluation,
     require_image_files,

@@ -14,7 +14,8 @@ from ezsd.pipeline.config.schema import Config, to_tables
 from ezsd.pipeline.extraction.provenance import as_json
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.progress import now
-from ezsd.teacher.open_clip import TINY_SHAPES, shipped_weights
+from ezsd.teacher.open_clip import shipped_weights
+from ezsd.teacher.requirements import TINY_SHAPES
 
 
 def describe_build(request: BuildRequest, *, workers: int, shares: int | None) -> dict[str, JSON]:

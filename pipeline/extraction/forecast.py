@@ -17,8 +17,7 @@ from ezsd.boxes import clip
 from ezsd.cache import Forecast, forecast
 from ezsd.data.annotations import Annotations, ImageRecord, resolve_image_path
 from ezsd.pipeline.config.schema import Config, ProposalConfig
-from ezsd.pipeline.data.datasets import read_dataset_image
-from ezsd.pipeline.data.images import most_bad_images, require_few_bad
+from ezsd.pipeline.data.images import most_bad_images, read_dataset_image, require_few_bad
 from ezsd.pipeline.extraction.anchors import encoded_at_most, image_anchors
 from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations

@@ -25,14 +25,14 @@ from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_n
 from ezsd.pipeline.extraction.worker import block_rows
 
 
-def repair_store(path: Path, data_root: Path | None, *, weights: str | None, device: str) -> RepairReport:
-    """Repair a store, from its images if their folder is given.
+def repair_store(path: Path, data_root: Path, *, weights: str | None, device: str) -> RepairReport:
+    """Repair a store, lost rows from its images.
 
     Raises:
         ConfigError: the store does not say how it was built.
         StoreError: see `ezsd.cache.tools.repair`.
     """
-    return repair(path, None if data_root is None else _source(path, data_root, weights=weights, device=device))
+    return repair(path, _source(path, data_root, weights=weights, device=device))
 
 
 def _source(path: Path, data_root: Path, *, weights: str | None, device: str) -> _Images:

@@ -18,9 +18,11 @@ from ezsd.crops import crop_boxes
 from ezsd.data.annotations import Annotations
 from ezsd.errors import TeacherError
 from ezsd.pipeline.config.schema import Config, TeacherConfig
-from ezsd.pipeline.data.datasets import Dataset, read_dataset_image
+from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.data.images import read_dataset_image
 from ezsd.pipeline.errors import ImageError
-from ezsd.teacher.open_clip import NORMALISATIONS, TINY_SHAPES, OpenClipTeacher, Teacher, load_teacher
+from ezsd.teacher.open_clip import NORMALISATIONS, OpenClipTeacher, Teacher, load_teacher
+from ezsd.teacher.requirements import TINY_SHAPES
 
 log = logging.getLogger("ezsd")
 

@@ -21,8 +21,8 @@ from ezsd.cache import RAGGED, Block, RaggedRows, forget_block, journaled_bad_im
 from ezsd.data.annotations import Annotations
 from ezsd.pipeline.config.schema import Config, from_tables
 from ezsd.pipeline.data.annotation_cache import training_annotations
-from ezsd.pipeline.data.datasets import Dataset, from_definition, read_dataset_image
-from ezsd.pipeline.data.images import most_bad_images, portable_reason, require_few_bad
+from ezsd.pipeline.data.datasets import Dataset, from_definition
+from ezsd.pipeline.data.images import most_bad_images, portable_reason, read_dataset_image, require_few_bad
 from ezsd.pipeline.errors import ImageError
 from ezsd.pipeline.extraction.anchors import look_at_anchors
 from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ezsd.data.masks import decode, decompress, json_run_lengths
 from ezsd.errors import VocabularyError
-from ezsd.pipeline.data.datasets import read_image
+from ezsd.pipeline.data.images import read_image
 from ezsd.pipeline.inference.fonts import require_named_font
 from ezsd.pipeline.inference.predictor import Located, TrainedDetector, load_trained, run_teacher
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes

@@ -19,8 +19,8 @@ from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Detections, Results, read_tru
 from ezsd.pipeline.config.inference_overrides import changed_settings
 from ezsd.pipeline.config.schema import from_tables, setting_of, to_tables
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
-from ezsd.pipeline.data.datasets import Dataset, read_dataset_image, recorded_dataset
-from ezsd.pipeline.data.images import Exif
+from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
+from ezsd.pipeline.data.images import Exif, read_dataset_image
 from ezsd.pipeline.data.requirements import require_evaluation
 from ezsd.pipeline.errors import ArgumentError, ConfigError, DatasetError, RunError
 from ezsd.pipeline.extraction.adapt import CropSource

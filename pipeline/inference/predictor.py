@@ -27,7 +27,8 @@ from ezsd.pipeline.extraction.provenance import as_json, model_inputs
 from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
 from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.runs.run import Run
-from ezsd.teacher.open_clip import Teacher, names_file
+from ezsd.teacher.open_clip import Teacher
+from ezsd.teacher.requirements import names_file
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]

@@ -20,7 +20,8 @@ from ezsd.data.annotations import Annotations
 from ezsd.data.masks import decode, parse_outline, to_run_lengths
 from ezsd.errors import AnnotationError
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
-from ezsd.pipeline.data.datasets import Dataset, read_dataset_image
+from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.data.images import read_dataset_image
 from ezsd.pipeline.errors import DamagedFile, DatasetError, ImageError, RunError, is_of_a_place
 from ezsd.pipeline.extraction.annotation_check import checked_annotations
 from ezsd.pipeline.files import read_objects

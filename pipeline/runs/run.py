@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ezsd.pipeline.config.schema import STAGE_ONE
-from ezsd.pipeline.errors import ArgumentError, RunError
+from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.files import (
     fsync,
     parse_object,
@@ -50,6 +50,7 @@ from ezsd.pipeline.files import (
     write_json,
     write_text,
 )
+from ezsd.pipeline.runs.folder import require_run
 
 log = logging.getLogger("ezsd")
 KEEP_CHECKPOINTS = 2
@@ -479,11 +480,3 @@ def _differences(old: object, new: object, where: str = "", *, ignored: Set[str]
 def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def require_run(folder: Path) -> None:
-    """ArgumentError when a folder holds no run."""
-    if not (folder / "run.json").is_file():
-        raise ArgumentError(
-            f"--run {folder}: no run here (run.json is missing); `ezsd train --cache ... --run` makes one"
-        )

@@ -23,8 +23,8 @@ from ezsd.data.transforms import Augmentation
 from ezsd.detector.model import Batch, Detector
 from ezsd.kernels import require_backend
 from ezsd.pipeline.config.schema import Config, TrainConfig, to_tables
-from ezsd.pipeline.data.datasets import Dataset, read_dataset_image, recorded_dataset
-from ezsd.pipeline.data.images import Exif
+from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
+from ezsd.pipeline.data.images import Exif, read_dataset_image
 from ezsd.pipeline.data.mask_cache import training_masks
 from ezsd.pipeline.devices import is_out_of_memory
 from ezsd.pipeline.errors import ConfigError, DatasetError, NonFiniteLoss, RunError

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.ops import FrozenBatchNorm2d, box_iou
 
-from ezsd.detector.backbone import BACKBONES, build_backbone, normalise
+from ezsd.choices import BACKBONES
+from ezsd.detector.backbone import build_backbone, normalise
 from ezsd.detector.heads import CosineClassifier, Pooling, SemanticBoxRegressor, Tower
 from ezsd.detector.masks import GRID, ObjectMasks
 from ezsd.detector.model import Batch, Detector, DetectorSettings, Totals

@@ -24,7 +24,6 @@ from ezsd.data.shapes import SHAPES_SPLIT, picture
 from ezsd.errors import TeacherError, VocabularyError
 from ezsd.teacher.open_clip import (
     NORMALISATIONS,
-    TINY_SHAPES,
     OpenClipTeacher,
     Teacher,
     load_teacher,
@@ -33,6 +32,7 @@ from ezsd.teacher.open_clip import (
     state_digest,
 )
 from ezsd.teacher.open_clip import weights as checkpoints
+from ezsd.teacher.requirements import TINY_SHAPES
 
 TEMPLATE = "a photo of a {}"
 

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from ezsd import kernels
+from ezsd.errors import BackendError
 from ezsd.kernels import backend as backend_module
 from ezsd.kernels import reference
 from tests.kernels.kernel_problems import CANONICAL, TINY, make_problem, run_align, run_embed, run_loss
@@ -172,14 +173,14 @@ def test_a_wrong_argument_is_named(changes, message):
 
 def test_triton_on_a_cpu_is_an_error_unless_interpreted(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(kernels.BackendError, match="cannot run here"):
+    with pytest.raises(BackendError, match="cannot run here"):
         call(backend="triton")
 
 
 def test_everything_but_triton_works_without_triton(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert call().isfinite()
-    with pytest.raises(kernels.BackendError, match="triton is not installed"):
+    with pytest.raises(BackendError, match="triton is not installed"):
         call(backend="triton")
 
 

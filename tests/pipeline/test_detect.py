@@ -16,7 +16,7 @@ from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.detector.backbone import normalise
 from ezsd.errors import TeacherError, VocabularyError
 from ezsd.pipeline.console.arguments import find_images, picture_places
-from ezsd.pipeline.data.datasets import read_image
+from ezsd.pipeline.data.images import read_image
 from ezsd.pipeline.errors import ArgumentError, ImageError
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest

@@ -21,8 +21,8 @@ from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.console.arguments import find_images
 from ezsd.pipeline.data import images
 from ezsd.pipeline.data.check import check_dataset
-from ezsd.pipeline.data.datasets import find_dataset, from_definition, read_dataset_image, read_image
-from ezsd.pipeline.data.images import ALPHA, MAX_PIXELS, SIXTEEN_BITS, look, read_pixels
+from ezsd.pipeline.data.datasets import find_dataset, from_definition
+from ezsd.pipeline.data.images import ALPHA, MAX_PIXELS, SIXTEEN_BITS, look, read_dataset_image, read_image, read_pixels
 from ezsd.pipeline.errors import DatasetError, ImageError
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
