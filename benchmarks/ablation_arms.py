@@ -42,9 +42,9 @@ STORES = {
     "random, filtered": StoreSpec(boxes="random, filtered", reuse="baseline"),
     "rpn": StoreSpec(overrides=UNFILTERED, boxes="rpn", reuse="baseline"),
     "rpn, filtered": StoreSpec(boxes="rpn, filtered", reuse="baseline"),
-    "5 regions": StoreSpec(overrides=("proposals.regions=5",), reuse="baseline"),
-    "20 regions": StoreSpec(overrides=("proposals.regions=20",), reuse="baseline"),
-    "all regions": StoreSpec(overrides=("proposals.regions=1000",), reuse="baseline"),
+    "5 regions": StoreSpec(overrides=("proposals.max_regions=5",), reuse="baseline"),
+    "20 regions": StoreSpec(overrides=("proposals.max_regions=20",), reuse="baseline"),
+    "all regions": StoreSpec(overrides=("proposals.max_regions=1000",), reuse="baseline"),
     "novel score": StoreSpec(overrides=("proposals.score=novel",), reuse="baseline"),
     # No region is kept where every name is a base name: one anchor per image spares the time of looking.
     "oracle": StoreSpec(overrides=("proposals.sizes=[128]", "proposals.stride=1.0"), oracle=True),
@@ -69,7 +69,7 @@ class Arm:
     """Another evaluation of the baseline's run; nothing is trained."""
 
 
-NONE, UNSPARED = "loss.distillation=0", "model.spare_confidence=2.0"
+NONE, UNSPARED = "loss.distillation=0", "model.ignore_confidence=2.0"
 PAPER_HEAD = ("model.head=paper", "model.tower_depth=3", "model.box_hidden=1024")
 EMBED_DIM = 128
 """Of the teacher `tiny-shapes`. The cosine arms are named by what multiplies the distance, which was the weight once;
@@ -89,7 +89,7 @@ LENGTHS = (0.25, 0.5, 2.0)
 
 _ARMS = (
     *IDEAS.values(),
-    Arm(name="ground truth", group="regions", train=("train.regions=0",)),
+    Arm(name="ground truth", group="regions", train=("train.regions_per_image=0",)),
     Arm(name="random", group="regions", store="random"),
     Arm(name="random, filtered", group="regions", store="random, filtered"),
     Arm(name="rpn, filtered", group="regions", store="rpn, filtered"),
@@ -110,13 +110,18 @@ _ARMS = (
     Arm(name="half weight", group="loss", train=("loss.distillation=0.225",)),
     Arm(name="double weight", group="loss", train=("loss.distillation=0.9",)),
     Arm(name="base names alone", group="loss", train=("loss.novel_names=false",)),
-    Arm(name="5 regions", group="number of regions", store="5 regions", train=("train.regions=5",)),
-    Arm(name="20 regions", group="number of regions", store="20 regions", train=("train.regions=20",)),
-    Arm(name="all regions", group="number of regions", store="all regions", train=("train.regions=1000",)),
+    Arm(name="5 regions", group="number of regions", store="5 regions", train=("train.regions_per_image=5",)),
+    Arm(name="20 regions", group="number of regions", store="20 regions", train=("train.regions_per_image=20",)),
+    Arm(name="all regions", group="number of regions", store="all regions", train=("train.regions_per_image=1000",)),
     Arm(name="unspared", group="background", train=(UNSPARED,)),
     Arm(name="none, unspared", group="background", train=(NONE, UNSPARED), against="unspared"),
-    Arm(name="ground truth, unspared", group="background", train=("train.regions=0", UNSPARED), against="unspared"),
-    Arm(name="spared by the rpn too", group="background", train=("model.spare_rpn=true",)),
+    Arm(
+        name="ground truth, unspared",
+        group="background",
+        train=("train.regions_per_image=0", UNSPARED),
+        against="unspared",
+    ),
+    Arm(name="spared by the rpn too", group="background", train=("model.ignore_rpn=true",)),
     Arm(name="permuted novel names", group="control", evaluation="permuted"),
     Arm(name="oracle", group="novel boxes", store="oracle", train=(NONE,)),
     Arm(name="oracle, distilled", group="novel boxes", store="oracle"),

@@ -101,7 +101,7 @@ def accuracy(teacher: Teacher, dataset: Dataset, config: Config) -> dict[str, fl
     is_base = truth.class_index < len(dataset.split.base)
 
     def right(names: tuple[str, ...]) -> np.ndarray:
-        batches = source.batches(range(len(truth.images)), crops=config.build.batch)
+        batches = source.batches(range(len(truth.images)), crops=config.build.batch_size)
         return crop_accuracy(teacher, batches, names).numpy()
 
     among_base, among_all = right(dataset.split.base), right(dataset.split.names)
@@ -141,7 +141,7 @@ def losses(lengths: list[int]) -> list[dict[str, object]]:
 def crops() -> list[dict[str, object]]:
     """Settings of the arms that differ in the crop."""
     return [
-        {"proposals.crop_ratio": ratio, "proposals.surround": surround}
+        {"proposals.crop_ratio": ratio, "proposals.padding": surround}
         for surround, ratio in itertools.product(SURROUNDS, RATIOS)
     ]
 

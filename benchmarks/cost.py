@@ -141,13 +141,16 @@ def step_losses(detector: Detector, config: Config) -> Tensor:
     maps = detector.backbone(torch.zeros(1, 3, *IMAGE))
     scores, deltas = detector.rpn.head(maps)
     features = head.features(maps[: head.pooling.levels])
-    boxes, image = torch.zeros(model.sampled_regions, 4), torch.zeros(model.sampled_regions, dtype=torch.int64)
+    boxes, image = (
+        torch.zeros(model.box_batch_size_per_image, 4),
+        torch.zeros(model.box_batch_size_per_image, dtype=torch.int64),
+    )
     text = torch.zeros(len(COCO_SPLIT.base), EMBED_DIM)
     seen = head.embed(features, boxes, image)
     logits = head.classifier(seen.embedding, text)
-    on_objects = slice(round(model.sampled_regions * model.positive_share))
+    on_objects = slice(round(model.box_batch_size_per_image * model.box_positive_fraction))
     moved = head.regressor(seen.pooled(on_objects), torch.zeros(on_objects.stop, EMBED_DIM))
-    regions = config.train.regions
+    regions = config.train.regions_per_image
     distance = head.distance(
         features,
         torch.zeros(regions, 4),
@@ -179,7 +182,7 @@ def count(photos: Path) -> Row:
     records = [training_annotations(dataset.root / file, dataset.split) for file in files]
     sizes = [(image.width, image.height) for record in records for image in record.images]
     presets = {name: load_preset(name) for name in PRESETS}
-    passes = {config.proposals.mode: count_passes(config, sizes) for config in presets.values()}
+    passes = {config.proposals.search: count_passes(config, sizes) for config in presets.values()}
     teachers = {name: count_teacher(name) for name in TEACHERS}
     # The detector asks for a device that can compute; tensors without memory pretend to have one.
     with FakeTensorMode():
@@ -215,7 +218,7 @@ def looking_table(row: Row, utilisation: float) -> list[list[str]]:
                 total = crops * counted["pass_gflop"]
                 cells = [data, name, mode, f"{crops / 1e6:,.0f}", f"{total / 1e9:.2f}"]
                 lines.append([*cells, *hours(total, utilisation)])
-    return [["data", "teacher", "`proposals.mode`", "million crops", "EFLOP", *PEAK_TFLOPS], *lines]
+    return [["data", "teacher", "`proposals.search`", "million crops", "EFLOP", *PEAK_TFLOPS], *lines]
 
 
 def store_table(row: Row) -> list[list[str]]:

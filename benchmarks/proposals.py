@@ -1,7 +1,7 @@
 """How many encoder passes do proposals need? `python benchmarks/proposals.py scenes|mosaics|photos --work DIR`.
 
 Share of NOVEL objects with a proposal at IoU 0.5 among the best 50, 200 and 300, against crops encoded per image, for
-the whole of the method's grid, for the cheaper modes of `proposals.mode`, and for two controls: as many anchors drawn
+the whole of the method's grid, for the cheaper modes of `proposals.search`, and for two controls: as many anchors drawn
 at random as "coarse-to-fine" looks at, scored as usual; and anchors in random order, which nobody scored.
 
 "scenes" are training images of `shapes` (128 px), "mosaics" six of them side by side (384 x 256 px, so that objects
@@ -145,7 +145,7 @@ class Bench:
 
 def on_grid(config: Config) -> Config:
     """A configuration with the anchors of the preset `coco`."""
-    faithful = load_preset("coco", ["proposals.mode=faithful"]).proposals
+    faithful = load_preset("coco", ["proposals.search=exhaustive"]).proposals
     grid = {key: getattr(faithful, key) for key in GRID}
     return dataclasses.replace(config, proposals=dataclasses.replace(config.proposals, **grid, keep=faithful.keep))
 
@@ -198,7 +198,7 @@ def shapes_bench(kind: str, work: Path, seed: int, images: int) -> tuple[Bench, 
 def photos_bench(data_root: Path, teacher_name: str, work: Path, images: int) -> tuple[Bench, list[Picture]]:
     """The photos with most novel objects, as a plug-in teacher sees them."""
     dataset = find_dataset("coco", data_root)
-    config = load_preset("coco", ["build.batch=16"])
+    config = load_preset("coco", ["build.batch_size=16"])
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, name=teacher_name, weights=None))
     truth = load_evaluation(dataset.root / dataset.train_annotations, dataset.split)
     base = len(dataset.split.base)
@@ -301,7 +301,7 @@ def train_modes(work: Path, seed: int, images: int, arms: list[str], *, train_se
 def network_row(work: Path, seed: int, images: int) -> dict[str, object]:
     """Recall of the proposal network of a detector that learned from all training scenes' base boxes and no CLIP."""
     _, pictures = shapes_bench("scenes", work, seed, images)
-    config = load_preset("shapes", ["loss.distillation=0", "model.spare_confidence=2.0"])
+    config = load_preset("shapes", ["loss.distillation=0", "model.ignore_confidence=2.0"])
     run = train(TrainRequest(cache=work / f"cache-{seed}", run=work / f"network-{seed}", config=config))
     detector = load_trained(run, "cpu").detector
     found = [network_boxes(detector, picture.pixels) for picture in pictures]

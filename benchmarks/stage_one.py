@@ -130,7 +130,12 @@ def write_photos(root: Path, images: int) -> None:
 
 def settings(weights: Path, precision: Precision, stride: int, batch: int) -> Config:
     """The preset `coco` with fewer anchors, one image to a block."""
-    thin = ["proposals.mode=faithful", f"proposals.stride={stride}", "build.block_images=1", f"build.batch={batch}"]
+    thin = [
+        "proposals.search=exhaustive",
+        f"proposals.stride={stride}",
+        "build.block_images=1",
+        f"build.batch_size={batch}",
+    ]
     config = load_preset("coco", thin)
     named = {"name": MODEL, "weights": str(weights), "activation": "gelu", "precision": precision}
     return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, **named))
@@ -253,7 +258,7 @@ def work(task: Task, barrier: Barrier) -> Found:
     peak = peak_mib()
     teacher = cast("OpenClipTeacher", configured_teacher(task.request.config.teacher, "cpu"))
     recipe = Recipe(teacher, task.request, task.request.out)
-    ready = ready_batch(recipe, first, task.request.config.build.batch)
+    ready = ready_batch(recipe, first, task.request.config.build.batch_size)
     encode(teacher, ready)
 
     def bare() -> int:

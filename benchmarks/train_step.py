@@ -189,7 +189,7 @@ def main() -> None:
         row = {
             "head": head,
             "backbone": config.model.backbone,
-            "images": config.train.images,
+            "images": config.train.batch_size,
             "steps": arguments.steps,
             "device": device,
             "threads": torch.get_num_threads(),

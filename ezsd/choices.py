@@ -27,7 +27,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 """Of convolutions and linear layers; LayerNorms are float32 always."""
 AdaptLoss = Literal["bce", "softmax_ce"]
 """What re-normalisation minimises: binary cross-entropies over the base names, or cross-entropy of their softmax."""
-Mode = Literal["faithful", "grown-stride", "coarse-to-fine"]
+Mode = Literal["exhaustive", "grown-stride", "coarse-to-fine"]
 """How much of a grid is looked at: all of it, less of large anchors, or what a first look found promising."""
 Score = Literal["entropy", "novel"]
 """What makes an anchor a proposal, see `ezsd.proposals.select`."""

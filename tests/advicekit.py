@@ -75,7 +75,7 @@ def follow_call(calls: Calls, said: str, folder: Path) -> None:
     advised(folder)
 
 
-FAST = ("adapt.steps=1", "adapt.crops=16", "proposals.sizes=[60]", "proposals.stride=1.0", "build.block_images=6")
+FAST = ("adapt.steps=1", "adapt.batch_size=16", "proposals.sizes=[60]", "proposals.stride=1.0", "build.block_images=6")
 """Settings of a build of seconds."""
 
 
@@ -84,7 +84,7 @@ class Place:
 
     def __init__(self, shapes_root: Path, root: Path) -> None:
         self.root = root
-        self.config = load_preset("shapes", [*FAST, "train.steps=1", "train.images=2", "train.warmup=0"])
+        self.config = load_preset("shapes", [*FAST, "train.steps=1", "train.batch_size=2", "train.warmup_steps=0"])
         self.options: dict[str, object] = {}
         for part in ("train", "val"):
             shutil.copytree(shapes_root / part, root / part)

@@ -23,14 +23,14 @@ from ezsd.pipeline.training.train import TrainRequest, train
 # A preset of minutes made one of seconds: fewer anchors, steps and regions, the same code.
 QUICK = (
     "adapt.steps=4",
-    "adapt.crops=32",
+    "adapt.batch_size=32",
     "proposals.sizes=[40]",
     "proposals.stride=0.5",
     "build.block_images=5",
     "train.steps=6",
-    "train.images=4",
-    "train.rate_images=4",
-    "train.warmup=2",
+    "train.batch_size=4",
+    "train.reference_batch_size=4",
+    "train.warmup_steps=2",
     "train.checkpoint_every=2",
 )
 

@@ -268,19 +268,19 @@ SPOKEN: Calls = {
     ),
     "has a line break; give each setting in one line, with a --set of its own": (
         lambda _: load_preset("shapes", ["train.steps=3\nimages=2"]),
-        lambda _: load_preset("shapes", ["train.steps=3", "train.images=2"]),
+        lambda _: load_preset("shapes", ["train.steps=3", "train.batch_size=2"]),
     ),
-    "proposals.keep=100; set keep to at least as many": (
-        lambda _: load_settings("coco", ["proposals.keep=100"]),
-        lambda _: load_settings("coco", ["proposals.keep=300"]),
+    "proposals.max_proposals=100; set keep to at least as many": (
+        lambda _: load_settings("coco", ["proposals.max_proposals=100"]),
+        lambda _: load_settings("coco", ["proposals.max_proposals=300"]),
     ),
     "leaves no region on an object; raise one of them": (
-        lambda _: load_settings("shapes", ["model.sampled_regions=3"]),
-        lambda _: load_settings("shapes", ["model.sampled_regions=4"]),
+        lambda _: load_settings("shapes", ["model.box_batch_size_per_image=3"]),
+        lambda _: load_settings("shapes", ["model.box_batch_size_per_image=4"]),
     ),
-    "; set proposals.mode=faithful": (
-        lambda _: load_settings("shapes", ["proposals.mode=coarse-to-fine"]),
-        lambda _: load_settings("shapes", ["proposals.mode=faithful"]),
+    "; set proposals.search=exhaustive": (
+        lambda _: load_settings("shapes", ["proposals.search=coarse-to-fine"]),
+        lambda _: load_settings("shapes", ["proposals.search=exhaustive"]),
     ),
     "leave --base/--novel out": (
         lambda root: split_of(written(root / "s.toml", 'base = ["cat"]\nnovel = ["ox"]\n'), ("cat",)),

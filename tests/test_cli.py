@@ -424,7 +424,7 @@ def test_variables_of_a_launcher_that_are_not_whole_are_one_line(given, words):
 
 def test_a_finished_run_says_so_and_what_next(shapes_run, shapes_store, tmp_path):
     words = ["train", "--cache", str(shapes_store), "--run", str(tmp_path / "run"), "--device", "cpu"]
-    words += ["--set", "train.steps=1", "--set", "train.images=2"]
+    words += ["--set", "train.steps=1", "--set", "train.batch_size=2"]
     first, again = (ezsd(*words) for _ in range(2))
     assert "run: trained; next: ezsd eval" in first.stdout
     assert "run: already trained for its 1 steps; next: ezsd eval" in again.stdout

@@ -115,15 +115,15 @@ class DetectorSettings:
     """Width of the box regressor's hidden layer ("fast"), or of all fully connected layers ("paper")."""
     semantic_boxes: bool
     """Whether the box regressor knows the class."""
-    temperature: float
+    logit_scale: float
     """Start of the learned multiplier of cosines."""
-    sampled_regions: int
+    box_batch_size_per_image: int
     """Regions per image that the box head learns from."""
-    positive_share: float
+    box_positive_fraction: float
     """At most this share of them on objects."""
-    spare_confidence: float
+    ignore_confidence: float
     """Regions on a cached region of this confidence are no background; above 1 none is spared."""
-    spare_rpn: bool
+    ignore_rpn: bool
     """Whether these cached regions are no negatives of the proposal network either."""
     box_class: BoxClass
     """Whose text row the regressor sees at test time: the likeliest name's; "reference": zeros where background is
@@ -189,8 +189,8 @@ class Detector(nn.Module):
     def _shares(self, totals: Totals, sampled: list[SampledRegions], batch: Batch) -> dict[str, float | Tensor]:
         """What share of its step's term each mean over this batch is."""
         anchors = self._anchor_sampler.drawn / (totals.images * SAMPLED_ANCHORS)
-        regions = sum(len(s.labels) for s in sampled) / (totals.images * self.settings.sampled_regions)
-        most = max(int(self.settings.sampled_regions * self.settings.positive_share), 1)
+        regions = sum(len(s.labels) for s in sampled) / (totals.images * self.settings.box_batch_size_per_image)
+        most = max(int(self.settings.box_batch_size_per_image * self.settings.box_positive_fraction), 1)
         return {
             "rpn_objectness": anchors,
             "rpn_box": anchors,
@@ -281,7 +281,7 @@ class Detector(nn.Module):
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         levels = {str(i): m.float() for i, m in enumerate(maps)}
         targets = None if batch is None else [{"boxes": b} for b in batch.boxes]
-        if batch is not None and targets is not None and self.settings.spare_rpn:
+        if batch is not None and targets is not None and self.settings.ignore_rpn:
             for target, spared in zip(targets, self._spared(batch), strict=True):
                 target["spared"] = spared
         self._anchor_sampler.seeds = None if batch is None else batch.seeds
@@ -293,7 +293,7 @@ class Detector(nn.Module):
 
     def _spared(self, batch: Batch) -> list[Tensor]:
         """Boxes of each image that may hold an object without a label, (U, 4)."""
-        least = self.settings.spare_confidence
+        least = self.settings.ignore_confidence
         pairs = zip(batch.cached_boxes, batch.cached_confidence, strict=True)
         return [boxes[confidence >= least] for boxes, confidence in pairs]
 
@@ -309,8 +309,8 @@ class Detector(nn.Module):
                     batch.boxes[i],
                     batch.labels[i],
                     background=background,
-                    count=self.settings.sampled_regions,
-                    share=self.settings.positive_share,
+                    count=self.settings.box_batch_size_per_image,
+                    share=self.settings.box_positive_fraction,
                     unknown=spared,
                 )
             )
@@ -400,5 +400,5 @@ def _build_head(backbone: Pyramid, settings: DetectorSettings) -> FastHead | Pap
         depth=settings.tower_depth,
         hidden=settings.box_hidden,
         semantic=settings.semantic_boxes,
-        temperature=settings.temperature,
+        temperature=settings.logit_scale,
     )

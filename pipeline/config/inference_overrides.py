@@ -11,12 +11,12 @@ TEST_TIME = (
     "model.box_class",
     "model.box_top_k",
     "model.masks",
-    "eval.score_floor",
+    "eval.score_threshold",
     "eval.nms_iou",
-    "eval.keep",
+    "eval.max_detections",
     "train.backend",
 )
-"""What no weight depends on. `ezsd eval` takes all but eval.keep: see `ezsd.pipeline.inference.evaluate.KEEP`."""
+"""What no weight depends on. `ezsd eval` takes all but eval.max_detections, see its `KEEP`."""
 
 
 def at_test_time(config: Config, overrides: Sequence[str]) -> Config:

@@ -40,26 +40,26 @@ RELATIONS = (
     ),
     Relation(
         "train.learning_rate",
-        ("train.images", "train.rate_images", "train.optimiser"),
+        ("train.batch_size", "train.reference_batch_size", "train.optimizer"),
         "scaled",
         "the rate is for `rate_images` images a step; with SGD it follows `images` in proportion "
         "(arXiv 1706.02677), with AdamW by the root (arXiv 2205.10287)",
     ),
     Relation(
-        "train.optimiser",
+        "train.optimizer",
         ("train.learning_rate",),
         "warned",
         "rates of SGD are some ten times those of AdamW",
     ),
     Relation(
-        "train.images",
+        "train.batch_size",
         ("train.steps",),
         "warned",
         "the rate follows, the number of epochs (steps x images / training images) does not",
     ),
     Relation(
-        "train.accumulate",
-        ("train.images", "train.sampling"),
+        "train.grad_accumulation",
+        ("train.batch_size", "train.rng"),
         "scaled",
         "`images` counts all batches of a step, so nothing that is learned depends on it but batch normalisation "
         "that is not frozen; refused without `sampling=image`",
@@ -71,13 +71,13 @@ RELATIONS = (
         "shares of all steps, so they follow the length; refused where the schedule has no use for them",
     ),
     Relation(
-        "train.warmup",
+        "train.warmup_steps",
         ("train.steps",),
         "warned",
         "steps, not a share: with `warmup` >= `steps` the rate never reaches its height",
     ),
     Relation(
-        "train.average",
+        "train.ema_decay",
         ("train.steps",),
         "scaled",
         "the decay is at most (1 + step) / (10 + step), so an average of a short run forgets its start too",
@@ -89,7 +89,7 @@ RELATIONS = (
         "what decays in a step is rate x weight_decay: it follows the rate, and the sum follows the steps",
     ),
     Relation(
-        "train.clip_norm",
+        "train.max_grad_norm",
         ("loss.distillation", "loss.rpn", "loss.classification", "loss.box", "loss.mask"),
         "listed",
         "of the whole objective's gradient: larger weights are clipped sooner",
@@ -99,38 +99,38 @@ RELATIONS = (
     ),
     Relation(
         "train.validate_every",
-        ("train.images",),
+        ("train.batch_size",),
         "scaled",
         "counts epochs, not steps",
     ),
     Relation("train.validate_images", ("train.validate_every",), "refused", "of no use while nothing is validated"),
     Relation(
-        "train.regions",
-        ("proposals.regions",),
+        "train.regions_per_image",
+        ("proposals.max_regions",),
         "listed",
         "drawn for a step out of the regions that the store keeps for an image; more than it has is all of them",
     ),
     Relation(
-        "train.short_side",
-        ("train.long_side", "model.rpn_sizes", "model.canonical_size"),
+        "train.min_size",
+        ("train.max_size", "model.rpn_sizes", "model.canonical_size"),
         "warned",
         "anchors and the level of a box are in pixels of the resized image, and do not follow its size",
     ),
     Relation(
-        "train.jitter",
-        ("train.long_side", "train.short_side_min"),
+        "train.scale_jitter",
+        ("train.max_size", "train.multiscale_min_size"),
         "refused",
         "the window's side is `long_side`, and the factor replaces `short_side_min`",
     ),
     Relation(
         "model.rpn_sizes",
-        ("model.backbone", "train.long_side"),
+        ("model.backbone", "train.max_size"),
         "refused",
         "one size per level of the backbone; an image smaller than the smallest anchor has no anchor that fits",
     ),
     Relation(
         "model.canonical_size",
-        ("model.canonical_level", "train.short_side"),
+        ("model.canonical_level", "train.min_size"),
         "listed",
         "a box of this side belongs on the level of stride 2 ** `canonical_level`; both change all levels",
     ),
@@ -142,38 +142,38 @@ RELATIONS = (
         "all layers (`paper`: 3 and 1024)",
     ),
     Relation(
-        "model.temperature",
+        "model.logit_scale",
         ("train.learning_rate",),
         "refused",
         f"at most {MAX_TEMPERATURE:g}, where it is held while it learns; it learns by the detector's rate, without "
         "decay",
     ),
     Relation(
-        "model.sampled_regions",
-        ("model.positive_share",),
+        "model.box_batch_size_per_image",
+        ("model.box_positive_fraction",),
         "refused",
         "at most their product are on objects: none where it is below one",
     ),
     Relation(
-        "model.spare_confidence",
+        "model.ignore_confidence",
         ("teacher.background", "adapt.steps", "adapt.loss", "proposals.drop_background"),
         "listed",
         "on the scale of the teacher's softmax over the names, times the share of names against a background prompt: "
         "another teacher, prompt or re-normalisation has other confidences",
     ),
-    Relation("model.spare_rpn", ("model.spare_confidence",), "refused", "of no use while no region is spared"),
+    Relation("model.ignore_rpn", ("model.ignore_confidence",), "refused", "of no use while no region is spared"),
     Relation("model.box_class", ("model.semantic_boxes",), "refused", "of no use where no row enters the regression"),
     Relation("model.box_top_k", ("model.box_class",), "refused", "of no use but for `topk`"),
     Relation("loss.metric", ("loss.distillation",), "scaled", "see the weight; of no use where it is 0"),
     Relation("loss.mask", ("model.masks",), "refused", "of no use without masks"),
     Relation(
         "loss.novel_names",
-        ("model.spare_confidence",),
+        ("model.ignore_confidence",),
         "listed",
         "novel names compete with background on regions that are not spared",
     ),
     Relation(
-        "adapt.crops",
+        "adapt.batch_size",
         ("adapt.learning_rate", "adapt.steps"),
         "warned",
         "the rate is as it stands: AdamW's follows the root of the crops (arXiv 2205.10287), and crops x steps is "
@@ -188,13 +188,13 @@ RELATIONS = (
     Relation("adapt.weight_decay", ("adapt.learning_rate",), "listed", "what decays in a step is rate x weight_decay"),
     Relation(
         "adapt.held_out",
-        ("adapt.crops",),
+        ("adapt.batch_size",),
         "listed",
         "these images are not learned from: a large share leaves fewer crops to draw",
     ),
     Relation(
         "proposals.grid",
-        ("proposals.sizes", "proposals.stride", "proposals.mode"),
+        ("proposals.sizes", "proposals.stride", "proposals.search"),
         "warned",
         "sizes and stride are pixels of the resized image (`faithful`), or pixels of the image and a share of the "
         "window (`sliding`)",
@@ -205,11 +205,11 @@ RELATIONS = (
         "refused",
         "a share of the window's side above 1 leaves strips between the windows that nothing looks at",
     ),
-    Relation("proposals.growth", ("proposals.mode",), "refused", "of no use while every anchor is looked at"),
-    Relation("proposals.passes", ("proposals.mode",), "refused", "of no use but for `coarse-to-fine`"),
+    Relation("proposals.growth", ("proposals.search",), "refused", "of no use while every anchor is looked at"),
+    Relation("proposals.anchor_fraction", ("proposals.search",), "refused", "of no use but for `coarse-to-fine`"),
     Relation(
-        "proposals.keep",
-        ("proposals.regions",),
+        "proposals.max_proposals",
+        ("proposals.max_regions",),
         "refused",
         "regions are chosen among the kept proposals: fewer kept than regions asked for is a slip",
     ),
@@ -221,7 +221,7 @@ RELATIONS = (
     ),
     Relation(
         "proposals.crop_ratio",
-        ("proposals.surround",),
+        ("proposals.padding",),
         "listed",
         "a larger crop shows more context, or more black",
     ),
@@ -232,8 +232,8 @@ RELATIONS = (
         "of no use without a background prompt",
     ),
     Relation(
-        "eval.score_floor",
-        ("model.temperature",),
+        "eval.score_threshold",
+        ("model.logit_scale",),
         "listed",
         "of the softmax over all names that are looked for: more names, lower scores",
     ),
@@ -250,20 +250,20 @@ ALONE = frozenset(
         "teacher.normalisation",
         "teacher.precision",
         "adapt.towers",
-        "adapt.clip_norm",
+        "adapt.max_grad_norm",
         "proposals.ratios",
         "proposals.nms_iou",
         "proposals.base_iou",
         "proposals.boxes",
         "build.seed",
         "build.block_images",
-        "build.batch",
+        "build.batch_size",
         "build.max_bad_images",
         "build.embedding",
-        "model.channels",
+        "model.fpn_channels",
         "model.rpn_proposals",
         "model.pool_size",
-        "train.loader_workers",
+        "train.num_workers",
         "train.seed",
         "train.backend",
         "train.channels_last",
@@ -271,7 +271,7 @@ ALONE = frozenset(
         "train.compile",
         "train.tensorboard",
         "eval.nms_iou",
-        "eval.keep",
+        "eval.max_detections",
     ]
 )
 """Settings that mean the same whatever the others are."""
@@ -279,9 +279,9 @@ ALONE = frozenset(
 _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "train.validate_images": ("train.validate_every above 0", lambda c: c.train.validate_every > 0),
     "train.decay_at": ("train.schedule=step", lambda c: c.train.schedule == "step"),
-    "model.spare_rpn": (
-        "model.spare_confidence of at most 1",
-        lambda c: not c.model.spare_rpn or c.model.spare_confidence <= 1,
+    "model.ignore_rpn": (
+        "model.ignore_confidence of at most 1",
+        lambda c: not c.model.ignore_rpn or c.model.ignore_confidence <= 1,
     ),
     "model.box_class": (
         "model.semantic_boxes=true",
@@ -289,8 +289,8 @@ _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     ),
     "model.box_top_k": ("model.box_class=topk", lambda c: c.model.box_class == "topk"),
     "loss.mask": ("model.masks=true", lambda c: c.model.masks),
-    "proposals.growth": ("another proposals.mode than faithful", lambda c: c.proposals.mode != "faithful"),
-    "proposals.passes": ("proposals.mode=coarse-to-fine", lambda c: c.proposals.mode == "coarse-to-fine"),
+    "proposals.growth": ("another proposals.search than exhaustive", lambda c: c.proposals.search != "exhaustive"),
+    "proposals.anchor_fraction": ("proposals.search=coarse-to-fine", lambda c: c.proposals.search == "coarse-to-fine"),
     "proposals.drop_background": ("a teacher.background", lambda c: c.teacher.background is not None),
 }
 """What a setting needs in order to change anything."""
@@ -333,30 +333,30 @@ def require_fit(config: Config) -> None:
     """ConfigError for two settings that cannot be meant together."""
     model, train, proposals = config.model, config.train, config.proposals
     _require(
-        model.temperature <= MAX_TEMPERATURE,
-        f"model.temperature must be at most {MAX_TEMPERATURE:g}, where it is held while it learns, got "
-        f"{model.temperature:g}",
+        model.logit_scale <= MAX_TEMPERATURE,
+        f"model.logit_scale must be at most {MAX_TEMPERATURE:g}, where it is held while it learns, got "
+        f"{model.logit_scale:g}",
     )
-    positives = int(model.sampled_regions * model.positive_share)
+    positives = int(model.box_batch_size_per_image * model.box_positive_fraction)
     _require(
-        positives > 0 or model.positive_share == 0,
-        f"model.sampled_regions={model.sampled_regions} times model.positive_share={model.positive_share} leaves no "
-        "region on an object; raise one of them",
+        positives > 0 or model.box_positive_fraction == 0,
+        f"model.box_batch_size_per_image={model.box_batch_size_per_image} times "
+        f"model.box_positive_fraction={model.box_positive_fraction} leaves no region on an object; raise one of them",
     )
     _require(
-        not 0 < train.long_side < min(model.rpn_sizes),
-        f"model.rpn_sizes={list(model.rpn_sizes)} are all above train.long_side={train.long_side}: no anchor fits into "
+        not 0 < train.max_size < min(model.rpn_sizes),
+        f"model.rpn_sizes={list(model.rpn_sizes)} are all above train.max_size={train.max_size}: no anchor fits into "
         "an image; both are pixels of the resized image",
     )
     _require(
-        proposals.grid == "faithful" or proposals.stride <= 1,
+        proposals.grid == "paper" or proposals.stride <= 1,
         f"proposals.stride={proposals.stride:g} is a share of the window's side with proposals.grid=sliding, and "
         "must be at most 1",
     )
     _require(
-        proposals.regions <= proposals.keep,
-        f"proposals.regions={proposals.regions} are chosen among proposals.keep={proposals.keep}; set keep to at least "
-        "as many",
+        proposals.max_regions <= proposals.max_proposals,
+        f"proposals.max_regions={proposals.max_regions} are chosen among "
+        f"proposals.max_proposals={proposals.max_proposals}; set max_proposals to at least as many",
     )
 
 
@@ -369,12 +369,12 @@ def changed_alone(config: Config, changed: set[str]) -> list[str]:
         and one.setting in changed
         and not changed & set(one.neighbours)
         # What it is about is the pair's order, which the next line looks at.
-        and one.setting != "train.warmup"
+        and one.setting != "train.warmup_steps"
     ]
-    if config.train.warmup >= config.train.steps and changed & {"train.warmup", "train.steps"}:
+    if config.train.warmup_steps >= config.train.steps and changed & {"train.warmup_steps", "train.steps"}:
         lines.append(
-            f"train.warmup={config.train.warmup} is not below train.steps={config.train.steps}: the learning rate "
-            "never reaches its height"
+            f"train.warmup_steps={config.train.warmup_steps} is not below train.steps={config.train.steps}: the "
+            "learning rate never reaches its height"
         )
     return lines
 

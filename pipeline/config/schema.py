@@ -9,7 +9,6 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from ezsd.choices import (
     Score,
     Surround,
 )
+from ezsd.pipeline.config.names import hint
 from ezsd.pipeline.errors import ConfigError
 
 LEAST_SIDE = 32
@@ -64,7 +64,7 @@ class AdaptConfig:
 
     steps: int
     """Optimiser steps; 0 keeps the teacher as it is."""
-    crops: int
+    batch_size: int
     """Crops per step."""
     learning_rate: float
     """Of AdamW, constant."""
@@ -74,14 +74,14 @@ class AdaptConfig:
     """Whose LayerNorms: "vision" leaves the text rows as the teacher was published."""
     weight_decay: float = 1e-4
     """Of AdamW."""
-    clip_norm: float = 0.1
+    max_grad_norm: float = 0.1
     """Largest gradient norm."""
     held_out: float = 0.1
     """Share of images whose base crops only measure accuracy."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"adapt.steps must be >= 0, got {self.steps}")
-        _above_zero("adapt", self, "crops", "learning_rate", "clip_norm")
+        _above_zero("adapt", self, "batch_size", "learning_rate", "max_grad_norm")
         _at_least(0, "adapt", self, "weight_decay")
         _require(0 < self.held_out < 1, f"adapt.held_out must lie between 0 and 1, got {self.held_out}")
 
@@ -90,46 +90,46 @@ class AdaptConfig:
 class ProposalConfig:
     """Where to look, and what to keep."""
 
-    grid: Literal["faithful", "sliding"]
-    """"faithful" is the method's grid on the 1333 x 800 image; "sliding" windows lie inside the original image."""
+    grid: Literal["paper", "sliding"]
+    """"paper" is the method's grid on the 1333 x 800 image; "sliding" windows lie inside the original image."""
     sizes: tuple[float, ...]
-    """Square roots of anchor areas: pixels of the resized image (faithful) or of the image (sliding)."""
+    """Square roots of anchor areas: pixels of the resized image ("paper") or of the image ("sliding")."""
     ratios: tuple[float, ...]
     """Height over width."""
     stride: float
-    """Pixels of the resized image (faithful), or share of the window's side (sliding)."""
+    """Pixels of the resized image ("paper"), or share of the window's side ("sliding")."""
     crop_ratio: float
     """Enlargement of a box before it is cropped; the same for scoring and embedding."""
     score: Score
     """"entropy" is log C - H over the names; "novel" the probability of the novel names."""
-    surround: Surround = "black"
+    padding: Surround = "black"
     """What a teacher sees beside a box that is not square: "black" (the method's) or the image's "context"."""
     nms_iou: float = 0.7
     """Suppression threshold, all names together."""
-    keep: int = 1000
+    max_proposals: int = 1000
     """Proposals kept per image after suppression."""
     base_iou: float = 0.3
     """Regions overlapping a base box this much are dropped."""
     drop_base_guesses: bool = True
     """Drop regions whose likeliest name is a base one."""
-    regions: int = 300
+    max_regions: int = 300
     """Regions kept per image."""
     drop_background: bool = True
     """Drop regions that `teacher.background` is likelier for than all names together."""
     boxes: str = ""
     """A results file in COCO's format: its boxes are the proposals, best score first, instead of scored anchors."""
-    mode: Mode = "faithful"
-    """Which anchors the teacher is shown: "faithful" all of the grid, "grown-stride" less of large ones,
-    "coarse-to-fine" a sparse grid and then what lies around the best of it. The latter two thin out the faithful grid;
+    search: Mode = "exhaustive"
+    """Which anchors the teacher is shown: "exhaustive" all of the grid, "grown-stride" less of large ones,
+    "coarse-to-fine" a sparse grid and then what lies around the best of it. The latter two thin out the grid "paper";
     sliding windows have a spacing that grows as it is."""
     growth: float = 0.375
     """Spacing of anchors as a share of their size: of all ("grown-stride"), of the sparse grid ("coarse-to-fine")."""
-    passes: float = 0.1
+    anchor_fraction: float = 0.1
     """Share of the grid's anchors that "coarse-to-fine" looks at."""
 
     def __post_init__(self) -> None:
         # Less would be more anchors than any memory holds.
-        _at_least(1 if self.grid == "faithful" else 0.01, "proposals", self, "stride")
+        _at_least(1 if self.grid == "paper" else 0.01, "proposals", self, "stride")
         _require(
             bool(self.sizes) and all(s >= 1 for s in self.sizes), f"proposals.sizes must be >= 1, got {self.sizes}"
         )
@@ -137,22 +137,24 @@ class ProposalConfig:
             bool(self.ratios) and all(0.01 <= r <= 100 for r in self.ratios),
             f"proposals.ratios must lie between 0.01 and 100, got {self.ratios}",
         )
-        _at_least(1, "proposals", self, "crop_ratio", "keep")
+        _at_least(1, "proposals", self, "crop_ratio", "max_proposals")
         _above_zero("proposals", self, "base_iou")
         _require(0 < self.nms_iou <= 1, f"proposals.nms_iou must lie in (0, 1], got {self.nms_iou}")
-        _require(self.regions > 0, f"proposals.regions must be > 0, got {self.regions}")
+        _require(self.max_regions > 0, f"proposals.max_regions must be > 0, got {self.max_regions}")
         _require(self.growth > 0, f"proposals.growth must be > 0, got {self.growth}")
-        _require(0 < self.passes <= 1, f"proposals.passes must lie in (0, 1], got {self.passes}")
         _require(
-            self.mode == "faithful" or self.grid == "faithful",
-            f'proposals.mode={self.mode} thins out the grid "faithful", and proposals.grid is {self.grid!r}; '
-            "set proposals.mode=faithful",
+            0 < self.anchor_fraction <= 1, f"proposals.anchor_fraction must lie in (0, 1], got {self.anchor_fraction}"
         )
-        for name in ("sizes", "ratios") if self.mode == "coarse-to-fine" else ():
+        _require(
+            self.search == "exhaustive" or self.grid == "paper",
+            f'proposals.search={self.search} thins out the grid "paper", and proposals.grid is {self.grid!r}; '
+            "set proposals.search=exhaustive",
+        )
+        for name in ("sizes", "ratios") if self.search == "coarse-to-fine" else ():
             values: tuple[float, ...] = getattr(self, name)
             _require(
                 list(values) == sorted(set(values)),
-                f"proposals.{name} must ascend for proposals.mode=coarse-to-fine, got {values}",
+                f"proposals.{name} must ascend for proposals.search=coarse-to-fine, got {values}",
             )
 
 
@@ -164,7 +166,7 @@ class BuildConfig:
     """Of everything random in stage one."""
     block_images: int = 64
     """Images per block: one task, one journal entry. Batches never cross a block."""
-    batch: int = 256
+    batch_size: int = 256
     """Crops per encoder call."""
     max_bad_images: float = 0.001
     """Share of the images that may be left out because they cannot be read; with fewer than one, the first stops."""
@@ -175,7 +177,7 @@ class BuildConfig:
         _require(self.seed >= 0, f"build.seed must be >= 0, got {self.seed}")
         _require(self.block_images > 0, f"build.block_images must be > 0, got {self.block_images}")
         _require(0 <= self.max_bad_images < 1, f"build.max_bad_images must lie in [0, 1), got {self.max_bad_images}")
-        _require(self.batch > 0, f"build.batch must be > 0, got {self.batch}")
+        _require(self.batch_size > 0, f"build.batch_size must be > 0, got {self.batch_size}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +186,7 @@ class ModelConfig:
 
     backbone: str
     """"tiny" or a torchvision ResNet."""
-    channels: int
+    fpn_channels: int
     """Width of the pyramid."""
     rpn_sizes: tuple[int, ...]
     """Proposal network's anchor size per level, input pixels; ratios 1/2, 1, 2."""
@@ -200,7 +202,7 @@ class ModelConfig:
     """Convolutions before the pooling ("fast"), or on each pooled region, for both branches ("paper")."""
     box_hidden: int
     """Width of the box regressor's hidden layer ("fast"), or of all fully connected layers ("paper")."""
-    temperature: float
+    logit_scale: float
     """Start of the learned multiplier of cosines, at most 100, where it is held."""
     head: HeadName = "fast"
     """"fast" convolves the maps and embeds a region by one operator; "paper" convolves each region, as its authors."""
@@ -211,26 +213,29 @@ class ModelConfig:
     "topk": each of the `box_top_k` likeliest names has a box of its own, the others take the first one's."""
     box_top_k: int = 5
     """See there."""
-    sampled_regions: int = 512
+    box_batch_size_per_image: int = 512
     """Regions per image that the box head learns from."""
-    positive_share: float = 0.25
+    box_positive_fraction: float = 0.25
     """At most this share of them on objects."""
-    spare_confidence: float = 2.0
+    ignore_confidence: float = 2.0
     """Regions on a cached region of this confidence are not taught to be background; above 1 none is spared."""
     masks: bool = False
     """Whether objects get masks, one channel for all classes, learned from the base objects' segmentations."""
-    spare_rpn: bool = False
+    ignore_rpn: bool = False
     """Whether these cached regions are no negatives of the proposal network either."""
 
     def __post_init__(self) -> None:
         _require(self.backbone in BACKBONES, f"model.backbone {self.backbone!r} is not one of {', '.join(BACKBONES)}")
         _require(self.pool_size > 0, f"model.pool_size must be > 0, got {self.pool_size}")
         _require(self.canonical_size > 0, f"model.canonical_size must be > 0, got {self.canonical_size}")
-        _require(self.temperature > 0, f"model.temperature must be > 0, got {self.temperature}")
-        _above_zero("model", self, "channels", "rpn_proposals", "box_hidden", "sampled_regions")
-        _at_least(0, "model", self, "canonical_level", "tower_depth", "spare_confidence")
+        _require(self.logit_scale > 0, f"model.logit_scale must be > 0, got {self.logit_scale}")
+        _above_zero("model", self, "fpn_channels", "rpn_proposals", "box_hidden", "box_batch_size_per_image")
+        _at_least(0, "model", self, "canonical_level", "tower_depth", "ignore_confidence")
         _require(all(size > 0 for size in self.rpn_sizes), f"model.rpn_sizes must be > 0, got {self.rpn_sizes}")
-        _require(0 <= self.positive_share <= 1, f"model.positive_share must lie in [0, 1], got {self.positive_share}")
+        _require(
+            0 <= self.box_positive_fraction <= 1,
+            f"model.box_positive_fraction must lie in [0, 1], got {self.box_positive_fraction}",
+        )
         _require(self.box_top_k > 0, f"model.box_top_k must be > 0, got {self.box_top_k}")
 
 
@@ -240,7 +245,7 @@ class LossConfig:
 
     distillation: float
     """Of the distillation: L1's, as the authors'; another metric is scaled to pull as hard, see
-    `ezsd.losses.distillation_scale`. 0 leaves it out (see also model.spare_confidence, which reads cached regions)."""
+    `ezsd.losses.distillation_scale`. 0 leaves it out (see also model.ignore_confidence, which reads cached regions)."""
     metric: Metric = "cosine"
     """Distance to the cached embedding: "cosine", or "l1" between unit vectors (the authors')."""
     novel_names: bool = False
@@ -264,40 +269,40 @@ class TrainConfig:
 
     steps: int
     """Optimiser steps."""
-    images: int
+    batch_size: int
     """Images per step, over all processes and accumulated batches: what a run learns does not depend on the GPUs."""
-    optimiser: Literal["adamw", "sgd"]
+    optimizer: Literal["adamw", "sgd"]
     """SGD has momentum 0.9."""
     learning_rate: float
-    """At its height, for `rate_images` images per step."""
+    """At its height, for `reference_batch_size` images per step."""
     weight_decay: float
     """Not on the temperature, background row, biases and norms."""
-    short_side: int
+    min_size: int
     """Images are resized to fit short_side x long_side, ratio kept; 0 keeps them as they are."""
-    long_side: int
+    max_size: int
     """See there."""
-    rate_images: int = 0
+    reference_batch_size: int = 0
     """The rate is multiplied by images / rate_images, with AdamW by the root of it; 0 takes it as it stands."""
-    warmup: int = 0
+    warmup_steps: int = 0
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "step"] = "cosine"
     """After the warm-up: "cosine" falls to zero, "step" divides by ten at each of `decay_at`."""
     decay_at: tuple[float, ...] = (2 / 3, 11 / 12)
     """Shares of all steps: epochs 8 and 11 of 12."""
-    clip_norm: float = 10.0
+    max_grad_norm: float = 10.0
     """Largest gradient norm."""
-    accumulate: int = 1
+    grad_accumulation: int = 1
     """Batches per step and process: memory is that of one."""
-    sampling: Literal["stream", "image"] = "stream"
+    rng: Literal["step", "image"] = "step"
     """"image" seeds what is drawn per image and divides losses by what was asked for, so that several processes or
-    accumulated batches learn what one does, and needs it; "stream" draws from one stream per step."""
-    average: float = 0.0
+    accumulated batches learn what one does, and needs it; "step" draws from one stream per step."""
+    ema_decay: float = 0.0
     """Decay of a moving average of the weights, which is then evaluated; 0 keeps none."""
-    regions: int = 200
+    regions_per_image: int = 200
     """Cached regions drawn per image and step, without replacement; base ground truth comes on top."""
-    short_side_min: int = 0
+    multiscale_min_size: int = 0
     """The short side is drawn between this and short_side for each image; 0 fixes it."""
-    jitter: tuple[float, ...] = ()
+    scale_jitter: tuple[float, ...] = ()
     """Large-scale jitter: images fit into a square of long_side times a factor between these two, of which a window of
     long_side is cut."""
     checkpoint_every: int = 500
@@ -308,7 +313,7 @@ class TrainConfig:
     """Epochs between evaluations on a slice of the validation images; 0 never. They choose nothing."""
     validate_images: int = 500
     """Images of that slice."""
-    loader_workers: int = 0
+    num_workers: int = 0
     """Processes that read images; with 0 a thread of the training process reads one batch ahead."""
     seed: int = 0
     """Of weights, sampling and augmentation."""
@@ -322,29 +327,32 @@ class TrainConfig:
     """Whether metrics also go to RUN/tensorboard; needs the extra "tensorboard"."""
 
     def __post_init__(self) -> None:
-        _at_least(0, "train", self, "seed", "weight_decay", "warmup", "regions", "loader_workers")
-        _above_zero("train", self, "steps", "images", "learning_rate", "clip_norm")
+        _at_least(0, "train", self, "seed", "weight_decay", "warmup_steps", "regions_per_image", "num_workers")
+        _above_zero("train", self, "steps", "batch_size", "learning_rate", "max_grad_norm")
         _above_zero("train", self, "checkpoint_every", "checkpoint_minutes")
-        sides = (self.short_side, self.long_side)
+        sides = (self.min_size, self.max_size)
         _require(
             sides == (0, 0) or LEAST_SIDE <= sides[0] <= sides[1],
-            f"train.short_side, long_side: 0 and 0, or {LEAST_SIDE} <= short <= long; got {sides}",
+            f"train.min_size, long_side: 0 and 0, or {LEAST_SIDE} <= short <= long; got {sides}",
         )
         self._check_step()
         self._check_augmentation()
 
     def _check_step(self) -> None:
-        _require(self.rate_images >= 0, f"train.rate_images must be >= 0, got {self.rate_images}")
-        _require(self.accumulate > 0, f"train.accumulate must be > 0, got {self.accumulate}")
         _require(
-            self.images % self.accumulate == 0,
-            f"train.images must be a multiple of train.accumulate, got {self.images} and {self.accumulate}",
+            self.reference_batch_size >= 0, f"train.reference_batch_size must be >= 0, got {self.reference_batch_size}"
+        )
+        _require(self.grad_accumulation > 0, f"train.grad_accumulation must be > 0, got {self.grad_accumulation}")
+        _require(
+            self.batch_size % self.grad_accumulation == 0,
+            f"train.batch_size must be a multiple of train.grad_accumulation, got {self.batch_size} and "
+            f"{self.grad_accumulation}",
         )
         _require(
-            self.accumulate == 1 or self.sampling == "image",
-            "train.accumulate needs train.sampling=image: losses could not be added up otherwise",
+            self.grad_accumulation == 1 or self.rng == "image",
+            "train.grad_accumulation needs train.rng=image: losses could not be added up otherwise",
         )
-        _require(0 <= self.average < 1, f"train.average must lie in [0, 1), got {self.average}")
+        _require(0 <= self.ema_decay < 1, f"train.ema_decay must lie in [0, 1), got {self.ema_decay}")
         _require(
             all(0 < share < 1 for share in self.decay_at), f"train.decay_at must lie in (0, 1), got {self.decay_at}"
         )
@@ -353,29 +361,37 @@ class TrainConfig:
 
     def _check_augmentation(self) -> None:
         _require(
-            0 <= self.short_side_min <= self.short_side,
-            f"train.short_side_min must lie between 0 and train.short_side, got {self.short_side_min}",
+            0 <= self.multiscale_min_size <= self.min_size,
+            f"train.multiscale_min_size must lie between 0 and train.min_size, got {self.multiscale_min_size}",
         )
-        ordered = len(self.jitter) == 2 and 0 < self.jitter[0] <= self.jitter[1]
-        _require(not self.jitter or ordered, f"train.jitter: two factors, 0 < low <= high; got {self.jitter}")
-        _require(not self.jitter or self.long_side > 0, "train.jitter needs train.long_side, the window's side")
-        _require(not (self.jitter and self.short_side_min), "train.jitter and train.short_side_min exclude each other")
+        ordered = len(self.scale_jitter) == 2 and 0 < self.scale_jitter[0] <= self.scale_jitter[1]
+        _require(
+            not self.scale_jitter or ordered,
+            f"train.scale_jitter: two factors, 0 < low <= high; got {self.scale_jitter}",
+        )
+        _require(
+            not self.scale_jitter or self.max_size > 0, "train.scale_jitter needs train.max_size, the window's side"
+        )
+        _require(
+            not (self.scale_jitter and self.multiscale_min_size),
+            "train.scale_jitter and train.multiscale_min_size exclude each other",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
     """Inference settings of the evaluation."""
 
-    score_floor: float = 0.001
+    score_threshold: float = 0.001
     """Detections below it are dropped."""
     nms_iou: float = 0.5
     """Suppression within a class."""
-    keep: int = 100
+    max_detections: int = 100
     """Most detections per image of `ezsd detect`; an evaluation asks for 300."""
 
     def __post_init__(self) -> None:
-        _above_zero("eval", self, "keep")
-        _require(0 <= self.score_floor < 1, f"eval.score_floor must lie in [0, 1), got {self.score_floor}")
+        _above_zero("eval", self, "max_detections")
+        _require(0 <= self.score_threshold < 1, f"eval.score_threshold must lie in [0, 1), got {self.score_threshold}")
         _require(0 < self.nms_iou <= 1, f"eval.nms_iou must lie in (0, 1], got {self.nms_iou}")
 
 
@@ -429,8 +445,8 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
 def from_tables(tables: dict[str, dict[str, object]], *, where: str) -> Config:
     """Build a configuration from nested tables; every unknown or missing key is an error."""
     hints = typing.get_type_hints(Config)
-    _refuse_unknown(tables, list(hints), where)
-    sections: dict[str, Any] = {n: _section(hints[n], tables.get(n, {}), f"{where}, [{n}]") for n in hints}
+    _refuse_unknown("", tables, list(hints), where)
+    sections: dict[str, Any] = {n: _section(n, hints[n], tables.get(n, {}), f"{where}, [{n}]") for n in hints}
     return Config(**sections)
 
 
@@ -466,19 +482,17 @@ def apply_override(tables: dict[str, dict[str, object]], override: str) -> None:
     tables.setdefault(section, {})[key] = value
 
 
-def _refuse_unknown(table: Iterable[str], known: list[str], where: str) -> None:
+def _refuse_unknown(section: str, table: Iterable[str], known: list[str], where: str) -> None:
     for key in table:
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint(section, key, known)}")
 
 
-def _section(cls: type, table: dict[str, object], where: str) -> object:
+def _section(section: str, cls: type, table: dict[str, object], where: str) -> object:
     if not isinstance(table, dict):
         raise ConfigError(f"{where}: expected a table of settings, found {table!r}")
     hints = typing.get_type_hints(cls)
-    _refuse_unknown(table, list(hints), where)
+    _refuse_unknown(section, table, list(hints), where)
     for entry in fields(cls):
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         if required and entry.name not in table:

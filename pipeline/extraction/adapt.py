@@ -48,7 +48,7 @@ class CropSource:
         self.root, self.exif = root, exif
         self.size = size
         self.ratio = crops.crop_ratio
-        self.surround = crops.surround
+        self.surround = crops.padding
         self._memo: dict[int, Tensor] = {}
         self._memo_bytes = 0
 
@@ -151,7 +151,7 @@ def adapt_teacher(
     tuned_on, held_out = np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
 
     def accuracy() -> tuple[float, int]:
-        right = crop_accuracy(teacher, source.batches(held_out, crops=config.crops), annotations.names)
+        right = crop_accuracy(teacher, source.batches(held_out, crops=config.batch_size), annotations.names)
         if not len(right):
             raise ConfigError("re-normalisation needs base boxes in images that can be read, found none to hold out")
         return float(right.float().mean()), len(right)
@@ -161,7 +161,7 @@ def adapt_teacher(
     learning = list(teacher.layer_norms(vision_only=config.towers == "vision").values())
     steps = config.steps if learning else 0
     if steps:
-        batches = source.endless(tuned_on, crops=config.crops, seed=seed)
+        batches = source.endless(tuned_on, crops=config.batch_size, seed=seed)
         losses = tune_layer_norms(
             teacher,
             batches,
@@ -170,7 +170,7 @@ def adapt_teacher(
             loss=config.loss,
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
-            clip_norm=config.clip_norm,
+            clip_norm=config.max_grad_norm,
         )
         try:
             with Progress("adapt", steps, unit="step") as progress:
@@ -180,8 +180,8 @@ def adapt_teacher(
             if not is_out_of_memory(error):
                 raise
             raise ConfigError(
-                f"adapt.crops={config.crops}: so many crops in a step do not fit the memory; use "
-                f"--set adapt.crops={max(1, config.crops // 2)}"
+                f"adapt.batch_size={config.batch_size}: so many crops in a step do not fit the memory; use "
+                f"--set adapt.batch_size={max(1, config.batch_size // 2)}"
             ) from error
     values, table = flatten(parameters)
     attributes: dict[str, object] = {

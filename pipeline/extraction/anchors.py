@@ -24,11 +24,11 @@ def encoded_at_most(config: ProposalConfig, width: int, height: int) -> int:
 
     Anchors with the same crop share one.
     """
-    if config.mode == "coarse-to-fine":
+    if config.search == "coarse-to-fine":
         return _most_looks(config, _lattice(config, width, height))
     anchors = _grid(config, width, height)
     boxes = _chosen(config, anchors, _wide(anchors), width, height)
-    first, _ = distinct_crops(boxes, ratio=config.crop_ratio, surround=config.surround, width=width, height=height)
+    first, _ = distinct_crops(boxes, ratio=config.crop_ratio, surround=config.padding, width=width, height=height)
     return len(first)
 
 
@@ -53,7 +53,7 @@ def look_at_anchors(
     """
     anchors = _grid(config, width, height)
     wide = _wide(anchors)
-    if config.mode == "coarse-to-fine":
+    if config.search == "coarse-to-fine":
         anchors = clip(anchors, width, height)
 
         def look(chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,18 +71,18 @@ def look_at_anchors(
 def _chosen(config: ProposalConfig, anchors: Tensor, wide: Tensor, width: int, height: int) -> Tensor:
     """The boxes of a mode that need not see anything to choose, within the image."""
     anchors = clip(anchors, width, height)
-    if config.mode == "faithful":
+    if config.search == "exhaustive":
         return anchors[wide]
     chosen = grown_stride(_lattice(config, width, height), growth=config.growth)
     return anchors[chosen[wide[chosen]]]
 
 
 def _most_looks(config: ProposalConfig, lattice: Lattice) -> int:
-    return max(1, round(config.passes * len(lattice)))
+    return max(1, round(config.anchor_fraction * len(lattice)))
 
 
 def _grid(config: ProposalConfig, width: int, height: int) -> Tensor:
-    if config.grid == "faithful":
+    if config.grid == "paper":
         stride = round(config.stride)
         return faithful_anchors(width, height, sizes=config.sizes, ratios=config.ratios, stride=stride)
     return sliding_anchors(width, height, sizes=config.sizes, ratios=config.ratios, stride=config.stride)

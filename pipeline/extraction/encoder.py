@@ -45,7 +45,7 @@ class CropEncoder:
 
     def __init__(self, teacher: Teacher, config: Config) -> None:
         self.teacher, self._crops = teacher, config.proposals
-        self.batch = config.build.batch
+        self.batch = config.build.batch_size
         """Crops per call of the teacher; halved, for good, where the memory is too small."""
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class CropEncoder:
             TeacherError: the memory is too small for the shortest batch.
         """
         _, height, width = pixels.shape
-        ratio, surround = self._crops.crop_ratio, self._crops.surround
+        ratio, surround = self._crops.crop_ratio, self._crops.padding
         first, crop = distinct_crops(boxes, ratio=ratio, surround=surround, width=width, height=height)
         parts = [torch.zeros(0, self.teacher.embed_dim)]
         done = 0
@@ -79,7 +79,7 @@ class CropEncoder:
     def _embed(self, pixels: Tensor, boxes: Tensor) -> Tensor | None:
         """Embeddings of one batch; None when the memory is too small for it."""
         filled = torch.cat([boxes, boxes[:1].expand(max(0, SHORT - len(boxes)), 4)])
-        size, ratio, surround = self.teacher.input_size, self._crops.crop_ratio, self._crops.surround
+        size, ratio, surround = self.teacher.input_size, self._crops.crop_ratio, self._crops.padding
         try:
             crops = crop_boxes(pixels, filled, size=size, ratio=ratio, surround=surround)
             return self.teacher.encode_image(crops.float() / 255).float().cpu()[: len(boxes)]

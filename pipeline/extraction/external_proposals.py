@@ -49,7 +49,7 @@ def given_proposals(config: ProposalConfig, images: Iterable[ImageRecord]) -> di
     for (image_id, (width, height)), (start, stop) in zip(sizes.items(), edges.tolist(), strict=True):
         rows = order[start:stop]
         box = clip(torch.from_numpy(corners[rows].astype(np.float32)), width, height).numpy()
-        kept = np.flatnonzero((box[:, 2:] - box[:, :2] >= 1).all(1))[: config.keep]
+        kept = np.flatnonzero((box[:, 2:] - box[:, :2] >= 1).all(1))[: config.max_proposals]
         proposals[image_id] = {"box": box[kept], "score": found.score[rows][kept].astype(np.float32)}
     return proposals
 

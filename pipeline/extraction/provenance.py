@@ -13,6 +13,7 @@ from typing import Any
 from ezsd.cache import JSON, Manifest, Origin, images_digest
 from ezsd.data.annotations import Annotations, ImageRecord, resolve_image_path
 from ezsd.errors import AnnotationError
+from ezsd.pipeline.config.names import with_former_names, with_todays_names
 from ezsd.pipeline.config.schema import STAGE_ONE, Config, from_tables, to_tables
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.images import look, reads_as_before
@@ -37,13 +38,13 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
 
     Looks at the start of image files, see `images_read`.
     """
-    digests, proposals = annotations.digest(), to_tables(config)["proposals"]
+    digests, proposals = annotations.digest(), with_former_names("proposals", to_tables(config)["proposals"])
     data = {"image_list_sha256": digests["images"], "base_boxes_sha256": digests["boxes"]}
-    crop = {"ratio": config.proposals.crop_ratio, "surround": config.proposals.surround}
+    crop = {"ratio": config.proposals.crop_ratio, "surround": config.proposals.padding}
     inputs: dict[str, dict[str, object]] = {
         "teacher": {
             "model": model,
-            "adapt": dataclasses.asdict(config.adapt),
+            "adapt": with_former_names("adapt", dataclasses.asdict(config.adapt)),
             "seed": config.build.seed,
             "crop": crop,
             "dataset": {**data, "base_names": dataset.split.base},
@@ -52,10 +53,10 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
         },
         "text": {"base_names": dataset.split.base, "novel_names": dataset.split.novel},
         "proposals": {
-            **{key: proposals[key] for key in (*_ANCHORS, *_MODES[config.proposals.mode])},
+            **{key: proposals[key] for key in (*_ANCHORS, *_MODES[str(proposals["mode"])])},
             **({"boxes_sha256": boxes_digest(config.proposals.boxes)} if config.proposals.boxes else {}),
             "background": config.teacher.background,
-            "batch": config.build.batch,
+            "batch": config.build.batch_size,
             "image_list_sha256": digests["images"],
         },
         "regions": {
@@ -66,7 +67,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
         },
         "ground_truth": {
             "dataset": {"name": dataset.name, **data, "base_names": dataset.split.base},
-            "batch": config.build.batch,
+            "batch": config.build.batch_size,
         },
     }
     needs = {
@@ -138,7 +139,7 @@ def proposal_settings(manifest: Manifest) -> dict[str, JSON]:
     teacher, anchors, filters = (manifest.products[name].inputs for name in ("teacher", "proposals", "regions"))
     crop = teacher["crop"]
     assert isinstance(crop, dict)
-    return {
+    table = {
         **{key: anchors[key] for key in _ANCHORS},
         "mode": "faithful",
         **{key: anchors[key] for key in ("mode", "growth", "passes") if key in anchors},
@@ -147,6 +148,8 @@ def proposal_settings(manifest: Manifest) -> dict[str, JSON]:
         "crop_ratio": crop["ratio"],
         "surround": crop["surround"],
     }
+    found: dict[str, JSON] = with_todays_names({"proposals": table})["proposals"]
+    return found
 
 
 def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
@@ -159,7 +162,7 @@ def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
         "batch": manifest.products["proposals"].inputs["batch"],
         "embedding": manifest.embedding,
     }
-    return {"adapt": adapt, "proposals": proposal_settings(manifest), "build": build}
+    return with_todays_names({"adapt": adapt, "proposals": proposal_settings(manifest), "build": build})
 
 
 def as_built(config: Config, manifest: Manifest, record: Mapping[str, Any]) -> Config:
@@ -173,7 +176,7 @@ def as_built(config: Config, manifest: Manifest, record: Mapping[str, Any]) -> C
     Raises:
         ConfigError: the record has a setting that is none.
     """
-    recorded = record.get("config", {})
+    recorded = with_todays_names(record.get("config", {}))
     built = built_settings(manifest)
     built["teacher"] = record.get("teacher") or _known_of_teacher(manifest)
     boxes = manifest.products["proposals"].inputs.get("boxes_sha256")

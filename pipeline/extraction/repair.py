@@ -15,6 +15,7 @@ from ezsd.adapt import restore
 from ezsd.cache import Block, Manifest, RaggedRows, RepairReport, StoreError, info, repair
 from ezsd.cache.storage.locations import find_place, read_environment
 from ezsd.cache.tools.repair import Whole
+from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import from_tables
 from ezsd.pipeline.data.datasets import from_definition
 from ezsd.pipeline.errors import ConfigError
@@ -39,7 +40,7 @@ def _source(path: Path, data_root: Path, *, weights: str | None, device: str) ->
     recorded = read_environment(find_place(path))
     if "config" not in recorded:
         raise ConfigError(f"{path}: environment.json does not say how it was built; build it anew in another folder")
-    config = from_tables(recorded["config"], where=str(path / "environment.json"))
+    config = from_tables(with_todays_names(recorded["config"]), where=str(path / "environment.json"))
     if weights is not None:
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=weights))
     # Where the manifest is what has to be repaired, only the settings can say it.

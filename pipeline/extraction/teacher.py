@@ -132,7 +132,7 @@ def _first_crops(config: Config, dataset: Dataset, annotations: Annotations, siz
         halves = [(0, 0, x, y), (0, 0, x / 2, y / 2), (x / 2, 0, x, y / 2), (0, y / 2, x / 2, y), (x / 2, y / 2, x, y)]
         boxes = torch.cat([torch.tensor(halves), torch.from_numpy(annotations.box[annotations.rows(position)])])
         crops.append(
-            crop_boxes(pixels, boxes, size=size, ratio=settings.crop_ratio, surround=settings.surround).float() / 255
+            crop_boxes(pixels, boxes, size=size, ratio=settings.crop_ratio, surround=settings.padding).float() / 255
         )
         if sum(map(len, crops)) >= _CHECKED_CROPS:
             break

@@ -273,10 +273,10 @@ def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:
         logit_scale=worker.teacher.logit_scale,
         score=settings.score,
         nms_iou=settings.nms_iou,
-        keep_proposals=settings.keep,
+        keep_proposals=settings.max_proposals,
         base_iou=settings.base_iou,
         drop_base_guesses=settings.drop_base_guesses,
-        keep_regions=settings.regions,
+        keep_regions=settings.max_regions,
         drop_background=settings.drop_background,
     )
     return {
@@ -298,7 +298,7 @@ def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
     clear = torch.nonzero(clear_of_base(box, base_boxes, base_iou=settings.base_iou))[:, 0]
     known = {} if worker.reused is None else worker.reused.known(view.record.id)
     found: list[tuple[int, np.float32, int, np.ndarray]] = []
-    for places in clear.split(max(settings.regions, SHORT)):
+    for places in clear.split(max(settings.max_regions, SHORT)):
         missing = [place for place in places.tolist() if box[place].numpy().tobytes() not in known]
         known |= _encoded(view, box[missing])
         for place in places.tolist():
@@ -312,9 +312,9 @@ def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
                 drop_background=settings.drop_background,
             ):
                 found.append((place, one.confidence, one.class_index, one.embedding))
-        if len(found) >= settings.regions:
+        if len(found) >= settings.max_regions:
             break
-    kept = found[: settings.regions]
+    kept = found[: settings.max_regions]
     places = np.array([place for place, *_ in kept], np.int64)
     empty = np.zeros((0, worker.teacher.embed_dim), np.float16)
     return {

@@ -123,7 +123,7 @@ def evaluate_run(
         alone: whether no other names compete with `classes`, base or novel; without `classes`, the novel names are
             looked for alone after all names.
         max_detections: the limit of the headline; None for the usual one of the file's rules.
-        overrides: settings to look with instead of the run's, see `at_test_time`; not `eval.keep`.
+        overrides: settings to look with instead of the run's, see `at_test_time`; not `eval.max_detections`.
 
     Raises:
         ValueError: (of many kinds) an unfinished run, images or annotations that are not in order or none.
@@ -157,10 +157,10 @@ def evaluate_run(
 
 def _refuse_keep(overrides: Sequence[str]) -> None:
     for override in overrides:
-        if setting_of(override) == "eval.keep":
+        if setting_of(override) == "eval.max_detections":
             raise ConfigError(
-                f"--set {override}: an evaluation always asks for {KEEP} detections per image, and eval.keep is for "
-                "`ezsd detect` alone; leave it out, --max-detections says how many count in the headline"
+                f"--set {override}: an evaluation always asks for {KEEP} detections per image, and eval.max_detections is "
+                "for `ezsd detect` alone; leave it out, --max-detections says how many count in the headline"
             )
 
 
@@ -231,7 +231,7 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Pa
     is_base = annotations.class_index < len(dataset.split.base)
 
     def accuracy() -> dict[str, float | None]:
-        batches = source.batches(range(len(annotations.images)), crops=config.build.batch)
+        batches = source.batches(range(len(annotations.images)), crops=config.build.batch_size)
         right = crop_accuracy(teacher, batches, dataset.split.names).numpy()
         return {"base": _mean(right[is_base & single]), "novel": _mean(right[~is_base & single])}
 

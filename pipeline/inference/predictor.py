@@ -98,7 +98,7 @@ class TrainedDetector:
             masks: whether to make masks, if the settings have them.
         """
         settings = self.config.train
-        resized = [resize(i, short_side=settings.short_side, long_side=settings.long_side) for i in images]
+        resized = [resize(i, short_side=settings.min_size, long_side=settings.max_size) for i in images]
         found = self._detect([image for image, _, _ in resized], search, keep=keep, masks=masks)
         results = []
         for image, one, (_, sx, sy) in zip(images, found, resized, strict=True):
@@ -132,9 +132,9 @@ class TrainedDetector:
                     sizes,
                     text,
                     competing=competing,
-                    score_floor=self.config.eval.score_floor,
+                    score_floor=self.config.eval.score_threshold,
                     nms_iou=self.config.eval.nms_iou,
-                    keep=self.config.eval.keep if keep is None else keep,
+                    keep=self.config.eval.max_detections if keep is None else keep,
                     masks=masks and self.config.model.masks,
                 )
             found.update(zip(places, ones, strict=True))

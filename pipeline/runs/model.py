@@ -20,7 +20,9 @@ def build_detector(
     """The detector of a configuration, freshly initialised; `build_backbone` explains the last two arguments."""
     model = config.model
     try:
-        backbone = build_backbone(model.backbone, channels=model.channels, weights=weights, frozen_norms=frozen_norms)
+        backbone = build_backbone(
+            model.backbone, channels=model.fpn_channels, weights=weights, frozen_norms=frozen_norms
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if len(model.rpn_sizes) != len(backbone.strides):
@@ -41,11 +43,11 @@ def build_detector(
             tower_depth=model.tower_depth,
             box_hidden=model.box_hidden,
             semantic_boxes=model.semantic_boxes,
-            temperature=model.temperature,
-            sampled_regions=model.sampled_regions,
-            positive_share=model.positive_share,
-            spare_confidence=model.spare_confidence,
-            spare_rpn=model.spare_rpn,
+            logit_scale=model.logit_scale,
+            box_batch_size_per_image=model.box_batch_size_per_image,
+            box_positive_fraction=model.box_positive_fraction,
+            ignore_confidence=model.ignore_confidence,
+            ignore_rpn=model.ignore_rpn,
             box_class=model.box_class,
             box_top_k=model.box_top_k,
             masks=model.masks,

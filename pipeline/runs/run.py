@@ -39,6 +39,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import STAGE_ONE
 from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.files import (
@@ -76,7 +77,7 @@ CHANGEABLE = (
     "checkpoint_every",
     "checkpoint_minutes",
     "compile",
-    "loader_workers",
+    "num_workers",
     "tensorboard",
     "validate_every",
     "validate_images",
@@ -88,12 +89,12 @@ _OF_NO_MATTER = frozenset(
     # The store's digest says whether it is the same one; a copy of it may record other places.
     | {f"config.{table}" for table in STAGE_ONE}
     # The rate that it leads to is compared: see `ezsd.pipeline.training.trainer.in_effect`.
-    | {"config.train.rate_images"}
+    | {"config.train.reference_batch_size"}
 )
 
 
 def learns_the_same_in_parts(sampling: object, *, frozen_norms: bool) -> bool:
-    """Whether a step learns the same, but for rounding, in however many batches it is computed (`train.accumulate`).
+    """Whether a step learns the same, but for rounding, whatever `train.grad_accumulation` is.
 
     What is drawn must be each image's own, and no normalisation may depend on who is in a batch: the statistics of
     batch normalisation are frozen where the backbone began with ImageNet's weights, and only there.
@@ -203,7 +204,10 @@ class Run:
     @property
     def card(self) -> dict[str, object]:
         """What run.json says."""
-        return read_object(self.folder / "run.json")
+        found = read_object(self.folder / "run.json")
+        if isinstance(found.get("config"), dict):
+            found["config"] = with_todays_names(found["config"])
+        return found
 
     @property
     def environment(self) -> dict[str, object]:
@@ -223,7 +227,12 @@ class Run:
         """For each start that trained, oldest first: its first `step`, and the `settings` that starts may differ in."""
         path = self.folder / "environment.json"
         found: list[dict[str, object]] = read_object(path).get("starts", []) if path.exists() else []
-        return found
+        return [
+            {**start, "settings": with_todays_names({"train": start["settings"]})["train"]}
+            if "settings" in start
+            else start
+            for start in found
+        ]
 
     def record_start(self, step: int, settings: Mapping[str, object]) -> None:
         """Note with which settings the steps from `step` on are made; what came later was forgotten."""
@@ -252,6 +261,8 @@ class Run:
             if state is None:
                 log.warning("%s: damaged, passed over", folder)
                 continue
+            if isinstance(state.get("config"), dict):
+                state["config"] = with_todays_names(state["config"])
             identity = self._identity()
             ignored = _changeable(self.card)
             differences = _differences({key: state.get(key) for key in identity}, identity, ignored=ignored)
@@ -437,12 +448,12 @@ def _with_effect(card: Mapping[str, object]) -> Mapping[str, object]:
     loss, train = _nested(card, "config", "loss"), _nested(card, "config", "train")
     assert isinstance(loss, Mapping)
     assert isinstance(train, Mapping)
-    rate, of = train["learning_rate"], train.get("rate_images", 0)
+    rate, of = train["learning_rate"], train.get("reference_batch_size", 0)
     return {
         **card,
         "in_effect": {
             "distillation_weight": loss["distillation"],
-            "peak_rate": rate * train["images"] / of if of else rate,
+            "peak_rate": rate * train["batch_size"] / of if of else rate,
         },
     }
 
@@ -458,9 +469,9 @@ def _nested(card: Mapping[str, object], *keys: str) -> object:
 def _changeable(card: Mapping[str, object]) -> frozenset[str]:
     """What a start may have otherwise than the run's card."""
     train = _nested(card, "config", "train")
-    sampling = train.get("sampling") if isinstance(train, Mapping) else None
+    sampling = train.get("rng") if isinstance(train, Mapping) else None
     if learns_the_same_in_parts(sampling, frozen_norms=card.get("backbone_weights") is not None):
-        return _OF_NO_MATTER | {"config.train.accumulate"}
+        return _OF_NO_MATTER | {"config.train.grad_accumulation"}
     return _OF_NO_MATTER
 
 

@@ -41,7 +41,7 @@ AHEAD = 2
 """Batches that each reading process has ready or reads."""
 SHARED_MEMORY = Path("/dev/shm")
 _OWN_QUEUE: Any = multiprocessing.queues.Queue
-CURE = "train.loader_workers=0 reads without reading processes; a container gets more by `docker run --shm-size=SIZE`"
+CURE = "train.num_workers=0 reads without reading processes; a container gets more by `docker run --shm-size=SIZE`"
 
 
 def load_batches(
@@ -72,30 +72,35 @@ def load_batches(
         StoreError: rows of the store are damaged or cannot be read.
     """
     processes = processes or Processes()
-    parts = config.accumulate * processes.count
-    if config.images % parts:
+    parts = config.grad_accumulation * processes.count
+    if config.batch_size % parts:
         raise ConfigError(
-            f"train.images={config.images} cannot be shared out to {processes.count} processes with "
-            f"train.accumulate={config.accumulate}; choose a multiple of {parts}"
+            f"train.batch_size={config.batch_size} cannot be shared out to {processes.count} processes with "
+            f"train.grad_accumulation={config.grad_accumulation}; choose a multiple of {parts}"
         )
     order = partial(
-        epoch_order, len(samples), per_step=config.images, first_step=first_step, steps=config.steps, seed=config.seed
+        epoch_order,
+        len(samples),
+        per_step=config.batch_size,
+        first_step=first_step,
+        steps=config.steps,
+        seed=config.seed,
     )
-    size = config.images // parts
-    starts = range(processes.rank * size, config.images, processes.count * size)
+    size = config.batch_size // parts
+    starts = range(processes.rank * size, config.batch_size, processes.count * size)
     wanted = partial(_shared_out, samples, starts=starts, size=size)
     source: _Source
-    if config.loader_workers:
+    if config.num_workers:
         _require_shared_memory(
-            samples, list(islice(wanted(order()), AHEAD * config.loader_workers)), config, processes.here
+            samples, list(islice(wanted(order()), AHEAD * config.num_workers)), config, processes.here
         )
-        source = _Readers(samples, wanted(order()), config.loader_workers)
+        source = _Readers(samples, wanted(order()), config.num_workers)
     else:
         source = _OneAhead(samples, wanted(order()))
     try:
         for keys in order():
             batches: list[Batch] = []
-            while len(batches) < config.accumulate:
+            while len(batches) < config.grad_accumulation:
                 batch = _wait(source, stopping)
                 if batch is None:
                     return
@@ -143,8 +148,8 @@ def _take(source: _Source, stopping: Callable[[], bool]) -> Batch | None:
             raise
         raise OutOfMemory(
             f"out of memory while a batch of images was read ({str(error) or 'MemoryError'}); give the training more "
-            "memory, or read fewer images at a time: lower train.loader_workers, or raise train.accumulate with --set "
-            "train.sampling=image"
+            "memory, or read fewer images at a time: lower train.num_workers, or raise train.grad_accumulation with "
+            "--set train.rng=image"
         ) from error
 
 
@@ -276,13 +281,13 @@ def _require_shared_memory(
         height, width = padded_size([*(samples.size(key.epoch, key.position) for key in keys), keys[0].canvas])
         pixels = max(pixels, len(keys) * height * width)
     # Each reader's, and the one that is in use.
-    count = (AHEAD * config.loader_workers + 1) * here
+    count = (AHEAD * config.num_workers + 1) * here
     needed, free = count * pixels * 3 * torch.float32.itemsize, shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise RunError(
             f"{SHARED_MEMORY}: {free / 2**20:,.0f} MB of shared memory are free, but {count} batches of "
-            f"{pixels * 3 * torch.float32.itemsize / 2**20:,.0f} MB are under way at once with train.loader_workers="
-            f"{config.loader_workers}{f' in {here} processes' if here > 1 else ''}; {CURE}"
+            f"{pixels * 3 * torch.float32.itemsize / 2**20:,.0f} MB are under way at once with train.num_workers="
+            f"{config.num_workers}{f' in {here} processes' if here > 1 else ''}; {CURE}"
         )
 
 

@@ -32,18 +32,20 @@ def step_does_not_fit(
     what = f"out of memory in step {step + 1}: {number} of {width} x {height} at a time do not fit"
     parts = next_parts(config, processes)
     if parts is None:
-        cure = "use a GPU with more memory, or another --run with smaller train.short_side and train.long_side"
+        cure = "use a GPU with more memory, or another --run with smaller train.min_size and train.max_size"
         return OutOfMemory(f"{what}, and fewer are not possible; {cure}")
-    options, at_once = f"--set train.accumulate={parts}", config.images // parts // processes
-    if learns_the_same_in_parts(config.sampling, frozen_norms=frozen_norms):
+    options, at_once = f"--set train.grad_accumulation={parts}", config.batch_size // parts // processes
+    if learns_the_same_in_parts(config.rng, frozen_norms=frozen_norms):
         return OutOfMemory(f"{what}; run the same command with {options} ({at_once} at a time; it learns the same)")
-    if config.sampling != "image":
-        options = f"--set train.sampling=image {options}"
+    if config.rng != "image":
+        options = f"--set train.rng=image {options}"
     how = "start another --run" if saved else "run the same command"
     return OutOfMemory(f"{what}; {how} with {options} ({at_once} at a time; it learns a little otherwise)")
 
 
 def next_parts(config: TrainConfig, processes: int) -> int | None:
-    """The next larger `train.accumulate` that the images of a step can be shared out by; None when there is none."""
-    most = config.images // processes
-    return next((k for k in range(config.accumulate + 1, most + 1) if config.images % (k * processes) == 0), None)
+    """The next larger `train.grad_accumulation` that divides the images of a step; None when there is none."""
+    most = config.batch_size // processes
+    return next(
+        (k for k in range(config.grad_accumulation + 1, most + 1) if config.batch_size % (k * processes) == 0), None
+    )

@@ -132,7 +132,7 @@ def train(request: TrainRequest) -> Run:
 def _require_regions(store: Store, config: Config) -> None:
     """ConfigError for a distillation from nothing: its loss would be 0 in every step."""
     regions = next(product.rows for product in info(store.path).products if product.name == "regions")
-    if config.loss.distillation and config.train.regions and not regions:
+    if config.loss.distillation and config.train.regions_per_image and not regions:
         raise ConfigError(
             f"{store.path}: has no region to distil from, so that loss.distillation={config.loss.distillation:g} would "
             f"do nothing; build another store (`ezsd cache build` says which filter dropped them), or train without: "
@@ -143,7 +143,7 @@ def _require_regions(store: Store, config: Config) -> None:
 def _changeable_settings(config: Config, device: str, processes: Processes) -> dict[str, object]:
     """With what a start trains, as far as the run's card leaves it open."""
     train = config.train
-    settings = {name: getattr(train, name) for name in (*CHANGEABLE, "accumulate")}
+    settings = {name: getattr(train, name) for name in (*CHANGEABLE, "grad_accumulation")}
     return {**settings, "device": device, "processes": processes.count}
 
 
@@ -199,15 +199,15 @@ def training_samples(
         partial(_size_by_id, images),
         store.ground_truth,
         store.regions,
-        regions_per_image=config.regions,
-        short_side=config.short_side,
-        long_side=config.long_side,
+        regions_per_image=config.regions_per_image,
+        short_side=config.min_size,
+        long_side=config.max_size,
         seed=config.seed,
         augmentation=Augmentation(
-            short_side_min=config.short_side_min,
-            jitter=(config.jitter[0], config.jitter[1]) if config.jitter else None,
+            short_side_min=config.multiscale_min_size,
+            jitter=(config.scale_jitter[0], config.scale_jitter[1]) if config.scale_jitter else None,
         ),
-        seeded=config.sampling == "image",
+        seeded=config.rng == "image",
         masks=masks,
     )
 
@@ -220,7 +220,7 @@ def build_trainer(detector: Detector, config: Config, text: Tensor, base: int, p
     if config.train.compile:
         detector.backbone.compile()
     rows = len(text) if config.loss.novel_names else base
-    average = AverageWeights(detector, config.train.average) if config.train.average else None
+    average = AverageWeights(detector, config.train.ema_decay) if config.train.ema_decay else None
     _say_what_differs(detector, config.train, processes)
     return Trainer(
         detector,
@@ -235,29 +235,29 @@ def build_trainer(detector: Detector, config: Config, text: Tensor, base: int, p
 def _say_what_differs(detector: Detector, config: TrainConfig, processes: Processes) -> None:
     if not processes.first:
         return
-    if config.rate_images not in (0, config.images):
+    if config.reference_batch_size not in (0, config.batch_size):
         log.info(
             "learning rate %g = %g for %d images per step, scaled %s to %d",
             peak_rate(config),
             config.learning_rate,
-            config.rate_images,
-            "by the root" if config.optimiser == "adamw" else "in proportion",
-            config.images,
+            config.reference_batch_size,
+            "by the root" if config.optimizer == "adamw" else "in proportion",
+            config.batch_size,
         )
-    parts = config.accumulate * processes.count
+    parts = config.grad_accumulation * processes.count
     if parts > 1 and _has_batch_norm(detector):
         log.warning(
             "batch normalisation sees the %d images of one batch, not all %d of a step: with ImageNet weights its "
             "statistics are frozen, and nothing depends on how a step is shared out",
-            config.images // parts,
-            config.images,
+            config.batch_size // parts,
+            config.batch_size,
         )
 
 
 def _check_processes(config: TrainConfig, processes: Processes) -> None:
-    if processes.count > 1 and config.sampling != "image":
+    if processes.count > 1 and config.rng != "image":
         raise ConfigError(
-            f"{processes.count} processes need --set train.sampling=image: losses could not be added up otherwise"
+            f"{processes.count} processes need --set train.rng=image: losses could not be added up otherwise"
         )
 
 
@@ -435,7 +435,7 @@ def _resume(run: Run, trainer: Trainer) -> int:
     if trainer.average is not None:
         average = checkpoint.average()
         if average is None:
-            raise RunError(f"{checkpoint.folder}: holds no average of the weights, which train.average asks for")
+            raise RunError(f"{checkpoint.folder}: holds no average of the weights, which train.ema_decay asks for")
         trainer.average.restore(average)
     if processes.first and step < trainer.config.steps:
         log.info("resuming %s at step %d", run.folder, step)

@@ -82,7 +82,7 @@ class Trainer:
         for batch in batches[1:]:
             values = values + self._backward(batch, totals)[1]
         self.processes.add_gradients(self.detector.parameters())
-        norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.max_grad_norm)
         self.optimiser.step()
         self.detector.constrain()
         if self.average is not None:
@@ -108,11 +108,11 @@ class Trainer:
         return ["loss", *parts], torch.stack([loss.detach(), *(p.detach().float() for p in parts.values())])
 
     def _totals(self, batches: Sequence[Batch]) -> Totals | None:
-        if self.config.sampling == "stream":
+        if self.config.rng == "step":
             return None
         device = batches[0].region_boxes.device
         regions = torch.tensor(float(sum(len(b.region_boxes) for b in batches)), device=device)
-        return Totals(images=self.config.images, regions=int(self.processes.add(regions)))
+        return Totals(images=self.config.batch_size, regions=int(self.processes.add(regions)))
 
 
 def part_weights(config: LossConfig, embed_dim: int) -> dict[str, float]:
@@ -138,11 +138,11 @@ def peak_rate(config: TrainConfig) -> float:
     With SGD in proportion to them (Goyal et al., arXiv 1706.02677). With AdamW, which divides by the gradient's size,
     in proportion to their root (Malladi et al., arXiv 2205.10287).
     """
-    if not config.rate_images:
+    if not config.reference_batch_size:
         return config.learning_rate
-    if config.optimiser == "adamw":
-        return config.learning_rate * math.sqrt(config.images / config.rate_images)
-    return config.learning_rate * config.images / config.rate_images
+    if config.optimizer == "adamw":
+        return config.learning_rate * math.sqrt(config.batch_size / config.reference_batch_size)
+    return config.learning_rate * config.batch_size / config.reference_batch_size
 
 
 def in_effect(config: Config, embed_dim: int) -> dict[str, float]:
@@ -156,11 +156,11 @@ def in_effect(config: Config, embed_dim: int) -> dict[str, float]:
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear warm-up, then a cosine to zero or steps down; a pure function of the step."""
     height = peak_rate(config)
-    if step < config.warmup:
-        return height * (step + 1) / config.warmup
+    if step < config.warmup_steps:
+        return height * (step + 1) / config.warmup_steps
     if config.schedule == "step":
         return height * 0.1 ** sum(step >= share * config.steps for share in config.decay_at)
-    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     return height * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -172,6 +172,6 @@ def build_optimiser(detector: nn.Module, config: TrainConfig) -> torch.optim.Opt
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     rate = peak_rate(config)
-    if config.optimiser == "sgd":
+    if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=rate)

@@ -48,7 +48,7 @@ class Validation:
 
     def due(self, step: int) -> bool:
         """Whether an epoch that asks for it ends with a step."""
-        every, per_step = self.config.train.validate_every * self.images, self.config.train.images
+        every, per_step = self.config.train.validate_every * self.images, self.config.train.batch_size
         return bool(every) and step * per_step // every > (step - 1) * per_step // every
 
     def missing(self, step: int) -> bool:

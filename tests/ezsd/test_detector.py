@@ -31,11 +31,11 @@ SETTINGS = {
     "tower_depth": 1,
     "box_hidden": 16,
     "semantic_boxes": True,
-    "temperature": 20.0,
-    "sampled_regions": 16,
-    "positive_share": 0.25,
-    "spare_confidence": 2.0,
-    "spare_rpn": False,
+    "logit_scale": 20.0,
+    "box_batch_size_per_image": 16,
+    "box_positive_fraction": 0.25,
+    "ignore_confidence": 2.0,
+    "ignore_rpn": False,
     "box_class": "foreground",
     "box_top_k": 3,
     "masks": False,
@@ -328,16 +328,16 @@ def test_confident_cached_regions_are_spared_when_asked(detector):
     )
     values = {}
     for threshold in (0.4, 0.6):
-        detector.settings = dataclasses.replace(detector.settings, spare_confidence=threshold)
+        detector.settings = dataclasses.replace(detector.settings, ignore_confidence=threshold)
         values[threshold] = losses_and_gradients(detector, many, distill=None)[0]
-    detector.settings = dataclasses.replace(detector.settings, spare_confidence=2.0)
+    detector.settings = dataclasses.replace(detector.settings, ignore_confidence=2.0)
     unspared, _ = losses_and_gradients(detector, batch, distill=None)
     assert torch.equal(values[0.6]["classification"], unspared["classification"])
     assert not torch.equal(values[0.4]["classification"], unspared["classification"])
     assert torch.equal(values[0.4]["rpn_objectness"], unspared["rpn_objectness"])
     # Whether they were drawn for this step is no matter.
     undrawn = dataclasses.replace(batch, cached_boxes=many.cached_boxes, cached_confidence=many.cached_confidence)
-    detector.settings = dataclasses.replace(detector.settings, spare_confidence=0.4)
+    detector.settings = dataclasses.replace(detector.settings, ignore_confidence=0.4)
     spared, _ = losses_and_gradients(detector, undrawn, distill=None)
     assert torch.equal(values[0.4]["classification"], spared["classification"])
 
@@ -366,7 +366,7 @@ def test_confident_cached_regions_are_spared_by_the_proposal_network_too_when_as
         region_target=unit_rows(2 * len(regions)),
         region_confidence=torch.full((2 * len(regions),), 0.5),
     )
-    detector.settings = dataclasses.replace(detector.settings, spare_confidence=0.4, spare_rpn=True)
+    detector.settings = dataclasses.replace(detector.settings, ignore_confidence=0.4, ignore_rpn=True)
     model = copy.deepcopy(detector).train()
     model.losses(many, unit_rows(NAMES), distill=None)
     unspared = copy.deepcopy(detector).train()
@@ -445,7 +445,7 @@ def test_parts_of_a_step_add_up_to_the_step(head, masks):
 
 
 def test_with_totals_a_term_is_divided_by_what_was_asked_for(detector):
-    detector.settings = dataclasses.replace(detector.settings, sampled_regions=1000)
+    detector.settings = dataclasses.replace(detector.settings, box_batch_size_per_image=1000)
     batch = seeded(make_batch())
     found, _ = losses_and_gradients(detector, batch, distill="l1")
     asked, _ = losses_and_gradients(detector, batch, distill="l1", totals=Totals(images=4, regions=70))

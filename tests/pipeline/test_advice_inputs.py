@@ -194,7 +194,7 @@ CHECKED = [
     ),
     Advice(
         situation="no proposal: a finer grid",
-        prepare=lambda place: look_at(place, 'grid="faithful"', "stride=800.0", "sizes=[8]", "ratios=[1.0]"),
+        prepare=lambda place: look_at(place, 'grid="paper"', "stride=800.0", "sizes=[8]", "ratios=[1.0]"),
         meet=Place.build,
         message=r"no region was kept.*of 0 proposals .*: lower proposals\.stride, or",
         cure=lambda place, _: elsewhere(place, "proposals.stride=300.0"),

@@ -244,7 +244,10 @@ def plugin(folder: Path, **options: object) -> None:
 
 
 def own_card(**changed: object) -> dict[str, object]:
-    config = {"train": {"steps": 9, "learning_rate": 0.1, "images": 2, "rate_images": 1}, "loss": {"distillation": 1.0}}
+    config = {
+        "train": {"steps": 9, "learning_rate": 0.1, "batch_size": 2, "reference_batch_size": 1},
+        "loss": {"distillation": 1.0},
+    }
     return {"names": ["cat"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": config} | changed
 
 
@@ -463,21 +466,21 @@ TABLE = [
     ),
     Advice(
         situation="an evaluation of fewer detections: by the limit",
-        meet=lambda runs: runs.evaluate(overrides=["eval.keep=5"]),
-        message="eval.keep is for `ezsd detect` alone; leave it out, --max-detections says how many count",
+        meet=lambda runs: runs.evaluate(overrides=["eval.max_detections=5"]),
+        message="eval.max_detections is for `ezsd detect` alone; leave it out, --max-detections says how many count",
         works=lambda runs: runs.evaluate(max_detections=300),
     ),
     Advice(
         situation="an evaluation of fewer detections: of `ezsd detect`",
-        meet=lambda runs: runs.evaluate(overrides=["eval.keep=5"]),
-        message="eval.keep is for `ezsd detect` alone",
-        works=lambda runs: runs.load("run", "eval.keep=5"),
+        meet=lambda runs: runs.evaluate(overrides=["eval.max_detections=5"]),
+        message="eval.max_detections is for `ezsd detect` alone",
+        works=lambda runs: runs.load("run", "eval.max_detections=5"),
     ),
     Advice(
         situation="a training with another setting of stage one",
-        meet=lambda runs: train_config(runs.store, None, ["proposals.regions=7"]),
-        message="build another store with it: ezsd cache build --set proposals.regions=7 --out STORE$",
-        cure=lambda runs, _: runs.build("new", "proposals.regions=7"),
+        meet=lambda runs: train_config(runs.store, None, ["proposals.max_regions=7"]),
+        message="build another store with it: ezsd cache build --set proposals.max_regions=7 --out STORE$",
+        cure=lambda runs, _: runs.build("new", "proposals.max_regions=7"),
         works=lambda runs: train_config(runs.folder / "new", None, []),
     ),
 ]

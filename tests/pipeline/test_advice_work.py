@@ -212,7 +212,7 @@ def other_annotations(place: Place) -> None:
 
 def train_steps(place: Place, run: str, steps: int) -> str:
     words = ["train", "--cache", str(place.store), "--run", str(place.folder / run), "--device", "cpu"]
-    done = CliRunner().invoke(app, [*words, "--set", f"train.steps={steps}", "--set", "train.images=2"])
+    done = CliRunner().invoke(app, [*words, "--set", f"train.steps={steps}", "--set", "train.batch_size=2"])
     assert done.exit_code == 0, done.output
     return done.stdout
 
@@ -227,13 +227,13 @@ TABLE = [
     Advice(
         situation="a step that cannot be shared out",
         meet=lambda place: place.batches(3),
-        message="to 2 processes with train.accumulate=1; choose a multiple of 2$",
+        message="to 2 processes with train.grad_accumulation=1; choose a multiple of 2$",
         works=lambda place: place.batches(4),
     ),
     Advice(
         situation="several processes that sample boxes",
         meet=lambda place: two_processes(place, "batch"),
-        message="2 processes need --set train.sampling=image: ",
+        message="2 processes need --set train.rng=image: ",
         works=lambda place: two_processes(place, "image"),
     ),
     Advice(

@@ -22,7 +22,7 @@ def files(store):
 
 
 def settings(mode, **changes):
-    return dataclasses.replace(load_preset("coco").proposals, mode=mode, **changes)
+    return dataclasses.replace(load_preset("coco").proposals, search=mode, **changes)
 
 
 def area_score(embedding):
@@ -36,15 +36,15 @@ def looked(mode, width=640, height=480, **changes):
 
 @pytest.mark.parametrize(("width", "height", "count"), [(640, 480, 12_750), (1333, 800, 15_750)])
 def test_the_faithful_mode_looks_at_the_whole_grid(width, height, count):
-    boxes, embedding = looked("faithful", width, height)
+    boxes, embedding = looked("exhaustive", width, height)
     assert len(boxes) == count
-    assert torch.equal(boxes, image_anchors(settings("faithful"), width, height))
+    assert torch.equal(boxes, image_anchors(settings("exhaustive"), width, height))
     assert torch.equal(embedding, boxes[:, 2:] - boxes[:, :2])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_cheaper_mode_looks_at_less_of_the_same_grid_in_its_order(mode):
-    boxes, embedding = looked(mode, growth=0.5, passes=0.1)
+    boxes, embedding = looked(mode, growth=0.5, anchor_fraction=0.1)
     assert len(boxes) == {"grown-stride": 6012, "coarse-to-fine": 1275}[mode]
     grid = image_anchors(settings(mode), 640, 480).tolist()
     rest = iter(grid)
@@ -63,21 +63,21 @@ def test_images_of_hardly_any_pixels_have_no_thin_anchors(mode, width, height):
 def grid_config(quick_config):
     """A faithful grid of 507 anchors on images of 128 pixels."""
     proposals = dataclasses.replace(
-        quick_config.proposals, grid="faithful", sizes=(128.0, 192.0, 288.0), ratios=(1.0,), stride=64.0, growth=0.7
+        quick_config.proposals, grid="paper", sizes=(128.0, 192.0, 288.0), ratios=(1.0,), stride=64.0, growth=0.7
     )
     return dataclasses.replace(quick_config, proposals=proposals)
 
 
-def with_mode(config, mode, **changes):
-    return dataclasses.replace(config, proposals=dataclasses.replace(config.proposals, mode=mode, **changes))
+def with_mode(config, search, **changes):
+    return dataclasses.replace(config, proposals=dataclasses.replace(config.proposals, search=search, **changes))
 
 
 @pytest.fixture(scope="session")
 def built(shapes_dataset, grid_config, tmp_path_factory):
     """One store per mode."""
     folder, stores = tmp_path_factory.mktemp("modes"), {}
-    for mode in ("faithful", *MODES):
-        config = with_mode(grid_config, mode, passes=0.4)
+    for mode in ("exhaustive", *MODES):
+        config = with_mode(grid_config, mode, anchor_fraction=0.4)
         stores[mode] = folder / mode
         build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=stores[mode], workers=1))
     return stores
@@ -89,18 +89,18 @@ def crops_per_image(store):
 
 
 def test_the_passes_are_recorded_and_are_fewer(built):
-    truth = len(Store(built["faithful"]).ground_truth[1].box)
+    truth = len(Store(built["exhaustive"]).ground_truth[1].box)
     crops = {mode: crops_per_image(store) for mode, store in built.items()}
-    assert crops["coarse-to-fine"] < crops["grown-stride"] < crops["faithful"]
+    assert crops["coarse-to-fine"] < crops["grown-stride"] < crops["exhaustive"]
     assert crops["coarse-to-fine"] <= 0.4 * 507 + 7
-    assert crops["faithful"] <= 507 + 7
+    assert crops["exhaustive"] <= 507 + 7
     assert truth <= 7
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_region_that_two_modes_keep_has_one_embedding(mode, built):
     """It comes from the scoring pass, and does not depend on what was looked at besides."""
-    cheap, whole, shared = Store(built[mode]), Store(built["faithful"]), 0
+    cheap, whole, shared = Store(built[mode]), Store(built["exhaustive"]), 0
     for image_id in cheap.image_ids.tolist():
         one, other = cheap.regions[image_id], whole.regions[image_id]
         known = {box.tobytes(): row for row, box in enumerate(other.box)}
@@ -114,7 +114,7 @@ def test_a_region_that_two_modes_keep_has_one_embedding(mode, built):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_cheaper_store_is_the_same_from_two_workers(mode, built, shapes_dataset, grid_config, tmp_path):
-    config = with_mode(grid_config, mode, passes=0.4)
+    config = with_mode(grid_config, mode, anchor_fraction=0.4)
     build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "two", workers=2))
     assert files(tmp_path / "two") == files(built[mode])
 
@@ -122,14 +122,14 @@ def test_a_cheaper_store_is_the_same_from_two_workers(mode, built, shapes_datase
 @pytest.mark.parametrize(
     ("mode", "asked", "named"),
     [
-        ("faithful", {"mode": "coarse-to-fine"}, r"proposals\.mode.*coarse-to-fine"),
-        ("grown-stride", {"mode": "coarse-to-fine"}, r"proposals\.mode.*grown-stride.*coarse-to-fine"),
-        ("coarse-to-fine", {"mode": "coarse-to-fine", "passes": 0.3}, r"proposals\.passes.*0\.4.*0\.3"),
-        ("grown-stride", {"mode": "grown-stride", "growth": 0.9}, r"proposals\.growth.*0\.7.*0\.9"),
+        ("exhaustive", {"search": "coarse-to-fine"}, r"proposals\.mode.*coarse-to-fine"),
+        ("grown-stride", {"search": "coarse-to-fine"}, r"proposals\.mode.*grown-stride.*coarse-to-fine"),
+        ("coarse-to-fine", {"search": "coarse-to-fine", "anchor_fraction": 0.3}, r"proposals\.passes.*0\.4.*0\.3"),
+        ("grown-stride", {"search": "grown-stride", "growth": 0.9}, r"proposals\.growth.*0\.7.*0\.9"),
     ],
 )
 def test_a_store_of_another_mode_is_refused_by_name(mode, asked, named, built, shapes_dataset, grid_config):
-    config = with_mode(grid_config, **{"passes": 0.4, **asked})
+    config = with_mode(grid_config, **{"anchor_fraction": 0.4, **asked})
     with pytest.raises(StoreMismatch, match=named):
         build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=built[mode], workers=1))
 
@@ -137,8 +137,8 @@ def test_a_store_of_another_mode_is_refused_by_name(mode, asked, named, built, s
 def test_a_store_says_which_mode_it_has(built, grid_config):
     for mode, store in built.items():
         recorded = proposal_settings(Store(store).manifest)
-        wanted = to_tables(with_mode(grid_config, mode, passes=0.4))["proposals"]
-        assert recorded["mode"] == mode
+        wanted = to_tables(with_mode(grid_config, mode, anchor_fraction=0.4))["proposals"]
+        assert recorded["search"] == mode
         assert recorded.items() <= wanted.items()
     # Stores made before there were modes are stores of the faithful one.
-    assert "mode" not in Store(built["faithful"]).manifest.products["proposals"].inputs
+    assert "mode" not in Store(built["exhaustive"]).manifest.products["proposals"].inputs

@@ -95,7 +95,7 @@ def stopping():
 if __name__ == "__main__":
     ezsd.pipeline.training.dataloader.LOOK_SECONDS = 0.2
     store = Store(sys.argv[1])
-    config = load_preset("shapes", ["train.images=2", "train.loader_workers=1"]).train
+    config = load_preset("shapes", ["train.batch_size=2", "train.num_workers=1"]).train
     samples = Odd(training_samples(store, store_dataset(store, None), config), sys.argv[2])
     try:
         print(list(load_batches(samples, config, first_step=0, stopping=stopping)), len(asked))

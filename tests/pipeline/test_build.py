@@ -146,7 +146,7 @@ def test_the_store_holds_what_the_method_says(shapes_store, quick_config):
         truth, regions = store.ground_truth[int(image_id)], store.regions[int(image_id)]
         assert (truth.class_index < len(SHAPES_SPLIT.base)).all()
         assert (regions.class_index >= len(SHAPES_SPLIT.base)).all()
-        assert len(regions.box) <= quick_config.proposals.regions
+        assert len(regions.box) <= quick_config.proposals.max_regions
         assert (np.diff(regions.score) <= 0).all()
     data = zarr.open(shapes_store, mode="r")["regions/embedding"][:]
     assert len(data) == zarr.open(shapes_store, mode="r")["regions/offset"][-1]

@@ -31,30 +31,30 @@ def test_an_override_changes_one_value_alone():
         ("steps=3", "expected section.key=value"),
         ("train.steps=3\ntrain.images=2", r"'train.steps=3\\ntrain.images=2': has a line break"),
         ("model.backbone=tiny\nresnet18", "has a line break"),
-        ("train.optimiser=adam", "expected one of adamw, sgd, found 'adam'"),
+        ("train.optimizer=adam", "expected one of adamw, sgd, found 'adam'"),
         ("proposals.sizes=3", "expected a list, found 3"),
         ("proposals.sizes=[-3]", "proposals.sizes must be >= 1"),
-        ("proposals.mode=coarse", "expected one of faithful, grown-stride, coarse-to-fine, found 'coarse'"),
+        ("proposals.search=coarse", "expected one of exhaustive, grown-stride, coarse-to-fine, found 'coarse'"),
         (
-            "proposals.mode=grown-stride",
-            'mode=grown-stride thins out the grid "faithful", and proposals.grid is .sliding',
+            "proposals.search=grown-stride",
+            'search=grown-stride thins out the grid "paper", and proposals.grid is .sliding',
         ),
-        ("proposals.passes=0", r"proposals.passes must lie in \(0, 1\], got 0"),
-        ("proposals.passes=12", r"proposals.passes must lie in \(0, 1\], got 12"),
+        ("proposals.anchor_fraction=0", r"proposals.anchor_fraction must lie in \(0, 1\], got 0"),
+        ("proposals.anchor_fraction=12", r"proposals.anchor_fraction must lie in \(0, 1\], got 12"),
         ("proposals.growth=0", "proposals.growth must be > 0, got 0"),
         ("model.backbone=vgg", "'vgg' is not one of tiny, resnet18"),
         ("loss.distillation=-1", "loss.distillation must be >= 0"),
-        ("train.accumulate=3", "train.images must be a multiple of train.accumulate, got 8 and 3"),
-        ("train.accumulate=2", "train.accumulate needs train.sampling=image"),
-        ("train.average=1", r"train.average must lie in \[0, 1\), got 1"),
+        ("train.grad_accumulation=3", "train.batch_size must be a multiple of train.grad_accumulation, got 8 and 3"),
+        ("train.grad_accumulation=2", "train.grad_accumulation needs train.rng=image"),
+        ("train.ema_decay=1", r"train.ema_decay must lie in \[0, 1\), got 1"),
         ("train.decay_at=[0.5, 8]", r"train.decay_at must lie in \(0, 1\)"),
-        ("train.long_side=31", r"0 and 0, or 32 <= short <= long; got \(0, 31\)"),
-        ("train.short_side_min=10", "train.short_side_min must lie between 0 and train.short_side"),
-        ("train.jitter=[1.0]", "train.jitter: two factors"),
-        ("train.jitter=[0.1, 2.0]", "train.jitter needs train.long_side"),
+        ("train.max_size=31", r"0 and 0, or 32 <= short <= long; got \(0, 31\)"),
+        ("train.multiscale_min_size=10", "train.multiscale_min_size must lie between 0 and train.min_size"),
+        ("train.scale_jitter=[1.0]", "train.scale_jitter: two factors"),
+        ("train.scale_jitter=[0.1, 2.0]", "train.scale_jitter needs train.max_size"),
         ("adapt.learning_rate=-1", "adapt.learning_rate must be > 0, got -1"),
-        ("adapt.clip_norm=0", "adapt.clip_norm must be > 0"),
-        ("proposals.keep=0", "proposals.keep must be >= 1, got 0"),
+        ("adapt.max_grad_norm=0", "adapt.max_grad_norm must be > 0"),
+        ("proposals.max_proposals=0", "proposals.max_proposals must be >= 1, got 0"),
         ("proposals.base_iou=0", "proposals.base_iou must be > 0"),
         ("proposals.stride=1e-9", "proposals.stride must be >= 0.01"),
         ("proposals.sizes=[1e-9]", "proposals.sizes must be >= 1"),
@@ -64,14 +64,14 @@ def test_an_override_changes_one_value_alone():
         ("loss.box=-1", "loss.box must be >= 0"),
         ("build.seed=99999999999999999999", "expected a whole number of 32 bits"),
         ("train.learning_rate=99999999999999999999", "expected a whole number of 32 bits"),
-        ("train.warmup=-1", "train.warmup must be >= 0"),
-        ("train.loader_workers=-1", "train.loader_workers must be >= 0"),
-        ("model.channels=0", "model.channels must be > 0"),
+        ("train.warmup_steps=-1", "train.warmup_steps must be >= 0"),
+        ("train.num_workers=-1", "train.num_workers must be >= 0"),
+        ("model.fpn_channels=0", "model.fpn_channels must be > 0"),
         ("model.rpn_sizes=[0]", "model.rpn_sizes must be > 0"),
-        ("model.positive_share=2", r"model.positive_share must lie in \[0, 1\]"),
+        ("model.box_positive_fraction=2", r"model.box_positive_fraction must lie in \[0, 1\]"),
         ("model.tower_depth=-1", "model.tower_depth must be >= 0"),
-        ("eval.keep=0", "eval.keep must be > 0"),
-        ("eval.score_floor=7", r"eval.score_floor must lie in \[0, 1\)"),
+        ("eval.max_detections=0", "eval.max_detections must be > 0"),
+        ("eval.score_threshold=7", r"eval.score_threshold must lie in \[0, 1\)"),
         ("model.head=slow", "expected one of fast, paper, found 'slow'"),
     ],
 )
@@ -86,8 +86,10 @@ def test_a_faithful_grid_has_a_stride_of_whole_pixels():
 
 
 def test_a_search_of_the_grid_needs_neighbours_in_order():
-    options = ["proposals.mode=coarse-to-fine", "proposals.sizes=[64, 32]"]
-    with pytest.raises(ConfigError, match=r"proposals.sizes must ascend for .*mode=coarse-to-fine, got \(64.0, 32.0\)"):
+    options = ["proposals.search=coarse-to-fine", "proposals.sizes=[64, 32]"]
+    with pytest.raises(
+        ConfigError, match=r"proposals.sizes must ascend for .*search=coarse-to-fine, got \(64.0, 32.0\)"
+    ):
         load_preset("coco", options)
 
 

@@ -82,7 +82,7 @@ def found_by(trained, search, image, label):
 
 
 def test_a_name_asked_for_by_itself_is_found_as_among_all_of_the_run(shapes_run, shapes_root):
-    trained = load_trained(shapes_run, "cpu", ["eval.score_floor=0.0"])
+    trained = load_trained(shapes_run, "cpu", ["eval.score_threshold=0.0"])
     image = shapes_root / "val/000001.png"
     ring = trained.names.index("ring")
     row = trained.text[ring : ring + 1]
@@ -114,7 +114,7 @@ def test_base_objects_are_not_called_by_the_name_that_is_asked_for(shapes_run, s
 
 
 def test_a_name_of_the_run_that_means_the_same_steps_aside(shapes_run, shapes_root):
-    trained = load_trained(shapes_run, "cpu", ["eval.score_floor=0.0"])
+    trained = load_trained(shapes_run, "cpu", ["eval.score_threshold=0.0"])
     image = shapes_root / "val/000001.png"
     ring = trained.names.index("ring")
     noise = torch.randn(trained.text.shape[1], generator=torch.Generator().manual_seed(0))
@@ -159,7 +159,13 @@ def test_a_printed_document_gives_the_figures_of_the_run(fixture, request, shape
     root = outlined_root if fixture == "masked_run" else shapes_root
     names = names_to_find(run, None)
     seen = detect_images(
-        find_images([root / "val"]), run, names, threshold=0, device="cpu", drawn=None, overrides=["eval.keep=300"]
+        find_images([root / "val"]),
+        run,
+        names,
+        threshold=0,
+        device="cpu",
+        drawn=None,
+        overrides=["eval.max_detections=300"],
     )
     (tmp_path / "found.json").write_text(coco_document(list(seen), names))
     again = evaluate_results(

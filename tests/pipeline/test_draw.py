@@ -101,7 +101,7 @@ def test_detect_draws_names_without_boxes_in_another_colour(shapes_run, shapes_r
         ("red ring", NOVEL_COLOUR, BASE_COLOUR),
     ):
         place = tmp_path / f"{name}.png"
-        options = {"threshold": 0.0, "device": "cpu", "drawn": [place], "overrides": ["eval.score_floor=0"]}
+        options = {"threshold": 0.0, "device": "cpu", "drawn": [place], "overrides": ["eval.score_threshold=0"]}
         (seen,) = detect_images([image], shapes_run, [name], **options)
         assert seen.objects
         with Image.open(place) as picture:

@@ -45,7 +45,7 @@ class SmallMemory:
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_too_large_a_batch_is_halved_for_good_and_says_the_same(error, teacher, image, with_settings, caplog):
-    config = with_settings(build={"batch": 64})
+    config = with_settings(build={"batch_size": 64})
     wanted, passes = CropEncoder(teacher, config).encode(*image)
     small = SmallMemory(teacher, 20, error)
     encoder = CropEncoder(small, config)

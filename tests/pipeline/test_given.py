@@ -111,7 +111,7 @@ def test_boxes_are_cut_to_the_image_and_the_best_kept(shapes_store, with_setting
             ]
         )
     )
-    found = given_proposals(with_settings(proposals={"boxes": str(path), "keep": 2}).proposals, images)
+    found = given_proposals(with_settings(proposals={"boxes": str(path), "max_proposals": 2}).proposals, images)
     assert found[1]["box"].tolist() == [[0, 120, 10, 128], [3, 3, 7, 8]]
     assert found[1]["score"].tolist() == pytest.approx([0.9, 0.5])
     assert found.keys() == {image.id for image in images}

@@ -26,8 +26,8 @@ def test_boxes_are_those_of_the_names_asked_for(shapes_run, shapes_root):
 
 
 def test_the_floor_and_the_count_are_those_asked_for(shapes_run, shapes_root):
-    assert len(found(shapes_run, shapes_root, "eval.keep=3")) == 3
-    assert found(shapes_run, shapes_root, "eval.score_floor=0.999") == ()
+    assert len(found(shapes_run, shapes_root, "eval.max_detections=3")) == 3
+    assert found(shapes_run, shapes_root, "eval.score_threshold=0.999") == ()
 
 
 def test_an_evaluation_with_other_settings_names_them_in_a_file_of_its_own(shapes_run, tmp_path):
@@ -42,7 +42,7 @@ def test_an_evaluation_with_other_settings_names_them_in_a_file_of_its_own(shape
     assert "settings" not in json.loads(before)
 
 
-@pytest.mark.parametrize("override", ["eval.keep=3", " eval.keep = 300"])
+@pytest.mark.parametrize("override", ["eval.max_detections=3", " eval.max_detections = 300"])
 def test_an_evaluation_refuses_a_count_that_it_does_not_use(shapes_run, override):
     before = sorted(shapes_run.folder.iterdir())
     with pytest.raises(ConfigError, match=rf"--set {override}: .* 300 detections per image.*--max-detections"):
@@ -57,8 +57,8 @@ def test_an_evaluation_refuses_a_count_that_it_does_not_use(shapes_run, override
         ("train.steps=3", "train.steps cannot be changed"),
         ("model.box_class=nearest", "expected one of foreground, reference, topk"),
         ("model.box_top_k=0", "model.box_top_k must be > 0"),
-        ("eval.keep", "expected section.key=value"),
-        ("eval.keep=3\neval.nms_iou=0.9", "has a line break"),
+        ("eval.max_detections", "expected section.key=value"),
+        ("eval.max_detections=3\neval.nms_iou=0.9", "has a line break"),
     ],
 )
 def test_what_training_has_used_or_what_does_not_fit_is_refused(quick_config, override, words):
@@ -70,11 +70,11 @@ def test_every_setting_that_is_offered_is_one(quick_config):
     values = {
         "model.box_class": "topk",
         "model.box_top_k": 2,
-        "eval.keep": 7,
+        "eval.max_detections": 7,
         "model.masks": "true",
         "train.backend": "eager",
     }
     changed = at_test_time(quick_config, [f"{key}={values.get(key, 0.25)}" for key in TEST_TIME])
     assert (changed.model.box_class, changed.model.box_top_k) == ("topk", 2)
     assert changed.train.backend == "eager"
-    assert (changed.eval.score_floor, changed.eval.nms_iou, changed.eval.keep) == (0.25, 0.25, 7)
+    assert (changed.eval.score_threshold, changed.eval.nms_iou, changed.eval.max_detections) == (0.25, 0.25, 7)

@@ -64,8 +64,8 @@ def weights(tmp_path_factory):
 
 def test_a_run_goes_on_in_smaller_batches_which_learn_the_same(shapes_store, weights, with_settings, tmp_path):
     config = with_settings(
-        model={"backbone": "resnet18", "channels": 16, "rpn_sizes": (16, 24, 32, 48, 64), "rpn_proposals": 60},
-        train={"sampling": "image", "steps": 4, "checkpoint_every": 1},
+        model={"backbone": "resnet18", "fpn_channels": 16, "rpn_sizes": (16, 24, 32, 48, 64), "rpn_proposals": 60},
+        train={"rng": "image", "steps": 4, "checkpoint_every": 1},
     )
     request = {"cache": shapes_store, "run": tmp_path / "run", "backbone_weights": weights}
     with room_for(2, from_step=3), pytest.raises(OutOfMemory) as caught:
@@ -73,7 +73,7 @@ def test_a_run_goes_on_in_smaller_batches_which_learn_the_same(shapes_store, wei
     said = str(caught.value)
     assert re.fullmatch(
         r"out of memory in step 3: 4 images of \d+ x \d+ at a time do not fit; run the same command with "
-        r"--set train.accumulate=2 \(2 at a time; it learns the same\)",
+        r"--set train.grad_accumulation=2 \(2 at a time; it learns the same\)",
         said,
     )
     with room_for(2):
@@ -81,7 +81,7 @@ def test_a_run_goes_on_in_smaller_batches_which_learn_the_same(shapes_store, wei
     assert (run.began_at, run.finished().step) == (2, 4)
     # Which steps were made how stays on record.
     assert [(start["step"], start["settings"]["accumulate"]) for start in run.starts()] == [(0, 1), (2, 2)]
-    assert run.card["config"]["train"]["accumulate"] == 1
+    assert run.card["config"]["train"]["grad_accumulation"] == 1
 
 
 def test_before_the_first_checkpoint_any_cure_is_accepted(shapes_store, quick_config, tmp_path):
@@ -90,12 +90,12 @@ def test_before_the_first_checkpoint_any_cure_is_accepted(shapes_store, quick_co
     with room_for(2), pytest.raises(OutOfMemory, match="run the same command with .* learns a little oth") as caught:
         train(request)
     cured = with_advice(quick_config, str(caught.value))
-    assert (cured.train.sampling, cured.train.accumulate) == ("image", 2)
+    assert (cured.train.rng, cured.train.grad_accumulation) == ("image", 2)
     with room_for(2):
         run = train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=cured))
     assert run.finished().step == 6
-    assert run.card["config"]["train"]["accumulate"] == 2
-    with pytest.raises(RunError, match=r"another run: config.train.accumulate: 2 there, 1 wanted"):
+    assert run.card["config"]["train"]["grad_accumulation"] == 2
+    with pytest.raises(RunError, match=r"another run: config.train.grad_accumulation: 2 there, 1 wanted"):
         train(request)
 
 
@@ -108,8 +108,8 @@ def test_with_a_checkpoint_a_cure_that_changes_the_run_names_another_folder(shap
 
 
 def test_one_image_that_does_not_fit_is_told_what_else(shapes_store, with_settings, tmp_path):
-    config = with_settings(train={"sampling": "image", "accumulate": 4})
-    with room_for(0), pytest.raises(OutOfMemory, match=r"1 image of .* fewer are not possible; .*train.short_side"):
+    config = with_settings(train={"rng": "image", "grad_accumulation": 4})
+    with room_for(0), pytest.raises(OutOfMemory, match=r"1 image of .* fewer are not possible; .*train.min_size"):
         train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
 
 

@@ -43,24 +43,32 @@ def test_presets_fit_and_say_nothing(name, caplog):
 @pytest.mark.parametrize(
     ("preset", "overrides", "message"),
     [
-        ("coco", ["model.temperature=500"], "model.temperature must be at most 100, where it is held.*got 500"),
-        ("shapes", ["model.sampled_regions=3"], "model.sampled_regions=3 times model.positive_share=0.25 leaves no"),
-        ("coco", ["train.short_side=32", "train.long_side=33", "model.rpn_sizes=[64, 64, 128, 256, 512]"], "all above"),
+        ("coco", ["model.logit_scale=500"], "model.logit_scale must be at most 100, where it is held.*got 500"),
+        (
+            "shapes",
+            ["model.box_batch_size_per_image=3"],
+            "model.box_batch_size_per_image=3 times model.box_positive_fraction=0.25 leaves no",
+        ),
+        ("coco", ["train.min_size=32", "train.max_size=33", "model.rpn_sizes=[64, 64, 128, 256, 512]"], "all above"),
         ("shapes", ["proposals.stride=32"], "proposals.stride=32 is a share of the window's side"),
-        ("coco", ["proposals.grid=sliding", "proposals.mode=faithful"], "proposals.stride=32 is a share"),
-        ("coco", ["proposals.keep=100"], "proposals.regions=300 are chosen among proposals.keep=100"),
+        ("coco", ["proposals.grid=sliding", "proposals.search=exhaustive"], "proposals.stride=32 is a share"),
+        (
+            "coco",
+            ["proposals.max_proposals=100"],
+            "proposals.max_regions=300 are chosen among proposals.max_proposals=100",
+        ),
         ("coco", ["train.decay_at=[0.5]"], "train.decay_at: changes nothing without train.schedule=step"),
         ("shapes", ["train.validate_images=5"], "changes nothing without train.validate_every above 0"),
         (
             "coco",
-            ["model.spare_rpn=true"],
-            "model.spare_rpn: changes nothing without model.spare_confidence of at most 1",
+            ["model.ignore_rpn=true"],
+            "model.ignore_rpn: changes nothing without model.ignore_confidence of at most 1",
         ),
         ("coco", ["model.box_top_k=3"], "changes nothing without model.box_class=topk"),
         ("coco", ["model.box_class=topk", "model.semantic_boxes=false"], "without model.semantic_boxes=true"),
         ("coco", ["loss.mask=2"], "changes nothing without model.masks=true"),
-        ("shapes", ["proposals.growth=0.5"], "changes nothing without another proposals.mode than faithful"),
-        ("shapes", ["proposals.passes=0.5"], "changes nothing without proposals.mode=coarse-to-fine"),
+        ("shapes", ["proposals.growth=0.5"], "changes nothing without another proposals.search than exhaustive"),
+        ("shapes", ["proposals.anchor_fraction=0.5"], "changes nothing without proposals.search=coarse-to-fine"),
         ("coco", ["proposals.drop_background=false"], "changes nothing without a teacher.background"),
     ],
 )
@@ -75,14 +83,14 @@ def test_settings_that_cannot_be_meant_together_are_refused_in_one_line(preset, 
     [
         ("paper", ["train.decay_at=[0.5]"]),
         ("coco", ["train.schedule=step", "train.decay_at=[0.5]"]),
-        ("shapes", ["model.spare_rpn=true"]),
+        ("shapes", ["model.ignore_rpn=true"]),
         ("shapes", ["train.validate_every=1", "train.validate_images=5"]),
         ("coco", ["model.box_class=topk", "model.box_top_k=3"]),
         ("coco", ["model.masks=true", "loss.mask=2"]),
-        ("coco", ["proposals.mode=grown-stride", "proposals.growth=0.5"]),
+        ("coco", ["proposals.search=grown-stride", "proposals.growth=0.5"]),
         ("coco", ["proposals.drop_background=true"]),
         ("shapes", ["proposals.drop_background=false"]),
-        ("shapes", ["proposals.regions=1000"]),
+        ("shapes", ["proposals.max_regions=1000"]),
         ("shapes", ["loss.metric=cosine", "loss.distillation=0"]),
     ],
 )
@@ -93,15 +101,21 @@ def test_what_the_refusals_ask_for_is_accepted(preset, overrides):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["train.images=4"], "--set train.images alone, without train.steps: the rate follows, the number of epochs"),
-        (["train.images=4", "train.steps=1600"], None),
-        (["train.optimiser=sgd"], "--set train.optimiser alone"),
-        (["train.optimiser=sgd", "train.learning_rate=0.02"], None),
-        (["train.short_side=64", "train.long_side=96"], None),
+        (
+            ["train.batch_size=4"],
+            "--set train.batch_size alone, without train.steps: the rate follows, the number of epochs",
+        ),
+        (["train.batch_size=4", "train.steps=1600"], None),
+        (["train.optimizer=sgd"], "--set train.optimizer alone"),
+        (["train.optimizer=sgd", "train.learning_rate=0.02"], None),
+        (["train.min_size=64", "train.max_size=96"], None),
         (["model.head=paper"], "--set model.head alone, without model.tower_depth or model.box_hidden"),
-        (["adapt.crops=64"], "--set adapt.crops alone"),
+        (["adapt.batch_size=64"], "--set adapt.batch_size alone"),
         (["adapt.loss=bce"], "--set adapt.loss alone"),
-        (["train.steps=20"], "train.warmup=50 is not below train.steps=20: the learning rate never reaches its height"),
+        (
+            ["train.steps=20"],
+            "train.warmup_steps=50 is not below train.steps=20: the learning rate never reaches its height",
+        ),
         (["train.steps=400"], None),
         (["train.seed=3"], None),
     ],
@@ -118,19 +132,19 @@ def test_the_command_line_warns_and_refuses(shapes_store, caplog):
     from ezsd.pipeline.console.defaults import build_config, train_config
 
     caplog.set_level(logging.WARNING, logger="ezsd")
-    train_config(shapes_store, "shapes", ["train.images=4"])
-    build_config("shapes", ["adapt.crops=64"], teacher=None, weights=None)
+    train_config(shapes_store, "shapes", ["train.batch_size=4"])
+    build_config("shapes", ["adapt.batch_size=64"], teacher=None, weights=None)
     assert [record.getMessage().split(" alone")[0] for record in caplog.records] == [
-        "--set train.images",
-        "--set adapt.crops",
+        "--set train.batch_size",
+        "--set adapt.batch_size",
     ]
-    with pytest.raises(ConfigError, match="model.temperature must be at most 100"):
-        train_config(shapes_store, "shapes", ["model.temperature=101"])
+    with pytest.raises(ConfigError, match="model.logit_scale must be at most 100"):
+        train_config(shapes_store, "shapes", ["model.logit_scale=101"])
 
 
 def test_an_old_runs_settings_stay_readable():
     """What is refused when it is asked for is no fault of a card that holds it: its run can be evaluated."""
-    config = load_preset("shapes", ["model.temperature=500"])
+    config = load_preset("shapes", ["model.logit_scale=500"])
     assert changed_alone(config, set()) == []
     with pytest.raises(ConfigError):
         require_fit(config)

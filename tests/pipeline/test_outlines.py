@@ -112,7 +112,7 @@ def test_masks_change_no_other_loss_of_the_first_step(masked_run, shapes_run):
 
 
 def test_readers_of_its_own_change_nothing(masked_run, shapes_store, outlined_root, with_settings, tmp_path):
-    config = with_settings(model={"masks": True}, train={"loader_workers": 1})
+    config = with_settings(model={"masks": True}, train={"num_workers": 1})
     request = TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config, data_root=outlined_root)
     assert curve(train(request)) == curve(masked_run)
 

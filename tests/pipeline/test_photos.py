@@ -60,7 +60,7 @@ def test_photos_give_a_store_of_base_objects_and_unseen_regions(photo_store, pho
 
 
 def test_a_detector_trains_and_is_evaluated_on_photos(photo_store, photos, tmp_path):
-    config = load_preset("photos", ["train.steps=2", "train.images=2", "train.short_side=160", "train.long_side=240"])
+    config = load_preset("photos", ["train.steps=2", "train.batch_size=2", "train.min_size=160", "train.max_size=240"])
     run = train(TrainRequest(cache=photo_store, run=tmp_path / "run", config=config))
     assert [line["step"] for line in run.read_metrics()] == [1, 2]
     scores = headline(evaluate_run(run, data_root=photos, device="cpu"))
@@ -73,7 +73,9 @@ def test_clip_at_full_size_from_a_local_file(photos, tmp_path):
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
     save_file(model.state_dict(), tmp_path / "clip.safetensors")
-    config = load_preset("photos", ["adapt.steps=1", "adapt.crops=4", "proposals.sizes=[400]", "proposals.ratios=[1]"])
+    config = load_preset(
+        "photos", ["adapt.steps=1", "adapt.batch_size=4", "proposals.sizes=[400]", "proposals.ratios=[1]"]
+    )
     teacher = dataclasses.replace(
         config.teacher,
         name="ViT-B-32-quickgelu",

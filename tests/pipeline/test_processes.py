@@ -199,5 +199,5 @@ def test_every_image_of_a_step_goes_to_one_process(quick_config):
 
 
 def test_images_that_cannot_be_shared_out_are_refused(quick_config):
-    with pytest.raises(ConfigError, match="train.images=4 cannot be shared out to 3 processes"):
+    with pytest.raises(ConfigError, match="train.batch_size=4 cannot be shared out to 3 processes"):
         next(load_batches(None, quick_config.train, first_step=0, processes=Processes(0, 3)))

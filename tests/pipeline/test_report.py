@@ -104,7 +104,7 @@ def write_split(root, split, files):
 
 def manifest_of(root, **changes):
     annotations = load_training(root / "annotations/instances_train.json", SHAPES_SPLIT)
-    config = load_preset("shapes", ["proposals.regions=7"])
+    config = load_preset("shapes", ["proposals.max_regions=7"])
     dataset = find_dataset("shapes", root)
     return describe(dataset, annotations, config, {"name": "stand-in", **changes})
 
@@ -164,7 +164,7 @@ def evaluation(names, base, novel):
 def write_run(folder, root, store, manifest, *, novel=0.361, steps=6, **loss):
     """A run folder as `ezsd train` and `ezsd eval` leave it."""
     settings = [
-        "proposals.regions=7",
+        "proposals.max_regions=7",
         f"train.steps={steps}",
         "train.seed=3",
         *(f"loss.{key}={value}" for key, value in loss.items()),
@@ -489,7 +489,7 @@ def test_the_commands_make_the_same_settings(untouched, page):
         }
         # What the store was built with is not trained with.
         assert not [word for word in settings if word.partition(".")[0] in STAGE_ONE]
-    assert "proposals.regions=7" in lines[1]
+    assert "proposals.max_regions=7" in lines[1]
     assert lines[0][-2:] == ["--seed", "9"]
     assert after(lines[1], "--dataset") == "shapes"
     assert after(lines[1], "--preset") == "shapes"

@@ -22,13 +22,13 @@ from ezsd.pipeline.training.train import TrainRequest, train
 
 SETTINGS = (
     "adapt.steps=1",
-    "adapt.crops=16",
+    "adapt.batch_size=16",
     "proposals.sizes=[60]",
     "proposals.stride=1.0",
     "build.block_images=8",
     "train.steps=1",
-    "train.images=2",
-    "train.warmup=0",
+    "train.batch_size=2",
+    "train.warmup_steps=0",
 )
 
 

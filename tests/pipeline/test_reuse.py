@@ -57,9 +57,9 @@ def crops_seen(monkeypatch):
 
 
 LATE = [
-    ({"proposals": {"regions": 4}}, "regions"),
+    ({"proposals": {"max_regions": 4}}, "regions"),
     ({"proposals": {"base_iou": 0.1}}, "regions"),
-    ({"proposals": {"drop_base_guesses": False, "regions": 20}}, "regions"),
+    ({"proposals": {"drop_base_guesses": False, "max_regions": 20}}, "regions"),
 ]
 
 
@@ -121,7 +121,7 @@ def test_an_early_change_proposes_a_folder_and_says_what_it_could_take_over(
 ):
     before = files(shapes_store)
     late = BuildRequest(
-        dataset=shapes_dataset, config=with_settings(proposals={"regions": 4}), out=shapes_store, workers=1
+        dataset=shapes_dataset, config=with_settings(proposals={"max_regions": 4}), out=shapes_store, workers=1
     )
     with pytest.raises(StoreMismatch, match=rf"regions\.regions.*--out {shapes_store}-2 --reuse {shapes_store} takes"):
         build_cache(late)

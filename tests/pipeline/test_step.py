@@ -47,7 +47,7 @@ def pull(preset, dim, cosine=REFERENCE_COSINE, draws=30):
     """
     model = preset.model
     pooling = Pooling(strides=(8,), size=2, canonical_size=32, canonical_level=3, backend=preset.train.backend)
-    head = HEADS[model.head](pooling, 4, dim, depth=1, hidden=8, semantic=False, temperature=model.temperature)
+    head = HEADS[model.head](pooling, 4, dim, depth=1, hidden=8, semantic=False, temperature=model.logit_scale)
     generator, norms = torch.Generator().manual_seed(0), []
     boxes, index, weight = torch.tensor([[8.0, 8, 40, 40]]), torch.zeros(1, dtype=torch.int64), torch.ones(1)
     for _ in range(draws):
@@ -89,7 +89,7 @@ def trained_on(shapes_store, shapes_dataset, with_settings):
     """A trainer whose temperature starts as told, and the batches of its steps."""
 
     def make(temperature, **changes):
-        config = with_settings(model={"temperature": temperature}, train={"warmup": 0, "steps": 60} | changes)
+        config = with_settings(model={"logit_scale": temperature}, train={"warmup_steps": 0, "steps": 60} | changes)
         store = Store(shapes_store)
         torch.manual_seed(0)
         detector = build_detector(config, store.embed_dim, None).train()
@@ -107,7 +107,7 @@ def temperature(trainer):
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 def test_the_temperature_comes_down_from_the_bound(trained_on, optimiser):
-    trainer, batches = trained_on(100.0, optimiser=optimiser, learning_rate=1e-2)
+    trainer, batches = trained_on(100.0, optimizer=optimiser, learning_rate=1e-2)
     assert temperature(trainer) == BOUND
     values = []
     for step in range(4):
@@ -119,7 +119,7 @@ def test_the_temperature_comes_down_from_the_bound(trained_on, optimiser):
 
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 def test_a_temperature_that_crosses_the_bound_is_set_back_and_not_caught(trained_on, optimiser):
-    trainer, batches = trained_on(99.5, optimiser=optimiser, learning_rate=1e-2, average=0.9)
+    trainer, batches = trained_on(99.5, optimizer=optimiser, learning_rate=1e-2, ema_decay=0.9)
     backward = trainer._backward
 
     def pushed_up(batch, totals):
@@ -139,7 +139,7 @@ def test_a_temperature_that_crosses_the_bound_is_set_back_and_not_caught(trained
 
 
 def test_an_average_from_beyond_the_bound_is_used_at_the_bound(trained_on):
-    trainer, _ = trained_on(100.0, average=0.9)
+    trainer, _ = trained_on(100.0, ema_decay=0.9)
     earlier = AverageWeights(trainer.detector, 0.9)
     earlier.state[NAME].fill_(math.log(500))
     trainer.average.restore(earlier.state)
@@ -148,7 +148,7 @@ def test_an_average_from_beyond_the_bound_is_used_at_the_bound(trained_on):
 
 
 def test_a_run_learns_its_temperature_from_the_bound_and_resumes_with_it(shapes_store, with_settings, tmp_path):
-    config = with_settings(model={"temperature": 100.0}, train={"steps": 4, "checkpoint_every": 2})
+    config = with_settings(model={"logit_scale": 100.0}, train={"steps": 4, "checkpoint_every": 2})
     whole = train(TrainRequest(cache=shapes_store, run=tmp_path / "whole", config=config)).finished().trained()
     assert whole[NAME] < BOUND
     run = Run.open(tmp_path / "whole")
@@ -173,7 +173,9 @@ def stopped_at_two(run, steps):
 def test_an_earlier_run_with_a_cosine_is_not_gone_on_with_at_another_strength(
     shapes_store, with_settings, tmp_path, cut
 ):
-    config = with_settings(loss={"metric": "cosine", "distillation": 0.5}, train={"steps": 4, "rate_images": 4})
+    config = with_settings(
+        loss={"metric": "cosine", "distillation": 0.5}, train={"steps": 4, "reference_batch_size": 4}
+    )
     request = TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config)
     run = train(request)
     as_earlier(run)
@@ -191,12 +193,16 @@ def test_an_earlier_run_with_a_cosine_is_not_gone_on_with_at_another_strength(
 
 @pytest.mark.parametrize(
     ("loss", "loop"),
-    [({}, {"rate_images": 0}), ({"metric": "cosine", "distillation": 0.0}, {"rate_images": 0}), ({}, {})],
+    [
+        ({}, {"reference_batch_size": 0}),
+        ({"metric": "cosine", "distillation": 0.0}, {"reference_batch_size": 0}),
+        ({}, {}),
+    ],
     ids=["l1", "no distillation", "rate for the images"],
 )
 def test_an_earlier_run_whose_settings_come_to_the_same_goes_on(shapes_store, with_settings, tmp_path, loss, loop):
-    own = with_settings(loss=loss, train={"steps": 4, "rate_images": 4} | loop)
-    now = with_settings(loss=loss, train={"steps": 4, "rate_images": 4})
+    own = with_settings(loss=loss, train={"steps": 4, "reference_batch_size": 4} | loop)
+    now = with_settings(loss=loss, train={"steps": 4, "reference_batch_size": 4})
     run = train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=own))
     as_earlier(run)
     stopped_at_two(run, 4)
@@ -205,9 +211,15 @@ def test_an_earlier_run_whose_settings_come_to_the_same_goes_on(shapes_store, wi
 
 @pytest.mark.parametrize(("optimiser", "factor"), [("sgd", 4.0), ("adamw", 2.0)])
 def test_the_rate_follows_the_images_by_the_optimisers_rule(with_settings, optimiser, factor):
-    loop = {"learning_rate": 0.01, "rate_images": 2, "images": 2, "optimiser": optimiser, "warmup": 0}
+    loop = {
+        "learning_rate": 0.01,
+        "reference_batch_size": 2,
+        "batch_size": 2,
+        "optimizer": optimiser,
+        "warmup_steps": 0,
+    }
     assert peak_rate(with_settings(train=loop).train) == 0.01
-    config = with_settings(train=loop | {"images": 8}).train
+    config = with_settings(train=loop | {"batch_size": 8}).train
     assert peak_rate(config) == pytest.approx(0.01 * factor)
     assert learning_rate(0, config) == peak_rate(config)
 
@@ -217,5 +229,5 @@ def test_a_presets_own_rate_is_what_it_says_and_follows_its_images(name):
     preset = load_preset(name).train
     stated = {"paper": 0.02}.get(name, preset.learning_rate)
     assert peak_rate(preset) == stated
-    more = load_preset(name, [f"train.images={preset.images * 4}"]).train
-    assert peak_rate(more) == pytest.approx(stated * (2 if preset.optimiser == "adamw" else 4))
+    more = load_preset(name, [f"train.batch_size={preset.batch_size * 4}"]).train
+    assert peak_rate(more) == pytest.approx(stated * (2 if preset.optimizer == "adamw" else 4))

@@ -34,10 +34,10 @@ from tests.pipeline.stopkit import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ("adapt.steps=4", "adapt.crops=32", "proposals.sizes=[40]", "proposals.stride=0.5", "build.block_images=1")
+QUICK = ("adapt.steps=4", "adapt.batch_size=32", "proposals.sizes=[40]", "proposals.stride=0.5", "build.block_images=1")
 OF_RUN = [one for one in OF_SHAPES if one.startswith("train.")]
 OF_STORE = [one for one in OF_SHAPES if not one.startswith("train.")]
-ENDLESS = ("train.steps=100000", "train.images=2", "train.checkpoint_every=100000")
+ENDLESS = ("train.steps=100000", "train.batch_size=2", "train.checkpoint_every=100000")
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def last_line(text):
 def test_a_training_told_to_stop_saves_and_the_same_command_goes_on(shapes_store, tmp_path):
     run = tmp_path / "run"
     words = ["train", "--cache", shapes_store, "--run", run, "--device", "cpu"]
-    words += settings(*ENDLESS, "train.loader_workers=1", "train.checkpoint_minutes=0.0001")
+    words += settings(*ENDLESS, "train.num_workers=1", "train.checkpoint_minutes=0.0001")
     reached = 0
     for number, ask in ((signal.SIGINT, press_ctrl_c), (signal.SIGTERM, subprocess.Popen.terminate)):
         process = started(*words)
@@ -120,7 +120,7 @@ def test_a_training_that_waits_for_its_first_images_says_so_and_the_same_command
         image.hardlink_to(tmp_path / "pipe")
     run = tmp_path / "run"
     words = ["train", "--cache", shapes_store, "--run", run, "--data-root", root, "--device", "cpu"]
-    words += settings("train.steps=1", "train.warmup=0", "train.images=2", "train.loader_workers=1")
+    words += settings("train.steps=1", "train.warmup_steps=0", "train.batch_size=2", "train.num_workers=1")
     process = started(*words)
     talk = Talk(process)
     writing = []
@@ -319,7 +319,7 @@ def test_a_demo_stopped_in_its_trainings_says_so_once_and_goes_on_with_them(
     card = json.loads((out / "data/shapes.json").read_text())
     (out / "data/shapes.json").write_text(json.dumps({**card, "train": 500, "val": 250, "seed": 0}))
     words = ["demo", "--out", out, "--device", "cpu"]
-    words += settings(*OF_SHAPES, "train.steps=30", "train.images=2", "train.checkpoint_minutes=0.0001")
+    words += settings(*OF_SHAPES, "train.steps=30", "train.batch_size=2", "train.checkpoint_minutes=0.0001")
     process = started(*words)
     talk = Talk(process)
     runs = [out / "runs/distilled", out / "runs/plain"]
@@ -363,7 +363,7 @@ def test_several_processes_stop_after_the_same_step(shapes_store, tmp_path):
     run = tmp_path / "run"
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "ezsd", "train"]
     words += ["--cache", shapes_store, "--run", run, "--device", "cpu"]
-    words += settings(*ENDLESS, "train.sampling=image", "train.checkpoint_minutes=0.0001")
+    words += settings(*ENDLESS, "train.rng=image", "train.checkpoint_minutes=0.0001")
     process = subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=ROOT,

@@ -79,12 +79,12 @@ def test_all_that_a_step_reads_is_resumed(shapes_store, with_settings, tmp_path)
     """The other optimiser, schedule and way of sampling, and a moving average of the weights."""
     config = with_settings(
         train={
-            "optimiser": "sgd",
+            "optimizer": "sgd",
             "learning_rate": 1e-3,
             "schedule": "step",
-            "sampling": "image",
-            "accumulate": 2,
-            "average": 0.9,
+            "rng": "image",
+            "grad_accumulation": 2,
+            "ema_decay": 0.9,
             "steps": 4,
         }
     )
@@ -123,7 +123,7 @@ def test_a_run_asked_to_end_saves_and_goes_on_bit_for_bit(
     # Checkpoints are otherwise made at even steps.
     assert latest.step == 3
     # Who reads and how often a checkpoint is made is no part of what is learned.
-    other = dataclasses.replace(quick_config.train, loader_workers=1, checkpoint_every=1)
+    other = dataclasses.replace(quick_config.train, num_workers=1, checkpoint_every=1)
     resumed = train(dataclasses.replace(request, config=dataclasses.replace(quick_config, train=other)))
     assert curve(resumed) == curve(shapes_run)
     for name, value in state(resumed).items():
@@ -148,7 +148,9 @@ def test_without_distillation_the_cached_regions_do_not_matter(shapes_store, wit
 
     def plain(regions):
         changed = with_settings(
-            loss={"distillation": 0.0}, model={"spare_confidence": 2.0}, train={"regions": regions, "steps": 2}
+            loss={"distillation": 0.0},
+            model={"ignore_confidence": 2.0},
+            train={"regions_per_image": regions, "steps": 2},
         )
         return train(TrainRequest(cache=shapes_store, run=tmp_path / str(regions), config=changed))
 
@@ -170,7 +172,9 @@ def test_a_run_folder_of_another_configuration_is_refused_by_name(shapes_run, sh
         train(TrainRequest(cache=shapes_store, run=shapes_run.folder, config=other))
 
 
-@pytest.mark.parametrize("override", ["teacher.name=b", "adapt.steps=0", "proposals.regions=1", " build.batch=2"])
+@pytest.mark.parametrize(
+    "override", ["teacher.name=b", "adapt.steps=0", "proposals.max_regions=1", " build.batch_size=2"]
+)
 def test_what_the_store_was_built_with_is_not_trained_with(shapes_store, override):
     with pytest.raises(ConfigError, match=rf"--set {override}: .*build another store with it: .*--set {override}"):
         train_config(shapes_store, None, ["train.steps=3", override])
@@ -266,11 +270,11 @@ def test_backbone_weights_that_run_code_are_refused(shapes_store, with_settings,
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_parts(shapes_store, with_settings, tmp_path):
-    wild = with_settings(train={"learning_rate": 1e30, "clip_norm": 1e30, "warmup": 0})
+    wild = with_settings(train={"learning_rate": 1e30, "max_grad_norm": 1e30, "warmup_steps": 0})
     with pytest.raises(FloatingPointError, match="step .*parts.*classification.*images: ") as caught:
         train(TrainRequest(cache=shapes_store, run=tmp_path / "wild", config=wild))
     named = json.loads(str(caught.value).rpartition("images: ")[2])
-    assert len(named) == wild.train.images
+    assert len(named) == wild.train.batch_size
     assert set(named) <= {int(i) for i in Store(shapes_store).image_ids}
 
 
@@ -454,7 +458,7 @@ def read_beside(shapes_run, shapes_store, with_settings, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(shapes_run.folder, run)
     shutil.rmtree(run / "checkpoints/step-00000006")
-    return TrainRequest(cache=shapes_store, run=run, config=with_settings(train={"loader_workers": 1}))
+    return TrainRequest(cache=shapes_store, run=run, config=with_settings(train={"num_workers": 1}))
 
 
 def require_gone_on(request, unbroken):
@@ -520,7 +524,7 @@ def test_images_that_do_not_fit_the_memory_are_read_fewer_at_a_time_as_told(
     shapes_store, with_settings, tmp_path, monkeypatch
 ):
     def start(**settings):
-        config = with_settings(train={"steps": 2, "warmup": 0, **settings})
+        config = with_settings(train={"steps": 2, "warmup_steps": 0, **settings})
         return train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
 
     def limited(samples):
@@ -529,8 +533,8 @@ def test_images_that_do_not_fit_the_memory_are_read_fewer_at_a_time_as_told(
         return collate(samples)
 
     said = (
-        r"read \({}\); give the training more memory, or read fewer images at a time: lower train.loader_workers, or "
-        r"raise train.accumulate with --set train.sampling=image$"
+        r"read \({}\); give the training more memory, or read fewer images at a time: lower train.num_workers, or "
+        r"raise train.grad_accumulation with --set train.rng=image$"
     )
     monkeypatch.setattr(
         "ezsd.pipeline.training.train.training_samples", lambda *given: Hungry(training_samples(*given))
@@ -550,7 +554,7 @@ def test_readers_end_with_a_training_that_is_killed(shapes_store, quick_config, 
     code = (
         "import sys; from pathlib import Path\n"
         "from ezsd.pipeline.config.schema import load_preset; from ezsd.pipeline.training.train import *\n"
-        "config = load_preset('shapes', ['train.images=1', 'train.loader_workers=1', 'train.steps=100000'])\n"
+        "config = load_preset('shapes', ['train.batch_size=1', 'train.num_workers=1', 'train.steps=100000'])\n"
         "train(TrainRequest(cache=Path(sys.argv[1]), run=Path(sys.argv[2]), config=config))"
     )
     root = Path(__file__).resolve().parents[2]
@@ -586,7 +590,7 @@ def alive(process):
 
 
 def test_readers_of_any_number_give_the_same_curve(shapes_run, shapes_store, with_settings, tmp_path):
-    config = with_settings(train={"loader_workers": 2})
+    config = with_settings(train={"num_workers": 2})
     assert curve(train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))) == curve(shapes_run)
 
 
@@ -618,7 +622,7 @@ def test_an_unreadable_image_is_named_by_the_reader_in_one_line(shapes_store, sh
     for image in (root / "train").iterdir():
         image.write_bytes(image.read_bytes()[:60])
     for workers in (0, 1):
-        config = with_settings(train={"loader_workers": workers})
+        config = with_settings(train={"num_workers": workers})
         with pytest.raises(ImageError, match=r"data/train/\S+: (is no image|cannot be read)") as caught:
             train(TrainRequest(cache=shapes_store, run=tmp_path / f"run-{workers}", config=config, data_root=root))
         assert "\n" not in str(caught.value)
@@ -642,12 +646,12 @@ def test_learning_rate_warms_up_and_decays(quick_config):
 def test_the_step_schedule_falls_twice_and_the_rate_follows_the_images(with_settings):
     config = with_settings(
         train={
-            "optimiser": "sgd",
+            "optimizer": "sgd",
             "schedule": "step",
             "steps": 120,
             "learning_rate": 0.005,
-            "rate_images": 1,
-            "warmup": 10,
+            "reference_batch_size": 1,
+            "warmup_steps": 10,
         }
     ).train
     rates = [learning_rate(step, config) for step in range(120)]

@@ -1,0 +1,172 @@
+"""Names of settings: those that earlier versions had, and those that people type by habit.
+
+Records of earlier versions (run.json, a store's environment.json and manifest) have the former names and are read on; a
+person who types one is told the new one. Manifests are written with the former names for good: fingerprints of stores
+depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+FORMER: Mapping[str, Mapping[str, str]] = {
+    "adapt": {"clip_norm": "max_grad_norm", "crops": "batch_size"},
+    "build": {"batch": "batch_size"},
+    "proposals": {
+        "keep": "max_proposals",
+        "mode": "search",
+        "passes": "anchor_fraction",
+        "regions": "max_regions",
+        "surround": "padding",
+    },
+    "model": {
+        "channels": "fpn_channels",
+        "positive_share": "box_positive_fraction",
+        "sampled_regions": "box_batch_size_per_image",
+        "spare_confidence": "ignore_confidence",
+        "spare_rpn": "ignore_rpn",
+        "temperature": "logit_scale",
+    },
+    "train": {
+        "accumulate": "grad_accumulation",
+        "average": "ema_decay",
+        "clip_norm": "max_grad_norm",
+        "images": "batch_size",
+        "jitter": "scale_jitter",
+        "loader_workers": "num_workers",
+        "long_side": "max_size",
+        "optimiser": "optimizer",
+        "rate_images": "reference_batch_size",
+        "regions": "regions_per_image",
+        "sampling": "rng",
+        "short_side": "min_size",
+        "short_side_min": "multiscale_min_size",
+        "warmup": "warmup_steps",
+    },
+    "eval": {"keep": "max_detections", "score_floor": "score_threshold"},
+}
+"""Today's name of a setting by section and former name."""
+FORMER_VALUES: Mapping[tuple[str, str], Mapping[str, str]] = {
+    ("proposals", "grid"): {"faithful": "paper"},
+    ("proposals", "search"): {"faithful": "exhaustive"},
+    ("train", "rng"): {"stream": "step"},
+}
+"""Today's word of a choice by its former one, by section and today's name of the setting."""
+
+ALIASES: Mapping[str, str] = {
+    "accumulate_grad_batches": "train.grad_accumulation",
+    "anchor_sizes": "model.rpn_sizes",
+    "backbone": "model.backbone",
+    "base_lr": "train.learning_rate",
+    "batch": "train.batch_size",
+    "batchsize": "train.batch_size",
+    "bs": "train.batch_size",
+    "clip_grad": "train.max_grad_norm",
+    "clip_grad_norm": "train.max_grad_norm",
+    "conf": "eval.score_threshold",
+    "conf_thres": "eval.score_threshold",
+    "device": "the option --device",
+    "ema": "train.ema_decay",
+    "epochs": "train.steps (epochs x training images / train.batch_size)",
+    "fc_dim": "model.box_hidden",
+    "gradient_accumulation_steps": "train.grad_accumulation",
+    "gradient_clip_val": "train.max_grad_norm",
+    "grad_accum": "train.grad_accumulation",
+    "grad_clip": "train.max_grad_norm",
+    "image_size": "train.min_size and train.max_size",
+    "img_size": "train.min_size and train.max_size",
+    "imgsz": "train.min_size and train.max_size",
+    "input_size": "train.min_size and train.max_size",
+    "iou": "eval.nms_iou",
+    "kd_weight": "loss.distillation",
+    "distill_weight": "loss.distillation",
+    "distillation_weight": "loss.distillation",
+    "lr": "train.learning_rate",
+    "lr0": "train.learning_rate",
+    "max_dets": "eval.max_detections",
+    "max_det": "eval.max_detections",
+    "max_epochs": "train.steps (epochs x training images / train.batch_size)",
+    "max_iters": "train.steps",
+    "iterations": "train.steps",
+    "milestones": "train.decay_at (shares of all steps)",
+    "nms": "eval.nms_iou",
+    "nms_thresh": "eval.nms_iou",
+    "nms_threshold": "eval.nms_iou",
+    "num_epochs": "train.steps (epochs x training images / train.batch_size)",
+    "num_iterations": "train.steps",
+    "optim": "train.optimizer",
+    "per_device_train_batch_size": "train.batch_size (of all devices together)",
+    "lr_scheduler": "train.schedule",
+    "scheduler": "train.schedule",
+    "roi_batch_size": "model.box_batch_size_per_image",
+    "batch_size_per_image": "model.box_batch_size_per_image",
+    "positive_fraction": "model.box_positive_fraction",
+    "score_thresh": "eval.score_threshold",
+    "score_thr": "eval.score_threshold",
+    "tau": "model.logit_scale (it multiplies cosines: the reciprocal of a temperature)",
+    "temperature": "model.logit_scale (it multiplies cosines: the reciprocal of a temperature)",
+    "top_k": "proposals.max_proposals or proposals.max_regions",
+    "topk": "proposals.max_proposals or proposals.max_regions",
+    "warmup_iters": "train.warmup_steps",
+    "wd": "train.weight_decay",
+    "workers": "train.num_workers (readers of a training), or the option --workers (a build)",
+    "short_edge": "train.min_size",
+    "long_edge": "train.max_size",
+}
+"""What people type by habit, without its section, and the setting that they mean."""
+NO_SETTINGS: Mapping[str, str] = {
+    "amp": "mixed precision is always on on a GPU",
+    "fp16": "mixed precision is always on on a GPU",
+    "mixed_precision": "mixed precision is always on on a GPU",
+    "momentum": "that of SGD is 0.9",
+    "wandb": "metrics go to the run's metrics.jsonl, and with train.tensorboard=true to TensorBoard",
+}
+"""What people type by habit and is no setting here, and what is the case instead."""
+
+
+def with_todays_names(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables of settings as today's version names them, from a record of this or an earlier one."""
+    found: dict[str, Any] = {}
+    for section, table in tables.items():
+        names = FORMER.get(section, {})
+        if not isinstance(table, Mapping):
+            found[section] = table
+            continue
+        found[section] = {}
+        for key, value in table.items():
+            name = names.get(key, key)
+            words = FORMER_VALUES.get((section, name), {})
+            found[section][name] = words.get(value, value) if isinstance(value, str) else value
+    return found
+
+
+def with_former_names(section: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """One table of settings as manifests name them."""
+    names = {new: old for old, new in FORMER.get(section, {}).items()}
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        words = {new: old for old, new in FORMER_VALUES.get((section, key), {}).items()}
+        found[names.get(key, key)] = words.get(value, value) if isinstance(value, str) else value
+    return found
+
+
+def hint(section: str, key: str, known: list[str]) -> str:
+    """What a setting that does not exist may have meant, as the second half of an error.
+
+    Args:
+        section: where it was given.
+        key: its name there.
+        known: names of the section's settings.
+    """
+    former = FORMER.get(section, {}).get(key)
+    if former is not None:
+        also = " (it multiplies cosines: the reciprocal of a temperature)" if key == "temperature" else ""
+        return f"it is called {section}.{former} now{also}"
+    if key in NO_SETTINGS:
+        return f"{NO_SETTINGS[key]}; leave it out"
+    if key in ALIASES:
+        return f"did you mean {ALIASES[key]}?"
+    near = get_close_matches(key, known, n=1, cutoff=0.75)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
