@@ -460,7 +460,8 @@ def to_tables(config: Config) -> dict[str, dict[str, object]]:
 
 def setting_of(override: str) -> str:
     """The `section.key` that an override `section.key=value` names."""
-    return override.partition("=")[0].strip()
+    name = override.partition("=")[0].strip()
+    return "train.optimizer" if name == "train.optimiser" else name
 
 
 def apply_override(tables: dict[str, dict[str, object]], override: str) -> None:
@@ -479,7 +480,8 @@ def apply_override(tables: dict[str, dict[str, object]], override: str) -> None:
     except tomllib.TOMLDecodeError:
         # A bare word is a string: `--set model.backbone=tiny` needs no quotes.
         value = text.strip()
-    tables.setdefault(section, {})[key] = value
+    # The one word that has two spellings.
+    tables.setdefault(section, {})["optimizer" if key == "optimiser" else key] = value
 
 
 def _refuse_unknown(section: str, table: Iterable[str], known: list[str], where: str) -> None:

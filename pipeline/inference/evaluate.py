@@ -159,8 +159,8 @@ def _refuse_keep(overrides: Sequence[str]) -> None:
     for override in overrides:
         if setting_of(override) == "eval.max_detections":
             raise ConfigError(
-                f"--set {override}: an evaluation always asks for {KEEP} detections per image, and eval.max_detections is "
-                "for `ezsd detect` alone; leave it out, --max-detections says how many count in the headline"
+                f"--set {override}: an evaluation always asks for {KEEP} detections per image, and eval.max_detections "
+                "is for `ezsd detect` alone; leave it out, --max-detections says how many count in the headline"
             )
 
 

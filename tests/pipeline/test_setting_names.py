@@ -1,0 +1,134 @@
+"""Settings by the field's words: what people type is understood or answered, what earlier versions wrote is read on."""
+
+import json
+import shutil
+
+import pytest
+
+from ezsd.cache import Store
+from ezsd.pipeline.config.names import ALIASES, FORMER, NO_SETTINGS, with_former_names, with_todays_names
+from ezsd.pipeline.config.schema import ConfigError, load_preset, preset_names, to_tables
+from ezsd.pipeline.extraction.provenance import as_built
+from ezsd.pipeline.inference.predictor import load_trained
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.training.train import TrainRequest, train
+
+TYPED = {
+    # Names that are settings.
+    "train.batch_size=8": None,
+    "train.learning_rate=0.01": None,
+    "train.weight_decay=0.01": None,
+    "train.num_workers=2": None,
+    "train.min_size=640": None,
+    "train.max_size=1000": None,
+    "train.max_grad_norm=1": None,
+    "train.ema_decay=0.99": None,
+    "train.optimiser=sgd": None,
+    "train.optimizer=sgd": None,
+    "model.logit_scale=50": None,
+    "model.fpn_channels=128": None,
+    "model.box_batch_size_per_image=256": None,
+    "eval.score_threshold=0.05": None,
+    "eval.max_detections=50": None,
+    "adapt.batch_size=64": None,
+    "build.batch_size=64": None,
+    # Habits, and what they mean here.
+    "train.lr=0.01": "train.learning_rate",
+    "train.epochs=12": "train.steps",
+    "train.ema=true": "train.ema_decay",
+    "train.grad_accum=2": "train.grad_accumulation",
+    "train.grad_clip=1": "train.max_grad_norm",
+    "train.momentum=0.9": "that of SGD is 0.9",
+    "train.wandb=true": "train.tensorboard=true",
+    "train.amp=true": "mixed precision is always on",
+    "train.image_size=800": "train.min_size and train.max_size",
+    "train.imgsz=800": "train.min_size and train.max_size",
+    "model.fc_dim=512": "model.box_hidden",
+    "loss.kd_weight=1": "loss.distillation",
+    "proposals.top_k=100": "proposals.max_proposals",
+    "proposals.topk=100": "proposals.max_proposals",
+    "eval.max_dets=100": "eval.max_detections",
+    "adapt.lr=0.01": "learning_rate",
+    # The reciprocal of what the word means elsewhere.
+    "model.temperature=0.01": "model.logit_scale now (it multiplies cosines",
+    # Near no setting: nothing is suggested rather than something else.
+    "train.colour=1": "known are",
+}
+
+
+@pytest.mark.parametrize("override", TYPED)
+def test_what_people_type_is_a_setting_or_leads_to_one(override):
+    if TYPED[override] is None:
+        load_preset("coco", [override])
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_preset("coco", [override])
+    said = str(caught.value)
+    assert TYPED[override] in said.partition("; ")[2]
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(("section", "old"), [(section, old) for section in FORMER for old in FORMER[section]])
+def test_a_former_name_is_refused_with_the_new_one(section, old):
+    if (section, old) == ("train", "optimiser"):
+        return
+    with pytest.raises(ConfigError, match=rf"unknown key '{old}'; it is called {section}.{FORMER[section][old]} now"):
+        load_preset("coco", [f"{section}.{old}=1"])
+
+
+def test_hints_name_settings_and_settings_have_no_hint():
+    tables = to_tables(load_preset("coco"))
+    settings = {f"{section}.{key}" for section, table in tables.items() for key in table}
+    for section, names in FORMER.items():
+        assert {f"{section}.{new}" for new in names.values()} <= settings
+        assert not names.keys() & tables[section].keys()
+    for habit, meant in ALIASES.items():
+        first = meant.split()[0]
+        assert first in settings or meant.startswith("the option --"), habit
+    assert not ALIASES.keys() & NO_SETTINGS.keys()
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_former_names_and_back(preset):
+    tables = to_tables(load_preset(preset))
+    former = {section: with_former_names(section, table) for section, table in tables.items()}
+    assert former["train"]["images"] == tables["train"]["batch_size"]
+    assert former["proposals"]["mode"] == tables["proposals"]["search"].replace("exhaustive", "faithful")
+    assert with_todays_names(former) == tables == with_todays_names(tables)
+
+
+def as_an_earlier_version(path):
+    """Give a record's settings the names that they had."""
+    record = json.loads(path.read_text())
+    tables = record["config"]
+    record["config"] = {section: with_former_names(section, table) for section, table in tables.items()}
+    assert record["config"] != tables
+    path.write_text(json.dumps(record))
+
+
+def test_a_run_of_an_earlier_version_is_evaluated_and_gone_on_with(shapes_run, shapes_store, quick_config, tmp_path):
+    folder = shutil.copytree(shapes_run.folder, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints/step-00000006")
+    for path in (folder / "run.json", *folder.glob("checkpoints/*/state.json")):
+        as_an_earlier_version(path)
+    run = train(TrainRequest(cache=shapes_store, run=folder, config=quick_config))
+    assert (run.began_at, run.finished().step) == (4, 6)
+    assert load_trained(run, "cpu").config == load_trained(shapes_run, "cpu").config
+    assert Run.open(folder).card["config"] == shapes_run.card["config"]
+
+
+def test_a_store_of_an_earlier_version_says_with_what_it_was_built(shapes_store, quick_config, tmp_path):
+    store = Store(shapes_store)
+    record = store.environment
+    former = {section: with_former_names(section, table) for section, table in record["config"].items()}
+    assert as_built(quick_config, store.manifest, {**record, "config": former}) == as_built(
+        quick_config, store.manifest, record
+    )
+
+
+def test_a_manifest_has_the_names_that_fingerprints_are_made_of(shapes_store):
+    products = Store(shapes_store).manifest.products
+    assert {"grid", "keep", "nms_iou", "ratios", "score", "sizes", "stride"} <= products["proposals"].inputs.keys()
+    assert products["proposals"].inputs["grid"] == "sliding"
+    assert {"base_iou", "drop_base_guesses", "regions"} <= products["regions"].inputs.keys()
+    assert {"crops", "clip_norm"} <= products["teacher"].inputs["adapt"].keys()
