@@ -82,7 +82,7 @@ def train_arms(out: Path, store: Path, *, seed: int, device: str, overrides: tup
 
 def _command(out: Path, store: Path, arm: str, seed: int, device: str, overrides: tuple[str, ...]) -> list[str]:
     # -P: a folder named cache/ where the user works must not stand in for the package.
-    command = [sys.executable, "-P", "-m", "cli", "train", "--cache", str(store), "--run", str(out / "runs" / arm)]
+    command = [sys.executable, "-P", "-m", "ezsd", "train", "--cache", str(store), "--run", str(out / "runs" / arm)]
     command += ["--device", device, "--set", f"train.seed={seed}"]
     for override in overrides:
         # What the store is built with is said to its build alone: a training refuses it.

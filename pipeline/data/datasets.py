@@ -229,7 +229,7 @@ def _from_toml(path: Path, root: Path | None, strict: bool) -> Dataset:
         name=tables["name"],
         root=folder,
         split=_toml_split(tables, folder, path, strict),
-        train_images=tables["train"]["batch_size"],
+        train_images=tables["train"]["images"],
         train_annotations=tables["train"]["annotations"],
         val_images=tables["val"]["images"],
         val_annotations=tables["val"]["annotations"],

@@ -224,7 +224,7 @@ def test_a_second_command_of_a_process_listens_too():
 
 
 def test_drawing_shapes_leaves_no_folder_and_the_same_command_makes_it(tmp_path):
-    words = ["data", "shapes", "--out", tmp_path / "shapes", "--train", 400, "--val", 1]
+    words = ["data", "shapes", "--out", tmp_path / "shapes", "--train", 200, "--val", 1]
     process = started(*words)
     talk = Talk(process)
     talk.wait_for(lambda: len(list((tmp_path / ".shapes.partial").glob("train/*.png"))) > 10)
@@ -233,7 +233,7 @@ def test_drawing_shapes_leaves_no_folder_and_the_same_command_makes_it(tmp_path)
     require_stopped(talk.end(), "the folder appears when it is whole; run the same command again")
     assert not (tmp_path / "shapes").exists()
     require_gone(family)
-    assert "400 training and 1 validation images" in run_again(*words)
+    assert "200 training and 1 validation images" in run_again(*words)
     assert [place.name for place in tmp_path.iterdir()] == ["shapes"]
 
 
@@ -319,7 +319,7 @@ def test_a_demo_stopped_in_its_trainings_says_so_once_and_goes_on_with_them(
     card = json.loads((out / "data/shapes.json").read_text())
     (out / "data/shapes.json").write_text(json.dumps({**card, "train": 500, "val": 250, "seed": 0}))
     words = ["demo", "--out", out, "--device", "cpu"]
-    words += settings(*OF_SHAPES, "train.steps=30", "train.batch_size=2", "train.checkpoint_minutes=0.0001")
+    words += settings(*OF_SHAPES, "train.steps=20", "train.batch_size=2", "train.checkpoint_minutes=0.0001")
     process = started(*words)
     talk = Talk(process)
     runs = [out / "runs/distilled", out / "runs/plain"]
@@ -329,7 +329,7 @@ def test_a_demo_stopped_in_its_trainings_says_so_once_and_goes_on_with_them(
     require_stopped(talk.end(), "what is finished stays; run the same command to go on")
     require_gone(family)
     reached = [Run.open(run).latest().step for run in runs]
-    assert 0 < min(reached) < 30
+    assert 0 < min(reached) < 20
     assert "report: " in run_again(*words)
     assert (runs[0] / "report.html").exists()
     for run, step in zip(runs, reached, strict=True):
