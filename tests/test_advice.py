@@ -270,7 +270,7 @@ SPOKEN: Calls = {
         lambda _: load_preset("shapes", ["train.steps=3\nimages=2"]),
         lambda _: load_preset("shapes", ["train.steps=3", "train.batch_size=2"]),
     ),
-    "proposals.max_proposals=100; set keep to at least as many": (
+    "proposals.max_proposals=100; set max_proposals to at least as many": (
         lambda _: load_settings("coco", ["proposals.max_proposals=100"]),
         lambda _: load_settings("coco", ["proposals.max_proposals=300"]),
     ),

@@ -30,7 +30,7 @@ from ezsd.cache import (
 from ezsd.cache.tools.transfer import pull, push
 
 ROOT = Path(__file__).resolve().parents[2]
-WORK = "import sys; from ezsd.cache import transfer; getattr(transfer, sys.argv[1])(sys.argv[2], sys.argv[3])"
+WORK = "import sys; from ezsd.cache.tools import transfer; getattr(transfer, sys.argv[1])(sys.argv[2], sys.argv[3])"
 
 
 @pytest.fixture(scope="module")
