@@ -39,7 +39,7 @@ def provenance_section(facts: Sequence[Facts], data_root: Path | None) -> Html:
         "its bytes": _bytes(main),
         "seeds": f"data {drawn.get('seed', 'not recorded')}, "
         f"store {built['build']['seed']}, training {config['train']['seed']}",
-        "steps": f"{config['train']['steps']} of {config['train']['images']} images",
+        "steps": f"{config['train']['steps']} of {config['train']['batch_size']} images",
         "backbone": "ImageNet weights" if main.card.get("backbone_weights") else "from random weights",
         "versions": f"{versions}; {environment.get('device', 'unknown device')}",
     }

@@ -122,7 +122,7 @@ class Place:
         load_trained(self.train(self.new), "cpu")
 
     def batches(self, images: int) -> None:
-        config = dataclasses.replace(self.config.train, images=images, loader_workers=0)
+        config = dataclasses.replace(self.config.train, batch_size=images, num_workers=0)
         store = Store(self.store)
         reading = load_batches(
             training_samples(store, store_dataset(store, None), config), config, first_step=0, processes=Processes(0, 2)
@@ -132,7 +132,7 @@ class Place:
 
 
 def two_processes(place: Place, sampling: str) -> None:
-    _check_processes(dataclasses.replace(place.config.train, sampling=sampling), Processes(0, 2))
+    _check_processes(dataclasses.replace(place.config.train, rng=sampling), Processes(0, 2))
 
 
 def near_name(document: dict) -> None:
