@@ -48,7 +48,7 @@ RATIOS = (1.0, 1.2)
 SURROUNDS = ("black", "context")
 GRIDS = {"shapes": 200, "coco": 60}
 """By preset whose anchors they are, the first how many training images are looked at."""
-LOOKING = ("grid", "sizes", "ratios", "stride", "mode", "growth", "passes", "regions")
+LOOKING = ("grid", "sizes", "ratios", "stride", "search", "growth", "anchor_fraction", "max_regions")
 TOP = (10, 50, 300)
 
 

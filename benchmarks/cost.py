@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ezsd.cache import EmbeddingType, forecast
 from ezsd.crops import distinct_crops
 from ezsd.detector.model import Detector
+from ezsd.pipeline.config.names import FORMER_VALUES
 from ezsd.pipeline.config.schema import Config, load_preset
 from ezsd.pipeline.data.annotation_cache import training_annotations
 from ezsd.pipeline.data.datasets import find_dataset
@@ -170,7 +171,7 @@ def count_passes(config: Config, sizes: list[tuple[int, int]]) -> float:
         boxes, _ = look_at_anchors(
             rule, width, height, lambda boxes: torch.zeros(len(boxes), 1), lambda vectors: torch.rand(len(vectors))
         )
-        crops, _ = distinct_crops(boxes, ratio=rule.crop_ratio, surround=rule.surround, width=width, height=height)
+        crops, _ = distinct_crops(boxes, ratio=rule.crop_ratio, surround=rule.padding, width=width, height=height)
         counts.append(len(crops))
     return float(np.mean(counts))
 
@@ -201,8 +202,8 @@ def tuning_table(row: Row, utilisation: float) -> list[list[str]]:
     settings, lines = load_preset("coco").adapt, []
     for name, counted in row["teachers"].items():
         for data, names in BASE_NAMES.items():
-            step = settings.crops * counted["tuned_crop_gflop"] + names * counted["tuned_name_gflop"]
-            kept = settings.crops * counted["tuned_crop_gb"] + names * counted["tuned_name_gb"]
+            step = settings.batch_size * counted["tuned_crop_gflop"] + names * counted["tuned_name_gflop"]
+            kept = settings.batch_size * counted["tuned_crop_gb"] + names * counted["tuned_name_gb"]
             total = settings.steps * step
             lines.append([data, name, f"{total / 1e9:.2f}", *hours(total, utilisation), f"{kept:.0f}"])
     return [["data", "teacher", "EFLOP", *PEAK_TFLOPS, "GB"], *lines]
@@ -216,7 +217,9 @@ def looking_table(row: Row, utilisation: float) -> list[list[str]]:
             for mode, passes in row["passes"].items():
                 crops = images * (passes + row["base_boxes"])
                 total = crops * counted["pass_gflop"]
-                cells = [data, name, mode, f"{crops / 1e6:,.0f}", f"{total / 1e9:.2f}"]
+                # Rows of before have the former word.
+                search = FORMER_VALUES["proposals", "search"].get(mode, mode)
+                cells = [data, name, search, f"{crops / 1e6:,.0f}", f"{total / 1e9:.2f}"]
                 lines.append([*cells, *hours(total, utilisation)])
     return [["data", "teacher", "`proposals.search`", "million crops", "EFLOP", *PEAK_TFLOPS], *lines]
 
@@ -226,8 +229,8 @@ def store_table(row: Row) -> list[list[str]]:
     rule, lines = load_preset("coco").proposals, []
     for data, images in IMAGES.items():
         counts = {
-            "proposals": images * rule.keep,
-            "regions": images * rule.regions,
+            "proposals": images * rule.max_proposals,
+            "regions": images * rule.max_regions,
             "ground_truth": round(images * row["base_boxes"]),
         }
         for embedding in get_args(EmbeddingType):
@@ -241,11 +244,11 @@ def training_table(row: Row, utilisation: float) -> list[list[str]]:
     lines = []
     for preset, counted in row["steps"].items():
         settings = load_preset(preset).train
-        seen = settings.steps * settings.images
+        seen = settings.steps * settings.batch_size
         total = seen * counted["image_gflop"]
         # Weight, gradient and momentum of what is trained.
         gb = 4e-9 * (counted["parameters"] + 2 * counted["trained_parameters"])
-        gb += settings.images * counted["image_gb"]
+        gb += settings.batch_size * counted["image_gb"]
         for data, images in IMAGES.items():
             cells = [data, f"`{preset}`", f"{seen / images:.1f}", f"{total / 1e9:.2f}"]
             lines.append([*cells, *hours(total, utilisation), f"{gb:.0f}"])

@@ -51,10 +51,10 @@ from ezsd.teacher.open_clip import Teacher
 TOP = (50, 200, 300)
 GRID = ("grid", "sizes", "ratios", "stride")
 ARMS: dict[str, dict[str, object]] = {
-    "faithful": {"mode": "faithful"},
-    **{f"grown-stride {growth}": {"mode": "grown-stride", "growth": growth} for growth in (0.25, 0.5, 1.0)},
+    "faithful": {"search": "exhaustive"},
+    **{f"grown-stride {growth}": {"search": "grown-stride", "growth": growth} for growth in (0.25, 0.5, 1.0)},
     **{
-        f"coarse-to-fine {growth}, {passes}": {"mode": "coarse-to-fine", "growth": growth, "passes": passes}
+        f"coarse-to-fine {growth}, {passes}": {"search": "coarse-to-fine", "growth": growth, "anchor_fraction": passes}
         for growth in (0.25, 0.375, 0.5)
         for passes in (0.05, 0.08, 0.1, 0.2)
     },
@@ -111,10 +111,10 @@ class Bench:
             logit_scale=self.teacher.logit_scale,
             score=settings.score,
             nms_iou=settings.nms_iou,
-            keep_proposals=settings.keep,
+            keep_proposals=settings.max_proposals,
             base_iou=settings.base_iou,
             drop_base_guesses=False,
-            keep_regions=settings.keep,
+            keep_regions=settings.max_proposals,
         )
         return boxes[found.proposal]
 
@@ -138,7 +138,7 @@ class Bench:
     def passes(self, boxes: Tensor, picture: Picture) -> int:
         """Crops that have to be encoded for boxes of an image."""
         settings, (width, height) = self.config.proposals, picture.extent
-        ratio, surround = settings.crop_ratio, settings.surround
+        ratio, surround = settings.crop_ratio, settings.padding
         first, _ = distinct_crops(boxes, ratio=ratio, surround=surround, width=width, height=height)
         return len(first)
 
@@ -147,7 +147,9 @@ def on_grid(config: Config) -> Config:
     """A configuration with the anchors of the preset `coco`."""
     faithful = load_preset("coco", ["proposals.search=exhaustive"]).proposals
     grid = {key: getattr(faithful, key) for key in GRID}
-    return dataclasses.replace(config, proposals=dataclasses.replace(config.proposals, **grid, keep=faithful.keep))
+    return dataclasses.replace(
+        config, proposals=dataclasses.replace(config.proposals, **grid, max_proposals=faithful.max_proposals)
+    )
 
 
 def with_arm(config: Config, arm: dict[str, object]) -> Config:

@@ -218,7 +218,7 @@ def ready_batch(recipe: Recipe, position: int, batch: int) -> Tensor:
     """One batch as the pipeline hands it to the model."""
     boxes = recipe.boxes(position)[:batch]
     rule, size = recipe.request.config.proposals, recipe.teacher.input_size
-    crops = crop_boxes(recipe.pixels(position), boxes, size=size, ratio=rule.crop_ratio, surround=rule.surround)
+    crops = crop_boxes(recipe.pixels(position), boxes, size=size, ratio=rule.crop_ratio, surround=rule.padding)
     ready = (crops.float() / 255 - MEAN) / STD
     return ready.bfloat16() if recipe.teacher.precision == "bf16" else ready
 

@@ -58,7 +58,7 @@ def with_online_targets(batch: Batch, teacher: Teacher, config: Config) -> Batch
         image = (batch.images[number, :, :height, :width] * 255).round().to(torch.uint8)
         rule = config.proposals
         crops = crop_boxes(
-            image, batch.region_boxes[mine], size=teacher.input_size, ratio=rule.crop_ratio, surround=rule.surround
+            image, batch.region_boxes[mine], size=teacher.input_size, ratio=rule.crop_ratio, surround=rule.padding
         )
         with torch.no_grad():
             targets[mine] = teacher.encode_image(crops.float() / 255).float()

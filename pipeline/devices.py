@@ -6,7 +6,11 @@ import re
 
 from ezsd.pipeline.errors import ArgumentError
 
-_WORDS = re.compile(r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+_WORDS = re.compile(
+    # The last is oneDNN's, which has no other word for it.
+    r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|bad_alloc|could not create a primitive",
+    re.IGNORECASE,
+)
 
 
 def require_device_name(name: str) -> None:

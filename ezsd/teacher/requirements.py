@@ -1,5 +1,6 @@
 """What can be said of a teacher before anything heavy is loaded."""
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,7 +38,10 @@ def names_file(weights: str) -> bool:
 
 
 def open_clip_models() -> list[str]:
-    """Names of open_clip's models, as `open_clip.list_models` gives them, without importing it."""
+    """Names of open_clip's models, as `open_clip.list_models` gives them, without importing it for that."""
+    if "open_clip" in sys.modules:
+        # Models may have been added to it.
+        return list(sys.modules["open_clip"].list_models())
     spec = find_spec("open_clip")
     folders = spec.submodule_search_locations if spec is not None else None
     return sorted(file.stem for folder in folders or () for file in Path(folder).glob("model_configs/*.json"))

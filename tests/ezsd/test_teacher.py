@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from ezsd.data.shapes import SHAPES_SPLIT, picture
 from ezsd.errors import TeacherError, VocabularyError
+from ezsd.teacher import weights as checkpoints
 from ezsd.teacher.open_clip import (
     NORMALISATIONS,
     OpenClipTeacher,
@@ -31,7 +32,6 @@ from ezsd.teacher.open_clip import (
     shipped_weights,
     state_digest,
 )
-from ezsd.teacher.open_clip import weights as checkpoints
 from ezsd.teacher.requirements import TINY_SHAPES
 
 TEMPLATE = "a photo of a {}"

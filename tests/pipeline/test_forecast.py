@@ -39,7 +39,13 @@ def test_crops_are_those_that_are_then_encoded(forecast, shapes_dataset, quick_c
 
 
 def test_crops_of_a_mode_that_follows_scores_are_at_most_so_many(forecast, shapes_dataset, with_settings, tmp_path):
-    grid = {"grid": "paper", "sizes": (128.0, 256.0), "stride": 64.0, "mode": "coarse-to-fine", "passes": 0.3}
+    grid = {
+        "grid": "paper",
+        "sizes": (128.0, 256.0),
+        "stride": 64.0,
+        "search": "coarse-to-fine",
+        "anchor_fraction": 0.3,
+    }
     config = with_settings(proposals=grid)
     found = forecast(config)
     report = build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "store", workers=1))

@@ -62,7 +62,7 @@ def test_its_own_proposals_given_back_make_the_same_regions(build, shapes_store,
 
 
 def test_nothing_is_filtered_unless_asked_for(build, shapes_store, with_settings, boxes_file):
-    free = {"base_iou": 1.1, "drop_base_guesses": False, "drop_background": False, "regions": 7}
+    free = {"base_iou": 1.1, "drop_base_guesses": False, "drop_background": False, "max_regions": 7}
     store = build(with_settings(proposals={"boxes": str(boxes_file), **free}), "free", reuse=shapes_store)
     for image_id in store.image_ids.tolist():
         np.testing.assert_array_equal(store.regions[image_id].box, store.proposals[image_id].box[:7])

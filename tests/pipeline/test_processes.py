@@ -26,25 +26,25 @@ ROOT = Path(__file__).resolve().parents[2]
 # Statistics frozen by the presence of weights: those of a batch would depend on who is in it.
 MODEL = {
     "backbone": "resnet18",
-    "channels": 16,
+    "fpn_channels": 16,
     "rpn_sizes": (16, 24, 32, 48, 64),
     "pool_size": 3,
     "box_hidden": 32,
     "rpn_proposals": 60,
-    "sampled_regions": 32,
+    "box_batch_size_per_image": 32,
 }
 TRAIN = {
-    "images": 4,
-    "sampling": "image",
-    "optimiser": "sgd",
+    "batch_size": 4,
+    "rng": "image",
+    "optimizer": "sgd",
     "learning_rate": 1e-3,
     "weight_decay": 0.0,
-    "warmup": 5,
+    "warmup_steps": 5,
     "checkpoint_every": 100,
 }
 STEPS = {"one": 1, "twenty": 20, "masked": 1, "sized": 1, "hot": 2}
 """Of each run; one has masks, one images of many sizes, one a temperature that starts at its bound."""
-SIZED = {"short_side_min": 40, "short_side": 200, "long_side": 200, "seed": 2}
+SIZED = {"multiscale_min_size": 40, "min_size": 200, "max_size": 200, "seed": 2}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def settings(quick_config):
     def of(name, **changes):
         model = dataclasses.replace(quick_config.model, **MODEL, masks=name == "masked")
         if name == "hot":
-            model = dataclasses.replace(model, temperature=100.0)
+            model = dataclasses.replace(model, logit_scale=100.0)
         changes |= SIZED if name == "sized" else {}
         loop = dataclasses.replace(quick_config.train, **TRAIN, steps=STEPS[name], **changes)
         return dataclasses.replace(quick_config, model=model, train=loop)
@@ -146,7 +146,7 @@ def test_the_documented_command_trains_with_several_processes(shapes_store, quic
     assert documented is not None
     words = documented[1].replace("8", "2").replace("cache/coco", str(shapes_store)).split()
     words[words.index("runs/coco")] = str(tmp_path / "run")
-    words += [word for setting in ("steps=2", "images=2", "sampling=image") for word in ("--set", f"train.{setting}")]
+    words += [word for setting in ("steps=2", "batch_size=2", "rng=image") for word in ("--set", f"train.{setting}")]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words, "--device", "cpu"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -165,7 +165,7 @@ def test_accumulated_batches_learn_what_one_does(alone, shapes_store, outlined_r
             TrainRequest(
                 cache=shapes_store,
                 run=tmp_path / name,
-                config=settings(name, accumulate=2),
+                config=settings(name, grad_accumulation=2),
                 data_root=outlined_root,
                 backbone_weights=weights,
             )
@@ -176,7 +176,7 @@ def test_accumulated_batches_learn_what_one_does(alone, shapes_store, outlined_r
 
 
 def test_every_image_of_a_step_goes_to_one_process(quick_config):
-    config = dataclasses.replace(quick_config.train, images=12, accumulate=2, sampling="image", steps=4)
+    config = dataclasses.replace(quick_config.train, batch_size=12, grad_accumulation=2, rng="image", steps=4)
 
     class Positions(DetectionDataset):
         def __getitem__(self, key):

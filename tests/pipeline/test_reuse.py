@@ -79,14 +79,14 @@ def test_other_filters_choose_again_among_the_same_proposals(
 
 def test_no_image_is_read_of_which_nothing_is_encoded(build, with_settings, tmp_path, crops_seen, monkeypatch):
     """Few regions are chosen where the earlier store kept every proposal that is clear of base boxes."""
-    every = {"drop_base_guesses": False, "regions": 1000}
+    every = {"drop_base_guesses": False, "max_regions": 1000}
     build(with_settings(teacher={"background": None}, proposals=every), "every")
     crops_seen.clear()
     read, real = [], ezsd.pipeline.extraction.worker.read_dataset_image
     monkeypatch.setattr(
         ezsd.pipeline.extraction.worker, "read_dataset_image", lambda *place: read.append(place) or real(*place)
     )
-    few = with_settings(teacher={"background": None}, proposals=every | {"regions": 4})
+    few = with_settings(teacher={"background": None}, proposals=every | {"max_regions": 4})
     assert build(few, "few", reuse=tmp_path / "every").computed == ("regions",)
     assert (crops_seen, read) == ([], [])
 

@@ -365,7 +365,7 @@ def test_a_validation_that_a_stop_left_out_is_made_up_for(shapes_store, with_set
 
 
 def test_a_network_without_weights_is_said_to_start_from_none(shapes_store, with_settings, tmp_path, caplog):
-    small = {"backbone": "resnet18", "channels": 16, "rpn_sizes": (16, 24, 32, 48, 64)}
+    small = {"backbone": "resnet18", "fpn_channels": 16, "rpn_sizes": (16, 24, 32, 48, 64)}
     config = with_settings(model=small, train={"steps": 1})
     train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
     assert "resnet18 starts from random weights" in caplog.text
@@ -540,14 +540,14 @@ def test_images_that_do_not_fit_the_memory_are_read_fewer_at_a_time_as_told(
         "ezsd.pipeline.training.train.training_samples", lambda *given: Hungry(training_samples(*given))
     )
     with pytest.raises(RunError, match=said.format(r"\[enforce fail.* can't allocate memory: 9 bytes\.")) as caught:
-        start(loader_workers=2)
+        start(num_workers=2)
     assert "Traceback" not in str(caught.value)
-    assert start(loader_workers=0).finished().step == 2
+    assert start(num_workers=0).finished().step == 2
     shutil.rmtree(tmp_path / "run")
     monkeypatch.setattr("ezsd.pipeline.training.dataloader.collate", limited)
     with pytest.raises(RunError, match=said.format("MemoryError")):
-        start(loader_workers=0)
-    assert start(loader_workers=0, accumulate=2, sampling="image").finished().step == 2
+        start(num_workers=0)
+    assert start(num_workers=0, grad_accumulation=2, rng="image").finished().step == 2
 
 
 def test_readers_end_with_a_training_that_is_killed(shapes_store, quick_config, tmp_path):
