@@ -42,7 +42,7 @@ RELATIONS = (
         "train.learning_rate",
         ("train.batch_size", "train.reference_batch_size", "train.optimizer"),
         "scaled",
-        "the rate is for `rate_images` images a step; with SGD it follows `images` in proportion "
+        "the rate is for `reference_batch_size` images a step; with SGD it follows `batch_size` in proportion "
         "(arXiv 1706.02677), with AdamW by the root (arXiv 2205.10287)",
     ),
     Relation(
@@ -61,8 +61,8 @@ RELATIONS = (
         "train.grad_accumulation",
         ("train.batch_size", "train.rng"),
         "scaled",
-        "`images` counts all batches of a step, so nothing that is learned depends on it but batch normalisation "
-        "that is not frozen; refused without `sampling=image`",
+        "`batch_size` counts all batches of a step, so nothing that is learned depends on it but batch normalisation "
+        "that is not frozen; refused without `rng=image`",
     ),
     Relation(
         "train.decay_at",
@@ -74,7 +74,7 @@ RELATIONS = (
         "train.warmup_steps",
         ("train.steps",),
         "warned",
-        "steps, not a share: with `warmup` >= `steps` the rate never reaches its height",
+        "steps, not a share: with `warmup_steps` >= `steps` the rate never reaches its height",
     ),
     Relation(
         "train.ema_decay",
@@ -120,7 +120,7 @@ RELATIONS = (
         "train.scale_jitter",
         ("train.max_size", "train.multiscale_min_size"),
         "refused",
-        "the window's side is `long_side`, and the factor replaces `short_side_min`",
+        "the window's side is `max_size`, and the factor replaces `multiscale_min_size`",
     ),
     Relation(
         "model.rpn_sizes",
@@ -196,7 +196,7 @@ RELATIONS = (
         "proposals.grid",
         ("proposals.sizes", "proposals.stride", "proposals.search"),
         "warned",
-        "sizes and stride are pixels of the resized image (`faithful`), or pixels of the image and a share of the "
+        "sizes and stride are pixels of the resized image (`paper`), or pixels of the image and a share of the "
         "window (`sliding`)",
     ),
     Relation(

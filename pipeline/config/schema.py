@@ -278,11 +278,11 @@ class TrainConfig:
     weight_decay: float
     """Not on the temperature, background row, biases and norms."""
     min_size: int
-    """Images are resized to fit short_side x long_side, ratio kept; 0 keeps them as they are."""
+    """Images are resized to fit min_size x max_size (shorter and longer side), ratio kept; 0 keeps them as they are."""
     max_size: int
     """See there."""
     reference_batch_size: int = 0
-    """The rate is multiplied by images / rate_images, with AdamW by the root of it; 0 takes it as it stands."""
+    """The rate is multiplied by batch_size / reference_batch_size, with AdamW by its root; 0 takes it as it stands."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "step"] = "cosine"
@@ -301,10 +301,10 @@ class TrainConfig:
     regions_per_image: int = 200
     """Cached regions drawn per image and step, without replacement; base ground truth comes on top."""
     multiscale_min_size: int = 0
-    """The short side is drawn between this and short_side for each image; 0 fixes it."""
+    """The shorter side is drawn between this and min_size for each image; 0 fixes it."""
     scale_jitter: tuple[float, ...] = ()
-    """Large-scale jitter: images fit into a square of long_side times a factor between these two, of which a window of
-    long_side is cut."""
+    """Large-scale jitter: images fit into a square of max_size times a factor between these two, of which a window of
+    max_size is cut."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
     checkpoint_minutes: float = 15.0
@@ -333,7 +333,7 @@ class TrainConfig:
         sides = (self.min_size, self.max_size)
         _require(
             sides == (0, 0) or LEAST_SIDE <= sides[0] <= sides[1],
-            f"train.min_size, long_side: 0 and 0, or {LEAST_SIDE} <= short <= long; got {sides}",
+            f"train.min_size, max_size: 0 and 0, or {LEAST_SIDE} <= min_size <= max_size; got {sides}",
         )
         self._check_step()
         self._check_augmentation()

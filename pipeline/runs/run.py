@@ -83,7 +83,7 @@ CHANGEABLE = (
     "validate_images",
 )
 """Settings of [train] that may change when a run is gone on with: what is learned does not depend on them, but for the
-rounding of another backend, layout or compiler. `accumulate` is one more where `learns_the_same_in_parts`."""
+rounding of another backend, layout or compiler. `grad_accumulation` is one more where `learns_the_same_in_parts`."""
 _OF_NO_MATTER = frozenset(
     {f"config.train.{key}" for key in CHANGEABLE}
     # The store's digest says whether it is the same one; a copy of it may record other places.

@@ -48,7 +48,7 @@ def test_an_override_changes_one_value_alone():
         ("train.grad_accumulation=2", "train.grad_accumulation needs train.rng=image"),
         ("train.ema_decay=1", r"train.ema_decay must lie in \[0, 1\), got 1"),
         ("train.decay_at=[0.5, 8]", r"train.decay_at must lie in \(0, 1\)"),
-        ("train.max_size=31", r"0 and 0, or 32 <= short <= long; got \(0, 31\)"),
+        ("train.max_size=31", r"0 and 0, or 32 <= min_size <= max_size; got \(0, 31\)"),
         ("train.multiscale_min_size=10", "train.multiscale_min_size must lie between 0 and train.min_size"),
         ("train.scale_jitter=[1.0]", "train.scale_jitter: two factors"),
         ("train.scale_jitter=[0.1, 2.0]", "train.scale_jitter needs train.max_size"),
