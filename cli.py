@@ -578,7 +578,7 @@ def detect(
         for line in found_lines(one, with_path=len(found) > 1):
             typer.echo(line)
         if not one.objects:
-            typer.echo(f"{one.path}: nothing found with a score of {threshold} or more", err=True)
+            typer.echo(f"{one.source}: nothing found with a score of {threshold} or more", err=True)
 
 
 @app.command(epilog="Example:  ezsd report --run runs/a --compare runs/plain")

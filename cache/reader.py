@@ -4,6 +4,7 @@ Nothing is opened until it is needed, and what is opened belongs to the process 
 before a fork, after it, and be pickled; each process opens its own arrays.
 """
 
+import html
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -98,6 +99,14 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({str(self._place)!r})"
+
+    def _repr_html_(self) -> str:
+        """A table, in a notebook."""
+        counts = {"images": len(self.image_ids), "classes": len(self.text[0]), "embedding width": self.embed_dim}
+        for product in RAGGED:
+            counts[product.replace("_", " ")] = int(self._here.column(f"{product}/{OFFSET.name}")[-1])
+        rows = "".join(f"<tr><th>{name}</th><td>{count:,}</td></tr>" for name, count in counts.items())
+        return f"<table><caption>{html.escape(str(self))}</caption>{rows}</table>"
 
     def __str__(self) -> str:
         return str(self._place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import warnings
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,9 @@ Exif: TypeAlias = Literal["turn", "ignore", "legacy"]
 "ignore": never. "legacy": never, and every mode goes through Pillow's `convert("RGB")`: how stores were built that do
 not say how they read images.
 """
+
+ImageSource: TypeAlias = Union[str, os.PathLike[str], Image.Image, NDArray[Any], "Tensor"]
+"""What an image may be given as, see `to_image`."""
 
 log = logging.getLogger("ezsd")
 
@@ -85,7 +89,7 @@ class Reading:
         """Width and height as viewers show the image, pixels."""
         return self.stored[::-1] if self.orientation >= 5 else self.stored
 
-    def require_size(self, path: Path, stated: tuple[int, int], exif: Exif) -> None:
+    def require_size(self, path: Path | str, stated: tuple[int, int], exif: Exif) -> None:
         """ImageError, which names EXIF where that explains it, for an image of another size than annotations state."""
         if self.size == stated:
             return
@@ -127,15 +131,19 @@ def read_pixels(path: Path, stated: tuple[int, int] | None = None, exif: Exif = 
         ImageError: it is missing, damaged, no image, too large, of a mode that cannot be read or of another size.
     """
     with opened_image(path) as image:
-        reading = _reading(path, image, stated, exif)
-        if stated is not None:
-            reading.require_size(path, stated, exif)
-        if exif == "legacy":
-            _warn_of_legacy(path, image)
-        rgb = image.convert("RGB") if exif == "legacy" else _to_rgb(image, reading.conversion)
-        if reading.turned:
-            rgb = rgb.transpose(_TRANSPOSE[reading.orientation])
-        return np.array(rgb)
+        return _pixels(path, image, stated, exif)
+
+
+def _pixels(path: Path | str, image: Image.Image, stated: tuple[int, int] | None, exif: Exif) -> NDArray[np.uint8]:
+    reading = _reading(path, image, stated, exif)
+    if stated is not None:
+        reading.require_size(path, stated, exif)
+    if exif == "legacy":
+        _warn_of_legacy(path, image)
+    rgb = image.convert("RGB") if exif == "legacy" else _to_rgb(image, reading.conversion)
+    if reading.turned:
+        rgb = rgb.transpose(_TRANSPOSE[reading.orientation])
+    return np.array(rgb)
 
 
 def reads_as_before(path: Path, reading: Reading) -> bool:
@@ -150,7 +158,7 @@ def reads_as_before(path: Path, reading: Reading) -> bool:
         return _opaque(image.convert("RGBA"))
 
 
-def _reading(path: Path, image: Image.Image, stated: tuple[int, int] | None, exif: Exif) -> Reading:
+def _reading(path: Path | str, image: Image.Image, stated: tuple[int, int] | None, exif: Exif) -> Reading:
     if exif == "legacy":
         return Reading(size=image.size, stored=image.size, orientation=1, turned=False, conversion="")
     orientation = _orientation(image)
@@ -169,7 +177,7 @@ _told: set[str] = set()
 """What `_warn_of_legacy` has said in this process."""
 
 
-def _warn_of_legacy(path: Path, image: Image.Image) -> None:
+def _warn_of_legacy(path: Path | str, image: Image.Image) -> None:
     """Say once for each kind that an image is read otherwise than a new store would read it."""
     kinds = {
         f"an EXIF orientation ({_orientation(image)})": _orientation(image) > 1,
@@ -197,7 +205,7 @@ def _orientation(image: Image.Image) -> int:
     return said if said in _TRANSPOSE else 1
 
 
-def _conversion(path: Path, image: Image.Image) -> str:
+def _conversion(path: Path | str, image: Image.Image) -> str:
     if image.mode in _SIXTEEN_BIT_MODES:
         return SIXTEEN_BITS
     if image.mode not in (*_EIGHT_BIT_MODES, *_ALPHA_MODES):
@@ -261,14 +269,18 @@ def require_few_bad(bad: Mapping[int, str], most: int) -> None:
 
 
 @contextmanager
-def opened_image(path: Path) -> Iterator[Image.Image]:
+def opened_image(path: Path | str, file: IO[bytes] | None = None) -> Iterator[Image.Image]:
     """An image file, of which nothing but its start is read before somebody asks for more.
+
+    Args:
+        path: the file, or what errors call it.
+        file: its content, where it is no file of this machine.
 
     Raises:
         ImageError: it is missing, no image or too large, or damage shows within the context.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if file is None else file) as image:
             _require_pixels(path, image)
             yield image
     except ImageError:
@@ -282,7 +294,7 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
         raise ImageError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _require_pixels(path: Path, image: Image.Image) -> None:
+def _require_pixels(path: Path | str, image: Image.Image) -> None:
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise ImageError(
@@ -291,11 +303,62 @@ def _require_pixels(path: Path, image: Image.Image) -> None:
         )
 
 
-def read_image(path: Path) -> Tensor:
-    """(3, H, W) uint8 RGB of an image as viewers show it, see `read_pixels`. ImageError when it cannot be read."""
+def to_image(source: ImageSource) -> Tensor:
+    """(3, H, W) uint8 RGB of whatever holds an image.
+
+    Args:
+        source: a file or a URL of fsspec, read as `read_pixels` reads; a PIL image, by the same rules; an array
+            (H, W, 3) or (H, W) uint8; or a tensor (3, H, W) uint8, or floating in [0, 1].
+
+    Raises:
+        ImageError: it cannot be read, or is something else.
+    """
     import torch
 
-    return torch.from_numpy(read_pixels(path)).permute(2, 0, 1)
+    if isinstance(source, str | os.PathLike):
+        text = os.fspath(source)
+        if "://" not in text:
+            return read_image(Path(text))
+        return _tensor(_fetched(text))
+    if isinstance(source, Image.Image):
+        _require_pixels("the image", source)
+        return _tensor(_pixels("the image", source, None, "turn"))
+    if isinstance(source, np.ndarray):
+        shaped = source.ndim in (2, 3) and source.shape[2:] in ((), (3,)) and source.size > 0
+        if source.dtype != np.uint8 or not shaped:
+            raise ImageError(f"expected an array (H, W, 3) or (H, W) uint8, found {source.shape} {source.dtype}")
+        return _tensor(np.array(source) if source.ndim == 3 else np.stack([source] * 3, axis=2))
+    if isinstance(source, torch.Tensor):
+        if source.ndim != 3 or len(source) != 3 or not (source.dtype == torch.uint8 or source.is_floating_point()):
+            raise ImageError(
+                f"expected a tensor (3, H, W), uint8 or floating in [0, 1], found {tuple(source.shape)} {source.dtype}"
+            )
+        pixels = source.detach().cpu()
+        return pixels if pixels.dtype == torch.uint8 else (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+    raise ImageError(f"expected a path, URL, PIL image, array or tensor, found {type(source).__name__}")
+
+
+def _fetched(url: str) -> NDArray[np.uint8]:
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb") as stream:
+            data = stream.read()
+    except (OSError, ValueError, ImportError) as error:
+        raise ImageError(f"{url}: cannot be read: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
+    with opened_image(url, io.BytesIO(data)) as image:
+        return _pixels(url, image, None, "turn")
+
+
+def _tensor(pixels: NDArray[np.uint8]) -> Tensor:
+    import torch
+
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def read_image(path: Path) -> Tensor:
+    """(3, H, W) uint8 RGB of an image as viewers show it, see `read_pixels`. ImageError when it cannot be read."""
+    return _tensor(read_pixels(path))
 
 
 def read_dataset_image(root: Path, record: ImageRecord, exif: Exif) -> Tensor:
@@ -305,7 +368,5 @@ def read_dataset_image(root: Path, record: ImageRecord, exif: Exif) -> Tensor:
         AnnotationError: it does not lie below root.
         ImageError: it cannot be read, or has another size than the annotations state.
     """
-    import torch
-
     path = resolve_image_path(root, record.file_name)
-    return torch.from_numpy(read_pixels(path, (record.width, record.height), exif)).permute(2, 0, 1)
+    return _tensor(read_pixels(path, (record.width, record.height), exif))

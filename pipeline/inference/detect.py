@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ezsd.data.masks import decode, decompress, json_run_lengths
 from ezsd.errors import VocabularyError
-from ezsd.pipeline.data.images import read_image
+from ezsd.pipeline.data.images import ImageSource, read_image, to_image
+from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.inference.fonts import require_named_font
-from ezsd.pipeline.inference.predictor import Located, TrainedDetector, load_trained, run_teacher
+from ezsd.pipeline.inference.predictor import Located, Search, TrainedDetector, load_trained, run_teacher
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.open_clip import require_told_apart
@@ -27,7 +32,7 @@ BATCH_IMAGES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Detection:
     """One detected object."""
 
     name: str
@@ -40,16 +45,61 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """One image and what was found in it."""
+class ImageDetections:
+    """What was found in one image: a sequence of `Detection`, best first."""
 
-    path: Path
+    source: str
+    """The image's path or URL; empty for one that is no file."""
     width: int
     """Pixels, as it is shown."""
     height: int
     """Pixels, as it is shown."""
-    objects: tuple[Found, ...]
+    objects: tuple[Detection, ...]
     """Best first."""
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def __iter__(self) -> Iterator[Detection]:
+        return iter(self.objects)
+
+    def __getitem__(self, position: int) -> Detection:
+        return self.objects[position]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names, (N,)."""
+        return tuple(one.name for one in self.objects)
+
+    @property
+    def scores(self) -> NDArray[np.float32]:
+        """In [0, 1], (N,)."""
+        return np.array([one.score for one in self.objects], np.float32)
+
+    @property
+    def boxes(self) -> NDArray[np.float32]:
+        """xyxy, pixels of the image as it is shown, (N, 4)."""
+        return np.array([one.box for one in self.objects], np.float32).reshape(-1, 4)
+
+    @property
+    def masks(self) -> NDArray[np.bool_] | None:
+        """Over the image as it is shown, (N, H, W); None without masks."""
+        runs = [one.mask for one in self.objects if one.mask is not None]
+        if len(runs) < len(self.objects) or not runs:
+            return None
+        return np.stack([decode(mask, self.height, self.width) for mask in runs]).astype(np.bool_)
+
+    def _repr_html_(self) -> str:
+        """A table, in a notebook."""
+        rows = "".join(
+            f"<tr><td>{html.escape(one.name)}</td><td>{one.score:.3f}</td>"
+            + "".join(f"<td>{value:.1f}</td>" for value in one.box)
+            + "</tr>"
+            for one in self.objects
+        )
+        head = "".join(f"<th>{title}</th>" for title in ("name", "score", "x1", "y1", "x2", "y2"))
+        caption = html.escape(f"{self.source or 'image'}, {self.width} x {self.height}: {len(self)} objects")
+        return f"<table><caption>{caption}</caption><tr>{head}</tr>{rows}</table>"
 
 
 def names_to_find(run: Run, asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -70,7 +120,7 @@ def detect_images(
     overrides: Sequence[str] = (),
     weights: Path | None = None,
     alone: bool = False,
-) -> Iterator[Seen]:
+) -> Iterator[ImageDetections]:
     """Detect named classes in images, a few at a time.
 
     The run's other names compete with them unseen, see `ezsd.competitors`.
@@ -93,32 +143,138 @@ def detect_images(
     """
     if drawn is not None:
         require_named_font()
-    trained = load_trained(run, device, overrides)
-    text = class_text(trained, run, classes, device, weights)
-    require_told_apart(classes, text)
-    search = trained.search(text, alone=alone)
-    if search.aside:
-        log.info("these names of the run mean nearly what is asked for and do not compete: %s", ", ".join(search.aside))
-    known = frozenset(trained.names[: trained.base_count])
+    model = Model(run, device=device, overrides=overrides, weights=weights)
+    search = model.search(classes, alone=alone)
+    known = frozenset(model.base_names)
     for start in range(0, len(images), BATCH_IMAGES):
         paths = images[start : start + BATCH_IMAGES]
         pixels = [read_image(path) for path in paths]
-        for number, found in enumerate(trained.find(pixels, search)):
-            seen = _seen(paths[number], pixels[number], found, classes, threshold)
+        for number, found in enumerate(model.find(pixels, search)):
+            seen = _seen(str(paths[number]), pixels[number], found, classes, threshold)
             if drawn is not None:
                 _draw(seen, pixels[number], drawn[start + number], known)
             yield seen
 
 
-def found_lines(seen: Seen, *, with_path: bool) -> Iterator[str]:
+class Model:
+    """A trained detector that finds objects of any names; `ezsd.load` makes it.
+
+    Args:
+        run: a finished run.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        overrides: settings as `section.key=value` to look with instead of the run's, see
+            `ezsd.pipeline.config.inference_overrides`.
+        weights: the teacher's weights, if they have moved; read for names that the run does not know.
+    """
+
+    def __init__(
+        self, run: Run, *, device: str = "auto", overrides: Sequence[str] = (), weights: Path | None = None
+    ) -> None:
+        self._run, self._device, self._weights = run, resolve_device(device), weights
+        self._trained = load_trained(run, self._device, overrides)
+        self._search: tuple[tuple[str, ...], bool, Search] | None = None
+
+    def __repr__(self) -> str:
+        return f"<ezsd model {self._run.folder}: {len(self.base_names)} base names, {len(self.names)} in all>"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that it was trained for, base names first."""
+        return self._trained.names
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """Those of them that had boxes."""
+        return self._trained.names[: self._trained.base_count]
+
+    def __call__(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        names: Sequence[str] | str | None = None,
+        *,
+        threshold: float = 0.3,
+        alone: bool = False,
+    ) -> ImageDetections | list[ImageDetections]:
+        """Detect objects in one image, or in each of a list.
+
+        Args:
+            images: a path, URL, PIL image, array (H, W, 3) uint8 or tensor (3, H, W), or a list of these.
+            names: names to look for, one or several; None for all of `names`.
+            threshold: least score, in [0, 1].
+            alone: whether no other name competes: objects of other classes are then called by the asked names too.
+
+        Returns:
+            For one image its detections; for a list a list of them.
+
+        Raises:
+            EzsdError: an image that cannot be read, or a name that the teacher cannot embed.
+        """
+        single = not isinstance(images, list | tuple)
+        sources: list[ImageSource] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
+        asked = [names] if isinstance(names, str) else names
+        wanted = names_to_find(self._run, asked)
+        search = self.search(wanted, alone=alone)
+        results: list[ImageDetections] = []
+        for start in range(0, len(sources), BATCH_IMAGES):
+            some = sources[start : start + BATCH_IMAGES]
+            pixels = [to_image(source) for source in some]
+            for source, image, found in zip(some, pixels, self.find(pixels, search), strict=True):
+                where = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
+                results.append(_seen(where, image, found, wanted, threshold))
+        return results[0] if single else results
+
+    def search(self, names: Sequence[str], *, alone: bool = False) -> Search:
+        """What to look for, see `TrainedDetector.search`; the last one is kept.
+
+        Raises:
+            TeacherError: the teacher of an unknown name cannot be had, or cannot tell two names apart.
+            VocabularyError: the teacher cannot embed a name.
+        """
+        key = (tuple(names), alone)
+        if self._search is None or self._search[:2] != key:
+            text = class_text(self._trained, self._run, names, self._device, self._weights)
+            require_told_apart(names, text)
+            search = self._trained.search(text, alone=alone)
+            if search.aside:
+                told = ", ".join(search.aside)
+                log.info("these names of the run mean nearly what is asked for and do not compete: %s", told)
+            self._search = (*key, search)
+        return self._search[2]
+
+    def find(self, images: Sequence[Tensor], search: Search) -> list[Located]:
+        """Detections in images (3, H, W) uint8 RGB, see `TrainedDetector.find`."""
+        return self._trained.find(images, search)
+
+
+def load(run: str | os.PathLike[str], *, device: str = "auto", overrides: Sequence[str] = ()) -> Model:
+    """Load a trained detector.
+
+    ```python
+    model = ezsd.load("runs/a")
+    for found in model("photo.jpg", ["cat", "red ball"]):
+        print(found.name, found.score, found.box)
+    ```
+
+    Args:
+        run: a run folder that `ezsd train` made.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        overrides: settings as `section.key=value` to look with instead of the run's.
+
+    Raises:
+        EzsdError: no finished run, or a device that is not there.
+    """
+    return Model(Run.open(Path(run)), device=device, overrides=overrides)
+
+
+def found_lines(seen: ImageDetections, *, with_path: bool) -> Iterator[str]:
     """One line per object: score, name and corners, after the image's path if asked for."""
     for one in seen.objects:
         box = " ".join(f"{v:.1f}" for v in one.box)
-        path = f"{seen.path}  " if with_path else ""
+        path = f"{seen.source}  " if with_path else ""
         yield f"{path}{one.score:.3f}  {one.name}  {box}"
 
 
-def coco_document(seen: Sequence[Seen], classes: Sequence[str]) -> str:
+def coco_document(seen: Sequence[ImageDetections], classes: Sequence[str]) -> str:
     """A COCO-format document with a score in each of its `annotations`; `ezsd eval --detections` reads it.
 
     Its ids are its own: images are known by `file_name`, classes by name. Numbers are as exact as an evaluation of the
@@ -126,7 +282,7 @@ def coco_document(seen: Sequence[Seen], classes: Sequence[str]) -> str:
     """
     number = {name: position for position, name in enumerate(classes, start=1)}
     images = [
-        {"id": i, "file_name": str(one.path), "width": one.width, "height": one.height}
+        {"id": i, "file_name": one.source, "width": one.width, "height": one.height}
         for i, one in enumerate(seen, start=1)
     ]
     annotations: list[dict[str, object]] = []
@@ -170,14 +326,14 @@ def class_text(
 
 
 def _seen(
-    path: Path,
+    source: str,
     pixels: Tensor,
     found: Located,
     classes: Sequence[str],
     threshold: float,
-) -> Seen:
+) -> ImageDetections:
     objects = [
-        Found(name=classes[label], score=score, box=(box[0], box[1], box[2], box[3]), mask=mask)
+        Detection(name=classes[label], score=score, box=(box[0], box[1], box[2], box[3]), mask=mask)
         for box, score, label, mask in zip(
             found.boxes.tolist(),
             found.scores.tolist(),
@@ -187,10 +343,10 @@ def _seen(
         )
         if score >= threshold
     ]
-    return Seen(path=path, width=pixels.shape[2], height=pixels.shape[1], objects=tuple(objects))
+    return ImageDetections(source=source, width=pixels.shape[2], height=pixels.shape[1], objects=tuple(objects))
 
 
-def _draw(seen: Seen, pixels: Tensor, place: Path, base: frozenset[str]) -> None:
+def _draw(seen: ImageDetections, pixels: Tensor, place: Path, base: frozenset[str]) -> None:
     """Draw what was found: names trained with boxes in one colour, all others in the other."""
     corners = torch.tensor([one.box for one in seen.objects]).reshape(-1, 4)
     captions = [f"{one.name} {one.score:.2f}" for one in seen.objects]
