@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,26 +19,6 @@ from ezsd.cache.format.schema import ArraySpec
 
 _ABSENT = 2**64 - 1
 """Marks an inner chunk that a shard does not hold: those beyond the end of the array."""
-
-
-def _crc32c_table() -> list[int]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return table
-
-
-_CRC32C = _crc32c_table()
-
-
-def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli), as Zarr's index checksum wants it. Slow: for indexes of some kilobytes."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _CRC32C[(crc ^ byte) & 0xFF] ^ crc >> 8
-    return crc ^ 0xFFFFFFFF
 
 
 def fill_value(dtype: str) -> float | int:
@@ -167,7 +148,7 @@ def shard_index(spec: ArraySpec, rows: int) -> bytes:
     entries[:present, 0] = np.arange(present, dtype="<u8") * chunk_bytes
     entries[:present, 1] = chunk_bytes
     data = entries.tobytes()
-    return data + struct.pack("<I", crc32c(data))
+    return data + struct.pack("<I", google_crc32c.value(data))
 
 
 def index_bytes(spec: ArraySpec) -> int:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,7 +26,6 @@ from ezsd.cache.format.manifest import parse_json
 from ezsd.cache.format.schema import ArraySpec
 from ezsd.cache.format.zarr_bytes import (
     array_metadata,
-    crc32c,
     index_bytes,
     shard_bytes_on_disk,
     shard_index,
@@ -91,7 +91,7 @@ def _in_file_order(mapped: NDArray[np.uint8], spec: ArraySpec, rows: int, file: 
         raise StoreError(f"{file}: is {len(mapped)} bytes long, too short for a shard; the store is damaged: {MENDED}")
     expected = _index(spec.chunk_rows, spec.row_bytes, spec.shard_rows, rows)
     found = mapped[len(mapped) - len(expected) :].tobytes()
-    if found != expected and crc32c(found[:-4]) != int.from_bytes(found[-4:], "little"):
+    if found != expected and google_crc32c.value(found[:-4]) != int.from_bytes(found[-4:], "little"):
         raise StoreError(f"{file}: the chunk index does not match its checksum; the store is damaged: {MENDED}")
     return found == expected
 

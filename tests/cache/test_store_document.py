@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import storekit
 
+from ezsd.cache.format.schema import CHECKSUM, FORMAT_VERSION, IMAGES, OFFSET, PRODUCTS, RAGGED, WHOLE
+
 
 def rows_of_array(folder):
     """All rows of an array, shard by shard, checking each index on the way."""
@@ -111,3 +113,9 @@ def test_the_root_group_carries_the_metadata_below_it(finished):
     said = root["attributes"]["ezsd_store"]
     assert said["rows"]["regions"] == len(rows_of_array(finished / "regions/box"))
     assert said["images"] == len(storekit.IDS)
+
+
+def test_a_schema_that_changes_takes_a_new_format_version():
+    """A store of another schema under this number would be called damaged, and is whole."""
+    said = repr(([*RAGGED.items()], [*WHOLE.items()], IMAGES, OFFSET, CHECKSUM, PRODUCTS))
+    assert (FORMAT_VERSION, hashlib.sha256(said.encode()).hexdigest()[:16]) == (2, "aadb937cd6f1baae")

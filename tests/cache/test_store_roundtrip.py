@@ -22,7 +22,7 @@ from ezsd.cache import (
     write_block,
 )
 from ezsd.cache.format.schema import array_spec
-from ezsd.cache.format.zarr_bytes import array_metadata, crc32c
+from ezsd.cache.format.zarr_bytes import array_metadata
 
 RECORDS = {"proposals": ProposalRows, "regions": RegionRows, "ground_truth": GroundTruthRows}
 
@@ -85,10 +85,6 @@ def test_metadata_and_shards_are_those_zarr_itself_writes(tmp_path):
     from ezsd.cache.format.zarr_bytes import shard_parts
 
     assert b"".join(shard_parts(spec, 0, [rows[:512].tobytes()])) == (tmp_path / "a/c/0/0").read_bytes()
-
-
-def test_crc32c_gives_the_published_check_value():
-    assert crc32c(b"123456789") == 0xE3069283
 
 
 def test_records_by_image_id_are_the_rows_written(finished):
