@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +152,10 @@ class Detector(nn.Module):
         self.mask_head = (
             MaskHead(_pooling(backbone, settings, POOL_SIZE), backbone.channels) if settings.masks else None
         )
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:  # noqa: ANN401 - those of `losses` or of `detect`
+        """`losses` in training mode, `detect` in evaluation mode, with their arguments and results."""
+        return self.losses(*inputs, **options) if self.training else self.detect(*inputs, **options)
 
     def losses(
         self, batch: Batch, text: Tensor, *, distill: Metric | None, totals: Totals | None = None

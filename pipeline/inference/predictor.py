@@ -127,7 +127,7 @@ class TrainedDetector:
         for places in alike.values():
             batch, sizes = pad_images([images[place] for place in places])
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-                ones = self.detector.detect(
+                ones: list[Detections] = self.detector(
                     batch.to(self.device),
                     sizes,
                     text,

@@ -97,7 +97,7 @@ class Trainer:
 
     def _backward(self, batch: Batch, totals: Totals | None) -> tuple[list[str], Tensor]:
         with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=batch.images.is_cuda):
-            parts = self.detector.losses(
+            parts: dict[str, Tensor] = self.detector(
                 batch,
                 self.objective.text,
                 distill=self.objective.config.metric if self.objective.config.distillation > 0 else None,

@@ -121,6 +121,23 @@ def losses_and_gradients(detector, batch, *, distill, weight=1.0, novel=0, total
     return parts, {name: p.grad for name, p in model.named_parameters()}
 
 
+def test_a_call_gives_losses_in_training_and_detections_in_evaluation(detector):
+    """So hooks, counters and wrappers see what is done."""
+    batch, text, seen = make_batch(), unit_rows(NAMES), []
+    detector.register_forward_hook(lambda _, __, result: seen.append(result))
+    torch.manual_seed(5)
+    called = detector.train()(batch, text, distill="cosine")
+    assert seen == [called]
+    parts, _ = losses_and_gradients(detector, batch, distill="cosine")
+    assert called.keys() == parts.keys()
+    assert all(value.requires_grad for value in called.values())
+    options = {"score_floor": 0.0, "nms_iou": 0.5, "keep": 9}
+    found = detector.eval()(batch.images, batch.sizes, text, **options)
+    wanted = detector.detect(batch.images, batch.sizes, text, **options)
+    assert [len(one.boxes) for one in found] == [9, 9]
+    assert all(torch.equal(one.boxes, other.boxes) for one, other in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize(
     ("objects", "regions"),
     [((2, 1), (4, 3)), ((0, 2), (4, 3)), ((0, 0), (4, 3)), ((2, 1), (0, 3)), ((2, 1), (0, 0)), ((0, 0), (0, 0))],
