@@ -394,7 +394,7 @@ class StoreWriter:
         self._lock = None
 
     def write_note(self, data: bytes) -> str:
-        """Leave bytes for the workers of this build; returns their name for `cache.read_note`."""
+        """Leave bytes for the workers of this build; returns their name for `ezsd.cache.read_note`."""
         self._require_unfinished("leave a note")
         with disk_room(self.path, len(data)):
             return write_note(self.path, data)

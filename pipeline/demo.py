@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ log = logging.getLogger("ezsd")
 
 ARMS = {"distilled": (), "plain": ("loss.distillation=0",)}
 """The two runs of the demo: they differ in this one setting."""
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of a training that was told to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,9 @@ def run_demo(out: Path, *, seed: int, device: str, overrides: tuple[str, ...] = 
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     data, store = out / "data", out / "cache"
+    config = load_settings("shapes", overrides)
     write_shapes(data, seed=seed)
     clock.lap("shapes")
-    config = load_settings("shapes", overrides)
     built = build_cache(
         BuildRequest(dataset=find_dataset("shapes", data), config=config, out=store, preset="shapes", device=device)
     )
@@ -76,12 +79,15 @@ def train_arms(out: Path, store: Path, *, seed: int, device: str, overrides: tup
     together = 2 if device == "cpu" and (os.cpu_count() or 1) > 1 else 1
     for start in range(0, len(waiting), together):
         codes = run_commands(waiting[start : start + together], environment)
+        if any(codes) and not set(codes) - {0, *_STOPPED}:
+            # It was told alone, and leaves the word to the demo.
+            raise RunError(f"a training was stopped by a signal (exit codes {codes}); run the same command to go on")
         if any(codes):
             raise RunError(f"training stopped with exit codes {codes}; its message stands above")
 
 
 def _command(out: Path, store: Path, arm: str, seed: int, device: str, overrides: tuple[str, ...]) -> list[str]:
-    # -P: a folder named cache/ where the user works must not stand in for the package.
+    # -P: a folder named ezsd/ where the user works must not stand in for the package.
     command = [sys.executable, "-P", "-m", "ezsd", "train", "--cache", str(store), "--run", str(out / "runs" / arm)]
     command += ["--device", device, "--set", f"train.seed={seed}"]
     for override in overrides:

@@ -107,8 +107,10 @@ def end_listening() -> None:
 def _forget() -> None:
     _state.before.clear()
     if _state.raised:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         _state.raised = False
+        if signal.getsignal(signal.SIGALRM) is _end_again:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
     if _state.told >= 0:
         signal.set_wakeup_fd(-1)
         os.close(_state.told)
@@ -129,9 +131,10 @@ def _end() -> NoReturn:
     """Raise `Stopped`, and see to it that no library catches it for good: torch does, while it loads numpy."""
     assert _state.received is not None
     _state.raised = True
-    if signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, _end_again):
+    # Not where somebody else has an alarm set.
+    if signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and not signal.getitimer(signal.ITIMER_REAL)[0]:
         signal.signal(signal.SIGALRM, _end_again)
-        signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
     raise Stopped(_state.received)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADED = (
-    "cli",
+    "ezsd.cli",
     "ezsd.pipeline.extraction.build",
     "ezsd.pipeline.data.check",
     "ezsd.pipeline.console.defaults",
@@ -130,7 +130,8 @@ def _become(request, out, err):
     os.dup2(err, 2)
     os.close(out)
     os.close(err)
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode) for n, mode in enumerate("rww"))
+    sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace")
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])

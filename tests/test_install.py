@@ -1,6 +1,7 @@
 """What pip installs: one name, which nothing of a user's own can stand in for."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,10 +24,12 @@ def wheel(tmp_path_factory):
     """Built from an sdist, as a release is."""
     folder = tmp_path_factory.mktemp("dist")
     source = tmp_path_factory.mktemp("source")
-    for name in ("ezsd", "cache", "pipeline"):
-        run("cp", "-a", ROOT / name, source, cwd=ROOT)
-    for name in ("cli.py", "pyproject.toml", "README.md", "LICENSE"):
-        run("cp", "-a", ROOT / name, source, cwd=ROOT)
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--"]
+    wanted = ["ezsd", "cache", "pipeline", "cli.py", "pyproject.toml", "README.md", "LICENSE"]
+    for name in run(*listed, *wanted, cwd=ROOT).split("\0"):
+        if name and (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name, follow_symlinks=False)
     build = "import sys, setuptools.build_meta as b; print(b.build_{0}(sys.argv[1]))"
     run(sys.executable, "-c", build.format("sdist"), folder, cwd=source)
     (archive,) = folder.glob("*.tar.gz")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ezsd.pipeline.config.names import hint
 from ezsd.pipeline.config.schema import Config, apply_override, from_tables, setting_of, to_tables
 from ezsd.pipeline.errors import ConfigError
 
@@ -27,8 +28,12 @@ def at_test_time(config: Config, overrides: Sequence[str]) -> Config:
     """
     tables = to_tables(config)
     for override in overrides:
-        apply_override(tables, override)
         key = setting_of(override)
+        section, _, name = key.partition(".")
+        if section in tables and name not in tables[section]:
+            known = list(tables[section])
+            raise ConfigError(f"--set {override}: unknown key {name!r}; {hint(section, name, known)}")
+        apply_override(tables, override)
         if key not in TEST_TIME:
             raise ConfigError(
                 f"--set {override}: {key} cannot be changed once a run is trained; what can is {', '.join(TEST_TIME)}"

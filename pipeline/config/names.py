@@ -7,9 +7,12 @@ depend on them.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
+
+from ezsd.pipeline.errors import ConfigError
 
 FORMER: Mapping[str, Mapping[str, str]] = {
     "adapt": {"clip_norm": "max_grad_norm", "crops": "batch_size"},
@@ -126,14 +129,17 @@ NO_SETTINGS: Mapping[str, str] = {
 """What people type by habit and is no setting here, and what is the case instead."""
 
 
-def with_todays_names(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables of settings as today's version names them, from a record of this or an earlier one."""
+def with_todays_names(tables: object) -> dict[str, Any]:
+    """Tables of settings as today's version names them, from a record of this or an earlier one.
+
+    Raises:
+        ConfigError: the record holds no tables.
+    """
+    if not isinstance(tables, Mapping) or not all(isinstance(table, Mapping) for table in tables.values()):
+        raise ConfigError(f"config: expected tables of settings, found {reprlib.repr(tables)}")
     found: dict[str, Any] = {}
     for section, table in tables.items():
         names = FORMER.get(section, {})
-        if not isinstance(table, Mapping):
-            found[section] = table
-            continue
         found[section] = {}
         for key, value in table.items():
             name = names.get(key, key)
@@ -167,6 +173,8 @@ def hint(section: str, key: str, known: list[str]) -> str:
     if key in NO_SETTINGS:
         return f"{NO_SETTINGS[key]}; leave it out"
     if key in ALIASES:
-        return f"did you mean {ALIASES[key]}?"
+        of, _, name = ALIASES[key].split()[0].partition(".")
+        # The section's own, where it has one of that name.
+        return f"did you mean {f'{section}.{name}' if of != section and name in known else ALIASES[key]}?"
     near = get_close_matches(key, known, n=1, cutoff=0.75)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"

@@ -55,7 +55,7 @@ RELATIONS = (
         "train.batch_size",
         ("train.steps",),
         "warned",
-        "the rate follows, the number of epochs (steps x images / training images) does not",
+        "the rate follows, the number of epochs (steps x batch_size / training images) does not",
     ),
     Relation(
         "train.grad_accumulation",

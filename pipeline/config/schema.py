@@ -28,7 +28,7 @@ from ezsd.choices import (
     Score,
     Surround,
 )
-from ezsd.pipeline.config.names import hint
+from ezsd.pipeline.config.names import FORMER_VALUES, hint
 from ezsd.pipeline.errors import ConfigError
 
 LEAST_SIDE = 32
@@ -499,6 +499,10 @@ def _section(section: str, cls: type, table: dict[str, object], where: str) -> o
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         if required and entry.name not in table:
             raise ConfigError(f"{where}: {entry.name} is missing")
+    for key, value in table.items():
+        words = FORMER_VALUES.get((section, key), {})
+        if isinstance(value, str) and value in words:
+            raise ConfigError(f"{where} {key}: {value!r} is called {words[value]!r} now")
     return cls(**{key: _convert(value, hints[key], f"{where} {key}") for key, value in table.items()})
 
 

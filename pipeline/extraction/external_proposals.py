@@ -24,7 +24,7 @@ def boxes_digest(boxes: str) -> str:
 
 
 def given_proposals(config: ProposalConfig, images: Iterable[ImageRecord]) -> dict[int, Columns]:
-    """The proposals of each image: the file's best `keep` boxes, best first, as they are, but cut to the image.
+    """The proposals of each image: the file's best `max_proposals` boxes, best first, cut to the image.
 
     Nothing is suppressed. Boxes of which less than a pixel is left in width or height are dropped.
 

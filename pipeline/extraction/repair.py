@@ -52,7 +52,7 @@ def _source(path: Path, data_root: Path, *, weights: str | None, device: str) ->
 
 
 class _Images:
-    """The images of a store and what computes its rows: `cache.RowSource`."""
+    """The images of a store and what computes its rows: `ezsd.cache.RowSource`."""
 
     def __init__(self, request: BuildRequest) -> None:
         self._request = request

@@ -261,7 +261,7 @@ def test_a_file_system_that_sends_more_than_asked_for_is_refused(finished, monke
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_store_on_a_web_server_is_read_in_a_forked_process_too(web):
     script = (
-        "import os, sys, signal\nfrom cache import Store\nstore = Store(sys.argv[1])\nstore.regions[70]\n"
+        "import os, sys, signal\nfrom ezsd.cache import Store\nstore = Store(sys.argv[1])\nstore.regions[70]\n"
         "child = os.fork()\n"
         "if not child:\n    signal.alarm(30)\n    os._exit(len(store.regions[3].box))\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(store.regions[3].box))\n"

@@ -150,6 +150,7 @@ def test_the_documented_command_trains_with_several_processes(shapes_store, quic
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words, "--device", "cpu"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
         check=False,
         capture_output=True,
         text=True,

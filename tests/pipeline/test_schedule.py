@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import pickle
+import signal
+import time
 
 import pytest
 
@@ -71,6 +73,20 @@ def _visible(_):
 def test_a_worker_that_always_dies_is_named_by_its_item():
     with pytest.raises(ClusterError, match=r"^5: the worker processes that had it died \(4 in all"):
         run(Schedule(workers=2), os._exit, [5, 5])
+
+
+def _fail_or_wait(item):
+    if item == 0:
+        raise ValueError("of the first")
+    time.sleep(1000)
+
+
+def test_a_failure_ends_all_workers_whatever_they_are_at(monkeypatch):
+    ended, kill = [], os.kill
+    monkeypatch.setattr(ezsd.pipeline.scheduling.pool.os, "kill", lambda pid, sig: ended.append(sig) or kill(pid, sig))
+    with pytest.raises(ValueError, match="of the first"):
+        run(Schedule(workers=2), _fail_or_wait, [0, 1])
+    assert ended == [signal.SIGKILL] * 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bokeh") is not None, reason="bokeh is installed")

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from ezsd.cache import Store
+from ezsd.pipeline.config.inference_overrides import at_test_time
 from ezsd.pipeline.config.names import ALIASES, FORMER, NO_SETTINGS, with_former_names, with_todays_names
 from ezsd.pipeline.config.schema import ConfigError, load_preset, preset_names, to_tables
 from ezsd.pipeline.extraction.provenance import as_built
@@ -48,7 +49,9 @@ TYPED = {
     "proposals.top_k=100": "proposals.max_proposals",
     "proposals.topk=100": "proposals.max_proposals",
     "eval.max_dets=100": "eval.max_detections",
-    "adapt.lr=0.01": "learning_rate",
+    "adapt.lr=0.01": "adapt.learning_rate",
+    "adapt.batch=3": "adapt.batch_size",
+    "proposals.iou=0.5": "proposals.nms_iou",
     # The reciprocal of what the word means elsewhere.
     "model.temperature=0.01": "model.logit_scale now (it multiplies cosines",
     # Near no setting: nothing is suggested rather than something else.
@@ -74,6 +77,36 @@ def test_a_former_name_is_refused_with_the_new_one(section, old):
         return
     with pytest.raises(ConfigError, match=rf"unknown key '{old}'; it is called {section}.{FORMER[section][old]} now"):
         load_preset("coco", [f"{section}.{old}=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("proposals.grid=faithful", "'faithful' is called 'paper' now"),
+        ("proposals.search=faithful", "'faithful' is called 'exhaustive' now"),
+        ("train.rng=stream", "'stream' is called 'step' now"),
+    ],
+)
+def test_a_former_word_of_a_choice_is_refused_with_the_new_one(override, said):
+    with pytest.raises(ConfigError, match=said):
+        load_preset("coco", [override])
+
+
+def test_a_search_answers_former_names_and_habits_too(quick_config):
+    for override, said in (
+        ("eval.keep=3", "it is called eval.max_detections now"),
+        ("eval.conf=0.5", "did you mean eval.score_threshold"),
+        ("train.lr=1", "did you mean train.learning_rate"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            at_test_time(quick_config, [override])
+
+
+@pytest.mark.parametrize("config", [5, None, {"teacher": 5}])
+def test_a_record_without_tables_is_one_line(config, shapes_store, quick_config):
+    store = Store(shapes_store)
+    with pytest.raises(ConfigError, match="config: expected tables of settings, found"):
+        as_built(quick_config, store.manifest, {**store.environment, "config": config})
 
 
 def test_hints_name_settings_and_settings_have_no_hint():

@@ -223,6 +223,37 @@ def test_a_second_command_of_a_process_listens_too():
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+ALARMS = """
+import os, signal, sys, time
+from ezsd.pipeline.interrupts import Stopped, listen, stop_listening
+if sys.argv[1] == "own":
+    signal.alarm(100)
+listen()
+try:
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(100)
+    except BaseException:
+        # As a library does that catches everything, after a while; and swallows it.
+        time.sleep(0.4)
+    time.sleep(1 if sys.argv[1] == "own" else 100)
+    print("swallowed")
+except Stopped:
+    print("raised again")
+stop_listening()
+print(signal.getsignal(signal.SIGALRM) is signal.SIG_DFL, signal.getitimer(signal.ITIMER_REAL)[0] > 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("alarm", "said"), [("none", ["raised again", "True False"]), ("own", ["swallowed", "True True"])]
+)
+def test_a_swallowed_signal_comes_again_and_nobodys_alarm_is_touched(alarm, said):
+    words = [sys.executable, "-c", ALARMS, alarm]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
+    assert done.stdout.splitlines() == said, done.stderr
+
+
 def test_drawing_shapes_leaves_no_folder_and_the_same_command_makes_it(tmp_path):
     words = ["data", "shapes", "--out", tmp_path / "shapes", "--train", 200, "--val", 1]
     process = started(*words)
