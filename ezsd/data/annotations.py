@@ -107,11 +107,17 @@ def raw_annotations(table: Table, names: Sequence[str], *, may_lack: Sequence[st
     category = np.array(columns.category_id, dtype=np.int64)
     rows = np.flatnonzero(np.isin(category, classes))
     order = np.argsort(classes)
+    xywh = np.array(columns.xywh, dtype=np.float64).reshape(-1, 4)[rows]
+    stated = np.array(columns.area, dtype=np.float64)[rows]
+    # Boxes of absurd sides have an infinite area.
+    with np.errstate(over="ignore"):
+        area = np.where(np.isnan(stated), xywh[:, 2] * xywh[:, 3], stated)
     return RawAnnotations(
         images=ImageTable.build(table.images.id, table.images.file_name, table.images.width, table.images.height),
         names=tuple(names),
         image_id=np.array(columns.image_id, dtype=np.int64)[rows],
-        xywh=np.array(columns.xywh, dtype=np.float64).reshape(-1, 4)[rows],
+        xywh=xywh,
+        area=area,
         class_index=place[order[np.searchsorted(classes, category[rows], sorter=order)]].astype(np.int32),
         annotation_id=np.array(columns.id, dtype=np.int64)[rows],
         crowd=np.array(columns.crowd, dtype=np.bool_)[rows],

@@ -7,6 +7,7 @@ place and stands as a zero in its column; nothing is raised before the whole fil
 
 from __future__ import annotations
 
+import math
 import reprlib
 from array import array
 from collections.abc import Callable, Iterator, Mapping
@@ -98,6 +99,8 @@ class AnnotationColumns:
     category_id: array[int] = field(default_factory=lambda: array("q"))
     xywh: array[float] = field(default_factory=lambda: array("d"))
     """Four for each."""
+    area: array[float] = field(default_factory=lambda: array("d"))
+    """Pixels, as stated; NaN where no finite number is."""
     crowd: array[int] = field(default_factory=lambda: array("b"))
 
 
@@ -259,6 +262,11 @@ class _Entry:
         self._wrong(key, "0 or 1", "Write 1 for a box around a group, else 0.")
         return False
 
+    def area(self) -> float:
+        """The stated area; NaN where there is none: only figures by object size ask for it."""
+        value = self.values.get("area")
+        return float(value) if is_finite(value) else math.nan  # type: ignore[arg-type]
+
     def box(self, key: str) -> tuple[float, float, float, float]:
         """Four finite numbers."""
         value = self.values.get(key)
@@ -292,6 +300,7 @@ def _read_annotation(table: Table, entry: _Entry) -> None:
     columns.id.append(entry.integer("id"))
     columns.image_id.append(entry.integer("image_id"))
     columns.xywh.extend(entry.box("bbox"))
+    columns.area.append(entry.area())
     columns.crowd.append(entry.flag("iscrowd"))
 
 

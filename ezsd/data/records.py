@@ -127,6 +127,8 @@ class RawAnnotations:
     """(N,), each one the id of an image in `images`."""
     xywh: npt.NDArray[np.float64]
     """Left, top, width, height in pixels, (N, 4), finite."""
+    area: npt.NDArray[np.float64]
+    """Of the object's outline, as the file states it, pixels, (N,); the box's where it states none."""
     class_index: npt.NDArray[np.int32]
     """Position in `names`, (N,)."""
     annotation_id: npt.NDArray[np.int64]

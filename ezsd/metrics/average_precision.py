@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from ezsd.metrics.matching import THRESHOLDS, Matches
+from ezsd.metrics.matching import THRESHOLDS, Matches, Size
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 """Where a precision curve is read, R of them."""
@@ -25,6 +26,18 @@ class ClassScores(TypedDict):
     """The same at IoU 0.75."""
     AR: float | None
     """Recall in [0, 1], mean over the ten IoU thresholds."""
+    AP_small: float | None
+    """AP of objects of less than 32 x 32 pixels; see `ezsd.metrics.matching.AREAS`."""
+    AP_medium: float | None
+    """AP of objects of up to 96 x 96 pixels."""
+    AP_large: float | None
+    """AP of objects of more."""
+    AR_small: float | None
+    """AR by size, likewise."""
+    AR_medium: float | None
+    """See `AR_small`."""
+    AR_large: float | None
+    """See `AR_small`."""
     boxes: int
     """Ground-truth boxes that can be found or missed."""
 
@@ -64,24 +77,36 @@ class Curves:
             self.precision[t, :, k] = 0
             self.precision[t, reached, k] = precision[t, at[reached]]
 
-    def of_class(self, k: int) -> ClassScores:
-        """Figures of class `k`."""
-        member = np.arange(len(self.boxes)) == k
-        return ClassScores(**self._means(member))
+    def mean_precision(self, member: npt.NDArray[np.bool_]) -> float | None:
+        """Mean over all thresholds, recalls and the classes in `member`, (K,)."""
+        return _mean(self.precision[:, :, member])
 
-    def of_group(self, member: npt.NDArray[np.bool_]) -> GroupScores:
-        """Means over the classes in `member`, (K,)."""
-        return GroupScores(**self._means(member), classes=int((self.boxes[member] > 0).sum()))
+    def mean_recall(self, member: npt.NDArray[np.bool_]) -> float | None:
+        """Mean over all thresholds and the classes in `member`, (K,)."""
+        return _mean(self.recall[:, member])
 
-    def _means(self, member: npt.NDArray[np.bool_]) -> ClassScores:
-        curves = self.precision[:, :, member]
-        return ClassScores(
-            AP=_mean(curves),
-            AP50=_mean(curves[_AP50]),
-            AP75=_mean(curves[_AP75]),
-            AR=_mean(self.recall[:, member]),
-            boxes=int(self.boxes[member].sum()),
-        )
+
+def class_scores(curves: Mapping[Size, Curves], member: npt.NDArray[np.bool_]) -> ClassScores:
+    """Figures of the classes in `member`, (K,), from the curves of each object size."""
+    every = curves["all"]
+    return ClassScores(
+        AP=every.mean_precision(member),
+        AP50=_mean(every.precision[_AP50][:, member]),
+        AP75=_mean(every.precision[_AP75][:, member]),
+        AR=every.mean_recall(member),
+        AP_small=curves["small"].mean_precision(member),
+        AP_medium=curves["medium"].mean_precision(member),
+        AP_large=curves["large"].mean_precision(member),
+        AR_small=curves["small"].mean_recall(member),
+        AR_medium=curves["medium"].mean_recall(member),
+        AR_large=curves["large"].mean_recall(member),
+        boxes=int(every.boxes[member].sum()),
+    )
+
+
+def group_scores(curves: Mapping[Size, Curves], member: npt.NDArray[np.bool_]) -> GroupScores:
+    """Means over the classes in `member`, (K,)."""
+    return GroupScores(**class_scores(curves, member), classes=int((curves["all"].boxes[member] > 0).sum()))
 
 
 def _mean(values: npt.NDArray[np.float64]) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ezsd.data.catalogue import FREQUENCIES
-from ezsd.metrics.average_precision import ClassScores, Curves, GroupScores
+from ezsd.metrics.average_precision import ClassScores, Curves, GroupScores, class_scores, group_scores
 from ezsd.metrics.ground_truth import Truth, read_truth
 from ezsd.metrics.limits import Limit
-from ezsd.metrics.matching import Matches, Shape, is_listed, match
+from ezsd.metrics.matching import AREAS, Matches, Shape, Size, is_listed, match
 from ezsd.metrics.results import Detections, Results
 from ezsd.vocabulary import Split, resolve
 
@@ -140,10 +140,27 @@ def _was_looked_for(truth: Truth, results: Results, rows: npt.NDArray[np.int64])
 
 
 def _curves(
-    truth: Truth, results: Results, matches: Matches, chosen: npt.NDArray[np.int64], counting: npt.NDArray[np.bool_]
+    truth: Truth,
+    results: Results,
+    matches: Mapping[Size, Matches],
+    chosen: npt.NDArray[np.int64],
+    counting: npt.NDArray[np.bool_],
+) -> dict[Size, Curves]:
+    """Curves of the chosen classes by object size, from the detections that count."""
+    return {size: _curves_of(truth, results, matches[size], chosen, counting, size) for size in AREAS}
+
+
+def _curves_of(
+    truth: Truth,
+    results: Results,
+    matches: Matches,
+    chosen: npt.NDArray[np.int64],
+    counting: npt.NDArray[np.bool_],
+    size: Size,
 ) -> Curves:
-    """Curves of the chosen classes from the detections that count."""
-    boxes = np.bincount(truth.class_index[~truth.ignore], minlength=len(truth.split.names))[chosen]
+    least, most = AREAS[size]
+    counted = ~truth.ignore & (truth.area >= least) & (truth.area <= most)
+    boxes = np.bincount(truth.class_index[counted], minlength=len(truth.split.names))[chosen]
     curves = Curves(boxes)
     class_index = results.class_index[matches.row]
     for k, index in enumerate(chosen):
@@ -154,12 +171,14 @@ def _curves(
     return curves
 
 
-def _summary(truth: Truth, chosen: npt.NDArray[np.int64], curves: Curves, limit: Limit, shape: Shape) -> Evaluation:
+def _summary(
+    truth: Truth, chosen: npt.NDArray[np.int64], curves: Mapping[Size, Curves], limit: Limit, shape: Shape
+) -> Evaluation:
     split = truth.split
     is_base = chosen < len(split.base)
     names = [split.names[index] for index in chosen]
-    found = {name: curves.of_class(k) for k, name in enumerate(names)}
-    nothing = ClassScores(AP=None, AP50=None, AP75=None, AR=None, boxes=0)
+    found = {name: class_scores(curves, np.arange(len(names)) == k) for k, name in enumerate(names)}
+    nothing = class_scores(curves, np.zeros_like(is_base))
     evaluation = Evaluation(
         rules="lvis" if truth.federated else "coco",
         iou_type=shape,
@@ -167,13 +186,13 @@ def _summary(truth: Truth, chosen: npt.NDArray[np.int64], curves: Curves, limit:
         counted_per=limit.counted,
         images=len(truth.image_ids),
         names=names,
-        base=curves.of_group(is_base),
-        novel=curves.of_group(~is_base),
-        all=curves.of_group(np.ones_like(is_base)),
+        base=group_scores(curves, is_base),
+        novel=group_scores(curves, ~is_base),
+        all=group_scores(curves, np.ones_like(is_base)),
         per_class={name: found.get(name, nothing) for name in split.names},
     )
     if truth.federated:
         frequency = np.array(truth.catalogue.frequencies_of(names))
-        rare, common, frequent = (curves.of_group(frequency == letter) for letter in FREQUENCIES)
+        rare, common, frequent = (group_scores(curves, frequency == letter) for letter in FREQUENCIES)
         evaluation |= {"rare": rare, "common": common, "frequent": frequent}
     return evaluation

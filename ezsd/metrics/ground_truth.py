@@ -32,6 +32,8 @@ class Truth:
     """Position in `split.names`, (N,)."""
     xywh: npt.NDArray[np.float64]
     """Left, top, width, height in pixels, (N, 4)."""
+    area: npt.NDArray[np.float64]
+    """Of the object as the file states it, else of its box, pixels, (N,)."""
     crowd: npt.NDArray[np.bool_]
     """Whether any number of detections may lie on the box, (N,); never true in a federated file."""
     ignore: npt.NDArray[np.bool_]
@@ -105,6 +107,7 @@ def read_truth(
         image_id=raw.image_id[kept],
         class_index=raw.class_index[kept].astype(np.int64),
         xywh=raw.xywh[kept],
+        area=raw.area[kept],
         crowd=crowd[kept],
         ignore=ignore[kept],
         annotation_id=raw.annotation_id[kept],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask
 
-from ezsd.data.masks import overlaps
+from ezsd.data.masks import decompress, overlaps
 from ezsd.metrics.ground_truth import Truth
 from ezsd.metrics.results import Results
 
@@ -17,8 +18,14 @@ Shape: TypeAlias = Literal["bbox", "segm"]
 """What must overlap: boxes or masks."""
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """Least overlap (IoU) of a hit, T of them."""
-# The largest area of COCO's size class "all", pixels.
-_AREA_MAX = 1e10
+Size: TypeAlias = Literal["all", "small", "medium", "large"]
+AREAS: Mapping[Size, tuple[float, float]] = {
+    "all": (0.0, 1e10),
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, 1e10),
+}
+"""Least and most area of an object by size class, pixels, both included, as COCO and LVIS have them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,11 +40,12 @@ class Matches:
     """Whether it counts neither as right nor as wrong, (T, M)."""
 
 
-def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64], shape: Shape = "bbox") -> Matches:
+def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64], shape: Shape = "bbox") -> dict[Size, Matches]:
     """Match detections with the boxes of their image and class, the surest first.
 
     A detection takes the free box which it overlaps most, and a box that is to be ignored only if no other is left.
-    Leaving out the least sure detections of an image changes nothing for others, so limits apply afterwards.
+    Leaving out the least sure detections of an image changes nothing for others, so limits apply afterwards. For a size
+    class, boxes of other sizes are to be ignored, and so are detections of other sizes that find nothing.
 
     Args:
         truth: the boxes.
@@ -49,22 +57,36 @@ def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64], shape: Sh
     key = _keys(truth, results.image_id[row], results.class_index[row])
     true_key = _keys(truth, truth.image_id, truth.class_index)
     true_order = np.argsort(true_key, kind="stable")
-    ignore, crowd = truth.ignore[true_order], truth.crowd[true_order]
+    crowd, true_area = truth.crowd[true_order], truth.area[true_order]
+    ignore = {
+        size: truth.ignore[true_order] | (true_area < least) | (true_area > most)
+        for size, (least, most) in AREAS.items()
+    }
     pairs, starts = np.unique(true_key[true_order], return_index=True)
     stops = np.append(starts[1:], len(true_key))
     firsts, lasts = np.searchsorted(key, pairs), np.searchsorted(key, pairs, side="right")
-    hit = np.zeros((len(THRESHOLDS), len(row)), dtype=np.bool_)
-    void = np.zeros_like(hit)
+    hit = {size: np.zeros((len(THRESHOLDS), len(row)), dtype=np.bool_) for size in AREAS}
+    void = {size: np.zeros_like(hit[size]) for size in AREAS}
     for pair in np.flatnonzero(lasts > firsts):
         found, true = slice(firsts[pair], lasts[pair]), slice(starts[pair], stops[pair])
         overlap = _overlap(truth, results, row[found], true_order[true], shape)  # (D, G)
-        hit[:, found], void[:, found] = _greedy(overlap, ignore[true], crowd[true])
-    unknowable = _open(truth, results, row)
+        for size in AREAS:
+            hit[size][:, found], void[size][:, found] = _greedy(overlap, ignore[size][true], crowd[true])
+    unknowable, area = _open(truth, results, row), _areas(results, row, shape)
+    for size, (least, most) in AREAS.items():
+        void[size] |= ~hit[size] & (unknowable | (area < least) | (area > most))
+    return {size: Matches(row, hit[size], void[size]) for size in AREAS}
+
+
+def _areas(results: Results, row: npt.NDArray[np.int64], shape: Shape) -> npt.NDArray[np.float64]:
+    """Areas of detections, pixels, (M,): of the box, or of the mask."""
     if shape == "bbox":
-        boxes = results.xywh[row]
-        unknowable |= boxes[:, 2] * boxes[:, 3] > _AREA_MAX
-    void |= ~hit & unknowable
-    return Matches(row, hit, void)
+        with np.errstate(over="ignore"):
+            boxes: npt.NDArray[np.float64] = results.xywh[row, 2] * results.xywh[row, 3]
+        return boxes
+    assert results.masks is not None
+    # The even runs are outside.
+    return np.array([decompress(results.masks[i])[1::2].sum() for i in row], dtype=np.float64)
 
 
 def _overlap(

@@ -43,8 +43,19 @@ _FORMER = {"base_alone": "base_only", "novel_alone": "novel_only"}
 """What earlier versions call the same."""
 SHAPES = {"bbox": "boxes", "segm": "masks"}
 """What overlaps are measured of."""
-COLUMNS = ("AP", "AP50", "AP75", "AR")
-"""Figures of a group or a class."""
+COLUMNS = {
+    "AP": "AP",
+    "AP50": "AP50",
+    "AP75": "AP75",
+    "AP_small": "APs",
+    "AP_medium": "APm",
+    "AP_large": "APl",
+    "AR": "AR",
+    "AR_small": "ARs",
+    "AR_medium": "ARm",
+    "AR_large": "ARl",
+}
+"""Figures of a group or a class, with their titles in a table."""
 GROUPS = ("base", "novel", "all", "rare", "common", "frequent")
 """Groups of classes, of which a file may have the first three alone."""
 
@@ -263,7 +274,7 @@ def _blocks(space: str, evaluations: Sequence[Mapping[str, Any]], fullest: int) 
             for group in GROUPS
             if group in found
         ]
-        alike.setdefault(tuple(aligned(["", *COLUMNS, "classes", "boxes"], rows)), []).append(found)
+        alike.setdefault(tuple(aligned(["", *COLUMNS.values(), "classes", "boxes"], rows)), []).append(found)
     blocks = []
     for lines, (first, *others) in alike.items():
         title = (
@@ -284,7 +295,7 @@ def _class_block(space: str, found: Mapping[str, Any]) -> str:
         [name, *_cells(found["per_class"][name]), str(found["per_class"][name]["boxes"])] for name in found["names"]
     ]
     title = f"{space.replace('_', ' ')}, class by class, at most {found['max_detections']} detections per image"
-    return "\n".join([title, *aligned(["class", *COLUMNS, "boxes"], rows)])
+    return "\n".join([title, *aligned(["class", *COLUMNS.values(), "boxes"], rows)])
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -310,7 +321,8 @@ def _width(text: str) -> int:
 
 
 def _cells(scores: Mapping[str, float | None]) -> list[str]:
-    return [percent(scores[column]) for column in COLUMNS]
+    # Earlier versions had none by size.
+    return [percent(scores.get(column)) for column in COLUMNS]
 
 
 def percent(value: float | None) -> str:

@@ -139,12 +139,12 @@ def classes_section(facts: Sequence[Facts]) -> Html:
 
 def _figures(what: str, rows: Mapping[str, Mapping[str, Any]]) -> Html:
     """A table of AP, AP50, AP75, AR and boxes."""
-    head = [element("th", text) for text in (what, *COLUMNS, "objects")]
+    head = [element("th", text) for text in (what, *COLUMNS.values(), "objects")]
     body = [
         element(
             "tr",
             element("th", name, scope="row"),
-            *(element("td", percent(scores[key])) for key in COLUMNS),
+            *(element("td", percent(scores.get(key))) for key in COLUMNS),
             element("td", str(scores["boxes"])),
         )
         for name, scores in rows.items()

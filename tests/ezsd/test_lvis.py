@@ -55,7 +55,10 @@ def write(folder, seed, *, images=8, detections=600):
         entry = {"id": number + 1, "image_id": int(rng.integers(1, images)), "bbox": [x, y, w, h]}
         # LVIS has no crowds; the official package does not look at the flag.
         entry |= {"iscrowd": int(number % 4 == 0)}
-        entry |= {"category_id": IDS[NAMES[rng.integers(0, 6)]], "area": 0 if number % 20 == 7 else w * h}
+        entry |= {
+            "category_id": IDS[NAMES[rng.integers(0, 6)]],
+            "area": 0 if number % 20 == 7 else w * h * (1, 1, 3, 8, 17)[number % 5],
+        }
         annotations.append(entry | ({"ignore": 1} if number % 20 == 3 else {}))
     lists = [rng.permutation(list(IDS.values())).tolist() for _ in range(images)]
     document = {
@@ -151,6 +154,8 @@ def test_figures_are_those_of_the_official_package(tmp_path, official, seed, cou
     expected = run.get_results()
     figures = {key: found["all"][key] for key in ("AP", "AP50", "AP75")} | {"AR@300": found["all"]["AR"]}
     figures |= {f"AP{group[0]}": found[group]["AP"] for group in ("rare", "common", "frequent")}
+    for size in ("small", "medium", "large"):
+        figures |= {f"AP{size[0]}": found["all"][f"AP_{size}"], f"AR{size[0]}@300": found["all"][f"AR_{size}"]}
     # Classes stand in another order there, which the last digit of a mean notices.
     assert figures == pytest.approx({key: expected[key] for key in figures}, abs=1e-12)
     assert 0 < expected["AP"] < 1

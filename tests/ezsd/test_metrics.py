@@ -16,6 +16,8 @@ from ezsd.errors import AnnotationError, VocabularyError
 from ezsd.metrics import Detections, Limit, evaluate, evaluate_at, read_truth, with_masks
 from ezsd.vocabulary import Split
 
+SIZES = ("small", "medium", "large")
+FIGURES = ("AP50", "AP75", "AP", *(f"AP_{size}" for size in SIZES), "AR", *(f"AR_{size}" for size in SIZES))
 SPLIT = Split(base=("cat", "dog"), novel=("cow", "yak"))
 # Ids far from positions, in another order than the split's; "kite" is outside it.
 CATEGORY = {"cow": 5, "cat": 90, "kite": 7, "dog": 31, "yak": 2}
@@ -66,13 +68,18 @@ def noisy(path, count=400, seed=0):
     return detections(truth.image_id[pick], box, rng.integers(0, 20, count) / 20, class_index)
 
 
+def perfectly(score):
+    """Figures of a scene of small objects alone."""
+    return {key: None if key.endswith(("medium", "large")) else score for key in FIGURES}
+
+
 def test_perfect_detections_score_one_in_every_group(tmp_path):
     path = write(tmp_path)
     found = evaluate(path, perfect(path), SPLIT)
     for group, classes in (("base", 2), ("novel", 1), ("all", 3)):
-        assert found[group] == {"AP": 1, "AP50": 1, "AP75": 1, "AR": 1, "classes": classes, "boxes": 6 * classes}
-    assert found["per_class"]["cow"] == {"AP": 1, "AP50": 1, "AP75": 1, "AR": 1, "boxes": 6}
-    assert found["per_class"]["yak"] == {"AP": None, "AP50": None, "AP75": None, "AR": None, "boxes": 0}
+        assert found[group] == perfectly(1) | {"classes": classes, "boxes": 6 * classes}
+    assert found["per_class"]["cow"] == perfectly(1) | {"boxes": 6}
+    assert found["per_class"]["yak"] == dict.fromkeys(FIGURES) | {"boxes": 0}
     said = {key: found[key] for key in ("rules", "iou_type", "max_detections", "counted_per", "images")}
     assert said == {
         "rules": "coco",
@@ -99,7 +106,7 @@ def test_no_detections_score_zero_and_not_none(tmp_path):
 def test_a_group_without_ground_truth_is_none(tmp_path):
     path = write(tmp_path, classes=("cat",))
     found = evaluate(path, perfect(path), SPLIT)
-    assert found["novel"] == {"AP": None, "AP50": None, "AP75": None, "AR": None, "classes": 0, "boxes": 0}
+    assert found["novel"] == dict.fromkeys(FIGURES) | {"classes": 0, "boxes": 0}
     assert found["all"] == found["base"]
 
 
@@ -115,7 +122,9 @@ def crowded_scene(folder, seed):
         x, y, w, h = (10 * rng.integers((0, 0, 1, 1), (6, 6, 5, 5))).tolist()
         entry = {"id": number + 1, "image_id": int(10 * rng.integers(0, 5) + 3), "category_id": CATEGORY[name]}
         crowd = int(name == "yak" or rng.random() < 0.2)
-        annotations.append(entry | {"bbox": [x, y, w, h], "area": w * h, "iscrowd": crowd})
+        # What is stated counts, of every size class.
+        area = w * h * int(rng.choice([1, 1, 3, 8]))
+        annotations.append(entry | {"bbox": [x, y, w, h], "area": area, "iscrowd": crowd})
     document = {
         "images": [{"id": 10 * i + 3, "file_name": f"{i}.png", "width": 100, "height": 100} for i in range(6)],
         "categories": [{"id": number, "name": name} for name, number in CATEGORY.items()],
@@ -138,7 +147,7 @@ def crowded_scene(folder, seed):
 
 
 def by_pycocotools(path, given, members, count, shape="bbox"):
-    """AP, AP50, AP75 and AR of these classes as pycocotools itself has them."""
+    """The `FIGURES` of these classes as pycocotools itself has them."""
     xywh = np.concatenate([given.box[:, :2], given.box[:, 2:] - given.box[:, :2]], axis=1).astype(float)
     rows = [
         {
@@ -160,8 +169,10 @@ def by_pycocotools(path, given, members, count, shape="bbox"):
         run.params.maxDets = [count]
         run.evaluate()
         run.accumulate()
-    precision, recall = run.eval["precision"][:, :, :, 0, 0], run.eval["recall"][:, :, 0, 0]
-    curves = [precision, precision[0], precision[5], recall]
+    assert run.params.areaRngLbl == ["all", "small", "medium", "large"]
+    precision, recall = run.eval["precision"][..., 0], run.eval["recall"][..., 0]
+    curves = [precision[0, ..., 0], precision[5, ..., 0]]
+    curves += [values[..., size] for values in (precision, recall) for size in range(4)]
     return [float(values[values > -1].mean()) if (values > -1).any() else None for values in curves]
 
 
@@ -212,7 +223,7 @@ def test_truth_without_outlines_has_no_masks(tmp_path):
 
 
 def figures(scores):
-    return [scores[key] for key in ("AP", "AP50", "AP75", "AR")]
+    return [scores[key] for key in FIGURES]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -244,7 +255,7 @@ def test_of_two_equal_overlaps_the_last_box_is_taken(tmp_path, swapped):
     given = detections([3, 3], [[2, 0, 22, 20], [6, 0, 26, 20]], [0.9, 0.8], [0, 0])
     found = figures(evaluate(path, given, SPLIT)["per_class"]["cat"])
     assert found == by_pycocotools(path, given, ["cat"], 100)
-    assert (found[2] > 0.9) is swapped
+    assert (found[FIGURES.index("AP75")] > 0.9) is swapped
 
 
 def test_a_limit_per_image_is_pycocotools_on_each_images_best(tmp_path):

@@ -25,6 +25,7 @@ from ezsd.pipeline.inference.evaluation_tables import evaluate_results, evaluati
 from ezsd.pipeline.inference.visualize import draw_boxes
 from ezsd.pipeline.report import write_report
 from ezsd.pipeline.training.train import TrainRequest, train
+from tests.pipeline.test_figures import assert_equal_figures
 
 
 def curve(run):
@@ -157,7 +158,7 @@ def test_the_detections_file_gives_the_figures_of_masks_too(masked_run, outlined
     for group in ("base", "novel", "all"):
         for label, found in result["generalised"]["masks_at"].items():
             theirs = again["generalised"]["masks_at"][label][group]
-            assert theirs == pytest.approx(found[group], rel=1e-12, abs=0)
+            assert_equal_figures(theirs, found[group])
 
 
 def looked_at(run, root, **options):

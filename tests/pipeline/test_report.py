@@ -142,7 +142,9 @@ def evaluation(names, base, novel):
     """One label space of an evaluation's document, with figures of our choosing."""
 
     def scores(value, boxes=33):
-        return {"AP": 0.1, "AP50": value, "AP75": 0.1, "AR": 0.234, "boxes": boxes}
+        # None of large objects, as earlier versions had of no size.
+        sizes = {"AP_small": 0.02, "AP_medium": 0.2, "AR_small": 0.03, "AR_medium": 0.3}
+        return {"AP": 0.1, "AP50": value, "AP75": 0.1, "AR": 0.234, **sizes, "boxes": boxes}
 
     per_class = {
         name: scores((novel if name in NAMES[BASE:] else base) if name in names else None, 7) for name in NAMES
@@ -270,9 +272,9 @@ def test_novel_names_alone_have_a_column_of_their_own_from_any_version(home):
 
 
 def test_every_class_and_group_has_its_figures(page):
-    assert page.row("novel", "10.0") == ["36.1", "10.0", "23.4", "33"]
-    assert page.row(NASTY) == ["10.0", "36.1", "10.0", "23.4", "7"]
-    assert page.row("circle", "10.0") == ["57.7", "10.0", "23.4", "7"]
+    assert page.row("novel", "10.0") == ["36.1", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "33"]
+    assert page.row(NASTY) == ["10.0", "36.1", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "7"]
+    assert page.row("circle", "10.0") == ["57.7", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "7"]
 
 
 def test_stage_times_and_accuracies_are_told(home):
