@@ -94,12 +94,69 @@ def test_a_picture_is_turned_as_viewers_show_it(tmp_path):
         (np.zeros((4, 4, 3)), r"expected an array \(H, W, 3\) or \(H, W\) uint8, found \(4, 4, 3\) float64"),
         (torch.zeros(4, 4, 3), r"expected a tensor \(3, H, W\).*found \(4, 4, 3\)"),
         (7, "expected a path, URL, PIL image, array or tensor, found int"),
+        (torch.full((3, 4, 4), 128.0), r"floating values in \[0, 1\], found 128 to 128"),
+        (torch.full((3, 4, 4), torch.nan), "floating values in"),
+        (torch.zeros(3, 0, 5), "at least one pixel, found 5 x 0"),
+        (Image.new("RGB", (0, 4)), "at least one pixel, found 0 x 4"),
+        ("zip://x.png::gone.zip", "cannot be read"),
     ],
 )
 def test_what_is_no_image_is_one_line(source, words):
     with pytest.raises(ImageError, match=words) as caught:
         to_image(source)
     assert isinstance(caught.value, ezsd.EzsdError)
+
+
+def test_a_picture_that_is_cut_or_closed_is_one_line(image, tmp_path):
+    (tmp_path / "cut.png").write_bytes(image.read_bytes()[:500])
+    with Image.open(tmp_path / "cut.png") as cut, pytest.raises(ImageError, match="the image: cannot be read"):
+        to_image(cut)
+    with Image.open(image) as closed:
+        pass
+    with pytest.raises(ImageError, match="the image: (is closed|cannot be read)"):
+        to_image(closed)
+    with Image.open(image) as loaded:
+        loaded.load()
+    assert to_image(loaded).shape == to_image(image).shape
+
+
+def test_a_picture_turned_by_hand_is_not_turned_again(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "a b.jpg", exif=exif)
+    with Image.open(tmp_path / "a b.jpg") as opened:
+        assert tuple(to_image(opened.rotate(-90, expand=True)).shape) == (3, 40, 20)
+    assert tuple(to_image((tmp_path / "a b.jpg").as_uri()).shape) == (3, 40, 20)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], "at least one class name"),
+        ([3], "at least one class name"),
+        (["circle", "circle"], "'circle' occurs twice"),
+        ([""], "is empty"),
+        ("cat\ndog", "a line break"),
+    ],
+)
+def test_names_that_are_none_are_one_line(model, image, names, words):
+    with pytest.raises(ezsd.EzsdError, match=words):
+        model(image, names)
+
+
+def test_arguments_of_a_call(model, image, shapes_run):
+    with pytest.raises(ezsd.EzsdError, match=r"threshold must lie in \[0, 1\], got 30"):
+        model(image, threshold=30)
+    assert model([], ["ring"]) == []
+    same = ezsd.load(shapes_run.folder, device=torch.device("cpu"), overrides=OPEN[0])
+    assert same(image, ["ring"], threshold=0.0) == model(image, ["ring"], threshold=0.0)
+
+
+def test_masks_are_arrays_even_of_nothing(masked_run, image):
+    model = ezsd.load(masked_run.folder, device="cpu", overrides=OPEN)
+    found = model(image, ["ring"], threshold=0.0)
+    assert found.masks.shape == (len(found), found.height, found.width)
+    assert model(image, ["ring"], threshold=1.0).masks.shape == (0, found.height, found.width)
 
 
 def test_notebooks_show_tables(model, image, shapes_store):
@@ -129,6 +186,10 @@ def test_a_store_is_a_dataset(shapes_store):
     some = ezsd.RegionDataset(store, image_ids=[number])
     (batch,) = DataLoader(some, batch_size=None, num_workers=1)
     assert torch.equal(batch["boxes"], item["boxes"])
+    with pytest.MonkeyPatch.context() as patch:
+        # Making one reads no rows.
+        patch.setattr(type(store.regions), "__getitem__", None)
+        assert len(ezsd.RegionDataset(store, image_ids=[number])) == 1
     with pytest.raises(ezsd.EzsdError, match="no image with id 999999"):
         ezsd.RegionDataset(store, image_ids=[999999])
 

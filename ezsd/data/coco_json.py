@@ -100,7 +100,7 @@ class AnnotationColumns:
     xywh: array[float] = field(default_factory=lambda: array("d"))
     """Four for each."""
     area: array[float] = field(default_factory=lambda: array("d"))
-    """Pixels, as stated; NaN where no finite number is."""
+    """Pixels, as stated; NaN where no finite number from 0 on is."""
     crowd: array[int] = field(default_factory=lambda: array("b"))
 
 
@@ -263,9 +263,9 @@ class _Entry:
         return False
 
     def area(self) -> float:
-        """The stated area; NaN where there is none: only figures by object size ask for it."""
+        """The stated area; NaN where there is none, or none that an area can be."""
         value = self.values.get("area")
-        return float(value) if is_finite(value) else math.nan  # type: ignore[arg-type]
+        return float(value) if is_finite(value) and value >= 0 else math.nan  # type: ignore[arg-type, operator]
 
     def box(self, key: str) -> tuple[float, float, float, float]:
         """Four finite numbers."""

@@ -27,11 +27,11 @@ class ClassScores(TypedDict):
     AR: float | None
     """Recall in [0, 1], mean over the ten IoU thresholds."""
     AP_small: float | None
-    """AP of objects of less than 32 x 32 pixels; see `ezsd.metrics.matching.AREAS`."""
+    """AP of objects of up to 32 x 32 pixels, mean over classes that have some; see `ezsd.metrics.matching.AREAS`."""
     AP_medium: float | None
-    """AP of objects of up to 96 x 96 pixels."""
+    """AP of objects from 32 x 32 to 96 x 96 pixels."""
     AP_large: float | None
-    """AP of objects of more."""
+    """AP of objects from 96 x 96 pixels on."""
     AR_small: float | None
     """AR by size, likewise."""
     AR_medium: float | None

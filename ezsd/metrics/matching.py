@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pycocotools import mask
 
-from ezsd.data.masks import decompress, overlaps
+from ezsd.data.masks import overlaps
 from ezsd.metrics.ground_truth import Truth
 from ezsd.metrics.results import Results
 
@@ -70,23 +70,30 @@ def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64], shape: Sh
     for pair in np.flatnonzero(lasts > firsts):
         found, true = slice(firsts[pair], lasts[pair]), slice(starts[pair], stops[pair])
         overlap = _overlap(truth, results, row[found], true_order[true], shape)  # (D, G)
+        # Few objects are told apart by size in few ways.
+        known: dict[bytes, tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]] = {}
         for size in AREAS:
-            hit[size][:, found], void[size][:, found] = _greedy(overlap, ignore[size][true], crowd[true])
-    unknowable, area = _open(truth, results, row), _areas(results, row, shape)
+            ignored = ignore[size][true]
+            if ignored.tobytes() not in known:
+                known[ignored.tobytes()] = _greedy(overlap, ignored, crowd[true])
+            hit[size][:, found], void[size][:, found] = known[ignored.tobytes()]
+    unknowable, area = _open(truth, results, row), _areas(truth, results, row, shape)
     for size, (least, most) in AREAS.items():
         void[size] |= ~hit[size] & (unknowable | (area < least) | (area > most))
     return {size: Matches(row, hit[size], void[size]) for size in AREAS}
 
 
-def _areas(results: Results, row: npt.NDArray[np.int64], shape: Shape) -> npt.NDArray[np.float64]:
+def _areas(truth: Truth, results: Results, row: npt.NDArray[np.int64], shape: Shape) -> npt.NDArray[np.float64]:
     """Areas of detections, pixels, (M,): of the box, or of the mask."""
     if shape == "bbox":
         with np.errstate(over="ignore"):
             boxes: npt.NDArray[np.float64] = results.xywh[row, 2] * results.xywh[row, 3]
         return boxes
     assert results.masks is not None
-    # The even runs are outside.
-    return np.array([decompress(results.masks[i])[1::2].sum() for i in row], dtype=np.float64)
+    sizes = truth.image_size[np.searchsorted(truth.image_ids, results.image_id[row])].tolist()
+    runs = [{"size": size, "counts": results.masks[i]} for i, size in zip(row, sizes, strict=True)]
+    # One by one: pycocotools counts what it is given in 8 bits.
+    return np.array([mask.area([one])[0] for one in runs], dtype=np.float64)
 
 
 def _overlap(

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, Union
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +34,9 @@ not say how they read images.
 
 ImageSource: TypeAlias = Union[str, os.PathLike[str], Image.Image, NDArray[Any], "Tensor"]
 """What an image may be given as, see `to_image`."""
+
+_BEYOND = 0.01
+"""So little may floating values lie outside of [0, 1]."""
 
 log = logging.getLogger("ezsd")
 
@@ -279,10 +284,16 @@ def opened_image(path: Path | str, file: IO[bytes] | None = None) -> Iterator[Im
     Raises:
         ImageError: it is missing, no image or too large, or damage shows within the context.
     """
+    with _image_errors(path), Image.open(path if file is None else file) as image:
+        _require_pixels(path, image)
+        yield image
+
+
+@contextmanager
+def _image_errors(path: Path | str) -> Iterator[None]:
+    """Turn what Pillow says of an image into an ImageError."""
     try:
-        with Image.open(path if file is None else file) as image:
-            _require_pixels(path, image)
-            yield image
+        yield
     except ImageError:
         raise
     except FileNotFoundError:
@@ -307,35 +318,65 @@ def to_image(source: ImageSource) -> Tensor:
     """(3, H, W) uint8 RGB of whatever holds an image.
 
     Args:
-        source: a file or a URL of fsspec, read as `read_pixels` reads; a PIL image, by the same rules; an array
-            (H, W, 3) or (H, W) uint8; or a tensor (3, H, W) uint8, or floating in [0, 1].
+        source: a file or a URL of fsspec, read as `read_pixels` reads; a PIL image, by the same rules, so one that was
+            opened from a file is turned by its EXIF orientation; an array (H, W, 3) RGB or (H, W) uint8; or a tensor
+            (3, H, W) RGB, uint8 or floating in [0, 1].
 
     Raises:
         ImageError: it cannot be read, or is something else.
     """
+    image = _to_image(source)
+    if not image.numel():
+        raise ImageError(f"expected an image of at least one pixel, found {image.shape[2]} x {image.shape[1]}")
+    return image
+
+
+def _to_image(source: ImageSource) -> Tensor:
     import torch
 
     if isinstance(source, str | os.PathLike):
-        text = os.fspath(source)
-        if "://" not in text:
-            return read_image(Path(text))
-        return _tensor(_fetched(text))
+        text = os.fsdecode(source)
+        if text.startswith("file:///"):
+            return read_image(Path(url2pathname(urlsplit(text).path)))
+        return _tensor(_fetched(text)) if "://" in text else read_image(Path(text))
     if isinstance(source, Image.Image):
-        _require_pixels("the image", source)
-        return _tensor(_pixels("the image", source, None, "turn"))
+        return _tensor(_pixels_of_picture(source))
     if isinstance(source, np.ndarray):
-        shaped = source.ndim in (2, 3) and source.shape[2:] in ((), (3,)) and source.size > 0
-        if source.dtype != np.uint8 or not shaped:
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,)):
             raise ImageError(f"expected an array (H, W, 3) or (H, W) uint8, found {source.shape} {source.dtype}")
         return _tensor(np.array(source) if source.ndim == 3 else np.stack([source] * 3, axis=2))
     if isinstance(source, torch.Tensor):
-        if source.ndim != 3 or len(source) != 3 or not (source.dtype == torch.uint8 or source.is_floating_point()):
-            raise ImageError(
-                f"expected a tensor (3, H, W), uint8 or floating in [0, 1], found {tuple(source.shape)} {source.dtype}"
-            )
-        pixels = source.detach().cpu()
-        return pixels if pixels.dtype == torch.uint8 else (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+        return _pixels_of_tensor(source)
     raise ImageError(f"expected a path, URL, PIL image, array or tensor, found {type(source).__name__}")
+
+
+def _pixels_of_picture(picture: Image.Image) -> NDArray[np.uint8]:
+    """Those of a PIL image; one that comes from no file was turned by whoever made it."""
+    name = "the image"
+    with _image_errors(name):
+        _require_pixels(name, picture)
+        try:
+            picture.load()
+        except AssertionError as error:
+            raise ImageError(f"{name}: is closed; use it within its `with`, or load() it there") from error
+        return _pixels(name, picture, None, "turn" if picture.format else "ignore")
+
+
+def _pixels_of_tensor(source: Tensor) -> Tensor:
+    import torch
+
+    if source.ndim != 3 or len(source) != 3 or not (source.dtype == torch.uint8 or source.is_floating_point()):
+        raise ImageError(
+            f"expected a tensor (3, H, W), uint8 or floating in [0, 1], found {tuple(source.shape)} {source.dtype}"
+        )
+    pixels = source.detach().cpu()
+    if pixels.dtype == torch.uint8 or not pixels.numel():
+        return pixels
+    least, most = float(pixels.min()), float(pixels.max())
+    # A resizing may leave the range by a little.
+    if not -_BEYOND <= least <= most <= 1 + _BEYOND:
+        raise ImageError(f"expected floating values in [0, 1], found {least:g} to {most:g}")
+    return (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _fetched(url: str) -> NDArray[np.uint8]:
@@ -344,7 +385,8 @@ def _fetched(url: str) -> NDArray[np.uint8]:
     try:
         with fsspec.open(url, "rb") as stream:
             data = stream.read()
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # Each file system's library has exceptions of its own, and none of them can be imported here.
         raise ImageError(f"{url}: cannot be read: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
     with opened_image(url, io.BytesIO(data)) as image:
         return _pixels(url, image, None, "turn")

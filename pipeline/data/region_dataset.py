@@ -28,10 +28,12 @@ class RegionDataset(Dataset[dict[str, Tensor]]):
     def __init__(self, store: Store | str | os.PathLike[str], image_ids: Sequence[int] | None = None) -> None:
         self.store = store if isinstance(store, Store) else Store(store)
         self._position = {int(image): place for place, image in enumerate(self.store.image_ids)}
+        self._sizes = self.store.sizes
         self.image_ids = tuple(self._position) if image_ids is None else tuple(map(int, image_ids))
         for image in self.image_ids:
-            # Says which id the store does not have.
-            self.store.regions[image]
+            if image not in self._position:
+                # Says what the store has.
+                self.store.regions[image]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -46,7 +48,7 @@ class RegionDataset(Dataset[dict[str, Tensor]]):
         regions, objects = self.store.regions[image], self.store.ground_truth[image]
         return {
             "image_id": torch.tensor(image),
-            "size": torch.from_numpy(self.store.sizes[self._position[image]].copy()),
+            "size": torch.from_numpy(self._sizes[self._position[image]].copy()),
             "boxes": torch.tensor(regions.box),
             "confidence": torch.tensor(regions.confidence),
             "embeddings": torch.tensor(regions.embedding).float(),

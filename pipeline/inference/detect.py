@@ -20,12 +20,13 @@ from ezsd.data.masks import decode, decompress, json_run_lengths
 from ezsd.errors import VocabularyError
 from ezsd.pipeline.data.images import ImageSource, read_image, to_image
 from ezsd.pipeline.devices import resolve_device
+from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.inference.fonts import require_named_font
-from ezsd.pipeline.inference.predictor import Located, Search, TrainedDetector, load_trained, run_teacher
+from ezsd.pipeline.inference.predictor import Located, Search, load_trained, run_teacher
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.open_clip import require_told_apart
-from ezsd.vocabulary import spelt_as
+from ezsd.vocabulary import require_characters, require_different, spelt_as
 
 log = logging.getLogger("ezsd")
 BATCH_IMAGES = 8
@@ -56,6 +57,8 @@ class ImageDetections:
     """Pixels, as it is shown."""
     objects: tuple[Detection, ...]
     """Best first."""
+    has_masks: bool = False
+    """Whether each object has a mask."""
 
     def __len__(self) -> int:
         return len(self.objects)
@@ -84,10 +87,13 @@ class ImageDetections:
     @property
     def masks(self) -> NDArray[np.bool_] | None:
         """Over the image as it is shown, (N, H, W); None without masks."""
-        runs = [one.mask for one in self.objects if one.mask is not None]
-        if len(runs) < len(self.objects) or not runs:
+        if not self.has_masks:
             return None
-        return np.stack([decode(mask, self.height, self.width) for mask in runs]).astype(np.bool_)
+        found = np.zeros((len(self.objects), self.height, self.width), np.bool_)
+        for place, one in enumerate(self.objects):
+            assert one.mask is not None
+            found[place] = decode(one.mask, self.height, self.width)
+        return found
 
     def _repr_html_(self) -> str:
         """A table, in a notebook."""
@@ -170,9 +176,11 @@ class Model:
     def __init__(
         self, run: Run, *, device: str = "auto", overrides: Sequence[str] = (), weights: Path | None = None
     ) -> None:
-        self._run, self._device, self._weights = run, resolve_device(device), weights
-        self._trained = load_trained(run, self._device, overrides)
+        self._run, self._device, self._weights = run, resolve_device(str(device)), weights
+        self._trained = load_trained(run, self._device, [overrides] if isinstance(overrides, str) else overrides)
         self._search: tuple[tuple[str, ...], bool, Search] | None = None
+        # Text rows by name: a teacher is not loaded twice for one.
+        self._rows = dict(zip(self._trained.names, self._trained.text, strict=True))
 
     def __repr__(self) -> str:
         return f"<ezsd model {self._run.folder}: {len(self.base_names)} base names, {len(self.names)} in all>"
@@ -200,19 +208,21 @@ class Model:
         Args:
             images: a path, URL, PIL image, array (H, W, 3) uint8 or tensor (3, H, W), or a list of these.
             names: names to look for, one or several; None for all of `names`.
-            threshold: least score, in [0, 1].
+            threshold: least score, in [0, 1]. The run's own `eval.score_threshold` and `eval.max_detections` hold
+                besides; `overrides` of `ezsd.load` change them.
             alone: whether no other name competes: objects of other classes are then called by the asked names too.
 
         Returns:
             For one image its detections; for a list a list of them.
 
         Raises:
-            EzsdError: an image that cannot be read, or a name that the teacher cannot embed.
+            EzsdError: an image that cannot be read, or names that are none, alike, or unknown to the teacher.
         """
+        if not 0 <= threshold <= 1:
+            raise ArgumentError(f"threshold must lie in [0, 1], got {threshold}")
         single = not isinstance(images, list | tuple)
         sources: list[ImageSource] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
-        asked = [names] if isinstance(names, str) else names
-        wanted = names_to_find(self._run, asked)
+        wanted = names_to_find(self._run, _asked(names))
         search = self.search(wanted, alone=alone)
         results: list[ImageDetections] = []
         for start in range(0, len(sources), BATCH_IMAGES):
@@ -232,7 +242,8 @@ class Model:
         """
         key = (tuple(names), alone)
         if self._search is None or self._search[:2] != key:
-            text = class_text(self._trained, self._run, names, self._device, self._weights)
+            self._embed([name for name in names if name not in self._rows])
+            text = torch.stack([self._rows[name] for name in names])
             require_told_apart(names, text)
             search = self._trained.search(text, alone=alone)
             if search.aside:
@@ -241,9 +252,33 @@ class Model:
             self._search = (*key, search)
         return self._search[2]
 
+    def _embed(self, names: Sequence[str]) -> None:
+        if not names:
+            return
+        teacher = run_teacher(self._run, self._device, adapted=True, weights=self._weights)
+        try:
+            with torch.no_grad():
+                rows = teacher.encode_text(names).float().cpu()
+        except KeyError as error:
+            raise VocabularyError(f"--classes: the teacher {teacher.name} has no embedding for {error}") from None
+        self._rows |= dict(zip(names, rows, strict=True))
+
     def find(self, images: Sequence[Tensor], search: Search) -> list[Located]:
         """Detections in images (3, H, W) uint8 RGB, see `TrainedDetector.find`."""
         return self._trained.find(images, search)
+
+
+def _asked(names: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    """Names as they were asked for; one of them may stand by itself."""
+    if names is None:
+        return None
+    found = (names,) if isinstance(names, str) else tuple(names)
+    if not found or not all(isinstance(name, str) for name in found):
+        raise ArgumentError(f"names: expected at least one class name, found {names!r}")
+    for name in found:
+        require_characters(name)
+    require_different(found)
+    return found
 
 
 def load(run: str | os.PathLike[str], *, device: str = "auto", overrides: Sequence[str] = ()) -> Model:
@@ -303,28 +338,6 @@ def coco_document(seen: Sequence[ImageDetections], classes: Sequence[str]) -> st
     return json.dumps({"images": images, "categories": categories, "annotations": annotations}, indent=1)
 
 
-def class_text(
-    trained: TrainedDetector, run: Run, classes: Sequence[str], device: str, weights: Path | None = None
-) -> Tensor:
-    """Unit text rows (C, D) of names: from the run's table, else from its re-normalised teacher.
-
-    Raises:
-        TeacherError: see `run_teacher`.
-        VocabularyError: the teacher cannot embed a name.
-    """
-    known = {name: row for name, row in zip(trained.names, trained.text, strict=True)}
-    unknown = [name for name in classes if name not in known]
-    if unknown:
-        teacher = run_teacher(run, device, adapted=True, weights=weights)
-        try:
-            with torch.no_grad():
-                rows = teacher.encode_text(unknown).float().cpu()
-        except KeyError as error:
-            raise VocabularyError(f"--classes: the teacher {teacher.name} has no embedding for {error}") from None
-        known |= dict(zip(unknown, rows, strict=True))
-    return torch.stack([known[name] for name in classes])
-
-
 def _seen(
     source: str,
     pixels: Tensor,
@@ -343,7 +356,13 @@ def _seen(
         )
         if score >= threshold
     ]
-    return ImageDetections(source=source, width=pixels.shape[2], height=pixels.shape[1], objects=tuple(objects))
+    return ImageDetections(
+        source=source,
+        width=pixels.shape[2],
+        height=pixels.shape[1],
+        objects=tuple(objects),
+        has_masks=found.masks is not None,
+    )
 
 
 def _draw(seen: ImageDetections, pixels: Tensor, place: Path, base: frozenset[str]) -> None:

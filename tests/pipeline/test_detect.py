@@ -21,7 +21,7 @@ from ezsd.pipeline.errors import ArgumentError, ImageError
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.inference.detect import (
-    class_text,
+    Model,
     coco_document,
     detect_images,
     found_lines,
@@ -278,7 +278,7 @@ def own_weights(shapes_store, shapes_dataset, with_settings, tmp_path, monkeypat
 
 
 def embedded(run, **options):
-    return class_text(load_trained(run, "cpu"), run, ["red ring", "bar"], "cpu", **options)
+    return Model(run, device="cpu", **options).search(["red ring", "bar"]).text
 
 
 def test_a_teacher_is_found_again_from_another_folder(own_weights, shapes_run, tmp_path):
