@@ -212,7 +212,7 @@ def open_to_read(file: Path) -> int:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise OSError(errno.EINVAL, "is no regular file", str(file))
+    raise OSError(errno.EINVAL, "is not a regular file", str(file))
 
 
 def _raise_limit() -> None:

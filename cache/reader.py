@@ -120,7 +120,7 @@ class Store:
         """
         if not isinstance(self._place, LocalPlace):
             raise StoreError(
-                f"{self._place}: is no local folder; copy it with `ezsd cache pull {self._place} DIR` first"
+                f"{self._place}: is not a local folder; copy it with `ezsd cache pull {self._place} DIR` first"
             )
         return self._place.path
 

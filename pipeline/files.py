@@ -36,7 +36,7 @@ def _parse(text: bytes | str, where: str) -> object:
     try:
         found: object = json.loads(text)
     except ValueError as error:
-        raise DamagedFile(f"{where}: is damaged, no JSON: {error}") from error
+        raise DamagedFile(f"{where}: is damaged, not valid JSON: {error}") from error
     return found
 
 

@@ -119,7 +119,7 @@ def _mark_problem(record: Mapping[str, Any]) -> str | None:
         return f"files: expected an object, found {_shown(files)}"
     for name, at in files.items():
         if not is_store_file(name):
-            return f"files: {_shown(name)} is no file of a store"
+            return f"files: {_shown(name)} is not a file of a store"
         if not isinstance(at, dict) or not is_count(at.get("size")) or not is_sha256(at.get("sha256")):
             return f"files: {name}: expected a size from 0 and a sha256, found {_shown(at)}"
     if sum(at["size"] for at in files.values()) > LARGEST:

@@ -255,7 +255,7 @@ class RemotePlace:
         with errors():
             array = self._group[name]
         if not isinstance(array, zarr.Array):
-            raise StoreError(f"{self.url}/{name}: is no array; the store is damaged")
+            raise StoreError(f"{self.url}/{name}: is not an array; the store is damaged")
         return ZarrArray(array, f"{self.url}/{name}", errors)
 
     @cached_property

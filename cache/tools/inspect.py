@@ -172,7 +172,7 @@ def list_stores(folder: str | os.PathLike[str]) -> dict[Path, StoreInfo | StoreE
     """
     place = Path(folder).absolute()
     if not place.is_dir():
-        raise StoreError(f"{place}: is no folder; give one that holds stores, such as cache")
+        raise StoreError(f"{place}: is not a folder; give one that holds stores, such as cache")
     found: dict[Path, StoreInfo | StoreError] = {}
     for path in sorted(place.iterdir()):
         if path.is_dir() and any((path / sign).exists() for sign in (COMMIT, INCOMPLETE, TRANSFER, plan_folder(path))):

@@ -111,7 +111,7 @@ def _present(there: RemotePlace, mark: CommitMark) -> set[str]:
     known = mark.files.keys() | {TRANSFER, ENVIRONMENT}
     foreign = sorted(name for name in sizes.keys() - known if not name.startswith(f"{ARRIVING}/"))
     if foreign:
-        raise StoreError(f"{there}: holds {foreign[0]!r}, which is no file of this store; choose another URL")
+        raise StoreError(f"{there}: holds {foreign[0]!r}, which is not a file of this store; choose another URL")
     return {name for name, expected in mark.files.items() if sizes.get(name) == expected.size}
 
 

@@ -65,8 +65,9 @@ def read_catalogue(path: Path) -> Catalogue:
     """Read the class table and the federated lists of a file; the rest of it is for `read_raw` to check.
 
     Raises:
-        AnnotationError: the file cannot be read, is no JSON or has no class table; some images have federated lists
-            and others none, a list holds something else than ids, or a category of a federated file has no frequency.
+        AnnotationError: the file cannot be read, is not valid JSON or has no class table; some images have federated
+            lists and others none, a list holds something else than ids, or a category of a federated file has no
+            frequency.
     """
     categories: list[Mapping[str, object]] = []
     lists = Federated()

@@ -248,7 +248,9 @@ def _ring(value: object) -> npt.NDArray[np.float64]:
     if not isinstance(value, list) or len(value) < 6 or len(value) % 2:
         raise ValueError(f"a ring {reprlib.repr(value)}")
     if not all(_is_near(number) for number in value):
-        raise ValueError(f"a ring {reprlib.repr(value)} with a point that is no pair of numbers within {REACH} pixels")
+        raise ValueError(
+            f"a ring {reprlib.repr(value)} with a point that is not a pair of numbers within {REACH} pixels"
+        )
     return np.array(value, dtype=np.float64).reshape(-1, 2)
 
 

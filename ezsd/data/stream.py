@@ -42,7 +42,7 @@ def is_finite(value: object) -> bool:
 
 
 class JsonError(ValueError):
-    """The text is no JSON; the message says what is wrong with it."""
+    """The text is not valid JSON; the message says what is wrong with it."""
 
 
 @contextlib.contextmanager

@@ -299,7 +299,7 @@ def _image_errors(path: Path | str) -> Iterator[None]:
     except FileNotFoundError:
         raise ImageError(f"{path}: no such image") from None
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: is no image") from error
+        raise ImageError(f"{path}: is not an image") from error
     except (OSError, SyntaxError, ValueError) as error:
         # Pillow says SyntaxError of a broken table of EXIF, ValueError of a broken head of a PNG.
         raise ImageError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error

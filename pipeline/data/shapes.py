@@ -38,7 +38,7 @@ def write_shapes(
 
     Raises:
         DatasetError: `out` is something else already.
-        DamagedFile: it was one, and its shapes.json is no JSON.
+        DamagedFile: it was one, and its shapes.json is not valid JSON.
     """
     card = {"dataset": "shapes", "version": 1, "train": train, "val": val, "seed": seed}
     if out.exists():

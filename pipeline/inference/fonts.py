@@ -29,7 +29,7 @@ def require_named_font() -> None:
     """ArgumentError when `EZSD_FONT` names no font file."""
     name = os.environ.get(VARIABLE)
     if name and _letters(Path(name)) is None:
-        raise ArgumentError(f"{VARIABLE}={name}: is no font file that can be read; expected a .ttf, .otf or .ttc")
+        raise ArgumentError(f"{VARIABLE}={name}: is not a font file that can be read; expected a .ttf, .otf or .ttc")
 
 
 def font_for(text: str, size: float) -> tuple[str, ImageFont.FreeTypeFont]:

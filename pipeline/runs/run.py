@@ -142,7 +142,7 @@ class Run:
         Raises:
             ArgumentError: the folder holds none.
             RunError: another version made it.
-            DamagedFile: run.json is no JSON object.
+            DamagedFile: run.json is not a JSON object.
         """
         require_run(folder)
         run = cls(folder)

@@ -130,7 +130,7 @@ TABLE = [
     Advice(
         situation="a push into a folder of other things",
         meet=lambda scene: push(scene.finished, scene.full.as_uri()),
-        message="which is no file of this store; choose another URL$",
+        message="which is not a file of this store; choose another URL$",
         works=lambda scene: push(scene.finished, scene.new.as_uri()),
     ),
     Advice(
@@ -194,14 +194,14 @@ TABLE = [
     Advice(
         situation="stores of a file",
         meet=lambda scene: list_stores(scene.full / "notes.txt"),
-        message="is no folder; give one that holds stores",
+        message="is not a folder; give one that holds stores",
         works=lambda scene: list_stores(scene.finished.parent)[scene.finished],
     ),
     Advice(
         situation="a URL where a folder is asked for",
         prepare=lambda scene: push(scene.finished, scene.url),
         meet=lambda scene: Store(scene.url).path,
-        message="is no local folder; copy it with `ezsd cache pull memory://\\w+ DIR` first$",
+        message="is not a local folder; copy it with `ezsd cache pull memory://\\w+ DIR` first$",
         cure=lambda scene, _: pull(scene.url, scene.new),
         works=lambda scene: Store(scene.new).path,
     ),

@@ -152,7 +152,9 @@ def web(tmp_path):
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_that_no_store_has_is_refused_where_the_mark_is_parsed(finished, name):
-    with pytest.raises(StoreError, match=r"^here: files: '.*' is no file of a store; ezsd wrote no such mark") as found:
+    with pytest.raises(
+        StoreError, match=r"^here: files: '.*' is not a file of a store; ezsd wrote no such mark"
+    ) as found:
         parse_mark(sealed(finished, files=listing(finished, name)), "here")
     assert "\n" not in str(found.value)
 
@@ -263,7 +265,7 @@ def test_pull_writes_nothing_outside(finished, web, tmp_path, way, name):
     if way == "memory":
         fsspec.filesystem("memory").put(str(hostile), url, recursive=True)
     before = everything(tmp_path)
-    with pytest.raises(StoreError, match="is no file of a store"):
+    with pytest.raises(StoreError, match="is not a file of a store"):
         pull(url, target)
     assert everything(tmp_path) == before
 
@@ -283,7 +285,7 @@ def test_nothing_outside_is_sent_mended_exported_or_removed(copy, tmp_path):
         "build": lambda: storekit.build(copy),
     }
     for call in calls.values():
-        with pytest.raises(StoreError, match="'../secret' is no file of a store"):
+        with pytest.raises(StoreError, match="'../secret' is not a file of a store"):
             call()
     assert everything(tmp_path) == before
     assert not fsspec.filesystem("memory").exists(url)
@@ -294,7 +296,7 @@ def test_a_store_set_aside_is_not_trusted_either(copy, tmp_path):
     mark = sealed(storekit.build(tmp_path / "other"), files=listing(tmp_path / "other", "../x"))
     (copy / "INCOMPLETE.json").write_bytes(mark)
     for command in (repair, verify, info, collect):
-        with pytest.raises(StoreError, match="INCOMPLETE.json: files: '../x' is no file of a store"):
+        with pytest.raises(StoreError, match="INCOMPLETE.json: files: '../x' is not a file of a store"):
             command(copy)
 
 
@@ -571,7 +573,7 @@ def test_a_pipe_in_a_store_is_never_waited_for(copy):
     (copy / "COMMIT.json").unlink()
     os.mkfifo(copy / "COMMIT.json")
     for command in (Store, info, verify, repair, collect):
-        with pytest.raises(StoreError, match=r"COMMIT.json: cannot be read \(is no regular file\)"):
+        with pytest.raises(StoreError, match=r"COMMIT.json: cannot be read \(is not a regular file\)"):
             command(copy)
 
 

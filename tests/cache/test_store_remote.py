@@ -102,7 +102,7 @@ def test_a_pushed_store_is_read_where_it_lies(finished, place):
         same_store(Store(place, verify=kept), Store(finished))
     with pytest.raises(StoreKeyError, match=f"^{place}: has no image with id 1"):
         Store(place).regions[1]
-    with pytest.raises(StoreError, match=f"{place}: is no local folder; copy it with `ezsd cache pull"):
+    with pytest.raises(StoreError, match=f"{place}: is not a local folder; copy it with `ezsd cache pull"):
         Store(place).path  # noqa: B018
 
 
@@ -257,7 +257,7 @@ def test_a_copy_never_mixes_with_anything_else(finished, tmp_path):
     (tmp_path / "mine/notes.txt").write_text("mine")
     with pytest.raises(StoreError, match="holds 'notes.txt' but no store"):
         pull(url, tmp_path / "mine")
-    with pytest.raises(StoreError, match="holds 'notes.txt', which is no file of this store"):
+    with pytest.raises(StoreError, match="holds 'notes.txt', which is not a file of this store"):
         push(finished, (tmp_path / "mine").as_uri())
     with pytest.raises(StoreError, match="is a file; choose a new folder"):
         pull(url, tmp_path / "mine/notes.txt")

@@ -112,7 +112,7 @@ def test_everything_wrong_is_told_in_one_pass_with_its_place(own):
     problems = found.problems + found.warnings
     for words in ("named 'dog'", "did you mean 'Dog'", "nearly categories[3].name, 'kite'", "21 x 10 pixels"):
         assert any(words in problem for problem in problems), words
-    for words in ("without an area", "outside the image of 20 x 10", "no such image", "is no image", "holds '..'"):
+    for words in ("without an area", "outside the image of 20 x 10", "no such image", "is not an image", "holds '..'"):
         assert any(words in problem for problem in problems), words
     assert not any("\n" in problem for problem in problems)
 

@@ -224,7 +224,7 @@ def test_what_cannot_be_detected_or_drawn_is_refused_before_it_starts(turned, tm
     (tmp_path / "notes.png").write_text("no image")
     for places, words in (
         ([tmp_path / "none.png"], "no such image"),
-        ([shown, tmp_path / "notes.png"], "notes.png: is no image"),
+        ([shown, tmp_path / "notes.png"], "notes.png: is not an image"),
         ([tmp_path / "empty"], "no images in this folder"),
     ):
         with pytest.raises((ArgumentError, ImageError), match=words):

@@ -83,7 +83,7 @@ def test_the_font_of_the_environment_comes_first(dejavu_alone, monkeypatch, tmp_
     (tmp_path / "none.ttf").write_text("no font")
     for name in ("none.ttf", "gone.ttf"):
         monkeypatch.setenv(fonts.VARIABLE, str(tmp_path / name))
-        with pytest.raises(ArgumentError, match=rf"EZSD_FONT=.*{name}: is no font file"):
+        with pytest.raises(ArgumentError, match=rf"EZSD_FONT=.*{name}: is not a font file"):
             drawn("circle")
 
 

@@ -127,7 +127,7 @@ def decomposed_file(files):
 
 REFUSED = {
     "no validation file": lambda f: setattr(f, "val", None),
-    "validation file that is no JSON": lambda f: setattr(f, "val", '{"images": ['),
+    "validation file that is not valid JSON": lambda f: setattr(f, "val", '{"images": ['),
     "no validation images": lambda f: shutil.rmtree(f.root / "val"),
     "base name that validation lacks": lambda f: without_a_name(f, "val", f.base[0]),
     "base name that training lacks": lambda f: without_a_name(f, "train", f.base[0]),

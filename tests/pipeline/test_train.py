@@ -623,7 +623,7 @@ def test_an_unreadable_image_is_named_by_the_reader_in_one_line(shapes_store, sh
         image.write_bytes(image.read_bytes()[:60])
     for workers in (0, 1):
         config = with_settings(train={"num_workers": workers})
-        with pytest.raises(ImageError, match=r"data/train/\S+: (is no image|cannot be read)") as caught:
+        with pytest.raises(ImageError, match=r"data/train/\S+: (is not an image|cannot be read)") as caught:
             train(TrainRequest(cache=shapes_store, run=tmp_path / f"run-{workers}", config=config, data_root=root))
         assert "\n" not in str(caught.value)
     assert readers() == set(), "a reader that lives on keeps the program from ending"
