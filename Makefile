@@ -10,9 +10,10 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/ezsd demo
 
-# A file's tests share fixtures that cost seconds, so a file goes to one process whole.
+# Tests of a file share fixtures that cost seconds, so a file goes to one process whole; in the order of their names, for the
+# files of few tests are the long ones, and would come last.
 test: lint
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # On a machine with a GPU: the kernels against float64, then the table of benchmarks/kernel.py with its own gates.
 # cuBLAS is deterministic only with a workspace of its own.
