@@ -287,7 +287,7 @@ SPOKEN: Calls = {
         lambda root: split_of(root / "s.toml", None),
     ),
     "is a folder; give the name of a file": (require_output, lambda root: require_output(root / "new.json")),
-    "there is not a folder \\S+; make it first": (
+    "there is no folder \\S+; make it first": (
         lambda root: require_output(root / "deep/new.json"),
         lambda root: ((root / "deep").mkdir(), require_output(root / "deep/new.json")),
     ),

@@ -55,7 +55,7 @@ def test_a_search_without_competitors_is_offered(command):
         (["cache", "build", "--dataset", "shapes", "--device", "tpu"], ["tpu", "cuda"]),
         (["cache", "build", "--datset", "shapes"], ["--datset"]),
         (["cache", "info", "nowhere"], ["nowhere"]),
-        (["cache", "ls", "nowhere"], ["nowhere", "no folder"]),
+        (["cache", "ls", "nowhere"], ["nowhere", "not a folder"]),
         (["cache", "verify", "nowhere"], ["nowhere", "is not a store"]),
         (["cache", "repair", "nowhere"], ["nowhere", "is not a store"]),
         (["cache", "gc", "nowhere"], ["nowhere", "is not a store"]),
@@ -315,7 +315,7 @@ def test_eval_of_a_results_file_writes_the_same_bytes_twice(shapes_run, shapes_r
 def test_detect_refuses_what_is_no_image(shapes_run, tmp_path):
     (tmp_path / "notes.png").write_text("not an image")
     result = ezsd("detect", tmp_path / "notes.png", "--run", shapes_run.folder, "--classes", "ring")
-    assert_one_clear_line(result, "notes.png", "no image")
+    assert_one_clear_line(result, "notes.png", "not an image")
 
 
 def test_detect_refuses_a_class_that_the_teacher_has_no_words_for(shapes_run, shapes_root):

@@ -40,11 +40,11 @@ def require_alone(alone: bool, classes: str | None) -> None:
 
 
 def require_output(file: Path) -> None:
-    """ArgumentError when no file can be written to a place: it is a folder, or there is not a folder around it."""
+    """ArgumentError when no file can be written to a place: it is a folder, or there is no folder around it."""
     if file.is_dir():
         raise ArgumentError(f"--out {file}: is a folder; give the name of a file")
     if not file.parent.is_dir():
-        raise ArgumentError(f"--out {file}: there is not a folder {file.parent}; make it first")
+        raise ArgumentError(f"--out {file}: there is no folder {file.parent}; make it first")
 
 
 def require_one_source(

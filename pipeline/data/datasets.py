@@ -81,7 +81,7 @@ class Dataset:
         """What may have been meant by a place that does not exist."""
         parent, kind = (self.root / place).parent, Path(place).suffix
         if not parent.is_dir():
-            return f"there is not a folder {parent}"
+            return f"there is no folder {parent}"
         there = sorted(one.name for one in parent.iterdir() if one.is_dir() != bool(kind))
         return suggest(Path(place).name, there) if there else f"{parent} is empty"
 
