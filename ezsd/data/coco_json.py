@@ -265,7 +265,7 @@ class _Entry:
     def area(self) -> float:
         """The stated area; NaN where there is none, or none that an area can be."""
         value = self.values.get("area")
-        return float(value) if is_finite(value) and value >= 0 else math.nan  # type: ignore[arg-type, operator]
+        return float(value) if is_finite(value) and value >= 0 else math.nan
 
     def box(self, key: str) -> tuple[float, float, float, float]:
         """Four finite numbers."""

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeGuard
 
 from ezsd.data.records import unfit
 
@@ -29,7 +29,7 @@ _DECODER = json.JSONDecoder()
 _CUT = 16
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether a JSON value is a number that a float64 can hold."""
     if type(value) is float:
         return math.isfinite(value)

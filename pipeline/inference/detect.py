@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ezsd.data.masks import decode, decompress, json_run_lengths
 from ezsd.errors import VocabularyError
-from ezsd.pipeline.data.images import ImageSource, read_image, to_image
+from ezsd.pipeline.data.images import ImageSource, to_image
 from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.inference.fonts import require_named_font
@@ -150,16 +150,11 @@ def detect_images(
     if drawn is not None:
         require_named_font()
     model = Model(run, device=device, overrides=overrides, weights=weights)
-    search = model.search(classes, alone=alone)
     known = frozenset(model.base_names)
-    for start in range(0, len(images), BATCH_IMAGES):
-        paths = images[start : start + BATCH_IMAGES]
-        pixels = [read_image(path) for path in paths]
-        for number, found in enumerate(model.find(pixels, search)):
-            seen = _seen(str(paths[number]), pixels[number], found, classes, threshold)
-            if drawn is not None:
-                _draw(seen, pixels[number], drawn[start + number], known)
-            yield seen
+    for number, (pixels, seen) in enumerate(model.each(images, classes, threshold=threshold, alone=alone)):
+        if drawn is not None:
+            _draw(seen, pixels, drawn[number], known)
+        yield seen
 
 
 class Model:
@@ -220,18 +215,27 @@ class Model:
         """
         if not 0 <= threshold <= 1:
             raise ArgumentError(f"threshold must lie in [0, 1], got {threshold}")
-        single = not isinstance(images, list | tuple)
-        sources: list[ImageSource] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
         wanted = names_to_find(self._run, _asked(names))
-        search = self.search(wanted, alone=alone)
-        results: list[ImageDetections] = []
-        for start in range(0, len(sources), BATCH_IMAGES):
-            some = sources[start : start + BATCH_IMAGES]
-            pixels = [to_image(source) for source in some]
-            for source, image, found in zip(some, pixels, self.find(pixels, search), strict=True):
-                where = os.fspath(source) if isinstance(source, str | os.PathLike) else ""
-                results.append(_seen(where, image, found, wanted, threshold))
+        single = not isinstance(images, list | tuple)
+        # A text is a sequence too, which a type checker cannot rule out.
+        sources: list[ImageSource] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
+        results = [seen for _, seen in self.each(sources, wanted, threshold=threshold, alone=alone)]
         return results[0] if single else results
+
+    def each(
+        self, images: Sequence[ImageSource], names: Sequence[str], *, threshold: float, alone: bool
+    ) -> Iterator[tuple[Tensor, ImageDetections]]:
+        """Pixels (3, H, W) uint8 of each image and what was found in it, a few images at a time; see `__call__`.
+
+        Names are as `names_to_find` gives them.
+        """
+        search = self.search(names, alone=alone)
+        for start in range(0, len(images), BATCH_IMAGES):
+            sources = images[start : start + BATCH_IMAGES]
+            pixels = [to_image(source) for source in sources]
+            for source, image, found in zip(sources, pixels, self._trained.find(pixels, search), strict=True):
+                where = os.fsdecode(source) if isinstance(source, str | os.PathLike) else ""
+                yield image, _seen(where, image, found, names, threshold)
 
     def search(self, names: Sequence[str], *, alone: bool = False) -> Search:
         """What to look for, see `TrainedDetector.search`; the last one is kept.
@@ -262,10 +266,6 @@ class Model:
         except KeyError as error:
             raise VocabularyError(f"--classes: the teacher {teacher.name} has no embedding for {error}") from None
         self._rows |= dict(zip(names, rows, strict=True))
-
-    def find(self, images: Sequence[Tensor], search: Search) -> list[Located]:
-        """Detections in images (3, H, W) uint8 RGB, see `TrainedDetector.find`."""
-        return self._trained.find(images, search)
 
 
 def _asked(names: Sequence[str] | str | None) -> tuple[str, ...] | None:
