@@ -15,7 +15,6 @@ from torchvision.ops.poolers import LevelMapper
 
 from ezsd import kernels
 from ezsd.kernels.eager import taps
-from ezsd.kernels.pooling import make_pooling
 
 SAMPLES = 2
 
@@ -41,11 +40,6 @@ class Problem:
         """What gradients flow to."""
         return [*self.maps, self.projection, self.bias]
 
-    @property
-    def levels(self) -> dict[str, float]:
-        """The level rule's two numbers."""
-        return {"canonical_size": self.canonical_size, "canonical_level": self.canonical_level}
-
     def double(self) -> Problem:
         """The same in float64, with leaves of its own."""
         names = ("boxes", "target", "weight")
@@ -59,18 +53,15 @@ Variant = Callable[[Problem], Tensor]
 
 def ours(problem: Problem) -> Tensor:
     """The operator of ezsd.kernels."""
+    head = problem.projection, problem.bias
     return kernels.roi_align_cosine(
         problem.maps,
         problem.boxes,
         problem.image_index,
-        problem.target,
-        problem.weight,
-        spatial_scale=problem.scales,
-        output_size=problem.bins,
-        sampling_ratio=SAMPLES,
-        projection=problem.projection,
-        bias=problem.bias,
-        **problem.levels,
+        _pooling(problem),
+        *head,
+        target=problem.target,
+        weight=problem.weight,
     )
 
 
@@ -100,6 +91,16 @@ def sparse_product(problem: Problem) -> Tensor:
     shape = (len(problem.boxes) * problem.bins**2, len(cells))
     pooled = _SparseProduct.apply(cells, rows, columns, values.to(dtype), shape)
     return _loss(problem, pooled.view(len(problem.boxes), -1))
+
+
+def _pooling(problem: Problem) -> kernels.Pooling:
+    return kernels.Pooling(
+        spatial_scale=tuple(problem.scales),
+        output_size=problem.bins,
+        sampling_ratio=SAMPLES,
+        canonical_size=problem.canonical_size,
+        canonical_level=problem.canonical_level,
+    )
 
 
 def _levels(problem: Problem) -> Tensor:
@@ -148,8 +149,7 @@ def _compressed(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int,
 
 def _taps(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Row (box, bin), column (cell) and weight of every bilinear tap, in the order of rows."""
-    options = {"output_size": problem.bins, "sampling_ratio": SAMPLES, **problem.levels}
-    pooling = make_pooling(problem.maps, problem.scales, **options)
+    pooling = _pooling(problem).bind(problem.maps)
     dtype = torch.promote_types(problem.boxes.dtype, torch.float32)
     cell, weight = taps(pooling, problem.boxes.to(dtype), problem.image_index)
     row = torch.arange(len(cell), device=cell.device)

@@ -34,7 +34,7 @@ from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.extraction.teacher import configured_teacher
 from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.training.dataloader import load_batches
-from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.training.distributed import Distributed
 from ezsd.pipeline.training.train import build_trainer, store_dataset, training_samples
 from ezsd.pipeline.training.trainer import Trainer
 from ezsd.teacher.open_clip import Teacher
@@ -72,7 +72,7 @@ def build_arms(store: Store, config: Config, device: str, base: int, arms: Seque
         loss = dataclasses.replace(config.loss, distillation=config.loss.distillation * (arm != "none"))
         torch.manual_seed(config.train.seed)
         detector = build_detector(config, store.embed_dim, None).to(device).train()
-        made[arm] = build_trainer(detector, dataclasses.replace(config, loss=loss), text, base, Processes())
+        made[arm] = build_trainer(detector, dataclasses.replace(config, loss=loss), text, base, Distributed())
     return made
 
 

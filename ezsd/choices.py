@@ -5,7 +5,7 @@ from typing import Literal
 Backend = Literal["auto", "eager", "triton"]
 """Where the fused operators run."""
 Metric = Literal["cosine", "l1"]
-"""How the distance of a region embedding to its target is measured."""
+"""Distillation metrics, see `ezsd.losses.METRICS`."""
 BoxClass = Literal["foreground", "reference", "topk"]
 """Whose text row the box regressor sees at inference, see `DetectorSettings.box_class`."""
 HeadName = Literal["fast", "paper"]

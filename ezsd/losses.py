@@ -1,20 +1,100 @@
-"""The objective of stage two: classification, box regression, distillation."""
+"""The objective of stage two: every term, its weight, and the metrics of the distillation.
+
+| term | of | divided by |
+|---|---|---|
+| rpn_objectness, rpn_box | torchvision's proposal network | anchors sampled |
+| classification | cross-entropy of regions against class names and background | regions sampled |
+| box | L1 of box deltas, positives only | regions sampled |
+| mask | binary cross-entropy of mask cells, positives only | cells of positives |
+| distillation | distance of region embeddings to the cached embeddings | weight of the regions |
+
+The objective is the sum of terms times `loss_weights`. To add a distillation metric, write one function of unit
+vectors, list it in `METRICS` and name it in `ezsd.choices.Metric`, which makes it a value of the setting loss.metric.
+Plain torch computes it, unless the fused operator does (`ezsd.kernels.distance.FUSED`).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ezsd.choices import Metric
+from ezsd.kernels.distance import Distance, cosine_distance, l1_distance, mean_distance
 
 DELTA_SCALE = (10.0, 10.0, 5.0, 5.0)
 """Box deltas are multiplied by these, so that they have a spread of about one."""
 
 REFERENCE_COSINE = 0.7
 """Between student and teacher, where the metrics of the distillation pull equally hard."""
+
+
+@dataclass(frozen=True, slots=True)
+class DistillationMetric:
+    """A distance between unit vectors, and how hard it pulls."""
+
+    distance: Distance
+    """Distance per row of student and teacher embeddings."""
+    squared_gradient: Callable[[float, int], float]
+    """Expected squared norm of its gradient with respect to the student, less the part along the student, which unit
+    length takes away; of the cosine between the two and the dimension D."""
+
+
+METRICS: Mapping[Metric, DistillationMetric] = {
+    "cosine": DistillationMetric(cosine_distance, lambda cosine, _: 1 - cosine**2),
+    "l1": DistillationMetric(l1_distance, lambda cosine, dim: dim * (1 - (1 - cosine) / math.pi)),
+}
+"""Metrics of the distillation by the name that loss.metric takes."""
+
+
+class LossWeights(Protocol):
+    """Weights of the terms as the configuration holds them; 1 for each is the method."""
+
+    @property
+    def rpn(self) -> float:
+        """Weight of both terms of the proposal network."""
+
+    @property
+    def classification(self) -> float:
+        """Weight of the cross-entropy."""
+
+    @property
+    def box(self) -> float:
+        """Weight of the box regression."""
+
+    @property
+    def mask(self) -> float:
+        """Weight of the masks."""
+
+    @property
+    def distillation(self) -> float:
+        """Weight of the distillation in units of L1's, see `distillation_scale`."""
+
+    @property
+    def metric(self) -> Metric:
+        """Metric of the distillation."""
+
+
+def loss_weights(weights: LossWeights, embed_dim: int) -> dict[str, float]:
+    """Factor of each term in the objective, for embeddings of width `embed_dim`."""
+    return {
+        "rpn_objectness": weights.rpn,
+        "rpn_box": weights.rpn,
+        "classification": weights.classification,
+        "box": weights.box,
+        "mask": weights.mask,
+        "distillation": weights.distillation * distillation_scale(weights.metric, embed_dim),
+    }
+
+
+def weighted_sum(terms: Mapping[str, Tensor], factors: Mapping[str, float]) -> Tensor:
+    """The objective: the sum of the terms that are there, each times its factor; a scalar float32."""
+    return torch.stack([factors[name] * term.float() for name, term in terms.items()]).sum()
 
 
 def distillation_scale(metric: Metric, embed_dim: int) -> float:
@@ -26,18 +106,31 @@ def distillation_scale(metric: Metric, embed_dim: int) -> float:
         L1            sqrt(D (1 - (1 - c) / pi))
         1 - cosine    sqrt(1 - c^2)
 
-    L1 keeps its scale: the authors' weight of 1 belongs to it. 1 - cosine is multiplied by the ratio of the two at
-    c = `REFERENCE_COSINE`, about 1.33 sqrt(D): 15.1 at D = 128, 30.1 at D = 512. Elsewhere they differ: L1's norm
-    hardly changes with c, that of the cosine falls to zero as c rises to 1.
+    L1 keeps its scale: the authors' weight of 1 belongs to it. Another metric is multiplied by the ratio of L1's norm
+    to its own at c = `REFERENCE_COSINE`; 1 - cosine by about 1.33 sqrt(D): 15.1 at D = 128, 30.1 at D = 512. Elsewhere
+    they differ: L1's norm hardly changes with c, that of the cosine falls to zero as c rises to 1.
 
     Args:
         metric: of the distance.
         embed_dim: D.
     """
-    if metric == "l1":
-        return 1.0
-    c = REFERENCE_COSINE
-    return math.sqrt(embed_dim * (1 - (1 - c) / math.pi) / (1 - c**2))
+    of_l1, of_metric = (METRICS[m].squared_gradient(REFERENCE_COSINE, embed_dim) for m in ("l1", metric))
+    return math.sqrt(of_l1 / of_metric)
+
+
+def distillation_loss(embedding: Tensor, target: Tensor, weight: Tensor, metric: Metric) -> Tensor:
+    """Weighted mean distance of region embeddings to the cached embeddings, by plain torch.
+
+    Args:
+        embedding: student, (R, D), any length.
+        target: teacher, (R, D), any float dtype and length.
+        weight: (R,), see `region_weights`.
+        metric: a name in `METRICS`.
+
+    Returns:
+        A scalar; see `ezsd.kernels.distance.mean_distance` for zero rows and zero weights.
+    """
+    return mean_distance(embedding, target, weight, METRICS[metric].distance)
 
 
 def encode_boxes(reference: Tensor, target: Tensor) -> Tensor:
@@ -72,6 +165,12 @@ def classification_loss(logits: Tensor, label: Tensor) -> Tensor:
 def box_loss(deltas: Tensor, target: Tensor, *, sampled: int) -> Tensor:
     """L1 over the positives' deltas (P, 4), summed over coordinates and divided by the number of sampled regions."""
     return F.l1_loss(deltas.float(), target, reduction="sum") / max(sampled, 1)
+
+
+def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean binary cross-entropy of the cells of P masks (P, M, M); zero when P is 0."""
+    total = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum")
+    return total / max(target.numel(), 1)
 
 
 def region_weights(confidence: Tensor, image_index: Tensor, *, images: int) -> Tensor:

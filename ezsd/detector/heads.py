@@ -7,99 +7,22 @@ the method's authors do.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ezsd.choices import MAX_TEMPERATURE, Backend, Metric
-from ezsd.kernels import roi_align, roi_align_cosine, roi_embed
-from ezsd.kernels.reference import distances, unit, weighted_mean
-
-
-class PoolingOptions(TypedDict):
-    """What the three operators take alike; see `ezsd.kernels`."""
-
-    spatial_scale: list[float]
-    output_size: int
-    canonical_size: int
-    canonical_level: int
-    backend: Backend
-
-
-class Pooling:
-    """How regions are pooled: one setting for classification, distillation and regression.
-
-    Args:
-        strides: pixels per cell of each level.
-        size: P, bins per side.
-        canonical_size: side of the box, pixels, that belongs on the level of stride 2 ** canonical_level.
-        canonical_level: see there.
-        backend: which kernel runs it.
-    """
-
-    def __init__(
-        self, *, strides: tuple[int, ...], size: int, canonical_size: int, canonical_level: int, backend: Backend
-    ) -> None:
-        self.levels = len(strides)
-        self.size = size
-        self.options: PoolingOptions = {
-            "spatial_scale": [1 / stride for stride in strides],
-            "output_size": size,
-            "canonical_size": canonical_size,
-            "canonical_level": canonical_level,
-            "backend": backend,
-        }
-
-    def align(self, maps: list[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
-        """(R, C, P, P) pooled features of boxes (R, 4) in input pixels."""
-        return roi_align(
-            maps,
-            boxes,
-            image_index,
-            **self.options,
-        )
-
-    def embed(self, maps: list[Tensor], boxes: Tensor, image_index: Tensor, projection: nn.Linear) -> Tensor:
-        """(R, D) unit embeddings."""
-        return roi_embed(
-            maps,
-            boxes,
-            image_index,
-            projection=projection.weight,
-            bias=projection.bias,
-            **self.options,
-        )
-
-    def distance(
-        self,
-        maps: list[Tensor],
-        boxes: Tensor,
-        image_index: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        projection: nn.Linear,
-        metric: Metric,
-    ) -> Tensor:
-        """Weighted mean of the distances between region embeddings and targets (R, D); scalar."""
-        return roi_align_cosine(
-            maps,
-            boxes,
-            image_index,
-            target,
-            weight,
-            projection=projection.weight,
-            bias=projection.bias,
-            metric=metric,
-            **self.options,
-        )
+from ezsd.choices import MAX_TEMPERATURE, Metric
+from ezsd.kernels import Pooling, roi_align, roi_align_cosine, roi_embed
+from ezsd.kernels.distance import FUSED, unit
+from ezsd.losses import distillation_loss
 
 
 def convolutions(channels: int, depth: int) -> nn.ModuleList:
-    """So many 3 x 3 convolutions of one width, to be followed by ReLUs."""
+    """Make 3 x 3 convolutions of one width, which ReLUs follow."""
     made = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(depth)]
     for convolution in made:
         nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
@@ -188,30 +111,40 @@ class SemanticBoxRegressor(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedRegions:
-    """Regions as a head sees them."""
+    """Embeddings of regions, and their pooled features on demand."""
 
     embedding: Tensor
     """(R, D), unit rows."""
     pooled: Callable[[Tensor | slice], Tensor]
-    """What the box regressor reads of the regions of a mask (R,) or slice: (N, C, P, P)."""
+    """Pooled features for the box regressor, (N, C, P, P), of the regions that a mask (R,) or a slice selects."""
 
 
-class Head(Protocol):
-    """What the detector asks of a head."""
+class Head(nn.Module, ABC):
+    """Region head: embeddings of regions, their classifier and their box regressor.
+
+    Args:
+        pooling: RoI pooling of all regions, whether classified, distilled or regressed.
+        channels: width of the maps.
+        embed_dim: D.
+        depth: convolutions before the projection, see the class.
+        hidden: width of fully connected layers.
+        semantic: whether the regressor knows the class.
+        temperature: start of the multiplier of cosines.
+    """
 
     pooling: Pooling
     classifier: CosineClassifier
     regressor: SemanticBoxRegressor
 
     def features(self, maps: list[Tensor]) -> list[Tensor]:
-        """What regions are pooled from: maps (B, C, H, W), finest first, to maps of the same shapes."""
-        ...
+        """Maps that regions are pooled from, of maps (B, C, H, W), finest first, and of their shapes."""
+        return maps
 
+    @abstractmethod
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
-        """Boxes (R, 4) in input pixels of images (R,)."""
-        ...
+        """Embed boxes (R, 4) in input pixels of images (R,)."""
 
-    def distance(
+    def distillation_loss(
         self,
         features: list[Tensor],
         boxes: Tensor,
@@ -220,22 +153,15 @@ class Head(Protocol):
         weight: Tensor,
         metric: Metric,
     ) -> Tensor:
-        """Weighted mean of the distances between region embeddings and targets (R, D); scalar."""
-        ...
+        """Weighted mean distance of the embeddings of boxes (R, 4) to targets (R, D); a scalar.
+
+        The box regressor is not run. See `ezsd.losses.distillation_loss`.
+        """
+        return distillation_loss(self.embed(features, boxes, image_index).embedding, target, weight, metric)
 
 
-class FastHead(nn.Module):
-    """Convolutions on the maps, then pooling, one linear layer and unit length as one operator.
-
-    Args:
-        pooling: how regions are pooled.
-        channels: width of the maps.
-        embed_dim: D.
-        depth: convolutions before the pooling.
-        hidden: width of the box regressor's hidden layer.
-        semantic: whether the regressor knows the class.
-        temperature: start of the multiplier of cosines.
-    """
+class FastHead(Head):
+    """Convolutions on the maps, then pooling, one linear layer and unit length as one operator; arguments of `Head`."""
 
     def __init__(
         self,
@@ -249,7 +175,7 @@ class FastHead(nn.Module):
         temperature: float,
     ) -> None:
         super().__init__()
-        inputs = channels * pooling.size**2
+        inputs = channels * pooling.output_size**2
         self.pooling = pooling
         self.tower = Tower(channels, depth)
         self.projection = nn.Linear(inputs, embed_dim)
@@ -258,16 +184,18 @@ class FastHead(nn.Module):
         self.regressor = SemanticBoxRegressor(trunk, hidden, embed_dim if semantic else 0)
 
     def features(self, maps: list[Tensor]) -> list[Tensor]:
-        """See `Head`."""
+        """Run the convolutions, once for all regions."""
         features: list[Tensor] = self.tower(maps)
         return features
 
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
-        """See `Head`; pooled features are made for the regions that are asked for, when they are."""
-        embedding = self.pooling.embed(features, boxes, image_index, self.projection)
-        return EmbeddedRegions(embedding, lambda rows: self.pooling.align(features, boxes[rows], image_index[rows]))
+        """Embed by the fused operator; pooled features are made for the regions that are asked for, when they are."""
+        embedding = roi_embed(features, boxes, image_index, self.pooling, self.projection.weight, self.projection.bias)
+        return EmbeddedRegions(
+            embedding, lambda rows: roi_align(features, boxes[rows], image_index[rows], self.pooling)
+        )
 
-    def distance(
+    def distillation_loss(
         self,
         features: list[Tensor],
         boxes: Tensor,
@@ -276,12 +204,17 @@ class FastHead(nn.Module):
         weight: Tensor,
         metric: Metric,
     ) -> Tensor:
-        """See `Head`; one operator for all regions of the batch."""
-        return self.pooling.distance(features, boxes, image_index, target, weight, self.projection, metric)
+        """Distil by the fused operator, for the metrics that it has."""
+        if metric not in FUSED:
+            return super().distillation_loss(features, boxes, image_index, target, weight, metric)
+        head = self.projection.weight, self.projection.bias
+        return roi_align_cosine(
+            features, boxes, image_index, self.pooling, *head, target=target, weight=weight, metric=metric
+        )
 
 
 class Branch(nn.Module):
-    """One convolution and two fully connected layers: pooled features (R, C, P, P) to (R, width)."""
+    """Branch of the paper's head: a convolution and two fully connected layers, (R, C, P, P) to (R, width)."""
 
     def __init__(self, channels: int, size: int, width: int) -> None:
         super().__init__()
@@ -291,24 +224,17 @@ class Branch(nn.Module):
             _xavier(layer)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """See the class."""
+        """Map pooled features (R, C, P, P) to (R, width)."""
         hidden = _convolve(self.convolutions, pooled).flatten(1)
         for layer in self.layers:
             hidden = F.relu(layer(hidden))
         return hidden
 
 
-class PaperHead(nn.Module):
+class PaperHead(Head):
     """Convolutions on every pooled region, shared, then a branch for the embedding and one for the box.
 
-    Args:
-        pooling: how regions are pooled.
-        channels: width of the maps.
-        embed_dim: D.
-        depth: convolutions that the branches share.
-        hidden: width of the fully connected layers.
-        semantic: whether the regressor knows the class.
-        temperature: start of the multiplier of cosines.
+    Arguments of `Head`; both branches have a convolution and two fully connected layers of their own.
 
     Source: EZAD (arXiv 2303.12145) and its authors' code, as docs/method.md describes them.
     """
@@ -327,34 +253,17 @@ class PaperHead(nn.Module):
         super().__init__()
         self.pooling = pooling
         self.shared = convolutions(channels, depth)
-        self.branch = Branch(channels, pooling.size, hidden)
+        self.branch = Branch(channels, pooling.output_size, hidden)
         self.projection = nn.Linear(hidden, embed_dim)
         _xavier(self.projection)
         self.classifier = CosineClassifier(embed_dim, temperature=temperature)
-        trunk = Branch(channels, pooling.size, hidden)
+        trunk = Branch(channels, pooling.output_size, hidden)
         self.regressor = SemanticBoxRegressor(trunk, hidden, embed_dim if semantic else 0)
 
-    def features(self, maps: list[Tensor]) -> list[Tensor]:
-        """See `Head`; regions are pooled from the pyramid itself."""
-        return maps
-
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
-        """See `Head`."""
-        shared = _convolve(self.shared, self.pooling.align(features, boxes, image_index))
+        """Run the shared convolutions on every region, then the branch of the embedding."""
+        shared = _convolve(self.shared, roi_align(features, boxes, image_index, self.pooling))
         return EmbeddedRegions(unit(self.projection(self.branch(shared))), lambda rows: shared[rows])
-
-    def distance(
-        self,
-        features: list[Tensor],
-        boxes: Tensor,
-        image_index: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        metric: Metric,
-    ) -> Tensor:
-        """See `Head`; the box branch is not run."""
-        embedding = self.embed(features, boxes, image_index).embedding
-        return weighted_mean(distances(embedding, target, metric), weight)
 
 
 def _convolve(layers: nn.ModuleList, pooled: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Masks of regions, one channel for all classes: what they learn from, what they cost, how they fill an image.
+"""Masks of regions, one channel for all classes: targets, head, and masks of an image's size.
 
 An object's mask is kept in its own frame on a grid of fixed size: boxes are scaled, moved and mirrored with the image,
 and the grid is at most mirrored. Memory depends on the number of objects, not on the size of the images.
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import roi_align
 
+from ezsd import kernels
 from ezsd.boxes import flip_horizontal, scale
-from ezsd.detector.heads import Pooling
+from ezsd.kernels import Pooling
 
 GRID = 112
 """Cells per side of an object's own mask: two for each cell of a target that covers half of the object."""
@@ -33,7 +34,7 @@ class ObjectMasks:
     """Masks of the objects of one image, in the order of its boxes."""
 
     frame: Tensor
-    """Where each grid lies, xyxy, (N, 4); may reach out of the image."""
+    """Box that each grid covers, xyxy, (N, 4); may extend beyond the image."""
     grid: Tensor
     """(N, GRID, GRID) bool."""
 
@@ -44,19 +45,19 @@ class ObjectMasks:
         return ObjectMasks(self.frame[rows], self.grid[rows])
 
     def scaled(self, sx: float, sy: float) -> ObjectMasks:
-        """In an image resized by these factors."""
+        """Follow an image resized by these factors."""
         return ObjectMasks(scale(self.frame, sx, sy), self.grid)
 
     def in_window(self, x: int, y: int) -> ObjectMasks:
-        """In a window whose upper left corner lies there."""
+        """Follow a crop of the image whose upper left corner is (x, y)."""
         return ObjectMasks(self.frame - self.frame.new_tensor([x, y, x, y]), self.grid)
 
     def mirrored(self, width: float) -> ObjectMasks:
-        """In the image mirrored left to right."""
+        """Follow an image mirrored left to right."""
         return ObjectMasks(flip_horizontal(self.frame, width), self.grid.flip(2))
 
     def to(self, device: torch.device) -> ObjectMasks:
-        """The same on another device."""
+        """Move to another device."""
         return ObjectMasks(
             self.frame.to(device, non_blocking=True),
             self.grid.to(device, non_blocking=True),
@@ -81,12 +82,12 @@ class MaskHead(nn.Module):
 
     def forward(self, maps: list[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
         """Boxes (R, 4) in input pixels of images (R,) to logits (R, M, M)."""
-        logits: Tensor = self.predictor(self.layers(self.pooling.align(maps, boxes, image_index)))
+        logits: Tensor = self.predictor(self.layers(kernels.roi_align(maps, boxes, image_index, self.pooling)))
         return logits[:, 0]
 
 
 def mask_targets(masks: Sequence[ObjectMasks], boxes: Sequence[Tensor], objects: Sequence[Tensor], size: int) -> Tensor:
-    """What part of each cell of a region belongs to its object.
+    """Mask targets: the fraction of each cell of a region that its object covers.
 
     Args:
         masks: of each image's objects.
@@ -95,7 +96,7 @@ def mask_targets(masks: Sequence[ObjectMasks], boxes: Sequence[Tensor], objects:
         size: M, cells per side.
 
     Returns:
-        Shares in [0, 1], (all P, M, M) float32.
+        Fractions in [0, 1], (all P, M, M) float32.
     """
     frame = torch.cat([m.frame[o] for m, o in zip(masks, objects, strict=True)])
     corner, side = frame[:, :2].repeat(1, 2), (frame[:, 2:] - frame[:, :2]).repeat(1, 2)
@@ -106,12 +107,6 @@ def mask_targets(masks: Sequence[ObjectMasks], boxes: Sequence[Tensor], objects:
     # Continuous coordinates, as everywhere: the centre of cell 0 is at one half.
     shares: Tensor = roi_align(grids, torch.cat([which[:, None].to(places), places], 1), size, aligned=True)
     return shares[:, 0]
-
-
-def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean binary cross-entropy of the cells of P masks (P, M, M); zero when P is 0."""
-    total = F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum")
-    return total / max(target.numel(), 1)
 
 
 def paste(probability: Tensor, boxes: Tensor, height: int, width: int) -> Iterator[NDArray[np.bool_]]:

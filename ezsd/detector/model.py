@@ -14,11 +14,12 @@ from torchvision.ops import batched_nms
 
 from ezsd.choices import Backend, BoxClass, HeadName, Metric
 from ezsd.detector.backbone import Pyramid, normalise
-from ezsd.detector.heads import FastHead, Head, PaperHead, Pooling
-from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, mask_loss, mask_targets
+from ezsd.detector.heads import FastHead, Head, PaperHead
+from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, mask_targets
 from ezsd.detector.rpn import SAMPLED_ANCHORS, proposal_network
 from ezsd.detector.sampling import SampledRegions, sample_regions
-from ezsd.losses import box_loss, classification_loss, decode_boxes, encode_boxes, region_weights
+from ezsd.kernels import Pooling
+from ezsd.losses import box_loss, classification_loss, decode_boxes, encode_boxes, mask_loss, region_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,22 +37,22 @@ class Batch:
     region_boxes: Tensor
     """Cached regions of all images, (R, 4)."""
     region_image: Tensor
-    """Which image each belongs to, (R,) int64."""
+    """Image of each cached region, (R,) int64."""
     region_target: Tensor
     """Cached teacher embeddings, (R, D), any float dtype."""
     region_confidence: Tensor
     """1 for base ground truth, the teacher's confidence for a proposal, (R,) float32."""
     cached_boxes: list[Tensor]
-    """Of each image base ground truth and all cached regions, whether they are among `region_boxes` or not, (K, 4)."""
+    """Base ground truth and all cached regions of each image, also those not among `region_boxes`, (K, 4)."""
     cached_confidence: list[Tensor]
-    """Like `region_confidence`, (K,) float32."""
+    """Confidence of each of `cached_boxes`, like `region_confidence`, (K,) float32."""
     seeds: tuple[int, ...] | None = None
-    """One per image: the numbers drawn for it depend on no other image. None draws from torch's global state."""
+    """Random seed of each image: its samples depend on no other image. None samples from torch's global state."""
     masks: list[ObjectMasks] | None = None
-    """Of the base ground truth of each image; None where none are learned."""
+    """Masks of the base ground truth of each image; None where masks are not trained."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """Move to another device."""
         return Batch(
             images=self.images.to(device, non_blocking=True),
             sizes=self.sizes,
@@ -70,7 +71,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """What the losses of an optimiser step are divided by, when a batch is only a part of it."""
+    """Denominators of the losses of an optimiser step, when a batch is only a part of it."""
 
     images: int
     """Images of the step. Sampled anchors and regions count as asked for, whatever is found."""
@@ -147,7 +148,7 @@ class Detector(nn.Module):
         self.rpn, self._anchor_sampler = proposal_network(
             backbone.channels, settings.rpn_sizes, proposals=settings.rpn_proposals
         )
-        self.head: Head = _build_head(backbone, settings)
+        self.head = _build_head(backbone, settings)
         # Last, so that all else starts with the same weights without it.
         self.mask_head = (
             MaskHead(_pooling(backbone, settings, POOL_SIZE), backbone.channels) if settings.masks else None
@@ -179,7 +180,7 @@ class Detector(nn.Module):
             losses["mask"] = self._mask_loss(self.mask_head, maps[: self.head.pooling.levels], sampled, batch)
         if distill is not None:
             weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
-            losses["distillation"] = self.head.distance(
+            losses["distillation"] = self.head.distillation_loss(
                 features, batch.region_boxes, batch.region_image, batch.region_target, weight, distill
             )
         if totals is None:
@@ -192,7 +193,7 @@ class Detector(nn.Module):
         self.head.classifier.constrain()
 
     def _shares(self, totals: Totals, sampled: list[SampledRegions], batch: Batch) -> dict[str, float | Tensor]:
-        """What share of its step's term each mean over this batch is."""
+        """Fraction of the step's term that each mean over this batch is."""
         anchors = self._anchor_sampler.drawn / (totals.images * SAMPLED_ANCHORS)
         regions = sum(len(s.labels) for s in sampled) / (totals.images * self.settings.box_batch_size_per_image)
         most = max(int(self.settings.box_batch_size_per_image * self.settings.box_positive_fraction), 1)
@@ -266,7 +267,7 @@ class Detector(nn.Module):
         return self._filled(maps[: self.head.pooling.levels], found) if masks else found
 
     def _filled(self, maps: list[Tensor], found: list[Detections]) -> list[Detections]:
-        """The same detections with masks, made image by image: hundreds of regions need much memory."""
+        """Add masks to detections, image by image: hundreds of regions need much memory."""
         assert self.mask_head is not None
         filled = []
         for i, one in enumerate(found):
@@ -275,7 +276,7 @@ class Detector(nn.Module):
         return filled
 
     def _box_names(self, probability: Tensor) -> Tensor:
-        """Whose boxes are made at test time: positions of names for each region, the likeliest first, (R, K)."""
+        """Classes that each region gets a box of at inference, the likeliest first, (R, K)."""
         if self.settings.box_class == "topk":
             return probability.topk(min(self.settings.box_top_k, probability.shape[1]), 1).indices
         # As for the likeliest object, never for background: a row of zeros was never trained.
@@ -381,22 +382,22 @@ def _image_index(groups: list[Tensor]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(groups), device=groups[0].device), counts)
 
 
-def _pool_only_levels(backbone: Pyramid) -> int:
-    """Levels made by max-pooling for the proposal network alone (P6 of a ResNet pyramid)."""
-    return 1 if len(backbone.strides) == 5 else 0
+def _pooled_levels(backbone: Pyramid) -> int:
+    """Levels that regions are pooled from: all but P6 of a ResNet pyramid, which the proposal network alone has."""
+    return len(backbone.strides) - (len(backbone.strides) == 5)
 
 
 def _pooling(backbone: Pyramid, settings: DetectorSettings, size: int) -> Pooling:
     return Pooling(
-        strides=backbone.strides[: len(backbone.strides) - _pool_only_levels(backbone)],
-        size=size,
+        spatial_scale=tuple(1 / stride for stride in backbone.strides[: _pooled_levels(backbone)]),
+        output_size=size,
         canonical_size=settings.canonical_size,
         canonical_level=settings.canonical_level,
         backend=settings.backend,
     )
 
 
-def _build_head(backbone: Pyramid, settings: DetectorSettings) -> FastHead | PaperHead:
+def _build_head(backbone: Pyramid, settings: DetectorSettings) -> Head:
     kind = FastHead if settings.head == "fast" else PaperHead
     return kind(
         _pooling(backbone, settings, settings.pool_size),

@@ -1,4 +1,4 @@
-"""What is drawn to be learned from: so many objects, and for the rest what is none."""
+"""Balanced sampling of positive and negative regions."""
 
 from __future__ import annotations
 

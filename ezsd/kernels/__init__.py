@@ -2,8 +2,10 @@
 
 from ezsd.kernels.backend import require_backend, resolve_backend
 from ezsd.kernels.ops import roi_align, roi_align_cosine, roi_embed
+from ezsd.kernels.pooling import Pooling
 
 __all__ = [
+    "Pooling",
     "require_backend",
     "resolve_backend",
     "roi_align",

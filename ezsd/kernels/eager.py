@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from ezsd.kernels.pooling import Pooling
-from ezsd.kernels.reference import unit
+from ezsd.kernels.distance import unit
+from ezsd.kernels.pooling import BoundPooling
 
 _KEYS = (torch.int16, torch.int32, torch.int64)
 
 
-def pool(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Tensor:
+def pool(pooling: BoundPooling, boxes: Tensor, image_index: Tensor) -> Tensor:
     """Pool every box on its level: (R, P, P, C), contiguous; maps of 16 bits are pooled in float32.
 
     Raises:
@@ -29,7 +29,7 @@ def pool(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Tensor:
     return pooled.view(-1, pooling.bins, pooling.bins, pooling.channels)
 
 
-def pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_index: Tensor) -> None:
+def pool_backward(pooling: BoundPooling, pooled_grad: Tensor, boxes: Tensor, image_index: Tensor) -> None:
     """Overwrite the maps of `pooling` with the gradient of `pool`, each cell once.
 
     Args:
@@ -56,7 +56,7 @@ def pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_in
         feature.copy_(mine.view(-1, *feature.shape[2:], pooling.channels).permute(0, 3, 1, 2))
 
 
-def _check_images(pooling: Pooling, image_index: Tensor) -> None:
+def _check_images(pooling: BoundPooling, image_index: Tensor) -> None:
     if len(image_index) == 0:
         return
     low, high = (int(bound) for bound in torch.aminmax(image_index))
@@ -64,7 +64,7 @@ def _check_images(pooling: Pooling, image_index: Tensor) -> None:
         raise ValueError(f"image_index spans {low} to {high}, but the batch has {pooling.images} images")
 
 
-def taps(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+def taps(pooling: BoundPooling, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of K: cells, numbered through all maps, and their weights, both (R * P * P, (2 S)^2)."""
     level = pooling.level_of(boxes)
     sizes = torch.tensor([(feature.shape[3], feature.shape[2]) for feature in pooling.maps], device=boxes.device)
@@ -108,7 +108,7 @@ def _axis_taps(start: Tensor, stop: Tensor, size: Tensor, *, bins: int, samples:
 
 
 def unit_backward(unit_grad: Tensor, embedding: Tensor) -> Tensor:
-    """Gradient of `reference.unit`, in the embedding's dtype: only what lies across a row turns it."""
+    """Gradient of `distance.unit`, in the embedding's dtype: only what lies across a row turns it."""
     direction = unit(embedding)
     squared = embedding.to(direction.dtype).square().sum(1, keepdim=True)
     inverse_length = torch.where(squared == 0, 0, torch.where(squared == 0, 1, squared).rsqrt())
@@ -117,7 +117,7 @@ def unit_backward(unit_grad: Tensor, embedding: Tensor) -> Tensor:
 
 
 def distances_backward(distance_grad: Tensor, embedding: Tensor, target: Tensor, metric: str) -> Tensor:
-    """Gradient of `reference.distances` with respect to the embedding (docs/kernel.md, eq. 5)."""
+    """Gradient of the distances of `distance.FUSED` with respect to the embedding (docs/kernel.md, eq. 5)."""
     student = unit(embedding)
     teacher = unit(target.to(student.dtype))
     known = student.any(1) & teacher.any(1)

@@ -1,14 +1,14 @@
-"""What is pooled from where: checked arguments and the pyramid level of a box."""
+"""RoI pooling: its grid and pyramid levels, bound to feature maps, and the checks of the operators' arguments."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from ezsd.choices import Metric
+from ezsd.choices import Backend
+from ezsd.kernels.distance import FUSED
 
 # torchvision adds this to the (fractional) level before rounding down, so that a box of exactly the
 # canonical size does not fall to the finer level by one rounding error of float32.
@@ -17,6 +17,65 @@ LEVEL_SLACK = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pooling:
+    """RoI pooling from a feature pyramid: the grid over every box, the level of a box, and the backend.
+
+    Raises:
+        ValueError: scales or sampling grid are not as described; the message says which.
+    """
+
+    spatial_scale: tuple[float, ...]
+    """Map cells per input pixel of every level, finest first: powers of two, each half of the one before. A single
+    level may have any scale above 0."""
+    output_size: int = 7
+    """P >= 1, bins per box side."""
+    sampling_ratio: int = 2
+    """S >= 1, sampling points per bin side."""
+    canonical_size: float = 224
+    """Side, in pixels, of the square box that belongs to `canonical_level`."""
+    canonical_level: int = 4
+    """Pyramid level (2 means a scale of 1/4) of a box of `canonical_size`."""
+    backend: Backend = "auto"
+    """Kernel backend, see `ezsd.kernels.resolve_backend`."""
+
+    def __post_init__(self) -> None:
+        _check_scales(self.spatial_scale)
+        if self.output_size < 1:
+            raise ValueError(f"output_size must be >= 1, got {self.output_size}")
+        if self.sampling_ratio < 1:
+            raise ValueError(
+                f"sampling_ratio must be >= 1, got {self.sampling_ratio}: the adaptive grid is not offered"
+            )
+        if self.canonical_size <= 0:
+            raise ValueError(f"canonical_size must be > 0 pixels, got {self.canonical_size}")
+
+    @property
+    def levels(self) -> int:
+        """Pyramid levels that boxes are pooled from."""
+        return len(self.spatial_scale)
+
+    def bind(self, features: Tensor | Sequence[Tensor]) -> "BoundPooling":
+        """Check the maps of a batch, one (B, C, H, W) per level or a single map, and lay the grid over them.
+
+        Raises:
+            ValueError: the maps are not what `ezsd.kernels` asks for; the message says which.
+        """
+        maps = (features,) if isinstance(features, Tensor) else tuple(features)
+        if len(maps) != self.levels:
+            raise ValueError(f"expected {self.levels} feature maps, one per spatial scale, got {len(maps)}")
+        _check_maps(maps)
+        finest = round(-math.log2(self.spatial_scale[0]))
+        threshold = self.canonical_size**2 * 4.0 ** (finest + 1 - self.canonical_level - LEVEL_SLACK)
+        return BoundPooling(
+            maps=maps,
+            scale=self.spatial_scale[0],
+            threshold=threshold,
+            bins=self.output_size,
+            samples=self.sampling_ratio,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundPooling:
     """Feature maps and the sampling grid laid over every box."""
 
     maps: tuple[Tensor, ...]
@@ -58,40 +117,7 @@ class Pooling:
         return level
 
 
-def make_pooling(
-    features: Tensor | Sequence[Tensor],
-    spatial_scale: float | Sequence[float],
-    *,
-    output_size: int,
-    sampling_ratio: int,
-    canonical_size: float,
-    canonical_level: int,
-) -> Pooling:
-    """Check the maps and their scales and derive the level thresholds.
-
-    Raises:
-        ValueError: maps, scales or sampling grid are not what `ezsd.kernels` asks for; the message says which.
-    """
-    maps = (features,) if isinstance(features, Tensor) else tuple(features)
-    if isinstance(features, Tensor) != isinstance(spatial_scale, (int, float)):
-        raise ValueError("spatial_scale must be a number for one map and a list, one per level, for a list of maps")
-    scales = (float(spatial_scale),) if isinstance(spatial_scale, (int, float)) else tuple(map(float, spatial_scale))
-    _check_maps(maps)
-    _check_scales(scales, levels=len(maps))
-    if output_size < 1:
-        raise ValueError(f"output_size must be >= 1, got {output_size}")
-    if sampling_ratio < 1:
-        raise ValueError(f"sampling_ratio must be >= 1, got {sampling_ratio}: the adaptive grid is not offered")
-    if canonical_size <= 0:
-        raise ValueError(f"canonical_size must be > 0 pixels, got {canonical_size}")
-    finest = round(-math.log2(scales[0]))
-    threshold = canonical_size**2 * 4.0 ** (finest + 1 - canonical_level - LEVEL_SLACK)
-    return Pooling(maps=maps, scale=scales[0], threshold=threshold, bins=output_size, samples=sampling_ratio)
-
-
 def _check_maps(maps: tuple[Tensor, ...]) -> None:
-    if not maps:
-        raise ValueError("features must hold at least one map")
     first = maps[0]
     for level, feature in enumerate(maps):
         if feature.ndim != 4 or not feature.is_floating_point():
@@ -107,19 +133,17 @@ def _check_maps(maps: tuple[Tensor, ...]) -> None:
             )
 
 
-def _check_scales(scales: tuple[float, ...], *, levels: int) -> None:
-    if len(scales) != levels:
-        raise ValueError(f"expected {levels} spatial scales, one per level, got {len(scales)}")
+def _check_scales(scales: tuple[float, ...]) -> None:
+    if not scales:
+        raise ValueError("spatial_scale must have at least one level")
     if not all(math.isfinite(scale) and scale > 0 for scale in scales):
         raise ValueError(f"spatial_scale must be > 0 cells per pixel, got {scales}")
-    if levels == 1:
-        return
-    expected = tuple(scales[0] / 2**level for level in range(levels))
-    if scales != expected or math.frexp(scales[0])[0] != 0.5:
+    expected = tuple(scales[0] / 2**level for level in range(len(scales)))
+    if len(scales) > 1 and (scales != expected or math.frexp(scales[0])[0] != 0.5):
         raise ValueError(f"the scales of a pyramid must be powers of two, each half of the one before, got {scales}")
 
 
-def check_boxes(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> None:
+def check_boxes(pooling: BoundPooling, boxes: Tensor, image_index: Tensor) -> None:
     """Check shapes, dtypes and devices of the boxes; their values are looked at by the backends.
 
     Raises:
@@ -135,7 +159,7 @@ def check_boxes(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> None:
         raise ValueError(f"features are on {device}, boxes on {boxes.device}, image_index on {image_index.device}")
 
 
-def check_head(pooling: Pooling, projection: Tensor | None, bias: Tensor | None) -> None:
+def check_head(pooling: BoundPooling, projection: Tensor | None, bias: Tensor | None) -> None:
     """Check that the projection takes the pooled bins, channels innermost.
 
     Raises:
@@ -167,5 +191,5 @@ def check_targets(target: Tensor, weight: Tensor, metric: str, *, regions: int, 
         raise ValueError(f"target must be floating ({regions}, {dim}), got {target.dtype} {tuple(target.shape)}")
     if weight.shape != (regions,) or not weight.is_floating_point():
         raise ValueError(f"weight must be floating ({regions},), got {weight.dtype} {tuple(weight.shape)}")
-    if metric not in get_args(Metric):
-        raise ValueError(f'metric must be "cosine" or "l1", got {metric!r}')
+    if metric not in FUSED:
+        raise ValueError(f"metric must be one of {', '.join(FUSED)}, got {metric!r}")

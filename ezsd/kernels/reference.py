@@ -15,91 +15,52 @@ from torch import Tensor
 from torch.nn import functional
 
 from ezsd.choices import Metric
-from ezsd.kernels.pooling import Pooling, check_boxes, check_head, check_targets, make_pooling
+from ezsd.kernels.distance import FUSED, mean_distance, unit
+from ezsd.kernels.pooling import BoundPooling, Pooling, check_boxes, check_head, check_targets
 
 
-def roi_align(
-    features: Tensor | Sequence[Tensor],
-    boxes: Tensor,
-    image_index: Tensor,
-    *,
-    spatial_scale: float | Sequence[float],
-    output_size: int = 7,
-    sampling_ratio: int = 2,
-    canonical_size: float = 224,
-    canonical_level: int = 4,
-) -> Tensor:
+def roi_align(features: Tensor | Sequence[Tensor], boxes: Tensor, image_index: Tensor, pooling: Pooling) -> Tensor:
     """Pool boxes into (R, C, P, P); arguments as in `ezsd.kernels.roi_align`."""
-    pooling = make_pooling(
-        features,
-        spatial_scale,
-        output_size=output_size,
-        sampling_ratio=sampling_ratio,
-        canonical_size=canonical_size,
-        canonical_level=canonical_level,
-    )
-    check_boxes(pooling, boxes, image_index)
-    return pool(pooling, boxes, image_index).permute(0, 3, 1, 2).to(pooling.maps[0].dtype)
+    bound = pooling.bind(features)
+    check_boxes(bound, boxes, image_index)
+    return pool(bound, boxes, image_index).permute(0, 3, 1, 2).to(bound.maps[0].dtype)
 
 
 def roi_embed(
     features: Tensor | Sequence[Tensor],
     boxes: Tensor,
     image_index: Tensor,
-    *,
-    spatial_scale: float | Sequence[float],
-    output_size: int = 7,
-    sampling_ratio: int = 2,
+    pooling: Pooling,
     projection: Tensor | None = None,
     bias: Tensor | None = None,
-    canonical_size: float = 224,
-    canonical_level: int = 4,
 ) -> Tensor:
     """Embed boxes as unit vectors (R, D); arguments as in `ezsd.kernels.roi_embed`."""
-    pooling = make_pooling(
-        features,
-        spatial_scale,
-        output_size=output_size,
-        sampling_ratio=sampling_ratio,
-        canonical_size=canonical_size,
-        canonical_level=canonical_level,
-    )
-    check_boxes(pooling, boxes, image_index)
-    return unit(embed(pooling, boxes, image_index, projection, bias))
+    bound = pooling.bind(features)
+    check_boxes(bound, boxes, image_index)
+    return unit(embed(bound, boxes, image_index, projection, bias))
 
 
 def roi_align_cosine(
     features: Tensor | Sequence[Tensor],
     boxes: Tensor,
     image_index: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    *,
-    spatial_scale: float | Sequence[float],
-    output_size: int = 7,
-    sampling_ratio: int = 2,
+    pooling: Pooling,
     projection: Tensor | None = None,
     bias: Tensor | None = None,
+    *,
+    target: Tensor,
+    weight: Tensor,
     metric: Metric = "cosine",
-    canonical_size: float = 224,
-    canonical_level: int = 4,
 ) -> Tensor:
     """Compare boxes with their targets; arguments as in `ezsd.kernels.roi_align_cosine`."""
-    pooling = make_pooling(
-        features,
-        spatial_scale,
-        output_size=output_size,
-        sampling_ratio=sampling_ratio,
-        canonical_size=canonical_size,
-        canonical_level=canonical_level,
-    )
-    check_boxes(pooling, boxes, image_index)
-    embedding = embed(pooling, boxes, image_index, projection, bias)
+    bound = pooling.bind(features)
+    check_boxes(bound, boxes, image_index)
+    embedding = embed(bound, boxes, image_index, projection, bias)
     check_targets(target, weight, metric, regions=embedding.shape[0], dim=embedding.shape[1])
-    return weighted_mean(distances(embedding, target, metric), weight)
+    return mean_distance(embedding, target, weight, FUSED[metric])
 
 
-def pool(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Tensor:
+def pool(pooling: BoundPooling, boxes: Tensor, image_index: Tensor) -> Tensor:
     """Equation 2 for every box on the level it belongs to: (R, P, P, C)."""
     level_of = pooling.level_of(boxes)
     pooled = boxes.new_zeros(())
@@ -115,7 +76,7 @@ def pool(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Tensor:
 
 
 def axis_weights(start: Tensor, stop: Tensor, *, size: int, bins: int, samples: int) -> Tensor:
-    """How much each cell of one axis contributes to each bin: (R, bins, size).
+    """Weights of the cells of one axis in each bin: (R, bins, size).
 
     Args:
         start: first edge of each box along the axis, (R,), in cells minus 0.5 (cell k has its centre at k).
@@ -135,7 +96,7 @@ def axis_weights(start: Tensor, stop: Tensor, *, size: int, bins: int, samples: 
 
 
 def embed(
-    pooling: Pooling, boxes: Tensor, image_index: Tensor, projection: Tensor | None, bias: Tensor | None
+    pooling: BoundPooling, boxes: Tensor, image_index: Tensor, projection: Tensor | None, bias: Tensor | None
 ) -> Tensor:
     """Pool, then project: (R, D), not normalised."""
     check_head(pooling, projection, bias)
@@ -148,31 +109,3 @@ def project(pooled: Tensor, projection: Tensor | None, bias: Tensor | None) -> T
     if projection is None:
         return pooled
     return functional.linear(pooled, projection.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype))
-
-
-def unit(vector: Tensor) -> Tensor:
-    """Scale rows to unit length in float32 or better; a zero row stays zero and gets no gradient."""
-    vector = vector.to(torch.promote_types(vector.dtype, torch.float32))
-    squared = vector.square().sum(1, keepdim=True)
-    # The inner `where` keeps the root away from 0, whose derivative would turn the masked gradient into NaN.
-    zero = squared == 0
-    return vector * torch.where(zero, 0, torch.where(zero, 1, squared).rsqrt())
-
-
-def distances(embedding: Tensor, target: Tensor, metric: str) -> Tensor:
-    """1 - cosine, or the L1 distance of the unit vectors, per row: (R,).
-
-    A row whose embedding or target is zero has distance 0 and no gradient.
-    """
-    student = unit(embedding)
-    teacher = unit(target.detach().to(student.dtype))
-    known = student.any(1) & teacher.any(1)
-    distance = 1 - (student * teacher).sum(1) if metric == "cosine" else (student - teacher).abs().sum(1)
-    return torch.where(known, distance, 0)
-
-
-def weighted_mean(distance: Tensor, weight: Tensor) -> Tensor:
-    """sum(w d) / sum(w), a scalar; 0 with zero gradient where sum(w) is 0."""
-    weight = weight.detach().to(distance.dtype)
-    total = weight.sum()
-    return (weight * distance).sum() / torch.where(total == 0, 1, total)

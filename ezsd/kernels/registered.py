@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ezsd.kernels import eager
-from ezsd.kernels.pooling import Pooling
-from ezsd.kernels.reference import distances, project, unit, weighted_mean
+from ezsd.kernels.distance import FUSED, mean_distance, unit, weighted_mean
+from ezsd.kernels.pooling import BoundPooling
+from ezsd.kernels.reference import project
 
 # torch gives the context of a registered operator no type and hands its inputs over as one tuple, hence `Any`.
 # ruff: noqa: ANN401
@@ -22,20 +23,20 @@ Head = tuple[Tensor | None, Tensor | None]
 """Projection and bias."""
 
 
-def roi_align(pooling: Pooling, boxes: Tensor, image_index: Tensor, *, backend: str) -> Tensor:
+def roi_align(pooling: BoundPooling, boxes: Tensor, image_index: Tensor, *, backend: str) -> Tensor:
     """Pooled boxes (R, P, P, C) in the maps' dtype."""
     pooled: Tensor = _align(list(pooling.maps), boxes.detach(), image_index, *pooling.grid, backend)
     return pooled
 
 
-def roi_embed(pooling: Pooling, boxes: Tensor, image_index: Tensor, head: Head, *, backend: str) -> Tensor:
+def roi_embed(pooling: BoundPooling, boxes: Tensor, image_index: Tensor, head: Head, *, backend: str) -> Tensor:
     """Unit embeddings (R, D) in float32, or float64 for float64 maps."""
     unit_rows: Tensor = _embed(list(pooling.maps), boxes.detach(), image_index, *head, *pooling.grid, backend)[0]
     return unit_rows
 
 
 def roi_align_cosine(
-    pooling: Pooling,
+    pooling: BoundPooling,
     boxes: Tensor,
     image_index: Tensor,
     target: Tensor,
@@ -62,7 +63,7 @@ def _align(
     samples: int,
     backend: str,
 ) -> Tensor:
-    pooling = Pooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
+    pooling = BoundPooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
     return _pool(pooling, boxes, image_index, backend).to(maps[0].dtype)
 
 
@@ -80,7 +81,7 @@ def _embed(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The unit embeddings, and for the gradient the raw ones and `_pool_and_project`'s bins."""
-    pooling = Pooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
+    pooling = BoundPooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
     embedding, pooled = _pool_and_project(pooling, boxes, image_index, (projection, bias), backend)
     return unit(embedding), embedding, pooled
 
@@ -102,16 +103,15 @@ def _cosine(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and for the gradient the raw embeddings and `_pool_and_project`'s bins."""
-    pooling = Pooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
+    pooling = BoundPooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
     embedding, pooled = _pool_and_project(pooling, boxes, image_index, (projection, bias), backend)
     if backend == "triton":
         from ezsd.kernels import triton_distance
 
         with _current_device(embedding):
             distance = triton_distance.distance_forward(embedding, target.contiguous(), metric)
-    else:
-        distance = distances(embedding, target, metric)
-    return weighted_mean(distance, weight), embedding, pooled
+        return weighted_mean(distance, weight), embedding, pooled
+    return mean_distance(embedding, target, weight, FUSED[metric]), embedding, pooled
 
 
 @torch.library.custom_op("ezsd::region_distances_backward", mutates_args=())
@@ -154,10 +154,10 @@ def _regions_backward(
         boxes: as in the forward, as are the arguments not named here.
         image_index: as in the forward.
         projection: as in the forward.
-        scale: see `Pooling`.
-        threshold: see `Pooling`.
-        bins: see `Pooling`.
-        samples: see `Pooling`.
+        scale: see `BoundPooling`.
+        threshold: see `BoundPooling`.
+        bins: see `BoundPooling`.
+        samples: see `BoundPooling`.
         shape: of the maps: B, C, then H and W of every level.
         dtype: of the maps.
         wanted: three flags: maps, projection, bias.
@@ -170,7 +170,7 @@ def _regions_backward(
             if projection is not None:
                 pooled_grad = embedding_grad @ projection.to(embedding_grad.dtype)
             gradients += _empty_maps(embedding_grad, shape, dtype, backend)
-            pooling = Pooling(maps=tuple(gradients), scale=scale, threshold=threshold, bins=bins, samples=samples)
+            pooling = BoundPooling(maps=tuple(gradients), scale=scale, threshold=threshold, bins=bins, samples=samples)
             _pool_backward(pooling, pooled_grad.view(-1, bins, bins, shape[1]), boxes, image_index, backend)
         if projection is not None and wanted[1]:
             gradients.append((embedding_grad.T @ pooled.flatten(1)).to(projection.dtype))
@@ -285,7 +285,7 @@ _embed.register_autograd(_embed_gradient, setup_context=_embed_context)
 _cosine.register_autograd(_cosine_gradient, setup_context=_cosine_context)
 
 
-def _pool(pooling: Pooling, boxes: Tensor, image_index: Tensor, backend: str) -> Tensor:
+def _pool(pooling: BoundPooling, boxes: Tensor, image_index: Tensor, backend: str) -> Tensor:
     """(R, P, P, C), contiguous; in the maps' dtype from Triton, in float32 or better from eager."""
     if backend == "eager":
         return eager.pool(pooling, boxes, image_index)
@@ -295,7 +295,9 @@ def _pool(pooling: Pooling, boxes: Tensor, image_index: Tensor, backend: str) ->
         return triton_pool.pool_forward(pooling, boxes, image_index)
 
 
-def _pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_index: Tensor, backend: str) -> None:
+def _pool_backward(
+    pooling: BoundPooling, pooled_grad: Tensor, boxes: Tensor, image_index: Tensor, backend: str
+) -> None:
     """Overwrite the maps of `pooling` with the gradient."""
     if backend == "eager":
         eager.pool_backward(pooling, pooled_grad, boxes, image_index)
@@ -307,7 +309,7 @@ def _pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_i
 
 
 def _pool_and_project(
-    pooling: Pooling, boxes: Tensor, image_index: Tensor, head: Head, backend: str
+    pooling: BoundPooling, boxes: Tensor, image_index: Tensor, head: Head, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Raw embeddings (R, D) and the pooled bins; without a projection they are one, and an empty tensor is returned."""
     pooled = _pool(pooling, boxes, image_index, backend)
@@ -319,7 +321,7 @@ def _pool_and_project(
 def _empty_embedding(
     maps: Sequence[Tensor], boxes: Tensor, projection: Tensor | None, *, bins: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """What `_pool_and_project` returns, not filled."""
+    """Allocate the results of `_pool_and_project`."""
     regions, channels, dtype = boxes.shape[0], maps[0].shape[1], maps[0].dtype
     dtype = dtype if backend == "triton" else _wide(dtype)
     if projection is None:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ezsd.kernels.backend import MAX_LEVELS
-from ezsd.kernels.pooling import Pooling
+from ezsd.kernels.pooling import BoundPooling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ def _pick(level, v0, v1, v2, v3, v4, LEVELS: tl.constexpr):
 
 @triton.jit
 def _level_of(x1, y1, x2, y2, threshold, LEVELS: tl.constexpr):
-    """Compare the area with the thresholds, as `Pooling.level_of` does."""
+    """Compare the area with the thresholds, as `BoundPooling.level_of` does."""
     area = (x2 - x1) * (y2 - y1)
     level = tl.full((), 0, tl.int32)
     for _ in tl.static_range(LEVELS - 1):
@@ -128,7 +128,7 @@ def _lay_grid(boxes, box, scale, BINS: tl.constexpr, SAMPLES: tl.constexpr):
 
 @triton.jit
 def _touches(boxes, box, scale, height, width, y, x, TILE, BINS, SAMPLES):
-    """Whether boxes[box] reads a cell of the tile whose first cell is (y, x)."""
+    """Test whether boxes[box] reads a cell of the tile whose first cell is (y, x)."""
     top, down, left, right = _lay_grid(boxes, box, scale, BINS, SAMPLES)
     y_begin, rows = _span(top, down, height, BINS, SAMPLES)
     x_begin, columns = _span(left, right, width, BINS, SAMPLES)
@@ -281,7 +281,7 @@ def block_channels(launch: Launch, *, channels: int, rows: int) -> int:
     return max(16, min(wanted, 1 << (channels - 1).bit_length()))
 
 
-def forward_settings(pooling: Pooling) -> dict[str, int]:
+def forward_settings(pooling: BoundPooling) -> dict[str, int]:
     """Compile-time arguments and options of the forward for these maps."""
     launch = FORWARD[pooling.maps[0].dtype]
     padded = padded_bins(pooling.bins)
@@ -291,7 +291,7 @@ def forward_settings(pooling: Pooling) -> dict[str, int]:
     }
 
 
-def backward_settings(pooling: Pooling) -> dict[str, int]:
+def backward_settings(pooling: BoundPooling) -> dict[str, int]:
     """Compile-time arguments and options of the backward for these maps."""
     launch = BACKWARD[pooling.maps[0].dtype]
     return _settings(pooling, launch) | {
@@ -301,7 +301,7 @@ def backward_settings(pooling: Pooling) -> dict[str, int]:
     }
 
 
-def _settings(pooling: Pooling, launch: Launch) -> dict[str, int]:
+def _settings(pooling: BoundPooling, launch: Launch) -> dict[str, int]:
     return {
         "C": pooling.channels,
         "BINS": pooling.bins,
@@ -315,7 +315,7 @@ def _settings(pooling: Pooling, launch: Launch) -> dict[str, int]:
     }
 
 
-def pool_forward(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Tensor:
+def pool_forward(pooling: BoundPooling, boxes: Tensor, image_index: Tensor) -> Tensor:
     """Pool every box on its level, all levels in one launch: (R, P, P, C) in the maps' dtype.
 
     A map that is not channels-last is copied once.
@@ -340,7 +340,7 @@ def pool_forward(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> Tensor
     return pooled
 
 
-def pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_index: Tensor) -> None:
+def pool_backward(pooling: BoundPooling, pooled_grad: Tensor, boxes: Tensor, image_index: Tensor) -> None:
     """Overwrite the channels-last maps of `pooling` with the gradient of `pool_forward`, each cell once.
 
     Args:
@@ -372,7 +372,7 @@ def pool_backward(pooling: Pooling, pooled_grad: Tensor, boxes: Tensor, image_in
     )
 
 
-def boxes_by_map(pooling: Pooling, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
+def boxes_by_map(pooling: BoundPooling, boxes: Tensor, image_index: Tensor) -> tuple[Tensor, Tensor]:
     """List the boxes of every map, in compressed rows.
 
     Returns:

@@ -29,7 +29,7 @@ from ezsd.pipeline.config.schema import TrainConfig
 from ezsd.pipeline.devices import is_out_of_memory
 from ezsd.pipeline.errors import ConfigError, ImageError, RunError
 from ezsd.pipeline.interrupts import shielded
-from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.training.distributed import Distributed
 from ezsd.pipeline.training.out_of_memory import OutOfMemory
 
 log = logging.getLogger("ezsd")
@@ -49,7 +49,7 @@ def load_batches(
     config: TrainConfig,
     *,
     first_step: int,
-    processes: Processes | None = None,
+    distributed: Distributed | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[tuple[list[tuple[int, int]], list[Batch]], None, None]:
     """This process' batches of each step from `first_step` to the end, and epoch and position of all its images.
@@ -62,7 +62,7 @@ def load_batches(
         samples: what is read.
         config: how many images a step has, who reads them.
         first_step: steps before it are left out.
-        processes: that share the steps.
+        distributed: the processes that share the steps.
         stopping: asked while a batch is waited for; there are no more batches once it says so.
 
     Raises:
@@ -71,11 +71,11 @@ def load_batches(
         RunError: a reading process has died, or there is no shared memory for its batches.
         StoreError: rows of the store are damaged or cannot be read.
     """
-    processes = processes or Processes()
-    parts = config.grad_accumulation * processes.count
+    distributed = distributed or Distributed()
+    parts = config.grad_accumulation * distributed.world_size
     if config.batch_size % parts:
         raise ConfigError(
-            f"train.batch_size={config.batch_size} cannot be shared out to {processes.count} processes with "
+            f"train.batch_size={config.batch_size} cannot be shared out to {distributed.world_size} processes with "
             f"train.grad_accumulation={config.grad_accumulation}; choose a multiple of {parts}"
         )
     order = partial(
@@ -87,12 +87,12 @@ def load_batches(
         seed=config.seed,
     )
     size = config.batch_size // parts
-    starts = range(processes.rank * size, config.batch_size, processes.count * size)
+    starts = range(distributed.rank * size, config.batch_size, distributed.world_size * size)
     wanted = partial(_shared_out, samples, starts=starts, size=size)
     source: _Source
     if config.num_workers:
         _require_shared_memory(
-            samples, list(islice(wanted(order()), AHEAD * config.num_workers)), config, processes.here
+            samples, list(islice(wanted(order()), AHEAD * config.num_workers)), config, distributed.local_world_size
         )
         source = _Readers(samples, wanted(order()), config.num_workers)
     else:
@@ -302,7 +302,7 @@ def _shared_out(
 
 
 def _begin_reading(training: int, _: int) -> None:
-    """What a reading process does first."""
+    """Initialise a worker process."""
     signal.signal(signal.SIGTERM, _linger)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What fails in a queue's thread loses the batch; as a dead reader it is noticed.

@@ -1,75 +1,72 @@
-"""One training in several processes: who is who, and what they add up. Started by `torchrun`, or alone."""
+"""Training in several processes, started by `torchrun`: rank, collectives, and the wrapped model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.process_environment import require_launcher
 
 
 @dataclass(frozen=True, slots=True)
-class Processes:
-    """This process among those of one training."""
+class Distributed:
+    """This process among those of one training; the default is a training in one process."""
 
     rank: int = 0
-    count: int = 1
-    here: int = 1
-    """How many of them are on this machine."""
+    world_size: int = 1
+    local_world_size: int = 1
+    """Processes on this machine."""
 
     @property
-    def first(self) -> bool:
-        """Whether this process writes the run folder."""
+    def is_main(self) -> bool:
+        """True in the process that writes the run folder."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Return once all processes are here."""
-        if self.count > 1:
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
             dist.barrier()
 
-    def add(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all processes; in place."""
-        if self.count > 1:
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place."""
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def largest(self, value: int, device: torch.device) -> int:
-        """The largest of all processes' values."""
-        if self.count == 1:
+    def all_reduce_max(self, value: int, device: torch.device) -> int:
+        """Maximum of an integer over all processes."""
+        if self.world_size == 1:
             return value
         values = torch.tensor(value, device=device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return int(values)
 
-    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its sum over all processes."""
-        if self.count == 1:
-            return
-        trained = [p for p in parameters if p.requires_grad]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        # One message instead of hundreds.
-        flat = self.add(torch.cat([g.flatten() for g in gradients]))
-        for parameter, part in zip(trained, flat.split([g.numel() for g in gradients]), strict=True):
-            parameter.grad = part.view_as(parameter).clone(memory_format=torch.preserve_format)
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Make backward average the gradients of a model over all processes.
+
+        Buffers stay each process' own: frozen norms have equal ones, and batch statistics are those of one batch.
+        """
+        return model if self.world_size == 1 else DistributedDataParallel(model, broadcast_buffers=False)
 
 
 @contextmanager
-def join_processes(device: torch.device) -> Iterator[Processes]:
-    """The processes that `torchrun` started together, connected while the context lasts; one alone without it.
+def join_process_group(device: torch.device) -> Iterator[Distributed]:
+    """Connect the processes that `torchrun` started together while the context lasts; one alone without it.
 
     Raises:
         ArgumentError: the environment's variables are not those of a launcher.
         RunError: the processes do not reach each other.
     """
     if require_launcher(os.environ) == 1:
-        yield Processes()
+        yield Distributed()
         return
     mine = not dist.is_initialized()
     if mine:
@@ -80,14 +77,14 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
             raise RunError(f"the {os.environ['WORLD_SIZE']} processes did not meet at {where}: {error}") from error
     try:
         # Another launcher than torchrun need not say how many are here.
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        yield Processes(dist.get_rank(), dist.get_world_size(), here)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        yield Distributed(dist.get_rank(), dist.get_world_size(), local)
     finally:
         if mine:
             dist.destroy_process_group()
 
 
-def own_device(name: str) -> torch.device:
+def local_device(name: str) -> torch.device:
     """The device of this process: with several processes and "cuda", each has its own GPU."""
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -15,14 +15,14 @@ class OutOfMemory(RunError):
 
 
 def step_does_not_fit(
-    batches: Sequence[Batch], config: TrainConfig, *, processes: int, step: int, saved: int, frozen_norms: bool
+    batches: Sequence[Batch], config: TrainConfig, *, world_size: int, step: int, saved: int, frozen_norms: bool
 ) -> OutOfMemory:
-    """What to do about a step that does not fit.
+    """Error for a step that does not fit in memory, with its cure.
 
     Args:
         batches: of this process.
         config: of the run.
-        processes: that share its steps.
+        world_size: processes that share its steps.
         step: steps that are done.
         saved: the step of the newest checkpoint; 0 for none.
         frozen_norms: whether no normalisation depends on who is in a batch.
@@ -30,11 +30,11 @@ def step_does_not_fit(
     images, _, height, width = max((batch.images.shape for batch in batches), key=lambda shape: shape.numel())
     number = "1 image" if images == 1 else f"{images} images"
     what = f"out of memory in step {step + 1}: {number} of {width} x {height} at a time do not fit"
-    parts = next_parts(config, processes)
+    parts = next_parts(config, world_size)
     if parts is None:
         cure = "use a GPU with more memory, or another --run with smaller train.min_size and train.max_size"
         return OutOfMemory(f"{what}, and fewer are not possible; {cure}")
-    options, at_once = f"--set train.grad_accumulation={parts}", config.batch_size // parts // processes
+    options, at_once = f"--set train.grad_accumulation={parts}", config.batch_size // parts // world_size
     if learns_the_same_in_parts(config.rng, frozen_norms=frozen_norms):
         return OutOfMemory(f"{what}; run the same command with {options} ({at_once} at a time; it learns the same)")
     if config.rng != "image":
@@ -43,9 +43,9 @@ def step_does_not_fit(
     return OutOfMemory(f"{what}; {how} with {options} ({at_once} at a time; it learns a little otherwise)")
 
 
-def next_parts(config: TrainConfig, processes: int) -> int | None:
+def next_parts(config: TrainConfig, world_size: int) -> int | None:
     """The next larger `train.grad_accumulation` that divides the images of a step; None when there is none."""
-    most = config.batch_size // processes
+    most = config.batch_size // world_size
     return next(
-        (k for k in range(config.grad_accumulation + 1, most + 1) if config.batch_size % (k * processes) == 0), None
+        (k for k in range(config.grad_accumulation + 1, most + 1) if config.batch_size % (k * world_size) == 0), None
     )

@@ -38,7 +38,7 @@ from ezsd.pipeline.runs.model import build_detector, read_backbone
 from ezsd.pipeline.runs.run import CHANGEABLE, Run, restore_optimiser, rows_digest
 from ezsd.pipeline.runs.store_digests import record_store, require_same_bytes
 from ezsd.pipeline.training.dataloader import load_batches
-from ezsd.pipeline.training.distributed import Processes, join_processes, own_device
+from ezsd.pipeline.training.distributed import Distributed, join_process_group, local_device
 from ezsd.pipeline.training.out_of_memory import OutOfMemory, step_does_not_fit
 from ezsd.pipeline.training.trainer import (
     AverageWeights,
@@ -56,7 +56,7 @@ log = logging.getLogger("ezsd")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainRequest:
-    """One training run, as the command line asks for it."""
+    """Arguments of a training run."""
 
     cache: Path
     """A committed store."""
@@ -65,14 +65,14 @@ class TrainRequest:
     config: Config
     """The run records its tables of stage one as the store was built with them, whatever they are here."""
     data_root: Path | None = None
-    """Where the images lie now; None takes the place that the store was built from."""
+    """Image folder; None takes the one that the store was built from."""
     backbone_weights: Path | None = None
     """ImageNet state of the backbone."""
     device: str = "cpu"
     verify: Verify = "full"
-    """How far what is read of the store is checked, see `Store`."""
+    """Checks of the store's bytes when they are read, see `Store`."""
     accept_store: bool = False
-    """Whether a run may go on with other bytes than it was trained on so far."""
+    """Allow a run to go on with other bytes than it was trained on so far."""
 
 
 def train(request: TrainRequest) -> Run:
@@ -85,44 +85,44 @@ def train(request: TrainRequest) -> Run:
         OutOfMemory: a step does not fit; says what to change.
         Stopped: after a checkpoint, when SIGINT or SIGTERM was received; it is a SystemExit with code 130 or 143.
     """
-    device = own_device(request.device)
+    device = local_device(request.device)
     require_backend(request.config.train.backend, device)
     with ExitStack() as stack:
-        processes = stack.enter_context(join_processes(device))
-        _check_processes(request.config.train, processes)
+        distributed = stack.enter_context(join_process_group(device))
+        _check_distributed(request.config.train, distributed)
         store = Store(request.cache, verify=request.verify)
         _require_regions(store, request.config)
         dataset = store_dataset(store, request.data_root)
-        if processes.first:
+        if distributed.is_main:
             require_validation(dataset, request.config)
         masks = training_masks(dataset) if request.config.model.masks else None
         samples = training_samples(store, dataset, request.config.train, masks)
         detector, card = _begin(request, store, dataset)
         tables = _tables(store)
-        if processes.first:
+        if distributed.is_main:
             run = stack.enter_context(Run.claim(request.run, card, tables))
             require_same_bytes(run, store, accept=request.accept_store)
             run.write_environment(_environment(store, dataset, request.device))
-        processes.wait()
+        distributed.barrier()
         run = Run.open(request.run)
         base = len(dataset.split.base)
-        trainer = build_trainer(detector.to(device), request.config, tables["text"], base, processes)
+        trainer = build_trainer(detector.to(device), request.config, tables["text"], base, distributed)
         run.began_at = step = _resume(run, trainer)
-        if processes.first and step < request.config.train.steps:
+        if distributed.is_main and step < request.config.train.steps:
             record_store(run, store, step)
         validation = Validation.of_run(run, trainer, dataset, request.config, len(samples))
         if step == request.config.train.steps and not validation.missing(step):
             return run
-        if processes.first:
-            run.record_start(step, _changeable_settings(request.config, request.device, processes))
+        if distributed.is_main:
+            run.record_start(step, _changeable_settings(request.config, request.device, distributed))
         stop = stack.enter_context(finishing("this step"))
         loading = load_batches(
             samples,
             request.config.train,
             first_step=step,
-            processes=processes,
+            distributed=distributed,
             # Several processes end after the same step.
-            stopping=lambda: processes.count == 1 and bool(stop.signal),
+            stopping=lambda: distributed.world_size == 1 and bool(stop.signal),
         )
         batches = stack.enter_context(closing(loading))
         _Training(run, trainer, samples, validation, stop, step).finish(batches)
@@ -140,15 +140,15 @@ def _require_regions(store: Store, config: Config) -> None:
         )
 
 
-def _changeable_settings(config: Config, device: str, processes: Processes) -> dict[str, object]:
+def _changeable_settings(config: Config, device: str, distributed: Distributed) -> dict[str, object]:
     """With what a start trains, as far as the run's card leaves it open."""
     train = config.train
     settings = {name: getattr(train, name) for name in (*CHANGEABLE, "grad_accumulation")}
-    return {**settings, "device": device, "processes": processes.count}
+    return {**settings, "device": device, "processes": distributed.world_size}
 
 
 def _has_batch_norm(detector: nn.Module) -> bool:
-    """Whether what is computed for an image depends on the others of its batch."""
+    """Test whether the results of an image depend on the other images of its batch."""
     return any(isinstance(module, nn.BatchNorm2d) for module in detector.modules())
 
 
@@ -212,8 +212,8 @@ def training_samples(
     )
 
 
-def build_trainer(detector: Detector, config: Config, text: Tensor, base: int, processes: Processes) -> Trainer:
-    """How a detector, on its device, is trained; `text` holds the rows of all names (C, D), base ones first."""
+def build_trainer(detector: Detector, config: Config, text: Tensor, base: int, distributed: Distributed) -> Trainer:
+    """Make the trainer of a detector on its device; `text` holds the rows of all classes (C, D), base classes first."""
     device = next(detector.parameters()).device
     if config.train.channels_last:
         detector.to(memory_format=torch.channels_last)
@@ -221,19 +221,19 @@ def build_trainer(detector: Detector, config: Config, text: Tensor, base: int, p
         detector.backbone.compile()
     rows = len(text) if config.loss.novel_names else base
     average = AverageWeights(detector, config.train.ema_decay) if config.train.ema_decay else None
-    _say_what_differs(detector, config.train, processes)
+    _say_what_differs(detector, config.train, distributed)
     return Trainer(
         detector,
         build_optimiser(detector, config.train),
         Objective(text[:rows].to(device), config.loss),
         config.train,
         average,
-        processes,
+        distributed,
     )
 
 
-def _say_what_differs(detector: Detector, config: TrainConfig, processes: Processes) -> None:
-    if not processes.first:
+def _say_what_differs(detector: Detector, config: TrainConfig, distributed: Distributed) -> None:
+    if not distributed.is_main:
         return
     if config.reference_batch_size not in (0, config.batch_size):
         log.info(
@@ -244,7 +244,7 @@ def _say_what_differs(detector: Detector, config: TrainConfig, processes: Proces
             "by the root" if config.optimizer == "adamw" else "in proportion",
             config.batch_size,
         )
-    parts = config.grad_accumulation * processes.count
+    parts = config.grad_accumulation * distributed.world_size
     if parts > 1 and _has_batch_norm(detector):
         log.warning(
             "batch normalisation sees the %d images of one batch, not all %d of a step: with ImageNet weights its "
@@ -254,10 +254,10 @@ def _say_what_differs(detector: Detector, config: TrainConfig, processes: Proces
         )
 
 
-def _check_processes(config: TrainConfig, processes: Processes) -> None:
-    if processes.count > 1 and config.rng != "image":
+def _check_distributed(config: TrainConfig, distributed: Distributed) -> None:
+    if distributed.world_size > 1 and config.rng != "image":
         raise ConfigError(
-            f"{processes.count} processes need --set train.rng=image: losses could not be added up otherwise"
+            f"{distributed.world_size} processes need --set train.rng=image: losses could not be added up otherwise"
         )
 
 
@@ -274,7 +274,7 @@ class _Training:
     """Steps that are done."""
 
     def __post_init__(self) -> None:
-        self._processes, self._config = self.trainer.processes, self.trainer.config
+        self._distributed, self._config = self.trainer.distributed, self.trainer.config
         self._device = next(self.trainer.detector.parameters()).device
         self._saved, self._saved_at = self.step, time.monotonic()
         self._clock = _Clock(self.run)
@@ -283,7 +283,7 @@ class _Training:
         """Make the steps of these batches, which are all that are left, unless the request to stop comes."""
         self.trainer.detector.train()
         with ExitStack() as stack:
-            first = self._processes.first
+            first = self._distributed.is_main
             log_to = MetricsLog(self.run, tensorboard=self._config.tensorboard, begin=self.step) if first else None
             metrics = None if log_to is None else stack.enter_context(log_to)
             bar = Progress("train", self._config.steps, unit="step", done=self.step)
@@ -295,7 +295,7 @@ class _Training:
                 began = time.perf_counter()
                 found = self._make_step(keys, parts)
                 self.step += 1
-                signal = self._processes.largest(self.request.signal, self._device)
+                signal = self._distributed.all_reduce_max(self.request.signal, self._device)
                 stopped, due = bool(signal) and self.step < self._config.steps, self.validation.due(self.step)
                 if metrics is not None:
                     metrics.write({"step": self.step, **found, "seconds": round(time.perf_counter() - began, 4)})
@@ -328,7 +328,7 @@ class _Training:
             raise step_does_not_fit(
                 parts,
                 self._config,
-                processes=self._processes.count,
+                world_size=self._distributed.world_size,
                 step=self.step,
                 saved=self._saved,
                 frozen_norms=not _has_batch_norm(self.trainer.detector),
@@ -349,7 +349,7 @@ class _Training:
     def _validate(self, metrics: MetricsLog) -> None:
         try:
             # It is made up for where it is left. Other processes wait for this one: there it is finished.
-            with self.request.ending_anywhere() if self._processes.count == 1 else nullcontext():
+            with self.request.ending_anywhere() if self._distributed.world_size == 1 else nullcontext():
                 self.validation.look(self.step, metrics)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -364,7 +364,7 @@ class _Training:
 
     def _stopped(self, signal: int) -> Stopped:
         stopped = Stopped(signal)
-        stopped.kept = self._kept() if self._processes.first else None
+        stopped.kept = self._kept() if self._distributed.is_main else None
         return stopped
 
     def _kept(self) -> str:
@@ -421,11 +421,11 @@ def _record(images: ImageTable, image_id: int) -> ImageRecord:
 
 def _resume(run: Run, trainer: Trainer) -> int:
     """Load the newest whole checkpoint, which the first process looks for; returns its step."""
-    processes = trainer.processes
+    distributed = trainer.distributed
     device = next(trainer.detector.parameters()).device
-    newest = run.latest() if processes.first else None
-    step = int(processes.add(torch.tensor(newest.step if newest else 0, device=device)))
-    if processes.first:
+    newest = run.latest() if distributed.is_main else None
+    step = int(distributed.all_reduce(torch.tensor(newest.step if newest else 0, device=device)))
+    if distributed.is_main:
         run.cut_metrics(step)
     if step == 0:
         return 0
@@ -437,13 +437,13 @@ def _resume(run: Run, trainer: Trainer) -> int:
         if average is None:
             raise RunError(f"{checkpoint.folder}: holds no average of the weights, which train.ema_decay asks for")
         trainer.average.restore(average)
-    if processes.first and step < trainer.config.steps:
+    if distributed.is_main and step < trainer.config.steps:
         log.info("resuming %s at step %d", run.folder, step)
     return step
 
 
 def _environment(store: Store, dataset: Dataset, device: str) -> dict[str, object]:
-    """Where things lie and what ran: recorded, never compared."""
+    """Paths and environment of a run: recorded, never compared."""
     built = store.environment
     return {
         "data_root": str(dataset.root.absolute()),

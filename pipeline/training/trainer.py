@@ -1,24 +1,26 @@
-"""One optimiser step: what is minimised, at which rate, over how many batches and processes."""
+"""Optimiser step: objective, learning rate, gradient accumulation over batches and processes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ezsd.detector.model import Batch, Detector, Totals
-from ezsd.losses import distillation_scale
+from ezsd.losses import loss_weights, weighted_sum
 from ezsd.pipeline.config.schema import Config, LossConfig, TrainConfig
 from ezsd.pipeline.errors import NonFiniteLoss
-from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.training.distributed import Distributed
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What training minimises, whatever the batch."""
+    """Text embeddings and weights of the objective."""
 
     text: Tensor
     """Unit rows of the names in the cross-entropy, base names first, (C, D)."""
@@ -26,8 +28,8 @@ class Objective:
 
     @property
     def weights(self) -> dict[str, float]:
-        """What each part of the objective is multiplied by."""
-        return part_weights(self.config, self.text.shape[1])
+        """Factor of each term, see `ezsd.losses.loss_weights`."""
+        return loss_weights(self.config, self.text.shape[1])
 
 
 class AverageWeights:
@@ -62,10 +64,13 @@ class Trainer:
     objective: Objective
     config: TrainConfig
     average: AverageWeights | None = None
-    processes: Processes = field(default_factory=Processes)
+    distributed: Distributed = field(default_factory=Distributed)
+
+    def __post_init__(self) -> None:
+        self._model = self.distributed.wrap(self.detector)
 
     def step(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
-        """One step over this process' batches, which lie on the detector's device.
+        """Make one optimiser step over the batches of this process, which are on the detector's device.
 
         Returns:
             `loss`, the weighted sum, its parts as they are before weighing, and the learning rate; over all processes.
@@ -78,17 +83,19 @@ class Trainer:
             group["lr"] = rate
         totals = self._totals(batches)
         self.optimiser.zero_grad(set_to_none=True)
-        names, values = self._backward(batches[0], totals)
-        for batch in batches[1:]:
-            values = values + self._backward(batch, totals)[1]
-        self.processes.add_gradients(self.detector.parameters())
+        with self._without_exchange():
+            *earlier, last = batches
+            parts = [self._backward(batch, totals) for batch in earlier]
+        # Gradients are exchanged once a step, while those of the last batch are computed.
+        parts.append(self._backward(last, totals))
+        names, values = parts[0][0], sum((values for _, values in parts[1:]), parts[0][1])
         norm = nn.utils.clip_grad_norm_(self.detector.parameters(), self.config.max_grad_norm)
         self.optimiser.step()
         self.detector.constrain()
         if self.average is not None:
             self.average.update(self.detector, step + 1)
         # One transfer, for a GPU is waited for at each.
-        *found, length = torch.cat([self.processes.add(values), norm.detach().float()[None]]).tolist()
+        *found, length = torch.cat([self.distributed.all_reduce(values), norm.detach().float()[None]]).tolist()
         record = dict(zip(names, found, strict=True))
         if not (math.isfinite(record["loss"]) and math.isfinite(length)):
             what = "gradient" if math.isfinite(record["loss"]) else "loss"
@@ -97,39 +104,26 @@ class Trainer:
 
     def _backward(self, batch: Batch, totals: Totals | None) -> tuple[list[str], Tensor]:
         with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=batch.images.is_cuda):
-            parts: dict[str, Tensor] = self.detector(
+            parts: dict[str, Tensor] = self._model(
                 batch,
                 self.objective.text,
                 distill=self.objective.config.metric if self.objective.config.distillation > 0 else None,
                 totals=totals,
             )
-        loss = weigh(parts, self.objective.weights)
-        loss.backward()
+        loss = weighted_sum(parts, self.objective.weights)
+        # The terms of all processes add up, while `DistributedDataParallel` averages their gradients.
+        (loss * self.distributed.world_size).backward()
         return ["loss", *parts], torch.stack([loss.detach(), *(p.detach().float() for p in parts.values())])
+
+    def _without_exchange(self) -> AbstractContextManager[None]:
+        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
 
     def _totals(self, batches: Sequence[Batch]) -> Totals | None:
         if self.config.rng == "step":
             return None
         device = batches[0].region_boxes.device
         regions = torch.tensor(float(sum(len(b.region_boxes) for b in batches)), device=device)
-        return Totals(images=self.config.batch_size, regions=int(self.processes.add(regions)))
-
-
-def part_weights(config: LossConfig, embed_dim: int) -> dict[str, float]:
-    """What each part of the objective is multiplied by, for embeddings of width `embed_dim`."""
-    return {
-        "rpn_objectness": config.rpn,
-        "rpn_box": config.rpn,
-        "classification": config.classification,
-        "box": config.box,
-        "mask": config.mask,
-        "distillation": config.distillation * distillation_scale(config.metric, embed_dim),
-    }
-
-
-def weigh(parts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The objective: weighted sum of the parts that are there."""
-    return torch.stack([weights[name] * part.float() for name, part in parts.items()]).sum()
+        return Totals(images=self.config.batch_size, regions=int(self.distributed.all_reduce(regions)))
 
 
 def peak_rate(config: TrainConfig) -> float:
@@ -146,9 +140,9 @@ def peak_rate(config: TrainConfig) -> float:
 
 
 def in_effect(config: Config, embed_dim: int) -> dict[str, float]:
-    """What settings that hang on neighbours come to: a run is another one when these differ."""
+    """Effective values of settings that depend on others: runs differ when these differ."""
     return {
-        "distillation_weight": part_weights(config.loss, embed_dim)["distillation"],
+        "distillation_weight": loss_weights(config.loss, embed_dim)["distillation"],
         "peak_rate": peak_rate(config.train),
     }
 

@@ -42,17 +42,17 @@ class Validation:
     def of_run(cls, run: Run, trainer: Trainer, dataset: Dataset, config: Config, images: int) -> Validation:
         """Ready for a run whose dataset `require_validation` has seen."""
         made = cls(run, trainer, dataset, config, images)
-        if config.train.validate_every and trainer.processes.first:
+        if config.train.validate_every and trainer.distributed.is_main:
             cut_slice(dataset.root / dataset.val_annotations, run.folder / SLICE, config.train.validate_images)
         return made
 
     def due(self, step: int) -> bool:
-        """Whether an epoch that asks for it ends with a step."""
+        """Test whether a validation is due after a step."""
         every, per_step = self.config.train.validate_every * self.images, self.config.train.batch_size
         return bool(every) and step * per_step // every > (step - 1) * per_step // every
 
     def missing(self, step: int) -> bool:
-        """Whether it was due after a step, whose checkpoint is there, and was not made."""
+        """Test whether the validation after a step, whose checkpoint exists, has not been made."""
         return step > 0 and self.due(step) and all(line["step"] != step for line in self.run.read_validation())
 
     def look(self, step: int, metrics: MetricsLog) -> None:

@@ -14,9 +14,9 @@ import pytest
 
 from ezsd.cache import Store
 from ezsd.data.shapes import SHAPES_SPLIT
+from ezsd.losses import loss_weights
 from ezsd.pipeline.config.schema import load_preset, to_tables
 from ezsd.pipeline.extraction.provenance import dataset_inputs
-from ezsd.pipeline.training.trainer import part_weights
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Few windows, two blocks of images, two steps: the same code in seconds.
@@ -162,7 +162,7 @@ def test_a_cosine_arm_multiplies_the_distance_by_what_its_rows_were_trained_with
     config = load_preset("shapes", ablation.ARMS[f"cosine, weight {factor}"].train)
     with (files("ezsd.weights") / "tiny-shapes.json").open() as teacher:
         dim = json.load(teacher)["embed_dim"]
-    assert part_weights(config.loss, dim)["distillation"] == pytest.approx(factor, rel=1e-12)
+    assert loss_weights(config.loss, dim)["distillation"] == pytest.approx(factor, rel=1e-12)
 
 
 def test_an_unknown_arm_is_refused_with_the_known_ones(ablation, capsys):

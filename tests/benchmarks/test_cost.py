@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ezsd.kernels import roi_align_cosine, roi_embed
+from ezsd.kernels import Pooling, roi_align_cosine, roi_embed
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,13 +27,13 @@ def test_the_linear_layer_inside_a_fused_operator_is_counted_forwards_and_backwa
     channels, bins, dim, regions = 4, 2, 6, 5
     layer = torch.nn.Linear(channels * bins**2, dim)
     maps, boxes = torch.rand(1, channels, 9, 9, requires_grad=True), torch.tensor([[1.0, 1.0, 7.0, 8.0]] * regions)
-    image, options = torch.zeros(regions, dtype=torch.int64), {"spatial_scale": 1.0, "output_size": bins}
+    image, pooling = torch.zeros(regions, dtype=torch.int64), Pooling(spatial_scale=(1.0,), output_size=bins)
     target, weight = torch.rand(regions, dim), torch.ones(regions)
     with cost.counting(layer) as embed:
-        roi_embed(maps, boxes, image, projection=layer.weight, bias=layer.bias, **options).sum().backward()
+        roi_embed(maps, boxes, image, pooling, layer.weight, layer.bias).sum().backward()
     with cost.counting(layer) as distance:
-        head = {"projection": layer.weight, "bias": layer.bias}
-        roi_align_cosine(maps, boxes, image, target, weight, metric="l1", **head, **options).backward()
+        arguments = (maps, boxes, image, pooling, layer.weight, layer.bias)
+        roi_align_cosine(*arguments, target=target, weight=weight, metric="l1").backward()
     # One product forwards; backwards one for the bins and one for the weight.
     once = 2 * regions * dim * channels * bins**2
     assert embed.gflop * 1e9 == pytest.approx(3 * once)

@@ -12,11 +12,12 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from ezsd.choices import BACKBONES
 from ezsd.detector.backbone import build_backbone, normalise
-from ezsd.detector.heads import CosineClassifier, Pooling, SemanticBoxRegressor, Tower
+from ezsd.detector.heads import CosineClassifier, SemanticBoxRegressor, Tower
 from ezsd.detector.masks import GRID, ObjectMasks
 from ezsd.detector.model import Batch, Detector, DetectorSettings, Totals
 from ezsd.detector.rpn import SAMPLED_ANCHORS, AnchorSampler
 from ezsd.detector.sampling import sample_regions
+from ezsd.kernels import Pooling, roi_align
 from ezsd.losses import region_weights
 
 DIM, SIDE, NAMES = 12, 64, 5
@@ -833,13 +834,13 @@ def test_a_tower_keeps_shapes_and_is_never_negative():
 
 
 def test_a_mirrored_image_has_mirrored_regions():
-    pooling = Pooling(strides=(8, 16), size=4, canonical_size=32, canonical_level=4, backend="eager")
+    pooling = Pooling(spatial_scale=(1 / 8, 1 / 16), output_size=4, canonical_size=32, backend="eager")
     maps, boxes = [torch.randn(1, 6, 8, 8), torch.randn(1, 6, 4, 4)], random_boxes(10)
     boxes[5:] = torch.tensor([4.0, 6, 60, 55])
     index = torch.zeros(10, dtype=torch.int64)
     mirrored = torch.stack([SIDE - boxes[:, 2], boxes[:, 1], SIDE - boxes[:, 0], boxes[:, 3]], 1)
-    found = pooling.align([m.flip(3) for m in maps], mirrored, index)
-    torch.testing.assert_close(found.flip(3), pooling.align(maps, boxes, index), rtol=1e-4, atol=1e-5)
+    found = roi_align([m.flip(3) for m in maps], mirrored, index, pooling)
+    torch.testing.assert_close(found.flip(3), roi_align(maps, boxes, index, pooling), rtol=1e-4, atol=1e-5)
 
 
 # Backbones.
@@ -858,7 +859,7 @@ def test_a_backbone_has_the_strides_it_states(name, strides):
 def test_a_resnet_detector_pools_from_all_levels_but_the_last():
     settings = DetectorSettings(**(SETTINGS | {"rpn_sizes": ((8,), (16,), (32,), (64,), (128,))}))
     detector = Detector(build_backbone("resnet18", channels=16, weights=None), settings)
-    assert detector.head.pooling.options["spatial_scale"] == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    assert detector.head.pooling.spatial_scale == (1 / 4, 1 / 8, 1 / 16, 1 / 32)
     parts, _ = losses_and_gradients(detector, make_batch(), distill="cosine")
     assert all(value.isfinite() for value in parts.values())
     assert len(detect(detector, unit_rows(3))) == 2

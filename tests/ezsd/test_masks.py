@@ -9,7 +9,8 @@ from torchvision.models.detection.roi_heads import maskrcnn_loss, project_masks_
 from ezsd.data.dataset import DetectionDataset, collate
 from ezsd.data.masks import decode, draw_in_frame, encode, to_run_lengths
 from ezsd.data.transforms import Augmentation
-from ezsd.detector.masks import GRID, ObjectMasks, mask_loss, mask_targets, paste
+from ezsd.detector.masks import GRID, ObjectMasks, mask_targets, paste
+from ezsd.losses import mask_loss
 
 HEIGHT, WIDTH = 120, 160
 

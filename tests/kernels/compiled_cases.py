@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ezsd.kernels import triton_distance, triton_pool
-from ezsd.kernels.pooling import Pooling
+from ezsd.kernels.pooling import BoundPooling
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -70,7 +70,7 @@ def disassemble(option, binary):
 
 def make_pooling(dtype, bins):
     maps = tuple(torch.empty(16, 256, 8 >> level, 8 >> level, dtype=dtype, device="meta") for level in range(4))
-    return Pooling(maps=maps, scale=0.25, threshold=1.0, bins=bins, samples=2)
+    return BoundPooling(maps=maps, scale=0.25, threshold=1.0, bins=bins, samples=2)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,15 @@ import torch
 from torch.testing import assert_close
 
 from ezsd import kernels
-from ezsd.kernels import reference
+from ezsd.kernels import Pooling, reference
 from tests.kernels.kernel_problems import make_problem, run_align, run_embed, run_loss
 
 # Norm of the difference over the norm of the expected tensor. Float32: positions are rounded at 1e-7 of some tens of
 # cells, sums have up to 12,544 terms. 16 bits: a value is rounded (at 5e-4 for float16, 4e-3 for bfloat16) at each of
 # four stages: bin weights, pooled values, embeddings, and their gradients.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+POOLING = Pooling(spatial_scale=(1.0,), backend="triton")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -110,7 +112,7 @@ def test_maps_beyond_two_to_the_31_elements():
 def align_one(feature, boxes, image):
     feature = feature.detach().requires_grad_()
     image_index = torch.full((len(boxes),), image, device="cuda")
-    pooled = kernels.roi_align(feature, boxes, image_index, spatial_scale=1.0, backend="triton")
+    pooled = kernels.roi_align(feature, boxes, image_index, POOLING)
     pooled.backward(torch.ones_like(pooled))
     return pooled.detach(), feature.grad
 
@@ -120,9 +122,9 @@ def test_pooled_boxes_beyond_two_to_the_31_elements():
     boxes = torch.rand(172_000, 4, device="cuda") * 8
     boxes[:, 2:] += boxes[:, :2]
     image_index = torch.zeros(len(boxes), dtype=torch.int64, device="cuda")
-    pooled = kernels.roi_align(feature, boxes, image_index, spatial_scale=1.0, backend="triton")
+    pooled = kernels.roi_align(feature, boxes, image_index, POOLING)
     assert pooled.numel() > 2**31
-    alone = kernels.roi_align(feature, boxes[-9:], image_index[-9:], spatial_scale=1.0, backend="triton")
+    alone = kernels.roi_align(feature, boxes[-9:], image_index[-9:], POOLING)
     assert_close(pooled[-9:], alone, rtol=0, atol=0)
 
 

@@ -173,9 +173,9 @@ def test_channels_last_maps_have_channels_last_gradients():
 
 def test_the_gradient_of_a_plain_sum_is_laid_out_first():
     problem = make_problem(regions=3, bins=2, channels=5).to(torch.float32)
-    (feature, *rest), named = problem.pooling
+    (feature,), *rest = problem.pooled(backend="triton")
     feature.requires_grad_()
-    kernels.roi_align(feature, *rest, **named, backend="triton").sum().backward()
+    kernels.roi_align(feature, *rest).sum().backward()
     found, feature.grad = feature.grad, None
-    reference.roi_align(feature, *rest, **named).sum().backward()
+    reference.roi_align(feature, *rest).sum().backward()
     assert_close(found, feature.grad, **TOLERANCE)

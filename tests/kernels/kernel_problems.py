@@ -7,6 +7,8 @@ from torch.nn import functional
 from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
+from ezsd.kernels import Pooling
+
 SIZES = ((21, 18), (11, 9), (5, 5), (3, 2))
 """Rows and columns of the maps at strides 4, 8, 16, 32; no multiple of a block."""
 TINY = ((11, 9), (5, 5), (3, 2), (2, 1))
@@ -40,12 +42,11 @@ class Problem:
             bias=cast(self.bias),
         )
 
-    @property
-    def pooling(self):
-        features = self.maps[0] if len(self.maps) == 1 else list(self.maps)
-        scale = 0.25 if len(self.maps) == 1 else [0.25 / 2**level for level in range(len(self.maps))]
-        arguments = {"spatial_scale": scale, "output_size": self.bins, "sampling_ratio": 2, **CANONICAL}
-        return (features, self.boxes, self.image_index), arguments
+    def pooled(self, **options):
+        """Features, boxes, their images and the pooling: what every operator takes first."""
+        scales = tuple(0.25 / 2**level for level in range(len(self.maps)))
+        pooling = Pooling(spatial_scale=scales, output_size=self.bins, **(CANONICAL | options))
+        return list(self.maps), self.boxes, self.image_index, pooling
 
     @property
     def leaves(self):
@@ -79,11 +80,10 @@ def make_problem(*, regions, bins=7, channels=20, dim=9, levels=1, seed=0, head=
     )
 
 
-def run_align(align, problem, **options):
+def run_align(align, problem, **pooling):
     """The pooled boxes, and the gradients of a random sum of them with respect to the maps."""
     problem = replace(problem, maps=tuple(feature.detach().requires_grad_() for feature in problem.maps))
-    positional, named = problem.pooling
-    pooled = align(*positional, **named, **options)
+    pooled = align(*problem.pooled(**pooling))
     pull = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (pooled * pull.to(pooled)).sum().backward()
     return [pooled.detach(), *(feature.grad for feature in problem.maps)]
@@ -92,42 +92,39 @@ def run_align(align, problem, **options):
 def run_embed(embed, problem, **options):
     """A weighted sum of the unit embeddings, and its gradients with respect to maps, projection and bias."""
 
-    def pulled(features, boxes, image_index, target, weight, **named):
-        return (embed(features, boxes, image_index, **named) * target).sum()
+    def pulled(*arguments, target, weight):
+        return (embed(*arguments) * target).sum()
 
     return run_loss(pulled, problem, **options)
 
 
-def run_loss(loss, problem, **options):
+def run_loss(loss, problem, backend="auto", **options):
     """The loss, and its gradients with respect to the maps, the projection and the bias."""
     leaves = [leaf.detach().requires_grad_() for leaf in problem.leaves]
     count = len(problem.maps)
     projection, bias = leaves[count:] or (None, None)
     problem = replace(problem, maps=tuple(leaves[:count]), projection=projection, bias=bias)
-    positional, named = problem.pooling
-    head = {"projection": projection, "bias": bias}
-    value = loss(*positional, problem.target, problem.weight, **named, **head, **options)
+    arguments = (*problem.pooled(backend=backend), projection, bias)
+    value = loss(*arguments, target=problem.target, weight=problem.weight, **options)
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
-def torchvision_align(features, boxes, image_index, *, spatial_scale, output_size, sampling_ratio, **canonical):
+def torchvision_align(features, boxes, image_index, pooling):
     """The usual way, as an oracle: one RoIAlign per level, and torchvision's own level rule."""
-    if isinstance(features, torch.Tensor):
-        features, spatial_scale = [features], [spatial_scale]
-    mapper = LevelMapper(2, 1 + len(features), canonical["canonical_size"], canonical["canonical_level"])
+    mapper = LevelMapper(2, 1 + len(features), pooling.canonical_size, pooling.canonical_level)
     levels = mapper([boxes]) if len(features) > 1 else torch.zeros_like(image_index)
     rois = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)
-    pooled = boxes.new_zeros(len(boxes), features[0].shape[1], output_size, output_size)
-    for level, (feature, scale) in enumerate(zip(features, spatial_scale, strict=True)):
+    pooled = boxes.new_zeros(len(boxes), features[0].shape[1], pooling.output_size, pooling.output_size)
+    for level, (feature, scale) in enumerate(zip(features, pooling.spatial_scale, strict=True)):
         mine = torch.where(levels == level)[0]
-        part = roi_align(feature, rois[mine], output_size, scale, sampling_ratio, aligned=True)
+        part = roi_align(feature, rois[mine], pooling.output_size, scale, pooling.sampling_ratio, aligned=True)
         pooled = pooled.index_copy(0, mine, part)
     return pooled
 
 
-def torchvision_loss(features, boxes, image_index, target, weight, *, projection, bias, metric="cosine", **pooling):
+def torchvision_loss(features, boxes, image_index, pooling, projection, bias, *, target, weight, metric="cosine"):
     """The loss over torchvision's pooling, in torch's own words; no row may be zero except with a zero weight."""
-    pooled = torchvision_align(features, boxes, image_index, **pooling).permute(0, 2, 3, 1).flatten(1)
+    pooled = torchvision_align(features, boxes, image_index, pooling).permute(0, 2, 3, 1).flatten(1)
     embedding = pooled if projection is None else functional.linear(pooled, projection, bias)
     if metric == "cosine":
         distance = 1 - functional.cosine_similarity(embedding, target)

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from ezsd import kernels
 from ezsd.errors import BackendError
+from ezsd.kernels import Pooling, reference
 from ezsd.kernels import backend as backend_module
-from ezsd.kernels import reference
-from tests.kernels.kernel_problems import CANONICAL, TINY, make_problem, run_align, run_embed, run_loss
+from tests.kernels.kernel_problems import TINY, make_problem, run_align, run_embed, run_loss, torchvision_align
 
 # float64: sums of a few hundred terms of size one. float32: the same, and sample positions rounded differently.
 TOLERANCE = {torch.float64: {"rtol": 1e-11, "atol": 1e-11}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
@@ -39,10 +39,8 @@ def test_loss_equals_the_reference(metric, regions, bins, levels, dim):
 
 def test_embeddings_equal_the_reference_in_the_order_of_the_boxes():
     problem = make_problem(regions=30, bins=5, levels=4)
-    positional, named = problem.pooling
-    head = {"projection": problem.projection, "bias": problem.bias}
-    found = kernels.roi_embed(*positional, **named, **head)
-    assert_close(found, reference.roi_embed(*positional, **named, **head), **TOLERANCE[torch.float64])
+    arguments = (*problem.pooled(), problem.projection, problem.bias)
+    assert_close(kernels.roi_embed(*arguments), reference.roi_embed(*arguments), **TOLERANCE[torch.float64])
     assert_close(
         run_embed(kernels.roi_embed, problem), run_embed(reference.roi_embed, problem), **TOLERANCE[torch.float64]
     )
@@ -132,23 +130,24 @@ def test_half_precision_targets_are_normalised_inside():
 
 def call(**changes):
     problem = make_problem(regions=3, bins=2, channels=4, dim=5).to(torch.float32)
-    (features, boxes, image_index), named = problem.pooling
+    features, boxes, image_index, pooling = problem.pooled()
+    options = {name: changes.pop(name) for name in Pooling.__dataclass_fields__ if name in changes}
     arguments = {"features": features, "boxes": boxes, "image_index": image_index, "target": problem.target}
-    arguments |= {"weight": problem.weight, "projection": problem.projection, "bias": problem.bias, **named}
-    return kernels.roi_align_cosine(**(arguments | changes))
+    arguments |= {"weight": problem.weight, "projection": problem.projection, "bias": problem.bias}
+    return kernels.roi_align_cosine(**(arguments | changes), pooling=replace(pooling, **options))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": []}, "must be a number for one map"),
-        ({"features": [], "spatial_scale": []}, "at least one map"),
+        ({"features": []}, "expected 1 feature maps, one per spatial scale, got 0"),
+        ({"spatial_scale": ()}, "at least one level"),
         ({"features": torch.zeros(2, 4, 8)}, r"level 0: expected a floating map \(B, C, H, W\)"),
         ({"features": torch.zeros(2, 4, 0, 8)}, "no cells"),
-        ({"features": [torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 4, 4)], "spatial_scale": [0.5, 0.25]}, "level 1"),
-        ({"features": [torch.zeros(2, 4, 8, 8)] * 2, "spatial_scale": [0.5]}, "expected 2 spatial scales"),
-        ({"features": [torch.zeros(2, 4, 8, 8)] * 2, "spatial_scale": [0.5, 0.2]}, "half of the one before"),
-        ({"spatial_scale": 0.0}, "spatial_scale must be > 0"),
+        ({"features": [torch.zeros(2, 4, 8, 8), torch.zeros(2, 3, 4, 4)], "spatial_scale": (0.5, 0.25)}, "level 1"),
+        ({"features": [torch.zeros(2, 4, 8, 8)] * 2, "spatial_scale": (0.5,)}, "expected 1 feature maps"),
+        ({"features": [torch.zeros(2, 4, 8, 8)] * 2, "spatial_scale": (0.5, 0.2)}, "half of the one before"),
+        ({"spatial_scale": (0.0,)}, "spatial_scale must be > 0"),
         ({"output_size": 0}, "output_size must be >= 1"),
         ({"sampling_ratio": 0}, "sampling_ratio must be >= 1"),
         ({"canonical_size": 0}, "canonical_size must be > 0"),
@@ -162,7 +161,7 @@ def call(**changes):
         ({"bias": torch.zeros(4)}, r"bias must be torch.float32 \(5,\)"),
         ({"target": torch.zeros(3, 4)}, r"target must be floating \(3, 5\)"),
         ({"weight": torch.zeros(2)}, r"weight must be floating \(3,\)"),
-        ({"metric": "l2"}, 'metric must be "cosine" or "l1"'),
+        ({"metric": "l2"}, "metric must be one of cosine, l1"),
         ({"backend": "cuda"}, "backend must be one of auto, eager, triton"),
     ],
 )
@@ -202,7 +201,7 @@ def test_auto_says_once_what_it_took(caplog):
 
 def test_canonical_arguments_are_torchvisions_by_default():
     problem = make_problem(regions=20, bins=1, levels=4)
-    positional, named = problem.pooling
-    plain = {name: value for name, value in named.items() if name not in CANONICAL}
-    explicit = kernels.roi_align(*positional, **plain, canonical_size=224, canonical_level=4)
-    assert_close(kernels.roi_align(*positional, **plain), explicit, rtol=0, atol=0)
+    *regions, pooling = problem.pooled(canonical_size=224, canonical_level=4)
+    plain = Pooling(spatial_scale=pooling.spatial_scale, output_size=1)
+    assert_close(kernels.roi_align(*regions, plain), kernels.roi_align(*regions, pooling), rtol=0, atol=0)
+    assert_close(kernels.roi_align(*regions, plain), torchvision_align(*regions, pooling), **TOLERANCE[torch.float64])

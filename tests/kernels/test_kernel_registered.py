@@ -49,13 +49,12 @@ def check_operators(problem, *, backend):
 
 @pytest.mark.parametrize("metric", ["cosine", "l1"])
 def test_gradients_pass_finite_differences(problem, metric):
-    positional, named = problem.pooling
     maps, *head = leaves(problem)
 
     def loss(*leaves):
-        named_head = {"projection": leaves[-2], "bias": leaves[-1]}
-        arguments = (*positional[1:], problem.target, problem.weight)
-        return kernels.roi_align_cosine(list(leaves[:-2]), *arguments, **named, **named_head, metric=metric)
+        arguments = (*problem.pooled()[1:], *leaves[-2:])
+        constants = {"target": problem.target, "weight": problem.weight}
+        return kernels.roi_align_cosine(list(leaves[:-2]), *arguments, **constants, metric=metric)
 
     assert torch.autograd.gradcheck(loss, (*maps, *head), fast_mode=True)
 
@@ -68,9 +67,8 @@ def test_only_wanted_gradients_are_computed(problem, wanted):
     for (tensors, _), keep in zip(parts, wanted, strict=True):
         for tensor in tensors:
             tensor.requires_grad_(keep)
-    positional, named = problem.pooling
-    head = {"projection": projection, "bias": bias}
-    kernels.roi_align_cosine(*positional, problem.target, problem.weight, **named, **head).backward()
+    constants = {"target": problem.target, "weight": problem.weight}
+    kernels.roi_align_cosine(*problem.pooled(), projection, bias, **constants).backward()
     for (tensors, expected), keep in zip(parts, wanted, strict=True):
         for tensor, gradient in zip(tensors, expected, strict=True):
             assert (tensor.grad is None) == (not keep)
@@ -105,10 +103,10 @@ def test_one_graph_holds_the_whole_loss(problem):
 def test_compiled_pooling_and_loss_equal_the_plain_ones(problem):
     problem = problem.to(torch.float32)
 
-    def both(*arguments, **named):
-        return torch.compile(kernels.roi_align, fullgraph=True)(*arguments, **named) * 2
+    def both(*arguments):
+        return torch.compile(kernels.roi_align, fullgraph=True)(*arguments) * 2
 
-    assert_close(run_align(both, problem), run_align(lambda *a, **k: kernels.roi_align(*a, **k) * 2, problem))
+    assert_close(run_align(both, problem), run_align(lambda *arguments: kernels.roi_align(*arguments) * 2, problem))
 
 
 def test_an_exported_program_holds_one_node_and_takes_any_number_of_boxes(problem):
@@ -116,8 +114,7 @@ def test_an_exported_program_holds_one_node_and_takes_any_number_of_boxes(proble
 
     class Embed(torch.nn.Module):
         def forward(self, maps, boxes, image_index, projection, bias):
-            named = problem.pooling[1]
-            return kernels.roi_embed(maps, boxes, image_index, projection=projection, bias=bias, **named)
+            return kernels.roi_embed(maps, boxes, image_index, problem.pooled()[-1], projection, bias)
 
     arguments = (list(problem.maps), problem.boxes, problem.image_index, problem.projection, problem.bias)
     regions = torch.export.Dim("regions", min=2)
@@ -144,6 +141,5 @@ def test_autocast_casts_the_products_operands_and_nothing_else(problem):
 
 def test_an_image_that_does_not_exist_is_named_inside_a_compiled_graph_too(problem):
     problem.image_index[1] = 2
-    positional, named = problem.pooling
     with pytest.raises(ValueError, match="spans 1 to 2, but the batch has 2 images"):
-        torch.compile(kernels.roi_align, backend="aot_eager", fullgraph=True)(*positional, **named)
+        torch.compile(kernels.roi_align, backend="aot_eager", fullgraph=True)(*problem.pooled())

@@ -53,7 +53,7 @@ import torch
 from ezsd import kernels
 maps = torch.randn(1, 3, 8, 8, requires_grad=True)
 boxes, image = torch.tensor([[0.0, 0.0, 20.0, 20.0]]), torch.zeros(1, dtype=torch.int64)
-kernels.roi_align(maps, boxes, image, spatial_scale=0.25).sum().backward()
+kernels.roi_align(maps, boxes, image, kernels.Pooling(spatial_scale=(0.25,))).sum().backward()
 assert maps.grad.isfinite().all()
 """
     run(["-c", script])

@@ -36,10 +36,10 @@ from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.scheduling.job_array import Share
 from ezsd.pipeline.scheduling.pool import Schedule
 from ezsd.pipeline.training.dataloader import load_batches
-from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.training.distributed import Distributed
 from ezsd.pipeline.training.train import (
     TrainRequest,
-    _check_processes,
+    _check_distributed,
     store_dataset,
     train,
     training_samples,
@@ -125,14 +125,17 @@ class Place:
         config = dataclasses.replace(self.config.train, batch_size=images, num_workers=0)
         store = Store(self.store)
         reading = load_batches(
-            training_samples(store, store_dataset(store, None), config), config, first_step=0, processes=Processes(0, 2)
+            training_samples(store, store_dataset(store, None), config),
+            config,
+            first_step=0,
+            distributed=Distributed(0, 2),
         )
         next(reading)
         reading.close()
 
 
 def two_processes(place: Place, sampling: str) -> None:
-    _check_processes(dataclasses.replace(place.config.train, rng=sampling), Processes(0, 2))
+    _check_distributed(dataclasses.replace(place.config.train, rng=sampling), Distributed(0, 2))
 
 
 def near_name(document: dict) -> None:

@@ -19,7 +19,7 @@ from ezsd.pipeline.config.schema import to_tables
 from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.dataloader import load_batches
-from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.training.distributed import Distributed
 from ezsd.pipeline.training.train import TrainRequest, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,7 +188,7 @@ def test_every_image_of_a_step_goes_to_one_process(quick_config):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ezsd.pipeline.training.dataloader.collate", list)
-        shared = [list(load_batches(samples, config, first_step=1, processes=Processes(r, 3))) for r in range(3)]
+        shared = [list(load_batches(samples, config, first_step=1, distributed=Distributed(r, 3))) for r in range(3)]
     expected = list(epoch_order(30, per_step=12, first_step=1, steps=4, seed=config.seed))
     for step, keys in enumerate(expected):
         parts = [parts for one in shared for parts in one[step][1]]
@@ -201,4 +201,4 @@ def test_every_image_of_a_step_goes_to_one_process(quick_config):
 
 def test_images_that_cannot_be_shared_out_are_refused(quick_config):
     with pytest.raises(ConfigError, match="train.batch_size=4 cannot be shared out to 3 processes"):
-        next(load_batches(None, quick_config.train, first_step=0, processes=Processes(0, 3)))
+        next(load_batches(None, quick_config.train, first_step=0, distributed=Distributed(0, 3)))

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ezsd import losses
 from ezsd.cache import Store
-from ezsd.detector.heads import FastHead, PaperHead, Pooling
-from ezsd.losses import REFERENCE_COSINE, distillation_scale
+from ezsd.detector.heads import FastHead, PaperHead
+from ezsd.kernels import Pooling
+from ezsd.losses import REFERENCE_COSINE, DistillationMetric, distillation_scale, loss_weights, weighted_sum
 from ezsd.pipeline.config.schema import from_tables, load_preset, preset_names
 from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.files import write_json
@@ -18,19 +20,18 @@ from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.dataloader import load_batches
-from ezsd.pipeline.training.distributed import Processes
+from ezsd.pipeline.training.distributed import Distributed
 from ezsd.pipeline.training.train import TrainRequest, build_trainer, train, training_samples
 from ezsd.pipeline.training.trainer import (
     AverageWeights,
     learning_rate,
-    part_weights,
     peak_rate,
-    weigh,
 )
 
 BOUND = torch.tensor(math.log(100.0))
 NAME = "head.classifier.log_temperature"
 HEADS = {"fast": FastHead, "paper": PaperHead}
+HEAD_NAMES = {kind: name for name, kind in HEADS.items()}
 
 
 def pair(dim, cosine, generator):
@@ -46,7 +47,7 @@ def pull(preset, dim, cosine=REFERENCE_COSINE, draws=30):
     Maps of zeros: an embedding is then the projection's bias, and the bias' gradient is the embedding's.
     """
     model = preset.model
-    pooling = Pooling(strides=(8,), size=2, canonical_size=32, canonical_level=3, backend=preset.train.backend)
+    pooling = Pooling(spatial_scale=(1 / 8,), output_size=2, backend=preset.train.backend)
     head = HEADS[model.head](pooling, 4, dim, depth=1, hidden=8, semantic=False, temperature=model.logit_scale)
     generator, norms = torch.Generator().manual_seed(0), []
     boxes, index, weight = torch.tensor([[8.0, 8, 40, 40]]), torch.zeros(1, dtype=torch.int64), torch.ones(1)
@@ -55,10 +56,26 @@ def pull(preset, dim, cosine=REFERENCE_COSINE, draws=30):
         head.projection.bias.data.copy_(student[0])
         head.zero_grad()
         maps = head.features([torch.zeros(1, 4, 8, 8)])
-        distance = head.distance(maps, boxes, index, teacher, weight, preset.loss.metric)
-        weigh({"distillation": distance}, part_weights(preset.loss, dim)).backward()
+        distance = head.distillation_loss(maps, boxes, index, teacher, weight, preset.loss.metric)
+        weighted_sum({"distillation": distance}, loss_weights(preset.loss, dim)).backward()
         norms.append(head.projection.bias.grad.norm().item())
     return sum(norms) / len(norms)
+
+
+def euclidean(student, teacher):
+    return (student - teacher).square().sum(1).sqrt()
+
+
+@pytest.mark.parametrize("kind", [FastHead, PaperHead])
+def test_a_metric_is_one_function_in_the_table_of_the_losses(kind, monkeypatch):
+    # At cosine c the distance is sqrt(2 - 2 c) and its gradient across the student has the norm sqrt((1 + c) / 2).
+    added = DistillationMetric(euclidean, lambda cosine, _: (1 + cosine) / 2)
+    monkeypatch.setattr(losses, "METRICS", losses.METRICS | {"euclidean": added})
+    preset = load_preset("shapes")
+    loss = dataclasses.replace(preset.loss, distillation=1.0, metric="euclidean")
+    named = dataclasses.replace(preset, loss=loss, model=dataclasses.replace(preset.model, head=HEAD_NAMES[kind]))
+    by_hand = math.sqrt((1 - (1 - REFERENCE_COSINE) / math.pi) * 64)
+    assert pull(named, 64, draws=3) == pytest.approx(by_hand, rel=1e-4)
 
 
 @pytest.mark.parametrize("dim", [64, 512])
@@ -75,12 +92,14 @@ def test_presets_of_equal_weight_distil_equally_hard(dim):
 
 def test_an_l1_distance_keeps_its_weight_and_a_cosine_gets_its_factor():
     shapes, coco = load_preset("shapes").loss, load_preset("coco").loss
-    assert part_weights(shapes, 64)["distillation"] == 0.45
+    assert loss_weights(shapes, 64)["distillation"] == 0.45
     assert distillation_scale("cosine", 512) == pytest.approx(30.1, abs=0.05)
-    assert part_weights(coco, 512)["distillation"] == distillation_scale("cosine", 512)
+    assert loss_weights(coco, 512)["distillation"] == distillation_scale("cosine", 512)
     part = torch.tensor(0.3, requires_grad=True)
     others = {name: torch.tensor(float(k)) for k, name in enumerate(("classification", "box", "rpn_box"))}
-    weighed = weigh({"distillation": part, **others}, part_weights(dataclasses.replace(coco, distillation=0.5), 64))
+    weighed = weighted_sum(
+        {"distillation": part, **others}, loss_weights(dataclasses.replace(coco, distillation=0.5), 64)
+    )
     assert weighed.item() == pytest.approx(0.5 * 10.6535 * 0.3 + 0 + 1 + 2, rel=1e-4)
 
 
@@ -94,7 +113,7 @@ def trained_on(shapes_store, shapes_dataset, with_settings):
         torch.manual_seed(0)
         detector = build_detector(config, store.embed_dim, None).train()
         base = len(shapes_dataset.split.base)
-        trainer = build_trainer(detector, config, torch.from_numpy(store.text[1].copy()), base, Processes())
+        trainer = build_trainer(detector, config, torch.from_numpy(store.text[1].copy()), base, Distributed())
         samples = training_samples(store, shapes_dataset, config.train)
         return trainer, (parts for _, parts in load_batches(samples, config.train, first_step=0))
 
