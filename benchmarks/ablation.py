@@ -11,7 +11,6 @@ baseline's losses for some steps, digit for digit. `--table` prints the rows as 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,14 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import rows
+import driver
 import torch
 from ablation_arms import ARMS, STORES, Arm, chosen
 from ablation_boxes import network_proposals, random_anchors, store_proposals, write_boxes
 from ablation_table import tables
+from shapes import permuted
 
 from ezsd.cache import Store
-from ezsd.data.shapes import DEV_SEED, SHAPES_SPLIT
+from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.metrics import Detections, evaluate
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
@@ -131,13 +131,12 @@ def trained_run(plan: Plan, arm: Arm) -> Run:
     return train(TrainRequest(cache=prepared_store(plan, arm.store), run=folder, config=config))
 
 
-def measure(plan: Plan, arm: Arm) -> dict[str, object]:
+def measure(plan: Plan, arm: Arm) -> driver.Row:
     """The row of an arm, but for what names it."""
     run = trained_run(plan, ARMS["baseline"] if arm.evaluation else arm)
     trained = load_trained(run, "cpu")
     if arm.evaluation == "permuted":
-        base = trained.text[: len(SHAPES_SPLIT.base)]
-        trained = replace(trained, text=torch.cat([base, trained.text[len(base) :].roll(1, 0)]))
+        trained = permuted(trained)
     if arm.evaluation == "reference box class":
         trained.detector.settings = replace(trained.detector.settings, box_class="reference")
     store = Store(prepared_store(plan, arm.store))
@@ -152,7 +151,7 @@ def measure(plan: Plan, arm: Arm) -> dict[str, object]:
     }
 
 
-def score(trained: TrainedDetector, dataset: Dataset) -> dict[str, object]:
+def score(trained: TrainedDetector, dataset: Dataset) -> driver.Row:
     """AP50 of base, novel and all names at once and of novel names alone ("novel_only"); AP and AP75 likewise.
 
     The split is always that of the benchmark, whatever a run was trained on. A run whose text rows have the order of
@@ -213,7 +212,7 @@ def _ezsd(*words: str, plan: Plan) -> str:
     return done.stdout
 
 
-def name_of(plan: Plan, arm: Arm) -> dict[str, object]:
+def name_of(plan: Plan, arm: Arm) -> driver.Row:
     """What tells a row from all others: a row that has it already is not made again."""
     spec = STORES[arm.store]
     return {
@@ -233,7 +232,7 @@ def name_of(plan: Plan, arm: Arm) -> dict[str, object]:
 def is_done(plan: Plan, arm: Arm) -> bool:
     """Whether the row is there."""
     wanted = name_of(plan, arm)
-    return any({key: row.get(key) for key in wanted} == wanted for row in rows.read("ablation", plan.results))
+    return any({key: row.get(key) for key in wanted} == wanted for row in driver.read("ablation", plan.results))
 
 
 def run_here(plan: Plan, arms: Sequence[Arm]) -> None:
@@ -242,7 +241,7 @@ def run_here(plan: Plan, arms: Sequence[Arm]) -> None:
         row = {**name_of(plan, arm), **measure(plan, arm)}
         # What a killed start left running may have been quicker.
         if not is_done(plan, arm):
-            rows.append("ablation", row, plan.results)
+            driver.append("ablation", row, plan.results)
         print(f"seed {plan.seed}, {arm.name}: done", flush=True)
 
 
@@ -290,18 +289,19 @@ def run_seed(plan: Plan, arms: Sequence[Arm], own: Sequence[str]) -> list[str]:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="data, stores and runs; taken up again")
-    parser.add_argument("--arms", nargs="*", default=[], help="names or groups; all by default")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[DEV_SEED])
-    parser.add_argument("--steps", type=int, default=load_preset("shapes").train.steps, help="of an arm of length one")
-    parser.add_argument("--jobs", type=int, default=1, help="arms side by side, a thread each")
-    parser.add_argument("--images", type=int, nargs=2, default=[TRAIN_IMAGES, VAL_IMAGES], metavar=("TRAIN", "VAL"))
-    parser.add_argument("--set", dest="overrides", action="append", default=[], help="of all arms")
-    parser.add_argument("--tag", default="preset")
-    parser.add_argument("--results", type=Path, default=rows.RESULTS, help="folder of ablation.jsonl")
-    parser.add_argument("--list", action="store_true", help="name the arms and stop")
-    parser.add_argument("--table", action="store_true", help="print the rows of --tag and --seeds as tables and stop")
+    parser = driver.parser(
+        __doc__,
+        driver.option("--work", required=False),
+        driver.option("--arms", nargs="*", default=[], help="names or groups; all by default"),
+        "--seeds",
+        driver.option("--steps", type=int, default=load_preset("shapes").train.steps, help="of an arm of length one"),
+        "--jobs",
+        driver.option("--images", nargs=2, default=[TRAIN_IMAGES, VAL_IMAGES], metavar=("TRAIN", "VAL")),
+        "--set",
+        driver.option("--tag", default="preset"),
+        driver.option("--list", action="store_true", help="name the arms and stop"),
+        driver.option("--table", action="store_true", help="print the rows of --tag and --seeds as tables and stop"),
+    )
     asked = parser.parse_args(words)
     try:
         arms = chosen(asked.arms)
@@ -311,7 +311,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print("\n".join(f"{arm.group}: {arm.name}" for arm in arms))
         return
     if asked.table:
-        found = [row for row in rows.read("ablation", asked.results) if row["tag"] == asked.tag]
+        found = [row for row in driver.read("ablation", asked.results) if row["tag"] == asked.tag]
         print(tables([row for row in found if row["seed"] in asked.seeds], arms))
         return
     if asked.work is None:

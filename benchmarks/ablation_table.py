@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ablation_arms import IDEAS, LENGTHS, Arm, named
-from paired import difference
+from driver import difference, spread
 
 Row = Mapping[str, Any]
 COLUMNS = ("base", "novel", "all", "novel_only")
@@ -45,19 +44,11 @@ def _table(found: Sequence[Row], arms: Sequence[Arm], metric: str, title: str) -
 
 
 def _line(found: Sequence[Row], arm: Arm, metric: str) -> str:
-    cells = [_spread(values(found, arm.name, column, metric)) for column in COLUMNS]
+    cells = [spread(values(found, arm.name, column, metric).values()) for column in COLUMNS]
     differences = ["", ""]
     if arm.against != arm.name:
         differences = [_difference(found, arm, column, metric) for column in ("base", "novel")]
     return "| " + " | ".join([arm.name, *cells, arm.against if any(differences) else "", *differences]) + " |"
-
-
-def _spread(by_seed: Mapping[int, float]) -> str:
-    if not by_seed:
-        return "-"
-    found = list(by_seed.values())
-    mean = f"{statistics.mean(found):.1f}"
-    return mean if len(found) == 1 else f"{mean} ({min(found):.1f} to {max(found):.1f})"
 
 
 def _difference(found: Sequence[Row], arm: Arm, column: str, metric: str) -> str:
@@ -73,7 +64,8 @@ def _difference(found: Sequence[Row], arm: Arm, column: str, metric: str) -> str
 def _of_oracle(found: Sequence[Row]) -> str:
     ours, oracle = values(found, "baseline", "novel"), values(found, "oracle", "novel")
     shares = {seed: 100 * ours[seed] / oracle[seed] for seed in ours.keys() & oracle.keys() if oracle[seed]}
-    return f"Novel AP50 of the baseline as a share of the oracle's, percent: {_spread(shares)}." if shares else ""
+    share = f"Novel AP50 of the baseline as a share of the oracle's, percent: {spread(shares.values())}."
+    return share if shares else ""
 
 
 def _lengths(found: Sequence[Row]) -> str:
@@ -87,7 +79,7 @@ def _lengths(found: Sequence[Row]) -> str:
     lines = ["### novel AP50 over the length of training, a run for each", ""]
     lines += ["| steps | " + " | ".join(IDEAS) + " |", "|" + "---|" * (1 + len(IDEAS))]
     for length, seen in steps.items():
-        cells = [_spread(values(found, named(idea, length), "novel")) for idea in IDEAS]
+        cells = [spread(values(found, named(idea, length), "novel").values()) for idea in IDEAS]
         lines.append("| " + " | ".join([", ".join(map(str, sorted(seen))) or "-", *cells]) + " |")
     return "\n".join(lines)
 
@@ -106,6 +98,6 @@ def _on_the_way(found: Sequence[Row]) -> str:
             idea: [100 * point["novel"] for curve in rows for point in curve if point["step"] == step]
             for idea, rows in curves.items()
         }
-        cells = [_spread(dict(enumerate(points))) for points in seen.values()]
+        cells = [spread(points) for points in seen.values()]
         lines.append("| " + " | ".join([str(step), *cells]) + " |")
     return "\n".join(lines)

@@ -12,11 +12,11 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
+import driver
 import numpy as np
 import open_clip
-import rows
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from ezsd.pipeline.extraction.anchors import look_at_anchors
 from ezsd.pipeline.runs.model import build_detector
 from ezsd.vocabulary import COCO_SPLIT
 
-Row = dict[str, Any]
+Row = driver.Row
 PEAK_TFLOPS = {"H200": 989, "A100": 312, "RTX 4090": 165}
 """Published peaks of dense products in bf16."""
 UTILISATION = 0.3
@@ -271,20 +271,17 @@ def tables(row: Row, utilisation: float = UTILISATION) -> dict[str, str]:
     }
 
 
-def main() -> None:
-    """Count, or print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", action="store_true")
-    parser.add_argument("--photos", type=Path, help="folder in COCO's layout, for --count")
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="of the published peak, assumed")
-    arguments = parser.parse_args()
+def measure(arguments: argparse.Namespace) -> Iterator[Row]:
+    """The row of a count; then print the tables of the newest row."""
     if arguments.count:
         if arguments.photos is None:
-            parser.error("--count needs --photos")
-        rows.append("cost", count(arguments.photos))
-    for title, table in tables(rows.read("cost")[-1], arguments.utilisation).items():
+            raise driver.UsageError("--count needs --photos")
+        yield count(arguments.photos)
+    for title, table in tables(driver.read("cost", arguments.results)[-1], arguments.utilisation).items():
         print(f"## {title}\n\n{table}\n")
 
 
 if __name__ == "__main__":
-    main()
+    counting_anew = driver.option("--count", action="store_true", help="count anew")
+    utilisation = driver.option("--utilisation", type=float, default=UTILISATION, help="of the published peak, assumed")
+    driver.run("cost", measure, __doc__, counting_anew, "--photos", utilisation)

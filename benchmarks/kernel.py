@@ -16,12 +16,12 @@ import importlib.util
 import itertools
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-import rows
+import driver
 import torch
 from kernel_variants import Problem, Variant, ours, sparse_product, torchvision_eager
 from torch import Tensor
@@ -86,7 +86,7 @@ class Case:
             canonical_level=4,
         )
 
-    def row(self) -> dict[str, object]:
+    def row(self) -> driver.Row:
         """The case in words and numbers."""
         return {
             "case": self.name,
@@ -167,27 +167,27 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return cuts[1], statistics.median(values), cuts[7]
 
 
-def cpu_rows(case: Case, variants: dict[str, Variant], rounds: int) -> Iterator[dict[str, object]]:
-    """Ratios to A in CPU time, the variants taking turns so that a busy machine disturbs all alike."""
+def cpu_seconds(call: Callable[[], object], _: int) -> float:
+    """CPU time of a call, whatever the round."""
+    return driver.timed(call)[1].cpu
+
+
+def cpu_rows(case: Case, variants: dict[str, Variant], rounds: int) -> Iterator[driver.Row]:
+    """Ratios to A in CPU time, the variants in turns."""
     problem = case.make("cpu")
     passed, failed = gated(case, problem, variants)
     yield from failed
     for name in PASSES:
-        calls = {variant: steps(function, problem)[name] for variant, function in passed.items()}
-        spent: dict[str, list[float]] = {variant: [] for variant in calls}
-        for turn in range(rounds + 1):
-            for variant, call in calls.items():
-                begin = time.process_time()
-                call()
-                if turn:
-                    spent[variant].append(time.process_time() - begin)
+        calls = {variant: partial(cpu_seconds, steps(function, problem)[name]) for variant, function in passed.items()}
+        # The first round warms up.
+        spent = {variant: values[1:] for variant, values in driver.in_turns(calls, range(rounds + 1)).items()}
         for variant, values in spent.items():
             ratios = quantiles([mine / base for mine, base in zip(values, spent["A"], strict=True)])
             named = dict(zip(("ratio_p20", "ratio_p50", "ratio_p80"), (round(r, 3) for r in ratios), strict=True))
             yield {**case.row(), "variant": variant, "pass": name, "device": "cpu", "rounds": rounds, **named}
 
 
-def gpu_rows(case: Case, rounds: int, rates: Rates, variants: dict[str, Variant]) -> Iterator[dict[str, object]]:
+def gpu_rows(case: Case, rounds: int, rates: Rates, variants: dict[str, Variant]) -> Iterator[driver.Row]:
     """Milliseconds, memory and traffic beside the floor."""
     problem = case.make("cuda")
     passed, failed = gated(case, problem, variants)
@@ -218,7 +218,7 @@ def gpu_rows(case: Case, rounds: int, rates: Rates, variants: dict[str, Variant]
             }
 
 
-def gpu_table(rounds: int) -> Iterator[dict[str, object]]:
+def gpu_table(rounds: int) -> Iterator[driver.Row]:
     """All cases; B comes last, because compiling takes minutes."""
     rates = {dtype: Rates.measure(dtype) for dtype in NAMES}
     for case in gpu_cases():
@@ -269,7 +269,7 @@ class Rates:
         product = min(gpu_milliseconds(lambda: matrix @ matrix) for _ in range(20))
         return cls(copy=2 * 2**30 / copy * 1e3, matmul=2 * 8192**3 / product * 1e3)
 
-    def row(self) -> dict[str, object]:
+    def row(self) -> driver.Row:
         """The rates beside a time, and where they were measured."""
         return {
             "copy_gb_per_s": round(self.copy / 1e9),
@@ -308,24 +308,18 @@ class Work:
         return 1e3 * sum(max(self.bytes_ / rates.copy, flop / rates.matmul) for flop in passes)
 
 
-def show(row: dict[str, object]) -> None:
+def show(row: driver.Row) -> str:
     """One line per row."""
     size = f"{row['case']:<17} {row['dtype']} {row['boxes_per_image']:>5} boxes P={row['P']} {row['variant']:<5}"
     if "gate" in row:
-        print(f"{size} GATE FAILED: relative error {row['error']:.1e}")
-    elif "ratio_p50" in row:
-        print(f"{size} {row['pass']:<17} {row['ratio_p50']:7.3f} of A ({row['ratio_p20']} to {row['ratio_p80']})")
-    else:
-        time_ = f"{row['ms_p50']:8.3f} ms  {row['times_floor']:6.2f} x floor"
-        print(f"{size} {row['pass']:<17} {time_}  {row['peak_mib']} MiB")
+        return f"{size} GATE FAILED: relative error {row['error']:.1e}"
+    if "ratio_p50" in row:
+        return f"{size} {row['pass']:<17} {row['ratio_p50']:7.3f} of A ({row['ratio_p20']} to {row['ratio_p80']})"
+    return f"{size} {row['pass']:<17} {row['ms_p50']:8.3f} ms  {row['times_floor']:6.2f} x floor  {row['peak_mib']} MiB"
 
 
-def main() -> None:
-    """Parse, gate, time, print, record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tag", default="headline")
-    parser.add_argument("--rounds", type=int, default=50)
-    arguments = parser.parse_args()
+def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
+    """Rows of all cases; SystemExit at the end if a variant has failed its gate."""
     # What torch says of the sparse matrices of variant C.
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
@@ -340,12 +334,11 @@ def main() -> None:
     triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None
     failures = 0
     for row in found:
-        show(row)
-        rows.append("kernel", {"tag": arguments.tag, "triton": triton, **row})
+        yield {"tag": arguments.tag, "triton": triton, **row}
         failures += "gate" in row
     if failures:
-        parser.exit(1, f"{failures} variants failed their gate and were not timed\n")
+        raise SystemExit(f"{failures} variants failed their gate and were not timed")
 
 
 if __name__ == "__main__":
-    main()
+    driver.run("kernel", measure, __doc__, "--tag", driver.option("--rounds", default=50), show=show)

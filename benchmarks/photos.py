@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import driver
 import numpy as np
-import rows
 import torch
 
 from ezsd.cache import Store
@@ -30,7 +31,7 @@ from ezsd.pipeline.training.train import store_dataset
 TOP = (100, 300)
 
 
-def coverage(store: Store, data_root: Path | None) -> dict[str, object]:
+def coverage(store: Store, data_root: Path | None) -> driver.Row:
     """Recall of novel objects by proposals, kept regions and random anchors."""
     dataset = store_dataset(store, data_root)
     truth = load_evaluation(dataset.root / dataset.train_annotations, dataset.split)
@@ -73,14 +74,8 @@ def draw(store: Store, data_root: Path | None, out: Path) -> None:
         draw_boxes(pixels, torch.from_numpy(regions.box[:10].copy()), captions).save(out / f"{image.id}.png")
 
 
-def main() -> None:
-    """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--draw", type=Path)
-    parser.add_argument("--run", type=Path, help="an evaluated run trained on the cache: its AP50 goes into the row")
-    arguments = parser.parse_args()
+def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
+    """The row of a store, and the drawn photos."""
     store = Store(arguments.cache)
     result = coverage(store, arguments.data_root)
     if arguments.run:
@@ -88,13 +83,14 @@ def main() -> None:
         evaluated = headline(json.loads((run.folder / "eval.json").read_text()))
         result["trained"] = {"AP50": evaluated, "steps": run.read_metrics()[-1]["step"]}
     teacher = dict(model_inputs(store.manifest))
-    grid = proposal_settings(store.manifest)
-    rows.append("photos", {**result, "teacher": teacher, "proposal_settings": grid})
-    for key, value in result.items():
-        print(f"{key}: {value}")
+    yield {**result, "teacher": teacher, "proposal_settings": proposal_settings(store.manifest)}
     if arguments.draw:
         draw(store, arguments.data_root, arguments.draw)
 
 
 if __name__ == "__main__":
-    main()
+    drawn = driver.option("--draw", type=Path, help="folder of the photos with their best regions")
+    trained = driver.option(
+        "--run", type=Path, help="an evaluated run trained on the cache: its AP50 goes into the row"
+    )
+    driver.run("photos", measure, __doc__, "--cache", "--data-root", drawn, trained)

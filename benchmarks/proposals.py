@@ -17,12 +17,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import driver
 import numpy as np
-import rows
 import torch
 from ablation_boxes import network_boxes
 from torch import Tensor
@@ -227,12 +227,12 @@ def make_bench(config: Config, teacher: Teacher, dataset: Dataset, folder: Path)
 
 
 @torch.no_grad()
-def measure(bench: Bench, pictures: list[Picture]) -> list[dict[str, object]]:
+def measure(bench: Bench, pictures: list[Picture]) -> list[driver.Row]:
     """Recall and passes of every arm and control: one row each."""
     grids = [bench.grid(picture) for picture in pictures]
     novel = [picture.novel for picture in pictures]
-    shared: dict[str, object] = {"images": len(pictures), "novel_objects": sum(map(len, novel))}
-    result: list[dict[str, object]] = []
+    shared: driver.Row = {"images": len(pictures), "novel_objects": sum(map(len, novel))}
+    result: list[driver.Row] = []
     for name, arm in ARMS.items():
         config = with_arm(bench.config, arm).proposals
         found, passes = [], []
@@ -250,7 +250,7 @@ def measure(bench: Bench, pictures: list[Picture]) -> list[dict[str, object]]:
     return result
 
 
-def controls(bench: Bench, pictures: list[Picture], grids: list[tuple[Tensor, Tensor]]) -> Iterable[dict[str, object]]:
+def controls(bench: Bench, pictures: list[Picture], grids: list[tuple[Tensor, Tensor]]) -> Iterable[driver.Row]:
     """A tenth of the anchors drawn at random and scored; and anchors in random order, which cost nothing."""
     novel = [picture.novel for picture in pictures]
     scored, unscored = [], []
@@ -279,7 +279,7 @@ def mean_row(draws: list[dict[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
 
 
-def train_modes(work: Path, seed: int, images: int, arms: list[str], *, train_seed: int) -> Iterable[dict[str, object]]:
+def train_modes(work: Path, seed: int, images: int, arms: list[str], *, train_seed: int) -> Iterable[driver.Row]:
     """AP50 of a detector per arm, trained on the first training images alone."""
     dataset = find_dataset("shapes", work / f"data-{seed}")
     for name in arms:
@@ -300,7 +300,7 @@ def train_modes(work: Path, seed: int, images: int, arms: list[str], *, train_se
         }
 
 
-def network_row(work: Path, seed: int, images: int) -> dict[str, object]:
+def network_row(work: Path, seed: int, images: int) -> driver.Row:
     """Recall of the proposal network of a detector that learned from all training scenes' base boxes and no CLIP."""
     _, pictures = shapes_bench("scenes", work, seed, images)
     config = load_preset("shapes", ["loss.distillation=0", "model.ignore_confidence=2.0"])
@@ -318,65 +318,53 @@ def network_row(work: Path, seed: int, images: int) -> dict[str, object]:
     return {**row, **recall_row(found, novel, [0])}
 
 
-def table(result: list[dict[str, object]]) -> str:
-    """Rows for a person."""
-    lines = [f"{'arm':<38}{'passes':>9}" + "".join(f"{f'top {k}':>9}" for k in TOP)]
-    for row in result:
-        recall = "".join(f"{100 * float(str(row[f'recall@{k}'])):>8.1f}%" for k in TOP)
-        lines.append(f"{row['arm']!s:<38}{float(str(row['passes'])):>9.0f}{recall}")
-    return "\n".join(lines)
+def show(row: driver.Row) -> str:
+    """One line per row."""
+    if "AP50" in row:
+        return str(row)
+    recall = "".join(f"{f'top {k}':>9}{100 * row[f'recall@{k}']:>6.1f} %" for k in TOP)
+    return f"{row['arm']:<38}{row['passes']:>7.0f} passes{recall}"
 
 
-def recall_of(arguments: argparse.Namespace) -> None:
-    """Measure one set of images, print and keep the rows."""
-    if arguments.kind == "photos":
-        bench, pictures = photos_bench(arguments.data_root, arguments.teacher, arguments.work, arguments.images)
-    else:
-        bench, pictures = shapes_bench(arguments.kind, arguments.work, arguments.seed, arguments.images)
-    result = measure(bench, pictures)
-    common = {"data": arguments.kind, "teacher": bench.teacher.fingerprint()["name"]}
-    if arguments.kind != "photos":
-        common["seed"] = arguments.seed
-    for row in result:
-        rows.append("proposals", {**common, **row})
-    print(table(result))
-
-
-def main() -> None:
-    """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("scenes", "mosaics", "photos"))
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of shapes; 0 is the one to choose on")
-    parser.add_argument("--data-root", type=Path, help="COCO's folder, for photos")
-    parser.add_argument("--teacher", help="plugin:package.module:factory, for photos")
-    parser.add_argument("--train", nargs="*", metavar="ARM", help="train on these arms instead; none means all")
-    parser.add_argument("--network", action="store_true", help="measure a detector's proposal network instead")
-    parser.add_argument("--train-seed", type=int, default=0)
-    arguments = parser.parse_args()
+def rows(arguments: argparse.Namespace) -> Iterator[driver.Row]:
+    """The rows of one set of images."""
     # Contended cores make multi-threaded torch collapse.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if arguments.kind == "photos" and not (arguments.data_root and arguments.teacher):
-        parser.error("photos needs --data-root and --teacher")
+    kind, work, seed, images = arguments.kind, arguments.work, arguments.seed, arguments.images
+    if kind == "photos" and not (arguments.data_root and arguments.teacher):
+        raise driver.UsageError("photos needs --data-root and --teacher")
+    if kind != "scenes" and (arguments.network or arguments.train is not None):
+        raise driver.UsageError("--network and --train go with scenes")
+    if not set(arguments.train or ()) <= set(ARMS):
+        raise driver.UsageError(f"--train: expected some of {'; '.join(ARMS)}")
+    common = {"data": kind} if kind == "photos" else {"data": kind, "seed": seed}
     if arguments.network:
-        if arguments.kind != "scenes":
-            parser.error("--network goes with scenes")
-        row = network_row(arguments.work, arguments.seed, arguments.images)
-        rows.append("proposals", {"data": "scenes", "seed": arguments.seed, **row})
-        print(table([row]))
-        return
-    if arguments.train is None:
-        recall_of(arguments)
-        return
-    if arguments.kind != "scenes" or not set(arguments.train) <= set(ARMS):
-        parser.error(f"--train goes with scenes, and arms are {'; '.join(ARMS)}")
-    arms = arguments.train or list(ARMS)
-    train_seed = arguments.train_seed
-    for row in train_modes(arguments.work, arguments.seed, arguments.images, arms, train_seed=train_seed):
-        rows.append("proposals", {"data": "scenes", "seed": arguments.seed, **row})
-        print(row)
+        found: Iterable[driver.Row] = [network_row(work, seed, images)]
+    elif arguments.train is not None:
+        found = train_modes(work, seed, images, arguments.train or list(ARMS), train_seed=arguments.train_seed)
+    else:
+        if kind == "photos":
+            bench, pictures = photos_bench(arguments.data_root, arguments.teacher, work, images)
+        else:
+            bench, pictures = shapes_bench(kind, work, seed, images)
+        common["teacher"] = bench.teacher.fingerprint()["name"]
+        found = measure(bench, pictures)
+    yield from ({**common, **row} for row in found)
 
 
 if __name__ == "__main__":
-    main()
+    driver.run(
+        "proposals",
+        rows,
+        __doc__,
+        driver.option("kind", choices=("scenes", "mosaics", "photos")),
+        "--work",
+        driver.option("--images", default=20),
+        driver.option("--seed", type=int, default=0, help="of shapes; 0 is the one to choose on"),
+        driver.option("--data-root", help="COCO's folder, for photos"),
+        driver.option("--teacher", help="plugin:package.module:factory, for photos"),
+        driver.option("--train", nargs="*", metavar="ARM", help="train on these arms instead; none means all"),
+        driver.option("--network", action="store_true", help="measure a detector's proposal network instead"),
+        driver.option("--train-seed", type=int, default=0),
+        show=show,
+    )

@@ -2,17 +2,18 @@
 
 For each seed: data, cache, then the detector with and without distillation (the loss weight alone differs), evaluated
 on all names at once; a control whose novel text rows are permuted; crop accuracy of the raw and the
-re-normalised teacher. One row per arm goes to results/shapes.jsonl. Work left in DIR is taken up again.
+re-normalised teacher. One row per arm goes to results/shapes.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import rows
+import driver
 import torch
 
 from ezsd.data.annotations import load_evaluation
@@ -20,75 +21,71 @@ from ezsd.data.shapes import TEST_SEEDS
 from ezsd.metrics import evaluate
 from ezsd.pipeline.demo import ARMS, run_demo
 from ezsd.pipeline.inference.evaluate import detect_split, run_dataset
-from ezsd.pipeline.inference.predictor import load_trained
+from ezsd.pipeline.inference.predictor import TrainedDetector, load_trained
 from ezsd.pipeline.runs.run import Run
 
 GROUPS = ("base", "novel", "all")
+CONTROL = "permuted novel names"
+
+
+def permuted(trained: TrainedDetector) -> TrainedDetector:
+    """The detector with each novel name's text row given to the next novel name."""
+    base, novel = trained.text[: trained.base_count], trained.text[trained.base_count :]
+    return replace(trained, text=torch.cat([base, novel.roll(1, 0)]))
 
 
 def permuted_control(run: Run, data: Path) -> dict[str, float | None]:
-    """AP50 of a run whose novel text rows have each been given to another novel name."""
-    trained, dataset = load_trained(run, "cpu"), run_dataset(run, data)
+    """AP50 of a run with permuted novel names."""
+    trained, dataset = permuted(load_trained(run, "cpu")), run_dataset(run, data)
     path = dataset.root / dataset.val_annotations
-    novel = trained.text[trained.base_count :]
-    text = torch.cat([trained.text[: trained.base_count], novel.roll(1, 0)])
-    annotations = load_evaluation(path, dataset.split)
-    found = detect_split(trained, annotations, dataset.root / dataset.val_images, text, "control", exif=dataset.exif)
+    found = detect_split(
+        trained,
+        load_evaluation(path, dataset.split),
+        dataset.root / dataset.val_images,
+        trained.text,
+        "control",
+        exif=dataset.exif,
+    )
     scores = evaluate(path, found, dataset.split)
-    return {group: scores[group]["AP50"] for group in ("base", "novel", "all")}
+    return {group: scores[group]["AP50"] for group in GROUPS}
 
 
-def run_seed(work: Path, seed: int, tag: str, overrides: tuple[str, ...]) -> None:
-    """Everything of one seed, and its rows."""
-    result = run_demo(work / f"seed-{seed}", seed=seed, device="cpu", overrides=overrides)
-    crops = json.loads((work / f"seed-{seed}/runs/distilled/crops.json").read_text())
-    common: dict[str, object] = {"tag": tag, "seed": seed, "overrides": list(overrides), "images": "500 train, 250 val"}
-    seconds = {stage: round(spent, 1) for stage, spent in result.seconds.items()}
-    for arm in ARMS:
-        rows.append("shapes", {"arm": arm, **result.scores[arm], "seconds": seconds, **common})
-    control = permuted_control(Run.open(work / f"seed-{seed}/runs/distilled"), work / f"seed-{seed}/data")
-    rows.append("shapes", {"arm": "permuted novel names", **control, **common})
-    rows.append("shapes", {"arm": "crops", **crops, **common})
+def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
+    """The rows of every seed; then print the summary of all rows of the tag."""
+    for seed in arguments.seeds:
+        work = arguments.work / f"seed-{seed}"
+        result = run_demo(work, seed=seed, device="cpu", overrides=tuple(arguments.overrides))
+        common = {
+            "tag": arguments.tag,
+            "seed": seed,
+            "overrides": arguments.overrides,
+            "images": "500 train, 250 val",
+        }
+        seconds = {stage: round(spent, 1) for stage, spent in result.seconds.items()}
+        for arm in ARMS:
+            yield {"arm": arm, **result.scores[arm], "seconds": seconds, **common}
+        yield {"arm": CONTROL, **permuted_control(Run.open(work / "runs/distilled"), work / "data"), **common}
+        yield {"arm": "crops", **json.loads((work / "runs/distilled/crops.json").read_text()), **common}
+    print(summary([row for row in driver.read("shapes", arguments.results) if row["tag"] == arguments.tag]))
 
 
-def summary(tag: str) -> str:
-    """Mean and range over the seeds per arm, and differences paired over seeds."""
-    found = [row for row in rows.read("shapes") if row["tag"] == tag]
+def summary(found: list[driver.Row]) -> str:
+    """Mean and range over the seeds per arm, and differences paired over seeds, in percent."""
+    of = {arm: {row["seed"]: row for row in found if row["arm"] == arm} for arm in (*ARMS, CONTROL, "crops")}
     lines = [f"{'arm':<22}" + "".join(f"{group:>22}" for group in GROUPS)]
-    for arm in (*ARMS, "permuted novel names"):
-        cells = []
-        for group in GROUPS:
-            values = [float(str(row[group])) for row in found if row["arm"] == arm and row.get(group) is not None]
-            cells.append(spread(values) if values else "-")
+    for arm in (*ARMS, CONTROL):
+        rows = of[arm].values()
+        cells = [driver.spread([100 * row[group] for row in rows if row.get(group) is not None]) for group in GROUPS]
         lines.append(f"{arm:<22}" + "".join(f"{cell:>22}" for cell in cells))
     for group in GROUPS:
-        pairs = {arm: {row["seed"]: float(str(row[group])) for row in found if row["arm"] == arm} for arm in ARMS}
-        gain = [pairs["distilled"][seed] - value for seed, value in pairs["plain"].items()]
-        lines.append(f"distilled - plain, {group}: {spread(gain)}")
+        gain = [100 * (of["distilled"][seed][group] - row[group]) for seed, row in of["plain"].items()]
+        lines.append(f"distilled - plain, {group}: {driver.spread(gain)}")
     for group in ("base", "novel"):
-        crops = [row for row in found if row["arm"] == "crops"]
-        gain = [row["re_normalised"][group] - row["raw"][group] for row in crops]
-        lines.append(f"crop accuracy, re-normalised - raw, {group}: {spread(gain)}")
+        gain = [100 * (row["re_normalised"][group] - row["raw"][group]) for row in of["crops"].values()]
+        lines.append(f"crop accuracy, re-normalised - raw, {group}: {driver.spread(gain)}")
     return "\n".join(lines)
 
 
-def spread(values: list[float]) -> str:
-    """Mean and range, in points."""
-    return f"{100 * statistics.mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
-
-
-def main() -> None:
-    """Parse, run, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(TEST_SEEDS))
-    parser.add_argument("--tag", default="headline")
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
-    arguments = parser.parse_args()
-    for seed in arguments.seeds:
-        run_seed(arguments.work, seed, arguments.tag, tuple(arguments.overrides))
-    print(summary(arguments.tag))
-
-
 if __name__ == "__main__":
-    main()
+    seeds = driver.option("--seeds", default=list(TEST_SEEDS))
+    driver.run("shapes", measure, __doc__, "--work", seeds, "--tag", "--set", show=json.dumps)

@@ -19,11 +19,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,11 +32,10 @@ from pathlib import Path
 from threading import Barrier
 from typing import cast
 
+import driver
 import numpy as np
 import open_clip
-import rows
 import torch
-from crops import MEAN, STD, square
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -61,6 +60,8 @@ MODEL = "ViT-B-32"
 LEAST_COSINE: dict[Precision, float] = {"fp32": 0.9999, "bf16": 0.999}
 RECIPE_BATCH = 100
 WAYS = ("pipeline", "encoder", "recipe")
+MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
+STD = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +161,19 @@ def open_job(request: BuildRequest) -> tuple[StoreWriter, ExtractJob]:
     return writer, extract_job(request, table, values, text, manifest.digest)
 
 
+def square(picture: Image.Image, box: list[float]) -> Image.Image:
+    """A box enlarged by 1.2, rounded outwards and clamped, in the middle of black."""
+    x1, y1, x2, y2 = box
+    dx, dy = (x2 - x1) / 10, (y2 - y1) / 10
+    left, top = max(math.floor(x1 - dx), 0), max(math.floor(y1 - dy), 0)
+    right, bottom = min(math.ceil(x2 + dx), picture.width), min(math.ceil(y2 + dy), picture.height)
+    window = picture.crop((left, top, right, bottom))
+    side = max(window.size)
+    canvas = Image.new("RGB", (side, side))
+    canvas.paste(window, ((side - window.width) // 2, (side - window.height) // 2))
+    return canvas
+
+
 class Recipe:
     """The authors' way with the boxes of an image."""
 
@@ -238,15 +252,8 @@ def agreement(job: ExtractJob, block: Block, recipe: Recipe) -> float:
 def measured(piece: Callable[[], int], barrier: Barrier) -> Spent:
     """Do a piece of work when all workers are ready for it."""
     barrier.wait()
-    wall, cpu = time.perf_counter(), time.process_time()
-    crops = piece()
-    return Spent(crops=crops, wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
-
-
-def peak_mib() -> float:
-    """The peak of this process' memory. Not `ru_maxrss`, which begins with that of the process it was started from."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    crops, spent = driver.timed(piece)
+    return Spent(crops=crops, wall=spent.wall, cpu=spent.cpu)
 
 
 def work(task: Task, barrier: Barrier) -> Found:
@@ -255,7 +262,7 @@ def work(task: Task, barrier: Barrier) -> Found:
     first, *others = task.images
     extract_block(task.job, Block(first, first, first + 1))
     # Before the model is loaded once more for the other ways.
-    peak = peak_mib()
+    peak = driver.peak_mib()
     teacher = cast("OpenClipTeacher", configured_teacher(task.request.config.teacher, "cpu"))
     recipe = Recipe(teacher, task.request, task.request.out)
     ready = ready_batch(recipe, first, task.request.config.build.batch_size)
@@ -333,38 +340,27 @@ def gate(request: BuildRequest, precision: Precision) -> float:
     return least
 
 
-def main() -> None:
-    """Gate, measure, keep and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--photos", type=Path, help="folder in COCO's layout; synthetic ones are written without it")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=1, help="images per worker, after one to warm up")
-    parser.add_argument("--stride", type=int, default=192, help="of the anchors, pixels of the resized image")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--encoder-batches", type=int, default=4, help="of a round, for the encoder alone")
-    parser.add_argument("--note", default="", help="what else the machine was doing")
-    arguments = parser.parse_args()
+def rows(arguments: argparse.Namespace) -> Iterator[driver.Row]:
+    """Gate, then one row per number of workers."""
     torch.set_num_threads(1)
     weights, photos = arguments.work / "vit-b-32.safetensors", arguments.photos or arguments.work / "photos"
-    arguments.work.mkdir(parents=True, exist_ok=True)
     write_weights(weights)
     if arguments.photos is None:
         write_photos(photos, (arguments.rounds + 1) * max(arguments.workers))
 
-    def request(precision: Precision, folder: Path) -> BuildRequest:
+    def request(precision: Precision, folder: str) -> BuildRequest:
         config = settings(weights, precision, arguments.stride, arguments.batch)
-        return BuildRequest(dataset=find_dataset("coco", photos), config=config, out=folder / precision)
+        return BuildRequest(dataset=find_dataset("coco", photos), config=config, out=Path(folder) / precision)
 
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        cosines = {precision: gate(request(precision, Path(folder)), precision) for precision in LEAST_COSINE}
+        cosines = {precision: gate(request(precision, folder), precision) for precision in LEAST_COSINE}
     for workers in arguments.workers:
         with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
             fp32, bf16 = (
-                measure(request(precision, Path(folder)), workers, arguments.rounds, arguments.encoder_batches)
+                measure(request(precision, folder), workers, arguments.rounds, arguments.encoder_batches)
                 for precision in LEAST_COSINE
             )
-        row = {
+        yield {
             "model": MODEL,
             "workers": workers,
             "photos": "real" if arguments.photos else "synthetic",
@@ -372,7 +368,7 @@ def main() -> None:
             "stride": arguments.stride,
             "batch": arguments.batch,
             "least_cosine": cosines,
-            "bf16_hardware": bf16_hardware(),
+            "bf16_hardware": driver.bf16_instructions(),
             "pipeline_over_encoder": {"fp32": over_encoder(fp32), "bf16": over_encoder(bf16)},
             "over_recipe_in_fp32": {
                 "pipeline in bf16": over_recipe(bf16["pipeline"], fp32["recipe"]),
@@ -383,15 +379,19 @@ def main() -> None:
             "bf16": bf16,
             "note": arguments.note,
         }
-        rows.append("stage_one", row)
-        print(json.dumps(row, indent=1))
-
-
-def bf16_hardware() -> list[str]:
-    """The processor's instructions for bf16."""
-    flags = Path("/proc/cpuinfo").read_text().split()
-    return sorted({"amx_bf16", "avx512_bf16"} & set(flags))
 
 
 if __name__ == "__main__":
-    main()
+    driver.run(
+        "stage_one",
+        rows,
+        __doc__,
+        "--work",
+        driver.option("--photos", help="folder in COCO's layout; synthetic ones are written without it"),
+        driver.option("--workers", type=int, nargs="+", default=[1, 2]),
+        driver.option("--rounds", default=1, help="images per worker, after one to warm up"),
+        driver.option("--stride", type=int, default=192, help="of the anchors, pixels of the resized image"),
+        driver.option("--batch", type=int, default=32),
+        driver.option("--encoder-batches", type=int, default=4, help="of a round, for the encoder alone"),
+        "--note",
+    )

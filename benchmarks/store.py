@@ -1,9 +1,9 @@
 """What a read from the store costs, beside a memory-mapped .npy, zarr-python and one JSON file per image.
 
-    python benchmarks/store.py --folder FOLDER [--images 4000] [--dim 512] [--rounds 7]
-    python benchmarks/store.py --folder FOLDER --verification    # what checking costs a training that reads a store
+    python benchmarks/store.py --work DIR [--images 4000] [--dim 512] [--rounds 7]
+    python benchmarks/store.py --work DIR --verification    # what checking costs a training that reads a store
 
-Everything is synthetic, made below FOLDER and removed at the end. All readers must first give the same bytes. Times
+Everything is synthetic, made below DIR and removed at the end. All readers must first give the same bytes. Times
 are process CPU time per image in microseconds, medians over rounds in which the readers take turns.
 """
 
@@ -13,18 +13,16 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
+import driver
 import numpy as np
-import rows as result_rows
 import torch
 import zarr
 from numpy.typing import NDArray
@@ -153,11 +151,14 @@ def batches(places: NDArray[np.int64], seed: int, most: int) -> Iterator[list[in
 
 def cost(read: Callable[[list[int]], object], work: list[list[int]]) -> tuple[float, float]:
     """CPU and wall microseconds per image."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    for places in work:
-        read(places)
+
+    def read_all() -> None:
+        for places in work:
+            read(places)
+
+    _, spent = driver.timed(read_all)
     images = BATCH * len(work)
-    return (time.process_time() - cpu) / images * 1e6, (time.perf_counter() - wall) / images * 1e6
+    return spent.cpu / images * 1e6, spent.wall / images * 1e6
 
 
 def gate(readers: Readers) -> None:
@@ -188,17 +189,17 @@ def warm(readers: Readers, rounds: int) -> dict[str, float]:
         "zarr": (readers.through_zarr, work[:20]),
         "json": (readers.one_json, json_work),
     }
-    spent: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds):
-        # In turns and in another order each time; the first batches pay for what the one before left in the caches.
-        for name in np.random.default_rng(turn).permutation(list(contestants)).tolist():
-            read, todo = contestants[name]
-            cost(read, todo[:10])
-            spent[name].append(cost(read, todo)[0])
-    found = {f"{name}_cpu_us": round(statistics.median(times), 2) for name, times in spent.items()}
+
+    def read_warm(read: Callable[[list[int]], object], todo: list[list[int]], _: int) -> float:
+        # The first batches pay for what the reader before left in the caches.
+        cost(read, todo[:10])
+        return cost(read, todo)[0]
+
+    calls = {name: partial(read_warm, *contestant) for name, contestant in contestants.items()}
+    spent = driver.in_turns(calls, range(rounds))
     middle = {name: statistics.median(times) for name, times in spent.items()}
     return {
-        **found,
+        **{f"{name}_cpu_us": round(value, 2) for name, value in middle.items()},
         "ours_first_pass_cpu_us": round(first, 2),
         "memmap_first_pass_cpu_us": round(plain, 2),
         "ours_over_memmap": round(middle["ours"] / middle["memmap"], 3),
@@ -211,12 +212,12 @@ def warm(readers: Readers, rounds: int) -> dict[str, float]:
 
 def cold(readers: Readers, rounds: int) -> dict[str, float]:
     """The same after the page cache dropped the files; the host may still hold them."""
-    spent: dict[str, list[tuple[float, float]]] = {"ours": [], "memmap": []}
-    for turn in range(rounds):
-        for name in spent:
-            readers.evict()
-            work = list(batches(readers.places, 100 + turn, 320))
-            spent[name].append(cost(readers.ours if name == "ours" else readers.memmap, work))
+
+    def read_evicted(name: str, turn: int) -> tuple[float, float]:
+        readers.evict()
+        return cost(getattr(readers, name), list(batches(readers.places, 100 + turn, 320)))
+
+    spent = driver.in_turns({name: partial(read_evicted, name) for name in ("ours", "memmap")}, range(rounds))
     found = {}
     for name, times in spent.items():
         found[f"{name}_cpu_us"] = round(statistics.median(t[0] for t in times), 1)
@@ -242,35 +243,42 @@ class Loaded(torch.utils.data.Dataset):
 def loader(readers: Readers, rounds: int) -> dict[str, float]:
     """Wall time of a two-worker DataLoader per image, after its start."""
     work = list(batches(readers.places, 5, 3200))
-    spent: dict[str, list[float]] = {"ours": [], "memmap": []}
-    for _ in range(rounds):
-        for name in spent:
-            read = readers.ours if name == "ours" else readers.memmap
-            stream = iter(torch.utils.data.DataLoader(Loaded(read, work), batch_size=None, num_workers=2))
-            for _ in range(8):
-                next(stream)
-            began = time.perf_counter()
-            left = sum(1 for _ in stream)
-            spent[name].append((time.perf_counter() - began) / left / BATCH * 1e6)
+
+    def load(read: Reader, _: int) -> float:
+        stream = iter(torch.utils.data.DataLoader(Loaded(read, work), batch_size=None, num_workers=2))
+        for _ in range(8):
+            next(stream)
+        left, spent = driver.timed(lambda: sum(1 for _ in stream))
+        return spent.wall / left / BATCH * 1e6
+
+    calls = {name: partial(load, getattr(readers, name)) for name in ("ours", "memmap")}
+    spent = driver.in_turns(calls, range(rounds))
     ours, memmap = (statistics.median(spent[name]) for name in ("ours", "memmap"))
     found = {"ours_wall_us": ours, "memmap_wall_us": memmap, "ours_over_memmap": ours / memmap}
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def epoch(store: Store, order: list[int]) -> float:
-    """CPU microseconds per image of reading what training reads, image by image."""
-    began = time.process_time()
-    for image_id in order:
-        store.ground_truth[image_id], store.regions[image_id]  # noqa: B018
-    return (time.process_time() - began) / len(order) * 1e6
+def read_epochs(path: Path, verify: Verify, turn: int) -> dict[str, float]:
+    """CPU of opening a store, milliseconds, and of a first and a later epoch, microseconds per image.
 
+    An epoch reads what training reads, image by image.
+    """
 
-def opened(path: Path, verify: Verify) -> tuple[Store, float]:
-    """A store with its arrays open, and the CPU milliseconds that this took."""
-    began = time.process_time()
-    store = Store(path, verify=verify)
-    store.ground_truth.batch([]), store.regions.batch([])  # noqa: B018
-    return store, (time.process_time() - began) * 1e3
+    def opened() -> Store:
+        store = Store(path, verify=verify)
+        store.ground_truth.batch([]), store.regions.batch([])  # noqa: B018
+        return store
+
+    def read(order: list[int]) -> None:
+        for image_id in order:
+            store.ground_truth[image_id], store.regions[image_id]  # noqa: B018
+
+    (store, opening), random = driver.timed(opened), np.random.default_rng(turn)
+    found = {"opening_cpu_ms": opening.cpu * 1e3}
+    for name in ("first", "later"):
+        order = random.permutation(store.image_ids).tolist()
+        found[f"{name}_epoch_cpu_us"] = driver.timed(partial(read, order))[1].cpu / len(order) * 1e6
+    return found
 
 
 def same_rows(path: Path) -> None:
@@ -286,17 +294,12 @@ def same_rows(path: Path) -> None:
 def verification(path: Path, rounds: int) -> dict[str, float]:
     """CPU of opening and of epochs with and without checksums, in turns; all is in the page cache."""
     same_rows(path)
-    spent: dict[str, list[float]] = {}
-    ids = Store(path).image_ids
-    for turn in range(rounds):
-        chance = np.random.default_rng(turn)
-        for mode in chance.permutation(list(MODES)).tolist():
-            store, opening_ms = opened(path, mode)
-            spent.setdefault(f"{mode}_opening_cpu_ms", []).append(opening_ms)
-            for name in ("first", "later"):
-                order = chance.permutation(ids).tolist()
-                spent.setdefault(f"{mode}_{name}_epoch_cpu_us", []).append(epoch(store, order))
-    middle = {name: statistics.median(values) for name, values in spent.items()}
+    spent = driver.in_turns({mode: partial(read_epochs, path, mode) for mode in MODES}, range(rounds))
+    middle = {
+        f"{mode}_{figure}": statistics.median(turn[figure] for turn in turns)
+        for mode, turns in spent.items()
+        for figure in turns[0]
+    }
     first, later = middle["full_first_epoch_cpu_us"], middle["full_later_epoch_cpu_us"]
     return {
         **{name: round(value, 1) for name, value in sorted(middle.items())},
@@ -409,7 +412,7 @@ def sparse_coco(folder: Path) -> None:
             note(file)
 
     for group in GROUPS:
-        (folder / group).mkdir()
+        (folder / group).mkdir(parents=True)
         (folder / group / "zarr.json").write_bytes(metadata_bytes(group_metadata({})))
         note(folder / group / "zarr.json")
     (folder / "zarr.json").write_bytes(metadata_bytes(root_metadata({}, {})))
@@ -431,7 +434,7 @@ def sparse_coco(folder: Path) -> None:
     (folder / "COMMIT.json").write_bytes(CommitMark(manifest.digest, 512, "float16", files).to_bytes())
 
 
-def verifying(store: Path, arguments: argparse.Namespace) -> dict[str, object]:
+def verifying(store: Path, arguments: argparse.Namespace) -> driver.Row:
     """The row of `--verification`."""
     return {
         "what": "verification",
@@ -441,7 +444,7 @@ def verifying(store: Path, arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def reading(work: Path, store: Path, arguments: argparse.Namespace) -> dict[str, object]:
+def reading(work: Path, store: Path, arguments: argparse.Namespace) -> driver.Row:
     """The row of all readers."""
     readers = Readers(work, store, arguments.json_images)
     gate(readers)
@@ -456,40 +459,33 @@ def reading(work: Path, store: Path, arguments: argparse.Namespace) -> dict[str,
     }
 
 
-def main() -> None:
-    """Measure, print, and add one row to results/store.jsonl."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="Where to make the data; a folder on a real disk.")
-    parser.add_argument("--images", type=int, default=4000)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--json-images", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--verification", action="store_true", help="What checking costs, and nothing else.")
-    parser.add_argument("--no-row", action="store_true", help="Print only.")
-    arguments = parser.parse_args()
+def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
+    """One row, of all readers or of checking."""
     torch.set_num_threads(1)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=arguments.folder, prefix="store-"))
-    try:
+    with tempfile.TemporaryDirectory(dir=arguments.work, prefix="store-") as folder:
+        work = Path(folder)
         store = build(work / "store", arguments.images, arguments.dim)
-        measured = verifying(store, arguments) if arguments.verification else reading(work, store, arguments)
-        row: dict[str, object] = {
+        yield {
             "images": arguments.images,
             "dim": arguments.dim,
             "rounds": arguments.rounds,
-            "file_system": result_rows.file_system(work),
-            **measured,
+            "file_system": driver.file_system(work),
+            **(verifying(store, arguments) if arguments.verification else reading(work, store, arguments)),
             "load": round(os.getloadavg()[0], 2),
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            "numpy": version("numpy"),
-            "zarr": version("zarr"),
+            **driver.versions("numpy", "zarr"),
         }
-    finally:
-        shutil.rmtree(work)
-    print(json.dumps(row, indent=1))
-    if not arguments.no_row:
-        result_rows.append("store", row)
 
 
 if __name__ == "__main__":
-    main()
+    driver.run(
+        "store",
+        measure,
+        __doc__,
+        driver.option("--work", help="where to make the data; a folder on a real disk"),
+        driver.option("--images", default=4000),
+        driver.option("--dim", type=int, default=512),
+        driver.option("--json-images", type=int, default=64),
+        driver.option("--rounds", default=7),
+        driver.option("--verification", action="store_true", help="what checking costs, and nothing else"),
+    )

@@ -14,13 +14,13 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
-import rows
+import driver
 import torch
 
 from ezsd.adapt import restore
@@ -151,7 +151,8 @@ def peak_alone(path: Path, config: Config, arm: str, device: str) -> float:
     for step, (_, (loaded,)) in enumerate(islice(batches, MEMORY_STEPS)):
         batch = loaded.to(torch.device(device))
         trainer.step([batch if teacher is None else with_online_targets(batch, teacher, config)], step)
-    return peak_mib(device)
+    # Of a GPU the memory of tensors, of the CPU that of the process.
+    return driver.peak_mib() if device == "cpu" else round(torch.cuda.max_memory_allocated() / 2**20, 1)
 
 
 def peaks_alone(path: Path, config: Config, device: str) -> dict[str, float]:
@@ -163,30 +164,13 @@ def peaks_alone(path: Path, config: Config, device: str) -> dict[str, float]:
     return found
 
 
-def peak_mib(device: str) -> float:
-    """Peak memory since the start, MiB: of the GPU, or of this process."""
-    if device != "cpu":
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    # Not getrusage's figure, which begins with the memory of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    return round(int(status.partition("VmHWM:")[2].split()[0]) / 2**10, 1)
-
-
-def main() -> None:
-    """Parse, measure both heads, append rows, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--preset")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--note", default="", help="what else the machine was doing")
-    parser.add_argument("--set", dest="overrides", action="append", default=[])
-    arguments = parser.parse_args()
+def rows(arguments: argparse.Namespace) -> Iterator[driver.Row]:
+    """One row a head."""
     device, store = resolve_device(arguments.device), Store(arguments.cache)
     for head, own in HEADS.items():
         settings = [*own, f"train.steps={arguments.steps}", *arguments.overrides]
         config = train_config(arguments.cache, arguments.preset, settings)
-        row = {
+        yield {
             "head": head,
             "backbone": config.model.backbone,
             "images": config.train.batch_size,
@@ -198,9 +182,9 @@ def main() -> None:
             "overrides": arguments.overrides,
             "note": arguments.note,
         }
-        rows.append("train_step", row)
-        print(row)
 
 
 if __name__ == "__main__":
-    main()
+    steps = driver.option("--steps", type=int, default=30)
+    preset, device = driver.option("--preset"), driver.option("--device", default="auto")
+    driver.run("train_step", rows, __doc__, "--cache", preset, steps, device, "--note", "--set")

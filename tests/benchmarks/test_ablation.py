@@ -172,7 +172,7 @@ def test_an_unknown_arm_is_refused_with_the_known_ones(ablation, capsys):
 
 
 def test_three_seeds_give_the_range_and_say_when_all_agree(ablation):
-    difference = importlib.import_module("paired").difference
+    difference = importlib.import_module("driver").difference
     found = difference({1: 5.0, 2: 7.0, 3: 6.5, 4: 9.0}, {1: 4.0, 2: 4.0, 3: 6.0})
     assert found.values == (1.0, 3.0, 0.5)
     assert (found.mean, found.low, found.high) == (pytest.approx(1.5), 0.5, 3.0)

@@ -19,7 +19,7 @@ def cost(monkeypatch):
 
 def test_the_page_has_the_tables_of_the_newest_count(cost):
     page = (ROOT / "docs/cost.md").read_text()
-    for title, table in cost.tables(cost.rows.read("cost")[-1]).items():
+    for title, table in cost.tables(cost.driver.read("cost")[-1]).items():
         assert f"## {title}\n\n{table}\n" in page, f"docs/cost.md: copy {title!r} from benchmarks/cost.py"
 
 

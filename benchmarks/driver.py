@@ -1,0 +1,215 @@
+"""What all benchmarks share: command line, work folder, clocks, runs in turns, result rows."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ezsd.data.shapes import DEV_SEED
+
+T = TypeVar("T")
+Row = dict[str, Any]
+Option = tuple[str, dict[str, Any]]
+"""A flag or position of the command line, and the keywords of `add_argument`."""
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+RESAMPLES = 10_000
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--work": {"type": Path, "required": True, "help": "folder of data, stores and runs; a second call resumes there"},
+    "--cache": {"type": Path, "required": True, "help": "a finished store"},
+    "--data-root": {"type": Path, "help": "folder of the images, if they have moved"},
+    "--photos": {"type": Path, "help": "folder in COCO's layout"},
+    "--seeds": {"type": int, "nargs": "*", "default": [DEV_SEED], "help": "of shapes; 0 is for choosing"},
+    "--images": {"type": int},
+    "--rounds": {"type": int},
+    "--jobs": {"type": int, "default": 1, "help": "processes"},
+    "--tag": {"default": "headline", "help": "name of a group of rows"},
+    "--note": {"default": "", "help": "what else the machine was doing"},
+    "--set": {"dest": "overrides", "action": "append", "default": [], "metavar": "KEY=VALUE", "help": "of all runs"},
+    "--results": {"type": Path, "default": RESULTS, "help": "folder of the result rows"},
+}
+"""Options with one meaning in every script; a script may change their defaults."""
+
+
+class UsageError(Exception):
+    """Options that do not go together."""
+
+
+def option(flag: str, **keywords: object) -> Option:
+    """An option of a script; keywords of `OPTIONS` hold unless they are changed here."""
+    return flag, OPTIONS.get(flag, {}) | keywords
+
+
+def parser(doc: str | None, *options: Option | str) -> argparse.ArgumentParser:
+    """A command line of the given options and --results."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for flag, keywords in map(lambda one: option(one) if isinstance(one, str) else one, (*options, "--results")):
+        found.add_argument(flag, **keywords)
+    return found
+
+
+def run(
+    name: str,
+    measure: Callable[[argparse.Namespace], Iterable[Row]],
+    doc: str | None,
+    *options: Option | str,
+    show: Callable[[Row], str] = lambda row: json.dumps(row, indent=1),
+) -> None:
+    """Parse the command line, make the work folder, measure; keep and print each row as soon as it is there.
+
+    Args:
+        name: of the benchmark; its rows go to NAME.jsonl.
+        measure: takes the parsed command line and gives rows. UsageError: the command line is wrong.
+        doc: help text.
+        options: names of `OPTIONS` or results of `option`.
+        show: what is printed of a row.
+    """
+    command_line = parser(doc, *options)
+    arguments = command_line.parse_args()
+    if getattr(arguments, "work", None):
+        arguments.work.mkdir(parents=True, exist_ok=True)
+    try:
+        for row in measure(arguments):
+            append(name, row, arguments.results)
+            print(show(row), flush=True)
+    except UsageError as error:
+        command_line.error(str(error))
+
+
+def conditions() -> Row:
+    """Versions, machine, date and commit of a measurement."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "python": platform.python_version(),
+        **versions("torch", "torchvision"),
+        "cpu": _of_cpu("model name") or platform.processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of installed packages, by name."""
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def bf16_instructions() -> list[str]:
+    """The processor's instructions for bf16."""
+    return sorted({"amx_bf16", "avx512_bf16"} & set(_of_cpu("flags").split()))
+
+
+def file_system(folder: Path) -> str:
+    """Name of a folder's file system, as `stat -f` has it: ext2, ext3 and ext4 have one name there."""
+    done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def append(name: str, row: Row, folder: Path = RESULTS) -> None:
+    """Add a row with its conditions to NAME.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps({"bench": name, **row, **conditions()}) + "\n")
+
+
+def read(name: str, folder: Path = RESULTS) -> list[Row]:
+    """All rows of NAME.jsonl."""
+    path = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds of one call."""
+
+    wall: float
+    cpu: float
+    """Of this process, all threads."""
+
+
+def timed(call: Callable[[], T]) -> tuple[T, Spent]:
+    """Result and time of a call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = call()
+    return result, Spent(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def in_turns(calls: Mapping[str, Callable[[int], T]], rounds: Collection[int]) -> dict[str, list[T]]:
+    """Results of calls by name and round. Each gets the number of the round, whose order is drawn from it.
+
+    Other work on the machine then slows all alike, and so does what one call leaves in the caches for the next.
+    """
+    found: dict[str, list[T]] = {name: [] for name in calls}
+    for turn in rounds:
+        for name in np.random.default_rng(turn).permutation(list(calls)).tolist():
+            found[name].append(calls[name](turn))
+    return found
+
+
+def peak_mib() -> float:
+    """Peak memory of this process, MiB. Unlike `ru_maxrss` it leaves out the process that started this one."""
+    status = Path("/proc/self/status").read_text()
+    return round(int(status.partition("VmHWM:")[2].split()[0]) / 2**10, 1)
+
+
+def spread(values: Collection[float]) -> str:
+    """Mean and range, one decimal; "-" without values."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Difference of two arms on the seeds that both have."""
+
+    values: tuple[float, ...]
+    """By seed."""
+    mean: float
+    low: float
+    """2.5 % percentile of the resampled means."""
+    high: float
+    """97.5 % percentile."""
+
+    @property
+    def excluded(self) -> bool:
+        """Whether the interval leaves out zero; one seed has no interval."""
+        return len(self.values) > 1 and (self.low > 0 or self.high < 0)
+
+
+def difference(arm: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+    """Mean over common seeds of arm - other, and the percentile interval of `RESAMPLES` resamples of the seeds.
+
+    With three seeds there are ten different resamples, and one in 27 holds the worst seed alone: the 95 % interval is
+    the range of the three differences. It leaves out zero when all seeds agree in sign, which chance does one time in
+    four where there is no difference. It says nothing of a wider population; only more seeds do.
+    """
+    seeds = sorted(arm.keys() & other.keys())
+    if not seeds:
+        return None
+    values = np.array([arm[seed] - other[seed] for seed in seeds])
+    rows = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(values[rows].mean(1), (2.5, 97.5))
+    return Difference(tuple(values.tolist()), float(values.mean()), float(low), float(high))
+
+
+def _of_cpu(field: str) -> str:
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    return next((value.strip() for key, _, value in lines if key.strip() == field), "")
