@@ -57,7 +57,8 @@ def option(flag: str, **keywords: object) -> Option:
 def parser(doc: str | None, *options: Option | str) -> argparse.ArgumentParser:
     """A command line of the given options and --results."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, keywords in map(lambda one: option(one) if isinstance(one, str) else one, (*options, "--results")):
+    for one in (*options, "--results"):
+        flag, keywords = option(one) if isinstance(one, str) else one
         found.add_argument(flag, **keywords)
     return found
 

@@ -1,21 +1,79 @@
-"""Every benchmark still fits the package that it measures."""
+"""Every benchmark still fits the package that it measures, and they share one driver."""
 
+import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
+# One process for all: most of the time is torch's import.
+HELP = """
+import runpy, sys
+for path in sys.argv[1:]:
+    sys.argv = [path, "--help"]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as done:
+        assert done.code == 0, path
+    else:
+        print("module:", path)
+"""
 
 
-def test_every_script_still_imports_what_it_needs():
-    scripts = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py"))
-    # One process for all: most of the time is torch's import.
+@pytest.fixture
+def driver(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return __import__("driver")
+
+
+def test_every_script_imports_what_it_needs_and_says_its_question_and_options():
+    scripts = sorted((ROOT / "benchmarks").glob("*.py"))
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(f"import {name}" for name in scripts)],
+        [sys.executable, "-c", HELP, *map(str, scripts)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    modules = done.stdout.count("module: ")
+    assert done.stdout.count("show this help message") == len(scripts) - modules
+    assert modules == len({"ablation_arms", "ablation_boxes", "ablation_table", "driver", "kernel_variants"})
+
+
+def test_rows_are_kept_one_by_one_with_their_conditions(driver, tmp_path, monkeypatch, capsys):
+    def measure(arguments):
+        yield {"tag": arguments.tag, "work": arguments.work.is_dir()}
+        raise driver.UsageError("--tag: no second row")
+
+    monkeypatch.setattr(sys, "argv", ["x", "--work", str(tmp_path / "w"), "--results", str(tmp_path), "--tag", "t"])
+    with pytest.raises(SystemExit, match="2"):
+        driver.run("x", measure, "What?", "--work", "--tag", show=str)
+    assert "error: --tag: no second row" in capsys.readouterr().err
+    (row,) = driver.read("x", tmp_path)
+    assert json.loads((tmp_path / "x.jsonl").read_text()) == row
+    assert (row["bench"], row["tag"], row["work"]) == ("x", "t", True)
+    assert {"date", "commit", "python", "torch", "torchvision", "cpu", "cores"} <= row.keys()
+
+
+def test_every_round_has_every_call_once_in_an_order_of_its_own(driver):
+    told = []
+    found = driver.in_turns(
+        {name: lambda turn, name=name: told.append((turn, name)) or turn for name in "abc"}, range(4)
+    )
+    assert found == {name: [0, 1, 2, 3] for name in "abc"}
+    assert [turn for turn, _ in told] == sorted(3 * [0, 1, 2, 3])
+    assert len({tuple(name for turn, name in told if turn == one) for one in range(4)}) > 1
+
+
+def test_a_command_is_timed_in_a_fresh_clone(tmp_path):
+    words = ["--work", str(tmp_path), "--results", str(tmp_path), "git status --short", "false"]
+    script = [sys.executable, str(ROOT / "benchmarks/commands.py"), *words]
+    subprocess.run(script, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    first, second = map(json.loads, (tmp_path / "commands.jsonl").read_text().splitlines())
+    assert (first["command"], first["status"], first["output"]) == ("git status --short", 0, [])
+    assert (second["status"], second["fresh_clone"]) == (1, False)
