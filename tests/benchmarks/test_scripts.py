@@ -62,9 +62,12 @@ def test_rows_are_kept_one_by_one_with_their_conditions(driver, tmp_path, monkey
 
 def test_every_round_has_every_call_once_in_an_order_of_its_own(driver):
     told = []
-    found = driver.in_turns(
-        {name: lambda turn, name=name: told.append((turn, name)) or turn for name in "abc"}, range(4)
-    )
+
+    def call(name, turn):
+        told.append((turn, name))
+        return turn
+
+    found = driver.in_turns({name: partial(call, name) for name in "abc"}, range(4))
     assert found == {name: [0, 1, 2, 3] for name in "abc"}
     assert [turn for turn, _ in told] == sorted(3 * [0, 1, 2, 3])
     assert len({tuple(name for turn, name in told if turn == one) for one in range(4)}) > 1
