@@ -41,28 +41,29 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(
     name="ezsd",
     cls=_Commands,
-    help="Teach an object detector to find classes it never saw a box of.",
+    help="Train an object detector that also finds classes without boxes, by distilling CLIP.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Make and check datasets.", no_args_is_help=True)
+data_app = typer.Typer(help="Create and check datasets.", no_args_is_help=True)
 cache_app = typer.Typer(help="Build and inspect stores of regions and embeddings.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-DataRoot = Annotated[Path | None, typer.Option(help="Where the images lie now, if they have moved.")]
+DataRoot = Annotated[Path | None, typer.Option(help="Image folder, if it has moved.")]
 MovedWeights = Annotated[Path | None, typer.Option("--weights", help="The teacher's weights, if they have moved.")]
-RunFolder = Annotated[Path, typer.Option("--run", help="A run folder that `ezsd train` made.")]
-DatasetName = Annotated[str, typer.Option(help="shapes, coco, lvis, lvis-frequent, or a FILE.toml of your own.")]
+RunFolder = Annotated[Path, typer.Option("--run", help="A run folder made by `ezsd train`.")]
+DatasetName = Annotated[str, typer.Option(help="shapes, coco, lvis, lvis-frequent, or your own FILE.toml.")]
 DatasetRoot = Annotated[
-    Path | None, typer.Option(help="Folder with images and annotations; data/NAME or the TOML file's by default.")
+    Path | None,
+    typer.Option(help="Folder of images and annotations; data/NAME or the TOML file's folder by default."),
 ]
 Verify = Annotated[
     Literal["full", "quick"],
-    typer.Option(help="full: compare all that is read with its checksum; quick: all but rows, and those as they are."),
+    typer.Option(help="full: check the checksums of all data read; quick: of all but the rows."),
 ]
 Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes, coco (or fast), paper or photos.")]
 
@@ -87,10 +88,10 @@ def _options(
 @data_app.command("shapes", epilog="Example:  ezsd data shapes --out data/shapes")
 @keeping("the folder appears when it is whole; run the same command again")
 def data_shapes(
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
-    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 500,
-    val: Annotated[int, typer.Option(min=1, help="Validation images.")] = 250,
-    seed: Annotated[int, typer.Option(min=0, help="0 is for choosing, 1 to 3 for reporting.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output folder.")],
+    train: Annotated[int, typer.Option(min=1, help="Number of training images.")] = 500,
+    val: Annotated[int, typer.Option(min=1, help="Number of validation images.")] = 250,
+    seed: Annotated[int, typer.Option(min=0, help="Use 0 to choose settings, 1 to 3 to report results.")] = 0,
 ) -> None:
     """Draw the embedded benchmark as a COCO-format folder."""
     from ezsd.pipeline.data.shapes import write_shapes
@@ -104,12 +105,12 @@ def data_shapes(
 def data_check(
     dataset: DatasetName,
     data_root: DatasetRoot = None,
-    decode: Annotated[bool, typer.Option("--decode", help="Read every pixel, not only what is at the start.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode whole images, not only their headers.")] = False,
     masks: Annotated[
-        bool, typer.Option("--masks", help="Look at the outlines too, as model.masks=true needs them.")
+        bool, typer.Option("--masks", help="Check segmentations too; model.masks=true needs them.")
     ] = False,
 ) -> None:
-    """List everything that is wrong with a dataset, with its place; exit code 2 if anything is."""
+    """List all problems of a dataset with their places; exit code 2 if there are any."""
     from ezsd.pipeline.data.check import check_dataset, check_table
     from ezsd.pipeline.data.datasets import find_dataset
 
@@ -126,10 +127,13 @@ def data_check(
 
 
 Scheduler = Annotated[
-    str, typer.Option(metavar="local|sync|tcp://HOST:PORT", help="Worker processes here, none, or a Dask cluster's.")
+    str,
+    typer.Option(
+        metavar="local|sync|tcp://HOST:PORT", help="Local worker processes, this process only, or a Dask cluster."
+    ),
 ]
-Workers = Annotated[int, typer.Option(min=0, help="Processes here; 0 takes one per GPU, or per core.")]
-Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve Dask's pages about the work.")]
+Workers = Annotated[int, typer.Option(min=0, help="Number of local processes; 0 means one per GPU or core.")]
+Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve the Dask dashboard.")]
 
 
 @cache_app.command("build", epilog="Example:  ezsd cache build --dataset shapes")
@@ -137,14 +141,14 @@ Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve Dask's pages
 def cache_build(
     dataset: DatasetName,
     data_root: DatasetRoot = None,
-    out: Annotated[Path | None, typer.Option(help="The store; cache/NAME by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the store; cache/NAME by default.")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="An open_clip model, tiny-shapes, or plugin:package.module:factory.")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="An open_clip tag or a local file.")] = None,
     activation: Annotated[
         str | None,
-        typer.Option(help="gelu or quickgelu: what a local file was trained with, if ezsd does not know it."),
+        typer.Option(help="gelu or quickgelu: activation of the weights in a local file, if ezsd cannot tell."),
     ] = None,
     preset: Preset = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
@@ -154,15 +158,17 @@ def cache_build(
     dashboard: Dashboard = False,
     blocks: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Only the I-th (1 to N) of N shares of the blocks; then: ezsd cache commit."),
+        typer.Option(
+            metavar="I/N", help="Build only part I of N of the blocks (I from 1 to N); then: ezsd cache commit."
+        ),
     ] = None,
-    reuse: Annotated[Path | None, typer.Option(help="A store to take over what would be the same.")] = None,
+    reuse: Annotated[Path | None, typer.Option(help="Another store, to copy products that would be the same.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how large it would get and how long it would take, and stop.")
+        bool, typer.Option("--dry-run", help="Estimate the size of the store and the time to build it, and stop.")
     ] = False,
     set_: Set = None,
 ) -> None:
-    """Re-normalise the teacher, find CLIP proposals, embed them: once per dataset and teacher."""
+    """Re-normalise the teacher, find CLIP proposals and embed them; once per dataset and teacher."""
     from ezsd.pipeline.console.arguments import parse_share, require_scheduler
 
     share = None if blocks is None else parse_share(blocks)
@@ -214,12 +220,12 @@ def cache_build(
 @cache_app.command("commit", epilog="Example:  ezsd cache commit cache/coco")
 @keeping("the shards that are written stay; run the same command to go on")
 def cache_commit(
-    store: Annotated[Path, typer.Argument(help="A store whose blocks are all there.")],
+    store: Annotated[Path, typer.Argument(help="A store with all blocks built.")],
     scheduler: Scheduler = "local",
     workers: Workers = 0,
     dashboard: Dashboard = False,
 ) -> None:
-    """Finish a store that was built in shares (`ezsd cache build --blocks I/N`)."""
+    """Finish a store that was built in parts (`ezsd cache build --blocks I/N`)."""
     from ezsd.pipeline.console.arguments import require_scheduler
 
     require_scheduler(scheduler, workers=workers, dashboard=dashboard)
@@ -232,7 +238,7 @@ def cache_commit(
 
 
 @cache_app.command("ls", epilog="Example:  ezsd cache ls cache")
-def cache_ls(folder: Annotated[Path, typer.Argument(help="A folder with stores in it.")]) -> None:
+def cache_ls(folder: Annotated[Path, typer.Argument(help="A folder that contains stores.")]) -> None:
     """List the stores in a folder."""
     from ezsd.pipeline.console.store_messages import list_lines
 
@@ -241,7 +247,7 @@ def cache_ls(folder: Annotated[Path, typer.Argument(help="A folder with stores i
 
 @cache_app.command("info", epilog="Example:  ezsd cache info cache/shapes")
 def cache_info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
-    """Say what a store holds, who made it how, and whether it is complete."""
+    """Show a store's contents, provenance and completeness."""
     from ezsd.pipeline.console.store_messages import info_text
 
     typer.echo(info_text(store))
@@ -251,9 +257,9 @@ def cache_info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
 @keeping("a check leaves nothing behind; run the same command again")
 def cache_verify(
     store: Annotated[Path, typer.Argument(help="A store.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte; else sizes and metadata.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Check every byte, not only sizes and metadata.")] = False,
 ) -> None:
-    """Check a store; damage is named by file, rows and images, and the exit code is then 1."""
+    """Check a store and list damaged files, rows and images; exit code 1 if there are any."""
     from ezsd.pipeline.console.store_messages import verify_lines
 
     lines = verify_lines(store, deep=deep)
@@ -266,11 +272,11 @@ def cache_verify(
 @keeping("what is repaired stays; run the same command to go on")
 def cache_repair(
     store: Annotated[Path, typer.Argument(help="A store.")],
-    data_root: Annotated[Path | None, typer.Option(help="The images, to compute lost rows from.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Image folder, to compute lost rows again.")] = None,
     weights: Annotated[str | None, typer.Option(help="The teacher's weights, if they have moved.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Rebuild exactly what is damaged, or mark the store incomplete; the exit code is then 1."""
+    """Rebuild damaged parts of a store; if that fails, mark it incomplete, with exit code 1."""
     from ezsd.cache import repair
     from ezsd.pipeline.console.store_messages import repair_lines
     from ezsd.pipeline.devices import require_device_name, resolve_device
@@ -291,11 +297,11 @@ def cache_repair(
 def cache_gc(
     store: Annotated[Path, typer.Argument(help="A store.")],
     strays: Annotated[
-        bool, typer.Option("--strays", help="Remove files, links and empty folders that ezsd did not make, too.")
+        bool, typer.Option("--strays", help="Also remove files, links and empty folders that ezsd did not make.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List files that would be removed, and stop.")] = False,
 ) -> None:
-    """Remove what killed builds and copies left; list what else does not belong to the store, and keep it."""
+    """Remove leftovers of killed builds and copies; list and keep other files that do not belong to the store."""
     from ezsd.pipeline.console.store_messages import collect_lines
 
     typer.echo("\n".join(collect_lines(store, strays=strays, dry_run=dry_run)))
@@ -306,7 +312,7 @@ def cache_diff(
     first: Annotated[Path, typer.Argument(help="A complete store.")],
     second: Annotated[Path, typer.Argument(help="Another one.")],
 ) -> None:
-    """Say in which settings, products and files two stores differ."""
+    """List the settings, products and files that differ between two stores."""
     from ezsd.pipeline.console.store_messages import compare_lines
 
     typer.echo("\n".join(compare_lines(first, second)))
@@ -316,9 +322,9 @@ def cache_diff(
 @keeping("the files that are sent stay; run the same command to go on")
 def cache_push(
     store: Annotated[Path, typer.Argument(help="A complete store.")],
-    url: Annotated[str, typer.Argument(help="Where it shall lie: s3://, gs://, file:// and others of fsspec.")],
+    url: Annotated[str, typer.Argument(help="Destination: s3://, gs://, file:// or another fsspec URL.")],
 ) -> None:
-    """Copy a store to a URL, or go on with that; what lies there with the right bytes is not sent again."""
+    """Copy a store to a URL, or resume a copy; files already there with the right bytes are not sent again."""
     from ezsd.pipeline.console.store_messages import transfer_line
 
     typer.echo(transfer_line("push", str(store), url))
@@ -327,10 +333,10 @@ def cache_push(
 @cache_app.command("pull", epilog="Example:  ezsd cache pull s3://bucket/shapes cache/shapes")
 @keeping("the files that have come stay; run the same command to go on")
 def cache_pull(
-    url: Annotated[str, typer.Argument(help="A complete store: s3://, gs://, https:// and others of fsspec.")],
-    folder: Annotated[Path, typer.Argument(help="Where it shall lie.")],
+    url: Annotated[str, typer.Argument(help="A complete store: s3://, gs://, https:// or another fsspec URL.")],
+    folder: Annotated[Path, typer.Argument(help="Destination.")],
 ) -> None:
-    """Copy a store from a URL, or go on with that; every file is compared with its digest."""
+    """Copy a store from a URL, or resume a copy; every file is compared with its digest."""
     from ezsd.pipeline.console.store_messages import transfer_line
 
     typer.echo(transfer_line("pull", url, str(folder)))
@@ -340,11 +346,11 @@ def cache_pull(
 @keeping("the folder appears when it is whole; run the same command again")
 def cache_export(
     store: Annotated[str, typer.Argument(help="A complete store, or its URL.")],
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
-    format_: Annotated[Literal["npz", "parquet", "webdataset"], typer.Option("--format", help="Of the files.")],
+    out: Annotated[Path, typer.Option(help="Output folder.")],
+    format_: Annotated[Literal["npz", "parquet", "webdataset"], typer.Option("--format", help="File format.")],
     verify: Verify = "full",
 ) -> None:
-    """Write a store's contents as files of another format, for those who leave."""
+    """Export a store to npz, Parquet or WebDataset."""
     from ezsd.pipeline.console.store_messages import export_line
 
     typer.echo(export_line(store, out, format_, verify=verify))
@@ -357,21 +363,21 @@ def train(
     run: Annotated[Path | None, typer.Option(help="Run folder, resumed if it exists; runs/STORE by default.")] = None,
     preset: Preset = None,
     data_root: DataRoot = None,
-    backbone_weights: Annotated[Path | None, typer.Option(help="ImageNet state, .safetensors or .pth.")] = None,
+    backbone_weights: Annotated[Path | None, typer.Option(help="ImageNet weights, .safetensors or .pth.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of weights, sampling and augmentation; the preset's by default.")
+        int | None, typer.Option(min=0, help="Seed of weights, sampling and augmentation; the preset's by default.")
     ] = None,
     verify: Verify = "full",
     accept_store: Annotated[
         bool,
         typer.Option(
-            "--accept-store", help="Go on with a store of other bytes than the run was trained on; both are recorded."
+            "--accept-store", help="Resume with a store whose bytes differ from the run's; both are recorded."
         ),
     ] = False,
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
-    """Train the detector from base boxes and cached regions; under `torchrun`, on several GPUs."""
+    """Train the detector from base boxes and cached regions; on several GPUs with `torchrun`."""
     require_launcher(os.environ)
     from ezsd.pipeline.console.defaults import train_config
     from ezsd.pipeline.devices import require_device_name, resolve_device
@@ -406,41 +412,52 @@ def train(
 @app.command("eval", epilog="Example:  ezsd eval --run runs/a --crops")
 @keeping("no figures are kept; run the same command again")
 def evaluate(
-    run: Annotated[Path | None, typer.Option("--run", help="A run folder that `ezsd train` made.")] = None,
-    detections: Annotated[Path | None, typer.Option(help="Instead of a run: anybody's results, COCO format.")] = None,
-    annotations: Annotated[Path | None, typer.Option(help="With --detections: COCO or LVIS ground truth.")] = None,
-    split_file: Annotated[Path | None, typer.Option(help="With --detections: TOML with lists base and novel.")] = None,
-    base: Annotated[list[str] | None, typer.Option(help="With --detections: base names, as CSV.")] = None,
-    base_file: Annotated[list[Path] | None, typer.Option(help="The same from a file, one name a line.")] = None,
-    novel: Annotated[
-        list[str] | None, typer.Option(help="With --detections: novel names; all others are base.")
+    run: Annotated[Path | None, typer.Option("--run", help="A run folder made by `ezsd train`.")] = None,
+    detections: Annotated[
+        Path | None, typer.Option(help="A COCO results file from any detector, instead of a run.")
     ] = None,
-    novel_file: Annotated[list[Path] | None, typer.Option(help="The same from a file, one name a line.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With --detections: write all figures there, as JSON.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="With --detections: COCO or LVIS ground truth.")] = None,
+    split_file: Annotated[
+        Path | None, typer.Option(help="With --detections: TOML file with the lists base and novel.")
+    ] = None,
+    base: Annotated[list[str] | None, typer.Option(help="With --detections: base classes, as CSV.")] = None,
+    base_file: Annotated[
+        list[Path] | None, typer.Option(help="With --detections: file of base classes, one name per line.")
+    ] = None,
+    novel: Annotated[
+        list[str] | None, typer.Option(help="With --detections: novel classes, as CSV; all others are base.")
+    ] = None,
+    novel_file: Annotated[
+        list[Path] | None, typer.Option(help="With --detections: file of novel classes, one name per line.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --detections: JSON file to write all results to.")] = None,
     split: Annotated[
-        Literal["val", "train"] | None, typer.Option(help="With --run: which images; val by default.")
+        Literal["val", "train"] | None, typer.Option(help="With --run: images to evaluate; val by default.")
     ] = None,
     classes: Annotated[
         Literal["all", "base", "novel"] | None,
-        typer.Option(help="Names looked for at once, all by default; a run's other names compete unseen."),
+        typer.Option(help="Classes to evaluate, all by default; a run's other classes still compete with them."),
     ] = None,
     alone: Annotated[
         bool,
         typer.Option(
-            "--alone", help="With --run: no other names compete with --classes; without it, novel alone after all."
+            "--alone",
+            help="With --run: no other class competes with --classes; without --classes, evaluate novel alone as well.",
         ),
     ] = False,
     max_detections: Annotated[
         int | None, typer.Option(min=1, help="Detections per image in the headline; 100 by default, LVIS 300.")
     ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also show every class.")] = False,
-    crops: Annotated[bool, typer.Option("--crops", help="With --run: crop accuracy, raw and re-normalised.")] = False,
+    crops: Annotated[
+        bool, typer.Option("--crops", help="With --run: crop accuracy of the raw and the re-normalised teacher.")
+    ] = False,
     weights: MovedWeights = None,
     data_root: DataRoot = None,
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
-    """Evaluate a run, or anybody's results: base, novel, all; COCO's rules, or LVIS's for its files."""
+    """Evaluate a run or any detector's results on base, novel and all classes, by COCO's or LVIS's rules."""
     from ezsd.pipeline.console.arguments import (
         class_names,
         require_alone,
@@ -526,24 +543,30 @@ def detect(
     ],
     run: RunFolder,
     classes: Annotated[
-        list[str] | None, typer.Option(help="Names to look for, as CSV; the run's own unless any are given.")
+        list[str] | None, typer.Option(help="Classes to detect, as CSV; the run's own classes by default.")
     ] = None,
-    class_: Annotated[list[str] | None, typer.Option("--class", help="One name, as it stands; repeatable.")] = None,
-    classes_file: Annotated[list[Path] | None, typer.Option(help="A file with one name a line.")] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Least score.")] = 0.3,
+    class_: Annotated[
+        list[str] | None, typer.Option("--class", help="One class name, taken literally; repeatable.")
+    ] = None,
+    classes_file: Annotated[
+        list[Path] | None, typer.Option(help="File of classes to detect, one name per line.")
+    ] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Minimum score.")] = 0.3,
     out: Annotated[
-        str | None, typer.Option(help="Write the image with boxes there; a folder for several images.")
+        str | None, typer.Option(help="Image file to draw the boxes into; a folder for several images.")
     ] = None,
     weights: MovedWeights = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one COCO-format document instead of lines.")] = False,
     alone: Annotated[
         bool,
-        typer.Option("--alone", help="The run's other names do not compete unseen: all objects get one of --classes."),
+        typer.Option(
+            "--alone", help="The run's other classes do not compete: every object is assigned to a requested class."
+        ),
     ] = False,
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
-    """Find objects of any named classes in images; boxes are those of the image as it is shown."""
+    """Detect objects of any named classes in images; boxes refer to the image as viewers show it."""
     from ezsd.pipeline.console.arguments import class_names, find_images, picture_places, require_weights
     from ezsd.pipeline.devices import require_device_name
     from ezsd.pipeline.runs.folder import require_run
@@ -585,10 +608,10 @@ def detect(
 @keeping("no page is written; run the same command again")
 def report(
     run: RunFolder,
-    compare: Annotated[list[Path] | None, typer.Option(help="Other runs to show beside it.")] = None,
+    compare: Annotated[list[Path] | None, typer.Option(help="Other runs to compare with.")] = None,
     data_root: DataRoot = None,
 ) -> None:
-    """Write one HTML page: results, curves, pictures."""
+    """Write an HTML report with results, curves and pictures."""
     from ezsd.pipeline.runs.folder import require_run
 
     for folder in (run, *(compare or [])):
@@ -603,12 +626,12 @@ def report(
 @app.command(epilog="Example:  ezsd demo")
 @keeping("what is finished stays; run the same command to go on")
 def demo(
-    out: Annotated[Path, typer.Option(help="Everything lands below it.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Of data and training; 0 is the dev seed.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data and training; 0 is the dev seed.")] = 0,
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
-    """Run the whole of it on the embedded benchmark, in minutes."""
+    """Run the whole pipeline on the embedded benchmark, in minutes."""
     from ezsd.pipeline.console.defaults import score_table, seconds_table
     from ezsd.pipeline.demo import run_demo
     from ezsd.pipeline.devices import resolve_device

@@ -34,7 +34,7 @@ def test_help_loads_neither_torch_nor_zarr():
         "import sys, ezsd.cli as c; c.app(['-h'], standalone_mode=False); print(sorted(sys.modules), file=sys.stderr)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "Teach an object detector" in result.stdout
+    assert "Train an object detector" in result.stdout
     for heavy in ("torch", "zarr", "numpy", "open_clip", "matplotlib", "dask"):
         assert f"'{heavy}'" not in result.stderr
 
