@@ -15,11 +15,11 @@ from ezsd.teacher.open_clip import Teacher
 
 
 def adaptation_loss(logits: Tensor, label: Tensor, *, loss: AdaptLoss) -> Tensor:
-    """Mean loss of crops against base names.
+    """Mean classification loss of crops among the base classes.
 
     Args:
         logits: scaled cosines, (R, C).
-        label: which name, (R,) int64.
+        label: position of each crop's class name, (R,) int64.
         loss: "bce" is the reference's binary cross-entropy with one-hot targets, mean over crops and names;
             "softmax_ce" is cross-entropy over the names.
     """
@@ -39,13 +39,13 @@ def tune_layer_norms(
     weight_decay: float,
     clip_norm: float,
 ) -> Iterator[float]:
-    """Tune in place, one step per batch; yields each step's loss.
+    """Tune LayerNorm parameters of a teacher in place, one step per batch; yields each step's loss.
 
     Args:
-        teacher: everything of it but `parameters` stays frozen.
+        teacher: all of its weights except `parameters` stay frozen.
         batches: pairs of crops (R, 3, S, S), float in [0, 1], and labels (R,) into `names`.
         names: base class names; their embeddings are computed once per step.
-        parameters: those of the teacher's `layer_norms()` that learn.
+        parameters: the parameters from the teacher's `layer_norms()` to tune.
         loss: see `adaptation_loss`.
         learning_rate: of AdamW, constant.
         weight_decay: of AdamW.
@@ -70,14 +70,17 @@ def tune_layer_norms(
 
 @torch.no_grad()
 def crop_accuracy(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]], names: Sequence[str]) -> Tensor:
-    """Whether the nearest name is the right one, (R,) bool, for crops and labels as in `tune_layer_norms`."""
+    """Correctness of the teacher's predicted class of each crop, (R,) bool.
+
+    Crops and labels are as in `tune_layer_norms`. The predicted class has the text embedding of the largest cosine.
+    """
     text = teacher.encode_text(names)
     right = [(teacher.encode_image(pixels) @ text.T).argmax(1).cpu() == label for pixels, label in batches]
     return torch.cat(right) if right else torch.zeros(0, dtype=torch.bool)
 
 
 def flatten(parameters: Mapping[str, nn.Parameter]) -> tuple[NDArray[np.float32], list[dict[str, object]]]:
-    """All values in one float32 row, and the name and shape of each parameter in the same order."""
+    """Concatenate parameters to one float32 row; also returns their names and shapes in the same order."""
     table: list[dict[str, object]] = [{"name": name, "shape": list(p.shape)} for name, p in parameters.items()]
     if not parameters:
         return np.zeros(0, np.float32), table
@@ -88,7 +91,7 @@ def flatten(parameters: Mapping[str, nn.Parameter]) -> tuple[NDArray[np.float32]
 def restore(
     parameters: Mapping[str, nn.Parameter], values: NDArray[np.float32], table: list[dict[str, object]]
 ) -> None:
-    """Put `flatten`ed values back. ValueError when names or shapes are another model's."""
+    """Write values from `flatten` back into the parameters. ValueError if names or shapes are another model's."""
     wanted = [{"name": name, "shape": list(p.shape)} for name, p in parameters.items()]
     if wanted != table:
         raise ValueError(f"the store's {len(table)} LayerNorm parameters are not this teacher's {len(wanted)}")

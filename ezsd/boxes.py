@@ -71,11 +71,11 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def overlaps_any(boxes: Tensor, others: Tensor, *, iou_floor: float) -> Tensor:
-    """Which boxes have an IoU of `iou_floor` or more with at least one of `others`.
+    """Mark boxes whose IoU with at least one of `others` is `iou_floor` or more.
 
     Args:
         boxes: xyxy, (A, 4).
-        others: xyxy, (B, 4), in the same pixels; none overlap nothing.
+        others: xyxy, (B, 4), in the same pixels; B may be 0.
         iou_floor: in (0, 1].
 
     Returns:
@@ -99,7 +99,7 @@ def flip_horizontal(boxes: Tensor, width: float) -> Tensor:
 
 
 def scale(boxes: Tensor, sx: float, sy: float) -> Tensor:
-    """Follow an image that is resized by `sx` to the right and `sy` downwards.
+    """Scale boxes along with an image whose width is resized by `sx` and height by `sy`.
 
     Args:
         boxes: xyxy, (..., 4).

@@ -1,33 +1,33 @@
-"""Choices by name that settings offer: what they are called, without loading what they do."""
+"""Named choices of settings, importable without the code that implements them."""
 
 from typing import Literal
 
 Backend = Literal["auto", "eager", "triton"]
-"""Where the fused operators run."""
+"""Implementation of the fused operators."""
 Metric = Literal["cosine", "l1"]
 """Distillation metrics, see `ezsd.losses.METRICS`."""
 BoxClass = Literal["foreground", "reference", "topk"]
-"""Whose text row the box regressor sees at inference, see `DetectorSettings.box_class`."""
+"""Source of the text embedding for the box regressor at inference, see `DetectorSettings.box_class`."""
 HeadName = Literal["fast", "paper"]
-"""Which region head a detector has."""
+"""Region head of the detector."""
 MAX_TEMPERATURE = 100.0
-"""Above it the softmax is as hard as CLIP's own, and gradients vanish."""
+"""Upper limit of the logit scale: above CLIP's own 100 the softmax saturates and gradients vanish."""
 RESNETS = ("resnet18", "resnet34", "resnet50")
 BACKBONES = ("tiny", *RESNETS)
-"""Names that `build_backbone` knows."""
+"""Backbones known to `build_backbone`."""
 Surround = Literal["black", "context"]
-"""What lies beside a box that is not square: nothing, or what the image shows there."""
+"""Padding of a crop whose box is not square: black, or the image's own context."""
 Names = Literal["raw", "clean"]
-"""How prompts say a class name: as it is, or see `clean_names`."""
+"""Form of class names in prompts: unchanged, or cleaned by `clean_names`."""
 Activation = Literal["gelu", "quickgelu"]
-"""What CLIP's two towers were trained with."""
+"""Activation function of CLIP's two towers."""
 Normalisation = Literal["openai", "inception", "imagenet", "none"]
-"""Which mean and deviation of pixels a model was trained with, see `NORMALISATIONS`."""
+"""Mean and standard deviation of pixels that a model was trained with, see `NORMALISATIONS`."""
 Precision = Literal["auto", "fp32", "bf16"]
-"""Of convolutions and linear layers; LayerNorms are float32 always."""
+"""Precision of convolutions and linear layers; LayerNorms are always float32."""
 AdaptLoss = Literal["bce", "softmax_ce"]
-"""What re-normalisation minimises: binary cross-entropies over the base names, or cross-entropy of their softmax."""
+"""Loss of re-normalisation: binary cross-entropies over the base classes, or cross-entropy of their softmax."""
 Mode = Literal["exhaustive", "grown-stride", "coarse-to-fine"]
-"""How much of a grid is looked at: all of it, less of large anchors, or what a first look found promising."""
+"""Anchors of the grid to score: all, fewer large ones, or a sparse grid and then the neighbours of its best."""
 Score = Literal["entropy", "novel"]
-"""What makes an anchor a proposal, see `ezsd.proposals.select`."""
+"""Score by which anchors become proposals, see `ezsd.proposals.select`."""

@@ -1,8 +1,8 @@
-"""Which of a detector's own names compete, unseen, with the names that are asked for.
+"""Competing classes: classes of a run that take part in the softmax although they were not requested.
 
-A softmax over the asked names alone has to call every object by one of them. So the names that the detector was trained
-for take part at test time, and their detections are dropped. A name that says the same as an asked one must not take
-part: it would take away that one's detections.
+A softmax over the requested classes only would assign every object to one of them. The classes that the detector was
+trained on therefore take part at test time, and their detections are dropped. A synonym of a requested class must not
+take part: it would take away the detections of that class.
 """
 
 import torch
@@ -10,26 +10,26 @@ from torch import Tensor
 from torch.nn import functional
 
 NEAR = 0.62
-"""An own name with at least this cosine to an asked name, once the own names' mean row is taken off both, steps aside.
+"""Smallest cosine to a requested class, with the mean of the run's text embeddings subtracted, that makes a synonym.
 
-Rows of one teacher are alike whatever they name (CLIP's have a cosine of 0.8), so only what is left without their mean
-tells names apart. Measured on text rows alone, see docs/method.md: two names of COCO have at most 0.61, 18 of 19 pairs
-of synonyms at least 0.63.
+All text embeddings of one teacher are similar (CLIP's have a cosine of 0.8), so only the difference from their mean
+tells classes apart. Measured on text embeddings only, see docs/method.md: two classes of COCO have at most 0.61, 18 of
+19 pairs of synonyms at least 0.63.
 """
 
 
 def competition(asked: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of a detector's own names compete with asked ones, and which step aside.
+    """Mark the run's classes that compete with the requested ones, and those excluded as synonyms.
 
-    An own name that is asked for is simply itself, and neither. Only an asked name that is no own one makes others step
-    aside: two own names have competed in training.
+    A class of the run that is requested is neither. Only a requested class from outside the run excludes synonyms: two
+    classes of the run have competed in training.
 
     Args:
-        asked: unit text rows of the names to look for, (C, D).
-        own: unit text rows of the names that the detector was trained for, (K, D). Both on the CPU.
+        asked: unit text embeddings of the requested classes, (C, D).
+        own: unit text embeddings of the run's classes, (K, D). Both on the CPU.
 
     Returns:
-        competing and aside, (K,) bool each.
+        competing and excluded, (K,) bool each.
     """
     itself, mean = _among(own, asked), own.mean(0)
     others = functional.normalize(asked[~_among(asked, own)] - mean, dim=1)
@@ -38,6 +38,6 @@ def competition(asked: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _among(rows: Tensor, table: Tensor) -> Tensor:
-    """Whether each row stands in a table, to the last bit, (R,) bool."""
+    """Mark rows that occur in a table bit for bit, (R,) bool."""
     known = {row.numpy().tobytes() for row in table}
     return torch.tensor([row.numpy().tobytes() in known for row in rows], dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The one crop function of all stages: what a teacher sees of a box."""
+"""Square crops of boxes for the teacher; all stages use this one function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ezsd.choices import Surround
 
 _AT_ONCE = 16
-"""Windows of one size are resampled together, up to this many and, large ones, to the memory of so many crops."""
+"""Most windows of one size that are resampled together; for large windows, the memory of so many crops."""
 
 
 def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surround: Surround) -> Tensor:
@@ -26,7 +26,7 @@ def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surroun
         boxes: (R, 4) xyxy in the image's pixels; see `ezsd.boxes`.
         size: side of the crops, pixels.
         ratio: enlargement, 1.0 for the bare box.
-        surround: "black" is the method's.
+        surround: padding of a box that is not square, "black" (as in the paper) or "context".
 
     Returns:
         (R, 3, size, size) uint8 on the image's device, channels last in memory.
@@ -46,16 +46,16 @@ def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surroun
 def distinct_crops(
     boxes: Tensor, *, ratio: float, surround: Surround, width: int, height: int
 ) -> tuple[Tensor, Tensor]:
-    """Which boxes have a crop of their own; the others' crops are the same pixels.
+    """Find boxes whose crops are different; all other boxes have the same crop pixels as one of these.
 
-    A crop is decided by its whole-pixel window, and boxes clamped to the image or grown to squares share some.
+    The whole-pixel window determines a crop, and boxes clamped to the image or grown to squares can share a window.
 
     Args:
-        boxes: (R, 4) as for `crop_boxes`, and so are `ratio` and `surround`.
-        ratio: see there.
-        surround: see there.
-        width: of the image, pixels.
-        height: likewise.
+        boxes: xyxy, (R, 4), in the image's pixels.
+        ratio: enlargement, as in `crop_boxes`.
+        surround: padding, as in `crop_boxes`.
+        width: width of the image, pixels.
+        height: height of the image, pixels.
 
     Returns:
         Ascending positions (U,) of the first box of every crop, and for each box (R,) the position of its crop among
@@ -96,7 +96,7 @@ def crop_windows(boxes: Tensor, *, ratio: float, width: int, height: int) -> lis
 
 
 def _alike(windows: list[tuple[int, int, int, int]], *, size: int) -> list[list[int]]:
-    """Rows of windows whose longer sides are the same, in groups that are resampled at once."""
+    """Group the windows with equal longer sides; each group is resampled at once."""
     by_side: dict[int, list[int]] = {}
     for row, (left, top, right, bottom) in enumerate(windows):
         by_side.setdefault(max(right - left, bottom - top), []).append(row)
@@ -108,7 +108,7 @@ def _alike(windows: list[tuple[int, int, int, int]], *, size: int) -> list[list[
 
 
 def _squares(image: Tensor, windows: list[tuple[int, int, int, int]]) -> Tensor:
-    """Windows of one longer side in the middle of black, (N, 3, side, side), channels last in memory."""
+    """Centre windows with equal longer sides in black squares, (N, 3, side, side), channels last in memory."""
     left, top, right, bottom = windows[0]
     side = max(right - left, bottom - top)
     shape = (len(windows), side, side, 3)

@@ -1,15 +1,15 @@
-"""Errors that a user can mend: all are an `EzsdError`, whose text is one line with place, fault and cure.
+"""Errors that a user can fix: subclasses of `EzsdError`, each with a one-line message of place, fault and remedy.
 
-Imports nothing heavy: whoever catches them need not load what raises them.
+Importing this module loads nothing heavy, so errors can be caught without the code that raises them.
 """
 
 
 class EzsdError(Exception):
-    """Base of all errors about an input, a file or an environment. Anything else that is raised is a bug."""
+    """Base class of all errors about an input, a file or an environment. Any other exception is a bug."""
 
 
 class AnnotationError(EzsdError, ValueError):
-    """An annotation file, or a path it names, is not what it must be.
+    """An annotation file, or a path in it, is not valid.
 
     The message names the file, the place inside it, what was expected, what was found and what
     to do.
@@ -17,16 +17,16 @@ class AnnotationError(EzsdError, ValueError):
 
 
 class VocabularyError(EzsdError, ValueError):
-    """A class name is unknown, doubled, empty or missing."""
+    """A class name is unknown, duplicate, empty or missing."""
 
 
 class TeacherError(EzsdError, ValueError):
-    """A teacher cannot be had as asked for; the message says what to bring."""
+    """A teacher cannot be loaded as requested; the message says what to provide."""
 
 
 class BackendError(EzsdError, RuntimeError):
-    """The Triton backend was asked for where it cannot run."""
+    """The Triton backend was requested where it cannot run."""
 
 
 class ResultsError(EzsdError, ValueError):
-    """A results file is not what it must be; the message names the file, the place and what was expected."""
+    """A results file is not valid; the message gives the file, the place and the expected value."""

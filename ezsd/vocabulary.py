@@ -1,9 +1,8 @@
-"""Class names: the base and novel split, prompts, and the way from a name to a position.
+"""Class names: the split into base and novel classes, prompts, and the lookup of a name's position.
 
-A class is its name. A class index is a position in a table of names which travels with whatever
-holds the index (a store, a checkpoint, `Split.names`); dataset ids and file order mean nothing.
-Names are compared exactly, but for the form of their Unicode, and a name that is not known is an error which offers the
-nearest one.
+A class is identified by its name. A class index is a position in a table of names that is kept together with the index
+(in a store, a checkpoint, `Split.names`); dataset ids and file order mean nothing. Names are compared exactly, except
+for their Unicode form, and an unknown name is an error that suggests the nearest one.
 """
 
 import csv
@@ -26,13 +25,13 @@ def canonical(name: str) -> str:
 
 
 def is_writable(name: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON can hold half a character (a lone surrogate), which cannot."""
+    """Return whether a text can be encoded as UTF-8; a lone surrogate, which JSON may contain, cannot."""
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Which classes have boxes in training (base) and which are only ever named (novel).
+    """Split of the classes into base classes, with training boxes, and novel classes, with only a name.
 
     Raises:
         VocabularyError: no base class, an empty name, or a name that occurs twice.
@@ -75,7 +74,7 @@ def spelt_as(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
 
 
 def prompts(names: Sequence[str], template: str = "a photo of a {}") -> tuple[str, ...]:
-    """Put every name into the template.
+    """Put every class name into the template.
 
     Args:
         names: class names, (C,).
@@ -94,10 +93,10 @@ def prompts(names: Sequence[str], template: str = "a photo of a {}") -> tuple[st
 
 
 def clean_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names as one would say them: underscores are blanks, and a remark in parentheses is left out.
+    """Convert class names to their spoken form: underscores become blanks, a remark in parentheses is removed.
 
-    A remark that tells two names of LVIS apart stays, for example "bow (weapon)", and the misspelt remark of its
-    speaker is mended by being left out as any other. A name is cleaned by itself: its neighbours change nothing.
+    A remark that tells two names of LVIS apart is kept, for example "bow (weapon)"; the misspelt remark of its speaker
+    is removed like any other. Each name is cleaned independently of the others.
 
     Args:
         names: class names, (C,).
@@ -126,7 +125,7 @@ def _clean(name: str) -> str:
 
 
 def resolve(names: Iterable[str], known: Sequence[str]) -> tuple[int, ...]:
-    """Look names up in a table.
+    """Look up the positions of names in a table.
 
     Args:
         names: the wanted names, in the wanted order.
@@ -151,9 +150,9 @@ def parse_classes(text: str) -> tuple[str, ...]:
     """Read a comma-separated list of names: one record of CSV.
 
     Args:
-        text: for example 'dog, traffic light, "tench, Tinca tinca"'. Blanks around a name do not count. Double quotes
-            around a whole name, right up to the next comma, make its own commas part of it; two of them within such a
-            name are one.
+        text: for example 'dog, traffic light, "tench, Tinca tinca"'. Blanks around a name are ignored. Double quotes
+            around a whole name, up to the next comma, make its commas part of the name; within such a name, two double
+            quotes stand for one.
 
     Returns:
         The names in the order given, in the form of `canonical`, at least one.
@@ -181,7 +180,7 @@ def parse_classes(text: str) -> tuple[str, ...]:
 
 
 def require_characters(text: str) -> None:
-    """VocabularyError when a text holds what no class name may: a line break, another control character, no Unicode."""
+    """Raise VocabularyError if a class name contains a line break, another control character or invalid Unicode."""
     for character in text:
         kind = unicodedata.category(character)
         if kind in _NO_NAME:
@@ -190,12 +189,12 @@ def require_characters(text: str) -> None:
 
 
 def require_different(names: Iterable[str]) -> None:
-    """VocabularyError when a name is empty or occurs twice, also in two Unicode forms."""
+    """Raise VocabularyError if a class name is empty or occurs twice, even in two Unicode forms."""
     _positions(names)
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The name of a table that another one may have meant; None if none is near."""
+    """Find the name in a table that is most similar to a misspelt one; None if none is similar."""
     # Upper case is the commonest slip, and costs a short name most of its similarity.
     by_lower = {other.lower(): other for other in known}
     near = get_close_matches(name.lower(), list(by_lower), n=1)
@@ -203,7 +202,7 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """Say what a name not in the table may have meant, as the second half of an error.
+    """Suggest a name from the table for an unknown one, as the second half of an error message.
 
     Args:
         name: a name that is not in `known`.
@@ -219,11 +218,11 @@ def suggest(name: str, known: Sequence[str]) -> str:
 
 
 def first_few(words: Sequence[str], most: int) -> str:
-    """The first of many words, and how many more there are.
+    """Join the first of many words, with the number of the remaining ones.
 
     Args:
-        words: as they are to be shown.
-        most: so many of them are shown.
+        words: words in the form to show.
+        most: largest number of words to show.
     """
     rest = len(words) - most
     return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
@@ -251,11 +250,11 @@ _NO_NAME = {
     "Zl": "a line break",
     "Zp": "a line break",
 }
-"""Categories of Unicode that no name has a character of."""
+"""Unicode categories whose characters are not allowed in class names."""
 
 
 def _refuse_untyped(part: str, names: object) -> None:
-    """Refuse a text or a list where a tuple of names belongs: a text would fall apart into letters."""
+    """Refuse a text or a list instead of a tuple of names: a text would be split into letters."""
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
         raise VocabularyError(f"{part} must be a tuple of texts, got {names!r}")
 

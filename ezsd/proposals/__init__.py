@@ -1,1 +1,1 @@
-"""CLIP proposals: anchors, their scores, and which of them are kept."""
+"""CLIP proposals: anchors, their scores, and the selection of regions."""

@@ -1,8 +1,8 @@
-"""Which anchors of the method's grid are worth an encoder pass.
+"""Search for the anchors of the method's grid that are worth an encoder pass.
 
-Scoring every anchor is most of stage one's cost, and suppression throws most of the large ones away again. The
-selectors here look at a part of the grid. What they look at are anchors of the grid and nothing else, so that a
-cheaper store holds regions which the faithful one could have held, with the same embeddings.
+Scoring every anchor is most of the cost of stage one, and NMS drops most of the large anchors again. The selectors in
+this module score only a part of the grid. They score only anchors of that grid, so every region of a cheaper store
+could also be in the full store, with the same embedding.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 _ROUND = 64
-"""Anchors that a round of refinement looks around. Fewer follow the scores more closely, more fill an accelerator."""
+"""Anchors expanded per round of refinement. Fewer follow the scores more closely, more fill an accelerator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lattice:
-    """The places of a faithful grid; anchor ((row * columns + column) * sizes + size) * ratios + ratio is one of it."""
+    """Index of the paper's anchor grid: anchor number ((row * columns + column) * sizes + size) * ratios + ratio."""
 
     rows: int
     columns: int
@@ -28,14 +28,14 @@ class Lattice:
     ratios: tuple[float, ...]
     """Height over width, ascending."""
     stride: float
-    """Between cells, resized-image pixels."""
+    """Distance between cells, resized-image pixels."""
 
     def __len__(self) -> int:
         """Number of anchors."""
         return self.rows * self.columns * len(self.sizes) * len(self.ratios)
 
     def places(self) -> Tensor:
-        """(A, 4) int64: row, column, position of the size, position of the ratio of every anchor."""
+        """Row, column, position of the size and position of the ratio of every anchor, (A, 4) int64."""
         axes = [torch.arange(n) for n in (self.rows, self.columns, len(self.sizes), len(self.ratios))]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 4)
 
@@ -48,7 +48,7 @@ class Lattice:
         return torch.where(inside, numbers, -1)
 
     def steps(self, growth: float, *, least: int = 1) -> Tensor:
-        """(sizes,) int64: whole cells between anchors that are `growth` of their size apart, at least `least`."""
+        """Cells between anchors spaced by `growth` times their size, at least `least`, (sizes,) int64."""
         return torch.tensor([max(least, round(growth * size / self.stride)) for size in self.sizes])
 
 
@@ -76,12 +76,12 @@ def grown_stride(lattice: Lattice, *, growth: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What a selector looked at."""
+    """Anchors scored by a selector, with their embeddings."""
 
     anchor: Tensor
     """Numbers (N,) of anchors, ascending, int64."""
     embedding: Tensor
-    """Their embeddings, (N, D)."""
+    """Embeddings (N, D) of these anchors."""
 
 
 def coarse_to_fine(
@@ -92,22 +92,22 @@ def coarse_to_fine(
     growth: float,
     passes: int,
 ) -> Looked:
-    """Look at a sparse grid, then around what scores best there, until the passes are used up.
+    """Score a sparse grid, then the neighbours of its best anchors, until the passes are used up.
 
-    The sparse grid has one ratio (the middle one) and a spacing of `growth` of an anchor's size, two cells at least.
-    A round looks around the best anchors that were not looked around before: half as far as the last time in all eight
-    directions, and at the next ratios and sizes in the same place. An anchor whose neighbours are less than two cells
-    away is done after that.
+    The sparse grid has only the middle ratio and a spacing of `growth` times an anchor's size, at least two cells. Each
+    round scores the neighbours of the best anchors not yet expanded: half as far as the last time in all eight
+    directions, and the next ratios and sizes in the same place. An anchor whose neighbours are less than two cells away
+    is not expanded again.
 
     Args:
         lattice: the grid; all its anchors are candidates.
-        allowed: (A,) bool, anchors that may be looked at.
-        look: gives score (N,) and embedding (N, D) of anchor numbers (N,).
-        growth: spacing of the sparse grid as a share of the anchor's size, > 0.
-        passes: anchors looked at, at most. Of a sparse grid that is larger still, evenly spaced ones are taken.
+        allowed: (A,) bool, anchors that may be scored.
+        look: function that returns score (N,) and embedding (N, D) of anchor numbers (N,).
+        growth: spacing of the sparse grid as a fraction of the anchor's size, > 0.
+        passes: largest number of anchors scored. If the sparse grid is larger, evenly spaced anchors of it are scored.
 
     Returns:
-        Everything looked at; the same for the same scores.
+        All scored anchors; equal scores give an equal result.
     """
     steps = lattice.steps(growth, least=2)
     start = thinned(lattice, steps, [len(lattice.ratios) // 2])
@@ -125,7 +125,7 @@ def coarse_to_fine(
 
 
 class _Search:
-    """What has been looked at so far, and from how far apart."""
+    """State of a coarse-to-fine search: the anchors scored so far and the distance to their next neighbours."""
 
     def __init__(
         self, lattice: Lattice, unseen: Tensor, look: Callable[[Tensor], tuple[Tensor, Tensor]], steps: Tensor
@@ -140,7 +140,7 @@ class _Search:
         self.looked = 0
 
     def add(self, anchors: Tensor, reach: Tensor) -> None:
-        """Look at anchors (N,), unseen ones, that lie `reach` (N,) cells from their neighbours."""
+        """Score anchors (N,) that were not scored before and are `reach` (N,) cells from their neighbours."""
         score, embedding = self._look(anchors)
         self._parts.append((anchors, embedding))
         self._unseen[anchors], self._open[anchors] = False, True
@@ -148,7 +148,7 @@ class _Search:
         self.looked += len(anchors)
 
     def next_round(self) -> tuple[Tensor, Tensor]:
-        """Unseen neighbours (N,) of the best open anchors and their reach (N,), those of the best first."""
+        """Neighbours (N,) not yet scored of the best open anchors, and their reach (N,), best anchors first."""
         while self._open.any():
             waiting = torch.nonzero(self._open)[:, 0]
             best = waiting[self._score[waiting].argsort(descending=True, stable=True)[:_ROUND]]
@@ -174,7 +174,7 @@ class _Search:
         return numbers[first], reach[first]
 
     def result(self) -> Looked:
-        """Everything looked at, in the grid's order."""
+        """All scored anchors, in the grid's order."""
         anchors = torch.cat([part for part, _ in self._parts])
         order = anchors.argsort()
         return Looked(anchors[order], torch.cat([part for _, part in self._parts])[order])

@@ -1,7 +1,7 @@
-"""CLIP proposals: anchors scored by how sure the teacher is of a name, filtered against base boxes.
+"""CLIP proposals: anchors scored by the teacher's confidence and filtered against base boxes.
 
-Every number is the method's (EZSD, arXiv 2303.12145): score log C - H over the names, class-agnostic suppression at
-IoU 0.7, and only what overlaps no base box. Base boxes alone are used; this module never meets a novel one.
+Every number is from the paper (EZSD, arXiv 2303.12145): score log C - H over the class names, class-agnostic NMS at IoU
+0.7, and only regions that overlap no base box. Only base boxes are used; this module never gets a novel box.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def faithful_anchors(
 ) -> Tensor:
     """The method's grid: anchors of five sizes and three ratios at every 32 px of the resized image.
 
-    The image is thought of as resized to fit `long_side` x `short_side` (ratio kept) and padded to a multiple of the
-    stride; centres lie at multiples of the stride from 0. A 640 x 480 image has 12,750 anchors.
+    The grid is that of the image resized to fit `long_side` x `short_side` (ratio kept) and padded to a multiple of the
+    stride; centres are at multiples of the stride from 0. A 640 x 480 image has 12,750 anchors.
 
     Args:
         width: of the original image, pixels.
@@ -57,7 +57,7 @@ def faithful_anchors(
 def faithful_cells(
     width: int, height: int, *, stride: int, short_side: int = 800, long_side: int = 1333
 ) -> tuple[float, int, int]:
-    """Factor to the resized image, and how many rows and columns of cells it has; see `faithful_anchors`."""
+    """Scale factor of the resized image and its number of rows and columns of cells; see `faithful_anchors`."""
     scale = min(long_side / max(width, height), short_side / min(width, height))
     return scale, math.ceil(round(height * scale) / stride), math.ceil(round(width * scale) / stride)
 
@@ -65,14 +65,14 @@ def faithful_cells(
 def sliding_anchors(
     width: int, height: int, *, sizes: Sequence[float], ratios: Sequence[float], stride: float
 ) -> Tensor:
-    """Windows that lie inside the image and whose spacing grows with their size.
+    """Sliding windows inside the image, with a spacing that grows with their size.
 
     Args:
         width: of the image, pixels.
         height: likewise.
         sizes: square roots of the windows' areas, image pixels.
         ratios: height over width.
-        stride: between neighbours, as a share of the window's own side (0.35 = 65 % overlap).
+        stride: distance between neighbours, as a fraction of the window's own side (0.35 = 65 % overlap).
 
     Returns:
         (A, 4) xyxy, float32, image pixels. A window larger than the image is cut to it.
@@ -88,17 +88,17 @@ def sliding_anchors(
 
 
 def _shapes(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
-    """(1, len(sizes) * len(ratios), 2): width and height; the ratio h / w keeps the area."""
+    """Width and height of every size and ratio h / w, (1, len(sizes) * len(ratios), 2); ratios keep the area."""
     return torch.tensor([[[s / math.sqrt(r), s * math.sqrt(r)] for s in sizes for r in ratios]], dtype=torch.float64)
 
 
 def name_probabilities(embedding: Tensor, text: Tensor, *, logit_scale: float) -> Tensor:
-    """Softmax over names (R, C), float32, of unit embeddings (R, D) against unit text rows (C, D)."""
+    """Class probabilities (R, C), float32: softmax over cosines of embeddings (R, D) to text embeddings (C, D)."""
     return (logit_scale * embedding.float() @ text.float().T).softmax(1)
 
 
 def guesses(embedding: Tensor, text: Tensor, background: Tensor | None, *, logit_scale: float) -> tuple[Tensor, Tensor]:
-    """Name probabilities (R, C), and the probability (R,) that a crop is no background; 1 without a prompt for that."""
+    """Class probabilities (R, C), and object probability (R,): 1 - background, or 1 without a background prompt."""
     names = name_probabilities(embedding, text, logit_scale=logit_scale)
     if background is None:
         return names, torch.ones(len(embedding))
@@ -113,27 +113,27 @@ def entropy_score(probability: Tensor) -> Tensor:
 
 
 def anchor_scores(names: Tensor, present: Tensor, *, base_count: int, score: Score) -> Tensor:
-    """Scores (R,) of name probabilities (R, C) and probabilities (R,) of no background; see `select_regions`."""
+    """Scores (R,) from class probabilities (R, C) and object probabilities (R,); see `select_regions`."""
     value = entropy_score(names) if score == "entropy" else names[:, base_count:].sum(1)
     return value * present
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """What scoring and filtering kept of one image's anchors."""
+    """Proposals and regions selected from the anchors of one image."""
 
     proposal: Tensor
-    """Anchor positions after suppression, best first, (P,) int64."""
+    """Anchor positions of the proposals after NMS, best first, (P,) int64."""
     proposal_score: Tensor
-    """Their scores, (P,) float32."""
+    """Scores of the proposals, (P,) float32."""
     region: Tensor
     """Anchor positions of the regions to distil, best first, (K,) int64."""
     region_score: Tensor
-    """(K,) float32."""
+    """Scores of the regions, (K,) float32."""
     confidence: Tensor
-    """Highest name probability of each region, times the probability that it is no background, (K,) float32."""
+    """Largest class probability of each region, times its object probability, (K,) float32."""
     class_index: Tensor
-    """Which name that is, (K,) int64, a position in base + novel names."""
+    """Predicted class of each region, (K,) int64, a position among base, then novel class names."""
 
 
 def select_regions(
@@ -153,24 +153,24 @@ def select_regions(
     keep_regions: int,
     drop_background: bool = True,
 ) -> Selection:
-    """Score an image's anchors, suppress, and keep the regions that may hold unseen objects.
+    """Score an image's anchors, apply NMS, and keep the regions that may contain novel objects.
 
     Args:
         anchors: (A, 4) xyxy, original-image pixels.
         embedding: unit crop embeddings, (A, D).
-        text: unit text rows of base names, then novel names, (C, D).
+        text: unit text embeddings of the base, then the novel classes, (C, D).
         base_boxes: BASE ground truth of the image, (N, 4).
-        base_count: how many of the text rows are base names.
-        background: unit text row of a background prompt, (D,), or None. With it a crop of nothing has a name to go to.
-        logit_scale: multiplier of cosines before the softmax.
-        score: "entropy" is log C - H over the names (times the probability that it is no background, if there is a
-            prompt for it); "novel" is the probability of all novel names together.
-        nms_iou: suppression threshold.
-        keep_proposals: how many to keep after suppression.
-        base_iou: regions that overlap a base box this much or more are dropped.
-        drop_base_guesses: drop regions whose likeliest name is a base one.
-        keep_regions: how many regions to keep.
-        drop_background: drop regions that are background with a probability of one half or more.
+        base_count: number of base classes in `text`.
+        background: unit text embedding of a background prompt, (D,), or None; the class of empty crops.
+        logit_scale: factor of the cosines before the softmax.
+        score: "entropy" is log C - H over the classes (times the object probability, with a background prompt); "novel"
+            is the probability of all novel classes together.
+        nms_iou: IoU threshold of NMS.
+        keep_proposals: largest number of proposals kept after NMS.
+        base_iou: regions with this IoU or more with a base box are dropped.
+        drop_base_guesses: drop regions whose predicted class is a base class.
+        keep_regions: largest number of regions kept.
+        drop_background: drop regions with a background probability of one half or more.
 
     Source: EZSD, section on CLIP proposals.
     """
@@ -198,13 +198,13 @@ def select_regions(
 
 
 def clear_of_base(boxes: Tensor, base_boxes: Tensor, *, base_iou: float) -> Tensor:
-    """Which boxes (R, 4) overlap each of the base boxes (N, 4) less than `base_iou`: (R,) bool."""
+    """Mark boxes (R, 4) whose IoU with every base box (N, 4) is below `base_iou`: (R,) bool."""
     return ~overlaps_any(boxes, base_boxes, iou_floor=base_iou)
 
 
 def may_be_unseen(
     present: Tensor, guess: Tensor, *, base_count: int, drop_base_guesses: bool, drop_background: bool = True
 ) -> Tensor:
-    """Which regions (R,) are, as far as asked for, likelier an object than background and no base name: bool."""
+    """Mark regions that pass the requested filters: not background, predicted class not a base class; (R,) bool."""
     clear = present > 0.5 if drop_background else torch.ones_like(present, dtype=torch.bool)
     return clear & (guess >= base_count) if drop_base_guesses else clear

@@ -1,7 +1,7 @@
-"""The Teacher protocol, and open_clip behind it.
+"""The Teacher protocol and its implementation by open_clip.
 
-A teacher embeds image crops and class names in one space. Anything with these methods will do: an open_clip model by
-name, the tiny model that the package ships (`tiny-shapes`), or a plug-in (`plugin:package.module:factory`).
+A teacher embeds image crops and class names in one space. Any object with these methods is a teacher: an open_clip
+model by name, the tiny model shipped with the package (`tiny-shapes`), or a plug-in (`plugin:package.module:factory`).
 """
 
 from __future__ import annotations
@@ -40,31 +40,31 @@ __all__ = ["Teacher", "TeacherError", "load_teacher", "require_told_apart"]
 log = logging.getLogger(__name__)
 
 ALIKE = 1e-6
-"""Two names whose text rows have a cosine of 1 less this, or more, are one name to the teacher."""
+"""Largest distance from cosine 1 at which two text embeddings count as equal, so that their names are one class."""
 _ROWS = 1024
-"""Names that are compared with all others at once."""
+"""Number of names that are compared with all others at once."""
 _SHOWN = 3
-"""Most names, or pairs of them, that one line lists."""
+"""Most names, or pairs of names, listed in one line."""
 NORMALISATIONS: Mapping[Normalisation, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "openai": (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
     "inception": (INCEPTION_MEAN, INCEPTION_STD),
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "none": ((0.0,) * 3, (1.0,) * 3),
 }
-"""Mean and standard deviation of red, green and blue in [0, 1]: those that open_clip's published weights have."""
+"""Mean and standard deviation of red, green and blue in [0, 1], for all published weights of open_clip."""
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """What stage one needs of a vision-language model."""
+    """Interface of a vision-language model for stage one."""
 
     name: str
     embed_dim: int
-    """D."""
+    """Dimension D of the embeddings."""
     input_size: int
-    """Side of the square crops it takes, pixels."""
+    """Side of the square input crops, pixels."""
     logit_scale: float
-    """Multiplier of cosines before a softmax over names."""
+    """Factor of the cosines before a softmax over class names."""
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Unit embeddings (B, D), float32, of RGB crops (B, 3, S, S), float in [0, 1]."""
@@ -75,11 +75,11 @@ class Teacher(Protocol):
         ...
 
     def layer_norms(self, *, vision_only: bool = False) -> Mapping[str, nn.Parameter]:
-        """Parameters that re-normalisation tunes, by name; empty where there is nothing to tune."""
+        """Parameters that re-normalisation tunes, by name; empty if there is nothing to tune."""
         ...
 
     def fingerprint(self) -> dict[str, object]:
-        """JSON of everything that decides an embedding, before any re-normalisation."""
+        """JSON object with everything that determines an embedding, before re-normalisation."""
         ...
 
 
@@ -126,7 +126,7 @@ class OpenClipTeacher:
 
     @torch.no_grad()
     def _tried_out(self) -> int:
-        """D, once both towers have run. TeacherError for one that does not compute in 16 bits."""
+        """Dimension D of the embeddings, after a trial pass. TeacherError if a tower cannot compute in 16 bits."""
         try:
             if self.precision == "bf16":
                 self.encode_image(torch.zeros(1, 3, self.input_size, self.input_size))
@@ -137,7 +137,7 @@ class OpenClipTeacher:
             raise _fp32_alone(self.name, str(error).splitlines()[0]) from error
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """See `Teacher`. Keeps the graph where gradients are enabled."""
+        """Unit embeddings (B, D), float32, of RGB crops, see `Teacher`. Keeps the graph where gradients are enabled."""
         mean = torch.tensor(self.mean, device=self.device)[:, None, None]
         std = torch.tensor(self.std, device=self.device)[:, None, None]
         # In place: fresh memory for each of the two costs more than the arithmetic.
@@ -146,9 +146,12 @@ class OpenClipTeacher:
         return F.normalize(embedding.float(), dim=1)
 
     def encode_text(self, names: Sequence[str]) -> Tensor:
-        """See `Teacher`. TeacherError for a word the model has no weights for; prompts that are cut are warned of once.
+        """Unit embeddings (C, D), float32, of class names, see `Teacher`.
 
-        A tokenizer cuts what is longer than the model's context without a word.
+        A tokenizer truncates prompts longer than the model's context silently; this warns about them once.
+
+        Raises:
+            TeacherError: the model has no weights for a word.
         """
         return self.encode_text_tokens(self.tokens(names))
 
@@ -180,7 +183,7 @@ class OpenClipTeacher:
             )
 
     def _are_cut(self, said: list[str]) -> list[bool]:
-        """Whether prompts are longer than the context: one twice as long then has less padding than it should."""
+        """Mark prompts that are longer than the context: with a context twice as long they have less padding."""
         if not said:
             return []
         length = self._tokenizer.context_length
@@ -212,7 +215,10 @@ class OpenClipTeacher:
         }
 
     def fingerprint(self) -> dict[str, object]:
-        """See `Teacher`. The weights' digest is of tensors, so a copy or another file format is the same teacher."""
+        """JSON object with everything that determines an embedding, see `Teacher`.
+
+        The digest of the weights is that of the tensors: a copy in another file format is the same teacher.
+        """
         return {
             "name": self.name,
             "weights_sha256": self._weights_sha256,
@@ -227,11 +233,11 @@ class OpenClipTeacher:
 
 
 def require_told_apart(names: Sequence[str], rows: Tensor) -> None:
-    """VocabularyError when two names have one text row (see `ALIKE`): an object of one would be found as the other.
+    """Raise VocabularyError if two class names have equal text embeddings (see `ALIKE`), and so equal scores.
 
     Args:
-        names: (C,).
-        rows: their unit text rows, (C, D).
+        names: class names, (C,).
+        rows: their unit text embeddings, (C, D).
     """
     exact = F.normalize(rows.detach().double().cpu(), dim=1)
     pairs: list[tuple[int, int]] = []
@@ -297,7 +303,7 @@ def _load_model(
     normalisation: Normalisation | None,
     device: str | torch.device,
 ) -> tuple[open_clip.CLIP, Tensor | None]:
-    """A float32 model, and the token ids it has rows for if it ships with some only."""
+    """Load a float32 model, and the token ids it has rows for if it ships with only some of them."""
     if name == TINY_SHAPES:
         return _load_tiny(weights, device)
     if ":" not in name:
@@ -317,7 +323,7 @@ def _load_model(
 
 
 def has_quick_gelu(model: nn.Module) -> bool:
-    """Whether a model computes OpenAI's approximation of GELU."""
+    """Return whether a model uses QuickGELU, OpenAI's approximation of GELU."""
     return any(isinstance(module, open_clip.transformer.QuickGELU) for module in model.modules())
 
 
@@ -334,7 +340,7 @@ _WITH_QUERIES = (open_clip.transformer.AttentionalPooler, open_clip.transformer.
 
 
 def _in_bf16(model: open_clip.CLIP, name: str) -> open_clip.CLIP:
-    """A twin with rounded weights, made by open_clip so that its LayerNorms compute in float32."""
+    """Copy a model with weights rounded to bfloat16, made by open_clip so that its LayerNorms compute in float32."""
     preprocess = open_clip.get_model_preprocess_cfg(model)
     device = model.logit_scale.device
     twin = _create(name, None, device, load_weights=False, precision="bf16", force_preprocess_cfg=preprocess)
@@ -358,7 +364,7 @@ def _fp32_alone(name: str, reason: str) -> TeacherError:
 
 
 class Tokenizer(Protocol):
-    """What open_clip's tokenizers share."""
+    """Common interface of open_clip's tokenizers."""
 
     context_length: int
 
@@ -381,7 +387,7 @@ def _tokenizer(name: str) -> Tokenizer:
 
 
 def _preprocessing(name: str, weights: str, stated: Normalisation | None) -> dict[str, Any]:
-    """Mean and deviation of pixels for a local file: as stated, or what all published weights of the model share.
+    """Mean and standard deviation of pixels for a local file: as stated, or as in all published weights of the model.
 
     A model without published weights has open_clip's own. TeacherError where its published weights differ.
     """
@@ -406,7 +412,7 @@ def _preprocessing(name: str, weights: str, stated: Normalisation | None) -> dic
 
 
 def _tags_with(configs: Sequence[Mapping[str, Any]], tags: Sequence[str], values: tuple[tuple[float, ...], ...]) -> str:
-    """The first tags whose weights have a mean and deviation of pixels."""
+    """The first tags whose weights have a given mean and standard deviation of pixels."""
     mine = [t for t, cfg in zip(tags, configs, strict=True) if (cfg.get("mean"), cfg.get("std")) == values]
     return ", ".join(mine[:3]) + (", ..." if len(mine) > 3 else "")
 
@@ -459,7 +465,7 @@ def _create(name: str, tag: str | None, device: str | torch.device, **options: o
 
 
 def _require_tag(name: str, tag: str) -> None:
-    """Refuse a tag that is none, whose weights have another activation than the model, or that cannot be had now."""
+    """Refuse a tag that does not exist, has another activation than the model, or cannot be downloaded now."""
     if ":" in name:
         raise TeacherError(
             f"--teacher {name} --weights {tag}: a hub model brings its weights; give a local file or none"

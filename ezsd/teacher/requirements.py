@@ -1,4 +1,4 @@
-"""What can be said of a teacher before anything heavy is loaded."""
+"""Checks of a teacher's name and weights before anything heavy is loaded."""
 
 import sys
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ TINY_SHAPES = "tiny-shapes"
 
 
 def require_teacher(name: str, weights: str | None) -> None:
-    """Refuse what can be refused of a teacher's name and weights before anything is loaded.
+    """Check a teacher's name and weights as far as possible before anything is loaded.
 
     Raises:
         TeacherError: an unknown model, no weights where it needs some, a file that is not there.
@@ -33,12 +33,12 @@ def require_teacher(name: str, weights: str | None) -> None:
 
 
 def names_file(weights: str) -> bool:
-    """Whether weights are named by a local file, there or not, rather than by a tag of open_clip's."""
+    """Return whether weights are given as a local file, existing or not, rather than as an open_clip tag."""
     return Path(weights).is_absolute() or Path(weights).suffix in {".safetensors", ".pt", ".pth", ".bin"}
 
 
 def open_clip_models() -> list[str]:
-    """Names of open_clip's models, as `open_clip.list_models` gives them, without importing it for that."""
+    """Names of open_clip's models, as from `open_clip.list_models`, without importing open_clip."""
     if "open_clip" in sys.modules:
         # Models may have been added to it.
         return list(sys.modules["open_clip"].list_models())

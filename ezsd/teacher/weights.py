@@ -1,4 +1,4 @@
-"""Weights of open_clip models: what a local file must be, and whether a published one can be had at all."""
+"""Weights of open_clip models: checks of local files, and of the availability of published ones."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _HUB_SECONDS = 5.0
 
 
 def require_activation(name: str, path: Path, stated: str | None, *, model_has_quick_gelu: bool) -> None:
-    """Refuse a local file that was trained with another activation than the model's, or nobody knows with which.
+    """Refuse a local file of weights whose activation is unknown or differs from the model's.
 
     Args:
         name: the open_clip model.
         path: the file.
-        stated: "gelu" or "quickgelu", as the user says; None to rely on the known files.
-        model_has_quick_gelu: what the model computes.
+        stated: activation given by the user, "gelu" or "quickgelu"; None to rely on the known files.
+        model_has_quick_gelu: whether the model uses QuickGELU.
 
     Raises:
-        TeacherError: see above, or the user's word contradicts what is known of the file.
+        TeacherError: as above, or the user's activation contradicts that of a known file.
     """
     known = _KNOWN.get(_sha256(path)) if path.is_file() else stated
     if known and stated and known != stated:
@@ -51,7 +51,7 @@ def require_activation(name: str, path: Path, stated: str | None, *, model_has_q
 
 
 def activation_mismatch(where: str, name: str, *, wants: bool) -> TeacherError:
-    """The error of weights that want QuickGELU in a model that has GELU, or the reverse."""
+    """Error for weights with QuickGELU in a model with GELU, or the reverse."""
     cure = f"{name}-quickgelu" if wants else name.removesuffix("-quickgelu")
     has = f"use --teacher {cure}" if cure in open_clip.list_models() else f"open_clip has no {cure} to use instead"
     expected, found = ("QuickGELU", "GELU") if wants else ("GELU", "QuickGELU")
@@ -61,10 +61,10 @@ def activation_mismatch(where: str, name: str, *, wants: bool) -> TeacherError:
 
 
 def require_transformers(where: str, text: Mapping[str, object]) -> None:
-    """Refuse a model whose text tower or tokenizer is Hugging Face's where their package is missing.
+    """Refuse a model whose text tower or tokenizer needs the package transformers, if it is not installed.
 
     Args:
-        where: the options that asked for it, for the message.
+        where: the options that requested the model, for the message.
         text: open_clip's settings of the text tower.
     """
     if (text.get("hf_model_name") or text.get("hf_tokenizer_name")) and find_spec("transformers") is None:
@@ -72,7 +72,7 @@ def require_transformers(where: str, text: Mapping[str, object]) -> None:
 
 
 def transformers_missing(where: str) -> TeacherError:
-    """The error of a model that needs the package transformers."""
+    """Error for a model that needs the package transformers."""
     return TeacherError(
         f"{where}: its text side needs the package transformers, which is not installed: pip install "
         f"'ezsd[transformers]'"
@@ -107,15 +107,15 @@ def load_checkpoint(model: open_clip.CLIP, name: str, path: Path) -> Tensor | No
 
 
 def require_hub_file(where: str, repository: str, names: Sequence[str], *, activation: str | None = None) -> None:
-    """Ask at once, and only once, whether one of some files of a Hugging Face repository can be had.
+    """Require that one of several files of a Hugging Face repository is available; tries only once.
 
     The download itself tries again for most of a minute before it says that there is no network.
 
     Args:
-        where: the options that asked for it, for the message.
+        where: the options that requested the file, for the message.
         repository: OWNER/NAME.
-        names: the files, any of which will do.
-        activation: what the weights need, for the message.
+        names: the files, one of which is enough.
+        activation: activation of the weights, for the message.
 
     Raises:
         TeacherError: none is in the local cache, and the hub does not have them or cannot be reached.
@@ -146,7 +146,7 @@ def _sha256(path: Path) -> str:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """Whether a file is a zip archive with TorchScript's code folder; only its table of contents is read."""
+    """Return whether a file is a zip archive with TorchScript's code folder; reads only its table of contents."""
     if not path.is_file() or not zipfile.is_zipfile(path):
         return False
     try:
@@ -159,7 +159,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _safe_twin(name: str) -> str:
-    """Which file holds the same weights without code."""
+    """Name the file that holds the same weights without code."""
     published = open_clip.get_pretrained_cfg(name, "openai") or {}
     repository = str(published.get("hf_hub", "")).rstrip("/")
     of = f" of huggingface.co/{repository}" if repository else ""
