@@ -1,4 +1,4 @@
-"""The batches of a training, in an order that depends on the seed alone, read ahead by a thread or by processes."""
+"""Batches of a training in an order that depends only on the seed, read ahead by a thread or by processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LINGER_SECONDS = 30
 LOOK_SECONDS = 2.0
 TELL_SECONDS = 60.0
 AHEAD = 2
-"""Batches that each reading process has ready or reads."""
+"""Number of batches that each reading process reads or has ready."""
 SHARED_MEMORY = Path("/dev/shm")
 _OWN_QUEUE: Any = multiprocessing.queues.Queue
 CURE = "train.num_workers=0 reads without reading processes; a container gets more by `docker run --shm-size=SIZE`"
@@ -52,11 +52,11 @@ def load_batches(
     distributed: Distributed | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[tuple[list[tuple[int, int]], list[Batch]], None, None]:
-    """This process' batches of each step from `first_step` to the end, and epoch and position of all its images.
+    """Load the batches of this process for each step from `first_step` on, with epoch and position of their images.
 
-    All batches of a step are padded to the same size: they learn what one batch would.
+    All batches of a step are padded to the same size, so that training gives the same result as with one batch.
 
-    Close it when it is left early: reading processes live as long as it does.
+    Close the generator if it is left early: the reading processes live as long as it does.
 
     Args:
         samples: what is read.
@@ -66,7 +66,7 @@ def load_batches(
         stopping: asked while a batch is waited for; there are no more batches once it says so.
 
     Raises:
-        ConfigError: the images of a step cannot be shared out evenly.
+        ConfigError: the images of a step cannot be divided evenly.
         ImageError: an image cannot be read.
         RunError: a reading process has died, or there is no shared memory for its batches.
         StoreError: rows of the store are damaged or cannot be read.
@@ -111,19 +111,19 @@ def load_batches(
 
 
 class _Source(Protocol):
-    """Batches in order."""
+    """Interface of a source of batches in order."""
 
     def take(self) -> Batch | None:
-        """The next batch; None if it takes longer than `LOOK_SECONDS`: ask again."""
+        """Take the next batch; None if it takes longer than `LOOK_SECONDS`, to be called again."""
         ...
 
     def close(self) -> None:
-        """End what reads."""
+        """End the reading thread or processes."""
         ...
 
 
 def _wait(source: _Source, stopping: Callable[[], bool]) -> Batch | None:
-    """The next batch; None when there is to be none."""
+    """Wait for the next batch; None once training is to stop."""
     told = time.monotonic()
     while (batch := _take(source, stopping)) is None:
         if stopping():
@@ -154,7 +154,7 @@ def _take(source: _Source, stopping: Callable[[], bool]) -> Batch | None:
 
 
 class _OneAhead:
-    """Batches, each read by a thread while the one before it is in use."""
+    """Source of batches read by a thread, one ahead of the batch in use."""
 
     def __init__(self, samples: DetectionDataset, wanted: Iterable[list[Key]]) -> None:
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
@@ -175,7 +175,7 @@ class _OneAhead:
 
 
 class _Readers:
-    """Batches read by processes, which hand them over in shared memory."""
+    """Source of batches read by processes and passed through shared memory."""
 
     def __init__(self, samples: DetectionDataset, wanted: Iterable[list[Key]], count: int) -> None:
         loader = torch.utils.data.DataLoader(
@@ -218,7 +218,7 @@ class _Readers:
 
 
 def _told(error: Exception) -> Exception:
-    """An error that came from or through a reading process, in one line where it is no bug."""
+    """Convert an error from a reading process to a one-line error, unless it is a bug."""
     words = str(error).strip().splitlines()
     if "Original Traceback" in str(error):
         # A reader's own error arrives with the whole traceback in its message.
@@ -241,10 +241,10 @@ def _told(error: Exception) -> Exception:
 
 
 def _collate_shared(samples: Sequence[Sample]) -> Batch:
-    """`collate` into shared memory.
+    """Collate a batch into shared memory.
 
-    Tensors that are not there yet are moved by a thread of the queue, and a batch that has no room is then lost: there
-    nobody hears of the error.
+    Tensors outside shared memory would be moved by a thread of the queue. If there is no room, that thread loses the
+    batch, and its error is not reported.
     """
     batch = collate(samples)
     for tensor in _tensors(batch):
@@ -263,16 +263,16 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
 def _require_shared_memory(
     samples: DetectionDataset, first: Sequence[Sequence[Key]], config: TrainConfig, here: int
 ) -> None:
-    """Look whether the batches that are under way at once have room, by the pictures of the first ones.
+    """Check that shared memory has room for all batches in flight, estimated from the images of the first ones.
 
     Args:
-        samples: what is read.
-        first: the images of the first batches.
-        config: who reads them.
-        here: training processes on this machine: they share the memory, and each has readers of its own.
+        samples: training samples to read.
+        first: images of the first batches.
+        config: number of reading processes.
+        here: training processes on this machine, which share the memory; each has its own reading processes.
 
     Raises:
-        RunError: they do not.
+        RunError: there is not enough room.
     """
     if not SHARED_MEMORY.is_dir():
         return
@@ -294,7 +294,7 @@ def _require_shared_memory(
 def _shared_out(
     samples: DetectionDataset, order: Iterable[list[tuple[int, int]]], *, starts: range, size: int
 ) -> Iterator[list[Key]]:
-    """This process' batches of `size` images, which begin at `starts` of each step's images."""
+    """Select this process's batches of `size` images, which begin at positions `starts` of each step's images."""
     for keys in order:
         canvas = (0, 0) if size == len(keys) else padded_size(samples.size(*key) for key in keys)
         for start in starts:
@@ -322,7 +322,7 @@ def _linger(_: int, frame: FrameType | None) -> None:
 
 
 def _end_with(training: int) -> None:
-    """End this process after the training that it reads for, which is not its parent."""
+    """End this reading process after its training process, which is not its parent, has ended."""
     while True:
         try:
             os.kill(training, 0)

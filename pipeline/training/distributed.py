@@ -62,8 +62,8 @@ def join_process_group(device: torch.device) -> Iterator[Distributed]:
     """Connect the processes that `torchrun` started together while the context lasts; one alone without it.
 
     Raises:
-        ArgumentError: the environment's variables are not those of a launcher.
-        RunError: the processes do not reach each other.
+        ArgumentError: the environment variables are not those of a launcher.
+        RunError: the processes cannot reach each other.
     """
     if require_launcher(os.environ) == 1:
         yield Distributed()

@@ -1,4 +1,4 @@
-"""Memory that does not suffice: what every library calls it, and what a training can do about it."""
+"""Out-of-memory errors of training steps, and the settings that avoid them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ezsd.pipeline.runs.run import learns_the_same_in_parts
 
 
 class OutOfMemory(RunError):
-    """A step of a training does not fit the memory."""
+    """A training step does not fit in memory."""
 
 
 def step_does_not_fit(

@@ -1,4 +1,4 @@
-"""`ezsd train`: the detector, from base boxes and cached regions."""
+"""`ezsd train`: train the detector from base boxes and cached regions."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ class TrainRequest:
     cache: Path
     """A committed store."""
     run: Path
-    """Run folder; resumed if it holds this very run."""
+    """Run folder; resumed if it contains the same run."""
     config: Config
-    """The run records its tables of stage one as the store was built with them, whatever they are here."""
+    """Configuration of training; settings of stage one are ignored, the run records those of the store."""
     data_root: Path | None = None
     """Image folder; None takes the one that the store was built from."""
     backbone_weights: Path | None = None
-    """ImageNet state of the backbone."""
+    """File of ImageNet weights for the backbone."""
     device: str = "cpu"
     verify: Verify = "full"
     """Checks of the store's bytes when they are read, see `Store`."""
@@ -130,7 +130,7 @@ def train(request: TrainRequest) -> Run:
 
 
 def _require_regions(store: Store, config: Config) -> None:
-    """ConfigError for a distillation from nothing: its loss would be 0 in every step."""
+    """Raise ConfigError for distillation without regions: its loss would be 0 in every step."""
     regions = next(product.rows for product in info(store.path).products if product.name == "regions")
     if config.loss.distillation and config.train.regions_per_image and not regions:
         raise ConfigError(
@@ -153,7 +153,7 @@ def _has_batch_norm(detector: nn.Module) -> bool:
 
 
 def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detector, dict[str, object]]:
-    """The detector with its first weights, and all that the run must be told from others by."""
+    """Detector with its initial weights, and the record that identifies the run."""
     config = request.config
     weights = None if request.backbone_weights is None else read_backbone(request.backbone_weights)
     if weights is None and config.model.backbone != "tiny":
@@ -188,7 +188,7 @@ def _tables(store: Store) -> dict[str, Tensor]:
 def training_samples(
     store: Store, dataset: Dataset, config: TrainConfig, masks: MaskSource | None = None
 ) -> DetectionDataset:
-    """The samples of a store. StoreMismatch when the annotations are others than it was made from."""
+    """Training samples of a store. StoreMismatch if the annotations differ from those it was built from."""
     images = checked_annotations(store, dataset).images
     bad = store.bad_images
     if bad:
@@ -263,7 +263,7 @@ def _check_distributed(config: TrainConfig, distributed: Distributed) -> None:
 
 @dataclass
 class _Training:
-    """The steps of one start, and when they are saved."""
+    """Training steps of one start, with their checkpoints."""
 
     run: Run
     trainer: Trainer
@@ -271,7 +271,7 @@ class _Training:
     validation: Validation
     request: Request
     step: int
-    """Steps that are done."""
+    """Number of finished steps."""
 
     def __post_init__(self) -> None:
         self._distributed, self._config = self.trainer.distributed, self.trainer.config
@@ -280,7 +280,7 @@ class _Training:
         self._clock = _Clock(self.run)
 
     def finish(self, batches: Iterator[tuple[list[tuple[int, int]], list[Batch]]]) -> None:
-        """Make the steps of these batches, which are all that are left, unless the request to stop comes."""
+        """Run the steps of all remaining batches, or until a request to stop."""
         self.trainer.detector.train()
         with ExitStack() as stack:
             first = self._distributed.is_main
@@ -381,7 +381,7 @@ def _prepare(batch: Batch, device: torch.device, *, channels_last: bool) -> Batc
 
 
 class _Clock:
-    """Training time of a run, over all of its starts."""
+    """Training time of a run, summed over all of its starts."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -393,7 +393,7 @@ class _Clock:
 
 
 def store_dataset(store: Store, data_root: Path | None) -> Dataset:
-    """The dataset a store was built from, where it lies now."""
+    """Dataset that a store was built from, at its current place."""
     fields = dataset_inputs(store.manifest)
     environment = store.environment
     if data_root is None:

@@ -23,7 +23,7 @@ class Objective:
     """Text embeddings and weights of the objective."""
 
     text: Tensor
-    """Unit rows of the names in the cross-entropy, base names first, (C, D)."""
+    """Unit text embeddings of the classes in the cross-entropy, base classes first, (C, D)."""
     config: LossConfig
 
     @property
@@ -33,7 +33,7 @@ class Objective:
 
 
 class AverageWeights:
-    """A moving average of a model's state, `decay` near one; it starts fast, to forget the first weights."""
+    """Moving average of a model's state; its decay starts small, so that the initial weights are forgotten."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -41,7 +41,7 @@ class AverageWeights:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Move towards the weights after `step` steps."""
+        """Move the average towards the model's weights after step number `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
             if value.is_floating_point():
@@ -50,14 +50,14 @@ class AverageWeights:
                 self.state[name].copy_(value)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a saved average."""
+        """Restore a saved average."""
         for name, value in self.state.items():
             value.copy_(state[name])
 
 
 @dataclass
 class Trainer:
-    """Detector and optimiser, and how they step."""
+    """Detector with its optimiser and training steps."""
 
     detector: Detector
     optimiser: torch.optim.Optimizer
@@ -73,7 +73,7 @@ class Trainer:
         """Make one optimiser step over the batches of this process, which are on the detector's device.
 
         Returns:
-            `loss`, the weighted sum, its parts as they are before weighing, and the learning rate; over all processes.
+            `loss`, the weighted sum, its unweighted parts, and the learning rate; over all processes.
 
         Raises:
             NonFiniteLoss: loss or gradient is not finite; the message has the parts.
@@ -127,10 +127,10 @@ class Trainer:
 
 
 def peak_rate(config: TrainConfig) -> float:
-    """The learning rate at its height, scaled to the images per step.
+    """Peak learning rate, scaled to the images per step.
 
-    With SGD in proportion to them (Goyal et al., arXiv 1706.02677). With AdamW, which divides by the gradient's size,
-    in proportion to their root (Malladi et al., arXiv 2205.10287).
+    Linear scaling with SGD (Goyal et al., arXiv 1706.02677); square-root scaling with AdamW, which divides by the size
+    of the gradient (Malladi et al., arXiv 2205.10287).
     """
     if not config.reference_batch_size:
         return config.learning_rate
@@ -148,7 +148,7 @@ def in_effect(config: Config, embed_dim: int) -> dict[str, float]:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine to zero or steps down; a pure function of the step."""
+    """Learning rate of a step: linear warm-up, then a cosine to zero or steps down; depends only on the step."""
     height = peak_rate(config)
     if step < config.warmup_steps:
         return height * (step + 1) / config.warmup_steps
@@ -159,7 +159,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def build_optimiser(detector: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD; vectors (biases, norms, background row) and the temperature do not decay."""
+    """Build AdamW or SGD, without weight decay on vectors (biases, norms, background) and the logit scale."""
     trained = [p for p in detector.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},

@@ -1,4 +1,4 @@
-"""AP50 on a slice of the validation images while training. It is looked at by people; it chooses no checkpoint."""
+"""AP50 on a subset of the validation images during training; for monitoring only, it selects no checkpoint."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ SLICE = "validation_slice.json"
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """When to look, and at what."""
+    """Schedule and data of the validations during training."""
 
     run: Run
     trainer: Trainer
     dataset: Dataset
     config: Config
     images: int
-    """Training images: an epoch."""
+    """Number of training images, which is the length of an epoch."""
 
     @classmethod
     def of_run(cls, run: Run, trainer: Trainer, dataset: Dataset, config: Config, images: int) -> Validation:
-        """Ready for a run whose dataset `require_validation` has seen."""
+        """Prepare the validation of a run whose dataset has passed `require_validation`."""
         made = cls(run, trainer, dataset, config, images)
         if config.train.validate_every and trainer.distributed.is_main:
             cut_slice(dataset.root / dataset.val_annotations, run.folder / SLICE, config.train.validate_images)
@@ -56,7 +56,7 @@ class Validation:
         return step > 0 and self.due(step) and all(line["step"] != step for line in self.run.read_validation())
 
     def look(self, step: int, metrics: MetricsLog) -> None:
-        """Evaluate, and say and record what was found."""
+        """Evaluate, log and record the results."""
         found = self._evaluate()
         scores = {group: found[group]["AP50"] for group in ("base", "novel", "all")}
         metrics.write_validation({"step": step, **scores})
@@ -90,12 +90,12 @@ class Validation:
 
 
 def require_validation(dataset: Dataset, config: Config) -> None:
-    """Refuse what the evaluation of the trained run would refuse: a fault would else show after the last step.
+    """Check the validation files before training, so that evaluation after the last step does not fail.
 
-    Where the validation files are elsewhere a training can do without them, unless it validates.
+    A training that does not validate also runs without validation files.
 
     Raises:
-        ValueError: (of two kinds) see `require_evaluation`.
+        ValueError: the validation files are not valid, see `require_evaluation`.
     """
     missing = dataset.missing("val")
     if missing and not config.train.validate_every:
@@ -105,7 +105,7 @@ def require_validation(dataset: Dataset, config: Config) -> None:
 
 
 def cut_slice(annotations: Path, out: Path, images: int) -> None:
-    """An annotation file of `images` images, evenly spread over the file's, by id; `read_truth` has read it."""
+    """Cut an annotation file, already read by `read_truth`, to `images` images spaced evenly by id."""
     document = json.loads(annotations.read_bytes())
     ids = sorted(image["id"] for image in document["images"])
     kept = set(_spread(ids, images))
