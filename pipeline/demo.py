@@ -1,4 +1,4 @@
-"""`ezsd demo`: the whole of it on the embedded benchmark, in minutes."""
+"""`ezsd demo`: the whole pipeline on the embedded benchmark, in minutes."""
 
 from __future__ import annotations
 

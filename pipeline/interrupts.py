@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOOK_SECONDS = 0.1
-"""How soon somebody looks whether `Stopped` has got away."""
+"""Seconds between checks that `Stopped` has ended the process."""
 _SHOW_CURSOR = "\x1b[?25h"
 _SAID = "EZSD_STOP_IS_SAID"
 """Set for commands that another one runs: that one says that all of them stop, and what to type."""

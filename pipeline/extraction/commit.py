@@ -63,7 +63,7 @@ def commit_cache(store: Path, schedule: Schedule) -> float | None:
 
 
 def require_workers(pool: Pool, writer: StoreWriter, *, device: str | None, files: Sequence[Path]) -> None:
-    """Have the workers of a cluster look whether they reach the store and further files; see `check_workers`."""
+    """Check that the workers of a cluster can read the store and further files; see `check_workers`."""
     if pool.client is not None:
         plan = plan_folder(writer.path) / "entry.json"
         found = {str(file): sha256(file) for file in (plan, *files)}

@@ -39,7 +39,7 @@ class BuildRequest:
 
     @property
     def schedule(self) -> Schedule:
-        """Where tasks shall run."""
+        """Scheduler, workers and device for the tasks of the build."""
         return Schedule(scheduler=self.scheduler, workers=self.workers, device=self.device, dashboard=self.dashboard)
 
 

@@ -83,12 +83,12 @@ def dashboard_address(client: Client) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a worker must find."""
+    """Requirements that every worker is checked for."""
 
     files: Mapping[str, str]
     """Sha256 by absolute path."""
     device: str | None
-    """Where the teacher shall run; None where none does."""
+    """Device of the teacher; None for tasks without a teacher."""
     code: str = "ezsd"
     """The module that the tasks come from."""
 

@@ -34,14 +34,14 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 _LOOK_SECONDS = 15.0
-"""How long results may stay out before somebody looks whether there are workers at all."""
+"""Seconds without a result after which the cluster's workers are counted."""
 _ALONE_SECONDS = 600.0
-"""How long a cluster may be without workers."""
+"""Longest time a cluster may be without workers, seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """Where tasks shall run."""
+    """Scheduler, workers and device for the tasks of a build."""
 
     scheduler: str = "local"
     """"local": worker processes of this machine. "sync": this process. Else the address of a Dask scheduler."""
