@@ -162,7 +162,7 @@ class _OneAhead:
         self._waiting = self._pool.submit(next, self._batches, None)
 
     def take(self) -> Batch | None:
-        """See `_Source`."""
+        """Take the next batch, as `_Source.take` does."""
         if not concurrent.futures.wait([self._waiting], LOOK_SECONDS).done:
             return None
         batch = self._waiting.result()
@@ -170,7 +170,7 @@ class _OneAhead:
         return batch
 
     def close(self) -> None:
-        """See `_Source`."""
+        """End the reading thread."""
         self._pool.shutdown(cancel_futures=True)
 
 
@@ -198,7 +198,7 @@ class _Readers:
             ) from error
 
     def take(self) -> Batch | None:
-        """See `_Source`."""
+        """Take the next batch, as `_Source.take` does."""
         try:
             batch: Batch = next(self._batches)
         except (RuntimeError, ValueError, OSError, EOFError) as error:
@@ -209,7 +209,7 @@ class _Readers:
         return batch
 
     def close(self) -> None:
-        """See `_Source`."""
+        """End the reading processes."""
         for reader in self._batches._workers:
             # It may wait for a picture, and has nothing to finish.
             reader.kill()
