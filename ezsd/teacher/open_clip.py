@@ -382,7 +382,7 @@ def _tokenizer(name: str) -> Tokenizer:
         raise transformers_missing(f"--teacher {name}") from error
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TeacherError(f"--teacher {name}: its tokenizer could not be loaded: {reason}") from error
+        raise TeacherError(f"--teacher {name}: its tokenizer cannot be had: {reason}") from error
     return tokenizer
 
 
@@ -432,9 +432,7 @@ def _load_plugin(name: str, device: str | torch.device) -> Teacher:
     if not isinstance(teacher, Teacher):
         numbers, methods = "name embed_dim input_size logit_scale", "encode_image encode_text layer_norms fingerprint"
         missing = [part for part in f"{numbers} {methods}".split() if not hasattr(teacher, part)]
-        raise TeacherError(
-            f"--teacher {name}: the factory returned an object that is not a Teacher: it lacks {', '.join(missing)}"
-        )
+        raise TeacherError(f"--teacher {name}: what the factory made is no Teacher, it lacks {', '.join(missing)}")
     return teacher
 
 

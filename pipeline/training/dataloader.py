@@ -59,11 +59,11 @@ def load_batches(
     Close the generator if it is left early: the reading processes live as long as it does.
 
     Args:
-        samples: what is read.
-        config: how many images a step has, who reads them.
-        first_step: steps before it are left out.
-        distributed: the processes that share the steps.
-        stopping: asked while a batch is waited for; there are no more batches once it says so.
+        samples: training samples to read.
+        config: images per step and number of reading processes.
+        first_step: first step to load; earlier ones are skipped.
+        distributed: processes that share the steps.
+        stopping: called while a batch is waited for; once it returns true, there are no more batches.
 
     Raises:
         ConfigError: the images of a step cannot be divided evenly.
@@ -302,7 +302,7 @@ def _shared_out(
 
 
 def _begin_reading(training: int, _: int) -> None:
-    """Initialise a worker process."""
+    """Initialise a reading process."""
     signal.signal(signal.SIGTERM, _linger)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What fails in a queue's thread loses the batch; as a dead reader it is noticed.

@@ -59,7 +59,7 @@ class Distributed:
 
 @contextmanager
 def join_process_group(device: torch.device) -> Iterator[Distributed]:
-    """Connect the processes that `torchrun` started together while the context lasts; one alone without it.
+    """Connect the processes started together by `torchrun` while the context lasts; without it, a single process.
 
     Raises:
         ArgumentError: the environment variables are not those of a launcher.

@@ -20,12 +20,12 @@ def step_does_not_fit(
     """Error for a step that does not fit in memory, with its cure.
 
     Args:
-        batches: of this process.
-        config: of the run.
-        world_size: processes that share its steps.
-        step: steps that are done.
-        saved: the step of the newest checkpoint; 0 for none.
-        frozen_norms: whether no normalisation depends on who is in a batch.
+        batches: batches of this process.
+        config: configuration of the run.
+        world_size: number of processes that share the steps.
+        step: number of finished steps.
+        saved: step of the newest checkpoint; 0 if there is none.
+        frozen_norms: true if no normalisation depends on the other images of a batch.
     """
     images, _, height, width = max((batch.images.shape for batch in batches), key=lambda shape: shape.numel())
     number = "1 image" if images == 1 else f"{images} images"
@@ -44,7 +44,7 @@ def step_does_not_fit(
 
 
 def next_parts(config: TrainConfig, world_size: int) -> int | None:
-    """The next larger `train.grad_accumulation` that divides the images of a step; None when there is none."""
+    """Next larger `train.grad_accumulation` that divides the images of a step; None if there is none."""
     most = config.batch_size // world_size
     return next(
         (k for k in range(config.grad_accumulation + 1, most + 1) if config.batch_size % (k * world_size) == 0), None

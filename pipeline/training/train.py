@@ -141,7 +141,7 @@ def _require_regions(store: Store, config: Config) -> None:
 
 
 def _changeable_settings(config: Config, device: str, distributed: Distributed) -> dict[str, object]:
-    """With what a start trains, as far as the run's card leaves it open."""
+    """Settings of one start of training that run.json does not fix."""
     train = config.train
     settings = {name: getattr(train, name) for name in (*CHANGEABLE, "grad_accumulation")}
     return {**settings, "device": device, "processes": distributed.world_size}
@@ -213,7 +213,7 @@ def training_samples(
 
 
 def build_trainer(detector: Detector, config: Config, text: Tensor, base: int, distributed: Distributed) -> Trainer:
-    """Make the trainer of a detector on its device; `text` holds the rows of all classes (C, D), base classes first."""
+    """Build the trainer of a detector on its device; `text` has the embeddings of all classes (C, D), base first."""
     device = next(detector.parameters()).device
     if config.train.channels_last:
         detector.to(memory_format=torch.channels_last)
@@ -420,7 +420,7 @@ def _record(images: ImageTable, image_id: int) -> ImageRecord:
 
 
 def _resume(run: Run, trainer: Trainer) -> int:
-    """Load the newest whole checkpoint, which the first process looks for; returns its step."""
+    """Load the newest complete checkpoint, as found by the main process; returns its step."""
     distributed = trainer.distributed
     device = next(trainer.detector.parameters()).device
     newest = run.latest() if distributed.is_main else None

@@ -613,7 +613,7 @@ def test_a_plugin_that_cannot_be_found_is_refused(plugins, name, message):
 
 
 def test_a_plugin_that_makes_half_a_teacher_is_refused_by_what_is_missing(plugins):
-    message = refusal("plugin:plugin_for_tests:half", None, "is not a Teacher: it lacks")
+    message = refusal("plugin:plugin_for_tests:half", None, "is no Teacher")
     missing = ["input_size", "logit_scale", "encode_text", "layer_norms", "fingerprint"]
     assert message.endswith("it lacks " + ", ".join(missing))
 
