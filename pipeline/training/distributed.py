@@ -18,7 +18,7 @@ from ezsd.pipeline.process_environment import require_launcher
 
 @dataclass(frozen=True, slots=True)
 class Distributed:
-    """This process among those of one training; the default is a training in one process."""
+    """Place of one process among all processes of a training; the default is a training in one process."""
 
     rank: int = 0
     world_size: int = 1
