@@ -14,6 +14,7 @@ import typer
 import typer.core
 
 from ezsd.errors import EzsdError
+from ezsd.pipeline.console.options import OptionFormatter, as_options
 from ezsd.pipeline.errors import is_of_a_place
 from ezsd.pipeline.interrupts import Stopped, end_listening, keeping, listen
 from ezsd.pipeline.process_environment import (
@@ -116,9 +117,9 @@ def data_check(
 
     found = check_dataset(find_dataset(dataset, data_root, strict=False), decode=decode, masks=masks)
     for warning in found.warnings:
-        typer.echo(f"warning: {warning}")
+        typer.echo(f"warning: {as_options(warning)}")
     for line in (*found.problems, *found.notes):
-        typer.echo(line)
+        typer.echo(as_options(line))
     if found.problems:
         count = len(found.problems)
         typer.echo(f"ezsd: {count} problem{'s' * (count > 1)} in dataset {found.dataset.name}", err=True)
@@ -650,7 +651,9 @@ def main() -> None:
     try:
         listen()
         prepare_streams()
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(OptionFormatter())
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
         logging.getLogger("ezsd").setLevel(logging.INFO)
         with keeping(""):
             app(prog_name="ezsd")
@@ -661,7 +664,7 @@ def main() -> None:
     except Exception as error:
         if not _is_users(error):
             raise
-        typer.echo(f"ezsd: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"ezsd: {as_options(' '.join(str(error).split()))}", err=True)
         raise SystemExit(2) from None
     finally:
         end_listening()

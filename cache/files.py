@@ -90,7 +90,7 @@ def writable(store: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _READ_ONLY:
             raise
-        raise StoreError(f"{store}: cannot be written to ({error.strerror}); choose another --out folder") from error
+        raise StoreError(f"{store}: cannot be written to ({error.strerror}); choose another `out` folder") from error
 
 
 @contextlib.contextmanager
@@ -380,7 +380,7 @@ class BuildLock:
         self._path = path
         self._said = busy or (
             "another process is building this store, or a share of it; wait for it to end, "
-            "or choose another --out folder"
+            "or choose another `out` folder"
         )
         self.shared = shared
         self._key = (os.getpid(), str(path.resolve()))

@@ -433,11 +433,11 @@ def _whole_numbers(values: ArrayLike, dtype: str) -> NDArray[Any]:
 def _require_own(store: Path) -> None:
     """Refuse a folder that holds something else than a store being built."""
     if store.exists() and not store.is_dir():
-        raise StoreError(f"{store}: is a file; choose another --out folder")
+        raise StoreError(f"{store}: is a file; choose another `out` folder")
     if plan_folder(store).is_dir() or not store.is_dir():
         return
     # A build killed before its plan leaves these at most.
     own = {LOCK, LOG, ENVIRONMENT, journal_folder(store).name}
     foreign = sorted(file.name for file in store.iterdir() if file.name not in own)
     if foreign:
-        raise StoreError(f"{store}: holds {foreign[0]!r} but no store; choose an empty or new --out folder")
+        raise StoreError(f"{store}: holds {foreign[0]!r} but no store; choose an empty or new `out` folder")

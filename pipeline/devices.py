@@ -16,7 +16,7 @@ _WORDS = re.compile(
 def require_device_name(name: str) -> None:
     """ArgumentError for what is no device's name; whether the device is there shows later."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ArgumentError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+        raise ArgumentError(f"`device={name}`: expected auto, cpu, cuda or cuda:N")
 
 
 def resolve_device(name: str) -> str:
@@ -33,7 +33,7 @@ def resolve_device(name: str) -> str:
     kind, _, number = name.partition(":")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ArgumentError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs; use --device cpu"
+            f"`device={name}`: this machine has {torch.cuda.device_count()} usable GPUs; use `device=cpu`"
         )
     return name
 

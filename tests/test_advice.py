@@ -266,7 +266,7 @@ SPOKEN: Calls = {
         lambda _: load_preset("shapes", ["train.stepz=3"]),
         lambda _: load_preset("shapes", ["train.steps=3"]),
     ),
-    "has a line break; give each setting in one line, with a --set of its own": (
+    "has a line break; give each setting by itself, in one line": (
         lambda _: load_preset("shapes", ["train.steps=3\nimages=2"]),
         lambda _: load_preset("shapes", ["train.steps=3", "train.batch_size=2"]),
     ),
@@ -282,7 +282,7 @@ SPOKEN: Calls = {
         lambda _: load_settings("shapes", ["proposals.search=coarse-to-fine"]),
         lambda _: load_settings("shapes", ["proposals.search=exhaustive"]),
     ),
-    "leave --base/--novel out": (
+    "leave --base and --novel out": (
         lambda root: split_of(written(root / "s.toml", 'base = ["cat"]\nnovel = ["ox"]\n'), ("cat",)),
         lambda root: split_of(root / "s.toml", None),
     ),
@@ -345,7 +345,7 @@ VERBS = (
     "say|scale|set|start|take|train|try|use|wait|write"
 )
 ADVICE = re.compile(
-    rf"`ezsd |--set \w|did you mean|(?:^|[;.:,] |\b(?:or|and|then|next:) )(?:{VERBS})\b(?![.,(]| must be\b)",
+    rf"`ezsd |`[a-z]+\.[\w{{}}]+=|did you mean|(?:^|[;.:,] |\b(?:or|and|then|next:) )(?:{VERBS})\b(?![.,(]| must be\b)",
     re.IGNORECASE,
 )
 
@@ -367,7 +367,7 @@ def messages() -> Iterator[str]:
                 skipped.add(node.value)
         for node in ast.walk(tree):
             text = "" if node in skipped else _text(node)
-            if " " in text and ADVICE.search(text):
+            if (" " in text or text.startswith("`")) and ADVICE.search(text):
                 yield text
 
 
@@ -404,7 +404,7 @@ def test_the_tests_that_the_inventory_names_are_there(test):
 
 def test_a_misspelt_teacher_is_said_before_anything_is_drawn_or_loaded():
     with pytest.raises(
-        EzsdError, match=r"--teacher ViT-B-23: no such open_clip model; did you mean '([\w-]+)'"
+        EzsdError, match=r"`teacher=ViT-B-23`: no such open_clip model; did you mean '([\w-]+)'"
     ) as said:
         require_teacher("ViT-B-23", "openai")
     require_teacher(re.search(r"did you mean '([\w-]+)'", str(said.value))[1], "openai")

@@ -8,6 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import typer.main
+
+from ezsd.cli import app
+from ezsd.pipeline.console.options import OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("cli", "pipeline", "ezsd", "cache")
@@ -20,12 +24,15 @@ BEFORE = {
     "cache": ("errors", "files", "format", "journal", "storage", "reader", "writer", "tools"),
     "pipeline": (
         *("errors", "progress", "process_environment", "interrupts", "devices", "files", "config", "data"),
-        *("scheduling", "runs", "extraction", "inference", "training", "report", "console", "demo"),
+        *("scheduling", "runs", "extraction", "inference", "training", "console", "report", "demo"),
     ),
 }
 """The rooms of each part in their order: a room imports only what stands before it."""
 ALLOWED = {"cli": {"pipeline", "cache", "ezsd"}, "pipeline": {"ezsd", "cache"}, "cache": {"ezsd.errors"}, "ezsd": set()}
 """What modules of a part may import of others."""
+SAY_OPTIONS = ("cli.py", "pipeline/console/", "pipeline/report/", "pipeline/demo.py")
+"""What speaks to the command line's users, and writes its commands."""
+PROGRAMS = {"torchrun", "with"}
 FACES = {"ezsd", "ezsd.__main__"}
 """What people import and run: above everything."""
 # The store can be read where no learning library is installed.
@@ -135,6 +142,24 @@ def dangers(path):
             yield f"line {node.lineno}: allow_pickle"
 
 
+def texts(path):
+    """Texts of a module with "{}" for what is put in, but for docstrings, each with its line."""
+    docstrings = {node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Expr)}
+    parts = {part for node in ast.walk(tree(path)) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in set(ast.walk(tree(path))) - docstrings - parts:
+        if isinstance(node, ast.JoinedStr):
+            yield node.lineno, "".join(one.value if isinstance(one, ast.Constant) else "{}" for one in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def options_said(path):
+    """Options of our commands in a module's texts, but for whole commands to type."""
+    for line, text in texts(path):
+        if re.search(r"--[a-z]", re.sub(r"`(?:ezsd|dask|docker) [^`]*`", "", text)):
+            yield f"line {line}: {text}"
+
+
 def openings(path):
     """Places where a module reads an image file by itself."""
     for name in imported_whole(path):
@@ -195,6 +220,37 @@ def test_no_modules_import_each_other_in_a_circle():
     graph = {name: set(imported_modules(path)) & MODULES.keys() - {name} for name, (_, path) in MODULES.items()}
     # Raises CycleError with the modules of a circle.
     assert set(graphlib.TopologicalSorter(graph).static_order()) == MODULES.keys()
+
+
+def test_only_the_command_line_says_options():
+    """Below it a message names parameters, which `as_options` turns into options."""
+    found = {path.relative_to(ROOT).as_posix(): list(options_said(path)) for p in PARTS for path in sources(p)}
+    found = {path: said for path, said in found.items() if said and not path.startswith(SAY_OPTIONS)}
+    dask = found.pop("pipeline/scheduling/dask_cluster.py")
+    assert [text.partition("start it with ")[2] for text in dask] == ["--nthreads 1, which keeps sums in one order"]
+    assert found == {}
+
+
+def test_what_is_named_as_a_parameter_has_an_option():
+    command = typer.main.get_command(app)
+    below = [command, *(one for group in (command, *command.commands.values()) for one in commands_of(group))]
+    options = {option for one in below for parameter in one.params for option in parameter.opts}
+    assert {f"--{name.replace('_', '-')}" for name in OPTIONS} <= options
+    named = {
+        name
+        for part in PARTS
+        for path in sources(part)
+        if not path.as_posix().endswith("config/relations.py")
+        for _, text in texts(path)
+        for name in re.findall(r"`([a-z_]+)(?:=[^`]*)?`", text)
+    }
+    assert "weights" in named
+    assert named <= OPTIONS | PROGRAMS | {"overrides"}
+
+
+def commands_of(group):
+    """Commands of a command that has any."""
+    return getattr(group, "commands", {}).values()
 
 
 def test_the_store_knows_no_learning_library():

@@ -108,15 +108,15 @@ def another_folder(store: Path, found: Manifest, wanted: Manifest) -> str:
     """What to do about a store of other settings: a folder to build in, and what can be taken over from this one."""
     same = [product for product in PRODUCTS if found.fingerprints[product] == wanted.fingerprints[product]]
     if not same:
-        return f"build into another folder: --out {_free(store)}"
-    return f"build into another folder: --out {_free(store)} --reuse {store} takes over {', '.join(same)}"
+        return f"build into another folder: `out={_free(store)}`"
+    return f"build into another folder: `out={_free(store)}` `reuse={store}` takes over {', '.join(same)}"
 
 
 def unfinished_folder(store: Path) -> str:
     """What to do about an unfinished store of other settings, from which nothing can be taken over."""
     return (
         f"it is not finished: go on with the settings that it was begun with, or remove the folder {store}, or build "
-        f"into another folder: --out {_free(store)}"
+        f"into another folder: `out={_free(store)}`"
     )
 
 

@@ -51,7 +51,7 @@ def export(
             damaged store.
     """
     if format not in FORMATS:
-        raise StoreError(f"--format {format}: expected {', '.join(FORMATS)}")
+        raise StoreError(f"`format={format}`: expected {', '.join(FORMATS)}")
     source, target = Store(store, verify=verify), Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: exists and is not empty; choose a new folder")
@@ -80,7 +80,7 @@ def _writer(format: Format) -> Callable[[Store, Path], None]:
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
-        raise StoreError("--format parquet: needs pyarrow; install it with `pip install 'ezsd[parquet]'`") from error
+        raise StoreError("`format=parquet`: needs pyarrow; install it with `pip install 'ezsd[parquet]'`") from error
     return _write_parquet
 
 

@@ -105,7 +105,7 @@ def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> Rep
     if source is not None and source.manifest.digest != mark.manifest_digest:
         raise StoreMismatch(
             f"{store}: these images and settings make another store than this one (manifest digest "
-            f"{source.manifest.digest[:12]}, here {mark.manifest_digest[:12]}); give the --data-root it was made from"
+            f"{source.manifest.digest[:12]}, here {mark.manifest_digest[:12]}); give the `data_root` it was made from"
         )
     # Refuses a link in its place, before a lock file would be put there.
     scratch_folder(store)

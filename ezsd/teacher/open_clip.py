@@ -166,7 +166,7 @@ class OpenClipTeacher:
                 if not torch.isin(row, self._known_tokens).all():
                     raise TeacherError(
                         f"teacher {self.name} has no weights for a word of {name!r}: it ships with the words of the "
-                        f"shapes benchmark only; use those names or build the cache with another --teacher"
+                        f"shapes benchmark only; use those names or build the cache with another `teacher`"
                     )
         return tokens
 
@@ -283,12 +283,12 @@ def load_teacher(
     """
     if normalisation is not None and (name == TINY_SHAPES or weights is None or not Path(weights).exists()):
         raise TeacherError(
-            f"--teacher {name}: teacher.normalisation={normalisation} is for a local file of an open_clip model; "
+            f"`teacher={name}`: teacher.normalisation={normalisation} is for a local file of an open_clip model; "
             f"leave it out, all other weights bring their own"
         )
     if name.startswith("plugin:"):
         if precision == "bf16":
-            raise TeacherError(f"--teacher {name}: a plug-in chooses its own precision; leave teacher.precision out")
+            raise TeacherError(f"`teacher={name}`: a plug-in chooses its own precision; leave teacher.precision out")
         return _load_plugin(name, device)
     require_teacher(name, weights)
     model, known_tokens = _load_model(name, weights, activation, normalisation, device)
@@ -307,10 +307,10 @@ def _load_model(
     if name == TINY_SHAPES:
         return _load_tiny(weights, device)
     if ":" not in name:
-        require_transformers(f"--teacher {name}", open_clip.get_model_config(name)["text_cfg"])
+        require_transformers(f"`teacher={name}`", open_clip.get_model_config(name)["text_cfg"])
     if weights is None:
         if name.startswith("hf-hub:"):
-            require_hub_file(f"--teacher {name}", name.removeprefix("hf-hub:"), ["open_clip_config.json"])
+            require_hub_file(f"`teacher={name}`", name.removeprefix("hf-hub:"), ["open_clip_config.json"])
         return _create(name, None, device, require_pretrained=True), None
     if Path(weights).exists():
         pixels = _preprocessing(name, weights, normalisation)
@@ -360,7 +360,7 @@ def _in_bf16(model: open_clip.CLIP, name: str) -> open_clip.CLIP:
 
 
 def _fp32_alone(name: str, reason: str) -> TeacherError:
-    return TeacherError(f"--teacher {name}: cannot be used in bf16 ({reason}); use --set teacher.precision=fp32")
+    return TeacherError(f"`teacher={name}`: cannot be used in bf16 ({reason}); use `teacher.precision=fp32`")
 
 
 class Tokenizer(Protocol):
@@ -379,10 +379,10 @@ def _tokenizer(name: str) -> Tokenizer:
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        raise transformers_missing(f"--teacher {name}") from error
+        raise transformers_missing(f"`teacher={name}`") from error
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TeacherError(f"--teacher {name}: its tokenizer cannot be had: {reason}") from error
+        raise TeacherError(f"`teacher={name}`: its tokenizer cannot be had: {reason}") from error
     return tokenizer
 
 
@@ -402,8 +402,8 @@ def _preprocessing(name: str, weights: str, stated: Normalisation | None) -> dic
             f"{key} ({_tags_with(of_tags, tags, values)})" for key, values in NORMALISATIONS.items() if values in shared
         ]
         raise TeacherError(
-            f"--weights {weights}: published weights of {name} differ in the mean and deviation of pixels, and "
-            f"embeddings are silently wrong with the wrong ones; say --set teacher.normalisation={' or '.join(known)}"
+            f"`weights={weights}`: published weights of {name} differ in the mean and deviation of pixels, and "
+            f"embeddings are silently wrong with the wrong ones; say `teacher.normalisation={' or '.join(known)}`"
         )
     for mean, std in shared:
         if mean and std:
@@ -420,19 +420,19 @@ def _tags_with(configs: Sequence[Mapping[str, Any]], tags: Sequence[str], values
 def _load_plugin(name: str, device: str | torch.device) -> Teacher:
     parts = name.split(":")
     if len(parts) != 3:
-        raise TeacherError(f"--teacher {name}: expected plugin:package.module:factory")
+        raise TeacherError(f"`teacher={name}`: expected plugin:package.module:factory")
     try:
         factory = getattr(importlib.import_module(parts[1]), parts[2])
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise TeacherError(f"--teacher {name}: {error}; is its folder on PYTHONPATH?") from error
+        raise TeacherError(f"`teacher={name}`: {error}; is its folder on PYTHONPATH?") from error
     try:
         teacher = factory(device=str(device))
     except TypeError as error:
-        raise TeacherError(f"--teacher {name}: {error}") from error
+        raise TeacherError(f"`teacher={name}`: {error}") from error
     if not isinstance(teacher, Teacher):
         numbers, methods = "name embed_dim input_size logit_scale", "encode_image encode_text layer_norms fingerprint"
         missing = [part for part in f"{numbers} {methods}".split() if not hasattr(teacher, part)]
-        raise TeacherError(f"--teacher {name}: what the factory made is no Teacher, it lacks {', '.join(missing)}")
+        raise TeacherError(f"`teacher={name}`: what the factory made is no Teacher, it lacks {', '.join(missing)}")
     return teacher
 
 
@@ -458,8 +458,8 @@ def _create(name: str, tag: str | None, device: str | torch.device, **options: o
         return open_clip.create_model(name, pretrained=tag, device=device, **options)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        weights = f" --weights {tag}" if tag else ""
-        raise TeacherError(f"--teacher {name}{weights}: {reason}") from error
+        weights = f" `weights={tag}`" if tag else ""
+        raise TeacherError(f"`teacher={name}`{weights}: {reason}") from error
     finally:
         logging.root.setLevel(root_level)
 
@@ -468,22 +468,22 @@ def _require_tag(name: str, tag: str) -> None:
     """Refuse a tag that does not exist, has another activation than the model, or cannot be downloaded now."""
     if ":" in name:
         raise TeacherError(
-            f"--teacher {name} --weights {tag}: a hub model brings its weights; give a local file or none"
+            f"`teacher={name}` `weights={tag}`: a hub model brings its weights; give a local file or none"
         )
     pretrained = open_clip.get_pretrained_cfg(name, tag)
     if not pretrained:
-        raise TeacherError(f"--teacher {name} has no weights tagged {tag!r}; give a known tag or a local file")
+        raise TeacherError(f"`teacher={name}` has no weights tagged {tag!r}; give a known tag or a local file")
     wants = bool(pretrained.get("quick_gelu", False))
     has = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
     if wants != has:
-        raise activation_mismatch(f"--teacher {name} --weights {tag}", name, wants=wants)
+        raise activation_mismatch(f"`teacher={name}` `weights={tag}`", name, wants=wants)
     if pretrained.get("hf_hub"):
         repository, file_name = pretrained["hf_hub"].rstrip("/"), None
         if repository.count("/") > 1:
             repository, file_name = repository.rsplit("/", 1)
         names = [file_name] if file_name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
         kind = "quickgelu" if wants else "gelu"
-        require_hub_file(f"--teacher {name} --weights {tag}", repository, names, activation=kind)
+        require_hub_file(f"`teacher={name}` `weights={tag}`", repository, names, activation=kind)
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

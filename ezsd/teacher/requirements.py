@@ -23,13 +23,13 @@ def require_teacher(name: str, weights: str | None) -> None:
     if name != TINY_SHAPES and not on_hub and name not in open_clip_models():
         near = suggest(name, open_clip_models())
         raise TeacherError(
-            f"--teacher {name}: no such open_clip model; {near} `open_clip.list_models()` names them all"
+            f"`teacher={name}`: no such open_clip model; {near} `open_clip.list_models()` names them all"
         )
     if weights is None:
         if name != TINY_SHAPES and not on_hub:
-            raise TeacherError(f"--teacher {name} needs --weights: a tag such as openai, or a local .safetensors file")
+            raise TeacherError(f"`teacher={name}` needs `weights`: a tag such as openai, or a local .safetensors file")
     elif not Path(weights).exists() and (name == TINY_SHAPES or names_file(weights)):
-        raise TeacherError(f"--weights {weights}: no such file")
+        raise TeacherError(f"`weights={weights}`: no such file")
 
 
 def names_file(weights: str) -> bool:

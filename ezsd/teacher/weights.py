@@ -39,21 +39,21 @@ def require_activation(name: str, path: Path, stated: str | None, *, model_has_q
     """
     known = _KNOWN.get(_sha256(path)) if path.is_file() else stated
     if known and stated and known != stated:
-        raise TeacherError(f"--weights {path}: these are published weights trained with {known}, not {stated}")
+        raise TeacherError(f"`weights={path}`: these are published weights trained with {known}, not {stated}")
     activation = known or stated
     if activation is None:
         raise TeacherError(
-            f"--weights {path}: a file that ezsd does not know, and embeddings are silently wrong with the wrong "
-            f"activation; say --activation quickgelu (OpenAI's and their kin) or --activation gelu (most others)"
+            f"`weights={path}`: a file that ezsd does not know, and embeddings are silently wrong with the wrong "
+            f"activation; say `activation=quickgelu` (OpenAI's and their kin) or `activation=gelu` (most others)"
         )
     if (activation == "quickgelu") != model_has_quick_gelu:
-        raise activation_mismatch(f"--teacher {name} --weights {path}", name, wants=activation == "quickgelu")
+        raise activation_mismatch(f"`teacher={name}` `weights={path}`", name, wants=activation == "quickgelu")
 
 
 def activation_mismatch(where: str, name: str, *, wants: bool) -> TeacherError:
     """Error for weights with QuickGELU in a model with GELU, or the reverse."""
     cure = f"{name}-quickgelu" if wants else name.removesuffix("-quickgelu")
-    has = f"use --teacher {cure}" if cure in open_clip.list_models() else f"open_clip has no {cure} to use instead"
+    has = f"use `teacher={cure}`" if cure in open_clip.list_models() else f"open_clip has no {cure} to use instead"
     expected, found = ("QuickGELU", "GELU") if wants else ("GELU", "QuickGELU")
     return TeacherError(
         f"{where}: the weights expect {expected}, the model has {found}, and embeddings would be silently wrong; {has}"
@@ -87,7 +87,7 @@ def load_checkpoint(model: open_clip.CLIP, name: str, path: Path) -> Tensor | No
     """
     if _is_torchscript(path):
         raise TeacherError(
-            f"--weights {path}: a TorchScript archive, as OpenAI's are, which cannot be loaded without running code "
+            f"`weights={path}`: a TorchScript archive, as OpenAI's are, which cannot be loaded without running code "
             f"out of it; bring {_safe_twin(name)} instead"
         )
     try:
@@ -100,7 +100,7 @@ def load_checkpoint(model: open_clip.CLIP, name: str, path: Path) -> Tensor | No
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0]
         raise TeacherError(
-            f"--weights {path}: not loadable into this model: {reason}. Expected an open_clip state as .safetensors, "
+            f"`weights={path}`: not loadable into this model: {reason}. Expected an open_clip state as .safetensors, "
             f"or as .pt without pickled code"
         ) from error
     return None
@@ -132,11 +132,11 @@ def require_hub_file(where: str, repository: str, names: Sequence[str], *, activ
             reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
         else:
             return
-    also = f"--activation {activation} and " if activation else ""
+    also = f"`activation={activation}` and " if activation else ""
     bring = "open_clip_model.safetensors" if activation is None else names[0]
     raise TeacherError(
         f"{where}: {repository} cannot be had ({reason}). Without a network, download {bring} of huggingface.co/"
-        f"{repository} elsewhere and give {also}its path as --weights FILE"
+        f"{repository} elsewhere and give {also}its path as `weights=FILE`"
     )
 
 

@@ -32,13 +32,14 @@ def at_test_time(config: Config, overrides: Sequence[str]) -> Config:
         section, _, name = key.partition(".")
         if section in tables and name not in tables[section]:
             known = list(tables[section])
-            raise ConfigError(f"--set {override}: unknown key {name!r}; {hint(section, name, known)}")
+            raise ConfigError(f"`overrides` {override}: unknown key {name!r}; {hint(section, name, known)}")
         apply_override(tables, override)
         if key not in TEST_TIME:
             raise ConfigError(
-                f"--set {override}: {key} cannot be changed once a run is trained; what can is {', '.join(TEST_TIME)}"
+                f"`overrides` {override}: {key} cannot be changed once a run is trained; what can is "
+                f"{', '.join(TEST_TIME)}"
             )
-    return from_tables(tables, where="--set")
+    return from_tables(tables, where="`overrides`")
 
 
 def changed_settings(overrides: Sequence[str], config: Config) -> dict[str, object]:

@@ -70,7 +70,7 @@ ALIASES: Mapping[str, str] = {
     "clip_grad_norm": "train.max_grad_norm",
     "conf": "eval.score_threshold",
     "conf_thres": "eval.score_threshold",
-    "device": "the option --device",
+    "device": "the option `device`",
     "ema": "train.ema_decay",
     "epochs": "train.steps (epochs x training images / train.batch_size)",
     "fc_dim": "model.box_hidden",
@@ -114,7 +114,7 @@ ALIASES: Mapping[str, str] = {
     "topk": "proposals.max_proposals or proposals.max_regions",
     "warmup_iters": "train.warmup_steps",
     "wd": "train.weight_decay",
-    "workers": "train.num_workers (readers of a training), or the option --workers (a build)",
+    "workers": "train.num_workers (readers of a training), or the option `workers` (a build)",
     "short_edge": "train.min_size",
     "long_edge": "train.max_size",
 }

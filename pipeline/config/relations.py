@@ -326,7 +326,7 @@ def require_use(config: Config, changed: set[str]) -> None:
     for setting in sorted(changed & _NEEDS.keys()):
         needs, met = _NEEDS[setting]
         if not met(config):
-            raise ConfigError(f"--set {setting}: changes nothing without {needs}; set both, or leave it out")
+            raise ConfigError(f"`{setting}`: changes nothing without {needs}; set both, or leave it out")
 
 
 def require_fit(config: Config) -> None:
@@ -363,7 +363,7 @@ def require_fit(config: Config) -> None:
 def changed_alone(config: Config, changed: set[str]) -> list[str]:
     """A line for each setting that was changed without any of its neighbours, where that is seldom meant."""
     lines = [
-        f"--set {one.setting} alone, without {' or '.join(one.neighbours)}: {one.effect.replace('`', '')}"
+        f"`{one.setting}` alone, without {' or '.join(one.neighbours)}: {one.effect.replace('`', '')}"
         for one in RELATIONS
         if one.how == "warned"
         and one.setting in changed

@@ -468,13 +468,11 @@ def apply_override(tables: dict[str, dict[str, object]], override: str) -> None:
     """Put one `section.key=value` into tables. ConfigError when it is not of that form."""
     if len(override.splitlines()) > 1:
         # TOML would read what follows as settings of its own, which nobody would look at.
-        raise ConfigError(
-            f"--set {override!r}: has a line break; give each setting in one line, with a --set of its own"
-        )
+        raise ConfigError(f"`overrides` {override!r}: has a line break; give each setting by itself, in one line")
     path, equals, text = override.partition("=")
     section, dot, key = path.strip().partition(".")
     if not equals or not dot:
-        raise ConfigError(f"--set {override}: expected section.key=value, for example train.steps=500")
+        raise ConfigError(f"`overrides` {override}: expected section.key=value, for example train.steps=500")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

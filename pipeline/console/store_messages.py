@@ -21,6 +21,7 @@ from ezsd.cache import (
 )
 from ezsd.cache.tools.export import Format, export
 from ezsd.cache.tools.transfer import pull, push
+from ezsd.pipeline.console.options import as_options
 from ezsd.pipeline.progress import duration
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def _no_regions(store: Path, regions: int | None) -> list[str]:
         return []
     from ezsd.pipeline.extraction.filters import why_no_regions
 
-    return [f"warning: {why_no_regions(store)}"]
+    return [f"warning: {as_options(why_no_regions(store))}"]
 
 
 def _left_out(store: Path, bad_images: int) -> list[str]:

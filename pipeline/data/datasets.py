@@ -59,7 +59,7 @@ class Dataset:
         """
         missing = self.missing(*parts)
         if missing:
-            raise DatasetError(f"--data-root {self.root}: {'; '.join(missing)}")
+            raise DatasetError(f"`data_root={self.root}`: {'; '.join(missing)}")
         return self
 
     def missing(self, *parts: str) -> list[str]:
@@ -148,10 +148,10 @@ def require_known(name: str) -> None:
     """DatasetError for a name that is no dataset, or a TOML file that is not there."""
     if name.endswith(".toml"):
         if not Path(name).is_file():
-            raise DatasetError(f"--dataset {name}: no such file")
+            raise DatasetError(f"`dataset={name}`: no such file")
     elif name not in DATASETS:
         choice = ", ".join(DATASETS)
-        raise DatasetError(f"--dataset {name}: unknown; choose one of {choice}, or a file that ends in .toml")
+        raise DatasetError(f"`dataset={name}`: unknown; choose one of {choice}, or a file that ends in .toml")
 
 
 def _standard(name: str, root: Path, split: Split, train: str, val: str, *, preset: str = "coco") -> Dataset:
@@ -181,7 +181,7 @@ def _lvis(name: str, root: Path) -> Dataset:
         if category.frequency not in ("f", "c", "r"):
             raise DatasetError(
                 f"{root / train}: category {category.name!r}: expected a frequency of f, c or r, found "
-                f"{category.frequency!r}. --dataset {name} needs the files of LVIS v1"
+                f"{category.frequency!r}. `dataset={name}` needs the files of LVIS v1"
             )
     split = Split(
         base=tuple(sorted(c.name for c in categories if c.frequency in base)),
@@ -203,7 +203,7 @@ def _lvis(name: str, root: Path) -> Dataset:
 
 def _categories(root: Path, annotations: str, name: str, *, strict: bool = True) -> list[Category]:
     if not (root / annotations).is_file():
-        raise DatasetError(f"--data-root {root}: no {annotations} in it, which decides the split of {name}")
+        raise DatasetError(f"`data_root={root}`: no {annotations} in it, which decides the split of {name}")
     return (read_categories if strict else sound_categories)(root / annotations)
 
 

@@ -45,7 +45,7 @@ def write_shapes(
         found = out / "shapes.json"
         if found.is_file() and read_object(found) == card:
             return
-        raise DatasetError(f"--out {out}: exists and is not this very dataset; choose another folder or remove it")
+        raise DatasetError(f"`out={out}`: exists and is not this very dataset; choose another folder or remove it")
     partial_folder = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
     (partial_folder / "annotations").mkdir(parents=True)

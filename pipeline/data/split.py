@@ -40,7 +40,9 @@ def chosen_split(
     """
     if split_file is not None:
         if base is not None or novel is not None:
-            raise ArgumentError("--split-file already says which classes are base and novel; leave --base/--novel out")
+            raise ArgumentError(
+                "`split_file` already says which classes are base and novel; leave `base` and `novel` out"
+            )
         return _known(_read_split(split_file), names)
     if base is not None or novel is not None:
         first = None if base is None else spelt_as(base, names)
@@ -59,7 +61,7 @@ def chosen_split(
         )
     if set(COCO_SPLIT.names) <= set(names):
         return COCO_SPLIT
-    raise ArgumentError(f"{where}: which of its {len(names)} classes are novel? Give --novel, --base or --split-file")
+    raise ArgumentError(f"{where}: which of its {len(names)} classes are novel? Give `novel`, `base` or `split_file`")
 
 
 def _others(names: Sequence[str], chosen: Sequence[str] | None) -> tuple[str, ...]:
@@ -77,14 +79,14 @@ def _read_split(path: Path) -> Split:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArgumentError(f"--split-file {path}: cannot be read: {error.strerror or error}") from error
+        raise ArgumentError(f"`split_file={path}`: cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"--split-file {path}: is not valid TOML: {error}") from error
+        raise ArgumentError(f"`split_file={path}`: is not valid TOML: {error}") from error
     table = document.get("classes", document)
     lists = [table.get(part) if isinstance(table, dict) else None for part in ("base", "novel")]
     for part, found in zip(("base", "novel"), lists, strict=True):
         if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-            raise ArgumentError(f"--split-file {path}: {part}: expected a list of names, found {found!r}")
+            raise ArgumentError(f"`split_file={path}`: {part}: expected a list of names, found {found!r}")
     return Split(base=tuple(lists[0]), novel=tuple(lists[1]))  # type: ignore[arg-type]
 
 

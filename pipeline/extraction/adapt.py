@@ -181,7 +181,7 @@ def adapt_teacher(
                 raise
             raise ConfigError(
                 f"adapt.batch_size={config.batch_size}: so many crops in a step do not fit the memory; use "
-                f"--set adapt.batch_size={max(1, config.batch_size // 2)}"
+                f"`adapt.batch_size={max(1, config.batch_size // 2)}`"
             ) from error
     values, table = flatten(parameters)
     attributes: dict[str, object] = {

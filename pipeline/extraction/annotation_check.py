@@ -22,6 +22,6 @@ def checked_annotations(store: Store, dataset: Dataset) -> Annotations:
     if changed:
         raise StoreMismatch(
             f"{store.path}: made from other annotations than {path}: {'; '.join(changed)}; build a new store, or give "
-            "the --data-root it was made from"
+            "the `data_root` it was made from"
         )
     return annotations

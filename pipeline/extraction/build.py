@@ -214,7 +214,7 @@ def require_buildable(request: BuildRequest, annotations: Annotations) -> None:
     require_prompts(dataset.split, config.teacher.template, config.teacher.names)
     with_boxes = len(np.unique(annotations.image_index))
     if too_few_to_hold_out(with_boxes, config.adapt.held_out):
-        cure = "add boxes of base names" if request.limit is None else f"raise --limit {request.limit}"
+        cure = "add boxes of base names" if request.limit is None else f"raise `limit={request.limit}`"
         raise ConfigError(
             f"{dataset.place('train')[0]}: re-normalisation needs base boxes in at least 2 images, found them in "
             f"{with_boxes}; {cure}"

@@ -77,5 +77,5 @@ def missing_line(missing: list[Block], total: int, shares: int | None) -> str:
     if shares is None:
         return f"{text}; run the same `ezsd cache build` command again"
     wanted = sorted({block.index % shares + 1 for block in missing})
-    options = ", ".join(f"--blocks {number}/{shares}" for number in wanted)
+    options = ", ".join(f"`blocks={number}/{shares}`" for number in wanted)
     return f"{text}; run the same `ezsd cache build` command again with {options}"

@@ -93,7 +93,7 @@ class CropEncoder:
         if self.batch <= SHORT:
             raise TeacherError(
                 f"teacher {self.teacher.name}: out of memory with {self.batch} crops at once, and fewer are not shown; "
-                "use a GPU with more memory, or --device cpu"
+                "use a GPU with more memory, or `device=cpu`"
             )
         self.batch = max(SHORT, self.batch // 2)
         if torch.cuda.is_available():

@@ -30,12 +30,12 @@ def why_no_regions(path: Path) -> str:
     elif not clear:
         cure = f"raise proposals.base_iou above {base_iou:g}"
     else:
-        cure = " or ".join(f"--set proposals.{key}=false" for key in dropping)
+        cure = " or ".join(f"`proposals.{key}=false`" for key in dropping)
     why = " or ".join(_GUESSES[key] for key in dropping) or "were not asked for"
     return (
         f"no region was kept, so there is nothing to distil from: of {proposals:,} proposals {proposals - clear:,} lie "
-        f"on a base object, {clear:,} {why}. Build another store (--reuse {path} --out STORE): {cure}; or train with "
-        f"--set loss.distillation=0"
+        f"on a base object, {clear:,} {why}. Build another store (`reuse={path}` `out=STORE`): {cure}; or train with "
+        f"`loss.distillation=0`"
     )
 
 

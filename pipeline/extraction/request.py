@@ -57,7 +57,7 @@ def take_first(annotations: Annotations, limit: int | None) -> Annotations:
     if limit is None or limit >= len(annotations.images):
         return annotations
     if limit < 1:
-        raise ConfigError(f"--limit must be at least 1, got {limit}")
+        raise ConfigError(f"`limit` must be at least 1, got {limit}")
     rows = annotations.image_index < limit
     return dataclasses.replace(
         annotations,

@@ -111,7 +111,7 @@ def check_precision(
     if not cosine >= LEAST_COSINE:
         raise TeacherError(
             f"teacher {teacher.name}: in bf16 a crop's embedding has cosine {cosine:.5f} with float32, expected "
-            f"at least {LEAST_COSINE}; use --set teacher.precision=fp32"
+            f"at least {LEAST_COSINE}; use `teacher.precision=fp32`"
         )
 
 

@@ -264,7 +264,7 @@ class Model:
             with torch.no_grad():
                 rows = teacher.encode_text(names).float().cpu()
         except KeyError as error:
-            raise VocabularyError(f"--classes: the teacher {teacher.name} has no embedding for {error}") from None
+            raise VocabularyError(f"`classes`: the teacher {teacher.name} has no embedding for {error}") from None
         self._rows |= dict(zip(names, rows, strict=True))
 
 

@@ -57,7 +57,7 @@ def run_dataset(run: Run, data_root: Path | None) -> Dataset:
     """The dataset a run was trained on, where it lies now."""
     root = Path(str(run.environment["data_root"])) if data_root is None else data_root
     if not root.is_dir():
-        raise DatasetError(f"--run {run.folder}: its images lay in {root}, which is gone; give --data-root DIR")
+        raise DatasetError(f"`run={run.folder}`: its images lay in {root}, which is gone; give `data_root=DIR`")
     return recorded_dataset(run.environment.get("dataset"), str(run.card["dataset"]), root).require()
 
 
@@ -131,7 +131,7 @@ def evaluate_run(
     _refuse_keep(overrides)
     trained, dataset = load_trained(run, device, overrides), run_dataset(run, data_root)
     if trained.names != dataset.split.names:
-        raise RunError(f"--run {run.folder}: trained for other names than dataset {dataset.name} has now")
+        raise RunError(f"`run={run.folder}`: trained for other names than dataset {dataset.name} has now")
     path, root = _split_places(dataset, split)
     annotations = require_evaluation(dataset, part=split)
     truth = read_truth(path, dataset.split)
@@ -159,8 +159,9 @@ def _refuse_keep(overrides: Sequence[str]) -> None:
     for override in overrides:
         if setting_of(override) == "eval.max_detections":
             raise ConfigError(
-                f"--set {override}: an evaluation always asks for {KEEP} detections per image, and eval.max_detections "
-                "is for `ezsd detect` alone; leave it out, --max-detections says how many count in the headline"
+                f"`overrides` {override}: an evaluation always asks for {KEEP} detections per image, and "
+                "eval.max_detections is for `ezsd detect` alone; leave it out, `max_detections` says how many count in "
+                "the headline"
             )
 
 
@@ -178,7 +179,7 @@ def _split_places(dataset: Dataset, split: str) -> tuple[Path, Path]:
         "train": (dataset.train_annotations, dataset.train_images),
     }
     if split not in places:
-        raise ArgumentError(f"--split {split}: expected one of {', '.join(places)}")
+        raise ArgumentError(f"`split={split}`: expected one of {', '.join(places)}")
     annotations, images = places[split]
     return dataset.root / annotations, dataset.root / images
 

@@ -86,9 +86,9 @@ def evaluate_results(
     Raises:
         ValueError: (of many kinds) one of the files or choices is not in order.
     """
-    for path, option in ((detections, "--detections"), (annotations, "--annotations")):
+    for name, path in (("detections", detections), ("annotations", annotations)):
         if not path.is_file():
-            raise ArgumentError(f"{option} {path}: no such file")
+            raise ArgumentError(f"`{name}={path}`: no such file")
     catalogue = read_catalogue(annotations)
     split = chosen_split(
         list(catalogue.ids),
@@ -139,8 +139,8 @@ def _refuse_others(path: Path, results: Results, truth: Truth, classes: Classes)
     if len(strange):
         name = split.names[strange[0]] if strange[0] >= 0 else "a class outside the split"
         raise ArgumentError(
-            f"--classes {classes}: {path} has detections of {name!r}, so more than the {classes} names was looked for; "
-            f"leave --classes out, or give the detections of the {classes} names"
+            f"`classes={classes}`: {path} has detections of {name!r}, so more than the {classes} names was looked for; "
+            f"leave `classes` out, or give the detections of the {classes} names"
         )
 
 
@@ -172,7 +172,7 @@ def document(truth: Truth, found: Mapping[Space, Results], max_detections: int |
     if headline_limit not in limits:
         rules = "LVIS" if truth.federated else "COCO"
         offered = ", ".join(limit.label for limit in limits if not limit.per_class)
-        raise ArgumentError(f"--max-detections {max_detections}: by {rules}'s rules results are reported at {offered}")
+        raise ArgumentError(f"`max_detections={max_detections}`: by {rules}'s rules results are reported at {offered}")
     result: dict[str, object] = {
         "annotations": {"file": truth.path.name, "sha256": sha256(truth.path)},
         "limit": headline_limit.label,

@@ -152,7 +152,7 @@ def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> Traine
     own = run_config(run)
     config = at_test_time(own, overrides)
     if config.model.masks and not own.model.masks:
-        raise RunError(f"--run {run.folder}: was trained without masks; train another one with --set model.masks=true")
+        raise RunError(f"`run={run.folder}`: was trained without masks; train another one with `model.masks=true`")
     embed_dim, base_count = card["embed_dim"], card["base_count"]
     assert isinstance(embed_dim, int)
     assert isinstance(base_count, int)
@@ -181,7 +181,7 @@ def load_weights(detector: Detector, state: Mapping[str, Tensor], run: Run) -> N
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
         raise RunError(
-            f"--run {run.folder}: was trained by another version of ezsd ({reason}); train it again in another --run "
+            f"`run={run.folder}`: was trained by another version of ezsd ({reason}); train it again in another `run` "
             "folder"
         ) from error
 
@@ -200,19 +200,19 @@ def run_teacher(run: Run, device: str, *, adapted: bool, weights: Path | None = 
     """
     recorded = run.environment["teacher"]
     if not isinstance(recorded, dict):
-        raise TeacherError(f"--run {run.folder}: its store did not say which teacher made it")
+        raise TeacherError(f"`run={run.folder}`: its store did not say which teacher made it")
     config = TeacherConfig(**recorded)
     if weights is not None:
         config = dataclasses.replace(config, weights=str(weights))
     elif config.weights is not None and names_file(config.weights) and not Path(config.weights).is_file():
         raise TeacherError(
-            f"--run {run.folder}: the weights of its teacher were {config.weights}, which is gone; give --weights FILE"
+            f"`run={run.folder}`: the weights of its teacher were {config.weights}, which is gone; give `weights=FILE`"
         )
     model = model_inputs(run_manifest(run))
     teacher = configured_teacher(with_recorded_normalisation(config, model), device)
     changed = differences(model, as_json(teacher.fingerprint()))
     if changed:
-        raise TeacherError(f"--run {run.folder}: the teacher is another now: {'; '.join(changed)}")
+        raise TeacherError(f"`run={run.folder}`: the teacher is another now: {'; '.join(changed)}")
     if adapted:
         adapt_back(run, teacher)
     return teacher

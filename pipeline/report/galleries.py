@@ -19,6 +19,7 @@ from ezsd.cache import RegionRows, StoreError
 from ezsd.data.annotations import Annotations
 from ezsd.data.masks import decode, parse_outline, to_run_lengths
 from ezsd.errors import AnnotationError
+from ezsd.pipeline.console.options import as_options
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.images import read_dataset_image
@@ -59,7 +60,7 @@ def pictures_section(title: str, lead: str, make: Callable[[], Html]) -> Html:
         if isinstance(error, OSError) and not is_of_a_place(error):
             raise
         log.warning("report: no pictures: %s", error)
-        body = note(f"No pictures: {error}")
+        body = note(f"No pictures: {as_options(str(error))}")
     return section(title, lead, body)
 
 

@@ -59,12 +59,12 @@ def build_detector(
 def read_backbone(path: Path) -> dict[str, Tensor]:
     """An ImageNet state from .safetensors, or from .pth without running code in it."""
     if not path.is_file():
-        raise ConfigError(f"--backbone-weights {path}: no such file")
+        raise ConfigError(f"`backbone_weights={path}`: no such file")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"--backbone-weights {path}: not a plain state of tensors: {reason}") from error
+        raise ConfigError(f"`backbone_weights={path}`: not a plain state of tensors: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ConfigError(f"--backbone-weights {path}: expected a dictionary of tensors")
+        raise ConfigError(f"`backbone_weights={path}`: expected a dictionary of tensors")
     return state

@@ -150,7 +150,7 @@ class Run:
         for key, kind in _CARD.items():
             if not isinstance(card.get(key), kind):
                 raise RunError(
-                    f"--run {folder}: run.json has no {key}; another version made it, train it again in another --run "
+                    f"`run={folder}`: run.json has no {key}; another version made it, train it again in another `run` "
                     "folder"
                 )
         return run
@@ -182,12 +182,12 @@ class Run:
             differences = _differences(old, wanted, ignored=_changeable(run.card))
             if differences and all(one.startswith("in_effect.") for one in differences):
                 raise RunError(
-                    f"--run {folder}: an earlier version of ezsd understood the same settings otherwise: "
-                    f"{'; '.join(differences)}; choose another --run folder"
+                    f"`run={folder}`: an earlier version of ezsd understood the same settings otherwise: "
+                    f"{'; '.join(differences)}; choose another `run` folder"
                 )
             if differences:
                 raise RunError(
-                    f"--run {folder}: holds another run: {'; '.join(differences[:4])}; choose another --run folder"
+                    f"`run={folder}`: holds another run: {'; '.join(differences[:4])}; choose another `run` folder"
                 )
             return run
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -246,9 +246,9 @@ class Run:
         try:
             tables = load_file(path)
         except (SafetensorError, FileNotFoundError) as error:
-            raise RunError(f"{path}: is damaged or gone ({error}); train again in another --run folder") from error
+            raise RunError(f"{path}: is damaged or gone ({error}); train again in another `run` folder") from error
         if rows_digest(tables["text"].numpy()) != self.card["text_sha256"]:
-            raise RunError(f"{path}: holds other text rows than run.json says; train again in another --run folder")
+            raise RunError(f"{path}: holds other text rows than run.json says; train again in another `run` folder")
         return tables
 
     def latest(self) -> Checkpoint | None:
@@ -284,7 +284,7 @@ class Run:
         steps = _nested(self.card, "config", "train", "steps")
         if latest is None or latest.step != steps:
             at = "no checkpoint yet" if latest is None else f"at step {latest.step}"
-            raise RunError(f"--run {self.folder}: training is not finished ({at} of {steps}); run `ezsd train` again")
+            raise RunError(f"`run={self.folder}`: training is not finished ({at} of {steps}); run `ezsd train` again")
         return latest
 
     def save(
@@ -391,7 +391,7 @@ def _refuse_foreign(folder: Path) -> None:
     # What a start that was killed before run.json leaves behind is made again.
     begun = {"checkpoints", "tables.safetensors", ".tables.safetensors.partial", ".run.json.partial", LOCK}
     if folder.exists() and any(p.name not in begun for p in folder.iterdir()):
-        raise RunError(f"--run {folder}: is not empty and holds no run; choose another --run folder")
+        raise RunError(f"`run={folder}`: is not empty and holds no run; choose another `run` folder")
 
 
 @contextmanager
@@ -407,8 +407,8 @@ def _locked(folder: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             owner = path.read_text().strip() or "unknown"
             raise RunError(
-                f"--run {folder}: another training ({owner}) is writing to it; wait for it to end, "
-                "or choose another --run folder"
+                f"`run={folder}`: another training ({owner}) is writing to it; wait for it to end, "
+                "or choose another `run` folder"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

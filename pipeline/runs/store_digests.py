@@ -42,9 +42,9 @@ def require_same_bytes(run: Run, store: Store, *, accept: bool) -> None:
     known = read_stores(run) if run.has_checkpoint else []
     if not accept and known and known[-1]["sha256"] != store.digest:
         raise RunError(
-            f"--run {run.folder}: was trained on other bytes than {store} holds now, made from equal settings "
-            f"(digest {known[-1]['sha256'][:12]} there, {store.digest[:12]} here): give the --cache that it was "
-            "trained on, choose another --run folder, or accept the change with --accept-store; both are then recorded"
+            f"`run={run.folder}`: was trained on other bytes than {store} holds now, made from equal settings "
+            f"(digest {known[-1]['sha256'][:12]} there, {store.digest[:12]} here): give the `cache` that it was "
+            "trained on, choose another `run` folder, or accept the change with `accept_store`; both are then recorded"
         )
 
 
@@ -53,7 +53,7 @@ def record_store(run: Run, store: Store, step: int) -> None:
     known = read_stores(run)
     if step and not known:
         log.warning(
-            "--run %s: was begun by a version that did not record which bytes it is trained on; from step %d on they "
+            "`run=%s`: was begun by a version that did not record which bytes it is trained on; from step %d on they "
             "are those of %s",
             run.folder,
             step,

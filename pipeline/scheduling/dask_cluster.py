@@ -47,7 +47,7 @@ def connected(address: str) -> Iterator[Client]:
             client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, TypeError, ValueError) as error:
             raise ClusterError(
-                f"--scheduler {address}: no Dask scheduler answers there within {CONNECT_SECONDS} s "
+                f"`scheduler={address}`: no Dask scheduler answers there within {CONNECT_SECONDS} s "
                 f"({type(error).__name__}: {error}); start one with `dask scheduler`, or check the address"
             ) from error
     with client:
@@ -55,7 +55,7 @@ def connected(address: str) -> Iterator[Client]:
             client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError as error:
             raise ClusterError(
-                f"--scheduler {address}: has no workers, none came within {CONNECT_SECONDS} s; "
+                f"`scheduler={address}`: has no workers, none came within {CONNECT_SECONDS} s; "
                 f"start some with `dask worker {address} --nthreads 1`"
             ) from error
         yield client
@@ -71,13 +71,13 @@ def silence_dask() -> None:
 def require_bokeh() -> None:
     """ClusterError where Dask cannot draw its pages."""
     if importlib.util.find_spec("bokeh") is None:
-        raise ClusterError("--dashboard: needs the package bokeh; install it, or leave the option out")
+        raise ClusterError("`dashboard`: needs the package bokeh; install it, or leave the option out")
 
 
 def dashboard_address(client: Client) -> str:
     """Where the scheduler's pages are; ClusterError when it serves none."""
     if "dashboard" not in client.scheduler_info()["services"]:
-        raise ClusterError("--dashboard: this scheduler serves no dashboard; it needs the package bokeh where it runs")
+        raise ClusterError("`dashboard`: this scheduler serves no dashboard; it needs the package bokeh where it runs")
     return str(client.dashboard_link)
 
 

@@ -149,7 +149,7 @@ def _take(source: _Source, stopping: Callable[[], bool]) -> Batch | None:
         raise OutOfMemory(
             f"out of memory while a batch of images was read ({str(error) or 'MemoryError'}); give the training more "
             "memory, or read fewer images at a time: lower train.num_workers, or raise train.grad_accumulation with "
-            "--set train.rng=image"
+            "`train.rng=image`"
         ) from error
 
 

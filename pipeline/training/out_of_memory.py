@@ -32,14 +32,14 @@ def step_does_not_fit(
     what = f"out of memory in step {step + 1}: {number} of {width} x {height} at a time do not fit"
     parts = next_parts(config, world_size)
     if parts is None:
-        cure = "use a GPU with more memory, or another --run with smaller train.min_size and train.max_size"
+        cure = "use a GPU with more memory, or another `run` with smaller train.min_size and train.max_size"
         return OutOfMemory(f"{what}, and fewer are not possible; {cure}")
-    options, at_once = f"--set train.grad_accumulation={parts}", config.batch_size // parts // world_size
+    options, at_once = f"`train.grad_accumulation={parts}`", config.batch_size // parts // world_size
     if learns_the_same_in_parts(config.rng, frozen_norms=frozen_norms):
         return OutOfMemory(f"{what}; run the same command with {options} ({at_once} at a time; it learns the same)")
     if config.rng != "image":
-        options = f"--set train.rng=image {options}"
-    how = "start another --run" if saved else "run the same command"
+        options = f"`train.rng=image` {options}"
+    how = "start another `run`" if saved else "run the same command"
     return OutOfMemory(f"{what}; {how} with {options} ({at_once} at a time; it learns a little otherwise)")
 
 

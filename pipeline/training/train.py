@@ -136,7 +136,7 @@ def _require_regions(store: Store, config: Config) -> None:
         raise ConfigError(
             f"{store.path}: has no region to distil from, so that loss.distillation={config.loss.distillation:g} would "
             f"do nothing; build another store (`ezsd cache build` says which filter dropped them), or train without: "
-            f"--set loss.distillation=0"
+            f"`loss.distillation=0`"
         )
 
 
@@ -158,7 +158,7 @@ def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detec
     weights = None if request.backbone_weights is None else read_backbone(request.backbone_weights)
     if weights is None and config.model.backbone != "tiny":
         log.warning(
-            "%s starts from random weights and learns much more slowly: give --backbone-weights FILE, ImageNet's as "
+            "%s starts from random weights and learns much more slowly: give `backbone_weights=FILE`, ImageNet's as "
             "torchvision has them",
             config.model.backbone,
         )
@@ -257,7 +257,7 @@ def _say_what_differs(detector: Detector, config: TrainConfig, distributed: Dist
 def _check_distributed(config: TrainConfig, distributed: Distributed) -> None:
     if distributed.world_size > 1 and config.rng != "image":
         raise ConfigError(
-            f"{distributed.world_size} processes need --set train.rng=image: losses could not be added up otherwise"
+            f"{distributed.world_size} processes need `train.rng=image`: losses could not be added up otherwise"
         )
 
 
@@ -356,7 +356,7 @@ class _Training:
                 raise
             raise OutOfMemory(
                 f"out of memory in the validation after step {self.step}, whose checkpoint is saved; add "
-                "--set train.validate_every=0 to go on without"
+                "`train.validate_every=0` to go on without"
             ) from error
         except Stopped as stopped:
             stopped.kept = self._kept()
@@ -398,10 +398,10 @@ def store_dataset(store: Store, data_root: Path | None) -> Dataset:
     environment = store.environment
     if data_root is None:
         if "data_root" not in environment:
-            raise DatasetError(f"{store.path}: does not say where its images lie; give --data-root DIR")
+            raise DatasetError(f"{store.path}: does not say where its images lie; give `data_root=DIR`")
         data_root = Path(environment["data_root"])
         if not data_root.is_dir():
-            raise DatasetError(f"{store.path}: its images lay in {data_root}, which is gone; give --data-root DIR")
+            raise DatasetError(f"{store.path}: its images lay in {data_root}, which is gone; give `data_root=DIR`")
     # Training reads nothing else.
     return recorded_dataset(environment.get("dataset"), str(fields["name"]), data_root).require("train")
 

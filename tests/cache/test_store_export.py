@@ -102,7 +102,7 @@ def test_a_damaged_store_leaves_nothing_behind(copy, tmp_path, format):
 
 
 def test_an_unknown_format_and_a_full_folder_are_refused(finished, tmp_path):
-    with pytest.raises(StoreError, match="--format csv: expected npz, parquet, webdataset"):
+    with pytest.raises(StoreError, match="`format=csv`: expected npz, parquet, webdataset"):
         export(finished, tmp_path / "out", format="csv")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(StoreError, match="exists and is not empty; choose a new folder"):

@@ -16,7 +16,7 @@ from ezsd.teacher.open_clip import has_quick_gelu, load_teacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-ROUNDED = "cannot be used in bf16 .*; use --set teacher.precision=fp32"
+ROUNDED = "cannot be used in bf16 .*; use `teacher.precision=fp32`"
 PACKAGE = r"pip install 'ezsd\[transformers\]'"
 FAMILIES = {
     # open_clip's own towers.

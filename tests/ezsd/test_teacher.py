@@ -202,7 +202,7 @@ def test_the_shipped_teacher_is_a_small_open_clip_model(tiny_shapes):
 
 @pytest.mark.parametrize("name", ["cat", "circle with a hat", "Kreis"])
 def test_the_shipped_teacher_refuses_a_word_it_has_no_rows_for(tiny_shapes, name):
-    with pytest.raises(TeacherError, match=f"no weights for a word of '{name}'.*another --teacher"):
+    with pytest.raises(TeacherError, match=f"no weights for a word of '{name}'.*another `teacher`"):
         tiny_shapes.encode_text(["circle", name])
 
 
@@ -225,17 +225,17 @@ def test_shipped_rows_that_no_caption_used_are_zero(tiny_shapes):
 
 
 def test_an_unknown_model_is_refused():
-    refusal("ViT-B-33", "openai", r"^--teacher ViT-B-33: no such open_clip model")
+    refusal("ViT-B-33", "openai", r"^`teacher=ViT-B-33`: no such open_clip model")
 
 
 def test_an_open_clip_model_needs_weights():
-    refusal("ViT-B-32", None, r"^--teacher ViT-B-32 needs --weights: a tag such as openai, or a local")
+    refusal("ViT-B-32", None, r"^`teacher=ViT-B-32` needs `weights`: a tag such as openai, or a local")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth", ".bin"])
 def test_a_missing_file_is_refused_by_its_path(tmp_path, suffix):
     path = tmp_path / f"absent{suffix}"
-    assert refusal("ViT-B-32", path, "no such file").startswith(f"--weights {path}")
+    assert refusal("ViT-B-32", path, "no such file").startswith(f"`weights={path}`")
 
 
 def test_a_missing_file_for_the_shipped_teacher_is_refused_by_its_path(tmp_path):
@@ -250,8 +250,8 @@ def test_an_unknown_tag_is_refused():
 @pytest.mark.parametrize(
     ("name", "tag", "cure"),
     [
-        ("ViT-B-32", "openai", "expect QuickGELU, the model has GELU.*use --teacher ViT-B-32-quickgelu"),
-        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "has no weights tagged|use --teacher ViT-B-32$"),
+        ("ViT-B-32", "openai", "expect QuickGELU, the model has GELU.*use `teacher=ViT-B-32-quickgelu`"),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", "has no weights tagged|use `teacher=ViT-B-32`$"),
     ],
 )
 def test_an_activation_that_the_weights_do_not_expect_is_refused(name, tag, cure):
@@ -272,8 +272,8 @@ def no_network(monkeypatch, tmp_path):
 
 
 def test_a_tag_without_a_network_is_refused_with_the_way_round(no_network):
-    message = refusal("ViT-B-32-quickgelu", "openai", "Without a network, download .* --weights FILE$")
-    assert message.startswith("--teacher ViT-B-32-quickgelu --weights openai: ")
+    message = refusal("ViT-B-32-quickgelu", "openai", "Without a network, download .* `weights=FILE`$")
+    assert message.startswith("`teacher=ViT-B-32-quickgelu` `weights=openai`: ")
 
 
 def test_a_tag_without_a_network_logs_nothing_beside_the_error(no_network, caplog):
@@ -289,13 +289,13 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(no_network, monkeypatch):
     asked = []
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *a, **k: asked.append(a) or 1 / 0)
     refusal(
-        "ViT-B-32-quickgelu", "openai", "open_clip_model.safetensors of .* give --activation quickgelu and its path"
+        "ViT-B-32-quickgelu", "openai", "open_clip_model.safetensors of .* give `activation=quickgelu` and its path"
     )
     assert len(asked) == 2  # one for each format
 
 
 def test_a_file_that_nobody_knows_needs_its_activation(small_clip):
-    refusal(small_clip.name, small_clip.file, "say --activation quickgelu .* or --activation gelu", activation=None)
+    refusal(small_clip.name, small_clip.file, "say `activation=quickgelu` .* or `activation=gelu`", activation=None)
 
 
 def test_a_file_of_another_activation_is_refused(small_clip):
@@ -334,7 +334,7 @@ def test_a_normalisation_of_anything_but_a_local_file_is_refused(name, weights):
 def test_a_model_that_needs_a_package_is_refused_by_its_extra(name, small_clip, monkeypatch):
     monkeypatch.setattr(checkpoints, "find_spec", lambda _: None)
     for weights in (small_clip.file, "webli"):
-        refusal(name, weights, rf"--teacher {name}: its text side needs .* pip install 'ezsd\[transformers\]'")
+        refusal(name, weights, rf"`teacher={name}`: its text side needs .* pip install 'ezsd\[transformers\]'")
 
 
 def test_the_extra_that_a_refusal_names_is_there():
@@ -381,7 +381,7 @@ def test_a_model_whose_norms_would_be_rounded_is_refused_in_bf16(tmp_path):
     model = open_clip.create_model("small-timm", pretrained=None)
     torch.save(model.state_dict(), tmp_path / "timm.pt")
     options = {"template": TEMPLATE, "activation": "gelu"}
-    with pytest.raises(TeacherError, match=r"cannot be used in bf16 \(open_clip rounds .*teacher.precision=fp32$"):
+    with pytest.raises(TeacherError, match=r"cannot be used in bf16 \(open_clip rounds .*teacher.precision=fp32`$"):
         load_teacher("small-timm", str(tmp_path / "timm.pt"), precision="bf16", **options)
     assert load_teacher("small-timm", str(tmp_path / "timm.pt"), precision="fp32", **options).embed_dim == 64
 
@@ -459,7 +459,7 @@ def test_a_damaged_file_is_refused_by_its_path(small_clip, tmp_path, suffix, dam
     whole, path = tmp_path / f"whole{suffix}", tmp_path / f"damaged{suffix}"
     save_file(small_clip.state, whole) if suffix == ".safetensors" else torch.save(small_clip.state, whole)
     path.write_bytes(damage(whole))
-    assert refusal(small_clip.name, path, "not loadable").startswith(f"--weights {path}: ")
+    assert refusal(small_clip.name, path, "not loadable").startswith(f"`weights={path}`: ")
 
 
 @pytest.mark.parametrize("change", ["shape", "missing", "extra"])
@@ -609,7 +609,7 @@ def test_a_plugin_is_a_teacher(plugins):
     ],
 )
 def test_a_plugin_that_cannot_be_found_is_refused(plugins, name, message):
-    assert refusal(name, None, message).startswith(f"--teacher {name}")
+    assert refusal(name, None, message).startswith(f"`teacher={name}`")
 
 
 def test_a_plugin_that_makes_half_a_teacher_is_refused_by_what_is_missing(plugins):
@@ -620,4 +620,4 @@ def test_a_plugin_that_makes_half_a_teacher_is_refused_by_what_is_missing(plugin
 
 @pytest.mark.parametrize("factory", ["without_device", "__name__"])
 def test_a_factory_that_cannot_be_called_with_a_device_is_refused(plugins, factory):
-    refusal(f"plugin:plugin_for_tests:{factory}", None, f"^--teacher plugin:plugin_for_tests:{factory}")
+    refusal(f"plugin:plugin_for_tests:{factory}", None, f"^`teacher=plugin:plugin_for_tests:{factory}`")

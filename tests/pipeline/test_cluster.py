@@ -274,7 +274,7 @@ def test_a_scheduler_that_is_not_there_is_refused(shapes_dataset, quick_config, 
         taken.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         request = BuildRequest(dataset=shapes_dataset, config=quick_config, out=tmp_path / "store", scheduler=address)
-        with pytest.raises(ClusterError, match=rf"--scheduler {address}: no Dask scheduler answers there within 1 s"):
+        with pytest.raises(ClusterError, match=rf"`scheduler={address}`: no Dask scheduler answers there within 1 s"):
             build_cache(request)
     assert not (tmp_path / "store").exists()
 

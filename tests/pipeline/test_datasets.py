@@ -104,7 +104,7 @@ def test_a_dataset_is_found_again_from_its_record(own):
     assert "root" not in record
     assert from_definition(record, Path("elsewhere")).split == dataset.split
     assert recorded_dataset(record, "farm", dataset.root) == dataset
-    with pytest.raises(DatasetError, match="--dataset farm: unknown"):
+    with pytest.raises(DatasetError, match="`dataset=farm`: unknown"):
         recorded_dataset(None, "farm", dataset.root)
 
 
@@ -155,7 +155,7 @@ def test_a_place_that_is_not_there_is_named_once_with_what_is(own):
     with pytest.raises(DatasetError) as caught:
         find_dataset(str(own)).require()
     assert str(caught.value) == (
-        f"--data-root {own.parent}: no foto in it; [train] images and [val] images say so; did you mean 'photos'?"
+        f"`data_root={own.parent}`: no foto in it; [train] images and [val] images say so; did you mean 'photos'?"
     )
 
 

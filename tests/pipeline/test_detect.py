@@ -289,7 +289,7 @@ def test_a_teacher_is_found_again_from_another_folder(own_weights, shapes_run, t
 def test_a_teacher_that_has_moved_is_found_by_its_file_and_no_other(own_weights, shapes_run, tmp_path):
     moved = (tmp_path / "there/w.safetensors").rename(tmp_path / "moved.safetensors")
     for start in (lambda: embedded(own_weights), lambda: evaluate_crops(own_weights, data_root=None, device="cpu")):
-        with pytest.raises(TeacherError, match=r"there/w.safetensors, which is gone; give --weights FILE"):
+        with pytest.raises(TeacherError, match=r"there/w.safetensors, which is gone; give `weights=FILE`"):
             start()
     assert torch.equal(embedded(own_weights, weights=moved), embedded(shapes_run))
     crops = evaluate_crops(own_weights, data_root=None, device="cpu", weights=moved)

@@ -230,7 +230,7 @@ def test_a_split_file_is_a_dataset_file_or_two_lists(scene, tmp_path):
 
 
 def test_results_of_a_search_for_more_names_are_not_those_of_novel_ones(scene):
-    with pytest.raises(ArgumentError, match="--classes novel: .*'cat'"):
+    with pytest.raises(ArgumentError, match="`classes=novel`: .*'cat'"):
         evaluated(*scene, novel="cow", classes="novel")
     found, _ = scene
     found.write_text(json.dumps([one for one in json.loads(found.read_text()) if one["category_id"] == 2]))

@@ -45,7 +45,7 @@ def test_an_evaluation_with_other_settings_names_them_in_a_file_of_its_own(shape
 @pytest.mark.parametrize("override", ["eval.max_detections=3", " eval.max_detections = 300"])
 def test_an_evaluation_refuses_a_count_that_it_does_not_use(shapes_run, override):
     before = sorted(shapes_run.folder.iterdir())
-    with pytest.raises(ConfigError, match=rf"--set {override}: .* 300 detections per image.*--max-detections"):
+    with pytest.raises(ConfigError, match=rf"`overrides` {override}: .* 300 detections per image.*`max_detections`"):
         evaluate_run(shapes_run, data_root=None, device="cpu", overrides=[override])
     assert sorted(shapes_run.folder.iterdir()) == before
 

@@ -45,7 +45,7 @@ def room_for(images, *, from_step=1, parts=1, error=None):
 def with_advice(config, message):
     """The configuration once what a message says to set is set."""
     tables = to_tables(config)
-    options = re.findall(r"--set (train\.\S+=\S+)", message)
+    options = re.findall(r"`(train\.\S+=\S+)`", message)
     assert options, message
     for option in options:
         apply_override(tables, option)
@@ -73,7 +73,7 @@ def test_a_run_goes_on_in_smaller_batches_which_learn_the_same(shapes_store, wei
     said = str(caught.value)
     assert re.fullmatch(
         r"out of memory in step 3: 4 images of \d+ x \d+ at a time do not fit; run the same command with "
-        r"--set train.grad_accumulation=2 \(2 at a time; it learns the same\)",
+        r"`train.grad_accumulation=2` \(2 at a time; it learns the same\)",
         said,
     )
     with room_for(2):
@@ -100,7 +100,10 @@ def test_before_the_first_checkpoint_any_cure_is_accepted(shapes_store, quick_co
 
 
 def test_with_a_checkpoint_a_cure_that_changes_the_run_names_another_folder(shapes_store, quick_config, tmp_path):
-    with room_for(2, from_step=4), pytest.raises(OutOfMemory, match="step 4: .*start another --run with --set") as said:
+    with (
+        room_for(2, from_step=4),
+        pytest.raises(OutOfMemory, match="step 4: .*start another `run` with `t") as said,
+    ):
         train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=quick_config))
     cured = with_advice(quick_config, str(said.value))
     with room_for(2):

@@ -9,6 +9,7 @@ import pytest
 
 from ezsd.pipeline.config.relations import ALONE, RELATIONS, changed_alone, load_settings, require_fit
 from ezsd.pipeline.config.schema import Config, load_preset, preset_names
+from ezsd.pipeline.console.options import as_options
 from ezsd.pipeline.errors import ConfigError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs/settings.md"
@@ -57,12 +58,12 @@ def test_presets_fit_and_say_nothing(name, caplog):
             ["proposals.max_proposals=100"],
             "proposals.max_regions=300 are chosen among proposals.max_proposals=100",
         ),
-        ("coco", ["train.decay_at=[0.5]"], "train.decay_at: changes nothing without train.schedule=step"),
+        ("coco", ["train.decay_at=[0.5]"], "`train.decay_at`: changes nothing without train.schedule=step"),
         ("shapes", ["train.validate_images=5"], "changes nothing without train.validate_every above 0"),
         (
             "coco",
             ["model.ignore_rpn=true"],
-            "model.ignore_rpn: changes nothing without model.ignore_confidence of at most 1",
+            "`model.ignore_rpn`: changes nothing without model.ignore_confidence of at most 1",
         ),
         ("coco", ["model.box_top_k=3"], "changes nothing without model.box_class=topk"),
         ("coco", ["model.box_class=topk", "model.semantic_boxes=false"], "without model.semantic_boxes=true"),
@@ -123,7 +124,7 @@ def test_what_the_refusals_ask_for_is_accepted(preset, overrides):
 def test_a_setting_changed_without_its_neighbours_is_warned_of_in_one_line(overrides, said, caplog):
     caplog.set_level(logging.WARNING, logger="ezsd")
     load_settings("shapes", overrides)
-    found = [record.getMessage() for record in caplog.records]
+    found = [as_options(record.getMessage()) for record in caplog.records]
     assert len(found) == (said is not None)
     assert all(line.startswith(said) and "\n" not in line and "`" not in line for line in found)
 
@@ -134,7 +135,7 @@ def test_the_command_line_warns_and_refuses(shapes_store, caplog):
     caplog.set_level(logging.WARNING, logger="ezsd")
     train_config(shapes_store, "shapes", ["train.batch_size=4"])
     build_config("shapes", ["adapt.batch_size=64"], teacher=None, weights=None)
-    assert [record.getMessage().split(" alone")[0] for record in caplog.records] == [
+    assert [as_options(record.getMessage()).split(" alone")[0] for record in caplog.records] == [
         "--set train.batch_size",
         "--set adapt.batch_size",
     ]

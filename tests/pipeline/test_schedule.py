@@ -91,7 +91,7 @@ def test_a_failure_ends_all_workers_whatever_they_are_at(monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("bokeh") is not None, reason="bokeh is installed")
 def test_a_dashboard_needs_bokeh():
-    with pytest.raises(ClusterError, match="--dashboard: needs the package bokeh"), Pool(Schedule(dashboard=True)):
+    with pytest.raises(ClusterError, match="`dashboard`: needs the package bokeh"), Pool(Schedule(dashboard=True)):
         pass
 
 

@@ -117,7 +117,7 @@ def test_hints_name_settings_and_settings_have_no_hint():
         assert not names.keys() & tables[section].keys()
     for habit, meant in ALIASES.items():
         first = meant.split()[0]
-        assert first in settings or meant.startswith("the option --"), habit
+        assert first in settings or meant.startswith("the option `"), habit
     assert not ALIASES.keys() & NO_SETTINGS.keys()
 
 

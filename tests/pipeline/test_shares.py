@@ -9,6 +9,7 @@ import pytest
 from ezsd.cache import Block, StoreIncomplete
 from ezsd.cache.format.manifest import unseal
 from ezsd.pipeline.console.arguments import parse_share, require_scheduler
+from ezsd.pipeline.console.options import as_options
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.extraction.build import build_share
 from ezsd.pipeline.extraction.commit import commit_cache
@@ -43,9 +44,9 @@ def test_shares_at_once_with_one_killed_make_the_same_bytes(shapes_dataset, quic
     assert "share 1/3 is done, 1 blocks; other shares'" in told["1/3"]
     # One of them prepared the store for all.
     assert (out / "build.log").read_text().count("re-normalised") == 1
-    with pytest.raises(StoreIncomplete, match=r"1 of 3 blocks are missing \(1\); .* with --blocks 2/3$") as said:
+    with pytest.raises(StoreIncomplete, match=r"1 of 3 blocks are missing \(1\); .* with `blocks=2/3`$") as said:
         commit_cache(out, SYNC)
-    missing = str(said.value).rpartition(" ")[2]
+    missing = as_options(str(said.value)).rpartition(" ")[2]
     request = BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, scheduler="sync")
     again = build_share(request, Share(*parse_share(missing)))
     assert (again.blocks, again.missing) == (1, 0)

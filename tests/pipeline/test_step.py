@@ -203,7 +203,7 @@ def test_an_earlier_run_with_a_cosine_is_not_gone_on_with_at_another_strength(
     if cut:
         stopped_at_two(run, 4)
     said = (
-        r"earlier version .* otherwise: in_effect.distillation_weight: 0.5 there, 7.53\d* wanted; choose another --run"
+        r"earlier version .* otherwise: in_effect.distillation_weight: 0.5 there, 7.53\d* wanted; choose another `run`"
     )
     with pytest.raises(RunError, match=said) as caught:
         train(request)

@@ -231,7 +231,7 @@ def test_a_missing_data_root_is_named(shapes_store, shapes_root, quick_config, t
     shutil.copytree(shapes_store, moved)
     file = moved / "environment.json"
     file.write_bytes(seal(unseal(file.read_bytes(), str(file)) | {"data_root": "/gone/away"}))
-    with pytest.raises(ValueError, match="/gone/away.*--data-root"):
+    with pytest.raises(ValueError, match="/gone/away.*`data_root=DIR`"):
         train(TrainRequest(cache=moved, run=tmp_path / "run", config=quick_config))
     assert store_dataset(Store(moved, verify="quick"), shapes_root).root == shapes_root
 
@@ -369,7 +369,7 @@ def test_a_network_without_weights_is_said_to_start_from_none(shapes_store, with
     config = with_settings(model=small, train={"steps": 1})
     train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
     assert "resnet18 starts from random weights" in caplog.text
-    assert "give --backbone-weights FILE, ImageNet's as torchvision has them" in caplog.text
+    assert "give `backbone_weights=FILE`, ImageNet's as torchvision has them" in caplog.text
     caplog.clear()
     file = tmp_path / "resnet18.pth"
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), file)
@@ -534,7 +534,7 @@ def test_images_that_do_not_fit_the_memory_are_read_fewer_at_a_time_as_told(
 
     said = (
         r"read \({}\); give the training more memory, or read fewer images at a time: lower train.num_workers, or "
-        r"raise train.grad_accumulation with --set train.rng=image$"
+        r"raise train.grad_accumulation with `train.rng=image`$"
     )
     monkeypatch.setattr(
         "ezsd.pipeline.training.train.training_samples", lambda *given: Hungry(training_samples(*given))

@@ -54,7 +54,7 @@ def test_other_bytes_of_equal_settings_are_refused_until_they_are_accepted(stopp
     assert Store(copy).manifest.digest == json.loads((stopped / "run.json").read_text())["store"]["digest"]
     request = TrainRequest(cache=copy, run=stopped, config=quick_config, verify="quick")
     files = sorted(stopped.rglob("*"))
-    refusal = f"trained on other bytes than {copy} .*{before[:12]}.*{after[:12]}.*--accept-store"
+    refusal = f"trained on other bytes than {copy} .*{before[:12]}.*{after[:12]}.*`accept_store`"
     with pytest.raises(RunError, match=refusal):
         train(request)
     assert sorted(stopped.rglob("*")) == files
@@ -74,7 +74,7 @@ def test_a_report_shows_no_regions_of_other_bytes(shapes_run, copy, tmp_path):
 def test_a_run_of_before_goes_on_says_so_and_records_from_there(stopped, shapes_store, quick_config, caplog):
     (stopped / "stores.json").unlink()
     run = train(TrainRequest(cache=shapes_store, run=stopped, config=quick_config))
-    (said,) = [text for text in caplog.messages if text.startswith(f"--run {stopped}: ")]
+    (said,) = [text for text in caplog.messages if text.startswith(f"`run={stopped}`: ")]
     assert said.endswith(f"which bytes it is trained on; from step 4 on they are those of {shapes_store}")
     assert read_stores(run) == [{"step": 4, "sha256": Store(shapes_store).digest}]
 

@@ -1,0 +1,48 @@
+"""Options of the command line, said where a message names parameters."""
+
+import logging
+import re
+
+OPTIONS = frozenset(
+    [
+        *("accept_store", "activation", "annotations", "backbone_weights", "base", "blocks", "cache", "classes"),
+        *("compare", "dashboard", "data_root", "dataset", "detections", "device", "format", "limit"),
+        *("max_detections", "novel", "out", "reuse", "run", "scheduler", "split", "split_file", "teacher"),
+        *("weights", "workers"),
+    ]
+)
+"""Parameters whose options have their names."""
+
+# Alone between spaces or punctuation, so that backticks in a quoted name or in a path stay as they are.
+_PARAMETER = re.compile(
+    r"(?<![^\s(])`(?:(?P<setting>(?:adapt|build|eval|loss|model|proposals|teacher|train)\.\w+(?:=[^`]*)?)"
+    r"|(?P<name>[a-z_]+)(?:=(?P<value>[^`]*))?)`(?=[,.:;?)]*(?:\s|$))"
+)
+
+
+def as_options(message: str) -> str:
+    """A message as the command line says it.
+
+    Below the command line a message names a parameter in backticks, alone or with its value, and a setting likewise:
+    "`weights=FILE`" becomes "--weights FILE", "`overrides`" becomes "--set", "`train.steps=9`" becomes
+    "--set train.steps=9". What else stands in backticks, such as a command, stays.
+    """
+    return _PARAMETER.sub(_option, message)
+
+
+def _option(found: re.Match[str]) -> str:
+    if found["setting"] is not None:
+        return f"--set {found['setting']}"
+    name = found["name"]
+    if name not in OPTIONS and name != "overrides":
+        return found[0]
+    option = "--set" if name == "overrides" else f"--{name.replace('_', '-')}"
+    return option if found["value"] is None else f"{option} {found['value']}"
+
+
+class OptionFormatter(logging.Formatter):
+    """Lines of the log as the command line says them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message alone, see `as_options`."""
+        return as_options(super().format(record))

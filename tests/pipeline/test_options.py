@@ -1,0 +1,45 @@
+"""Parameters of messages are options on the command line, and nothing else is touched."""
+
+import pytest
+
+from ezsd.pipeline.config.schema import load_preset, to_tables
+from ezsd.pipeline.console.options import as_options
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("`weights=/a b/c.pth`: no such file", "--weights /a b/c.pth: no such file"),
+        ("gone; give `data_root=DIR`", "gone; give --data-root DIR"),
+        ("choose another `run` folder, or `device=cpu`", "choose another --run folder, or --device cpu"),
+        ("(`reuse=a` `out=STORE`):", "(--reuse a --out STORE):"),
+        ("`overrides` model.heads=fast: unknown", "--set model.heads=fast: unknown"),
+        ("`overrides`, [eval] nms_iou: expected", "--set, [eval] nms_iou: expected"),
+        ("the option `device`?", "the option --device?"),
+        ("run with `loss.distillation=0`", "run with --set loss.distillation=0"),
+    ],
+)
+def test_parameters_are_said_as_options(message, said):
+    assert as_options(message) == said
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "run `ezsd cache repair x --data-root DIR`",
+        "class '`run`' occurs twice",
+        "/a/`run`/b.jpg: no such image",
+        "`run`.jpg: no such image",
+        "start it with `torchrun`",
+        "see `ezsd.losses` and `open_clip.list_models()`",
+        "run=3/weights=4.jpg: no such image",
+    ],
+)
+def test_commands_and_what_a_user_has_named_stay(message):
+    assert as_options(message) == message
+
+
+def test_all_sections_are_known():
+    assert [as_options(f"`{name}.x=1`") for name in to_tables(load_preset("shapes"))] == [
+        f"--set {name}.x=1" for name in to_tables(load_preset("shapes"))
+    ]
