@@ -26,7 +26,7 @@ from ezsd.pipeline.process_environment import (
 
 
 class _Commands(typer.core.TyperGroup):
-    """All commands. A pipe that breaks is told apart here: typer would end in silence, whichever it was."""
+    """Group of all commands that tells broken pipes apart: typer would end in silence, whichever it was."""
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401 - the type of contexts is private in typer
         """Run a command; the reader of its output may leave early."""
@@ -671,7 +671,7 @@ def main() -> None:
 
 
 def _is_users(error: BaseException) -> bool:
-    """Whether the error is one that our own code raised about its input, or the system about a place."""
+    """Test whether our own code raised the error about its input, or the system about a place."""
     return is_of_a_place(error) if isinstance(error, OSError) else isinstance(error, EzsdError)
 
 

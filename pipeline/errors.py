@@ -1,4 +1,4 @@
-"""Errors of the work, and which of the system's are about a place. Imports nothing heavy."""
+"""Errors of the pipeline, and a test of which system errors are about a file or network. Imports nothing heavy."""
 
 import errno
 
@@ -44,7 +44,7 @@ _OF_THE_DISK = frozenset(
 
 
 def is_of_a_place(error: OSError) -> bool:
-    """Whether a system's error is about a file, disk or network that the user can do something about.
+    """Test whether a system's error is about a file, disk or network that the user can do something about.
 
     Without the name of a file it says so of itself, or it comes from a call that ezsd got wrong.
     """

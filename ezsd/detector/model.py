@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms
 
-from ezsd.choices import Backend, BoxClass, HeadName, Metric
+from ezsd.choices import Backend, Metric
 from ezsd.detector.backbone import Pyramid, normalise
 from ezsd.detector.heads import FastHead, Head, PaperHead
 from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, mask_targets
 from ezsd.detector.rpn import SAMPLED_ANCHORS, proposal_network
 from ezsd.detector.sampling import SampledRegions, sample_regions
+from ezsd.detector.settings import DetectorSettings
 from ezsd.kernels import Pooling
 from ezsd.losses import box_loss, classification_loss, decode_boxes, encode_boxes, mask_loss, region_weights
 
@@ -93,66 +95,27 @@ class Detections:
     """What fills each box: probabilities, (N, M, M) float32; None where none were asked for."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DetectorSettings:
-    """Everything about the detector but its weights; the values live in the presets."""
-
-    embed_dim: int
-    """D."""
-    head: HeadName
-    """See `ezsd.detector.heads`."""
-    rpn_sizes: tuple[tuple[int, ...], ...]
-    """Anchor sizes per level, input pixels."""
-    rpn_proposals: int
-    """Boxes per image that the proposal network hands on."""
-    pool_size: int
-    """P, bins per side."""
-    canonical_size: int
-    """See `Pooling`."""
-    canonical_level: int
-    """See `Pooling`."""
-    tower_depth: int
-    """Convolutions before the pooling ("fast"), or on each pooled region, for both branches ("paper")."""
-    box_hidden: int
-    """Width of the box regressor's hidden layer ("fast"), or of all fully connected layers ("paper")."""
-    semantic_boxes: bool
-    """Whether the box regressor knows the class."""
-    logit_scale: float
-    """Start of the learned multiplier of cosines."""
-    box_batch_size_per_image: int
-    """Regions per image that the box head learns from."""
-    box_positive_fraction: float
-    """At most this share of them on objects."""
-    ignore_confidence: float
-    """Regions on a cached region of this confidence are no background; above 1 none is spared."""
-    ignore_rpn: bool
-    """Whether these cached regions are no negatives of the proposal network either."""
-    box_class: BoxClass
-    """Whose text row the regressor sees at test time: the likeliest name's; "reference": zeros where background is
-    likelier; "topk": each of the `box_top_k` likeliest names has a box of its own, the others take the first one's."""
-    box_top_k: int
-    """See there."""
-    masks: bool
-    """Whether there is a mask head."""
-    backend: Backend
-    """Kernel backend."""
-
-
 class Detector(nn.Module):
-    """Faster R-CNN whose regions are embedded in the teacher's space."""
+    """Faster R-CNN whose regions are embedded in the teacher's space.
 
-    def __init__(self, backbone: Pyramid, settings: DetectorSettings) -> None:
+    Args:
+        backbone: what `build_backbone` makes of the settings.
+        settings: see `DetectorSettings`; the width of the embeddings is the teacher's, the backend the machine's.
+        embed_dim: D, width of the teacher's embeddings.
+        backend: where the fused operators run.
+    """
+
+    def __init__(self, backbone: Pyramid, settings: DetectorSettings, *, embed_dim: int, backend: Backend) -> None:
         super().__init__()
         self.settings = settings
         self.backbone = backbone
         self.rpn, self._anchor_sampler = proposal_network(
             backbone.channels, settings.rpn_sizes, proposals=settings.rpn_proposals
         )
-        self.head = _build_head(backbone, settings)
+        pooling = functools.partial(_pooling, backbone, settings, backend)
+        self.head = _build_head(backbone, settings, pooling(settings.pool_size), embed_dim)
         # Last, so that all else starts with the same weights without it.
-        self.mask_head = (
-            MaskHead(_pooling(backbone, settings, POOL_SIZE), backbone.channels) if settings.masks else None
-        )
+        self.mask_head = MaskHead(pooling(POOL_SIZE), backbone.channels) if settings.masks else None
 
     def forward(self, *inputs: Any, **options: Any) -> Any:  # noqa: ANN401 - those of `losses` or of `detect`
         """`losses` in training mode, `detect` in evaluation mode, with their arguments and results."""
@@ -387,22 +350,22 @@ def _pooled_levels(backbone: Pyramid) -> int:
     return len(backbone.strides) - (len(backbone.strides) == 5)
 
 
-def _pooling(backbone: Pyramid, settings: DetectorSettings, size: int) -> Pooling:
+def _pooling(backbone: Pyramid, settings: DetectorSettings, backend: Backend, size: int) -> Pooling:
     return Pooling(
         spatial_scale=tuple(1 / stride for stride in backbone.strides[: _pooled_levels(backbone)]),
         output_size=size,
         canonical_size=settings.canonical_size,
         canonical_level=settings.canonical_level,
-        backend=settings.backend,
+        backend=backend,
     )
 
 
-def _build_head(backbone: Pyramid, settings: DetectorSettings) -> Head:
+def _build_head(backbone: Pyramid, settings: DetectorSettings, pooling: Pooling, embed_dim: int) -> Head:
     kind = FastHead if settings.head == "fast" else PaperHead
     return kind(
-        _pooling(backbone, settings, settings.pool_size),
+        pooling,
         backbone.channels,
-        settings.embed_dim,
+        embed_dim,
         depth=settings.tower_depth,
         hidden=settings.box_hidden,
         semantic=settings.semantic_boxes,

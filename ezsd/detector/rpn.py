@@ -61,17 +61,15 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         return labels, matched
 
 
-def proposal_network(
-    channels: int, sizes: tuple[tuple[int, ...], ...], *, proposals: int
-) -> tuple[ProposalNetwork, AnchorSampler]:
+def proposal_network(channels: int, sizes: tuple[int, ...], *, proposals: int) -> tuple[ProposalNetwork, AnchorSampler]:
     """The network and the sampler it draws with.
 
     Args:
         channels: width of the pyramid.
-        sizes: anchor sizes per level, input pixels; ratios are 1/2, 1, 2.
+        sizes: anchor size per level, input pixels; ratios are 1/2, 1, 2.
         proposals: boxes per image that it hands on.
     """
-    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    anchors = AnchorGenerator(tuple((size,) for size in sizes), ((0.5, 1.0, 2.0),) * len(sizes))
     network = ProposalNetwork(
         anchors,
         RPNHead(channels, anchors.num_anchors_per_location()[0]),

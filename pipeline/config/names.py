@@ -118,7 +118,7 @@ ALIASES: Mapping[str, str] = {
     "short_edge": "train.min_size",
     "long_edge": "train.max_size",
 }
-"""What people type by habit, without its section, and the setting that they mean."""
+"""Setting by the name that people type by habit, without its section."""
 NO_SETTINGS: Mapping[str, str] = {
     "amp": "mixed precision is always on on a GPU",
     "fp16": "mixed precision is always on on a GPU",
@@ -126,7 +126,7 @@ NO_SETTINGS: Mapping[str, str] = {
     "momentum": "that of SGD is 0.9",
     "wandb": "metrics go to the run's metrics.jsonl, and with train.tensorboard=true to TensorBoard",
 }
-"""What people type by habit and is no setting here, and what is the case instead."""
+"""Explanation by the name that people type by habit where there is no such setting."""
 
 
 def with_todays_names(tables: object) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def with_former_names(section: str, table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hint(section: str, key: str, known: list[str]) -> str:
-    """What a setting that does not exist may have meant, as the second half of an error.
+    """Suggestion for a setting that does not exist, as the second half of an error.
 
     Args:
         section: where it was given.

@@ -1,4 +1,4 @@
-"""Settings whose meaning hangs on other settings: what is scaled, what is refused, what is warned of.
+"""Relations between settings: those that are scaled, refused or warned of together.
 
 docs/settings.md has the table; a test compares it with `RELATIONS`, and another one wants every setting to be either in
 a relation or among `ALONE`.
@@ -20,7 +20,7 @@ log = logging.getLogger("ezsd")
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """A setting, those it hangs on, and what is done when it is changed and they are not."""
+    """A setting, those it depends on, and what is done when it alone is changed."""
 
     setting: str
     neighbours: tuple[str, ...]
@@ -238,7 +238,7 @@ RELATIONS = (
         "of the softmax over all names that are looked for: more names, lower scores",
     ),
 )
-"""All of them. What a setting needs to have an effect is in `_NEEDS`."""
+"""All relations between settings. What a setting needs to have an effect is in `_NEEDS`."""
 
 ALONE = frozenset(
     [
@@ -293,11 +293,11 @@ _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "proposals.anchor_fraction": ("proposals.search=coarse-to-fine", lambda c: c.proposals.search == "coarse-to-fine"),
     "proposals.drop_background": ("a teacher.background", lambda c: c.teacher.background is not None),
 }
-"""What a setting needs in order to change anything."""
+"""Condition under which a setting changes anything, in words and as a test."""
 
 
 def load_settings(preset: str, overrides: Iterable[str] = ()) -> Config:
-    """`load_preset` for what a person asked for: no two settings that cannot be meant together.
+    """Load a preset with overrides, and check that its settings fit each other.
 
     Warns of a setting that was changed without its neighbours.
 
@@ -322,7 +322,7 @@ def load_settings(preset: str, overrides: Iterable[str] = ()) -> Config:
 
 
 def require_use(config: Config, changed: set[str]) -> None:
-    """ConfigError for a setting that was given and changes nothing."""
+    """Raise ConfigError for a setting that was given and changes nothing."""
     for setting in sorted(changed & _NEEDS.keys()):
         needs, met = _NEEDS[setting]
         if not met(config):
@@ -330,7 +330,7 @@ def require_use(config: Config, changed: set[str]) -> None:
 
 
 def require_fit(config: Config) -> None:
-    """ConfigError for two settings that cannot be meant together."""
+    """Raise ConfigError for two settings that contradict each other."""
     model, train, proposals = config.model, config.train, config.proposals
     _require(
         model.logit_scale <= MAX_TEMPERATURE,
@@ -361,7 +361,7 @@ def require_fit(config: Config) -> None:
 
 
 def changed_alone(config: Config, changed: set[str]) -> list[str]:
-    """A line for each setting that was changed without any of its neighbours, where that is seldom meant."""
+    """Warnings about settings that were changed without those they depend on, one line each."""
     lines = [
         f"`{one.setting}` alone, without {' or '.join(one.neighbours)}: {one.effect.replace('`', '')}"
         for one in RELATIONS

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, whole presets in TOML, `--set section.key=value`."""
+"""Configuration of an experiment: frozen dataclasses, presets in TOML, overrides `section.key=value`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from typing import Any, Literal
@@ -18,8 +18,6 @@ from ezsd.choices import (
     Activation,
     AdaptLoss,
     Backend,
-    BoxClass,
-    HeadName,
     Metric,
     Mode,
     Names,
@@ -28,6 +26,7 @@ from ezsd.choices import (
     Score,
     Surround,
 )
+from ezsd.detector.settings import DetectorSettings
 from ezsd.pipeline.config.names import FORMER_VALUES, hint
 from ezsd.pipeline.errors import ConfigError
 
@@ -37,7 +36,7 @@ LEAST_SIDE = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherConfig:
-    """Which teacher, and how it is asked."""
+    """The teacher: model, weights, prompts."""
 
     name: str
     """An open_clip model, "tiny-shapes", or "plugin:package.module:factory"."""
@@ -67,13 +66,13 @@ class AdaptConfig:
     batch_size: int
     """Crops per step."""
     learning_rate: float
-    """Of AdamW, constant."""
+    """Learning rate of AdamW, constant."""
     loss: AdaptLoss
     """"bce" (the reference's) or "softmax_ce"."""
     towers: Literal["both", "vision"] = "both"
     """Whose LayerNorms: "vision" leaves the text rows as the teacher was published."""
     weight_decay: float = 1e-4
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     max_grad_norm: float = 0.1
     """Largest gradient norm."""
     held_out: float = 0.1
@@ -88,7 +87,7 @@ class AdaptConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProposalConfig:
-    """Where to look, and what to keep."""
+    """CLIP proposals: anchor grid, scores, suppression, regions to keep."""
 
     grid: Literal["paper", "sliding"]
     """"paper" is the method's grid on the 1333 x 800 image; "sliding" windows lie inside the original image."""
@@ -160,10 +159,10 @@ class ProposalConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildConfig:
-    """How stage one goes about its work; changes no embedding but by the batch's make-up."""
+    """Stage one's seed, blocks and batches; embeddings depend on them by the batch's make-up alone."""
 
     seed: int = 0
-    """Of everything random in stage one."""
+    """Random seed of stage one."""
     block_images: int = 64
     """Images per block: one task, one journal entry. Batches never cross a block."""
     batch_size: int = 256
@@ -181,48 +180,8 @@ class BuildConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """The detector."""
-
-    backbone: str
-    """"tiny" or a torchvision ResNet."""
-    fpn_channels: int
-    """Width of the pyramid."""
-    rpn_sizes: tuple[int, ...]
-    """Proposal network's anchor size per level, input pixels; ratios 1/2, 1, 2."""
-    rpn_proposals: int
-    """Boxes per image that the proposal network hands on."""
-    pool_size: int
-    """Bins per side of RoI-align."""
-    canonical_size: int
-    """Side of a box, pixels, that belongs on the level of stride 2 ** canonical_level."""
-    canonical_level: int
-    """See there."""
-    tower_depth: int
-    """Convolutions before the pooling ("fast"), or on each pooled region, for both branches ("paper")."""
-    box_hidden: int
-    """Width of the box regressor's hidden layer ("fast"), or of all fully connected layers ("paper")."""
-    logit_scale: float
-    """Start of the learned multiplier of cosines, at most 100, where it is held."""
-    head: HeadName = "fast"
-    """"fast" convolves the maps and embeds a region by one operator; "paper" convolves each region, as its authors."""
-    semantic_boxes: bool = True
-    """Whether the box regressor knows the class."""
-    box_class: BoxClass = "foreground"
-    """Whose text row it sees at test time: the likeliest name's; "reference": zeros where background is likelier;
-    "topk": each of the `box_top_k` likeliest names has a box of its own, the others take the first one's."""
-    box_top_k: int = 5
-    """See there."""
-    box_batch_size_per_image: int = 512
-    """Regions per image that the box head learns from."""
-    box_positive_fraction: float = 0.25
-    """At most this share of them on objects."""
-    ignore_confidence: float = 2.0
-    """Regions on a cached region of this confidence are not taught to be background; above 1 none is spared."""
-    masks: bool = False
-    """Whether objects get masks, one channel for all classes, learned from the base objects' segmentations."""
-    ignore_rpn: bool = False
-    """Whether these cached regions are no negatives of the proposal network either."""
+class ModelConfig(DetectorSettings):
+    """The detector's own settings, with their bounds."""
 
     def __post_init__(self) -> None:
         _require(self.backbone in BACKBONES, f"model.backbone {self.backbone!r} is not one of {', '.join(BACKBONES)}")
@@ -249,15 +208,15 @@ class LossConfig:
     metric: Metric = "cosine"
     """Distance to the cached embedding: "cosine", or "l1" between unit vectors (the authors')."""
     novel_names: bool = False
-    """Whether novel names stand in the cross-entropy too; the authors have base names alone."""
+    """Put novel names into the cross-entropy too; the authors have base names alone."""
     rpn: float = 1.0
-    """Of the proposal network's two terms."""
+    """Weight of the proposal network's two terms."""
     classification: float = 1.0
-    """Of the cross-entropy."""
+    """Weight of the cross-entropy."""
     box: float = 1.0
-    """Of the box regression."""
+    """Weight of the box regression."""
     mask: float = 1.0
-    """Of the masks, with model.masks."""
+    """Weight of the mask loss, with model.masks."""
 
     def __post_init__(self) -> None:
         _at_least(0, "loss", self, "distillation", "rpn", "classification", "box", "mask")
@@ -265,7 +224,7 @@ class LossConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop: optimiser, schedule, augmentation, checkpoints."""
 
     steps: int
     """Optimiser steps."""
@@ -280,7 +239,7 @@ class TrainConfig:
     min_size: int
     """Images are resized to fit min_size x max_size (shorter and longer side), ratio kept; 0 keeps them as they are."""
     max_size: int
-    """See there."""
+    """Longest side after resizing, in pixels, see `min_size`; 0 with min_size 0."""
     reference_batch_size: int = 0
     """The rate is multiplied by batch_size / reference_batch_size, with AdamW by its root; 0 takes it as it stands."""
     warmup_steps: int = 0
@@ -316,15 +275,15 @@ class TrainConfig:
     num_workers: int = 0
     """Processes that read images; with 0 a thread of the training process reads one batch ahead."""
     seed: int = 0
-    """Of weights, sampling and augmentation."""
+    """Random seed of weights, sampling and augmentation."""
     backend: Backend = "auto"
     """Kernel backend."""
     channels_last: bool = False
     """Memory layout of convolutions; GPUs like it in 16 bits."""
     compile: bool = False
-    """Whether torch compiles the backbone."""
+    """Compile the backbone with torch."""
     tensorboard: bool = False
-    """Whether metrics also go to RUN/tensorboard; needs the extra "tensorboard"."""
+    """Also log metrics to RUN/tensorboard; needs the extra "tensorboard"."""
 
     def __post_init__(self) -> None:
         _at_least(0, "train", self, "seed", "weight_decay", "warmup_steps", "regions_per_image", "num_workers")
@@ -412,6 +371,20 @@ class Config:
 STAGE_ONE = ("teacher", "adapt", "proposals", "build")
 """The tables that a store is built with; a training reads none of them."""
 
+TEST_TIME = (
+    "model.box_class",
+    "model.box_top_k",
+    "model.masks",
+    "eval.score_threshold",
+    "eval.nms_iou",
+    "eval.max_detections",
+    "train.backend",
+)
+"""Settings that can be overridden at inference: no weight depends on them.
+
+`ezsd eval` takes all but eval.max_detections, see `ezsd.pipeline.inference.evaluate.KEEP`.
+"""
+
 
 def preset_names() -> list[str]:
     """Presets that the package ships."""
@@ -451,7 +424,7 @@ def from_tables(tables: dict[str, dict[str, object]], *, where: str) -> Config:
 
 
 def to_tables(config: Config) -> dict[str, dict[str, object]]:
-    """The inverse of `from_tables`, as JSON-able values."""
+    """Nested tables of a configuration, as JSON-able values: the inverse of `from_tables`."""
     return {
         name: {key: list(v) if isinstance(v, tuple) else v for key, v in table.items()}
         for name, table in dataclasses.asdict(config).items()
@@ -480,6 +453,35 @@ def apply_override(tables: dict[str, dict[str, object]], override: str) -> None:
         value = text.strip()
     # The one word that has two spellings.
     tables.setdefault(section, {})["optimizer" if key == "optimiser" else key] = value
+
+
+def at_test_time(config: Config, overrides: Sequence[str]) -> Config:
+    """Override settings of a trained run for inference, those of `TEST_TIME` alone, by `section.key=value`.
+
+    Raises:
+        ConfigError: another setting, which training has used, or a value that does not fit.
+    """
+    tables = to_tables(config)
+    for override in overrides:
+        key = setting_of(override)
+        section, _, name = key.partition(".")
+        if section in tables and name not in tables[section]:
+            known = list(tables[section])
+            raise ConfigError(f"`overrides` {override}: unknown key {name!r}; {hint(section, name, known)}")
+        apply_override(tables, override)
+        if key not in TEST_TIME:
+            raise ConfigError(
+                f"`overrides` {override}: {key} cannot be changed once a run is trained; what can is "
+                f"{', '.join(TEST_TIME)}"
+            )
+    return from_tables(tables, where="`overrides`")
+
+
+def changed_settings(overrides: Sequence[str], config: Config) -> dict[str, object]:
+    """Values that a configuration has of the settings that overrides name."""
+    tables = to_tables(config)
+    keys = [setting_of(override) for override in overrides]
+    return {key: tables[key.partition(".")[0]][key.partition(".")[2]] for key in keys}
 
 
 def _refuse_unknown(section: str, table: Iterable[str], known: list[str], where: str) -> None:

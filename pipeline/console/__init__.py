@@ -1,1 +1,1 @@
-"""Between the command line and the rest: arguments, defaults, messages."""
+"""The command line's side of the work: arguments, defaults, options, messages."""

@@ -1,4 +1,4 @@
-"""What can be said about a command's arguments before anything heavy is loaded."""
+"""Checks of a command's arguments before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ezsd.vocabulary import (
 
 
 def require_weights(file: Path | None, *, crops: bool = True) -> None:
-    """ArgumentError when `--weights` names no file, or what uses it was not asked for; None is nothing to check."""
+    """Raise ArgumentError when `--weights` names no file, or nothing that uses it was asked for."""
     if file is None:
         return
     if not crops:
@@ -32,7 +32,7 @@ def require_weights(file: Path | None, *, crops: bool = True) -> None:
 
 
 def require_alone(alone: bool, classes: str | None) -> None:
-    """ArgumentError for `--alone` where all names are looked for anyway."""
+    """Raise ArgumentError for `--alone` where all names are looked for anyway."""
     if alone and classes == "all":
         raise ArgumentError(
             "--alone goes with --classes base or novel, or without --classes: beside all names there are no others"
@@ -40,7 +40,7 @@ def require_alone(alone: bool, classes: str | None) -> None:
 
 
 def require_output(file: Path) -> None:
-    """ArgumentError when no file can be written to a place: it is a folder, or there is no folder around it."""
+    """Raise ArgumentError when no file can be written to a place: it is a folder, or there is no folder around it."""
     if file.is_dir():
         raise ArgumentError(f"--out {file}: is a folder; give the name of a file")
     if not file.parent.is_dir():
@@ -54,7 +54,7 @@ def require_one_source(
     detections: Path | None,
     of_file: Mapping[str, object | None],
 ) -> None:
-    """ArgumentError unless a run or a results file is given, with the options that go with it and no other."""
+    """Raise ArgumentError unless a run or a results file is given, with the options that go with it and no other."""
     if (run is None) == (detections is None):
         raise ArgumentError("give --run RUN, or --detections RESULTS.json with --annotations GT.json, and not both")
     if detections is not None and of_file["--annotations"] is None:
@@ -167,7 +167,7 @@ def _expanded(text: str) -> list[Path]:
 
 
 def picture_places(images: Sequence[Path], out: str | Path | None, *, alone: bool) -> list[Path] | None:
-    """Where the pictures with boxes go: to `out` itself for one image, else below it by the images' names.
+    """Files for the pictures with boxes: `out` itself for one image, else below it by the images' names.
 
     What ends in a slash is a folder, there or not.
 
@@ -205,7 +205,7 @@ def _folder_images(folder: Path) -> list[Path]:
 
 
 def require_scheduler(scheduler: str, *, workers: int, dashboard: bool, share: tuple[int, int] | None = None) -> None:
-    """ArgumentError for what is no place to run tasks in, and for options that do not go with it."""
+    """Raise ArgumentError for a scheduler that does not exist, and for options that do not go with it."""
     address = re.fullmatch(r"(tcp|tls)://.+:\d+", scheduler)
     if address is None and scheduler not in ("local", "sync"):
         raise ArgumentError(

@@ -1,4 +1,4 @@
-"""Between the command line and the work: defaults and tables. Loads nothing heavy before it is needed."""
+"""Defaults and printed tables of commands. Loads nothing heavy before it is needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def build_config(
     activation: str | None = None,
     prompts: Mapping[str, str] | None = None,
 ) -> Config:
-    """The configuration of a cache build: preset, then the dataset's prompts, `--set`, and the teacher's options."""
+    """Configuration of a cache build: preset, then the dataset's prompts, `--set`, and the teacher's options."""
     of_dataset = [f"teacher.{key}={json.dumps(value)}" for key, value in (prompts or {}).items()]
     of_teacher = []
     if teacher is not None:
@@ -40,14 +40,14 @@ def build_config(
 
 
 def require_known_teacher(config: Config) -> None:
-    """TeacherError for a teacher that is misspelt or lacks its weights, before data is drawn for it."""
+    """Raise TeacherError for a teacher that is misspelt or lacks its weights, before data is drawn for it."""
     from ezsd.teacher.requirements import require_teacher
 
     require_teacher(config.teacher.name, config.teacher.weights)
 
 
 def train_config(cache: Path, preset: str | None, overrides: Sequence[str], *, seed: int | None = None) -> Config:
-    """The configuration of a training: by default the preset that the store was built with.
+    """Configuration of a training: by default the preset that the store was built with.
 
     Raises:
         ConfigError: a setting that the store was built with, a seed that is said twice, or a value that does not fit.
@@ -86,7 +86,7 @@ def _refuse_stage_one(cache: Path, overrides: Sequence[str]) -> None:
 
 
 def drawn(dataset: Dataset, root: Path | None) -> Dataset:
-    """The dataset once its files are there; `shapes` is drawn when no folder is given and none is there."""
+    """Check that a dataset's files are there; `shapes` is drawn when no folder is given and none is there."""
     if dataset.name == "shapes" and root is None and not dataset.root.exists():
         from ezsd.pipeline.data.shapes import write_shapes
 

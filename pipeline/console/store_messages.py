@@ -1,4 +1,4 @@
-"""What `ezsd cache` says about stores. Nothing here needs torch."""
+"""Output of `ezsd cache`, as lines. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def build_lines(store: Path, report: BuildReport) -> list[str]:
-    """What a build did."""
+    """Summary of a build."""
     if report.already_complete:
         return [f"{store}: complete already, nothing to do"]
     times = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
@@ -51,7 +51,7 @@ def build_lines(store: Path, report: BuildReport) -> list[str]:
 
 
 def _no_regions(store: Path, regions: int | None) -> list[str]:
-    """Why a store has nothing to distil from, and what to do; nothing where it has."""
+    """Warning about a store without regions to distil from; empty where it has some."""
     if regions != 0:
         return []
     from ezsd.pipeline.extraction.filters import why_no_regions
@@ -66,7 +66,7 @@ def _left_out(store: Path, bad_images: int) -> list[str]:
 
 
 def share_lines(store: Path, report: ShareReport) -> list[str]:
-    """What a share of a build did, and what comes next."""
+    """Summary of one share of a build, with the next step."""
     if report.already_complete:
         return [f"{store}: complete already, nothing to do"]
     done = f"{store}: share {report.share} is done, {report.blocks} blocks"
@@ -77,7 +77,7 @@ def share_lines(store: Path, report: ShareReport) -> list[str]:
 
 
 def commit_lines(store: Path, seconds: float | None) -> list[str]:
-    """What a commit did."""
+    """Summary of a commit."""
     if seconds is None:
         return [f"{store}: complete already, nothing to do"]
     found = info(store)
@@ -87,7 +87,7 @@ def commit_lines(store: Path, seconds: float | None) -> list[str]:
 
 
 def forecast_lines(store: Path, found: BuildForecast) -> list[str]:
-    """What a build would do."""
+    """Size, time and disk that a build would need."""
     missing = f", {found.missing} of them missing" if found.missing else ""
     return [
         f"{store}: {found.images:,} images in {found.blocks:,} blocks{missing}",
@@ -151,7 +151,7 @@ def collect_lines(path: Path, *, strays: bool = False, dry_run: bool = False) ->
 
 
 def compare_lines(first: Path, second: Path) -> list[str]:
-    """How two stores differ: settings, products, content."""
+    """Differences of two stores: settings, products, content."""
     found = compare(first, second)
     same = ", ".join(found.same_fingerprint) or "none"
     return [
@@ -162,7 +162,7 @@ def compare_lines(first: Path, second: Path) -> list[str]:
 
 
 def repair_lines(path: Path, report: RepairReport) -> list[str]:
-    """What a repair did; the last line says how the store is now."""
+    """Summary of a repair; the last line is the store's state now."""
     lines = [f"repaired {name}" for name in report.repaired]
     lines += [_left(damage) for damage in report.left]
     if not report.left:

@@ -139,7 +139,7 @@ def detect_images(
         device: where to run.
         drawn: where each image with boxes is written, green for names trained with boxes and pink for others; None for
             nowhere. Missing folders are made.
-        overrides: settings to look with instead of the run's, see `ezsd.pipeline.config.inference_overrides`.
+        overrides: settings to look with instead of the run's, see `ezsd.pipeline.config.schema.TEST_TIME`.
         weights: the teacher's weights, if they have moved; read for names that the run does not know.
         alone: whether no other name competes: objects of other classes are then called by the asked names as well.
 
@@ -164,7 +164,7 @@ class Model:
         run: a finished run.
         device: "auto", "cpu", "cuda" or "cuda:N".
         overrides: settings as `section.key=value` to look with instead of the run's, see
-            `ezsd.pipeline.config.inference_overrides`.
+            `ezsd.pipeline.config.schema.TEST_TIME`.
         weights: the teacher's weights, if they have moved; read for names that the run does not know.
     """
 

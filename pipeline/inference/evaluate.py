@@ -16,8 +16,7 @@ from torch import Tensor
 from ezsd.adapt import crop_accuracy
 from ezsd.data.annotations import Annotations
 from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Detections, Results, read_truth, with_masks
-from ezsd.pipeline.config.inference_overrides import changed_settings
-from ezsd.pipeline.config.schema import from_tables, setting_of, to_tables
+from ezsd.pipeline.config.schema import changed_settings, from_tables, setting_of, to_tables
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
 from ezsd.pipeline.data.images import Exif, read_dataset_image

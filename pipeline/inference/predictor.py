@@ -20,8 +20,7 @@ from ezsd.data.masks import encode
 from ezsd.detector.masks import paste
 from ezsd.detector.model import Detections, Detector
 from ezsd.errors import TeacherError
-from ezsd.pipeline.config.inference_overrides import at_test_time
-from ezsd.pipeline.config.schema import Config, TeacherConfig, from_tables
+from ezsd.pipeline.config.schema import Config, TeacherConfig, at_test_time, from_tables
 from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.extraction.provenance import as_json, model_inputs
 from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ezsd.detector.backbone import build_backbone
-from ezsd.detector.model import Detector, DetectorSettings
+from ezsd.detector.model import Detector
 from ezsd.pipeline.config.schema import Config
 from ezsd.pipeline.errors import ConfigError
 
@@ -30,30 +30,7 @@ def build_detector(
             f"model.rpn_sizes needs one size per level of {model.backbone} (strides {backbone.strides}), "
             f"got {len(model.rpn_sizes)}"
         )
-    return Detector(
-        backbone,
-        DetectorSettings(
-            embed_dim=embed_dim,
-            head=model.head,
-            rpn_sizes=tuple((size,) for size in model.rpn_sizes),
-            rpn_proposals=model.rpn_proposals,
-            pool_size=model.pool_size,
-            canonical_size=model.canonical_size,
-            canonical_level=model.canonical_level,
-            tower_depth=model.tower_depth,
-            box_hidden=model.box_hidden,
-            semantic_boxes=model.semantic_boxes,
-            logit_scale=model.logit_scale,
-            box_batch_size_per_image=model.box_batch_size_per_image,
-            box_positive_fraction=model.box_positive_fraction,
-            ignore_confidence=model.ignore_confidence,
-            ignore_rpn=model.ignore_rpn,
-            box_class=model.box_class,
-            box_top_k=model.box_top_k,
-            masks=model.masks,
-            backend=config.train.backend,
-        ),
-    )
+    return Detector(backbone, model, embed_dim=embed_dim, backend=config.train.backend)
 
 
 def read_backbone(path: Path) -> dict[str, Tensor]:

@@ -14,17 +14,19 @@ from ezsd.choices import BACKBONES
 from ezsd.detector.backbone import build_backbone, normalise
 from ezsd.detector.heads import CosineClassifier, SemanticBoxRegressor, Tower
 from ezsd.detector.masks import GRID, ObjectMasks
-from ezsd.detector.model import Batch, Detector, DetectorSettings, Totals
+from ezsd.detector.model import Batch, Detector, Totals
 from ezsd.detector.rpn import SAMPLED_ANCHORS, AnchorSampler
 from ezsd.detector.sampling import sample_regions
+from ezsd.detector.settings import DetectorSettings
 from ezsd.kernels import Pooling, roi_align
 from ezsd.losses import region_weights
 
 DIM, SIDE, NAMES = 12, 64, 5
 SETTINGS = {
-    "embed_dim": DIM,
+    "backbone": "tiny",
+    "fpn_channels": 16,
     "head": "fast",
-    "rpn_sizes": ((16,), (32,)),
+    "rpn_sizes": (16, 32),
     "rpn_proposals": 30,
     "pool_size": 3,
     "canonical_size": 32,
@@ -40,7 +42,6 @@ SETTINGS = {
     "box_class": "foreground",
     "box_top_k": 3,
     "masks": False,
-    "backend": "eager",
 }
 
 
@@ -51,8 +52,13 @@ def _seeded():
         yield
 
 
-def make_detector(**changes):
-    return Detector(build_backbone("tiny", channels=16, weights=None), DetectorSettings(**(SETTINGS | changes)))
+def make_detector(weights=None, **changes):
+    settings = DetectorSettings(**(SETTINGS | changes))
+    backbone = build_backbone(settings.backbone, channels=settings.fpn_channels, weights=weights)
+    return Detector(backbone, settings, embed_dim=DIM, backend="eager")
+
+
+RESNET = {"backbone": "resnet18", "rpn_sizes": (8, 16, 32, 64, 128)}
 
 
 @pytest.fixture(params=["fast", "paper"])
@@ -447,9 +453,8 @@ def one_image(batch, number):
 def test_parts_of_a_step_add_up_to_the_step(head, masks):
     """Losses and gradients, with 4 regions in one image and 3 in the other, 2 and 1 objects."""
     weights = torchvision.models.resnet18(weights=None).state_dict()
-    settings = SETTINGS | {"head": head, "masks": masks, "rpn_sizes": ((8,), (16,), (32,), (64,), (128,))}
     # Frozen statistics: those of a batch would depend on who is in it.
-    detector = Detector(build_backbone("resnet18", channels=16, weights=weights), DetectorSettings(**settings))
+    detector = make_detector(weights, head=head, masks=masks, **RESNET)
     batch, totals = with_masks(seeded(make_batch())), Totals(images=2, regions=7)
     whole, gradients = losses_and_gradients(detector, batch, distill="l1", totals=totals)
     parts = [losses_and_gradients(detector, one_image(batch, i), distill="l1", totals=totals) for i in range(2)]
@@ -857,8 +862,7 @@ def test_a_backbone_has_the_strides_it_states(name, strides):
 
 
 def test_a_resnet_detector_pools_from_all_levels_but_the_last():
-    settings = DetectorSettings(**(SETTINGS | {"rpn_sizes": ((8,), (16,), (32,), (64,), (128,))}))
-    detector = Detector(build_backbone("resnet18", channels=16, weights=None), settings)
+    detector = make_detector(**RESNET)
     assert detector.head.pooling.spatial_scale == (1 / 4, 1 / 8, 1 / 16, 1 / 32)
     parts, _ = losses_and_gradients(detector, make_batch(), distill="cosine")
     assert all(value.isfinite() for value in parts.values())

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ezsd.pipeline.config.inference_overrides import TEST_TIME, at_test_time
+from ezsd.pipeline.config.schema import TEST_TIME, at_test_time
 from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.inference.detect import detect_images
 from ezsd.pipeline.inference.evaluate import evaluate_run

@@ -6,9 +6,8 @@ import shutil
 import pytest
 
 from ezsd.cache import Store
-from ezsd.pipeline.config.inference_overrides import at_test_time
 from ezsd.pipeline.config.names import ALIASES, FORMER, NO_SETTINGS, with_former_names, with_todays_names
-from ezsd.pipeline.config.schema import ConfigError, load_preset, preset_names, to_tables
+from ezsd.pipeline.config.schema import ConfigError, at_test_time, load_preset, preset_names, to_tables
 from ezsd.pipeline.extraction.provenance import as_built
 from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.runs.run import Run
