@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Interval
 
 from ezsd.choices import BoxClass, HeadName
 
@@ -13,23 +16,23 @@ class DetectorSettings:
 
     backbone: str
     """"tiny" or a torchvision ResNet."""
-    fpn_channels: int
+    fpn_channels: Annotated[int, Interval(gt=0)]
     """Width of the pyramid."""
-    rpn_sizes: tuple[int, ...]
+    rpn_sizes: tuple[Annotated[int, Interval(gt=0)], ...]
     """Proposal network's anchor size per level, input pixels; ratios 1/2, 1, 2."""
-    rpn_proposals: int
+    rpn_proposals: Annotated[int, Interval(gt=0)]
     """Boxes per image that the proposal network hands on."""
-    pool_size: int
+    pool_size: Annotated[int, Interval(gt=0)]
     """Bins per side of RoI-align."""
-    canonical_size: int
+    canonical_size: Annotated[int, Interval(gt=0)]
     """Side of a box, input pixels, that belongs on the level of stride 2 ** canonical_level."""
-    canonical_level: int
+    canonical_level: Annotated[int, Interval(ge=0)]
     """Level of a box of side canonical_size: that of stride 2 ** canonical_level."""
-    tower_depth: int
+    tower_depth: Annotated[int, Interval(ge=0)]
     """Convolutions before the pooling ("fast"), or on each pooled region, for both branches ("paper")."""
-    box_hidden: int
+    box_hidden: Annotated[int, Interval(gt=0)]
     """Width of the box regressor's hidden layer ("fast"), or of all fully connected layers ("paper")."""
-    logit_scale: float
+    logit_scale: Annotated[float, Interval(gt=0)]
     """Initial value of the learned multiplier of cosines, at most 100 (`MAX_TEMPERATURE`) while it learns."""
     head: HeadName = "fast"
     """"fast" convolves the maps and embeds a region by one operator; "paper" convolves each region, as its authors."""
@@ -38,13 +41,13 @@ class DetectorSettings:
     box_class: BoxClass = "foreground"
     """Class whose text row the regressor sees at inference: the likeliest name's; "reference": zeros where background
     is likelier; "topk": each of the `box_top_k` likeliest names has a box of its own, the others take the first's."""
-    box_top_k: int = 5
+    box_top_k: Annotated[int, Interval(gt=0)] = 5
     """Names with a box of their own, with box_class "topk"."""
-    box_batch_size_per_image: int = 512
+    box_batch_size_per_image: Annotated[int, Interval(gt=0)] = 512
     """Regions per image that the box head learns from."""
-    box_positive_fraction: float = 0.25
+    box_positive_fraction: Annotated[float, Interval(ge=0, le=1)] = 0.25
     """Largest share of these regions that are on objects."""
-    ignore_confidence: float = 2.0
+    ignore_confidence: Annotated[float, Interval(ge=0)] = 2.0
     """Regions on a cached region of this confidence are not taught to be background; above 1 none is spared."""
     masks: bool = False
     """Give objects masks, one channel for all classes, learned from the base objects' segmentations."""

@@ -7,10 +7,12 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval, MinLen
 
 from ezsd.cache import EmbeddingType
 from ezsd.choices import (
@@ -61,28 +63,25 @@ class TeacherConfig:
 class AdaptConfig:
     """Re-normalisation of the teacher's LayerNorms on base crops."""
 
-    steps: int
+    steps: Annotated[int, Interval(ge=0)]
     """Optimiser steps; 0 keeps the teacher as it is."""
-    batch_size: int
+    batch_size: Annotated[int, Interval(gt=0)]
     """Crops per step."""
-    learning_rate: float
+    learning_rate: Annotated[float, Interval(gt=0)]
     """Learning rate of AdamW, constant."""
     loss: AdaptLoss
     """"bce" (the reference's) or "softmax_ce"."""
     towers: Literal["both", "vision"] = "both"
     """Whose LayerNorms: "vision" leaves the text rows as the teacher was published."""
-    weight_decay: float = 1e-4
+    weight_decay: Annotated[float, Interval(ge=0)] = 1e-4
     """Weight decay of AdamW."""
-    max_grad_norm: float = 0.1
+    max_grad_norm: Annotated[float, Interval(gt=0)] = 0.1
     """Largest gradient norm."""
-    held_out: float = 0.1
+    held_out: Annotated[float, Interval(gt=0, lt=1)] = 0.1
     """Share of images whose base crops only measure accuracy."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, f"adapt.steps must be >= 0, got {self.steps}")
-        _above_zero("adapt", self, "batch_size", "learning_rate", "max_grad_norm")
-        _at_least(0, "adapt", self, "weight_decay")
-        _require(0 < self.held_out < 1, f"adapt.held_out must lie between 0 and 1, got {self.held_out}")
+        _require_bounds("adapt", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,27 +90,27 @@ class ProposalConfig:
 
     grid: Literal["paper", "sliding"]
     """"paper" is the method's grid on the 1333 x 800 image; "sliding" windows lie inside the original image."""
-    sizes: tuple[float, ...]
+    sizes: Annotated[tuple[Annotated[float, Interval(ge=1)], ...], MinLen(1)]
     """Square roots of anchor areas: pixels of the resized image ("paper") or of the image ("sliding")."""
-    ratios: tuple[float, ...]
+    ratios: Annotated[tuple[Annotated[float, Interval(ge=0.01, le=100)], ...], MinLen(1)]
     """Height over width."""
     stride: float
     """Pixels of the resized image ("paper"), or share of the window's side ("sliding")."""
-    crop_ratio: float
+    crop_ratio: Annotated[float, Interval(ge=1)]
     """Enlargement of a box before it is cropped; the same for scoring and embedding."""
     score: Score
     """"entropy" is log C - H over the names; "novel" the probability of the novel names."""
     padding: Surround = "black"
     """What a teacher sees beside a box that is not square: "black" (the method's) or the image's "context"."""
-    nms_iou: float = 0.7
+    nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """Suppression threshold, all names together."""
-    max_proposals: int = 1000
+    max_proposals: Annotated[int, Interval(ge=1)] = 1000
     """Proposals kept per image after suppression."""
-    base_iou: float = 0.3
+    base_iou: Annotated[float, Interval(gt=0)] = 0.3
     """Regions overlapping a base box this much are dropped."""
     drop_base_guesses: bool = True
     """Drop regions whose likeliest name is a base one."""
-    max_regions: int = 300
+    max_regions: Annotated[int, Interval(gt=0)] = 300
     """Regions kept per image."""
     drop_background: bool = True
     """Drop regions that `teacher.background` is likelier for than all names together."""
@@ -121,29 +120,16 @@ class ProposalConfig:
     """Which anchors the teacher is shown: "exhaustive" all of the grid, "grown-stride" less of large ones,
     "coarse-to-fine" a sparse grid and then what lies around the best of it. The latter two thin out the grid "paper";
     sliding windows have a spacing that grows as it is."""
-    growth: float = 0.375
+    growth: Annotated[float, Interval(gt=0)] = 0.375
     """Spacing of anchors as a share of their size: of all ("grown-stride"), of the sparse grid ("coarse-to-fine")."""
-    anchor_fraction: float = 0.1
+    anchor_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """Share of the grid's anchors that "coarse-to-fine" looks at."""
 
     def __post_init__(self) -> None:
+        _require_bounds("proposals", self)
         # Less would be more anchors than any memory holds.
-        _at_least(1 if self.grid == "paper" else 0.01, "proposals", self, "stride")
-        _require(
-            bool(self.sizes) and all(s >= 1 for s in self.sizes), f"proposals.sizes must be >= 1, got {self.sizes}"
-        )
-        _require(
-            bool(self.ratios) and all(0.01 <= r <= 100 for r in self.ratios),
-            f"proposals.ratios must lie between 0.01 and 100, got {self.ratios}",
-        )
-        _at_least(1, "proposals", self, "crop_ratio", "max_proposals")
-        _above_zero("proposals", self, "base_iou")
-        _require(0 < self.nms_iou <= 1, f"proposals.nms_iou must lie in (0, 1], got {self.nms_iou}")
-        _require(self.max_regions > 0, f"proposals.max_regions must be > 0, got {self.max_regions}")
-        _require(self.growth > 0, f"proposals.growth must be > 0, got {self.growth}")
-        _require(
-            0 < self.anchor_fraction <= 1, f"proposals.anchor_fraction must lie in (0, 1], got {self.anchor_fraction}"
-        )
+        least = 1 if self.grid == "paper" else 0.01
+        _require(self.stride >= least, f"proposals.stride must be >= {least}, got {self.stride}")
         _require(
             self.search == "exhaustive" or self.grid == "paper",
             f'proposals.search={self.search} thins out the grid "paper", and proposals.grid is {self.grid!r}; '
@@ -161,22 +147,19 @@ class ProposalConfig:
 class BuildConfig:
     """Stage one's seed, blocks and batches; embeddings depend on them by the batch's make-up alone."""
 
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0)] = 0
     """Random seed of stage one."""
-    block_images: int = 64
+    block_images: Annotated[int, Interval(gt=0)] = 64
     """Images per block: one task, one journal entry. Batches never cross a block."""
-    batch_size: int = 256
+    batch_size: Annotated[int, Interval(gt=0)] = 256
     """Crops per encoder call."""
-    max_bad_images: float = 0.001
+    max_bad_images: Annotated[float, Interval(ge=0, lt=1)] = 0.001
     """Share of the images that may be left out because they cannot be read; with fewer than one, the first stops."""
     embedding: EmbeddingType = "float16"
     """How the store keeps embeddings; "int8" with a scale per row takes half the disk."""
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, f"build.seed must be >= 0, got {self.seed}")
-        _require(self.block_images > 0, f"build.block_images must be > 0, got {self.block_images}")
-        _require(0 <= self.max_bad_images < 1, f"build.max_bad_images must lie in [0, 1), got {self.max_bad_images}")
-        _require(self.batch_size > 0, f"build.batch_size must be > 0, got {self.batch_size}")
+        _require_bounds("build", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,96 +168,86 @@ class ModelConfig(DetectorSettings):
 
     def __post_init__(self) -> None:
         _require(self.backbone in BACKBONES, f"model.backbone {self.backbone!r} is not one of {', '.join(BACKBONES)}")
-        _require(self.pool_size > 0, f"model.pool_size must be > 0, got {self.pool_size}")
-        _require(self.canonical_size > 0, f"model.canonical_size must be > 0, got {self.canonical_size}")
-        _require(self.logit_scale > 0, f"model.logit_scale must be > 0, got {self.logit_scale}")
-        _above_zero("model", self, "fpn_channels", "rpn_proposals", "box_hidden", "box_batch_size_per_image")
-        _at_least(0, "model", self, "canonical_level", "tower_depth", "ignore_confidence")
-        _require(all(size > 0 for size in self.rpn_sizes), f"model.rpn_sizes must be > 0, got {self.rpn_sizes}")
-        _require(
-            0 <= self.box_positive_fraction <= 1,
-            f"model.box_positive_fraction must lie in [0, 1], got {self.box_positive_fraction}",
-        )
-        _require(self.box_top_k > 0, f"model.box_top_k must be > 0, got {self.box_top_k}")
+        _require_bounds("model", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
     """Weights of the objective."""
 
-    distillation: float
+    distillation: Annotated[float, Interval(ge=0)]
     """Of the distillation: L1's, as the authors'; another metric is scaled to pull as hard, see
     `ezsd.losses.distillation_scale`. 0 leaves it out (see also model.ignore_confidence, which reads cached regions)."""
     metric: Metric = "cosine"
     """Distance to the cached embedding: "cosine", or "l1" between unit vectors (the authors')."""
     novel_names: bool = False
     """Put novel names into the cross-entropy too; the authors have base names alone."""
-    rpn: float = 1.0
+    rpn: Annotated[float, Interval(ge=0)] = 1.0
     """Weight of the proposal network's two terms."""
-    classification: float = 1.0
+    classification: Annotated[float, Interval(ge=0)] = 1.0
     """Weight of the cross-entropy."""
-    box: float = 1.0
+    box: Annotated[float, Interval(ge=0)] = 1.0
     """Weight of the box regression."""
-    mask: float = 1.0
+    mask: Annotated[float, Interval(ge=0)] = 1.0
     """Weight of the mask loss, with model.masks."""
 
     def __post_init__(self) -> None:
-        _at_least(0, "loss", self, "distillation", "rpn", "classification", "box", "mask")
+        _require_bounds("loss", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """The training loop: optimiser, schedule, augmentation, checkpoints."""
 
-    steps: int
+    steps: Annotated[int, Interval(gt=0)]
     """Optimiser steps."""
-    batch_size: int
+    batch_size: Annotated[int, Interval(gt=0)]
     """Images per step, over all processes and accumulated batches: what a run learns does not depend on the GPUs."""
     optimizer: Literal["adamw", "sgd"]
     """SGD has momentum 0.9."""
-    learning_rate: float
+    learning_rate: Annotated[float, Interval(gt=0)]
     """At its height, for `reference_batch_size` images per step."""
-    weight_decay: float
+    weight_decay: Annotated[float, Interval(ge=0)]
     """Not on the temperature, background row, biases and norms."""
     min_size: int
     """Images are resized to fit min_size x max_size (shorter and longer side), ratio kept; 0 keeps them as they are."""
     max_size: int
     """Longest side after resizing, in pixels, see `min_size`; 0 with min_size 0."""
-    reference_batch_size: int = 0
+    reference_batch_size: Annotated[int, Interval(ge=0)] = 0
     """The rate is multiplied by batch_size / reference_batch_size, with AdamW by its root; 0 takes it as it stands."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Interval(ge=0)] = 0
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "step"] = "cosine"
     """After the warm-up: "cosine" falls to zero, "step" divides by ten at each of `decay_at`."""
-    decay_at: tuple[float, ...] = (2 / 3, 11 / 12)
+    decay_at: tuple[Annotated[float, Interval(gt=0, lt=1)], ...] = (2 / 3, 11 / 12)
     """Shares of all steps: epochs 8 and 11 of 12."""
-    max_grad_norm: float = 10.0
+    max_grad_norm: Annotated[float, Interval(gt=0)] = 10.0
     """Largest gradient norm."""
-    grad_accumulation: int = 1
+    grad_accumulation: Annotated[int, Interval(gt=0)] = 1
     """Batches per step and process: memory is that of one."""
     rng: Literal["step", "image"] = "step"
     """"image" seeds what is drawn per image and divides losses by what was asked for, so that several processes or
     accumulated batches learn what one does, and needs it; "step" draws from one stream per step."""
-    ema_decay: float = 0.0
+    ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Decay of a moving average of the weights, which is then evaluated; 0 keeps none."""
-    regions_per_image: int = 200
+    regions_per_image: Annotated[int, Interval(ge=0)] = 200
     """Cached regions drawn per image and step, without replacement; base ground truth comes on top."""
     multiscale_min_size: int = 0
     """The shorter side is drawn between this and min_size for each image; 0 fixes it."""
     scale_jitter: tuple[float, ...] = ()
     """Large-scale jitter: images fit into a square of max_size times a factor between these two, of which a window of
     max_size is cut."""
-    checkpoint_every: int = 500
+    checkpoint_every: Annotated[int, Interval(gt=0)] = 500
     """Steps between checkpoints."""
-    checkpoint_minutes: float = 15.0
+    checkpoint_minutes: Annotated[float, Interval(gt=0)] = 15.0
     """Most minutes between checkpoints, but for the step that is under way."""
-    validate_every: int = 0
+    validate_every: Annotated[int, Interval(ge=0)] = 0
     """Epochs between evaluations on a slice of the validation images; 0 never. They choose nothing."""
-    validate_images: int = 500
+    validate_images: Annotated[int, Interval(gt=0)] = 500
     """Images of that slice."""
-    num_workers: int = 0
+    num_workers: Annotated[int, Interval(ge=0)] = 0
     """Processes that read images; with 0 a thread of the training process reads one batch ahead."""
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0)] = 0
     """Random seed of weights, sampling and augmentation."""
     backend: Backend = "auto"
     """Kernel backend."""
@@ -286,9 +259,7 @@ class TrainConfig:
     """Also log metrics to RUN/tensorboard; needs the extra "tensorboard"."""
 
     def __post_init__(self) -> None:
-        _at_least(0, "train", self, "seed", "weight_decay", "warmup_steps", "regions_per_image", "num_workers")
-        _above_zero("train", self, "steps", "batch_size", "learning_rate", "max_grad_norm")
-        _above_zero("train", self, "checkpoint_every", "checkpoint_minutes")
+        _require_bounds("train", self)
         sides = (self.min_size, self.max_size)
         _require(
             sides == (0, 0) or LEAST_SIDE <= sides[0] <= sides[1],
@@ -299,10 +270,6 @@ class TrainConfig:
 
     def _check_step(self) -> None:
         _require(
-            self.reference_batch_size >= 0, f"train.reference_batch_size must be >= 0, got {self.reference_batch_size}"
-        )
-        _require(self.grad_accumulation > 0, f"train.grad_accumulation must be > 0, got {self.grad_accumulation}")
-        _require(
             self.batch_size % self.grad_accumulation == 0,
             f"train.batch_size must be a multiple of train.grad_accumulation, got {self.batch_size} and "
             f"{self.grad_accumulation}",
@@ -311,12 +278,6 @@ class TrainConfig:
             self.grad_accumulation == 1 or self.rng == "image",
             "train.grad_accumulation needs train.rng=image: losses could not be added up otherwise",
         )
-        _require(0 <= self.ema_decay < 1, f"train.ema_decay must lie in [0, 1), got {self.ema_decay}")
-        _require(
-            all(0 < share < 1 for share in self.decay_at), f"train.decay_at must lie in (0, 1), got {self.decay_at}"
-        )
-        _require(self.validate_every >= 0, f"train.validate_every must be >= 0, got {self.validate_every}")
-        _require(self.validate_images > 0, f"train.validate_images must be > 0, got {self.validate_images}")
 
     def _check_augmentation(self) -> None:
         _require(
@@ -341,17 +302,15 @@ class TrainConfig:
 class EvalConfig:
     """Inference settings of the evaluation."""
 
-    score_threshold: float = 0.001
+    score_threshold: Annotated[float, Interval(ge=0, lt=1)] = 0.001
     """Detections below it are dropped."""
-    nms_iou: float = 0.5
+    nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.5
     """Suppression within a class."""
-    max_detections: int = 100
+    max_detections: Annotated[int, Interval(gt=0)] = 100
     """Most detections per image of `ezsd detect`; an evaluation asks for 300."""
 
     def __post_init__(self) -> None:
-        _above_zero("eval", self, "max_detections")
-        _require(0 <= self.score_threshold < 1, f"eval.score_threshold must lie in [0, 1), got {self.score_threshold}")
-        _require(0 < self.nms_iou <= 1, f"eval.nms_iou must lie in (0, 1], got {self.nms_iou}")
+        _require_bounds("eval", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -535,16 +494,41 @@ def _convert(value: object, wanted: object, where: str) -> object:
     return value
 
 
-def _at_least(limit: float, section: str, settings: object, *names: str) -> None:
-    for name in names:
+def _require_bounds(section: str, settings: object) -> None:
+    """Raise ConfigError for a value, or an element of a tuple, outside the bounds beside its field."""
+    for name, annotation in typing.get_type_hints(type(settings), include_extras=True).items():
+        said = list(_metadata(annotation))
         value = getattr(settings, name)
-        _require(value >= limit, f"{section}.{name} must be >= {limit}, got {value}")
+        values = value if isinstance(value, tuple) else (value,)
+        long_enough = all(len(values) >= one.min_length for one in said if isinstance(one, MinLen))
+        for bounds in said:
+            if isinstance(bounds, Interval):
+                inside = long_enough and all(_within(v, bounds) for v in values)
+                _require(inside, f"{section}.{name} must {_in_words(bounds)}, got {value}")
 
 
-def _above_zero(section: str, settings: object, *names: str) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        _require(value > 0, f"{section}.{name} must be > 0, got {value}")
+def _metadata(annotation: object) -> Iterator[object]:
+    """All that `Annotated` says in a type, of elements too."""
+    yield from getattr(annotation, "__metadata__", ())
+    for inner in typing.get_args(annotation):
+        yield from _metadata(inner)
+
+
+def _within(value: Any, bounds: Interval) -> bool:  # noqa: ANN401 - a number
+    return (
+        (bounds.gt is None or value > bounds.gt)
+        and (bounds.ge is None or value >= bounds.ge)
+        and (bounds.lt is None or value < bounds.lt)
+        and (bounds.le is None or value <= bounds.le)
+    )
+
+
+def _in_words(bounds: Interval) -> str:
+    low = bounds.ge if bounds.gt is None else bounds.gt
+    high = bounds.le if bounds.lt is None else bounds.lt
+    if high is None:
+        return f"be {'>=' if bounds.gt is None else '>'} {low}"
+    return f"lie in {'[' if bounds.gt is None else '('}{low}, {high}{']' if bounds.lt is None else ')'}"
 
 
 def _require(condition: bool, message: str) -> None:
