@@ -56,8 +56,8 @@ def build(folder: Path, images: int, dim: int) -> Path:
     manifest = Manifest({name: Origin(1, {}) for name in PRODUCTS}, images_digest(ids, sizes, sizes))
     arguments = {"image_ids": ids, "widths": sizes, "heights": sizes, "embed_dim": dim, "block_images": 256}
     with StoreWriter.open(folder, manifest, **arguments) as writer:
-        writer.write_whole("teacher", {"values": np.zeros(8, "f4")}, {})
-        writer.write_whole("text", {"embedding": np.eye(2, dim, dtype="f4")}, {"names": ["a", "b"]})
+        writer.write_per_store("teacher", {"values": np.zeros(8, "f4")}, {})
+        writer.write_per_store("text", {"embedding": np.eye(2, dim, dtype="f4")}, {"names": ["a", "b"]})
         for block in writer.pending():
             write_block(folder, block, block_rows(counts[block.start : block.stop], dim, rng))
         for task in writer.commit_tasks():

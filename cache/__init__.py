@@ -17,7 +17,7 @@ from ezsd.cache.format.manifest import (
     images_digest,
 )
 from ezsd.cache.format.records import GroundTruthRows, ProposalRows, RegionRows
-from ezsd.cache.format.schema import PRODUCTS, RAGGED, Block, EmbeddingType, RaggedRows
+from ezsd.cache.format.schema import PER_IMAGE, PER_STORE, PRODUCTS, Block, EmbeddingType, RaggedRows
 from ezsd.cache.journal.commit import commit_numbered
 from ezsd.cache.journal.disk_room import Forecast, forecast
 from ezsd.cache.journal.entries import read_note
@@ -41,7 +41,8 @@ __all__ = [
     "list_stores",
     "repair",
     "PRODUCTS",
-    "RAGGED",
+    "PER_IMAGE",
+    "PER_STORE",
     "EmbeddingType",
     "Forecast",
     "Origin",

@@ -27,8 +27,8 @@ from ezsd.cache.format.schema import (
     CHECKSUMS,
     IMAGES,
     OFFSET,
-    RAGGED,
-    WHOLE,
+    PER_IMAGE,
+    PER_STORE,
     Field,
     stored_fields,
 )
@@ -103,7 +103,7 @@ class Store:
     def _repr_html_(self) -> str:
         """A table, in a notebook."""
         counts = {"images": len(self.image_ids), "classes": len(self.text[0]), "embedding width": self.embed_dim}
-        for product in RAGGED:
+        for product in PER_IMAGE:
             counts[product.replace("_", " ")] = int(self._here.column(f"{product}/{OFFSET.name}")[-1])
         rows = "".join(f"<tr><th>{name}</th><td>{count:,}</td></tr>" for name, count in counts.items())
         return f"<table><caption>{html.escape(str(self))}</caption>{rows}</table>"
@@ -163,7 +163,7 @@ class Store:
     @property
     def text(self) -> tuple[tuple[str, ...], NDArray[np.float32]]:
         """Class names, and their text embeddings (C, D) float32, unit."""
-        arrays, attributes = self.read_whole("text")
+        arrays, attributes = self.read_per_store("text")
         names, rows = attributes.get("names"), arrays["embedding"]
         if not isinstance(names, list) or len(names) != len(rows) or not all(isinstance(name, str) for name in names):
             raise StoreError(
@@ -175,7 +175,7 @@ class Store:
     @property
     def teacher(self) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """The tuned parameters one after another (K,) float32, and the attributes that describe them."""
-        arrays, attributes = self.read_whole("teacher")
+        arrays, attributes = self.read_per_store("teacher")
         return arrays["values"], attributes
 
     @property
@@ -187,9 +187,9 @@ class Store:
         """
         return read_environment(self._place)
 
-    def read_whole(self, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def read_per_store(self, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Arrays and attributes of `teacher` or `text`."""
-        name = f"{product}/{WHOLE[product].name}"
+        name = f"{product}/{PER_STORE[product].name}"
         values = self._here.column(name).copy()
         if not all_finite(values):
             raise _not_finite(f"{self}: {name}")
@@ -197,7 +197,7 @@ class Store:
         attributes = parse_json(self._place.read_file(file), f"{self}/{file}").get("attributes")
         if not isinstance(attributes, dict):
             raise StoreError(f"{self}/{file}: has no attributes; the store is damaged: {MENDED}")
-        return {WHOLE[product].name: values}, attributes
+        return {PER_STORE[product].name: values}, attributes
 
     def require(self, wanted: Manifest) -> None:
         """Refuse to use this store for an experiment that needs another one.
@@ -223,7 +223,7 @@ class Product(Mapping[int, Rows], Generic[Rows]):
         """Use `Store.regions` and its like."""
         self._store, self._name = store, name
         self._record = record
-        self._known = {field.name: field for field in RAGGED[name]}
+        self._known = {field.name: field for field in PER_IMAGE[name]}
 
     def __len__(self) -> int:
         return len(self._store.image_ids)
@@ -284,7 +284,7 @@ class Product(Mapping[int, Rows], Generic[Rows]):
 
     @property
     def _fields(self) -> tuple[Field, ...]:
-        return RAGGED[self._name]
+        return PER_IMAGE[self._name]
 
 
 class _Opened:
@@ -349,8 +349,8 @@ class _Opened:
         product, _, field = name.partition("/")
         if product == CHECKSUMS:
             return CHECKSUM.dtype, own or (0,)
-        if product in WHOLE:
-            return WHOLE[product].dtype, (*(own or (0,)), *WHOLE[product].row_shape(self._mark.embed_dim))
+        if product in PER_STORE:
+            return PER_STORE[product].dtype, (*(own or (0,)), *PER_STORE[product].row_shape(self._mark.embed_dim))
         if product == "images":
             dtype = next(column.dtype for column in IMAGES if column.name == field)
             return dtype, (own or (0,)) if field == IMAGES[0].name else self.column("images/id").shape
@@ -485,7 +485,7 @@ def _digest_problems(place: Place, mark: CommitMark, *, full: bool) -> list[str]
 def holds_rows(array: str) -> bool:
     """Whether an array holds rows of images; all others are small."""
     product, _, field = array.partition("/")
-    return product in RAGGED and field != OFFSET.name
+    return product in PER_IMAGE and field != OFFSET.name
 
 
 def _has_checksums(mark: CommitMark, array: str) -> bool:

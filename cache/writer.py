@@ -30,7 +30,7 @@ from ezsd.cache.format.commit_mark import (
     size_problems,
 )
 from ezsd.cache.format.manifest import JSON, Manifest, canonical_json, seal
-from ezsd.cache.format.schema import SHARD_BYTES, WHOLE, Block
+from ezsd.cache.format.schema import PER_STORE, SHARD_BYTES, Block
 from ezsd.cache.journal.bad_images import all_bad_images
 from ezsd.cache.journal.commit import Committer, Finisher, remove_journal
 from ezsd.cache.journal.disk_room import room_to_commit, small_bytes
@@ -57,14 +57,14 @@ from ezsd.cache.journal.plan import (
     refuse,
 )
 from ezsd.cache.journal.shards import ShardTask, forget_record, recorded
-from ezsd.cache.journal.validation import check_whole
+from ezsd.cache.journal.validation import check_per_store
 from ezsd.cache.storage.locations import unfinished_plan
 
 
 class StoreWriter:
     """The builder of one store; a context manager, since it holds the build lock.
 
-    Its steps: `write_whole` for teacher and text, `write_block` for each of `pending()`, `commit_shard` for each of
+    Its steps: `write_per_store` for teacher and text, `write_block` for each of `pending()`, `commit_shard` for each of
     `commit_tasks()`, `finish()`. Blocks and shards may be written by other processes, in any order. Once teacher and
     text are written, several builders may `share` the lock, each for some of the blocks.
     """
@@ -110,9 +110,9 @@ class StoreWriter:
         wanted = Plan(
             store=store,
             manifest=manifest,
-            image_ids=_whole_numbers(image_ids, "<i8"),
-            widths=_whole_numbers(widths, "<i4"),
-            heights=_whole_numbers(heights, "<i4"),
+            image_ids=_integers(image_ids, "<i8"),
+            widths=_integers(widths, "<i4"),
+            heights=_integers(heights, "<i4"),
             embed_dim=int(embed_dim),
             block_images=int(block_images),
             shard_bytes=int(shard_bytes),
@@ -156,7 +156,7 @@ class StoreWriter:
             clear_scratch(wanted.store)
             if not plan_folder(wanted.store).is_dir():
                 wanted.write()
-        elif not all(intact(_whole_folder(wanted.store, product)) for product in WHOLE):
+        elif not all(intact(_per_store_folder(wanted.store, product)) for product in PER_STORE):
             raise StoreBusy(f"{wanted.store}: is not prepared yet for builders that share it")
         plan = read_plan(wanted.store)
         plan.require_same(wanted)
@@ -225,9 +225,9 @@ class StoreWriter:
         Raises:
             StoreIncomplete: teacher or text are missing, which no two builders may write.
         """
-        for product in WHOLE:
-            if not self.has_whole(product):
-                raise StoreIncomplete(f"{self.path}: {product} was not written yet; use write_whole first")
+        for product in PER_STORE:
+            if not self.has_per_store(product):
+                raise StoreIncomplete(f"{self.path}: {product} was not written yet; use write_per_store first")
         if self._lock is not None:
             self._lock.share()
 
@@ -269,11 +269,11 @@ class StoreWriter:
         }
         return [self.blocks[index] for index in sorted(waiting) if not committer.entries[index].sized]
 
-    def has_whole(self, product: str) -> bool:
+    def has_per_store(self, product: str) -> bool:
         """Whether `teacher` or `text` is written already."""
-        return self.complete or intact(_whole_folder(self.path, product))
+        return self.complete or intact(_per_store_folder(self.path, product))
 
-    def write_whole(self, product: str, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JSON]) -> None:
+    def write_per_store(self, product: str, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JSON]) -> None:
         """Write `teacher` or `text`, all of it or nothing; the same contents a second time are accepted.
 
         Args:
@@ -284,46 +284,46 @@ class StoreWriter:
         Raises:
             StoreError: contents that must not get into a store, or others than those written before.
         """
-        check_whole(product, arrays, attributes, embed_dim=self._plan.embed_dim)
+        check_per_store(product, arrays, attributes, embed_dim=self._plan.embed_dim)
         self._require_unfinished(f"write {product}")
-        name, field = _whole_folder(self.path, product).name, WHOLE[product]
+        name, field = _per_store_folder(self.path, product).name, PER_STORE[product]
         rows = {field.name: little_endian(arrays[field.name], field.dtype)}
         described: dict[str, JSON] = {"plan": self._plan.digest, "user": attributes}
         canonical_json(described, product)
-        if self.has_whole(product):
-            before, after = self.read_whole(product), (rows, attributes)
+        if self.has_per_store(product):
+            before, after = self.read_per_store(product), (rows, attributes)
             if _fingerprint(*before) != _fingerprint(*after):
-                raise StoreError(f"{self.path}: {product} was written before, with other contents; use read_whole")
+                raise StoreError(f"{self.path}: {product} was written before, with other contents; use read_per_store")
             return
         with disk_room(self.path, rows[field.name].nbytes):
             set_aside(self.path, name)
             write_entry(self.path, name, rows, described, point="whole")
 
-    def read_whole(self, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def read_per_store(self, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """The arrays and attributes of `teacher` or `text`, also from a complete store.
 
         Raises:
             StoreIncomplete: it was not written yet.
         """
-        field = WHOLE[product]
+        field = PER_STORE[product]
         if self.complete:
             from ezsd.cache.reader import Store
 
-            return Store(self.path).read_whole(product)
-        entry = self._whole(product)
+            return Store(self.path).read_per_store(product)
+        entry = self._per_store_entry(product)
         return {field.name: np.array(entry.array(field.name))}, dict(entry.attributes["user"])
 
-    def _whole(self, product: str) -> Entry:
-        folder = _whole_folder(self.path, product)
+    def _per_store_entry(self, product: str) -> Entry:
+        folder = _per_store_folder(self.path, product)
         if not folder.is_dir():
-            raise StoreIncomplete(f"{self.path}: {product} was not written yet; use write_whole first")
+            raise StoreIncomplete(f"{self.path}: {product} was not written yet; use write_per_store first")
         entry = Entry.read(folder)
         if entry.attributes.get("plan") != self._plan.digest:
             raise StoreError(f"{folder}: belongs to another build; remove this folder and run the build again")
         arrays = {name: entry.array(name) for name in entry.arrays}
         try:
             # The seal of an entry tells damage, not malice.
-            check_whole(product, arrays, entry.attributes.get("user"), embed_dim=self._plan.embed_dim)
+            check_per_store(product, arrays, entry.attributes.get("user"), embed_dim=self._plan.embed_dim)
         except StoreError as error:
             raise StoreError(f"{folder}: {error}; remove this folder and run the build again") from error
         return entry
@@ -387,9 +387,9 @@ class StoreWriter:
             raise StoreIncomplete(
                 f"{self.path}: {len(shards)} of {len(found)} shards are written; commit the rest first"
             )
-        wholes = {product: self._whole(product) for product in WHOLE}
-        with disk_room(self.path, small_bytes(committer, wholes)):
-            Finisher(committer, shards, {}).finish(wholes)
+        per_store = {product: self._per_store_entry(product) for product in PER_STORE}
+        with disk_room(self.path, small_bytes(committer, per_store)):
+            Finisher(committer, shards, {}).finish(per_store)
         self.close()
         self._lock = None
 
@@ -412,9 +412,9 @@ class StoreWriter:
             raise StoreError(f"{self.path}: the store is complete; cannot {action} any more")
 
 
-def _whole_folder(store: Path, product: str) -> Path:
-    if product not in WHOLE:
-        raise StoreError(f"{product!r} is not a whole product; there are {', '.join(WHOLE)}")
+def _per_store_folder(store: Path, product: str) -> Path:
+    if product not in PER_STORE:
+        raise StoreError(f"{product!r} is not a per-store product; there are {', '.join(PER_STORE)}")
     return journal_folder(store) / f"whole-{product}"
 
 
@@ -422,7 +422,7 @@ def _fingerprint(arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JS
     return canonical_json(attributes), *((name, rows.shape, rows.tobytes()) for name, rows in sorted(arrays.items()))
 
 
-def _whole_numbers(values: ArrayLike, dtype: str) -> NDArray[Any]:
+def _integers(values: ArrayLike, dtype: str) -> NDArray[Any]:
     found = np.asarray(values)
     numbers = little_endian(found if found.dtype.kind in "iu" else [], dtype)
     if found.size and not np.array_equal(numbers, found):

@@ -171,8 +171,8 @@ def require_not_set_aside(store: Path) -> None:
         )
 
 
-def file_problem(file: Path, expected: FileDigest, *, whole: bool) -> str | None:
-    """Why a file is not as it was committed, or None; by its size alone, or with `whole` by its bytes too.
+def file_problem(file: Path, expected: FileDigest, *, deep: bool) -> str | None:
+    """Why a file is not as it was committed, or None; by its size alone, or with `deep` by its bytes too.
 
     Raises:
         StoreUnreadable: the system does not let it be read, so nobody knows.
@@ -181,7 +181,7 @@ def file_problem(file: Path, expected: FileDigest, *, whole: bool) -> str | None
         size = file.stat().st_size
         if size != expected.size:
             return f"is {size} bytes long, expected {expected.size}"
-        if whole and file_digest(file) != expected:
+        if deep and file_digest(file) != expected:
             return "its bytes are not those that were committed (sha256 differs)"
     except ABSENT:
         return "is missing"
@@ -196,5 +196,5 @@ def size_problems(store: Path, mark: CommitMark) -> list[str]:
     Raises:
         StoreUnreadable: the system does not let a file be looked at.
     """
-    found = ((name, file_problem(store / name, expected, whole=False)) for name, expected in mark.files.items())
+    found = ((name, file_problem(store / name, expected, deep=False)) for name, expected in mark.files.items())
     return [f"{store / name}: {reason}" for name, reason in found if reason is not None]

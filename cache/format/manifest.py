@@ -17,8 +17,8 @@ from ezsd.cache.format.schema import (
     EMBEDDING_TYPES,
     FORMAT_VERSION,
     IMAGES,
+    PER_IMAGE,
     PRODUCTS,
-    RAGGED,
     EmbeddingType,
     require_supported,
 )
@@ -204,7 +204,7 @@ class Manifest:
     def fingerprint(self, product: str, *, embedding: EmbeddingType | None = None) -> str:
         """Sha256 of all that shaped a product; with `embedding`, as if the store kept its embeddings so."""
         origin = self.products[product]
-        ragged = RAGGED.get(product, ())
+        ragged = PER_IMAGE.get(product, ())
         return _sha256(
             {
                 "product": product,

@@ -18,23 +18,23 @@ from ezsd.cache.format.schema import (
     EMBEDDING_TYPES,
     IMAGES,
     OFFSET,
-    RAGGED,
-    WHOLE,
+    PER_IMAGE,
+    PER_STORE,
     EmbeddingType,
     stored_fields,
 )
 
 MANIFEST_FILE = "manifest.json"
 ROOT = "zarr.json"
-GROUPS = ("images", *RAGGED, *WHOLE)
+GROUPS = ("images", *PER_IMAGE, *PER_STORE)
 """Groups of data; each has its like below `checksums`."""
 
 
 def _arrays(embedding: EmbeddingType) -> dict[str, int]:
     """The arrays of data by name, and how many dimensions each has."""
     columns = [("images", field) for field in IMAGES]
-    columns += [(product, field) for product in RAGGED for field in (OFFSET, *stored_fields(product, embedding))]
-    columns += WHOLE.items()
+    columns += [(product, field) for product in PER_IMAGE for field in (OFFSET, *stored_fields(product, embedding))]
+    columns += PER_STORE.items()
     return {f"{product}/{field.name}": 1 + len(field.trailing) for product, field in columns}
 
 

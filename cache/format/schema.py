@@ -50,7 +50,7 @@ _SCORE = Field("score", "<f4")
 _CLASS = Field("class_index", "<i4")
 _EMBEDDING = Field("embedding", "<f2", (EMBED,))
 
-RAGGED: Mapping[str, tuple[Field, ...]] = MappingProxyType(
+PER_IMAGE: Mapping[str, tuple[Field, ...]] = MappingProxyType(
     {
         "proposals": (_BOX, _SCORE),
         "regions": (_BOX, _SCORE, Field("confidence", "<f4"), _CLASS, _EMBEDDING),
@@ -65,15 +65,17 @@ _INT8 = (Field("embedding", "|i1", (EMBED,)), Field("embedding_scale", "<f4"))
 def stored_fields(product: str, embedding: EmbeddingType) -> tuple[Field, ...]:
     """The columns of a ragged product as they lie in the store.
 
-    They are those of `RAGGED`, but for int8: there `embedding` is int8 (N, D), and `embedding_scale` float32 (N,)
+    They are those of `PER_IMAGE`, but for int8: there `embedding` is int8 (N, D), and `embedding_scale` float32 (N,)
     follows it. A row's unit vector is then `embedding * embedding_scale`, in float32.
     """
     if embedding == "float16":
-        return RAGGED[product]
-    return tuple(stored for field in RAGGED[product] for stored in (_INT8 if field.name == "embedding" else (field,)))
+        return PER_IMAGE[product]
+    return tuple(
+        stored for field in PER_IMAGE[product] for stored in (_INT8 if field.name == "embedding" else (field,))
+    )
 
 
-WHOLE: Mapping[str, Field] = MappingProxyType(
+PER_STORE: Mapping[str, Field] = MappingProxyType(
     {"teacher": Field("values", "<f4"), "text": Field("embedding", "<f4", (EMBED,))}
 )
 """Products that belong to the whole store: one small array each, with JSON attributes."""

@@ -24,8 +24,8 @@ from ezsd.cache.format.schema import (
     CHECKSUMS,
     FORMAT_VERSION,
     OFFSET,
-    RAGGED,
-    WHOLE,
+    PER_IMAGE,
+    PER_STORE,
     ArraySpec,
     array_spec,
     stored_fields,
@@ -45,7 +45,7 @@ class Committer:
 
     def rows(self, product: str) -> int:
         """Rows of a ragged product in the whole store."""
-        column = f"{product}/{RAGGED[product][0].name}"
+        column = f"{product}/{PER_IMAGE[product][0].name}"
         return sum(int(entry.arrays[column]["shape"][0]) for entry in self.entries)
 
     @cached_property
@@ -53,7 +53,7 @@ class Committer:
         """Geometry of the arrays that hold ragged rows."""
         return [
             self._spec(f"{product}/{field.name}", field.dtype, (rows, *field.row_shape(self.plan.embed_dim)))
-            for product in RAGGED
+            for product in PER_IMAGE
             for rows in [self.rows(product)]
             for field in stored_fields(product, self.plan.manifest.embedding)
         ]
@@ -102,13 +102,15 @@ class Committer:
         counts = np.concatenate([np.array(entry.attributes["counts"][product]) for entry in self.entries])
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
-    def small_arrays(self, wholes: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
+    def small_arrays(self, per_store: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
         """All arrays of data that are not written by tasks, by name."""
         arrays: dict[str, NDArray[Any]] = {f"images/{name}": rows for name, rows in self.plan.arrays.items()}
         arrays |= {
-            f"{product}/{OFFSET.name}": little_endian(self._offsets(product), OFFSET.dtype) for product in RAGGED
+            f"{product}/{OFFSET.name}": little_endian(self._offsets(product), OFFSET.dtype) for product in PER_IMAGE
         }
-        arrays |= {f"{product}/{field.name}": wholes[product].array(field.name) for product, field in WHOLE.items()}
+        arrays |= {
+            f"{product}/{field.name}": per_store[product].array(field.name) for product, field in PER_STORE.items()
+        }
         return arrays
 
 
@@ -167,11 +169,11 @@ class Finisher:
     def _store(self) -> Path:
         return self.committer.plan.store
 
-    def finish(self, wholes: Mapping[str, Entry]) -> None:
+    def finish(self, per_store: Mapping[str, Entry]) -> None:
         """Small arrays, checksums, metadata and manifest, then the commit mark, then the journal goes."""
         plan, nodes = self.committer.plan, dict[str, JSON]()
         self.files.update({name: record.digest for name, record in self.shards.items()})
-        described = {product: whole.attributes["user"] for product, whole in wholes.items()}
+        described = {product: whole.attributes["user"] for product, whole in per_store.items()}
         described["images"] = bad_attributes(all_bad_images(entry.attributes for entry in self.committer.entries))
         for group in GROUPS:
             nodes[group] = encoding.group_metadata(described.get(group, {}))
@@ -183,7 +185,7 @@ class Finisher:
             nodes[spec.name] = encoding.array_metadata(spec, attributes)
             shards = range(spec.shards)
             sums.append((spec, [crc for n in shards for crc in self.shards[spec.shard_file(n)].chunk_crc32]))
-        for name, rows in self.committer.small_arrays(wholes).items():
+        for name, rows in self.committer.small_arrays(per_store).items():
             spec, found = self._write_array(name, rows)
             nodes[name] = encoding.array_metadata(spec)
             sums.append((spec, found))
@@ -203,7 +205,7 @@ class Finisher:
             assert isinstance(metadata, dict)
             self._write(f"{name}/zarr.json", encoding.metadata_bytes(metadata))
         plan = self.committer.plan
-        rows = {product: self.committer.rows(product) for product in RAGGED}
+        rows = {product: self.committer.rows(product) for product in PER_IMAGE}
         attributes = root_attributes(plan.manifest, rows, images=len(plan.image_ids), embed_dim=plan.embed_dim)
         self._write("zarr.json", encoding.metadata_bytes(encoding.root_metadata(attributes, nodes)))
         self._write(MANIFEST, plan.manifest.to_json().encode())

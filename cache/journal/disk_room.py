@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ezsd.cache.format.schema import RAGGED, SHARD_BYTES, EmbeddingType, array_spec, stored_fields
+from ezsd.cache.format.schema import PER_IMAGE, SHARD_BYTES, EmbeddingType, array_spec, stored_fields
 from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk
 from ezsd.cache.journal.commit import Committer
 from ezsd.cache.journal.entries import Entry
@@ -34,12 +34,12 @@ def forecast(
     At the height all narrow arrays lie on the disk twice, once in the journal, and of the largest array two shards:
     its blocks go as soon as the shards that hold their rows are there.
     """
-    columns = [(product, field) for product in RAGGED for field in stored_fields(product, embedding)]
+    columns = [(product, field) for product in PER_IMAGE for field in stored_fields(product, embedding)]
     shapes = [(field.dtype, (rows[product], *field.row_shape(embed_dim))) for product, field in columns]
     arrays = [array_spec("", dtype, shape, shard_bytes=shard_bytes) for dtype, shape in shapes]
     sizes = [[shard_bytes_on_disk(spec, shard) for shard in range(spec.shards)] for spec in arrays]
     largest = max(sizes, key=sum)
-    final = sum(map(sum, sizes)) + images * (16 + 8 * len(RAGGED)) + _METADATA
+    final = sum(map(sum, sizes)) + images * (16 + 8 * len(PER_IMAGE)) + _METADATA
     return Forecast(final, 2 * final - sum(largest) + 2 * max(largest, default=0))
 
 
@@ -61,7 +61,7 @@ def room_to_commit(committer: Committer, tasks: Iterable[ShardTask]) -> int:
     return most
 
 
-def small_bytes(committer: Committer, wholes: Mapping[str, Entry]) -> int:
+def small_bytes(committer: Committer, per_store: Mapping[str, Entry]) -> int:
     """Bytes that the end of a commit writes: offsets, images, teacher, text, metadata."""
     images = len(committer.plan.image_ids)
-    return images * (16 + 8 * len(RAGGED)) + sum(entry.bytes_ for entry in wholes.values()) + _METADATA
+    return images * (16 + 8 * len(PER_IMAGE)) + sum(entry.bytes_ for entry in per_store.values()) + _METADATA

@@ -21,8 +21,8 @@ from ezsd.cache.format.quantise import quantise
 from ezsd.cache.format.schema import (
     FORMAT_VERSION,
     IMAGES,
+    PER_IMAGE,
     PRODUCTS,
-    RAGGED,
     Block,
     EmbeddingType,
     RaggedRows,
@@ -204,7 +204,7 @@ def _require_rows(entry: Entry, plan: Plan, block: Block) -> None:
     try:
         shapes = {
             f"{product}/{field.name}": (field.dtype, [rows, *field.row_shape(plan.embed_dim)])
-            for product in RAGGED
+            for product in PER_IMAGE
             for rows in [sum(_counts(entry, product, block.stop - block.start))]
             for field in stored_fields(product, plan.manifest.embedding)
         }
@@ -249,7 +249,7 @@ def _block_attributes(plan: Plan, block: Block) -> dict[str, JSON]:
 
 def _block_arrays(products: Mapping[str, RaggedRows], embedding: EmbeddingType) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {}
-    for product in RAGGED:
+    for product in PER_IMAGE:
         columns = stored_columns(products[product].fields, embedding)
         for field in stored_fields(product, embedding):
             arrays[f"{product}/{field.name}"] = little_endian(columns[field.name], field.dtype)
@@ -298,7 +298,7 @@ def write_block(
     require_no_rows(bad_images, products, plan.image_ids[images], where=f"block {block.index}")
     name = block_name(block.index)
     arrays = _block_arrays(products, plan.manifest.embedding)
-    counts: dict[str, JSON] = {product: products[product].counts.tolist() for product in RAGGED}
+    counts: dict[str, JSON] = {product: products[product].counts.tolist() for product in PER_IMAGE}
     attributes = {**_block_attributes(plan, block), "counts": counts, **bad_attributes(bad_images)}
     # Looked at last: another worker may have finished it while this one computed.
     done = finished_block(plan, block.index)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
-from ezsd.cache.format.schema import EMBED, RAGGED, UNIT_TOLERANCE, WHOLE, Field, RaggedRows
+from ezsd.cache.format.schema import EMBED, PER_IMAGE, PER_STORE, UNIT_TOLERANCE, Field, RaggedRows
 
 
 def check_images(image_ids: NDArray[np.int64], widths: NDArray[np.int32], heights: NDArray[np.int32]) -> None:
@@ -51,8 +51,8 @@ def check_block(
     Raises:
         StoreError: for the first thing that is wrong.
     """
-    _check_names(products.keys(), RAGGED.keys(), f"{where}: products")
-    for product, fields in RAGGED.items():
+    _check_names(products.keys(), PER_IMAGE.keys(), f"{where}: products")
+    for product, fields in PER_IMAGE.items():
         rows = products[product]
         place = f"{where}, {product}"
         _check_names(rows.fields.keys(), {field.name for field in fields}, f"{place}: fields")
@@ -66,11 +66,11 @@ def check_block(
                 column.check_boxes(widths[owner], heights[owner])
 
 
-def check_whole(product: str, arrays: Mapping[str, NDArray[Any]], attributes: object, *, embed_dim: int) -> None:
-    """Refuse a whole product that is not as the schema says: arrays by field name, attributes a JSON object."""
-    if product not in WHOLE:
-        raise StoreError(f"{product!r} is not a whole product; there are {', '.join(WHOLE)}")
-    field = WHOLE[product]
+def check_per_store(product: str, arrays: Mapping[str, NDArray[Any]], attributes: object, *, embed_dim: int) -> None:
+    """Refuse a per-store product that is not as the schema says: arrays by field name, attributes a JSON object."""
+    if product not in PER_STORE:
+        raise StoreError(f"{product!r} is not a per-store product; there are {', '.join(PER_STORE)}")
+    field = PER_STORE[product]
     _check_names(arrays.keys(), {field.name}, f"{product}: arrays")
     if not isinstance(attributes, Mapping):
         raise StoreError(f"{product}: the attributes must be a JSON object, found {type(attributes).__name__}")

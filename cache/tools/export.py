@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ezsd.cache.errors import StoreError
 from ezsd.cache.files import discard
 from ezsd.cache.format.commit_mark import MANIFEST
-from ezsd.cache.format.schema import RAGGED
+from ezsd.cache.format.schema import PER_IMAGE
 from ezsd.cache.reader import Store, Verify
 
 Format: TypeAlias = Literal["npz", "parquet", "webdataset"]
@@ -62,7 +62,7 @@ def export(
     try:
         (temporary / MANIFEST).write_text(source.manifest.to_json())
         for product in ("text", "teacher"):
-            arrays, attributes = source.read_whole(product)
+            arrays, attributes = source.read_per_store(product)
             _save(temporary / f"{product}.npz", {**arrays, "attributes": np.array(json.dumps(attributes))})
         write(source, temporary)
         # An empty folder may be replaced by a rename, and nothing else.
@@ -92,12 +92,12 @@ def _parts(store: Store) -> Iterator[tuple[str, NDArray[np.int64]]]:
 
 
 def _fields(rows: object, product: str) -> dict[str, NDArray[Any]]:
-    return {field.name: getattr(rows, field.name) for field in RAGGED[product]}
+    return {field.name: getattr(rows, field.name) for field in PER_IMAGE[product]}
 
 
 def _write_npz(store: Store, folder: Path) -> None:
     for number, ids in _parts(store):
-        for product in RAGGED:
+        for product in PER_IMAGE:
             batch = getattr(store, product).batch(ids.tolist())
             offset = np.concatenate([[0], np.cumsum(batch.counts)])
             arrays = {"image_id": ids, "offset": offset, **_fields(batch.rows, product)}
@@ -118,7 +118,7 @@ def _write_parquet(store: Store, folder: Path) -> None:
     images = {"id": store.image_ids, "width": np.ascontiguousarray(width), "height": np.ascontiguousarray(height)}
     pq.write_table(pa.table(images), folder / "images.parquet")
     for number, ids in _parts(store):
-        for product in RAGGED:
+        for product in PER_IMAGE:
             batch = getattr(store, product).batch(ids.tolist())
             columns = {"image_id": pa.array(np.repeat(ids, batch.counts))}
             for name, values in _fields(batch.rows, product).items():
@@ -138,7 +138,7 @@ def _write_webdataset(store: Store, folder: Path) -> None:
                 about = json.dumps({"id": image_id, "width": width, "height": height})
                 # Samples are told apart by what stands before the first dot.
                 _add(tar, f"{image_id:012d}.json", about.encode())
-                for product in RAGGED:
+                for product in PER_IMAGE:
                     for name, values in _fields(getattr(store, product)[image_id], product).items():
                         _add(tar, f"{image_id:012d}.{product}.{name}.npy", _npy(values))
 

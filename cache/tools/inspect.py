@@ -21,7 +21,7 @@ from ezsd.cache.format.commit_mark import (
 )
 from ezsd.cache.format.manifest import Manifest, parse_json
 from ezsd.cache.format.names import files_below, size_of
-from ezsd.cache.format.schema import FORMAT_VERSION, RAGGED, EmbeddingType
+from ezsd.cache.format.schema import FORMAT_VERSION, PER_IMAGE, EmbeddingType
 from ezsd.cache.journal.bad_images import NO_ROOT, all_bad_images, bad_images_of
 from ezsd.cache.journal.commit import Committer
 from ezsd.cache.journal.plan import Plan, block_done, plan_folder, read_block
@@ -86,7 +86,7 @@ def _committed_info(store: Path, mark: CommitMark, *, complete: bool) -> StoreIn
     try:
         attributes = root["attributes"]["ezsd_store"]
         images = int(attributes["images"])
-        rows = {product: int(attributes["rows"][product]) for product in RAGGED}
+        rows = {product: int(attributes["rows"][product]) for product in PER_IMAGE}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreError(f"{store / 'zarr.json'}: {NO_ROOT.format(type(error).__name__, error)}") from error
     bad_images = bad_images_of(root, str(store / "zarr.json"))
@@ -117,7 +117,7 @@ def _unfinished_info(plan: Plan) -> StoreInfo:
         blocks=len(plan.blocks),
         embed_dim=plan.embed_dim,
         embedding=plan.manifest.embedding,
-        products=_products(plan.manifest, {product: rows.rows(product) for product in RAGGED}, present),
+        products=_products(plan.manifest, {product: rows.rows(product) for product in PER_IMAGE}, present),
         bad_images=all_bad_images(entry.attributes for entry in rows.entries),
         manifest=plan.manifest,
         problems=(),
@@ -158,7 +158,7 @@ def _environment(store: Path) -> dict[str, Any] | None:
 
 def _load(store: Path, mark: CommitMark, name: str) -> dict[str, Any]:
     """A file that describes the store, once it is what was committed: a wrong figure would be told as a fact."""
-    reason = file_problem(store / name, mark.files[name], whole=True)
+    reason = file_problem(store / name, mark.files[name], deep=True)
     if reason is not None:
         raise StoreError(f"{store / name}: {reason}; the store is damaged: `ezsd cache repair {store}` mends it")
     return parse_json(read_bytes(store / name), str(store / name))

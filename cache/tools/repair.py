@@ -31,8 +31,8 @@ from ezsd.cache.format.schema import (
     CHECKSUMS,
     IMAGES,
     OFFSET,
-    RAGGED,
-    WHOLE,
+    PER_IMAGE,
+    PER_STORE,
     ArraySpec,
     Block,
     RaggedRows,
@@ -47,7 +47,7 @@ from ezsd.cache.tools.verify import Damage, Locator, consolidated, damaged_files
 BLOCK_IMAGES = 64
 """Images computed at once."""
 
-Whole = tuple[NDArray[np.float32], Mapping[str, Any]]
+StoredValues = tuple[NDArray[np.float32], Mapping[str, Any]]
 """Values and attributes of `teacher` or `text`."""
 
 
@@ -64,12 +64,12 @@ class RowSource(Protocol):
         """Ids, widths and heights of the store's images, in its order."""
         ...
 
-    def whole(self, product: str, wholes: Mapping[str, Whole]) -> NDArray[np.float32]:
-        """The array of `teacher` or `text`; `wholes` holds the other one where the store still has it."""
+    def per_store(self, product: str, stored: Mapping[str, StoredValues]) -> NDArray[np.float32]:
+        """The array of `teacher` or `text`; `stored` holds the other one where the store still has it."""
         ...
 
-    def rows(self, block: Block, wholes: Mapping[str, Whole]) -> Mapping[str, RaggedRows]:
-        """The rows of a slice of the image list, as `write_block` takes them, made with the store's `wholes`."""
+    def rows(self, block: Block, stored: Mapping[str, StoredValues]) -> Mapping[str, RaggedRows]:
+        """The rows of a slice of the image list, as `write_block` takes them, by the `stored` teacher and text."""
         ...
 
 
@@ -191,7 +191,7 @@ class _Repair:
 
     def _root(self, files: list[str]) -> bytes:
         nodes = {file.removesuffix("/zarr.json"): self._json(file) for file in files}
-        rows = {product: _length(nodes[f"{product}/box"]) for product in RAGGED}
+        rows = {product: _length(nodes[f"{product}/box"]) for product in PER_IMAGE}
         manifest = Manifest.from_fields(self._json(MANIFEST), str(self.store / MANIFEST))
         images = _length(nodes["images/id"])
         attributes = root_attributes(manifest, rows, images=images, embed_dim=self.mark.embed_dim)
@@ -223,9 +223,9 @@ class _Repair:
         if product == "images":
             place = [column.name for column in IMAGES].index(field)
             return [little_endian(self.source.images[place], spec.dtype)[start:stop]]
-        if product in WHOLE:
-            return [little_endian(self.source.whole(product, self._wholes), spec.dtype)[start:stop]]
-        if set(self._wholes) != set(WHOLE):
+        if product in PER_STORE:
+            return [little_endian(self.source.per_store(product, self._per_store), spec.dtype)[start:stop]]
+        if set(self._per_store) != set(PER_STORE):
             return None
         return [self._offsets(product)[start:stop]] if field == OFFSET.name else self._ragged(spec, start, stop)
 
@@ -243,10 +243,10 @@ class _Repair:
         return little_endian(found, CHECKSUM.dtype)
 
     @cached_property
-    def _wholes(self) -> dict[str, Whole]:
+    def _per_store(self) -> dict[str, StoredValues]:
         """Teacher and text, as far as the store still has them; they are repaired before this is asked."""
-        found: dict[str, Whole] = {}
-        for product, field in WHOLE.items():
+        found: dict[str, StoredValues] = {}
+        for product, field in PER_STORE.items():
             values, file = self._locate.values(f"{product}/{field.name}"), f"{product}/zarr.json"
             attributes = self._json(file).get("attributes") if self._locate.intact(file) else None
             # A stranger's may say anything there, and nothing can be computed with that.
@@ -258,7 +258,7 @@ class _Repair:
         assert self.source is not None
         for index, start in enumerate(range(first, last, BLOCK_IMAGES)):
             block = Block(index, start, min(start + BLOCK_IMAGES, last))
-            yield block, self.source.rows(block, self._wholes)
+            yield block, self.source.rows(block, self._per_store)
 
     def _offsets(self, product: str) -> NDArray[np.int64]:
         assert self.source is not None

@@ -22,7 +22,7 @@ from ezsd.cache.format.commit_mark import (
 from ezsd.cache.format.manifest import parse_json
 from ezsd.cache.format.names import empty_folders, files_below
 from ezsd.cache.format.offsets import image_places, of_images
-from ezsd.cache.format.schema import CHECKSUMS, RAGGED, WHOLE, ArraySpec
+from ezsd.cache.format.schema import CHECKSUMS, PER_IMAGE, PER_STORE, ArraySpec
 from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk, shard_rows
 from ezsd.cache.journal.entries import JOURNAL, Entry, journal_folder
 from ezsd.cache.journal.plan import Plan, block_name
@@ -80,7 +80,7 @@ def damaged_files(store: Path, mark: CommitMark, *, deep: bool) -> list[Damage]:
     found = []
     for name, expected in mark.files.items():
         try:
-            reason = file_problem(store / name, expected, whole=deep or name.endswith(".json"))
+            reason = file_problem(store / name, expected, deep=deep or name.endswith(".json"))
         except StoreUnreadable as error:
             found.append(_unreadable(store / name, name, error))
             continue
@@ -152,7 +152,7 @@ class Locator:
         if expected is None:
             return False
         try:
-            return file_problem(self.store / name, expected, whole=True) is None
+            return file_problem(self.store / name, expected, deep=True) is None
         except StoreUnreadable:
             return False
 
@@ -206,7 +206,7 @@ class Locator:
             return []
         if product == "images":
             return [int(ids[place]) for start, stop in rows for place in range(start, min(stop, len(ids)))]
-        if product not in RAGGED:
+        if product not in PER_IMAGE:
             return []
         if field == "offset":
             # Entry k ends image k - 1 and begins image k.
@@ -228,7 +228,7 @@ def consolidated(root: dict[str, Any], array: str) -> dict[str, Any]:
 
 def damaged_entries(plan: Plan, *, deep: bool) -> list[Damage]:
     """Pieces of an unfinished build that are not as they were journaled."""
-    names = [block_name(block.index) for block in plan.blocks] + [f"whole-{product}" for product in WHOLE]
+    names = [block_name(block.index) for block in plan.blocks] + [f"whole-{product}" for product in PER_STORE]
     folders = [journal_folder(plan.store) / name for name in names]
     return [
         damage for folder in folders if folder.exists() for damage in _entry_problems(plan.store, folder, deep=deep)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ezsd.adapt import restore
-from ezsd.cache import JSON, PRODUCTS, Block, Manifest, Store, StoreWriter, info
+from ezsd.cache import JSON, PER_STORE, PRODUCTS, Block, Manifest, Store, StoreWriter, info
 from ezsd.data.annotations import Annotations
 from ezsd.pipeline.config.schema import Config, TeacherConfig, to_tables
 from ezsd.pipeline.data.datasets import require_prompts
@@ -46,7 +46,6 @@ from ezsd.pipeline.scheduling.pool import Pool
 from ezsd.teacher.open_clip import Teacher, require_told_apart
 
 log = logging.getLogger("ezsd")
-WHOLE_PRODUCTS = ("teacher", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +161,7 @@ def build_share(request: BuildRequest, share: Share) -> ShareReport:
 def _kept(writer: StoreWriter) -> str:
     """What a build that is stopped now leaves, and what to type."""
     total, left = len(writer.blocks), len(writer.pending())
-    done = f"{total - left} of {total} blocks are done" if writer.has_whole("teacher") else "no block is begun yet"
+    done = f"{total - left} of {total} blocks are done" if writer.has_per_store("teacher") else "no block is begun yet"
     return f"{done}; run the same command to go on"
 
 
@@ -289,23 +288,23 @@ def _prepare(writer: StoreWriter, request: BuildRequest, source: _Source) -> Ext
     """Re-normalise and embed the names, or take both from the journal or an earlier store."""
     teacher, annotations, reuse = source.teacher, source.annotations, source.reuse
     split = request.dataset.split
-    if not writer.has_whole("text"):
+    if not writer.has_per_store("text"):
         # Re-normalisation does not tell equal prompts apart: better now than after it.
         require_told_apart(split.names, torch.from_numpy(embed_names(teacher, split.names)))
-    for product in WHOLE_PRODUCTS:
-        if reuse is not None and product in reuse.products and not writer.has_whole(product):
-            writer.write_whole(product, *Store(reuse.store).read_whole(product))
-    if not writer.has_whole("teacher"):
+    for product in PER_STORE:
+        if reuse is not None and product in reuse.products and not writer.has_per_store(product):
+            writer.write_per_store(product, *Store(reuse.store).read_per_store(product))
+    if not writer.has_per_store("teacher"):
         values, tuned = adapted(request, teacher, annotations)
-        writer.write_whole("teacher", {"values": values}, as_json(tuned))
-    arrays, attributes = writer.read_whole("teacher")
+        writer.write_per_store("teacher", {"values": values}, as_json(tuned))
+    arrays, attributes = writer.read_per_store("teacher")
     restored = (arrays["values"], attributes["parameters"])
     restore(teacher.layer_norms(), *restored)
     check_precision(teacher, request.config, request.dataset, annotations, restored, request.device)
-    if not writer.has_whole("text"):
+    if not writer.has_per_store("text"):
         names = {"names": split.names, "base_count": len(split.base), "template": request.config.teacher.template}
-        writer.write_whole("text", {"embedding": embed_names(teacher, split.names)}, as_json(names))
-    text_rows, _ = writer.read_whole("text")
+        writer.write_per_store("text", {"embedding": embed_names(teacher, split.names)}, as_json(names))
+    text_rows, _ = writer.read_per_store("text")
     return extract_job(
         request, attributes["parameters"], arrays["values"], text_rows["embedding"], source.manifest.digest, reuse
     )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ezsd.adapt import restore
 from ezsd.cache import Block, Manifest, RaggedRows, RepairReport, StoreError, info, repair
 from ezsd.cache.storage.locations import find_place, read_environment
-from ezsd.cache.tools.repair import Whole
+from ezsd.cache.tools.repair import StoredValues
 from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import from_tables
 from ezsd.pipeline.data.datasets import from_definition
@@ -75,21 +75,21 @@ class _Images:
             np.array([image.height for image in images], np.int32),
         )
 
-    def whole(self, product: str, wholes: Mapping[str, Whole]) -> NDArray[np.float32]:
+    def per_store(self, product: str, stored: Mapping[str, StoredValues]) -> NDArray[np.float32]:
         """The teacher's values, or the text rows."""
         teacher = configured_teacher(self._request.config.teacher, self._request.device)
-        if product == "teacher" or "teacher" not in wholes:
+        if product == "teacher" or "teacher" not in stored:
             values, _ = adapted(self._request, teacher, self._annotations)
             if product == "teacher":
                 return values
         else:
-            values, attributes = wholes["teacher"]
+            values, attributes = stored["teacher"]
             restore(teacher.layer_norms(), values, attributes["parameters"])
         return embed_names(teacher, self._request.dataset.split.names)
 
-    def rows(self, block: Block, wholes: Mapping[str, Whole]) -> Mapping[str, RaggedRows]:
+    def rows(self, block: Block, stored: Mapping[str, StoredValues]) -> Mapping[str, RaggedRows]:
         """All rows of a slice of the images."""
-        (values, attributes), (text, _) = wholes["teacher"], wholes["text"]
+        (values, attributes), (text, _) = stored["teacher"], stored["text"]
         job = extract_job(self._request, attributes["parameters"], values, text, self.manifest.digest)
         return block_rows(job, block, left_out=self._left_out)
 

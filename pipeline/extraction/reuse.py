@@ -9,12 +9,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ezsd.cache import Manifest, Store
+from ezsd.cache import PER_IMAGE, Manifest, Store
 
 Columns: TypeAlias = dict[str, np.ndarray]
 """The rows of one product of one image, by field."""
-
-PER_IMAGE = ("proposals", "regions", "ground_truth")
 
 
 @dataclass(frozen=True, slots=True)

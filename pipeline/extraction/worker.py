@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ezsd.adapt import restore
-from ezsd.cache import RAGGED, Block, RaggedRows, forget_block, journaled_bad_images, write_block
+from ezsd.cache import PER_IMAGE, Block, RaggedRows, forget_block, journaled_bad_images, write_block
 from ezsd.data.annotations import Annotations
 from ezsd.pipeline.config.schema import Config, from_tables
 from ezsd.pipeline.data.annotation_cache import training_annotations
@@ -27,7 +27,7 @@ from ezsd.pipeline.errors import ImageError
 from ezsd.pipeline.extraction.anchors import look_at_anchors
 from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread
 from ezsd.pipeline.extraction.external_proposals import given_proposals
-from ezsd.pipeline.extraction.reuse import PER_IMAGE, Columns, KnownRegion, Reuse, ReusedRows
+from ezsd.pipeline.extraction.reuse import Columns, KnownRegion, Reuse, ReusedRows
 from ezsd.pipeline.extraction.teacher import configured_teacher
 from ezsd.proposals.select import anchor_scores, clear_of_base, guesses, may_be_unseen, select_regions
 from ezsd.teacher.open_clip import Teacher
@@ -202,7 +202,7 @@ def _read(worker: _Worker, position: int) -> Tensor:
 def _no_rows(embed_dim: int) -> dict[str, Columns]:
     """The rows of an image that cannot be read."""
     return {
-        product: {field.name: np.zeros((0, *field.row_shape(embed_dim)), field.dtype) for field in RAGGED[product]}
+        product: {field.name: np.zeros((0, *field.row_shape(embed_dim)), field.dtype) for field in PER_IMAGE[product]}
         for product in PER_IMAGE
     }
 

@@ -257,7 +257,7 @@ class Run:
         RunError when it is another run's.
         """
         for folder in sorted((self.folder / "checkpoints").glob("step-*"), reverse=True):
-            state = _whole_state(folder)
+            state = _intact_state(folder)
             if state is None:
                 log.warning("%s: damaged, passed over", folder)
                 continue
@@ -372,7 +372,7 @@ class Run:
                 write_text(path, "".join(line + "\n" for line in kept))
 
 
-def _whole_state(folder: Path) -> dict[str, Any] | None:
+def _intact_state(folder: Path) -> dict[str, Any] | None:
     """What state.json of a checkpoint says; None if its files are not those, or not the ones that a checkpoint has."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         state: dict[str, Any] = json.loads((folder / "state.json").read_text())

@@ -37,7 +37,7 @@ NEEDS = {
     "ground_truth": ("teacher",),
 }
 NAMES = ["circle", "star", "Ünïcode"]
-WHOLES = {
+PER_STORE = {
     "teacher": ({"values": np.linspace(-1, 1, 37, dtype="f4")}, {"parameters": [["ln.weight", [37]]], "accuracy": 0.5}),
     "text": ({"embedding": np.eye(3, DIM, dtype="f4")}, {"names": NAMES, "prompts": ["a photo of a {}"]}),
 }
@@ -117,11 +117,11 @@ def fitting_manifest(arguments, embedding):
         return manifest(embedding=embedding)
 
 
-def write_wholes(writer):
+def write_per_store(writer):
     """Teacher and text, unless they are there."""
-    for product, (arrays, attributes) in WHOLES.items():
-        if not writer.has_whole(product):
-            writer.write_whole(product, arrays, attributes)
+    for product, (arrays, attributes) in PER_STORE.items():
+        if not writer.has_per_store(product):
+            writer.write_per_store(product, arrays, attributes)
 
 
 def write_one(path, block):
@@ -139,7 +139,7 @@ def build(path, *, arrange=list, rows=block_rows, **changes):
     with open_writer(path, **changes) as writer:
         if not writer.complete:
             writer.write_environment({"host": str(path)})
-            write_wholes(writer)
+            write_per_store(writer)
         for block in arrange(writer.pending()):
             write_block(path, block, rows(block))
         for task in arrange(writer.commit_tasks()):
@@ -157,11 +157,11 @@ class Images:
         self.asked = []
         self._most = most
 
-    def whole(self, product, wholes):
-        return next(iter(WHOLES[product][0].values()))
+    def per_store(self, product, known):
+        return next(iter(PER_STORE[product][0].values()))
 
-    def rows(self, block, wholes):
-        assert set(wholes) == {"teacher", "text"}
+    def rows(self, block, per_store):
+        assert set(per_store) == {"teacher", "text"}
         self.asked.append((block.start, block.stop))
         return block_rows(block, most=self._most)
 

@@ -36,7 +36,7 @@ class Scene:
 
     def begin(self, path: Path, **changes: object) -> None:
         with storekit.open_writer(path, **changes) as writer:
-            storekit.write_wholes(writer)
+            storekit.write_per_store(writer)
             self.block = writer.blocks[0]
 
     def journal(self) -> None:
@@ -73,7 +73,7 @@ class Scene:
     def describe(self, when: object) -> None:
         path = self.path.with_name(f"{type(when).__name__}")
         with storekit.open_writer(path) as writer:
-            writer.write_whole("teacher", {"values": np.zeros(3, "f4")}, {"when": when})
+            writer.write_per_store("teacher", {"values": np.zeros(3, "f4")}, {"when": when})
 
     def begun_copy(self) -> None:
         """Another store of which a copy was begun at `url`."""

@@ -55,11 +55,11 @@ class Scene:
         """A store that is being built, with a block of another build."""
         foreign = self.folder / "foreign"
         with storekit.open_writer(foreign, widths=[65, *storekit.WIDTHS[1:]]) as writer:
-            storekit.write_wholes(writer)
+            storekit.write_per_store(writer)
             for one in writer.pending():
                 storekit.write_one(foreign, one)
         with storekit.open_writer(self.new) as writer:
-            storekit.write_wholes(writer)
+            storekit.write_per_store(writer)
             for one in writer.pending():
                 storekit.write_one(self.new, one)
         shutil.rmtree(self.new / "journal" / block)
@@ -73,7 +73,7 @@ def _files(url):
 
 def wholes_again(scene: Scene) -> None:
     with storekit.open_writer(scene.new) as writer:
-        writer.read_whole("teacher")
+        writer.read_per_store("teacher")
 
 
 TABLE = [

@@ -18,7 +18,7 @@ def write_with_bad(path, block):
 
 def journal(path):
     with storekit.open_writer(path) as writer:
-        storekit.write_wholes(writer)
+        storekit.write_per_store(writer)
         for block in writer.pending():
             write_with_bad(path, block)
 

@@ -375,7 +375,7 @@ def test_a_push_to_a_folder_is_not_written_through_links_in_it(finished, away, t
 def test_a_build_is_not_gone_on_with_through_links(away, tmp_path):
     store = tmp_path / "store"
     with storekit.open_writer(store) as writer:
-        storekit.write_wholes(writer)
+        storekit.write_per_store(writer)
         for block in writer.pending():
             storekit.write_one(store, block)
         tasks = writer.commit_tasks()

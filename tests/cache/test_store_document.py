@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import storekit
 
-from ezsd.cache.format.schema import CHECKSUM, FORMAT_VERSION, IMAGES, OFFSET, PRODUCTS, RAGGED, WHOLE
+from ezsd.cache.format.schema import CHECKSUM, FORMAT_VERSION, IMAGES, OFFSET, PER_IMAGE, PER_STORE, PRODUCTS
 
 
 def rows_of_array(folder):
@@ -117,5 +117,5 @@ def test_the_root_group_carries_the_metadata_below_it(finished):
 
 def test_a_schema_that_changes_takes_a_new_format_version():
     """A store of another schema under this number would be called damaged, and is whole."""
-    said = repr(([*RAGGED.items()], [*WHOLE.items()], IMAGES, OFFSET, CHECKSUM, PRODUCTS))
+    said = repr(([*PER_IMAGE.items()], [*PER_STORE.items()], IMAGES, OFFSET, CHECKSUM, PRODUCTS))
     assert (FORMAT_VERSION, hashlib.sha256(said.encode()).hexdigest()[:16]) == (2, "aadb937cd6f1baae")

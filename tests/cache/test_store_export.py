@@ -46,9 +46,9 @@ def test_npz_reads_back(finished, tmp_path, per_file):
     with np.load(out / "images.npz") as images, np.load(out / "text.npz") as text:
         assert (images["id"].tolist(), images["width"].tolist()) == (storekit.IDS, storekit.WIDTHS)
         assert json.loads(str(text["attributes"]))["names"] == storekit.NAMES
-        np.testing.assert_array_equal(text["embedding"], storekit.WHOLES["text"][0]["embedding"])
+        np.testing.assert_array_equal(text["embedding"], storekit.PER_STORE["text"][0]["embedding"])
     with np.load(out / "teacher.npz") as teacher:
-        np.testing.assert_array_equal(teacher["values"], storekit.WHOLES["teacher"][0]["values"])
+        np.testing.assert_array_equal(teacher["values"], storekit.PER_STORE["teacher"][0]["values"])
     assert json.loads((out / "manifest.json").read_text()) == Store(finished).manifest.fields
 
 

@@ -46,7 +46,7 @@ def finish(path):
     """Go on with an unfinished store to its end."""
     with storekit.open_writer(path, block_images=6) as writer:
         writer.bad_images()
-        storekit.write_wholes(writer)
+        storekit.write_per_store(writer)
         writer.retry_images([BAD])
         write_blocks(path, writer)
         for task in writer.commit_tasks():
@@ -61,7 +61,7 @@ def journaled(tmp_path_factory):
     path = tmp_path_factory.mktemp("journaled") / "store"
     with storekit.open_writer(path, block_images=6) as writer:
         writer.write_environment({"host": "here"})
-        storekit.write_wholes(writer)
+        storekit.write_per_store(writer)
         write_blocks(path, writer)
         for task in writer.commit_tasks()[:4]:
             commit_shard(path, task)
@@ -229,7 +229,7 @@ def test_a_teacher_or_text_of_another_shape_is_one_line_and_made_anew_once_remov
     put(store, f"journal/whole-{product}/entry.json", at, value)
     message = rf"whole-{product}: {found.format(product)}; remove this folder and run the build again$"
     with pytest.raises(StoreError, match=message), storekit.open_writer(store, block_images=6) as writer:
-        writer.read_whole(product)
+        writer.read_per_store(product)
     with pytest.raises(StoreError, match=message):
         finish(store)
     shutil.rmtree(store / f"journal/whole-{product}")

@@ -48,10 +48,10 @@ def test_finished_blocks_and_shards_are_not_computed_again(path):
     build_until_killed(path, "block.after_rename:3")
     with storekit.open_writer(path) as writer:
         assert [block.index for block in writer.pending()] == [3, 4, 5]
-        assert writer.has_whole("teacher")
-        values, attributes = writer.read_whole("teacher")
-        assert values["values"].tolist() == storekit.WHOLES["teacher"][0]["values"].tolist()
-        assert attributes == storekit.WHOLES["teacher"][1]
+        assert writer.has_per_store("teacher")
+        values, attributes = writer.read_per_store("teacher")
+        assert values["values"].tolist() == storekit.PER_STORE["teacher"][0]["values"].tolist()
+        assert attributes == storekit.PER_STORE["teacher"][1]
     build_until_killed(path, "record.after_rename:2")
     with storekit.open_writer(path) as writer:
         assert writer.pending() == []
@@ -74,11 +74,11 @@ def test_a_complete_store_has_nothing_left_to_do(finished, copy):
     with storekit.open_writer(copy) as writer:
         assert writer.complete
         assert writer.pending() == writer.commit_tasks() == []
-        assert writer.has_whole("text")
-        assert writer.read_whole("text")[1]["names"] == storekit.NAMES
+        assert writer.has_per_store("text")
+        assert writer.read_per_store("text")[1]["names"] == storekit.NAMES
         writer.finish()
         with pytest.raises(StoreError, match="is complete; cannot write teacher"):
-            writer.write_whole("teacher", *storekit.WHOLES["teacher"])
+            writer.write_per_store("teacher", *storekit.PER_STORE["teacher"])
         with pytest.raises(StoreError, match="no store is being built here"):
             write_block(copy, writer.blocks[0], storekit.block_rows(writer.blocks[0]))
     assert storekit.contents(copy) == storekit.contents(finished)
@@ -101,9 +101,9 @@ def test_a_store_without_teacher_is_not_finished(path):
             storekit.write_one(path, block)
         for task in writer.commit_tasks():
             storekit.commit_shard(path, task)
-        with pytest.raises(StoreIncomplete, match="teacher was not written yet; use write_whole first"):
+        with pytest.raises(StoreIncomplete, match="teacher was not written yet; use write_per_store first"):
             writer.finish()
-        storekit.write_wholes(writer)
+        storekit.write_per_store(writer)
         writer.finish()
 
 

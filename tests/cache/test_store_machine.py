@@ -76,7 +76,7 @@ class StoreMachine(RuleBasedStateMachine):
     def commit(self, shards, point):
         with self.writer() as writer, dying_at(point):
             assert writer.pending() == []
-            storekit.write_wholes(writer)
+            storekit.write_per_store(writer)
             tasks = writer.commit_tasks()
             for task in tasks[:shards]:
                 commit_shard(self.path, task)
@@ -213,8 +213,8 @@ def test_any_number_of_rows_and_any_width_comes_back_as_written(dim, counts, blo
             block_images=block_images,
             shard_bytes=2**19,
         ) as writer:
-            writer.write_whole("teacher", {"values": np.zeros(0, "f4")}, {})
-            writer.write_whole("text", {"embedding": np.eye(2, dim, dtype="f4")}, {"names": ["a", "b"]})
+            writer.write_per_store("teacher", {"values": np.zeros(0, "f4")}, {})
+            writer.write_per_store("text", {"embedding": np.eye(2, dim, dtype="f4")}, {"names": ["a", "b"]})
             for block in writer.pending():
                 write_block(path, block, rows(block.start, block.stop))
             for task in writer.commit_tasks():

@@ -124,7 +124,7 @@ def test_float16_rounding_of_a_unit_vector_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("product", "arrays", "attributes", "message"),
     [
-        ("labels", {}, {}, "'labels' is not a whole product; there are teacher, text"),
+        ("labels", {}, {}, "'labels' is not a per-store product; there are teacher, text"),
         ("teacher", {"weights": np.zeros(3, "f4")}, {}, r"teacher: arrays: expected \['values'\]"),
         ("teacher", {"values": np.array([0, np.nan], "f4")}, {}, "teacher.values: row 1 is not finite"),
         ("teacher", {"values": np.zeros(3)}, {}, "expected float32, found float64"),
@@ -138,17 +138,17 @@ def test_float16_rounding_of_a_unit_vector_is_accepted(tmp_path):
 )
 def test_bad_whole_products_are_refused(tmp_path, product, arrays, attributes, message):
     with storekit.open_writer(tmp_path) as writer, pytest.raises(StoreError, match=message):
-        writer.write_whole(product, arrays, attributes)
+        writer.write_per_store(product, arrays, attributes)
 
 
-def test_a_whole_product_is_written_once(tmp_path):
+def test_a_per_store_product_is_written_once(tmp_path):
     with storekit.open_writer(tmp_path) as writer:
-        storekit.write_wholes(writer)
-        arrays, attributes = storekit.WHOLES["teacher"]
-        writer.write_whole("teacher", arrays, attributes)
-        with pytest.raises(StoreError, match="was written before, with other contents; use read_whole"):
-            writer.write_whole("teacher", {"values": arrays["values"] + 1}, attributes)
-        assert (writer.read_whole("teacher")[0]["values"] == arrays["values"]).all()
+        storekit.write_per_store(writer)
+        arrays, attributes = storekit.PER_STORE["teacher"]
+        writer.write_per_store("teacher", arrays, attributes)
+        with pytest.raises(StoreError, match="was written before, with other contents; use read_per_store"):
+            writer.write_per_store("teacher", {"values": arrays["values"] + 1}, attributes)
+        assert (writer.read_per_store("teacher")[0]["values"] == arrays["values"]).all()
 
 
 OTHER = storekit.manifest(proposals={"nms_iou": 0.5}, text={"prompts": "new"})

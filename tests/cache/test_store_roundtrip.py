@@ -45,8 +45,8 @@ def test_a_plain_zarr_reader_finds_dense_arrays_and_nothing_to_know(finished):
     assert group["images/id"][:].tolist() == storekit.IDS
     assert group["images/width"][:].tolist() == storekit.WIDTHS
     assert group["images/height"][:].tolist() == storekit.HEIGHTS
-    np.testing.assert_array_equal(group["text/embedding"][:], storekit.WHOLES["text"][0]["embedding"])
-    np.testing.assert_array_equal(group["teacher/values"][:], storekit.WHOLES["teacher"][0]["values"])
+    np.testing.assert_array_equal(group["text/embedding"][:], storekit.PER_STORE["text"][0]["embedding"])
+    np.testing.assert_array_equal(group["teacher/values"][:], storekit.PER_STORE["teacher"][0]["values"])
     assert group["text"].attrs["names"] == storekit.NAMES
 
 
@@ -107,7 +107,7 @@ def test_the_store_tells_what_is_in_it(finished):
     assert names == tuple(storekit.NAMES)
     assert embedding.shape == (3, storekit.DIM)
     values, attributes = store.teacher
-    assert attributes == storekit.WHOLES["teacher"][1]
+    assert attributes == storekit.PER_STORE["teacher"][1]
     assert values.dtype == np.float32
     assert list(store.regions) == storekit.IDS
     assert len(store.regions) == len(storekit.IDS)
@@ -173,7 +173,7 @@ def test_the_block_size_does_not_show(finished, memory, block_images):
 def test_two_worker_processes_write_the_same_store(finished, tmp_path):
     path = tmp_path / "store"
     with storekit.open_writer(path) as writer, multiprocessing.get_context("spawn").Pool(2) as pool:
-        storekit.write_wholes(writer)
+        storekit.write_per_store(writer)
         pool.starmap(storekit.write_one, [(path, block) for block in writer.pending()])
         pool.starmap(commit_shard, [(path, task) for task in writer.commit_tasks()])
         writer.finish()

@@ -27,7 +27,7 @@ BUILDER = """
 import sys
 import storekit
 with storekit.open_writer(sys.argv[1], shared=len(sys.argv) > 2) as writer:
-    storekit.write_wholes(writer)
+    storekit.write_per_store(writer)
     writer.share()
     print("shares", flush=True)
     for line in sys.stdin:
@@ -101,7 +101,7 @@ def test_nobody_shares_a_store_that_is_not_prepared(tmp_path):
     with pytest.raises(StoreBusy, match="not prepared yet"):
         storekit.open_writer(tmp_path / "absent", shared=True)
     with storekit.open_writer(tmp_path / "store") as writer:
-        writer.write_whole("teacher", *storekit.WHOLES["teacher"])
+        writer.write_per_store("teacher", *storekit.PER_STORE["teacher"])
         with pytest.raises(StoreIncomplete, match="text was not written yet"):
             writer.share()
         assert not writer.shared
@@ -109,7 +109,7 @@ def test_nobody_shares_a_store_that_is_not_prepared(tmp_path):
 
 def test_a_builder_that_shares_cannot_commit(tmp_path):
     with storekit.open_writer(tmp_path) as writer:
-        storekit.write_wholes(writer)
+        storekit.write_per_store(writer)
         writer.share()
         for block in writer.pending():
             storekit.write_one(tmp_path, block)
@@ -170,7 +170,7 @@ def test_a_block_that_another_worker_finished_meanwhile_is_left_where_it_is(tmp_
 
 def test_a_number_of_other_rows_is_refused(tmp_path):
     with storekit.open_writer(tmp_path) as writer:
-        storekit.write_wholes(writer)
+        storekit.write_per_store(writer)
         for block in writer.pending():
             storekit.write_one(tmp_path, block)
         digest, numbers = writer.commit_numbers()

@@ -21,7 +21,7 @@ from storekit import flip, recommit
 import ezsd.cache.files
 from ezsd.cache import Store, StoreError, StoreUnreadable, repair, verify
 from ezsd.cache.format.commit_mark import CommitMark, read_mark
-from ezsd.cache.format.schema import RAGGED, array_spec
+from ezsd.cache.format.schema import PER_IMAGE, array_spec
 from ezsd.cache.format.zarr_bytes import (
     array_metadata,
     metadata_bytes,
@@ -41,9 +41,9 @@ def everything(path, mode):
     values, attributes = store.teacher
     found = [names, text.tobytes(), values.tobytes(), json.dumps(attributes), store.sizes.tobytes()]
     found += [store.embed_dim, store.manifest.digest, store.bad_images, store.image_ids.tolist()]
-    for product in RAGGED:
+    for product in PER_IMAGE:
         batch = getattr(store, product).batch(store.image_ids.tolist())
-        found += [batch.counts.tolist(), *(getattr(batch.rows, field.name).tobytes() for field in RAGGED[product])]
+        found += [batch.counts.tolist(), *(getattr(batch.rows, field.name).tobytes() for field in PER_IMAGE[product])]
     return found
 
 
@@ -224,7 +224,7 @@ def test_an_error_of_the_system_is_not_called_damage(copy, monkeypatch, number, 
 def test_journaled_work_that_cannot_be_read_is_not_thrown_away(memory, monkeypatch, name):
     path = memory / "store"
     with storekit.open_writer(path) as writer:
-        storekit.write_wholes(writer)
+        storekit.write_per_store(writer)
         for block in writer.pending():
             storekit.write_one(path, block)
         tasks = writer.commit_tasks()
@@ -302,7 +302,7 @@ def large(tmp_path_factory, finished):
     for name in ("images/width", "images/height"):
         described(name, "<i4", (IMAGES,), np.ones(IMAGES, "<i4"))
     described("regions/offset", "<i8", (IMAGES + 1,), np.arange(IMAGES + 1, dtype="<i8") * EACH)
-    for field in RAGGED["regions"]:
+    for field in PER_IMAGE["regions"]:
         described(f"regions/{field.name}", field.dtype, (IMAGES * EACH, *field.row_shape(4)))
     mark = read_mark(path)
     recommit(path)

@@ -125,8 +125,8 @@ def write_store(path, manifest):
         path, manifest, image_ids=ids, widths=size, heights=size, embed_dim=width, block_images=IMAGES
     ) as writer:
         writer.write_environment({"limit": None, "data_root": "elsewhere"})
-        writer.write_whole("teacher", {"values": np.ones(3, "f4")}, {"parameters": []})
-        writer.write_whole("text", {"embedding": np.eye(width, dtype="f4")}, {"names": list(NAMES)})
+        writer.write_per_store("teacher", {"values": np.ones(3, "f4")}, {"parameters": []})
+        writer.write_per_store("text", {"embedding": np.eye(width, dtype="f4")}, {"names": list(NAMES)})
         products = {
             "proposals": RaggedRows(counts=counts, fields={"box": box, "score": score}),
             "regions": RaggedRows(counts=counts, fields=regions),

@@ -34,7 +34,7 @@ def test_a_commit_keeps_the_shards_that_are_written_and_goes_on(finished, tmp_pa
     path = tmp_path / "store"
     with storekit.open_writer(path) as writer:
         writer.write_environment({"host": "here"})
-        storekit.write_wholes(writer)
+        storekit.write_per_store(writer)
         for block in writer.pending():
             storekit.write_one(path, block)
         shards = len(writer.commit_tasks())
