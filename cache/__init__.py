@@ -8,57 +8,58 @@ from ezsd.cache.errors import (
     StoreMismatch,
     StoreUnreadable,
 )
-from ezsd.cache.format.manifest import (
-    JSON,
-    Manifest,
-    Origin,
-    canonical_json,
-    differences,
-    images_digest,
-)
+from ezsd.cache.files import FileLock, file_digest, rename, sync, write_atomic
+from ezsd.cache.format.commit_mark import is_committed
+from ezsd.cache.format.manifest import Manifest, Origin, images_digest
 from ezsd.cache.format.records import GroundTruthRows, ProposalRows, RegionRows
 from ezsd.cache.format.schema import PER_IMAGE, PER_STORE, PRODUCTS, Block, EmbeddingType, RaggedRows
+from ezsd.cache.format.sealed_json import JSON, Difference, canonical_json, differences, short_json
 from ezsd.cache.journal.commit import commit_numbered
 from ezsd.cache.journal.disk_room import Forecast, forecast
 from ezsd.cache.journal.entries import read_note
-from ezsd.cache.journal.plan import forget_block, journaled_bad_images, write_block
+from ezsd.cache.journal.plan import (
+    forget_block,
+    journaled_bad_images,
+    read_per_store,
+    read_plan,
+    write_block,
+)
 from ezsd.cache.journal.shards import ShardTask, commit_shard
 from ezsd.cache.reader import Product, Store, Verify
+from ezsd.cache.storage.locations import read_environment
 from ezsd.cache.tools.compare import Comparison, compare
+from ezsd.cache.tools.export import Format, export
 from ezsd.cache.tools.inspect import ProductInfo, StoreInfo, info, list_stores
 from ezsd.cache.tools.leftovers import Leftovers, collect
-from ezsd.cache.tools.repair import RepairReport, RowSource, repair
+from ezsd.cache.tools.repair import RepairReport, RowSource, StoredValues, repair
+from ezsd.cache.tools.transfer import pull, push
 from ezsd.cache.tools.verify import Damage, verify
 from ezsd.cache.writer import StoreWriter
 
 __all__ = [
-    "RowSource",
+    "Block",
     "Comparison",
     "Damage",
-    "RepairReport",
-    "collect",
-    "compare",
-    "list_stores",
-    "repair",
-    "PRODUCTS",
-    "PER_IMAGE",
-    "PER_STORE",
+    "Difference",
     "EmbeddingType",
+    "FileLock",
     "Forecast",
-    "Origin",
-    "forecast",
-    "forget_block",
-    "images_digest",
-    "JSON",
-    "Block",
+    "Format",
     "GroundTruthRows",
+    "JSON",
     "Leftovers",
     "Manifest",
+    "Origin",
+    "PER_IMAGE",
+    "PER_STORE",
+    "PRODUCTS",
     "Product",
     "ProductInfo",
     "ProposalRows",
     "RaggedRows",
     "RegionRows",
+    "RepairReport",
+    "RowSource",
     "ShardTask",
     "Store",
     "StoreBusy",
@@ -69,14 +70,34 @@ __all__ = [
     "StoreMismatch",
     "StoreUnreadable",
     "StoreWriter",
+    "StoredValues",
     "Verify",
     "canonical_json",
-    "differences",
+    "collect",
     "commit_numbered",
     "commit_shard",
+    "compare",
+    "differences",
+    "export",
+    "file_digest",
+    "forecast",
+    "forget_block",
+    "images_digest",
     "info",
+    "is_committed",
     "journaled_bad_images",
-    "verify",
+    "list_stores",
+    "pull",
+    "push",
+    "read_environment",
     "read_note",
+    "read_per_store",
+    "read_plan",
+    "rename",
+    "repair",
+    "short_json",
+    "sync",
+    "verify",
+    "write_atomic",
     "write_block",
 ]

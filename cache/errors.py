@@ -1,6 +1,17 @@
 """Errors about stores."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
 from ezsd.errors import EzsdError
+
+if TYPE_CHECKING:
+    from ezsd.cache.format.sealed_json import Difference
+
+_LISTED = 10
+"""Most differences listed in one message."""
 
 
 class StoreError(EzsdError, ValueError):
@@ -13,6 +24,31 @@ class StoreIncomplete(StoreError):
 
 class StoreMismatch(StoreError):
     """The store was made from something else than what is wanted now."""
+
+    differences: Sequence[Difference] = ()
+    """The values that differ, where these are the reason."""
+    _frame = ("", "")
+    """The message before and after them."""
+
+    @classmethod
+    def between(cls, store: object, differences: Sequence[Difference], *, cure: str) -> StoreMismatch:
+        """The error about differences between a store and what is wanted; `cure` says what to do."""
+        return cls._framed(f"{store}: this store was made from something else: ", differences, f"; {cure}", str)
+
+    def worded(self, line: Callable[[Difference], str]) -> StoreMismatch:
+        """The same error with its differences in the words of `line`, equal lines once."""
+        before, after = self._frame
+        return self._framed(before, self.differences, after, line) if self.differences else self
+
+    @classmethod
+    def _framed(
+        cls, before: str, differences: Sequence[Difference], after: str, line: Callable[[Difference], str]
+    ) -> StoreMismatch:
+        lines = list(dict.fromkeys(map(line, differences)))
+        rest = len(lines) - _LISTED
+        error = cls(before + "; ".join(lines[:_LISTED] + ([f"and {rest} more"] if rest > 0 else [])) + after)
+        error.differences, error._frame = differences, (before, after)
+        return error
 
 
 class StoreBusy(StoreError):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: checksummed writes, fsync, rename, the build lock, failpoints."""
+"""Files on disk: atomic writes, fsync, sha256, locks, room, errors of the system, failpoints of the tests."""
 
 import contextlib
 import errno
@@ -10,12 +10,12 @@ import secrets
 import shutil
 import signal
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ezsd.cache.errors import StoreBusy, StoreError, StoreUnreadable
+from ezsd.cache.errors import StoreError, StoreUnreadable
 
 FAILPOINTS: tuple[str, ...] = (
     "plan.half_written",
@@ -305,37 +305,57 @@ def make_folders(path: Path) -> None:
     sync(path.parent)
 
 
-def rename(source: Path, target: Path, *, point: str, flush: bool = True) -> None:
+def rename(source: Path, target: Path, *, point: str | None = None, flush: bool = True) -> None:
     """Move a finished file or folder to its place; nothing in between is ever visible.
 
-    Without `flush` the move may still be lost with the machine's power: the caller flushes the folder later.
+    Args:
+        source: on the same disk.
+        target: the new path.
+        point: prefix of the failpoints passed on the way.
+        flush: without it the move may still be lost with the machine's power: the caller flushes the folder later.
     """
-    failpoint(f"{point}.before_rename")
+    if point:
+        failpoint(f"{point}.before_rename")
     source.rename(target)
     if flush:
         sync(target.parent)
-    failpoint(f"{point}.after_rename")
+    if point:
+        failpoint(f"{point}.after_rename")
 
 
-def write_atomic(path: Path, data: bytes, *, scratch: Path, point: str, flush: bool = True) -> FileDigest:
-    """Write a small file so that `path` holds its old or its new bytes, never a part.
+def write_atomic(
+    path: Path, data: bytes, *, scratch: Path | None = None, point: str | None = None, flush: bool = True
+) -> FileDigest:
+    """Write a file so that `path` holds its old or its new bytes, never a part.
 
     Args:
         path: the file; its folder is made.
         data: all of its bytes.
-        scratch: a folder on the same disk, to prepare the file in.
+        scratch: a folder on the same disk, to prepare the file in under a name of its own; without it the file is
+            prepared beside `path`, as `.NAME.partial`, by one process at a time.
         point: prefix of the failpoints passed on the way.
         flush: without it all may still be lost with the machine's power, or half of it be there after that: the
             caller flushes the file, its folder and those above it, before anything says that they are there.
+
+    Raises:
+        OSError: the disk is full or refuses; it names the file.
     """
     if flush:
         make_folders(path.parent)
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = scratch_name(scratch, path.name)
+    if scratch is None:
+        temporary = path.with_name(f".{path.name}.partial")
+        discard(temporary)
+    else:
+        temporary = scratch_name(scratch, path.name)
     try:
         digest = write_new(temporary, [data], flush=flush)
         rename(temporary, path, point=point, flush=flush)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         discard(temporary)
     return digest
@@ -357,38 +377,37 @@ def discard(path: Path) -> None:
 _held: set[tuple[int, str]] = set()
 
 
-class BuildLock:
-    """The right to build in one folder; the system frees it when the process ends, however it ends.
+class FileLock:
+    """An exclusive or shared lock on a file; the system frees it when the process ends, however it ends.
 
-    One process has it alone, or several share it. A record lock (not flock): worker processes forked by the builder
-    must not keep it alive after the builder's death. Such locks do not exclude the own process, so what this process
-    holds is remembered beside them.
+    A record lock (not flock): forked worker processes must not keep it alive after the owner's death. Such locks do not
+    exclude the own process, so those that this process holds are remembered beside them.
     """
 
-    def __init__(self, path: Path, *, shared: bool = False, busy: str = "") -> None:
-        """Take the lock file `path`.
+    def __init__(self, path: Path, *, busy: Callable[[str], Exception], shared: bool = False, owner: str = "") -> None:
+        """Lock the file `path`, without waiting.
 
         Args:
             path: the file; made if it is absent.
+            busy: the error to raise where another process holds the lock, from the text in the file.
             shared: beside others that share it.
-            busy: what to say when another process has it.
+            owner: text for the file, which tells others who holds the lock.
 
         Raises:
-            StoreBusy: another builder has it; for `shared`, one that does not share it.
             StoreError: a link lies in its place.
+            OSError: the file cannot be opened or locked.
         """
-        self._path = path
-        self._said = busy or (
-            "another process is building this store, or a share of it; wait for it to end, "
-            "or choose another `out` folder"
-        )
+        self._path, self._busy = path, busy
         self.shared = shared
         self._key = (os.getpid(), str(path.resolve()))
         if self._key in _held:
-            raise self._busy()
+            raise busy(owner)
         while not self._try():
             pass
         _held.add(self._key)
+        if owner:
+            os.ftruncate(self._handle, 0)
+            os.write(self._handle, owner.encode())
 
     def _try(self) -> bool:
         """Lock the file; False when its last owner removed it meanwhile, and the lock is on nothing."""
@@ -401,8 +420,9 @@ class BuildLock:
         try:
             fcntl.lockf(self._handle, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
+            owner = os.read(self._handle, _OWNER_BYTES).decode(errors="replace")
             os.close(self._handle)
-            raise self._busy() from error
+            raise self._busy(owner) from error
         try:
             if os.fstat(self._handle).st_ino == self._path.stat().st_ino:
                 return True
@@ -411,16 +431,23 @@ class BuildLock:
         os.close(self._handle)
         return False
 
+    def __enter__(self) -> "FileLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def share(self) -> None:
         """Let others share the lock from now on."""
         fcntl.lockf(self._handle, fcntl.LOCK_SH)
         self.shared = True
-
-    def _busy(self) -> StoreBusy:
-        return StoreBusy(f"{self._path.parent}: {self._said}")
 
     def release(self) -> None:
         """Give the lock back; a second call does nothing."""
         if self._key in _held and self._key[0] == os.getpid():
             _held.discard(self._key)
             os.close(self._handle)
+
+
+_OWNER_BYTES = 1024
+"""Longest text read from the file of a lock."""

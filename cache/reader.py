@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ezsd.cache.errors import StoreError, StoreKeyError
 from ezsd.cache.files import MENDED, PUSHED
 from ezsd.cache.format.commit_mark import MANIFEST, CommitMark
-from ezsd.cache.format.manifest import Manifest, parse_json
+from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.offsets import image_places, of_images
 from ezsd.cache.format.quantise import dequantise
 from ezsd.cache.format.records import GroundTruthRows, ProposalRows, RegionRows, RowBatch, Rows
@@ -32,6 +32,7 @@ from ezsd.cache.format.schema import (
     Field,
     stored_fields,
 )
+from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.journal.bad_images import bad_images_of
 from ezsd.cache.journal.plan import refuse
 from ezsd.cache.storage.arrays import RowArray, VerifiedArray, all_finite

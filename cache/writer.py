@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ezsd.cache.errors import StoreBusy, StoreError, StoreIncomplete
 from ezsd.cache.files import (
-    BuildLock,
+    FileLock,
     disk_room,
     make_folders,
     read_bytes,
@@ -29,17 +29,20 @@ from ezsd.cache.format.commit_mark import (
     require_not_set_aside,
     size_problems,
 )
-from ezsd.cache.format.manifest import JSON, Manifest, canonical_json, seal
+from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.schema import PER_STORE, SHARD_BYTES, Block
+from ezsd.cache.format.sealed_json import JSON, canonical_json, seal
 from ezsd.cache.journal.bad_images import all_bad_images
 from ezsd.cache.journal.commit import Committer, Finisher, remove_journal
 from ezsd.cache.journal.disk_room import room_to_commit, small_bytes
 from ezsd.cache.journal.entries import (
+    ENTRY,
     Entry,
     clear_scratch,
     intact,
     journal_folder,
     little_endian,
+    lock_store,
     scratch_folder,
     set_aside,
     write_entry,
@@ -52,7 +55,10 @@ from ezsd.cache.journal.plan import (
     forget_block,
     geometry_differences,
     journaled_bad_images,
+    per_store_entry,
+    per_store_folder,
     plan_folder,
+    read_per_store,
     read_plan,
     refuse,
 )
@@ -69,7 +75,7 @@ class StoreWriter:
     text are written, several builders may `share` the lock, each for some of the blocks.
     """
 
-    def __init__(self, plan: Plan, lock: BuildLock | None) -> None:
+    def __init__(self, plan: Plan, lock: FileLock | None) -> None:
         """Use `StoreWriter.open`; without a lock the store is complete."""
         self._plan = plan
         self._lock = lock
@@ -138,7 +144,7 @@ class StoreWriter:
     def _locked(cls, wanted: Plan, *, shared: bool) -> Self:
         with writable(wanted.store):
             make_folders(wanted.store)
-            lock = BuildLock(wanted.store / LOCK, shared=shared)
+            lock = lock_store(wanted.store, shared=shared)
         try:
             return cls._start(wanted, lock)
         except BaseException:
@@ -146,7 +152,7 @@ class StoreWriter:
             raise
 
     @classmethod
-    def _start(cls, wanted: Plan, lock: BuildLock) -> Self:
+    def _start(cls, wanted: Plan, lock: FileLock) -> Self:
         # The store may have been completed between the first look and the lock.
         mark = read_mark(wanted.store)
         if mark is not None:
@@ -156,7 +162,7 @@ class StoreWriter:
             clear_scratch(wanted.store)
             if not plan_folder(wanted.store).is_dir():
                 wanted.write()
-        elif not all(intact(_per_store_folder(wanted.store, product)) for product in PER_STORE):
+        elif not all(intact(per_store_folder(wanted.store, product)) for product in PER_STORE):
             raise StoreBusy(f"{wanted.store}: is not prepared yet for builders that share it")
         plan = read_plan(wanted.store)
         plan.require_same(wanted)
@@ -174,7 +180,7 @@ class StoreWriter:
         if problems:
             raise StoreError(f"{problems[0]}; the store is damaged: run `ezsd cache repair {store}`")
         if journal_folder(store).exists() or (store / LOCK).exists():
-            lock = BuildLock(store / LOCK)
+            lock = lock_store(store)
             try:
                 remove_journal(store)
             finally:
@@ -203,6 +209,11 @@ class StoreWriter:
     def log_path(self) -> Path:
         """Where a build may keep its log; not part of what is compared or checked."""
         return self.path / LOG
+
+    @property
+    def plan_file(self) -> Path:
+        """A file of the journal that all processes of a build have to see."""
+        return plan_folder(self.path) / ENTRY
 
     @property
     def complete(self) -> bool:
@@ -271,7 +282,7 @@ class StoreWriter:
 
     def has_per_store(self, product: str) -> bool:
         """Whether `teacher` or `text` is written already."""
-        return self.complete or intact(_per_store_folder(self.path, product))
+        return self.complete or intact(per_store_folder(self.path, product))
 
     def write_per_store(self, product: str, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JSON]) -> None:
         """Write `teacher` or `text`, all of it or nothing; the same contents a second time are accepted.
@@ -286,7 +297,7 @@ class StoreWriter:
         """
         check_per_store(product, arrays, attributes, embed_dim=self._plan.embed_dim)
         self._require_unfinished(f"write {product}")
-        name, field = _per_store_folder(self.path, product).name, PER_STORE[product]
+        name, field = per_store_folder(self.path, product).name, PER_STORE[product]
         rows = {field.name: little_endian(arrays[field.name], field.dtype)}
         described: dict[str, JSON] = {"plan": self._plan.digest, "user": attributes}
         canonical_json(described, product)
@@ -305,28 +316,11 @@ class StoreWriter:
         Raises:
             StoreIncomplete: it was not written yet.
         """
-        field = PER_STORE[product]
         if self.complete:
             from ezsd.cache.reader import Store
 
             return Store(self.path).read_per_store(product)
-        entry = self._per_store_entry(product)
-        return {field.name: np.array(entry.array(field.name))}, dict(entry.attributes["user"])
-
-    def _per_store_entry(self, product: str) -> Entry:
-        folder = _per_store_folder(self.path, product)
-        if not folder.is_dir():
-            raise StoreIncomplete(f"{self.path}: {product} was not written yet; use write_per_store first")
-        entry = Entry.read(folder)
-        if entry.attributes.get("plan") != self._plan.digest:
-            raise StoreError(f"{folder}: belongs to another build; remove this folder and run the build again")
-        arrays = {name: entry.array(name) for name in entry.arrays}
-        try:
-            # The seal of an entry tells damage, not malice.
-            check_per_store(product, arrays, entry.attributes.get("user"), embed_dim=self._plan.embed_dim)
-        except StoreError as error:
-            raise StoreError(f"{folder}: {error}; remove this folder and run the build again") from error
-        return entry
+        return read_per_store(self._plan, product)
 
     def commit_tasks(self) -> list[ShardTask]:
         """The shards that are still to be written, one picklable task each; for `commit_shard`, anywhere.
@@ -387,7 +381,7 @@ class StoreWriter:
             raise StoreIncomplete(
                 f"{self.path}: {len(shards)} of {len(found)} shards are written; commit the rest first"
             )
-        per_store = {product: self._per_store_entry(product) for product in PER_STORE}
+        per_store = {product: per_store_entry(self._plan, product) for product in PER_STORE}
         with disk_room(self.path, small_bytes(committer, per_store)):
             Finisher(committer, shards, {}).finish(per_store)
         self.close()
@@ -410,12 +404,6 @@ class StoreWriter:
     def _require_unfinished(self, action: str) -> None:
         if self.complete:
             raise StoreError(f"{self.path}: the store is complete; cannot {action} any more")
-
-
-def _per_store_folder(store: Path, product: str) -> Path:
-    if product not in PER_STORE:
-        raise StoreError(f"{product!r} is not a per-store product; there are {', '.join(PER_STORE)}")
-    return journal_folder(store) / f"whole-{product}"
 
 
 def _fingerprint(arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JSON]) -> tuple[object, ...]:

@@ -35,6 +35,25 @@ SAY_OPTIONS = ("cli.py", "pipeline/console/", "pipeline/report/", "pipeline/demo
 PROGRAMS = {"torchrun", "with"}
 FACES = {"ezsd", "ezsd.__main__"}
 """What people import and run: above everything."""
+ONCE = {
+    "os.fsync": {"cache/files.py"},
+    "fcntl.lockf": {"cache/files.py"},
+    "fcntl.flock": set(),
+    # The folders of these two can be made again: nothing is flushed.
+    ".rename": {"cache/files.py", "pipeline/data/annotation_cache.py", "pipeline/data/shapes.py"},
+    "os.replace": set(),
+    # ezsd/ imports no other part.
+    "hashlib.file_digest": {"cache/files.py", "ezsd/teacher/weights.py"},
+    # Files of a store; of a run; own copies, made again where damaged; results of others, with places in errors.
+    "json.loads": {
+        *("cache/format/sealed_json.py", "pipeline/files.py", "pipeline/data/annotation_cache.py"),
+        "ezsd/metrics/results.py",
+    },
+    "json.load": set(),
+    # The text whose digest is in manifests; the one whose digest is of annotations.
+    "json.dumps(separators)": {"cache/format/sealed_json.py", "ezsd/data/records.py"},
+}
+"""What is done in one place, and the modules that hold it."""
 # The store can be read where no learning library is installed.
 HEAVY = {"torch", "torchvision", "open_clip", "safetensors", "triton"}
 RUNS_CODE = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -117,6 +136,18 @@ def called(node):
         parts.append(at.attr)
         at = at.value
     return ".".join([at.id, *reversed(parts)]) if isinstance(at, ast.Name) else ""
+
+
+def once_only(path):
+    """The uses in a module of what is done in one place."""
+    for node in ast.walk(tree(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = called(node)
+        if name == "json.dumps" and any(k.arg == "separators" for k in node.keywords):
+            yield "json.dumps(separators)"
+        # A method of whatever there is, such as a path.
+        yield from {name, f".{node.func.attr}" if isinstance(node.func, ast.Attribute) else ""} & ONCE.keys()
 
 
 def keyword(node, name):
@@ -273,6 +304,21 @@ def test_one_module_reads_image_files(part):
     assert (part == "pipeline") == bool(reader)
 
 
+@pytest.mark.parametrize("use", ONCE)
+def test_what_is_done_in_one_place_is_done_nowhere_else(use):
+    found = {path.relative_to(ROOT).as_posix() for part in PARTS for path in sources(part) if use in once_only(path)}
+    assert found == ONCE[use]
+
+
+@pytest.mark.parametrize("part", ["pipeline", "cli"])
+def test_the_work_reaches_the_store_by_its_face(part):
+    files = {"COMMIT.json", "entry.json", "manifest.json", "zarr.json"}
+    for path in sources(part):
+        inner = [name for name in imported_modules(path) if name.startswith("ezsd.cache.")]
+        named = [node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Constant) and node.value in files]
+        assert (inner, named) == ([], []), path.relative_to(ROOT)
+
+
 def test_every_folder_is_a_package_and_every_part_lies_below_the_one_name():
     folders = {path.parent for part in PARTS for path in sources(part) if path.parent != ROOT}
     assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
@@ -328,6 +374,23 @@ def test_dangers_are_seen(code, danger, tmp_path, monkeypatch):
 def test_readers_of_images_are_seen(code, tmp_path):
     (tmp_path / "module.py").write_text(code)
     assert list(openings(tmp_path / "module.py"))
+
+
+@pytest.mark.parametrize(
+    ("code", "use"),
+    [
+        ("import os\nos.fsync(f)", "os.fsync"),
+        ("(folder / name).rename(target)", ".rename"),
+        ("import os\nos.replace(a, b)", "os.replace"),
+        ("import fcntl\nfcntl.lockf(f, fcntl.LOCK_EX)", "fcntl.lockf"),
+        ("import hashlib\nhashlib.file_digest(f, 'sha256')", "hashlib.file_digest"),
+        ("import json\njson.loads(path.read_text())", "json.loads"),
+        ("import json\njson.dumps(value, separators=(',', ':'))", "json.dumps(separators)"),
+    ],
+)
+def test_a_second_place_is_seen(code, use, tmp_path):
+    (tmp_path / "module.py").write_text(code)
+    assert use in list(once_only(tmp_path / "module.py"))
 
 
 def test_harmless_code_is_left_alone(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The commit mark: the last file a build writes, which says that the store is complete and what it consists of."""
 
-import json
 import re
 import reprlib
 from collections.abc import Mapping
@@ -10,9 +9,9 @@ from typing import Any
 
 from ezsd.cache.errors import StoreError, StoreIncomplete
 from ezsd.cache.files import ABSENT, FileDigest, file_digest, read_if_there, unreadable
-from ezsd.cache.format.manifest import JSON, parse_json, seal, unseal
 from ezsd.cache.format.names import MANIFEST_FILE, is_store_file, needed_files, require_inside
 from ezsd.cache.format.schema import EMBEDDING_TYPES, FORMAT_VERSION, EmbeddingType, require_supported
+from ezsd.cache.format.sealed_json import JSON, parse_json, seal, unseal
 
 COMMIT = "COMMIT.json"
 INCOMPLETE = "INCOMPLETE.json"
@@ -41,7 +40,7 @@ class CommitMark:
     @property
     def digest(self) -> str:
         """The sha256 that the mark carries, hexadecimal: equal for stores of equal bytes, and for no others."""
-        return str(json.loads(self.to_bytes())["sha256"])
+        return str(parse_json(self.to_bytes(), COMMIT)["sha256"])
 
     def to_bytes(self) -> bytes:
         """The mark as it lies on disk."""
@@ -55,6 +54,11 @@ class CommitMark:
                 "files": files,
             }
         )
+
+
+def is_committed(store: Path) -> bool:
+    """Whether a store has a commit mark, whatever the mark says."""
+    return (store / COMMIT).is_file()
 
 
 def read_mark(store: Path) -> CommitMark | None:

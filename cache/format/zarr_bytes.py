@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
-from ezsd.cache.format.manifest import JSON, canonical_json
 from ezsd.cache.format.schema import ArraySpec
+from ezsd.cache.format.sealed_json import JSON, canonical_json
 
 _ABSENT = 2**64 - 1
 """Marks an inner chunk that a shard does not hold: those beyond the end of the array."""

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
-from ezsd.cache.format.manifest import JSON
 from ezsd.cache.format.schema import RaggedRows
+from ezsd.cache.format.sealed_json import JSON
 
 _NAME = "bad_images"
 """Attribute of a block's journal entry and of the group `images`, where there are any: id -> reason."""

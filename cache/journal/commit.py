@@ -17,7 +17,7 @@ from ezsd.cache.files import FileDigest, discard, failpoint, sync, sync_together
 from ezsd.cache.format import zarr_bytes as encoding
 from ezsd.cache.format.checksums import ChunkSums, checksum_spec
 from ezsd.cache.format.commit_mark import COMMIT, LOCK, MANIFEST, CommitMark
-from ezsd.cache.format.manifest import JSON, Manifest
+from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.names import GROUPS, empty_folders, files_below, inside
 from ezsd.cache.format.schema import (
     CHECKSUM,
@@ -30,6 +30,7 @@ from ezsd.cache.format.schema import (
     array_spec,
     stored_fields,
 )
+from ezsd.cache.format.sealed_json import JSON
 from ezsd.cache.journal.bad_images import all_bad_images, bad_attributes
 from ezsd.cache.journal.entries import Entry, journal_folder, little_endian, raw_bytes, scratch_folder
 from ezsd.cache.journal.plan import Plan, read_block, read_plan

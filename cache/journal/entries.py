@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ezsd.cache.errors import StoreError, StoreUnreadable
+from ezsd.cache.errors import StoreBusy, StoreError, StoreUnreadable
 from ezsd.cache.files import (
     ABSENT,
+    FileLock,
     discard,
     failpoint,
     make_folders,
@@ -31,8 +32,9 @@ from ezsd.cache.files import (
     write_atomic,
     write_unhashed,
 )
-from ezsd.cache.format.manifest import JSON, seal, unseal
+from ezsd.cache.format.commit_mark import LOCK
 from ezsd.cache.format.names import inside
+from ezsd.cache.format.sealed_json import JSON, seal, unseal
 
 _ALIGNMENT = 64
 _PIECE_BYTES = 2**19
@@ -41,6 +43,7 @@ _DTYPES = ("<f2", "<f4", "<i4", "<i8", "|i1")
 
 JOURNAL = "journal"
 DATA = "data.raw"
+ENTRY = "entry.json"
 
 
 def journal_folder(store: Path) -> Path:
@@ -64,10 +67,25 @@ def clear_scratch(store: Path) -> None:
     """
     scratch = scratch_folder(store)
     if scratch.is_dir():
-        scratch.rename(scratch_name(journal_folder(store), "tmp"))
+        rename(scratch, scratch_name(journal_folder(store), "tmp"), flush=False)
     for stale in journal_folder(store).glob("tmp-*"):
         discard(stale)
     make_folders(scratch)
+
+
+def lock_store(
+    store: Path,
+    *,
+    shared: bool = False,
+    busy: str = "another process is building this store, or a share of it; wait for it to end, or choose another --out "
+    "folder",
+) -> FileLock:
+    """Lock a store's folder against other builders and repairs; with `shared`, beside those that share it.
+
+    Raises:
+        StoreBusy: another process holds the lock; says `busy`.
+    """
+    return FileLock(store / LOCK, shared=shared, busy=lambda _: StoreBusy(f"{store}: {busy}"))
 
 
 def write_note(store: Path, data: bytes) -> str:
@@ -116,7 +134,7 @@ class Entry:
             StoreError: there is no such entry, or its description is damaged.
             StoreUnreadable: the system does not let it be read.
         """
-        file = folder / "entry.json"
+        file = folder / ENTRY
         data = read_if_there(file)
         if data is None:
             raise StoreError(f"{folder}: no finished journal entry here; run the build again")
@@ -260,7 +278,7 @@ def write_entry(
                 name: {**place, "crc32": zlib.crc32(raw_bytes(arrays[name]))} for name, place in places.items()
             }
             record = seal({"arrays": described, "attributes": attributes, "bytes": end})
-            write_unhashed(temporary / "entry.json", [record])
+            write_unhashed(temporary / ENTRY, [record])
             data.result()
         sync(temporary)
         _rename_entry(temporary, target, point)
@@ -301,7 +319,7 @@ def set_aside(store: Path, name: str) -> None:
     target = journal_folder(store) / name
     if target.exists():
         make_folders(scratch_folder(store))
-        target.rename(scratch_name(scratch_folder(store), f"damaged-{name}"))
+        rename(target, scratch_name(scratch_folder(store), f"damaged-{name}"), flush=False)
 
 
 def little_endian(values: ArrayLike, dtype: str) -> NDArray[Any]:

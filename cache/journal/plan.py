@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.cache.errors import StoreError, StoreMismatch, StoreUnreadable
+from ezsd.cache.errors import StoreError, StoreIncomplete, StoreMismatch, StoreUnreadable
 from ezsd.cache.files import disk_room
 from ezsd.cache.format.commit_mark import is_count
-from ezsd.cache.format.manifest import JSON, Manifest, canonical_json, images_digest
+from ezsd.cache.format.manifest import Manifest, images_digest
 from ezsd.cache.format.quantise import quantise
 from ezsd.cache.format.schema import (
     FORMAT_VERSION,
     IMAGES,
     PER_IMAGE,
+    PER_STORE,
     PRODUCTS,
     Block,
     EmbeddingType,
@@ -29,14 +30,13 @@ from ezsd.cache.format.schema import (
     require_supported,
     stored_fields,
 )
+from ezsd.cache.format.sealed_json import JSON, Difference, canonical_json
 from ezsd.cache.journal.bad_images import all_bad_images, bad_attributes, require_no_rows
 from ezsd.cache.journal.entries import Entry, journal_folder, little_endian, set_aside, write_entry
-from ezsd.cache.journal.validation import check_block, check_images
+from ezsd.cache.journal.validation import check_block, check_images, check_per_store
 
 PLAN = "plan"
 _GEOMETRY = ("embed_dim", "block_images", "shard_bytes")
-_LISTED = 10
-"""Most differences named in one error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,21 +125,19 @@ def _free(store: Path) -> Path:
     return next(name for n in itertools.count(2) if not (name := store.with_name(f"{store.name}-{n}")).exists())
 
 
-def geometry_differences(stored: Mapping[str, Any], wanted: Plan) -> list[str]:
-    """One line for each of a store's geometry values that differs from the plan's."""
+def geometry_differences(stored: Mapping[str, Any], wanted: Plan) -> list[Difference]:
+    """A store's geometry values that differ from the plan's."""
     return [
-        f"{name}: store has {value}, wanted {getattr(wanted, name)}"
+        Difference(name, value, getattr(wanted, name))
         for name, value in stored.items()
         if value != getattr(wanted, name)
     ]
 
 
-def refuse(store: Path | str, differences: list[str], *, cure: str) -> None:
+def refuse(store: Path | str, differences: Sequence[Difference], *, cure: str) -> None:
     """Raise StoreMismatch if there are differences; `cure` says what to do about them."""
     if differences:
-        rest = len(differences) - _LISTED
-        listed = differences[:_LISTED] + ([f"and {rest} more"] if rest > 0 else [])
-        raise StoreMismatch(f"{store}: this store was made from something else: {'; '.join(listed)}; {cure}")
+        raise StoreMismatch.between(store, differences, cure=cure)
 
 
 def plan_folder(store: Path) -> Path:
@@ -225,6 +223,42 @@ def _counts(entry: Entry, product: str, images: int) -> list[int]:
     if not isinstance(found, list) or len(found) != images or not all(map(is_count, found)):
         raise ValueError("no counts")
     return found
+
+
+def per_store_folder(store: Path, product: str) -> Path:
+    """The journal entry of `teacher` or `text`."""
+    if product not in PER_STORE:
+        raise StoreError(f"{product!r} is not a per-store product; there are {', '.join(PER_STORE)}")
+    return journal_folder(store) / f"whole-{product}"
+
+
+def per_store_entry(plan: Plan, product: str) -> Entry:
+    """The checked journal entry of `teacher` or `text`.
+
+    Raises:
+        StoreIncomplete: it was not written yet.
+        StoreError: it is damaged, or belongs to another build.
+    """
+    folder = per_store_folder(plan.store, product)
+    if not folder.is_dir():
+        raise StoreIncomplete(f"{plan.store}: {product} was not written yet; use write_per_store first")
+    entry = Entry.read(folder)
+    if entry.attributes.get("plan") != plan.digest:
+        raise StoreError(f"{folder}: belongs to another build; remove this folder and run the build again")
+    arrays = {name: entry.array(name) for name in entry.arrays}
+    try:
+        # The seal of an entry tells damage, not malice.
+        check_per_store(product, arrays, entry.attributes.get("user"), embed_dim=plan.embed_dim)
+    except StoreError as error:
+        raise StoreError(f"{folder}: {error}; remove this folder and run the build again") from error
+    return entry
+
+
+def read_per_store(plan: Plan, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """The arrays and attributes of `teacher` or `text` from the journal; errors as of `per_store_entry`."""
+    entry = per_store_entry(plan, product)
+    name = PER_STORE[product].name
+    return {name: np.array(entry.array(name))}, dict(entry.attributes["user"])
 
 
 def block_done(plan: Plan, index: int) -> bool:

@@ -23,9 +23,9 @@ from ezsd.cache.files import (
 from ezsd.cache.format import zarr_bytes as encoding
 from ezsd.cache.format.checksums import ChunkSums
 from ezsd.cache.format.commit_mark import is_count, is_sha256
-from ezsd.cache.format.manifest import JSON, canonical_json, seal, unseal
 from ezsd.cache.format.names import inside
 from ezsd.cache.format.schema import ArraySpec
+from ezsd.cache.format.sealed_json import JSON, canonical_json, seal, unseal
 from ezsd.cache.journal.entries import drop_data, journal_folder, scratch_folder, set_aside
 from ezsd.cache.journal.plan import Plan, block_name, read_block, read_plan
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
 from ezsd.cache.files import MENDED, open_to_read, read_bytes, unreadable
-from ezsd.cache.format.manifest import parse_json
 from ezsd.cache.format.schema import ArraySpec
+from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.format.zarr_bytes import (
     array_metadata,
     index_bytes,

@@ -114,8 +114,9 @@ def find_place(where: str | os.PathLike[str]) -> Place:
     return LocalPlace(Path(where).absolute())
 
 
-def read_environment(place: Place) -> dict[str, Any]:
-    """What a build recorded of itself; empty when there is no record. StoreError if it is damaged."""
+def read_environment(store: str | os.PathLike[str] | Place) -> dict[str, Any]:
+    """A build's record of host, versions, settings and places; empty without one. StoreError for a damaged one."""
+    place = find_place(store) if isinstance(store, str | os.PathLike) else store
     return parse_environment(place.read_if_there(ENVIRONMENT), f"{place}/{ENVIRONMENT}")
 
 

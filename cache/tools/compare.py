@@ -9,6 +9,7 @@ from ezsd.cache.files import FileDigest
 from ezsd.cache.format.commit_mark import MANIFEST
 from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.schema import PRODUCTS
+from ezsd.cache.format.sealed_json import Difference
 from ezsd.cache.storage.locations import require_mark
 
 
@@ -16,8 +17,8 @@ from ezsd.cache.storage.locations import require_mark
 class Comparison:
     """Two complete stores compared, from what they say about themselves: no array is read."""
 
-    settings: tuple[str, ...]
-    """One line for each setting in which they differ, by dotted name."""
+    settings: tuple[Difference, ...]
+    """The values of their manifests in which they differ, by dotted name."""
     same_fingerprint: tuple[str, ...]
     """Products made from the same things in the same way."""
     content: tuple[str, ...]

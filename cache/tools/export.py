@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
-from ezsd.cache.files import discard
+from ezsd.cache.files import discard, rename
 from ezsd.cache.format.commit_mark import MANIFEST
 from ezsd.cache.format.schema import PER_IMAGE
 from ezsd.cache.reader import Store, Verify
@@ -66,7 +66,7 @@ def export(
             _save(temporary / f"{product}.npz", {**arrays, "attributes": np.array(json.dumps(attributes))})
         write(source, temporary)
         # An empty folder may be replaced by a rename, and nothing else.
-        temporary.rename(target)
+        rename(temporary, target)
     finally:
         discard(temporary)
     return target

@@ -19,13 +19,14 @@ from ezsd.cache.format.commit_mark import (
     read_mark,
     size_problems,
 )
-from ezsd.cache.format.manifest import Manifest, parse_json
+from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.names import files_below, size_of
 from ezsd.cache.format.schema import FORMAT_VERSION, PER_IMAGE, EmbeddingType
+from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.journal.bad_images import NO_ROOT, all_bad_images, bad_images_of
 from ezsd.cache.journal.commit import Committer
 from ezsd.cache.journal.plan import Plan, block_done, plan_folder, read_block
-from ezsd.cache.storage.locations import LocalPlace, read_environment, unfinished_plan
+from ezsd.cache.storage.locations import read_environment, unfinished_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +152,7 @@ def _folder(store: Path) -> dict[str, Any]:
 def _environment(store: Path) -> dict[str, Any] | None:
     """What was recorded, or None where that is damaged: `verify` says so, and the store does not depend on it."""
     try:
-        return read_environment(LocalPlace(store)) or None
+        return read_environment(store) or None
     except StoreError:
         return None
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ezsd.cache.files import BuildLock, discard
+from ezsd.cache.files import discard
 from ezsd.cache.format.commit_mark import (
     ARRIVING,
     LOCK,
@@ -15,7 +15,7 @@ from ezsd.cache.format.commit_mark import (
     read_mark,
 )
 from ezsd.cache.format.names import files_below, inside, size_of
-from ezsd.cache.journal.entries import JOURNAL, scratch_folder
+from ezsd.cache.journal.entries import JOURNAL, lock_store, scratch_folder
 from ezsd.cache.storage.locations import unfinished_plan
 from ezsd.cache.tools.verify import stray_files
 
@@ -52,7 +52,7 @@ def collect(path: str | os.PathLike[str], *, strays: bool = False, dry_run: bool
         unfinished_plan(store)
     if dry_run:
         return _look(store, mark, strays=strays)
-    lock = BuildLock(store / LOCK)
+    lock = lock_store(store)
     try:
         found = _look(store, mark, strays=strays)
         for name in found.removed:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError, StoreMismatch, StoreUnreadable
-from ezsd.cache.files import BuildLock, discard, make_folders, rename, scratch_name, write_new
+from ezsd.cache.files import discard, make_folders, rename, scratch_name, write_new
 from ezsd.cache.format import zarr_bytes as encoding
 from ezsd.cache.format.checksums import ChunkSums
 from ezsd.cache.format.commit_mark import (
@@ -24,7 +24,7 @@ from ezsd.cache.format.commit_mark import (
     read_incomplete,
     read_mark,
 )
-from ezsd.cache.format.manifest import Manifest, parse_json
+from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.names import inside
 from ezsd.cache.format.schema import (
     CHECKSUM,
@@ -38,8 +38,9 @@ from ezsd.cache.format.schema import (
     RaggedRows,
     stored_fields,
 )
+from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.journal.commit import root_attributes
-from ezsd.cache.journal.entries import journal_folder, little_endian, raw_bytes, scratch_folder
+from ezsd.cache.journal.entries import journal_folder, little_endian, lock_store, raw_bytes, scratch_folder
 from ezsd.cache.journal.plan import stored_columns
 from ezsd.cache.storage.locations import unfinished_plan
 from ezsd.cache.tools.verify import Damage, Locator, consolidated, damaged_files
@@ -109,7 +110,7 @@ def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> Rep
         )
     # Refuses a link in its place, before a lock file would be put there.
     scratch_folder(store)
-    lock = BuildLock(store / LOCK)
+    lock = lock_store(store)
     try:
         return _Repair(store, mark, source).run()
     finally:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ezsd.cache.errors import StoreError
 from ezsd.cache.files import (
-    BuildLock,
     FileDigest,
     copied_to,
     discard,
@@ -35,6 +34,7 @@ from ezsd.cache.format.commit_mark import (
     parse_mark,
 )
 from ezsd.cache.format.names import files_below, inside
+from ezsd.cache.journal.entries import lock_store
 from ezsd.cache.reader import Store
 from ezsd.cache.storage.remote import RemotePlace
 
@@ -165,8 +165,8 @@ def pull(url: str, folder: str | os.PathLike[str]) -> int:
 
 def _locked_pull(there: RemotePlace, here: Path, mark: CommitMark, data: bytes) -> int:
     make_folders(here)
-    lock = BuildLock(
-        here / LOCK, busy="another process is copying a store to here; wait for it to end, or choose another folder"
+    lock = lock_store(
+        here, busy="another process is copying a store to here; wait for it to end, or choose another folder"
     )
     try:
         # Another copy may have ended between the first look and the lock.

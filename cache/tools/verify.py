@@ -19,15 +19,15 @@ from ezsd.cache.format.commit_mark import (
     read_incomplete,
     read_mark,
 )
-from ezsd.cache.format.manifest import parse_json
 from ezsd.cache.format.names import empty_folders, files_below
 from ezsd.cache.format.offsets import image_places, of_images
 from ezsd.cache.format.schema import CHECKSUMS, PER_IMAGE, PER_STORE, ArraySpec
+from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk, shard_rows
 from ezsd.cache.journal.entries import JOURNAL, Entry, journal_folder
 from ezsd.cache.journal.plan import Plan, block_name
 from ezsd.cache.storage.direct import direct_spec
-from ezsd.cache.storage.locations import LocalPlace, read_environment, unfinished_plan
+from ezsd.cache.storage.locations import read_environment, unfinished_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ def _foreign(path: Path) -> str:
 def _environment_problems(store: Path) -> list[Damage]:
     file = store / ENVIRONMENT
     try:
-        read_environment(LocalPlace(store))
+        read_environment(store)
     except StoreUnreadable as error:
         return [_unreadable(file, ENVIRONMENT, error)]
     except StoreError as error:

@@ -9,19 +9,22 @@ from typing import TYPE_CHECKING, Literal
 
 from ezsd.cache import (
     Damage,
+    Format,
     RepairReport,
     StoreError,
     StoreInfo,
     Verify,
     collect,
     compare,
+    export,
     info,
     list_stores,
+    pull,
+    push,
     verify,
 )
-from ezsd.cache.tools.export import Format, export
-from ezsd.cache.tools.transfer import pull, push
 from ezsd.pipeline.console.options import as_options
+from ezsd.pipeline.extraction.manifest_names import as_setting
 from ezsd.pipeline.progress import duration
 
 if TYPE_CHECKING:
@@ -155,7 +158,7 @@ def compare_lines(first: Path, second: Path) -> list[str]:
     found = compare(first, second)
     same = ", ".join(found.same_fingerprint) or "none"
     return [
-        *(line.replace("store has", "first has").replace("wanted", "second has") for line in found.settings),
+        *dict.fromkeys(as_setting(one).line("first", "second", verb="has ") for one in found.settings),
         f"products with the same fingerprint: {same}",
         *(found.content or ["same content, file for file"]),
     ]

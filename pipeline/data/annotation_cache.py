@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ezsd.cache import file_digest
 from ezsd.data.annotations import Annotations, ImageTable, load_training, read_raw
 from ezsd.data.coco_json import Table, category_faults, read_table, used_categories
 from ezsd.data.records import refine
 from ezsd.errors import AnnotationError
 from ezsd.metrics.ground_truth import read_truth
-from ezsd.pipeline.files import sha256
 from ezsd.vocabulary import Split
 
 log = logging.getLogger("ezsd")
@@ -173,7 +173,7 @@ def kept_arrays(
 
 def _content(path: Path) -> str:
     try:
-        return sha256(path)
+        return file_digest(path).sha256
     except OSError as error:
         cure = "Give the path of a COCO-format annotation file."
         raise AnnotationError(

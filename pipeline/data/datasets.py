@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import re
 import tomllib
@@ -16,6 +15,7 @@ from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.pipeline.data.annotation_cache import Category, read_categories, sound_categories
 from ezsd.pipeline.data.images import Exif
 from ezsd.pipeline.errors import DatasetError
+from ezsd.pipeline.files import as_json
 from ezsd.vocabulary import COCO_SPLIT, Split, canonical, clean_names, suggest
 from ezsd.vocabulary import prompts as make_prompts
 
@@ -89,7 +89,7 @@ class Dataset:
         """Everything but the root, as JSON has it: what a store, a run or a worker needs to find the data again."""
         table = dataclasses.asdict(self)
         del table["root"]
-        definition: dict[str, object] = json.loads(json.dumps(table))
+        definition: dict[str, object] = as_json(table)
         return definition
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from ezsd.adapt import restore
-from ezsd.cache import JSON, PER_STORE, PRODUCTS, Block, Manifest, Store, StoreWriter, info
+from ezsd.cache import JSON, PER_STORE, PRODUCTS, Block, Manifest, Store, StoreMismatch, StoreWriter, info, is_committed
 from ezsd.data.annotations import Annotations
-from ezsd.pipeline.config.schema import Config, TeacherConfig, to_tables
+from ezsd.pipeline.config.schema import Config, TeacherConfig
 from ezsd.pipeline.data.datasets import require_prompts
 from ezsd.pipeline.data.images import most_bad_images, read_dataset_image, require_few_bad
 from ezsd.pipeline.data.requirements import (
@@ -34,11 +33,13 @@ from ezsd.pipeline.extraction.environment import describe_build, weights_file_di
 from ezsd.pipeline.extraction.external_proposals import given_proposals
 from ezsd.pipeline.extraction.forecast import warn_of_room
 from ezsd.pipeline.extraction.jobs import extract_numbered, leave_job
-from ezsd.pipeline.extraction.provenance import as_json, describe, model_inputs
+from ezsd.pipeline.extraction.manifest_names import as_setting
+from ezsd.pipeline.extraction.provenance import describe, model_inputs
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.reuse import Reuse, plan_reuse
 from ezsd.pipeline.extraction.teacher import check_precision, configured_teacher, require_words
 from ezsd.pipeline.extraction.worker import ExtractJob
+from ezsd.pipeline.files import as_json
 from ezsd.pipeline.interrupts import keeping
 from ezsd.pipeline.progress import Progress, log_file, now, timed
 from ezsd.pipeline.scheduling.job_array import Share, open_share
@@ -244,16 +245,19 @@ def _open_writer(request: BuildRequest, source: _Source, *, shared: bool = False
 def _writer(
     request: BuildRequest, manifest: Manifest, annotations: Annotations, embed_dim: int, *, shared: bool = False
 ) -> StoreWriter:
-    return StoreWriter.open(
-        request.out,
-        manifest,
-        image_ids=[image.id for image in annotations.images],
-        widths=[image.width for image in annotations.images],
-        heights=[image.height for image in annotations.images],
-        embed_dim=embed_dim,
-        block_images=request.config.build.block_images,
-        shared=shared,
-    )
+    try:
+        return StoreWriter.open(
+            request.out,
+            manifest,
+            image_ids=[image.id for image in annotations.images],
+            widths=[image.width for image in annotations.images],
+            heights=[image.height for image in annotations.images],
+            embed_dim=embed_dim,
+            block_images=request.config.build.block_images,
+            shared=shared,
+        )
+    except StoreMismatch as error:
+        raise error.worded(lambda difference: str(as_setting(difference))) from None
 
 
 def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
@@ -262,7 +266,7 @@ def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
     The store remembers the digest of the file that its teacher's weights came from: the same file under the same
     name makes the same teacher. Where that does not settle it, nothing is known, and the teacher has to be loaded.
     """
-    if not (request.out / "COMMIT.json").is_file():
+    if not is_committed(request.out):
         return False
     found = info(request.out)
     recorded = found.environment or {}
@@ -362,22 +366,21 @@ def embed_names(teacher: Teacher, names: Sequence[str]) -> NDArray[np.float32]:
 
 def extract_job(
     request: BuildRequest,
-    parameters: object,
+    parameters: list[dict[str, object]],
     values: NDArray[np.float32],
     text: NDArray[np.float32],
     made_from: str,
     reuse: Reuse | None = None,
 ) -> ExtractJob:
-    """What a worker needs to know."""
+    """The job of a build's workers; its places are absolute, since workers run in other folders."""
     return ExtractJob(
         store=str(request.out.absolute()),
-        dataset=json.dumps(request.dataset.definition()),
-        root=str(request.dataset.root.absolute()),
-        config=json.dumps(to_tables(_anywhere(request.config))),
+        dataset=dataclasses.replace(request.dataset, root=request.dataset.root.absolute()),
+        config=_anywhere(request.config),
         device=request.device,
-        values=values.astype(np.float32).tobytes(),
-        parameters=json.dumps(parameters),
-        text=text.astype(np.float32).tobytes(),
+        values=values,
+        parameters=parameters,
+        text=text,
         limit=request.limit,
         made_from=made_from,
         reuse=reuse,

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from ezsd.cache import Block, StoreIncomplete, StoreWriter, commit_numbered
-from ezsd.cache.journal.plan import plan_folder
-from ezsd.cache.storage.locations import find_place, read_environment
+from ezsd.cache import (
+    Block,
+    StoreIncomplete,
+    StoreWriter,
+    commit_numbered,
+    file_digest,
+    is_committed,
+    read_environment,
+)
 from ezsd.pipeline.data.images import most_bad_images, require_few_bad
-from ezsd.pipeline.files import sha256
 from ezsd.pipeline.progress import Progress, log_file, now, timed
 from ezsd.pipeline.scheduling.dask_cluster import Needs, check_workers
 from ezsd.pipeline.scheduling.pool import Pool, Schedule
@@ -38,14 +43,14 @@ def commit_cache(store: Path, schedule: Schedule) -> float | None:
         ImageError: more images cannot be read than the build may leave out.
         StoreError: no store, or another process is at work on it.
     """
-    if (store / "COMMIT.json").is_file():
+    if is_committed(store):
         return None
     seconds: dict[str, float] = {}
     with Pool(schedule) as pool, StoreWriter.reopen(store) as writer:
         if writer.complete:
             return None
         require_workers(pool, writer, device=None, files=())
-        environment = read_environment(find_place(store))
+        environment = read_environment(store)
         missing = writer.pending()
         if missing:
             raise StoreIncomplete(f"{store}: {missing_line(missing, len(writer.blocks), environment.get('shares'))}")
@@ -65,8 +70,7 @@ def commit_cache(store: Path, schedule: Schedule) -> float | None:
 def require_workers(pool: Pool, writer: StoreWriter, *, device: str | None, files: Sequence[Path]) -> None:
     """Check that the workers of a cluster can read the store and further files; see `check_workers`."""
     if pool.client is not None:
-        plan = plan_folder(writer.path) / "entry.json"
-        found = {str(file): sha256(file) for file in (plan, *files)}
+        found = {str(file): file_digest(file).sha256 for file in (writer.plan_file, *files)}
         check_workers(pool.client, Needs(files=found, device=device, code="ezsd.pipeline.extraction.jobs"))
 
 

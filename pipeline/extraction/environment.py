@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import platform
 from importlib.resources import as_file
 from pathlib import Path
 
-from ezsd.cache import JSON
+from ezsd.cache import JSON, file_digest
 from ezsd.pipeline.config.schema import Config, to_tables
-from ezsd.pipeline.extraction.provenance import as_json
 from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.files import as_json
 from ezsd.pipeline.progress import now
 from ezsd.teacher.open_clip import shipped_weights
 from ezsd.teacher.requirements import TINY_SHAPES
@@ -59,10 +58,5 @@ def weights_file_digest(config: Config) -> str | None:
     file = Path(config.teacher.weights) if config.teacher.weights else None
     if file is None and config.teacher.name == TINY_SHAPES:
         with as_file(shipped_weights()) as shipped:
-            return _file_sha256(shipped)
-    return _file_sha256(file) if file is not None and file.is_file() else None
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+            return file_digest(shipped).sha256
+    return file_digest(file).sha256 if file is not None and file.is_file() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from ezsd.boxes import clip
+from ezsd.cache import file_digest
 from ezsd.data.annotations import ImageRecord
 from ezsd.metrics import Named, read_results
 from ezsd.pipeline.config.schema import ProposalConfig
@@ -19,8 +19,7 @@ from ezsd.pipeline.extraction.reuse import Columns
 
 def boxes_digest(boxes: str) -> str:
     """Sha256 of the file that `proposals.boxes` names. ConfigError when it is not there."""
-    with _file(boxes).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(_file(boxes)).sha256
 
 
 def given_proposals(config: ProposalConfig, images: Iterable[ImageRecord]) -> dict[int, Columns]:

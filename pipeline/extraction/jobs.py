@@ -1,8 +1,7 @@
-"""What worker processes need to know lies in the store's journal, so that only numbers travel to them."""
+"""Jobs of worker processes in the store's journal, so that only block numbers travel to workers."""
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 import platform
@@ -10,29 +9,36 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ezsd.cache import Block, StoreWriter, read_note
-from ezsd.cache.journal.plan import read_plan
+from ezsd.cache import Block, StoreWriter, read_note, read_per_store, read_plan
+from ezsd.pipeline.config.schema import from_tables, to_tables
+from ezsd.pipeline.data.datasets import from_definition
 from ezsd.pipeline.errors import ClusterError
 from ezsd.pipeline.extraction.reuse import Reuse
 from ezsd.pipeline.extraction.worker import ExtractJob, extract_block
+from ezsd.pipeline.files import parse_object
 from ezsd.pipeline.scheduling.dask_cluster import other_versions, versions
-
-_BYTES = ("values", "text")
 
 
 @dataclass(frozen=True, slots=True)
 class JobNote:
-    """Where a job lies."""
+    """Store and name of a job in its journal."""
 
     store: str
     name: str
 
 
 def leave_job(writer: StoreWriter, job: ExtractJob) -> JobNote:
-    """Write a job into the journal of its store."""
-    table = dataclasses.asdict(job)
-    table |= {name: base64.b64encode(table[name]).decode() for name in _BYTES}
-    note = {"job": table, "versions": versions()}
+    """Write a job into the journal of its store, which has the re-normalised LayerNorms and the text rows already."""
+    note = {
+        "versions": versions(),
+        "dataset": job.dataset.definition(),
+        "root": str(job.dataset.root),
+        "config": to_tables(job.config),
+        "device": job.device,
+        "made_from": job.made_from,
+        "limit": job.limit,
+        "reuse": None if job.reuse is None else dataclasses.asdict(job.reuse),
+    }
     return JobNote(job.store, writer.write_note(json.dumps(note, sort_keys=True).encode()))
 
 
@@ -44,14 +50,24 @@ def extract_numbered(note: JobNote, number: int) -> int:
 
 @lru_cache(maxsize=1)
 def _read(note: JobNote) -> tuple[ExtractJob, list[Block]]:
-    store = Path(note.store)
-    found = json.loads(read_note(store, note.name))
+    found = parse_object(read_note(Path(note.store), note.name), f"{note.store}: the job {note.name}")
     # Workers may have come after those that were there were looked over.
     other = other_versions(found["versions"])
     if other is not None:
         raise ClusterError(f"{platform.node()}: a worker {other}")
-    table = found["job"]
-    table |= {name: base64.b64decode(table[name]) for name in _BYTES}
-    if table["reuse"] is not None:
-        table["reuse"] = Reuse(**(table["reuse"] | {"products": tuple(table["reuse"]["products"])}))
-    return ExtractJob(**table), read_plan(store).blocks
+    plan, reuse = read_plan(Path(note.store)), found["reuse"]
+    teacher, tuned = read_per_store(plan, "teacher")
+    text, _ = read_per_store(plan, "text")
+    job = ExtractJob(
+        store=note.store,
+        dataset=from_definition(found["dataset"], Path(found["root"])),
+        config=from_tables(found["config"], where="job"),
+        device=found["device"],
+        values=teacher["values"],
+        parameters=tuned["parameters"],
+        text=text["embedding"],
+        made_from=found["made_from"],
+        limit=found["limit"],
+        reuse=None if reuse is None else Reuse(**{**reuse, "products": tuple(reuse["products"])}),
+    )
+    return job, plan.blocks

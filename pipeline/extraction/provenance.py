@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,6 +18,7 @@ from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.images import look, reads_as_before
 from ezsd.pipeline.errors import ImageError
 from ezsd.pipeline.extraction.external_proposals import boxes_digest
+from ezsd.pipeline.files import as_json
 
 VERSIONS = {"teacher": 1, "text": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
 """Raised when the way a product is computed changes: stores made the old way are then another product."""
@@ -125,12 +125,6 @@ def model_inputs(manifest: Manifest) -> Mapping[str, JSON]:
     """The fingerprint of the published teacher that a store was made with."""
     table = manifest.products["teacher"].inputs["model"]
     assert isinstance(table, dict)
-    return table
-
-
-def as_json(value: object) -> dict[str, JSON]:
-    """A table as JSON has it: tuples become lists."""
-    table: dict[str, JSON] = json.loads(json.dumps(value))
     return table
 
 

@@ -12,9 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.adapt import restore
-from ezsd.cache import Block, Manifest, RaggedRows, RepairReport, StoreError, info, repair
-from ezsd.cache.storage.locations import find_place, read_environment
-from ezsd.cache.tools.repair import StoredValues
+from ezsd.cache import (
+    Block,
+    Manifest,
+    RaggedRows,
+    RepairReport,
+    StoredValues,
+    StoreError,
+    info,
+    read_environment,
+    repair,
+)
 from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import from_tables
 from ezsd.pipeline.data.datasets import from_definition
@@ -31,16 +39,16 @@ def repair_store(path: Path, data_root: Path, *, weights: str | None, device: st
 
     Raises:
         ConfigError: the store does not say how it was built.
-        StoreError: see `ezsd.cache.tools.repair`.
+        StoreError: see `ezsd.cache.repair`.
     """
     return repair(path, _source(path, data_root, weights=weights, device=device))
 
 
 def _source(path: Path, data_root: Path, *, weights: str | None, device: str) -> _Images:
-    recorded = read_environment(find_place(path))
+    recorded = read_environment(path)
     if "config" not in recorded:
         raise ConfigError(f"{path}: environment.json does not say how it was built; build it anew in another folder")
-    config = from_tables(with_todays_names(recorded["config"]), where=str(path / "environment.json"))
+    config = from_tables(with_todays_names(recorded["config"]), where=f"{path}/environment.json")
     if weights is not None:
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=weights))
     # Where the manifest is what has to be repaired, only the settings can say it.

@@ -30,8 +30,8 @@ class Reuse:
 class KnownRegion:
     """What the teacher makes of one box."""
 
-    present: float
-    """Probability that it is no background."""
+    foreground: float
+    """1 - p(background)."""
     confidence: np.float32
     class_index: int
     embedding: np.ndarray

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ezsd.adapt import restore
 from ezsd.cache import PER_IMAGE, Block, RaggedRows, forget_block, journaled_bad_images, write_block
 from ezsd.data.annotations import Annotations
-from ezsd.pipeline.config.schema import Config, from_tables
+from ezsd.pipeline.config.schema import Config
 from ezsd.pipeline.data.annotation_cache import training_annotations
-from ezsd.pipeline.data.datasets import Dataset, from_definition
+from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.images import most_bad_images, portable_reason, read_dataset_image, require_few_bad
 from ezsd.pipeline.errors import ImageError
 from ezsd.pipeline.extraction.anchors import look_at_anchors
@@ -38,29 +38,29 @@ _READ_AHEAD = 2
 """Images that are read while another one is encoded."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractJob:
-    """Everything a worker needs, in names and numbers: it makes the teacher and reads the annotations itself."""
+    """The inputs of an extraction; a worker makes the teacher and reads the annotations itself.
+
+    Jobs are equal when they make the same rows for the same store: `made_from` stands for the arrays.
+    """
 
     store: str
-    dataset: str
-    """Its definition as JSON."""
-    root: str
-    config: str
-    """The configuration as JSON."""
+    dataset: Dataset = field(hash=False)
+    config: Config
     device: str
-    values: bytes
-    """Re-normalised LayerNorms, float32."""
-    parameters: str
-    """Their names and shapes as JSON."""
-    text: bytes
-    """Unit text rows of base + novel names, float32 (C, D)."""
+    values: NDArray[np.float32] = field(compare=False)
+    """Re-normalised LayerNorms, (K,)."""
+    parameters: list[dict[str, object]] = field(compare=False)
+    """Names and shapes of the LayerNorms."""
+    text: NDArray[np.float32] = field(compare=False)
+    """Unit text rows of base + novel names, (C, D)."""
     made_from: str
-    """Digest of all that the store is made from: a worker that outlives a build keeps nothing for another one."""
+    """Digest of the manifest: a worker that outlives a build keeps nothing for another one."""
     limit: int | None = None
     """Only the first images of the training split are the store's."""
     reuse: Reuse | None = None
-    """What an earlier store has already."""
+    """An earlier store to take rows from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +88,9 @@ class _Worker:
 
 @lru_cache(maxsize=1)
 def _worker(job: ExtractJob) -> _Worker:
-    config = from_tables(json.loads(job.config), where="job")
-    dataset = from_definition(json.loads(job.dataset), Path(job.root))
+    config, dataset = job.config, job.dataset
     teacher = configured_teacher(config.teacher, job.device)
-    restore(teacher.layer_norms(), np.frombuffer(job.values, np.float32), json.loads(job.parameters))
-    rows = torch.from_numpy(np.frombuffer(job.text, np.float32).copy()).reshape(-1, teacher.embed_dim)
+    restore(teacher.layer_norms(), job.values, job.parameters)
     background = None
     if config.teacher.background is not None:
         with torch.no_grad():
@@ -105,7 +103,7 @@ def _worker(job: ExtractJob) -> _Worker:
         annotations=annotations,
         teacher=teacher,
         encoder=CropEncoder(teacher, config),
-        text=rows,
+        text=torch.from_numpy(np.array(job.text, np.float32)),
         background=background,
         most_bad=most_bad_images(config.build.max_bad_images, images),
         reused=None if job.reuse is None else ReusedRows(job.reuse),
@@ -295,15 +293,15 @@ def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
     """Regions from kept proposals, best first, encoding only as many as the filters make necessary."""
     worker, settings = view.worker, view.worker.config.proposals
     box = torch.from_numpy(proposals["box"])
-    clear = torch.nonzero(clear_of_base(box, base_boxes, base_iou=settings.base_iou))[:, 0]
+    passing = torch.nonzero(clear_of_base(box, base_boxes, base_iou=settings.base_iou))[:, 0]
     known = {} if worker.reused is None else worker.reused.known(view.record.id)
     found: list[tuple[int, np.float32, int, np.ndarray]] = []
-    for places in clear.split(max(settings.max_regions, SHORT)):
+    for places in passing.split(max(settings.max_regions, SHORT)):
         missing = [place for place in places.tolist() if box[place].numpy().tobytes() not in known]
         known |= _encoded(view, box[missing])
         for place in places.tolist():
             one = known[box[place].numpy().tobytes()]
-            present, guess = torch.tensor([one.present]), torch.tensor([one.class_index])
+            present, guess = torch.tensor([one.foreground]), torch.tensor([one.class_index])
             if may_be_unseen(
                 present,
                 guess,

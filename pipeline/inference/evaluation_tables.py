@@ -10,6 +10,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from ezsd.cache import file_digest
 from ezsd.data.catalogue import read_catalogue
 from ezsd.data.masks import MissingOutline, json_run_lengths
 from ezsd.metrics import (
@@ -24,7 +25,6 @@ from ezsd.metrics import (
 )
 from ezsd.pipeline.data.split import chosen_split, no_ground_truth
 from ezsd.pipeline.errors import ArgumentError
-from ezsd.pipeline.files import sha256
 
 log = logging.getLogger("ezsd")
 
@@ -174,7 +174,7 @@ def document(truth: Truth, found: Mapping[Space, Results], max_detections: int |
         offered = ", ".join(limit.label for limit in limits if not limit.per_class)
         raise ArgumentError(f"`max_detections={max_detections}`: by {rules}'s rules results are reported at {offered}")
     result: dict[str, object] = {
-        "annotations": {"file": truth.path.name, "sha256": sha256(truth.path)},
+        "annotations": {"file": truth.path.name, "sha256": file_digest(truth.path).sha256},
         "limit": headline_limit.label,
     }
     for space, results in found.items():

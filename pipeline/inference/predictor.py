@@ -22,8 +22,9 @@ from ezsd.detector.model import Detections, Detector
 from ezsd.errors import TeacherError
 from ezsd.pipeline.config.schema import Config, TeacherConfig, at_test_time, from_tables
 from ezsd.pipeline.errors import RunError
-from ezsd.pipeline.extraction.provenance import as_json, model_inputs
+from ezsd.pipeline.extraction.provenance import model_inputs
 from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
+from ezsd.pipeline.files import as_json
 from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.open_clip import Teacher
@@ -211,7 +212,7 @@ def run_teacher(run: Run, device: str, *, adapted: bool, weights: Path | None = 
     teacher = configured_teacher(with_recorded_normalisation(config, model), device)
     changed = differences(model, as_json(teacher.fingerprint()))
     if changed:
-        raise TeacherError(f"`run={run.folder}`: the teacher is another now: {'; '.join(changed)}")
+        raise TeacherError(f"`run={run.folder}`: the teacher is another now: {'; '.join(map(str, changed))}")
     if adapted:
         adapt_back(run, teacher)
     return teacher

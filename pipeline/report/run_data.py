@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ezsd.cache import Store, StoreMismatch
+from ezsd.cache import Store, StoreMismatch, read_environment
 from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.files import read_object
 from ezsd.pipeline.runs.run import Run
@@ -133,4 +133,4 @@ def run_store(main: Facts) -> Store:
 
 def store_environment(main: Facts) -> dict[str, Any]:
     """What the store's environment.json says, if it is still there."""
-    return read_table(Path(str(main.environment["cache"])) / "environment.json") or {}
+    return read_environment(Path(str(main.environment["cache"])))

@@ -18,15 +18,13 @@ or label space (eval-train-novel.json), crops.json, report.html.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,22 +37,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ezsd.cache import Difference, FileLock, differences, file_digest, rename, short_json, sync, write_atomic
 from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import STAGE_ONE
-from ezsd.pipeline.errors import RunError
-from ezsd.pipeline.files import (
-    fsync,
-    parse_object,
-    read_object,
-    sha256,
-    write_bytes,
-    write_json,
-    write_text,
-)
+from ezsd.pipeline.errors import DamagedFile, RunError
+from ezsd.pipeline.files import as_json, parse_object, read_object, write_json, write_text
 from ezsd.pipeline.runs.folder import require_run
 
 log = logging.getLogger("ezsd")
 KEEP_CHECKPOINTS = 2
+_LISTED = 4
+"""Most differences listed in one message."""
 LOCK = "train.lock"
 _CHECKPOINT = re.compile(r"step-\d+|\.step-\d+\.partial")
 """Names of folders that training writes below checkpoints/."""
@@ -175,23 +168,21 @@ class Run:
             OSError: it cannot be written to.
         """
         run = cls(folder)
-        wanted = json.loads(json.dumps(card))
+        wanted = as_json(card)
         _refuse_foreign(folder)
         if run.has_checkpoint and (folder / "run.json").is_file():
             old = _with_effect(run.card) if "in_effect" in wanted else run.card
-            differences = _differences(old, wanted, ignored=_changeable(run.card))
-            if differences and all(one.startswith("in_effect.") for one in differences):
+            found = _differences(old, wanted, ignored=_changeable(run.card))
+            if found and all(one.name.startswith("in_effect.") for one in found):
                 raise RunError(
                     f"`run={folder}`: an earlier version of ezsd understood the same settings otherwise: "
-                    f"{'; '.join(differences)}; choose another `run` folder"
+                    f"{_listed(found)}; choose another `run` folder"
                 )
-            if differences:
-                raise RunError(
-                    f"`run={folder}`: holds another run: {'; '.join(differences[:4])}; choose another `run` folder"
-                )
+            if found:
+                raise RunError(f"`run={folder}`: holds another run: {_listed(found)}; choose another `run` folder")
             return run
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / "tables.safetensors", save(dict(tables)))
+        write_atomic(folder / "tables.safetensors", save(dict(tables)))
         # Last, so that a folder with run.json is whole.
         write_json(folder / "run.json", wanted)
         return run
@@ -265,9 +256,9 @@ class Run:
                 state["config"] = with_todays_names(state["config"])
             identity = self._identity()
             ignored = _changeable(self.card)
-            differences = _differences({key: state.get(key) for key in identity}, identity, ignored=ignored)
-            if differences:
-                raise RunError(f"{folder}: is another run's: {'; '.join(differences[:4])}; remove it")
+            found = _differences({key: state.get(key) for key in identity}, identity, ignored=ignored)
+            if found:
+                raise RunError(f"{folder}: is another run's: {_listed(found)}; remove it")
             return Checkpoint(folder, int(state["step"]))
         return None
 
@@ -309,14 +300,12 @@ class Run:
         digests = {}
         for name, tensors in parts.items():
             content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-            write_bytes(scratch / f"{name}.safetensors", content)
-            digests[f"{name}.safetensors"] = hashlib.sha256(content).hexdigest()
+            digests[f"{name}.safetensors"] = write_atomic(scratch / f"{name}.safetensors", content).sha256
         write_json(scratch / "state.json", {"step": step, "sha256": digests, **self._identity()})
-        fsync(scratch)
+        sync(scratch)
         # Only a torn one can stand here: training goes on from the newest that is whole.
         shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-        fsync(target.parent)
+        rename(scratch, target)
         self._forget_others(step)
 
     def _identity(self) -> dict[str, object]:
@@ -365,8 +354,8 @@ class Run:
         for path in (self.folder / "metrics.jsonl", self.folder / "validation.jsonl"):
             kept = []
             for line in path.read_text().splitlines() if path.exists() else []:
-                with contextlib.suppress(json.JSONDecodeError):
-                    if json.loads(line)["step"] <= step:
+                with contextlib.suppress(DamagedFile):
+                    if parse_object(line, str(path))["step"] <= step:
                         kept.append(line)
             if path.exists():
                 write_text(path, "".join(line + "\n" for line in kept))
@@ -375,12 +364,12 @@ class Run:
 def _intact_state(folder: Path) -> dict[str, Any] | None:
     """What state.json of a checkpoint says; None if its files are not those, or not the ones that a checkpoint has."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        state = read_object(folder / "state.json")
         names = state["sha256"].keys()
         # Names from a file are not joined to a path before they are known.
         if not _PARTS <= names <= {*_PARTS, _AVERAGE} or not isinstance(state["step"], int):
             return None
-        if all(sha256(folder / name) == digest for name, digest in state["sha256"].items()):
+        if all(file_digest(folder / name).sha256 == digest for name, digest in state["sha256"].items()):
             return state
     return None
 
@@ -394,26 +383,16 @@ def _refuse_foreign(folder: Path) -> None:
         raise RunError(f"`run={folder}`: is not empty and holds no run; choose another `run` folder")
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The right to train in a folder; the system frees it when the process ends, however it ends.
+def _locked(folder: Path) -> FileLock:
+    """The right to train in a folder. RunError while another training has it."""
 
-    A record lock (not flock): processes forked to read images must not keep it alive after the training's death.
-    """
-    path = folder / LOCK
-    with path.open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            owner = path.read_text().strip() or "unknown"
-            raise RunError(
-                f"`run={folder}`: another training ({owner}) is writing to it; wait for it to end, "
-                "or choose another `run` folder"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+    def busy(owner: str) -> RunError:
+        return RunError(
+            f"`run={folder}`: another training ({owner.strip() or 'unknown'}) is writing to it; wait for it to end, "
+            "or choose another `run` folder"
+        )
+
+    return FileLock(folder / LOCK, busy=busy, owner=f"process {os.getpid()} on {socket.gethostname()}\n")
 
 
 def rows_digest(text: NDArray[np.float32]) -> str:
@@ -475,19 +454,16 @@ def _changeable(card: Mapping[str, object]) -> frozenset[str]:
     return _OF_NO_MATTER
 
 
-def _differences(old: object, new: object, where: str = "", *, ignored: Set[str]) -> list[str]:
-    if where in ignored:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in sorted(old.keys() | new.keys()):
-            found += _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key, ignored=ignored)
-        return found
-    if old == new:
-        return []
-    return [f"{where}: {_short(old)} there, {_short(new)} wanted"]
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignored: Set[str]) -> list[Difference]:
+    """The values that two records of a run differ in; None is as good as no entry, and 1 as 1.0."""
+    return [
+        one
+        for one in differences(old, new)
+        if one.more or one.stored != one.wanted
+        if not any(one.name == name or one.name.startswith(f"{name}.") for name in ignored)
+    ]
 
 
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+def _listed(found: Sequence[Difference]) -> str:
+    values = [one for one in found if not one.more][:_LISTED]
+    return "; ".join(f"{one.name}: {short_json(one.stored)} there, {short_json(one.wanted)} wanted" for one in values)

@@ -14,9 +14,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ezsd.cache import file_digest
 from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.errors import ArgumentError, ClusterError
-from ezsd.pipeline.files import sha256
 
 if TYPE_CHECKING:
     from distributed import Client, Worker
@@ -118,7 +118,7 @@ def look_around(needs: Needs, wanted: Mapping[str, str], dask_worker: Worker) ->
     for file, digest in needs.files.items():
         if not Path(file).is_file():
             return f"does not see {file}; all machines must reach the store and the images under the same paths"
-        if sha256(Path(file)) != digest:
+        if file_digest(Path(file)).sha256 != digest:
             return f"sees another file than this process as {file}; all machines must share it"
     try:
         if needs.device is not None:

@@ -15,7 +15,7 @@ from ezsd.pipeline.config.schema import Config
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.requirements import require_evaluation
-from ezsd.pipeline.files import write_text
+from ezsd.pipeline.files import read_object, write_text
 from ezsd.pipeline.inference.evaluate import detect_split
 from ezsd.pipeline.inference.evaluation_tables import percent
 from ezsd.pipeline.inference.predictor import TrainedDetector
@@ -106,7 +106,7 @@ def require_validation(dataset: Dataset, config: Config) -> None:
 
 def cut_slice(annotations: Path, out: Path, images: int) -> None:
     """Cut an annotation file, already read by `read_truth`, to `images` images spaced evenly by id."""
-    document = json.loads(annotations.read_bytes())
+    document = read_object(annotations)
     ids = sorted(image["id"] for image in document["images"])
     kept = set(_spread(ids, images))
     document["images"] = [image for image in document["images"] if image["id"] in kept]

@@ -12,7 +12,7 @@ import fsspec
 import storekit
 
 from ezsd.cache import Store, StoreError, info, list_stores, repair, verify
-from ezsd.cache.format.manifest import seal
+from ezsd.cache.format.sealed_json import seal
 from ezsd.cache.tools.export import export
 from ezsd.cache.tools.transfer import pull, push
 from tests.advicekit import Advice, each_of, follow

@@ -31,8 +31,8 @@ from ezsd.cache import (
 )
 from ezsd.cache.files import FileDigest, file_digest
 from ezsd.cache.format.commit_mark import parse_mark, read_mark
-from ezsd.cache.format.manifest import canonical_json, parse_json, seal
 from ezsd.cache.format.names import files_below, is_store_file, needed_files
+from ezsd.cache.format.sealed_json import canonical_json, parse_json, seal
 from ezsd.cache.journal.commit import commit_shard
 from ezsd.cache.storage.remote import RemotePlace
 from ezsd.cache.tools.export import export

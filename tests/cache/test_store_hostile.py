@@ -23,7 +23,7 @@ from ezsd.cache import (
     write_block,
 )
 from ezsd.cache.files import file_digest
-from ezsd.cache.format.manifest import canonical_json, seal
+from ezsd.cache.format.sealed_json import canonical_json, seal
 from ezsd.cache.journal.plan import read_block, read_plan
 from ezsd.cache.tools.export import export
 

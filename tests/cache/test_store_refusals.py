@@ -14,7 +14,7 @@ import pytest
 import storekit
 
 from ezsd.cache import Block, RaggedRows, Store, StoreError, StoreMismatch, info, write_block
-from ezsd.cache.format.manifest import seal
+from ezsd.cache.format.sealed_json import seal
 
 ROOT = Path(__file__).resolve().parents[2]
 

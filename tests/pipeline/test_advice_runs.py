@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ezsd.cache import file_digest
 from ezsd.data.coco_json import read_table
 from ezsd.metrics import Named, read_results
 from ezsd.pipeline.config.schema import load_preset
@@ -26,7 +27,7 @@ from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.data.requirements import require_evaluation
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.files import sha256, write_json
+from ezsd.pipeline.files import write_json
 from ezsd.pipeline.inference.evaluate import evaluate_run, run_dataset
 from ezsd.pipeline.inference.evaluation_tables import evaluate_results
 from ezsd.pipeline.inference.predictor import load_trained
@@ -381,7 +382,7 @@ class Runs:
         path = newest.folder / "model.safetensors"
         save_file(state, path)
         place = str((newest.folder / "state.json").relative_to(self.run.folder))
-        self.edit(place, put("sha256", "model.safetensors", sha256(path)))
+        self.edit(place, put("sha256", "model.safetensors", file_digest(path).sha256))
 
     def outlined(self) -> Path:
         return self._request.getfixturevalue("outlined_root")

@@ -14,11 +14,11 @@ import pytest
 
 import ezsd.pipeline.scheduling.dask_cluster
 import ezsd.pipeline.scheduling.pool
-from ezsd.cache.format.manifest import unseal
+from ezsd.cache import file_digest
+from ezsd.cache.format.sealed_json import unseal
 from ezsd.pipeline.errors import ClusterError
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.files import sha256
 from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.scheduling.dask_cluster import (
     Needs,
@@ -189,7 +189,7 @@ def test_a_tasks_own_error_ends_the_work_at_once(cluster):
 
 def test_workers_are_looked_over_before_any_work(cluster, shapes_store, tmp_path, monkeypatch):
     mark = shapes_store / "COMMIT.json"
-    there = {str(mark): sha256(mark)}
+    there = {str(mark): file_digest(mark).sha256}
     worker = cluster.worker("--nthreads", "2")
     with connected(cluster.address) as client:
         with pytest.raises(ClusterError, match="runs 2 threads; start it with --nthreads 1"):

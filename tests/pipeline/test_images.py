@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ezsd.cache import Store, StoreMismatch
-from ezsd.cache.format.manifest import seal
+from ezsd.cache.format.sealed_json import seal
 from ezsd.data.annotations import ImageRecord
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.console.arguments import find_images

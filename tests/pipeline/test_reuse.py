@@ -123,10 +123,13 @@ def test_an_early_change_proposes_a_folder_and_says_what_it_could_take_over(
     late = BuildRequest(
         dataset=shapes_dataset, config=with_settings(proposals={"max_regions": 4}), out=shapes_store, workers=1
     )
-    with pytest.raises(StoreMismatch, match=rf"regions\.regions.*`out={shapes_store}-2` `reuse={shapes_store}` takes"):
+    with pytest.raises(
+        StoreMismatch,
+        match=rf"proposals\.max_regions: store has 10, wanted 4; .*`out={shapes_store}-2` `reuse={shapes_store}` takes",
+    ):
         build_cache(late)
     early = dataclasses.replace(late, config=with_settings(teacher={"template": "{}"}))
-    with pytest.raises(StoreMismatch, match=rf"teacher\.model\.template.*another folder: `out={shapes_store}-2`$"):
+    with pytest.raises(StoreMismatch, match=rf"teacher\.template.*another folder: `out={shapes_store}-2`$"):
         build_cache(early)
     assert files(shapes_store) == before
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from ezsd.cache import Block, StoreIncomplete
-from ezsd.cache.format.manifest import unseal
+from ezsd.cache.format.sealed_json import unseal
 from ezsd.pipeline.console.arguments import parse_share, require_scheduler
 from ezsd.pipeline.console.options import as_options
 from ezsd.pipeline.errors import ArgumentError

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import ezsd.pipeline.training.train
 from ezsd.cache import Store, StoreError, StoreIncomplete
-from ezsd.cache.format.manifest import seal, unseal
+from ezsd.cache.format.sealed_json import seal, unseal
 from ezsd.data.dataset import collate
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.errors import AnnotationError

@@ -1,0 +1,63 @@
+"""Settings by the names that manifests have for them. Loads no torch.
+
+Manifests keep the names that settings had first, since fingerprints are made of them. A person knows today's names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from ezsd.cache import JSON, Difference
+from ezsd.pipeline.config.names import FORMER, FORMER_VALUES
+from ezsd.pipeline.config.schema import ProposalConfig
+
+_PLACES = {
+    "block_images": "build.block_images",
+    "embedding": "build.embedding",
+    "ground_truth.batch": "build.batch_size",
+    "proposals.background": "teacher.background",
+    "proposals.batch": "build.batch_size",
+    "teacher.crop.ratio": "proposals.crop_ratio",
+    "teacher.crop.surround": "proposals.padding",
+    "teacher.model.names": "teacher.names",
+    "teacher.model.precision": "teacher.precision",
+    "teacher.model.template": "teacher.template",
+    "teacher.seed": "build.seed",
+}
+"""Settings that manifests have elsewhere than in a table of the setting's section."""
+_UNSAID: Mapping[str, JSON] = {"proposals.drop_background": True, "proposals.search": "exhaustive"}
+"""Values of settings that a manifest without them was made with."""
+_PROPOSALS = frozenset(field.name for field in dataclasses.fields(ProposalConfig))
+
+
+def as_setting(difference: Difference) -> Difference:
+    """A difference of two manifests with the setting's name and its values as people type them.
+
+    What is no setting, such as the digest of a file, stays as it is.
+    """
+    name, bracket, place = difference.name.partition("[")
+    setting = setting_name(name)
+    if setting is None:
+        return difference
+    section, _, key = setting.partition(".")
+    words = FORMER_VALUES.get((section, key), {})
+    stored, wanted = (words.get(v, v) if isinstance(v, str) else v for v in (difference.stored, difference.wanted))
+    absent = difference.absent
+    if absent is not None and setting in _UNSAID:
+        stored, wanted = (_UNSAID[setting], wanted) if absent == "stored" else (stored, _UNSAID[setting])
+        absent = None
+    return dataclasses.replace(
+        difference, name=f"{setting}{bracket}{place}", stored=stored, wanted=wanted, absent=absent
+    )
+
+
+def setting_name(name: str) -> str | None:
+    """Today's name of the setting that a manifest's dotted name stands for; None where it stands for none."""
+    if name in _PLACES:
+        return _PLACES[name]
+    table, _, key = name.rpartition(".")
+    if table == "teacher.adapt":
+        return f"adapt.{FORMER['adapt'].get(key, key)}"
+    today = FORMER["proposals"].get(key, key)
+    return f"proposals.{today}" if table in ("proposals", "regions") and today in _PROPOSALS else None
