@@ -110,7 +110,7 @@ class ImageDetections:
 
 def names_to_find(run: Run, asked: Sequence[str] | None) -> tuple[str, ...]:
     """Names as the run spells them, in whatever Unicode form they were typed; all of the run's own for None."""
-    own = run.card["names"]
+    own = run.spec["names"]
     assert isinstance(own, list)
     return tuple(own) if asked is None else spelt_as(asked, own)
 

@@ -57,7 +57,7 @@ def run_dataset(run: Run, data_root: Path | None) -> Dataset:
     root = Path(str(run.environment["data_root"])) if data_root is None else data_root
     if not root.is_dir():
         raise DatasetError(f"`run={run.folder}`: its images lay in {root}, which is gone; give `data_root=DIR`")
-    return recorded_dataset(run.environment.get("dataset"), str(run.card["dataset"]), root).require()
+    return recorded_dataset(run.environment.get("dataset"), str(run.spec["dataset"]), root).require()
 
 
 def detect_split(

@@ -148,7 +148,7 @@ def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> Traine
         RunError: training has not ended.
         ConfigError: see `at_test_time`.
     """
-    checkpoint, card, tables = run.finished(), run.card, run.tables()
+    checkpoint, card, tables = run.finished(), run.spec, run.embeddings()
     own = run_config(run)
     config = at_test_time(own, overrides)
     if config.model.masks and not own.model.masks:
@@ -220,19 +220,19 @@ def run_teacher(run: Run, device: str, *, adapted: bool, weights: Path | None = 
 
 def adapt_back(run: Run, teacher: Teacher) -> None:
     """Give a teacher the run's re-normalised LayerNorms."""
-    table = run.card["layer_norms"]
+    table = run.spec["layer_norms"]
     assert isinstance(table, list)
-    restore(teacher.layer_norms(), run.tables()["layer_norms"].numpy(), table)
+    restore(teacher.layer_norms(), run.embeddings()["layer_norms"].numpy(), table)
 
 
 def run_config(run: Run) -> Config:
     """The configuration that a run was trained with."""
-    return from_tables(_table(run.card, "config"), where=str(run.folder / "run.json"))
+    return from_tables(_table(run.spec, "config"), where=str(run.folder / "run.json"))
 
 
 def run_manifest(run: Run) -> Manifest:
     """The manifest of the store that a run was trained from."""
-    return Manifest.from_fields(_table(run.card, "store")["manifest"], str(run.folder))
+    return Manifest.from_fields(_table(run.spec, "store")["manifest"], str(run.folder))
 
 
 def _table(card: Mapping[str, object], key: str) -> dict[str, dict[str, object]]:

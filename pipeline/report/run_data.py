@@ -54,9 +54,9 @@ def collect(runs: Sequence[Run]) -> list[Facts]:
     names = [run.folder.absolute().name for run in runs]
     facts: list[Facts] = []
     for run, name in zip(runs, names, strict=True):
-        folder, card = run.folder, run.card
-        if card["dataset"] != runs[0].card["dataset"]:
-            both = f"{card['dataset']}, not on {runs[0].card['dataset']}"
+        folder, card = run.folder, run.spec
+        if card["dataset"] != runs[0].spec["dataset"]:
+            both = f"{card['dataset']}, not on {runs[0].spec['dataset']}"
             raise RunError(f"--compare {folder}: trained on {both}; compare runs of one dataset")
         facts.append(
             Facts(

@@ -53,7 +53,7 @@ _CHECKPOINT = re.compile(r"step-\d+|\.step-\d+\.partial")
 """Names of folders that training writes below checkpoints/."""
 _PARTS = frozenset(("model.safetensors", "optimiser.safetensors"))
 _AVERAGE = "average.safetensors"
-_CARD = {
+_SPEC = {
     "config": dict,
     "store": dict,
     "dataset": str,
@@ -139,9 +139,9 @@ class Run:
         """
         require_run(folder)
         run = cls(folder)
-        card = run.card
-        for key, kind in _CARD.items():
-            if not isinstance(card.get(key), kind):
+        spec = run.spec
+        for key, kind in _SPEC.items():
+            if not isinstance(spec.get(key), kind):
                 raise RunError(
                     f"`run={folder}`: run.json has no {key}; another version made it, train it again in another `run` "
                     "folder"
@@ -150,15 +150,15 @@ class Run:
 
     @classmethod
     @contextmanager
-    def claim(cls, folder: Path, card: Mapping[str, object], tables: Mapping[str, Tensor]) -> Iterator[Run]:
+    def claim(cls, folder: Path, spec: Mapping[str, object], embeddings: Mapping[str, Tensor]) -> Iterator[Run]:
         """Like `create_or_resume`, and other trainings are kept out as long as the context lasts."""
         _refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            yield cls.create_or_resume(folder, card, tables)
+            yield cls.create_or_resume(folder, spec, embeddings)
 
     @classmethod
-    def create_or_resume(cls, folder: Path, card: Mapping[str, object], tables: Mapping[str, Tensor]) -> Run:
+    def create_or_resume(cls, folder: Path, spec: Mapping[str, object], embeddings: Mapping[str, Tensor]) -> Run:
         """Start a run, or go on with the same one.
 
         A folder without a checkpoint is nobody's run yet, whatever its run.json says: it is made anew.
@@ -168,11 +168,11 @@ class Run:
             OSError: it cannot be written to.
         """
         run = cls(folder)
-        wanted = as_json(card)
+        wanted = as_json(spec)
         _refuse_foreign(folder)
         if run.has_checkpoint and (folder / "run.json").is_file():
-            old = _with_effect(run.card) if "in_effect" in wanted else run.card
-            found = _differences(old, wanted, ignored=_changeable(run.card))
+            old = _with_effect(run.spec) if "in_effect" in wanted else run.spec
+            found = _differences(old, wanted, ignored=_changeable(run.spec))
             if found and all(one.name.startswith("in_effect.") for one in found):
                 raise RunError(
                     f"`run={folder}`: an earlier version of ezsd understood the same settings otherwise: "
@@ -182,7 +182,7 @@ class Run:
                 raise RunError(f"`run={folder}`: holds another run: {_listed(found)}; choose another `run` folder")
             return run
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "tables.safetensors", save(dict(tables)))
+        write_atomic(folder / "tables.safetensors", save(dict(embeddings)))
         # Last, so that a folder with run.json is whole.
         write_json(folder / "run.json", wanted)
         return run
@@ -193,7 +193,7 @@ class Run:
         return any((self.folder / "checkpoints").glob("step-*"))
 
     @property
-    def card(self) -> dict[str, object]:
+    def spec(self) -> dict[str, object]:
         """What run.json says."""
         found = read_object(self.folder / "run.json")
         if isinstance(found.get("config"), dict):
@@ -231,16 +231,16 @@ class Run:
         before = [start for start in self.starts() if int(str(start["step"])) < step]
         write_json(path, {**read_object(path), "starts": [*before, {"step": step, "settings": dict(settings)}]})
 
-    def tables(self) -> dict[str, Tensor]:
+    def embeddings(self) -> dict[str, Tensor]:
         """`text` (C, D) and `layer_norms` (K,), float32."""
         path = self.folder / "tables.safetensors"
         try:
-            tables = load_file(path)
+            embeddings = load_file(path)
         except (SafetensorError, FileNotFoundError) as error:
             raise RunError(f"{path}: is damaged or gone ({error}); train again in another `run` folder") from error
-        if rows_digest(tables["text"].numpy()) != self.card["text_sha256"]:
+        if rows_digest(embeddings["text"].numpy()) != self.spec["text_sha256"]:
             raise RunError(f"{path}: holds other text rows than run.json says; train again in another `run` folder")
-        return tables
+        return embeddings
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are what its state says; torn ones are passed over.
@@ -255,7 +255,7 @@ class Run:
             if isinstance(state.get("config"), dict):
                 state["config"] = with_todays_names(state["config"])
             identity = self._identity()
-            ignored = _changeable(self.card)
+            ignored = _changeable(self.spec)
             found = _differences({key: state.get(key) for key in identity}, identity, ignored=ignored)
             if found:
                 raise RunError(f"{folder}: is another run's: {_listed(found)}; remove it")
@@ -272,7 +272,7 @@ class Run:
     def finished(self) -> Checkpoint:
         """The checkpoint of the last step. RunError when training has not reached it."""
         latest = self.latest()
-        steps = _nested(self.card, "config", "train", "steps")
+        steps = _nested(self.spec, "config", "train", "steps")
         if latest is None or latest.step != steps:
             at = "no checkpoint yet" if latest is None else f"at step {latest.step}"
             raise RunError(f"`run={self.folder}`: training is not finished ({at} of {steps}); run `ezsd train` again")
@@ -310,12 +310,12 @@ class Run:
 
     def _identity(self) -> dict[str, object]:
         """What a checkpoint needs to be told from others, and to be used for any names."""
-        card = self.card
+        spec = self.spec
         return {
-            "names": card["names"],
-            "text_sha256": card["text_sha256"],
-            "store_digest": _nested(card, "store", "digest"),
-            "config": card["config"],
+            "names": spec["names"],
+            "text_sha256": spec["text_sha256"],
+            "store_digest": _nested(spec, "store", "digest"),
+            "config": spec["config"],
         }
 
     def _forget_others(self, step: int) -> None:
@@ -396,7 +396,7 @@ def _locked(folder: Path) -> FileLock:
 
 
 def rows_digest(text: NDArray[np.float32]) -> str:
-    """What a card tells text rows (C, D) by."""
+    """What a spec tells text rows (C, D) by."""
     return hashlib.sha256(text.tobytes()).hexdigest()
 
 
@@ -420,16 +420,16 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, flat: Mapping[str, Tenso
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
-def _with_effect(card: Mapping[str, object]) -> Mapping[str, object]:
-    """A card as this version writes it: earlier ones took a distance as it stands, and any rate in proportion."""
-    if "in_effect" in card:
-        return card
-    loss, train = _nested(card, "config", "loss"), _nested(card, "config", "train")
+def _with_effect(spec: Mapping[str, object]) -> Mapping[str, object]:
+    """A spec as this version writes it: earlier ones took a distance as it stands, and any rate in proportion."""
+    if "in_effect" in spec:
+        return spec
+    loss, train = _nested(spec, "config", "loss"), _nested(spec, "config", "train")
     assert isinstance(loss, Mapping)
     assert isinstance(train, Mapping)
     rate, of = train["learning_rate"], train.get("reference_batch_size", 0)
     return {
-        **card,
+        **spec,
         "in_effect": {
             "distillation_weight": loss["distillation"],
             "peak_rate": rate * train["batch_size"] / of if of else rate,
@@ -437,19 +437,19 @@ def _with_effect(card: Mapping[str, object]) -> Mapping[str, object]:
     }
 
 
-def _nested(card: Mapping[str, object], *keys: str) -> object:
-    value: object = card
+def _nested(spec: Mapping[str, object], *keys: str) -> object:
+    value: object = spec
     for key in keys:
         assert isinstance(value, Mapping)
         value = value[key]
     return value
 
 
-def _changeable(card: Mapping[str, object]) -> frozenset[str]:
-    """What a start may have otherwise than the run's card."""
-    train = _nested(card, "config", "train")
+def _changeable(spec: Mapping[str, object]) -> frozenset[str]:
+    """What a start may have otherwise than the run's spec."""
+    train = _nested(spec, "config", "train")
     sampling = train.get("rng") if isinstance(train, Mapping) else None
-    if learns_the_same_in_parts(sampling, frozen_norms=card.get("backbone_weights") is not None):
+    if learns_the_same_in_parts(sampling, frozen_norms=spec.get("backbone_weights") is not None):
         return _OF_NO_MATTER | {"config.train.grad_accumulation"}
     return _OF_NO_MATTER
 

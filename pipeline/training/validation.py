@@ -64,7 +64,7 @@ class Validation:
         log.info("step %d, AP50 on %d validation images: %s", step, found["images"], shown)
 
     def _evaluate(self) -> Evaluation:
-        detector, text = self.trainer.detector, self.run.tables()["text"]
+        detector, text = self.trainer.detector, self.run.embeddings()["text"]
         split, path = self.dataset.split, self.run.folder / SLICE
         trained = TrainedDetector(
             detector=detector,

@@ -81,7 +81,7 @@ def test_a_run_goes_on_in_smaller_batches_which_learn_the_same(shapes_store, wei
     assert (run.began_at, run.finished().step) == (2, 4)
     # Which steps were made how stays on record.
     assert [(start["step"], start["settings"]["grad_accumulation"]) for start in run.starts()] == [(0, 1), (2, 2)]
-    assert run.card["config"]["train"]["grad_accumulation"] == 1
+    assert run.spec["config"]["train"]["grad_accumulation"] == 1
 
 
 def test_before_the_first_checkpoint_any_cure_is_accepted(shapes_store, quick_config, tmp_path):
@@ -94,7 +94,7 @@ def test_before_the_first_checkpoint_any_cure_is_accepted(shapes_store, quick_co
     with room_for(2):
         run = train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=cured))
     assert run.finished().step == 6
-    assert run.card["config"]["train"]["grad_accumulation"] == 2
+    assert run.spec["config"]["train"]["grad_accumulation"] == 2
     with pytest.raises(RunError, match=r"another run: config.train.grad_accumulation: 2 there, 1 wanted"):
         train(request)
 

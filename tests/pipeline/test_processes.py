@@ -137,7 +137,7 @@ def test_two_processes_learn_what_one_does(alone, shapes_store, outlined_root, w
     )
     assert done.returncode == 0, done.stderr
     runs = {name: type(alone["one"]).open(tmp_path / name) for name in STEPS}
-    assert runs["twenty"].card == alone["twenty"].card
+    assert runs["twenty"].spec == alone["twenty"].spec
     require_equal(runs, alone)
 
 

@@ -335,7 +335,7 @@ def test_a_torn_line_of_metrics_is_named(home):
 
 
 def test_a_run_of_another_version_is_refused(home):
-    card = home.run.card
+    card = home.run.spec
     for key, value in (("config", None), ("names", "ring"), ("base_count", None)):
         write_json(home.run.folder / "run.json", card | {key: value})
         with pytest.raises(RunError, match=rf"run.json has no {key}; another version"):
@@ -356,7 +356,7 @@ def test_detections_without_a_score_are_said_and_no_more(home):
 
 
 def test_runs_of_two_datasets_are_not_compared(home):
-    write_json(home.plain.folder / "run.json", home.plain.card | {"dataset": "coco"})
+    write_json(home.plain.folder / "run.json", home.plain.spec | {"dataset": "coco"})
     with pytest.raises(RunError, match="plain.*coco, not on shapes"):
         report(home)
 
@@ -485,7 +485,7 @@ def test_the_commands_make_the_same_settings(untouched, page):
     trainings = [line for line in lines if line[1] == "train"]
     for line, run in zip(trainings, (untouched.run, untouched.plain), strict=True):
         settings = [line[i + 1] for i, word in enumerate(line) if word == "--set"]
-        made, recorded = to_tables(load_preset(after(line, "--preset"), settings)), run.card["config"]
+        made, recorded = to_tables(load_preset(after(line, "--preset"), settings)), run.spec["config"]
         assert {k: v for k, v in made.items() if k not in STAGE_ONE} == {
             k: v for k, v in recorded.items() if k not in STAGE_ONE
         }
@@ -504,7 +504,7 @@ def after(line, option):
 
 def test_a_dataset_of_ones_own_is_asked_for_as_a_file(home):
     for run in (home.run, home.plain):
-        write_json(run.folder / "run.json", run.card | {"dataset": "farm"})
+        write_json(run.folder / "run.json", run.spec | {"dataset": "farm"})
     lines = [shlex.split(line) for line in Page(report(home)).commands.splitlines()]
     assert [line[1] for line in lines] == ["cache", "train", "eval", "train", "eval", "report"]
     assert after(lines[0], "--dataset") == "farm.toml"

@@ -162,7 +162,7 @@ def test_tables_that_are_damaged_or_gone_are_named(tmp_path, gone):
     path = run.folder / "tables.safetensors"
     path.unlink() if gone else path.write_bytes(b"{")
     with pytest.raises(RunError, match=r"tables.safetensors: is damaged or gone .*train again"):
-        run.tables()
+        run.embeddings()
 
 
 def test_a_checkpoint_says_what_it_is_for(tmp_path):
@@ -205,7 +205,7 @@ def test_a_second_training_in_the_folder_is_one_clear_line_and_a_dead_one_holds_
     other.send_signal(signal.SIGKILL)
     other.communicate(timeout=100)
     with Run.claim(folder, CARD, TABLES) as run:
-        assert run.card == CARD
+        assert run.spec == CARD
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):

@@ -146,7 +146,7 @@ def test_a_run_of_an_earlier_version_is_evaluated_and_gone_on_with(shapes_run, s
     run = train(TrainRequest(cache=shapes_store, run=folder, config=quick_config))
     assert (run.began_at, run.finished().step) == (4, 6)
     assert load_trained(run, "cpu").config == load_trained(shapes_run, "cpu").config
-    assert Run.open(folder).card["config"] == shapes_run.card["config"]
+    assert Run.open(folder).spec["config"] == shapes_run.spec["config"]
 
 
 def test_a_store_of_an_earlier_version_says_with_what_it_was_built(shapes_store, quick_config, tmp_path):

@@ -192,7 +192,7 @@ def test_a_run_records_stage_one_as_its_store_was_built(shapes_store, quick_conf
     config = train_config(shapes_store, None, ["train.steps=1"])
     assert to_tables(config)["adapt"] != built["adapt"]
     run = train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
-    assert {table: run.card["config"][table] for table in STAGE_ONE} == built
+    assert {table: run.spec["config"][table] for table in STAGE_ONE} == built
 
 
 def test_without_a_record_of_the_build_the_manifest_says_what_it_can(shapes_store, quick_config):
@@ -210,7 +210,7 @@ def test_a_run_that_recorded_other_settings_of_stage_one_goes_on(shapes_run, sha
     folder = tmp_path / "run"
     shutil.copytree(shapes_run.folder, folder)
     shutil.rmtree(folder / "checkpoints/step-00000006")
-    card = Run.open(folder).card
+    card = Run.open(folder).spec
     card["config"]["adapt"]["steps"] = 80
     write_json(folder / "run.json", card)
     resumed = train(TrainRequest(cache=shapes_store, run=folder, config=quick_config))
@@ -280,7 +280,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_parts(shapes_store, with_setti
 
 def test_the_card_says_which_names_text_and_store(shapes_run, shapes_store):
     store = Store(shapes_store)
-    card = shapes_run.card
+    card = shapes_run.spec
     assert tuple(card["names"]) == store.text[0]
     assert card["text_sha256"] == hashlib.sha256(store.text[1].tobytes()).hexdigest()
     assert card["store"]["digest"] == store.manifest.digest
@@ -375,7 +375,7 @@ def test_a_network_without_weights_is_said_to_start_from_none(shapes_store, with
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), file)
     given = train(TrainRequest(cache=shapes_store, run=tmp_path / "given", config=config, backbone_weights=file))
     assert "random weights" not in caplog.text
-    assert given.card["backbone_weights"] is not None
+    assert given.spec["backbone_weights"] is not None
 
 
 @pytest.fixture
