@@ -1,4 +1,4 @@
-"""The store: which regions, which embeddings, made how. Sharded Zarr with provenance; no learning library."""
+"""The store of regions and embeddings: sharded Zarr with provenance; no learning library."""
 
 from ezsd.cache.errors import (
     StoreBusy,

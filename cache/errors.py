@@ -36,7 +36,7 @@ class StoreMismatch(StoreError):
         return cls._framed(f"{store}: this store was made from something else: ", differences, f"; {cure}", str)
 
     def worded(self, line: Callable[[Difference], str]) -> StoreMismatch:
-        """The same error with its differences in the words of `line`, equal lines once."""
+        """Reword the differences by `line`; equal lines are listed once."""
         before, after = self._frame
         return self._framed(before, self.differences, after, line) if self.differences else self
 

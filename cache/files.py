@@ -144,7 +144,7 @@ def write_unhashed(
 def write_new(
     path: Path, parts: Iterable[bytes | memoryview], *, point: str | None = None, flush: bool = True
 ) -> FileDigest:
-    """Like `write_unhashed`; also the size and sha256 of what was written."""
+    """Write a new file as `write_unhashed` does, and return its size and sha256."""
     digest, size = hashlib.sha256(), 0
 
     def watched() -> Iterator[bytes | memoryview]:
@@ -183,7 +183,7 @@ def read_bytes(file: Path) -> bytes:
 
 
 def read_if_there(file: Path) -> bytes | None:
-    """Like `read_bytes`; None where there is no file."""
+    """Read a small file as `read_bytes` does; None for a missing file."""
     try:
         return read_bytes(file)
     except StoreError as error:
@@ -226,9 +226,9 @@ def _raise_limit() -> None:
 
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _DESCRIPTORS = 2**16
-"""What the limit becomes where any number is allowed."""
+"""The new limit of open files where any number is allowed."""
 ABSENT = (FileNotFoundError, NotADirectoryError)
-"""What the system says of a file that is not there."""
+"""Errors of the system about a missing file."""
 
 _CURES = {
     errno.EMFILE: "this process has too many files open: raise its limit (`ulimit -n`) and run the same command again",
@@ -244,7 +244,7 @@ _CURES = {
 
 
 def unreadable(file: Path | str, error: OSError) -> StoreError:
-    """What to raise for a file of a store that could not be read: damage only where it is missing."""
+    """The error for an unreadable file of a store: damage only where the file is missing."""
     if isinstance(error, ABSENT):
         return StoreError(f"{file}: is missing; the store is damaged: {MENDED}")
     cure = _CURES.get(error.errno or 0, "nothing is known to be damaged: mend that and run the same command again")
@@ -252,7 +252,7 @@ def unreadable(file: Path | str, error: OSError) -> StoreError:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """What of the system is behind an exception of a library; None where there is nothing, and the bytes are at fault.
+    """The system's error behind an exception of a library; None where the bytes are at fault.
 
     An OSError without a number is a codec's word for bytes that it cannot decode, unless its kind says more.
     """
@@ -271,9 +271,9 @@ _SAID_BY_KIND = (*ABSENT, ConnectionError, PermissionError, TimeoutError)
 
 
 MENDED = "`ezsd cache verify --deep` lists all damage, `ezsd cache repair` mends it"
-"""What to do about a damaged store."""
+"""Advice for a damaged store."""
 PUSHED = "remove this copy and push the store again"
-"""What to do about a damaged store behind a URL."""
+"""Advice for a damaged store behind a URL."""
 
 
 def sync(path: Path) -> None:

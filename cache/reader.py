@@ -39,7 +39,7 @@ from ezsd.cache.storage.arrays import RowArray, VerifiedArray, all_finite
 from ezsd.cache.storage.locations import LocalPlace, Place, find_place, read_environment
 
 Verify: TypeAlias = Literal["quick", "full"]
-"""How far a store is checked before its values are handed out, see `Store`."""
+"""Depth of the checks before values are handed out, see `Store`."""
 
 
 class Store:
@@ -181,7 +181,7 @@ class Store:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """What the build recorded of itself: host, versions, times, settings, places; empty without a record.
+        """The build's record of host, versions, times, settings and places; empty without one.
 
         Raises:
             StoreError: the record is damaged.
@@ -211,7 +211,7 @@ class Store:
 
     @property
     def _here(self) -> "_Opened":
-        """What this process opened; a forked child starts with nothing open."""
+        """Arrays that this process opened; a forked child starts with none."""
         if self._opened is None or self._opened.process != os.getpid():
             self._opened = _Opened(self._place, self._mark, checked=self._verify == "full")
         return self._opened
@@ -484,7 +484,7 @@ def _digest_problems(place: Place, mark: CommitMark, *, full: bool) -> list[str]
 
 
 def holds_rows(array: str) -> bool:
-    """Whether an array holds rows of images; all others are small."""
+    """True if an array holds rows of images; all others are small."""
     product, _, field = array.partition("/")
     return product in PER_IMAGE and field != OFFSET.name
 

@@ -207,7 +207,7 @@ class StoreWriter:
 
     @property
     def log_path(self) -> Path:
-        """Where a build may keep its log; not part of what is compared or checked."""
+        """File for the build's log; neither compared nor checked."""
         return self.path / LOG
 
     @property
@@ -217,7 +217,7 @@ class StoreWriter:
 
     @property
     def complete(self) -> bool:
-        """Whether the store is committed: then there is nothing left to do."""
+        """True if the store is committed: then there is nothing left to do."""
         return self._lock is None
 
     @property
@@ -227,7 +227,7 @@ class StoreWriter:
 
     @property
     def shared(self) -> bool:
-        """Whether other builders may be at work beside this one."""
+        """True if other builders may be at work beside this one."""
         return self._lock is not None and self._lock.shared
 
     def share(self) -> None:
@@ -281,7 +281,7 @@ class StoreWriter:
         return [self.blocks[index] for index in sorted(waiting) if not committer.entries[index].sized]
 
     def has_per_store(self, product: str) -> bool:
-        """Whether `teacher` or `text` is written already."""
+        """True if `teacher` or `text` is written already."""
         return self.complete or intact(per_store_folder(self.path, product))
 
     def write_per_store(self, product: str, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JSON]) -> None:
@@ -345,7 +345,7 @@ class StoreWriter:
         return tasks
 
     def commit_numbers(self) -> tuple[str, list[int]]:
-        """Like `commit_tasks`, as what `commit_numbered` needs: a digest, and the shards' numbers.
+        """The digest and the shards' numbers that `commit_numbered` takes, of the tasks of `commit_tasks`.
 
         A task lists all that goes into its shard; a number is small enough to be sent to any worker.
         """

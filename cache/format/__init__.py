@@ -1,1 +1,1 @@
-"""What a store's files hold: arrays, manifest and commit mark, as bytes."""
+"""Contents of a store's files as bytes: arrays, manifest and commit mark."""

@@ -15,7 +15,7 @@ from ezsd.cache.format.sealed_json import JSON, parse_json, seal, unseal
 
 COMMIT = "COMMIT.json"
 INCOMPLETE = "INCOMPLETE.json"
-"""What `repair` renames the commit mark to when a store is damaged beyond it; renamed back once it is whole."""
+"""The commit mark of a store that `repair` could not mend; renamed back once the store is mended."""
 TRANSFER = "TRANSFER.json"
 """The commit mark of a store that is still being copied to where this file lies; becomes COMMIT.json at the end."""
 ARRIVING = ".transfer"
@@ -30,7 +30,7 @@ UNLISTED = (COMMIT, INCOMPLETE, ENVIRONMENT, LOG, LOCK)
 
 @dataclass(frozen=True)
 class CommitMark:
-    """What `COMMIT.json` says: the store is complete, and consists of exactly these files."""
+    """Contents of `COMMIT.json`: the store is complete and consists of exactly these files."""
 
     manifest_digest: str
     embed_dim: int
@@ -57,7 +57,7 @@ class CommitMark:
 
 
 def is_committed(store: Path) -> bool:
-    """Whether a store has a commit mark, whatever the mark says."""
+    """True if a store has a commit mark; the mark is not read."""
     return (store / COMMIT).is_file()
 
 
@@ -111,7 +111,7 @@ LARGEST = 2**62
 
 
 def _mark_problem(record: Mapping[str, Any]) -> str | None:
-    """What a mark says that it must not, or None."""
+    """The fault of a commit mark; None for a sound one."""
     files, embedding = record.get("files"), record.get("embedding")
     if not is_sha256(record.get("manifest_digest")):
         return "manifest_digest: expected 64 hexadecimal digits"
@@ -133,12 +133,12 @@ def _mark_problem(record: Mapping[str, Any]) -> str | None:
 
 
 def is_count(value: object, *, least: int = 0) -> bool:
-    """Whether a value from JSON is a whole number that something can be counted by."""
+    """True if a value from JSON is a whole number that something can be counted by."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
 
 
 def is_sha256(value: object) -> bool:
-    """Whether a value from JSON is a sha256 as ezsd writes it: 64 hexadecimal digits of lower case."""
+    """True if a value from JSON is a sha256 as ezsd writes it: 64 hexadecimal digits of lower case."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
@@ -148,7 +148,7 @@ def _shown(value: object) -> str:
 
 
 def parse_environment(data: bytes | None, where: str) -> dict[str, Any]:
-    """What a build recorded of itself (host, versions, times, settings, places); empty when there is no record.
+    """A build's record of host, versions, times, settings and places; empty without one.
 
     Raises:
         StoreError: the record is damaged; says what to do.
@@ -176,7 +176,7 @@ def require_not_set_aside(store: Path) -> None:
 
 
 def file_problem(file: Path, expected: FileDigest, *, deep: bool) -> str | None:
-    """Why a file is not as it was committed, or None; by its size alone, or with `deep` by its bytes too.
+    """The damage of a committed file, or None; by its size alone, or with `deep` by its bytes too.
 
     Raises:
         StoreUnreadable: the system does not let it be read, so nobody knows.

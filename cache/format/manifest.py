@@ -26,7 +26,7 @@ from ezsd.cache.format.sealed_json import JSON, Difference, canonical_json, diff
 
 @dataclass(frozen=True)
 class Origin:
-    """What shaped one product: the algorithm's version, its own inputs, and the products it was made from.
+    """Provenance of one product: the algorithm's version, its inputs, and the products it was made from.
 
     Held as a private plain copy: changing the arguments afterwards changes nothing here.
     """
@@ -56,9 +56,9 @@ class Manifest:
     products: Mapping[str, Origin]
     """One for each name in `PRODUCTS`."""
     images_sha256: str
-    """See `images_digest`."""
+    """Sha256 of the image list, as of `images_digest`."""
     embedding: EmbeddingType = "float16"
-    """How embeddings of regions and ground truth are kept."""
+    """Stored type of the embeddings of regions and ground truth."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.products, Mapping) or set(self.products) != set(PRODUCTS):
@@ -118,7 +118,7 @@ class Manifest:
 
     @property
     def _named(self) -> dict[str, JSON]:
-        """What is compared: `proposals.nms_iou` is what people call it, without the rooms it lies in."""
+        """The compared values: an input is named PRODUCT.KEY, as in `proposals.nms_iou`."""
         origins = {
             name: {**origin.inputs, "algorithm_version": origin.version, "needs": list(origin.needs)}
             for name, origin in self.products.items()

@@ -1,4 +1,4 @@
-"""Which files a store consists of, and where they may lie.
+"""Names of a store's files, and their allowed places.
 
 Their names are written by whoever made the store, and are not trusted: only the names that the format knows are taken,
 and no link on the way to a file may lead out of the store's folder.
@@ -54,7 +54,7 @@ _FILE = re.compile(_pattern())
 
 
 def is_store_file(name: str) -> bool:
-    """Whether a commit mark may list this name: root, manifest, and the metadata and shards of the known arrays.
+    """True if a commit mark may list this name: root, manifest, and the metadata and shards of the known arrays.
 
     All of these are relative, of lower case, and without `..`, `.` or empty parts; none is the folder of another.
     """

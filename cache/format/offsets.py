@@ -1,4 +1,4 @@
-"""Which images rows belong to, by the offsets of a ragged product."""
+"""Images of rows, by the offsets of a per-image product."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def image_places(offset: NDArray[np.int64], rows: Sequence[tuple[int, int]]) -> 
 
 
 def of_images(images: Sequence[int]) -> str:
-    """Which images lost rows belong to, as the end of a sentence; empty where there are none."""
+    """The images of lost rows as the end of a sentence; empty without any."""
     if not images:
         return ""
     shown = ", ".join(map(str, images[:_LISTED]))

@@ -1,4 +1,4 @@
-"""What a store holds: products, fields, array geometry, errors. Written down once.
+"""Schema of a store: products, fields and array geometry.
 
 Conventions of every array: little-endian; rows of one image lie together, images in the order of `images/id`;
 boxes are x1, y1, x2, y2 in pixels of the original image; embeddings have unit length.
@@ -28,7 +28,7 @@ EMBED = -1
 """Stands for the embedding width D in a field's trailing shape."""
 
 EmbeddingType: TypeAlias = Literal["float16", "int8"]
-"""How a store keeps the embeddings of regions and ground truth; with int8 a float32 scale stands beside each row."""
+"""Stored type of the embeddings of regions and ground truth; with int8 each row has a float32 scale."""
 EMBEDDING_TYPES: tuple[EmbeddingType, ...] = get_args(EmbeddingType)
 
 

@@ -84,7 +84,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def _deeper(value: object, levels: int) -> bool:
-    """Whether JSON is nested deeper than `levels`: whatever walks through it later would end in a RecursionError."""
+    """True if JSON is nested deeper than `levels`: whatever walks through it later would end in a RecursionError."""
     inner: Iterable[object] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return any(not levels or _deeper(item, levels - 1) for item in inner if isinstance(item, dict | list))
 

@@ -22,7 +22,7 @@ _ABSENT = 2**64 - 1
 
 
 def fill_value(dtype: str) -> float | int:
-    """What pads the last chunk, and what a reader would see where data are missing: never a plausible value."""
+    """Padding of the last chunk, also read where data are missing: never a plausible value."""
     kind = np.dtype(dtype)
     return float("nan") if kind.kind == "f" else -1 if kind.kind == "i" else int(np.iinfo(kind).max)
 
@@ -157,7 +157,7 @@ def index_bytes(spec: ArraySpec) -> int:
 
 
 def shard_chunks(spec: ArraySpec, index: int) -> int:
-    """How many chunks shard `index` holds."""
+    """Number of chunks in shard `index`."""
     start, stop = spec.shard_range(index)
     return -(-(stop - start) // spec.chunk_rows)
 

@@ -45,13 +45,13 @@ class Committer:
     entries: Sequence[Entry]
 
     def rows(self, product: str) -> int:
-        """Rows of a ragged product in the whole store."""
+        """Rows of a per-image product in the store."""
         column = f"{product}/{PER_IMAGE[product][0].name}"
         return sum(int(entry.arrays[column]["shape"][0]) for entry in self.entries)
 
     @cached_property
     def ragged(self) -> list[ArraySpec]:
-        """Geometry of the arrays that hold ragged rows."""
+        """Geometry of the arrays of per-image products."""
         return [
             self._spec(f"{product}/{field.name}", field.dtype, (rows, *field.row_shape(self.plan.embed_dim)))
             for product in PER_IMAGE
@@ -61,7 +61,7 @@ class Committer:
 
     @cached_property
     def tasks(self) -> list[ShardTask]:
-        """One task for each shard of each ragged array, finished or not.
+        """One task for each shard of each per-image array, finished or not.
 
         The largest array comes last and in order, so that its finished shards free the blocks they were made from:
         the disk then holds little more than one copy at any time.
@@ -81,7 +81,7 @@ class Committer:
 
     @cached_property
     def digest(self) -> str:
-        """Of everything that goes into the shards: sha256, hexadecimal."""
+        """Sha256 of everything that goes into the shards, hexadecimal."""
         return hashlib.sha256("".join(task.sources for task in self.tasks).encode()).hexdigest()
 
     def _pieces(self, spec: ArraySpec, shard: int) -> Iterator[Piece]:
@@ -116,7 +116,7 @@ class Committer:
 
 
 def commit_numbered(path: str | os.PathLike[str], digest: str, number: int) -> None:
-    """Like `commit_shard`, for a shard of `StoreWriter.commit_numbers`.
+    """Commit one shard by its number, as of `StoreWriter.commit_numbers`.
 
     Raises:
         StoreError: a block was computed again since; see also `commit_shard`.
@@ -135,7 +135,7 @@ def _committer(store: Path, digest: str) -> Committer:
 
 
 def root_attributes(manifest: Manifest, rows: Mapping[str, int], *, images: int, embed_dim: int) -> dict[str, JSON]:
-    """What the store says about itself to any Zarr reader; `rows` of each ragged product."""
+    """Attributes of the store's root group for any Zarr reader; `rows` of each per-image product."""
     return {
         "ezsd_store": {
             "format_version": FORMAT_VERSION,
@@ -150,7 +150,7 @@ def root_attributes(manifest: Manifest, rows: Mapping[str, int], *, images: int,
 
 
 def array_attributes(name: str, embedding: str) -> dict[str, JSON]:
-    """What an array says about itself to any Zarr reader: how whole numbers become unit vectors."""
+    """Attributes of an array for any Zarr reader: the rule from int8 to unit vectors."""
     if embedding == "int8" and name in ("regions/embedding", "ground_truth/embedding"):
         return {"unit_vector": "embedding[row] * embedding_scale[row]"}
     return {}

@@ -1,4 +1,4 @@
-"""How many bytes a store takes, finished and at the height of its build."""
+"""Bytes of a store, finished and at the height of its build."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from ezsd.cache.journal.entries import Entry
 from ezsd.cache.journal.shards import ShardTask
 
 _METADATA = 2**21
-"""What every store has besides its rows: some thirty small arrays, padded to whole chunks, teacher, text, metadata."""
+"""Bytes of every store besides its rows: some thirty small arrays, padded to full chunks, teacher, text, metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ def forecast(
     embedding: EmbeddingType,
     shard_bytes: int = SHARD_BYTES,
 ) -> Forecast:
-    """What a store with this many rows of each ragged product takes.
+    """Bytes of a store with this many rows of each per-image product.
 
     At the height all narrow arrays lie on the disk twice, once in the journal, and of the largest array two shards:
     its blocks go as soon as the shards that hold their rows are there.

@@ -47,7 +47,7 @@ ENTRY = "entry.json"
 
 
 def journal_folder(store: Path) -> Path:
-    """Where the journal of the store at `store` lies.
+    """Folder of a store's journal.
 
     Raises:
         StoreError: it is a link that leads out of the store's folder.
@@ -56,7 +56,7 @@ def journal_folder(store: Path) -> Path:
 
 
 def scratch_folder(store: Path) -> Path:
-    """Where unfinished work lies; whatever is here when a build starts belongs to nobody."""
+    """Folder of unfinished work; its contents at the start of a build are leftovers."""
     return inside(store, f"{JOURNAL}/tmp")
 
 
@@ -144,7 +144,7 @@ class Entry:
 
     @property
     def sized(self) -> bool:
-        """Whether the data file has the size it was written with; the cheap check."""
+        """True if the data file has the size it was written with; the cheap check."""
         try:
             return (self.folder / DATA).stat().st_size == self.bytes_
         except ABSENT:
@@ -154,7 +154,7 @@ class Entry:
 
     @property
     def dropped(self) -> bool:
-        """Whether the data were removed, as they are once every shard they went into is durable."""
+        """True if the data were removed, as they are once every shard they went into is durable."""
         return not (self.folder / DATA).exists()
 
     def array(self, name: str) -> NDArray[Any]:
@@ -217,7 +217,7 @@ def _require_described(record: Mapping[str, Any], file: Path) -> None:
 
 
 def _is_place(place: object, size: int) -> bool:
-    """Whether an array's description is one, of rows that lie in the first `size` bytes."""
+    """True if an array's description is one, of rows that lie in the first `size` bytes."""
     if not isinstance(place, dict) or not isinstance(place.get("shape"), list):
         return False
     counts = [*place["shape"], place.get("offset"), place.get("crc32")]
@@ -236,7 +236,7 @@ def raw_bytes(rows: NDArray[Any]) -> memoryview:
 
 
 def _layout(arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, dict[str, Any]], int]:
-    """Where each array goes in data.raw, and the length of the file in bytes."""
+    """The place of each array in data.raw, and the length of the file in bytes."""
     places: dict[str, dict[str, Any]] = {}
     end = 0
     for name, rows in arrays.items():
@@ -296,7 +296,7 @@ def _rename_entry(temporary: Path, target: Path, point: str) -> None:
 
 
 def intact(folder: Path) -> bool:
-    """Whether a finished entry lies here, by its description and size."""
+    """True if a finished entry lies here, by its description and size."""
     try:
         return Entry.read(folder).sized
     except StoreUnreadable:

@@ -41,7 +41,7 @@ _GEOMETRY = ("embed_dim", "block_images", "shard_bytes")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a store is going to hold: fixed when it is created, compared when its build is resumed.
+    """Plan of a store: fixed at its creation, compared when its build is resumed.
 
     image_ids (n,) int64, widths and heights (n,) int32 in pixels, in the order of the blocks.
     """
@@ -79,7 +79,7 @@ class Plan:
 
     @cached_property
     def images_digest(self) -> str:
-        """See `ezsd.cache.format.manifest.images_digest`."""
+        """Sha256 of the image list, as of `ezsd.cache.format.manifest.images_digest`."""
         return images_digest(self.image_ids, self.widths, self.heights)
 
     def write(self) -> "Plan":
@@ -105,7 +105,7 @@ class Plan:
 
 
 def another_folder(store: Path, found: Manifest, wanted: Manifest) -> str:
-    """What to do about a store of other settings: a folder to build in, and what can be taken over from this one."""
+    """Advice for a store of other settings: a folder to build in, and the products to take over from this one."""
     same = [product for product in PRODUCTS if found.fingerprints[product] == wanted.fingerprints[product]]
     if not same:
         return f"build into another folder: `out={_free(store)}`"
@@ -113,7 +113,7 @@ def another_folder(store: Path, found: Manifest, wanted: Manifest) -> str:
 
 
 def unfinished_folder(store: Path) -> str:
-    """What to do about an unfinished store of other settings, from which nothing can be taken over."""
+    """Advice for an unfinished store of other settings, from which nothing can be taken over."""
     return (
         f"it is not finished: go on with the settings that it was begun with, or remove the folder {store}, or build "
         f"into another folder: `out={_free(store)}`"
@@ -141,7 +141,7 @@ def refuse(store: Path | str, differences: Sequence[Difference], *, cure: str) -
 
 
 def plan_folder(store: Path) -> Path:
-    """Where the plan lies while the store is being built."""
+    """Folder of the plan while the store is being built."""
     return journal_folder(store) / PLAN
 
 
@@ -262,7 +262,7 @@ def read_per_store(plan: Plan, product: str) -> tuple[dict[str, NDArray[Any]], d
 
 
 def block_done(plan: Plan, index: int) -> bool:
-    """Whether block `index` is finished, by its description and size."""
+    """True if block `index` is finished, by its description and size."""
     return finished_block(plan, index) is not None
 
 

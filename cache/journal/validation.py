@@ -1,4 +1,4 @@
-"""What may enter a store. Every refusal names the product, the field, the row and the image."""
+"""Validation of rows before they enter a store; errors name the product, the field, the row and the image."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

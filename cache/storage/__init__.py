@@ -1,1 +1,1 @@
-"""Where a store lies, and how its arrays are read."""
+"""Access to a store's files and arrays, in a folder or behind a URL."""

@@ -1,4 +1,4 @@
-"""What a reader asks of an array wherever it lies, and the two checks it makes on the way."""
+"""Array access, the same for folders and URLs, and the two checks on the way."""
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +38,7 @@ class RowArray(Protocol):
         ...
 
     def file(self, row: int) -> str:
-        """Where a row lies, for errors: its file, or the array's folder."""
+        """Place of a row for errors: its file, or the array's folder."""
         ...
 
     def shard_files(self) -> Iterator[str]:
@@ -66,7 +66,7 @@ class ZarrArray:
         self._kept: NDArray[Any] | None = None
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """See `RowArray`."""
+        """Rows `start` to `stop` (exclusive); not to be written to."""
         if self._array.nbytes > _KEPT_BYTES:
             with self._errors():
                 return np.asarray(self._array[start:stop])
@@ -80,11 +80,11 @@ class ZarrArray:
         """Nothing to do: zarr has no such hint."""
 
     def file(self, row: int) -> str:
-        """See `RowArray`."""
+        """Place of a row for errors: its file, or the array's folder."""
         return self._where
 
     def shard_files(self) -> Iterator[str]:
-        """See `RowArray`; whatever the layout, and however many: none is made before it is asked for."""
+        """Every file that rows are read from, below the array's folder; each is named only when asked for."""
         shards = self._array.shards or self._array.chunks
         counts = [-(-length // rows) for length, rows in zip(self.shape, shards, strict=True)]
         return map(self._array.metadata.encode_chunk_key, _places(counts))
@@ -149,7 +149,7 @@ class VerifiedArray:
         self.shard_files = array.shard_files
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """See `RowArray`.
+        """Rows `start` to `stop` (exclusive); not to be written to.
 
         Raises:
             StoreError: a chunk that holds some of these rows is damaged.
@@ -181,7 +181,7 @@ class VerifiedArray:
 
 
 def all_finite(values: NDArray[Any]) -> bool:
-    """Whether no value is NaN or infinite; embeddings in float16 are looked at four numbers at a time."""
+    """True if all values are finite; embeddings in float16 are looked at four numbers at a time."""
     if values.dtype.kind != "f":
         return True
     if values.dtype == np.float16 and values.flags.c_contiguous and values.size % 4 == 0 and values.size:

@@ -80,12 +80,12 @@ def direct_spec(metadata: dict[str, Any], name: str) -> ArraySpec | None:
 
 @lru_cache(maxsize=64)
 def _index(chunk_rows: int, row_bytes: int, shard_rows: int, rows: int) -> bytes:
-    """What `shard_index` gives; its checksum takes milliseconds, and all full shards of an array have the same."""
+    """Cached `shard_index`: its checksum takes milliseconds, and all full shards of an array have the same."""
     return shard_index(ArraySpec("", "|i1", (rows, row_bytes), chunk_rows, shard_rows), rows)
 
 
 def _in_file_order(mapped: NDArray[np.uint8], spec: ArraySpec, rows: int, file: Path) -> bool:
-    """Whether a shard's chunks lie one after another, as its index says."""
+    """True if a shard's chunks lie one after another, as its index says."""
     # Compared before it is made: its length is what a file says.
     if len(mapped) < index_bytes(spec):
         raise StoreError(f"{file}: is {len(mapped)} bytes long, too short for a shard; the store is damaged: {MENDED}")
@@ -112,11 +112,11 @@ class MappedArray:
         self._rows: list[NDArray[Any] | _Rearranged | None] = [None] * spec.shards
 
     def file(self, row: int) -> str:
-        """See `RowArray`."""
+        """Place of a row for errors: its file, or the array's folder."""
         return str(self._shard_file(row // self._shard_rows))
 
     def shard_files(self) -> Iterator[str]:
-        """See `RowArray`."""
+        """Every file that rows are read from, below the array's folder."""
         return map(self._below_folder, range(self._spec.shards))
 
     def _below_folder(self, index: int) -> str:
@@ -172,7 +172,7 @@ class MappedArray:
                         will_need(found.data, first, length)
 
     def _in_memory(self, shard: int, place: int) -> bool:
-        """Whether the byte at `place` can be had without the disk; a hint for what is there costs five times as much.
+        """True if the byte at `place` can be had without the disk; a hint for what is there costs five times as much.
 
         One byte stands for its range: what is read together mostly stays together, and a hint changes no result.
         A system other than Linux cannot be asked: every range then gets its hint.
@@ -217,7 +217,7 @@ def _can_be_asked() -> bool:
 
 
 def _plenty(descriptor: int) -> bool:
-    """Whether descriptors up to this one may be kept: a quarter of all, the rest is for others."""
+    """True if descriptors up to this one may be kept: a quarter of all, the rest is for others."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return limit == resource.RLIM_INFINITY or descriptor < limit // 4
 

@@ -1,4 +1,4 @@
-"""What zarr is given of a store behind a URL: the files that the commit mark lists, and no byte more than it states."""
+"""Zarr's view of a store behind a URL: the files of the commit mark, and no byte more than it states."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping

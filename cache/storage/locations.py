@@ -1,4 +1,4 @@
-"""Where a store lies: a folder, or a URL (`ezsd.cache.storage.remote`); what a reader needs of either."""
+"""Location of a store: a folder, or a URL (`ezsd.cache.storage.remote`)."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -46,7 +46,7 @@ class Place(Protocol):
         ...
 
     def digests(self, names: Iterable[str]) -> Iterator[tuple[str, FileDigest]]:
-        """The same of many small files."""
+        """Size and sha256 of many small files, by name."""
         ...
 
     def open_array(self, name: str) -> RowArray:
@@ -64,34 +64,34 @@ class LocalPlace:
         return str(self.path)
 
     def mark(self) -> CommitMark:
-        """See `Place`."""
+        """The commit mark; StoreIncomplete or StoreError where there is none."""
         return require_mark(self.path)
 
     def size_problems(self, mark: CommitMark) -> list[str]:
-        """See `Place`."""
+        """One line for each file that is missing or not as long as it was."""
         return size_problems(self.path, mark)
 
     def read_file(self, name: str) -> bytes:
-        """See `Place`."""
+        """A small file; StoreError if it cannot be read."""
         return read_bytes(self.path / name)
 
     def read_if_there(self, name: str) -> bytes | None:
-        """See `Place`."""
+        """A small file, or None where there is none."""
         return read_if_there(self.path / name)
 
     def digest(self, name: str) -> FileDigest:
-        """See `Place`."""
+        """Size and sha256 of a file as it is now."""
         try:
             return file_digest(self.path / name)
         except OSError as error:
             raise unreadable(self.path / name, error) from error
 
     def digests(self, names: Iterable[str]) -> Iterator[tuple[str, FileDigest]]:
-        """See `Place`."""
+        """Size and sha256 of many small files, by name."""
         return ((name, self.digest(name)) for name in names)
 
     def open_array(self, name: str) -> RowArray:
-        """See `Place`; memory-mapped where its layout allows, else through zarr."""
+        """An array of the store, by its path; memory-mapped where its layout allows, else through zarr."""
         folder = self.path / name
         return open_mapped(folder, partial(_through_zarr, folder)) or _through_zarr(folder)
 

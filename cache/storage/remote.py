@@ -40,12 +40,12 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "
 _PIECE = 8 * 2**20
 _BLOCKS = {"block_size": _PIECE, "cache_type": "none"}
 _STREAM = {"block_size": 0, "size": 1}
-"""How fsspec reads a file of a web server in one request: without a block size it asks for no ranges, whose answers it
+"""Options for one request per file of a web server: without a block size fsspec asks for no ranges, whose answers it
 takes whole however long they are, and with any size it asks for none."""
 _PARTIAL = 206
-"""What a web server answers that sends the range it was asked for."""
+"""Status of a web server's answer with the requested range."""
 _GONE = (404, 410)
-"""What a web server answers for a file that it does not have."""
+"""Statuses of a web server's answer for a missing file."""
 _TOGETHER = 32
 """Small files asked for at once."""
 
@@ -89,7 +89,7 @@ class RemotePlace:
         return "http" in self.files.protocol
 
     def mark(self) -> CommitMark:
-        """See `Place`."""
+        """The commit mark; StoreIncomplete or StoreError where there is none."""
         return self.committed()[0]
 
     def committed(self) -> tuple[CommitMark, bytes]:
@@ -108,7 +108,7 @@ class RemotePlace:
         )
 
     def size_problems(self, mark: CommitMark) -> list[str]:
-        """See `Place`."""
+        """One line for each file that is missing or not as long as it was."""
         problems = []
         sizes = self.sizes(mark.files)
         for name, expected in mark.files.items():
@@ -147,7 +147,7 @@ class RemotePlace:
             raise cause from None
 
     def read_file(self, name: str) -> bytes:
-        """See `Place`."""
+        """A small file; StoreError if it cannot be read."""
         data = self.read_if_there(name)
         if data is None:
             raise self._absent(name)
@@ -157,7 +157,7 @@ class RemotePlace:
         return StoreError(f"{self.url}/{name}: is not there; the store is damaged")
 
     def read_if_there(self, name: str) -> bytes | None:
-        """See `Place`; StoreError where a file is longer than its commit mark says."""
+        """A small file, or None where there is none; StoreError where a file is longer than its commit mark says."""
         with self.errors():
             try:
                 return b"".join(self._pieces(name))
@@ -166,7 +166,7 @@ class RemotePlace:
                 return None
 
     def digest(self, name: str) -> FileDigest:
-        """See `Place`; reads the whole file over the network."""
+        """Size and sha256 of a file as it is now; reads the whole file over the network."""
         digest, size = hashlib.sha256(), 0
         for piece in self.pieces(name):
             digest.update(piece)
@@ -174,7 +174,7 @@ class RemotePlace:
         return FileDigest(size, digest.hexdigest())
 
     def digests(self, names: Iterable[str]) -> Iterator[tuple[str, FileDigest]]:
-        """See `Place`; many files at once, for each request waits for the network."""
+        """Size and sha256 of many small files, many at once: each request waits for the network."""
         wanted = list(names)
         with ThreadPoolExecutor(_TOGETHER, thread_name_prefix="digests") as pool:
             yield from zip(wanted, pool.map(self.digest, wanted), strict=True)
@@ -238,7 +238,7 @@ class RemotePlace:
         return data
 
     def _web_range(self, path: str, start: int, end: int) -> bytes:
-        """What a web server sends of a range, and of no more than that: it says what it likes."""
+        """A web server's answer to a range, cut to the range: a server may send more."""
         headers = {**self.files.kwargs.get("headers", {}), "Range": f"bytes={start}-{end - 1}"}
         with self.files.open(path, "rb", **_STREAM, headers=headers) as file:
             part = file.r.status == _PARTIAL
@@ -248,7 +248,7 @@ class RemotePlace:
             return b"".join(_up_to(file, end - start + part))
 
     def open_array(self, name: str) -> RowArray:
-        """See `Place`."""
+        """An array of the store, by its path."""
         import zarr
 
         errors = partial(zarr_errors, f"{self.url}/{name}", PUSHED)
@@ -284,7 +284,7 @@ class RemotePlace:
 
     @contextmanager
     def sending(self, needed: int) -> Iterator[None]:
-        """Like `errors`, around `needed` bytes that are written; of a folder, what its disk says of them."""
+        """Turn errors of writing `needed` bytes into StoreErrors; for a folder also a full disk."""
         with self.errors(), copied_to(Path(self._root), needed) if self._is_folder else nullcontext():
             yield
 
@@ -299,11 +299,11 @@ class RemotePlace:
 
 
 _UNDECODABLE = ("ContentEncodingError", "PayloadEncodingError", "content-encoding")
-"""What aiohttp says of it; an answer that is cut short it calls otherwise."""
+"""Message of aiohttp's error; an answer that is cut short has one of its own."""
 
 
 def _is_undecodable(error: BaseException | None) -> bool:
-    """Whether there was an answer, and its bytes are at fault."""
+    """True if there was an answer and its bytes are at fault."""
     return error is not None and (
         isinstance(error, EOFError | UnicodeError | gzip.BadGzipFile | zlib.error)
         or any(words in f"{type(error).__name__} {error}" for words in _UNDECODABLE)

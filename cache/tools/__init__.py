@@ -1,1 +1,1 @@
-"""What is done to whole stores: inspect, verify, repair, copy, export."""
+"""Tools for stores: inspect, verify, repair, copy, export."""

@@ -1,4 +1,4 @@
-"""What two stores have in common: fingerprints by name, then content file by file."""
+"""Comparison of two stores: fingerprints by name, then content file by file."""
 
 import os
 from collections.abc import Mapping

@@ -41,7 +41,7 @@ class ProductInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreInfo:
-    """What `info` found. `images` of an unfinished store counts all planned ones, rows only the finished blocks'."""
+    """Description of a store. Of an unfinished one `images` counts all planned images, rows only the finished blocks'."""
 
     path: Path
     complete: bool
@@ -60,7 +60,7 @@ class StoreInfo:
     """Images that could not be read when the store was built, by id, and why: they have no rows."""
     manifest: Manifest
     environment: Mapping[str, Any] | None
-    """Who built it, where and with what; None when nothing is recorded."""
+    """The build's record of host, versions and settings; None without one."""
     problems: tuple[str, ...]
     """Files that are missing or of the wrong size; `verify` looks closer."""
 
@@ -150,7 +150,7 @@ def _folder(store: Path) -> dict[str, Any]:
 
 
 def _environment(store: Path) -> dict[str, Any] | None:
-    """What was recorded, or None where that is damaged: `verify` says so, and the store does not depend on it."""
+    """The build's record, or None for a damaged one: `verify` says so, and the store does not depend on it."""
     try:
         return read_environment(store) or None
     except StoreError:

@@ -1,4 +1,4 @@
-"""What lies in a store's folder and no store needs: leftovers of killed builds and copies, and what strayed in."""
+"""Files in a store's folder that no store needs: leftovers of killed builds and copies, and foreign files."""
 
 import os
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ from ezsd.cache.tools.verify import stray_files
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leftovers:
-    """What `collect` found, by name inside the store; a folder's name ends with a slash. Sizes in bytes."""
+    """Sizes in bytes of the files found by `collect`, by name inside the store; a folder's name ends with a slash."""
 
     removed: Mapping[str, int]
-    """What is gone, or with `dry_run` would be."""
+    """Removed files; with `dry_run`, those to be removed."""
     kept: Mapping[str, int]
-    """What ezsd did not make, and was not asked to remove."""
+    """Foreign files that were to be kept."""
 
 
 def collect(path: str | os.PathLike[str], *, strays: bool = False, dry_run: bool = False) -> Leftovers:

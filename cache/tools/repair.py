@@ -53,11 +53,11 @@ StoredValues = tuple[NDArray[np.float32], Mapping[str, Any]]
 
 
 class RowSource(Protocol):
-    """Whoever has the images, and computes again what the build computed."""
+    """Source of lost rows: computes them again from the images, as the build did."""
 
     @property
     def manifest(self) -> Manifest:
-        """What everything is made from; it must be the store's."""
+        """The manifest of the computed rows; it must be the store's."""
         ...
 
     @property
@@ -76,7 +76,7 @@ class RowSource(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepairReport:
-    """What `repair` did."""
+    """Result of `repair`."""
 
     repaired: tuple[str, ...]
     """Files that are again what was committed."""
@@ -288,7 +288,7 @@ def _length(node: Mapping[str, Any]) -> int:
 
 
 def _turn(name: str) -> tuple[int, str]:
-    """What is repaired first serves what comes later: metadata, teacher, text and offsets, rows, checksums."""
+    """Order of the repairs, each of which serves the later ones: metadata, teacher, text, offsets, rows, checksums."""
     turns = (
         name == MANIFEST,
         name == "zarr.json",

@@ -86,7 +86,7 @@ def push(store: str | os.PathLike[str], url: str) -> int:
 
 
 def _already(there: RemotePlace, data: bytes) -> bool:
-    """Whether this very store is complete at its target."""
+    """True if this very store is complete at its target."""
     found = there.read_if_there(COMMIT)
     if found is not None and found != data:
         raise StoreError(f"{there}: holds another store; choose another URL, or remove that one first")
@@ -177,7 +177,7 @@ def _locked_pull(there: RemotePlace, here: Path, mark: CommitMark, data: bytes) 
 
 
 def _is_copied(here: Path, data: bytes) -> bool:
-    """Whether this very store is complete in the folder."""
+    """True if this very store is complete in the folder."""
     if not (here / COMMIT).exists():
         return False
     if read_bytes(here / COMMIT) != data:

@@ -1,4 +1,4 @@
-"""Whether a store is still what was committed; where it is not, which file, and which rows and images are lost."""
+"""Verification of a store against its commit mark; damage is named by file, rows and images."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ class Damage:
     name: str
     """The file inside the store, with forward slashes."""
     kind: Literal["damaged", "unreadable", "stray"]
-    """What is unreadable may be whole: the system does not let it be read. Strays do not belong to the store, and take
+    """An unreadable file may be sound: the system does not let it be read. Strays do not belong to the store, and take
     nothing from it."""
     reason: str
     array: str | None = None
@@ -56,7 +56,7 @@ class Damage:
 
 
 def verify(path: str | os.PathLike[str], *, deep: bool = False) -> list[Damage]:
-    """What is damaged, missing or foreign in a store; nothing if all is well.
+    """List the damaged, missing and foreign files of a store; none if all is well.
 
     Args:
         path: a store, complete or not.
@@ -94,7 +94,7 @@ def _unreadable(file: Path, name: str, error: StoreUnreadable) -> Damage:
 
 
 def stray_files(store: Path, mark: CommitMark) -> list[Damage]:
-    """What lies in the store's folder and is none of its own: files, links (none is followed), and empty folders."""
+    """Foreign files, links (none is followed) and empty folders in a store's folder."""
     own = {*mark.files, *UNLISTED}
     # A folder whose files are lost is still the store's.
     own.update(f"{above.as_posix()}/" for name in mark.files for above in PurePosixPath(name).parents)
@@ -147,7 +147,7 @@ class Locator:
         )
 
     def intact(self, name: str) -> bool:
-        """Whether a listed file is known to be as it was committed."""
+        """True if a listed file is known to be as it was committed."""
         expected = self.mark.files.get(name)
         if expected is None:
             return False

@@ -261,7 +261,7 @@ def _writer(
 
 
 def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
-    """Whether a complete store is the wanted one, decided without loading the teacher.
+    """True if a complete store is the wanted one, decided without loading the teacher.
 
     The store remembers the digest of the file that its teacher's weights came from: the same file under the same
     name makes the same teacher. Where that does not settle it, nothing is known, and the teacher has to be loaded.

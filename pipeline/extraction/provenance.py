@@ -104,7 +104,7 @@ def images_read(dataset: Dataset, annotations: Annotations) -> dict[str, dict[st
 
 
 def _image_read(dataset: Dataset, folder: Path, record: ImageRecord) -> tuple[bool, bool]:
-    """Whether an image is turned, and whether its mode is read otherwise than before there was a rule."""
+    """True for an image that is turned, and for one whose mode is read otherwise than before there was a rule."""
     try:
         path = resolve_image_path(folder, record.file_name)
         reading = look(path, (record.width, record.height), dataset.exif)

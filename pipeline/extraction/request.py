@@ -33,7 +33,7 @@ class BuildRequest:
     workers: int = 0
     """Worker processes of this machine; 0 takes one per GPU, or one per core on the CPU."""
     dashboard: bool = False
-    """Whether Dask's pages about the work are served."""
+    """True if Dask's pages about the work are served."""
     reuse: Path | None = None
     """A complete store to take over what would come out the same."""
 

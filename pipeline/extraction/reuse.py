@@ -23,7 +23,7 @@ class Reuse:
     products: tuple[str, ...]
     """Products whose rows are taken as they are."""
     embeddings: bool
-    """Whether regions have to be chosen again, but embeddings of the same boxes can be taken."""
+    """True if regions have to be chosen again, but embeddings of the same boxes can be taken."""
 
 
 @dataclass(frozen=True, slots=True)

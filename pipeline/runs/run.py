@@ -87,7 +87,7 @@ _OF_NO_MATTER = frozenset(
 
 
 def learns_the_same_in_parts(sampling: object, *, frozen_norms: bool) -> bool:
-    """Whether a step learns the same, but for rounding, whatever `train.grad_accumulation` is.
+    """True if a step learns the same, but for rounding, whatever `train.grad_accumulation` is.
 
     What is drawn must be each image's own, and no normalisation may depend on who is in a batch: the statistics of
     batch normalisation are frozen where the backbone began with ImageNet's weights, and only there.
@@ -189,7 +189,7 @@ class Run:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether anything was trained that could be gone on with."""
+        """True if anything was trained that could be gone on with."""
         return any((self.folder / "checkpoints").glob("step-*"))
 
     @property

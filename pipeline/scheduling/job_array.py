@@ -28,7 +28,7 @@ class Share:
         return f"{self.number}/{self.count}"
 
     def has(self, block: Block) -> bool:
-        """Whether a block is one of this share's."""
+        """True if a block is one of this share's."""
         return block.index % self.count == self.number - 1
 
 

@@ -50,7 +50,7 @@ class Schedule:
     device: str = "cpu"
     """Where the teacher runs."""
     dashboard: bool = False
-    """Whether Dask's pages about the work are served."""
+    """True if Dask's pages about the work are served."""
 
     @property
     def kind(self) -> Literal["local", "sync", "cluster"]:
