@@ -209,9 +209,12 @@ def open_to_read(file: Path) -> int:
             raise
         _raise_limit()
         descriptor = os.open(file, _READ)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     raise OSError(errno.EINVAL, "is not a regular file", str(file))
 
 

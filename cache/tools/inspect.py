@@ -41,7 +41,7 @@ class ProductInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreInfo:
-    """Description of a store. Of an unfinished one `images` counts all planned images, rows only the finished blocks'."""
+    """Description of a store. Of an unfinished one `images` counts all planned ones, rows those of finished blocks."""
 
     path: Path
     complete: bool

@@ -304,7 +304,7 @@ CALLS: Calls = {
         lambda root: ((root / "own.toml").write_text(TOML), read_table(root / "own.toml")),
         lambda root: read_table(written(root / "a.json", buildable())),
     ),
-    "holds another run: names: .*; choose another --run folder": (
+    r"holds another run: names\[0\]: \"cat\" there, \"ox\" wanted; choose another --run folder": (
         lambda root: (begin(root / "a"), begin(root / "a", names=["ox"])),
         lambda root: begin(root / "b", names=["ox"]),
     ),
