@@ -48,7 +48,8 @@ def test_a_wheel_holds_one_package_and_every_file_of_it(wheel):
         f"{part}/{path.relative_to(folder).as_posix()}"
         for part, folder in parts.items()
         for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and (part == "ezsd" or path.suffix in (".py", ".toml"))
+        if path.is_file() and "__pycache__" not in path.parts
+        if part == "ezsd" or path.suffix in (".py", ".toml", ".j2")
     }
     assert names == wanted
 

@@ -5,52 +5,39 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ezsd.pipeline.report.html import Html, element, note, section
-from ezsd.pipeline.report.run_data import Facts
+from ezsd.pipeline.report.run_data import RunData
 
+RUN_COLOURS = 6
+"""Colours that the page has for runs; more runs use them again."""
 _CURVE_POINTS = 80
-_RUN_COLOURS = 6
 _INK_STAND_IN, _RULE_STAND_IN = "#010203", "#010204"
 _DASHES = ("-", "--", ":", "-.")
 
 
-def curves_section(facts: Sequence[Facts]) -> Html:
-    """Small charts of the loss and its parts, all runs in each."""
-    parts = list(dict.fromkeys(key for fact in facts for line in fact.metrics for key in line))
-    parts = [part for part in parts if part not in ("step", "seconds", "learning_rate")]
-    lead = "Training loss over steps, averaged in short spans: the weighted sum, then its parts without their weights."
-    if not parts:
-        return section("Training", lead, note("No metrics were recorded."))
-    charts = [
-        element("figure", element("figcaption", part.replace("_", " ")), _curve(part, facts, number), class_="chart")
-        for number, part in enumerate(parts)
-    ]
-    keys = [_run_key(i, fact.label) for i, fact in enumerate(facts)]
-    return section("Training", lead, element("p", *keys), element("div", *charts, class_="charts"))
+def training_curves(runs: Sequence[RunData]) -> dict[str, Markup]:
+    """Small charts of the loss and its parts by their names, all runs in each; empty without metrics."""
+    parts = dict.fromkeys(key for run in runs for line in run.metrics for key in line)
+    losses = [part for part in parts if part not in ("step", "seconds", "learning_rate")]
+    return {part.replace("_", " "): _curve(part, runs, number) for number, part in enumerate(losses)}
 
 
-def _run_key(number: int, label: str) -> Html:
-    swatch = element("i", class_="key", style=f"background:var(--run-{number % _RUN_COLOURS})")
-    return element("span", swatch, label, class_="legend")
-
-
-def _curve(part: str, facts: Sequence[Facts], number: int) -> Html:
+def _curve(part: str, runs: Sequence[RunData], number: int) -> Markup:
     """One small chart, coloured by the page's own style so that it follows light and dark."""
     # The salt makes the same ids on every run; text stays text in the page's own font.
     with matplotlib.rc_context({"svg.hashsalt": "ezsd", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(3.5, 1.9), layout="constrained")
         axes = figure.add_subplot()
         highest = 0.0
-        for i, fact in enumerate(facts):
-            steps, values = _averaged(fact.metrics, part)
-            axes.plot(steps, values, _DASHES[i % len(_DASHES)], color=_run_stand_in(i % _RUN_COLOURS), linewidth=1.4)
+        for i, run in enumerate(runs):
+            steps, values = _averaged(run.metrics, part)
+            axes.plot(steps, values, _DASHES[i % len(_DASHES)], color=_run_stand_in(i % RUN_COLOURS), linewidth=1.4)
             # The first spans are often far above all others and would flatten them.
             highest = max([highest, *values[len(values) // 20 :].tolist()])
         axes.set_ylim(0, 1.08 * highest or 1)
@@ -64,7 +51,7 @@ def _curve(part: str, facts: Sequence[Facts], number: int) -> Html:
 
 
 def _run_stand_in(number: int) -> str:
-    """The colour that Matplotlib draws a run in, which the page's style then replaces."""
+    """Colour that Matplotlib draws a run in, replaced by the page's style afterwards."""
     return f"#0102{10 + number:02d}"
 
 
@@ -76,7 +63,7 @@ def _averaged(metrics: Sequence[Mapping[str, float]], part: str) -> tuple[NDArra
     return means[:, 0], means[:, 1]
 
 
-def _inline_svg(document: str, prefix: str, label: str) -> Html:
+def _inline_svg(document: str, prefix: str, label: str) -> Markup:
     """The svg element of a document, without addresses, with ids of its own and the page's colours."""
     svg = document[document.index("<svg") :].strip()
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
@@ -86,8 +73,8 @@ def _inline_svg(document: str, prefix: str, label: str) -> Html:
     svg = f'<svg {opening[1]} role="img" aria-label="{escape(label)}">{svg[opening.end() :]}'
     svg = svg.replace("xlink:href=", "href=")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    colours = {_run_stand_in(i): f"var(--run-{i})" for i in range(_RUN_COLOURS)}
+    colours = {_run_stand_in(i): f"var(--run-{i})" for i in range(RUN_COLOURS)}
     colours |= {_INK_STAND_IN: "currentColor", _RULE_STAND_IN: "var(--rule)"}
     for colour, variable in colours.items():
         svg = svg.replace(colour, variable)
-    return Html(svg)
+    return Markup(svg)

@@ -1,4 +1,4 @@
-"""Galleries: what the detector sees, what the teacher proposed."""
+"""Galleries of the report: detections, and regions that the teacher proposed, beside the ground truth."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ezsd.cache import RegionRows, StoreError
@@ -27,90 +26,111 @@ from ezsd.pipeline.errors import DamagedFile, DatasetError, ImageError, RunError
 from ezsd.pipeline.extraction.annotation_check import checked_annotations
 from ezsd.pipeline.files import read_objects
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
-from ezsd.pipeline.report.html import Html, element, note, section
-from ezsd.pipeline.report.run_data import Facts, run_store
+from ezsd.pipeline.report.run_data import RunData, run_store
 
 log = logging.getLogger("ezsd")
 
 SHOWN_SCORE = 0.3
-"""Detections below it are not drawn."""
+"""Least score of a detection that is drawn, in [0, 1]."""
 SHOWN_DETECTIONS = 20
-"""At most so many are drawn per image, best first."""
+"""Most detections drawn per image, best first."""
 SHOWN_REGIONS = 10
 """Regions of the store drawn per image, best first."""
 
-_UNFOLDED = 6
 _PANEL_SIDE = 640
 
 
-@dataclass(frozen=True, slots=True)
-class _Panel:
-    """One drawn image and what it shows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One drawn image."""
 
     title: str
-    picture: Image.Image
     names: Sequence[str]
+    """Classes of the boxes drawn."""
+    address: str
+    """The picture itself, as a data URL."""
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
 
 
-def pictures_section(title: str, lead: str, make: Callable[[], Html]) -> Html:
-    """A gallery, or the reason why there is none."""
+class PanelPair(NamedTuple):
+    """Ground truth of an image beside what was made of it."""
+
+    file_name: str
+    panels: tuple[Panel, Panel]
+
+
+class Gallery(NamedTuple):
+    """Pairs of panels, or the reason why there are none."""
+
+    figures: Sequence[PanelPair]
+    missing: str | None = None
+
+
+def readable_gallery(make: Callable[[], Sequence[PanelPair]]) -> Gallery:
+    """The gallery that `make` draws; without figures where its files are gone or damaged, after a warning."""
     try:
-        body = make()
+        return Gallery(make())
     except (AnnotationError, DamagedFile, DatasetError, ImageError, RunError, StoreError, OSError) as error:
         if isinstance(error, OSError) and not is_of_a_place(error):
             raise
         log.warning("report: no pictures: %s", error)
-        body = note(f"No pictures: {as_options(str(error))}")
-    return section(title, lead, body)
+        return Gallery((), as_options(str(error)))
 
 
-def detection_gallery(main: Facts, dataset: Dataset, count: int) -> Html:
-    """Ground truth beside detections."""
-    found = _detections_by_image(main)
+def detection_figures(main: RunData, dataset: Dataset, count: int) -> list[PanelPair]:
+    """Ground truth beside detections, of `count` validation images."""
+    by_image = _detections_by_image(main)
     annotations = evaluation_annotations(dataset.root / dataset.val_annotations, dataset.split)
     figures = []
     for position in _choose(annotations, range(len(annotations.images)), main.novel, count):
         record = annotations.images[position]
         pixels = read_dataset_image(dataset.root / dataset.val_images, record, dataset.exif)
-        best = sorted(found.get(record.id, []), key=lambda one: -one["score"])[:SHOWN_DETECTIONS]
-        xywh = np.array([one["bbox"] for one in best], np.float32).reshape(-1, 4)
+        best = sorted(by_image.get(record.id, []), key=lambda entry: -entry["score"])[:SHOWN_DETECTIONS]
+        xywh = np.array([entry["bbox"] for entry in best], np.float32).reshape(-1, 4)
         boxes = torch.from_numpy(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1))
-        captions = [f"{one['name']} {one['score']:.2f}" for one in best]
-        names = [str(one["name"]) for one in best]
+        captions = [f"{entry['name']} {entry['score']:.2f}" for entry in best]
+        names = [str(entry["name"]) for entry in best]
         try:
             masks = _masks(best, record.height, record.width)
         except ValueError as error:
             where = f"{main.run.folder / 'detections.json'}: image {record.id}"
             raise DamagedFile(f"{where}: has a detection without a mask of its size: {error}") from error
-        detected = _panel("detections", pixels, boxes, names, main.novel, captions, masks)
-        figures.append(_figure(record.file_name, _truth_panel(pixels, annotations, position, main.novel), detected))
-    return _gallery(figures)
+        truth = _truth_panel(pixels, annotations, position, main.novel)
+        figures.append(
+            PanelPair(
+                record.file_name, (truth, _panel("detections", pixels, boxes, names, main.novel, captions, masks))
+            )
+        )
+    return figures
 
 
-def _detections_by_image(main: Facts) -> dict[int, list[dict[str, Any]]]:
-    """What is drawn, by image id, in COCO's form with the class by its name."""
+def _detections_by_image(main: RunData) -> dict[int, list[dict[str, Any]]]:
+    """Detections that are drawn, by image id, in COCO's form with the class by its name."""
     path = main.run.folder / "detections.json"
     if not path.is_file():
         raise RunError(f"{path}: missing; `{main.command('eval')}` makes it")
     by_image: dict[int, list[dict[str, Any]]] = {}
-    for one in read_objects(path):
-        if not {"image_id", "name", "bbox", "score"} <= one.keys():
+    for entry in read_objects(path):
+        if not {"image_id", "name", "bbox", "score"} <= entry.keys():
             raise DamagedFile(f"{path}: has a detection without image_id, name, bbox or score")
-        if one["score"] >= SHOWN_SCORE:
-            by_image.setdefault(one["image_id"], []).append(one)
+        if entry["score"] >= SHOWN_SCORE:
+            by_image.setdefault(entry["image_id"], []).append(entry)
     return by_image
 
 
-def _masks(found: Sequence[dict[str, Any]], height: int, width: int) -> list[NDArray[np.bool_]] | None:
+def _masks(entries: Sequence[dict[str, Any]], height: int, width: int) -> list[NDArray[np.bool_]] | None:
     """Masks (H, W) of detections, None where none has one. ValueError when one lacks it or it has another size."""
-    if not any("segmentation" in one for one in found):
+    if not any("segmentation" in entry for entry in entries):
         return None
-    outlines = [parse_outline(one.get("segmentation"), height, width) for one in found]
+    outlines = [parse_outline(entry.get("segmentation"), height, width) for entry in entries]
     return [decode(to_run_lengths(outline, height, width), height, width) for outline in outlines]
 
 
-def region_gallery(main: Facts, dataset: Dataset, count: int) -> Html:
-    """Ground truth beside the store's surest regions."""
+def region_figures(main: RunData, dataset: Dataset, count: int) -> list[PanelPair]:
+    """Ground truth beside the store's surest regions, of `count` training images."""
     store = run_store(main)
     checked_annotations(store, dataset)
     annotations = evaluation_annotations(dataset.root / dataset.train_annotations, dataset.split)
@@ -121,9 +141,11 @@ def region_gallery(main: Facts, dataset: Dataset, count: int) -> Html:
         record = annotations.images[position]
         pixels = read_dataset_image(dataset.root / dataset.train_images, record, dataset.exif)
         boxes, names = _best_regions(regions[record.id], table)
-        proposed = _panel("teacher's regions", pixels, boxes, names, main.novel)
-        figures.append(_figure(record.file_name, _truth_panel(pixels, annotations, position, main.novel), proposed))
-    return _gallery(figures)
+        truth = _truth_panel(pixels, annotations, position, main.novel)
+        figures.append(
+            PanelPair(record.file_name, (truth, _panel("teacher's regions", pixels, boxes, names, main.novel)))
+        )
+    return figures
 
 
 def _best_regions(rows: RegionRows, table: Sequence[str]) -> tuple[Tensor, list[str]]:
@@ -139,7 +161,7 @@ def _choose(annotations: Annotations, positions: Iterable[int], novel: frozenset
     return sorted(positions, key=lambda position: (position not in shows_novel, position))[:count]
 
 
-def _truth_panel(pixels: Tensor, annotations: Annotations, position: int, novel: frozenset[str]) -> _Panel:
+def _truth_panel(pixels: Tensor, annotations: Annotations, position: int, novel: frozenset[str]) -> Panel:
     rows = annotations.rows(position)
     names = [annotations.names[index] for index in annotations.class_index[rows]]
     pairs = zip(names, annotations.crowd[rows], strict=True)
@@ -155,49 +177,14 @@ def _panel(
     novel: frozenset[str],
     captions: Sequence[str] | None = None,
     masks: Sequence[NDArray[np.bool_]] | None = None,
-) -> _Panel:
+) -> Panel:
     """Draw boxes coloured by base and novel; captions are the names unless given."""
     height, width = pixels.shape[1:]
     scale = min(fit_scale(width, height), _PANEL_SIDE / max(width, height))
     colours = [NOVEL_COLOUR if name in novel else BASE_COLOUR for name in names]
     picture = draw_boxes(pixels, boxes, names if captions is None else captions, colours, scale=scale, masks=masks)
-    return _Panel(title, picture, names)
-
-
-def _figure(file_name: str, *panels: _Panel) -> Html:
-    shown = [
-        element(
-            "div",
-            element("img", src=_data_address(panel.picture), alt=_describe(panel, file_name), **_size(panel.picture)),
-            element("p", panel.title),
-        )
-        for panel in panels
-    ]
-    return element("figure", element("figcaption", file_name), element("div", *shown, class_="panels"), class_="pair")
-
-
-def _describe(panel: _Panel, file_name: str) -> str:
-    return f"{panel.title} in {file_name}: {', '.join(panel.names) or 'nothing'}"
-
-
-def _size(picture: Image.Image) -> dict[str, str]:
-    return {"width": str(picture.width), "height": str(picture.height)}
-
-
-def _data_address(picture: Image.Image) -> str:
     data = io.BytesIO()
     # Full colour resolution: thin coloured lines would smear.
     picture.save(data, "JPEG", quality=85, subsampling=0, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
-
-
-def _gallery(figures: Sequence[Html]) -> Html:
-    """All figures, those after the first few folded away."""
-    if not figures:
-        return note("No pictures were asked for.")
-    shown = element("div", *figures[:_UNFOLDED], class_="gallery")
-    rest = figures[_UNFOLDED:]
-    if not rest:
-        return shown
-    summary = element("summary", f"{len(rest)} more")
-    return Html(shown + element("details", summary, element("div", *rest, class_="gallery")))
+    address = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return Panel(title=title, names=names, address=address, width=picture.width, height=picture.height)

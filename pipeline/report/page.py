@@ -1,31 +1,27 @@
-"""The page put together, and `write_report`."""
+"""The page: `page.html.j2` filled in for a run, and `write_report`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.files import write_text
 from ezsd.pipeline.inference.evaluate import run_dataset
-from ezsd.pipeline.report.curves import curves_section
+from ezsd.pipeline.inference.evaluation_tables import at_limit
+from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR
+from ezsd.pipeline.report import tables
+from ezsd.pipeline.report.curves import RUN_COLOURS, training_curves
 from ezsd.pipeline.report.galleries import (
     SHOWN_REGIONS,
     SHOWN_SCORE,
-    detection_gallery,
-    pictures_section,
-    region_gallery,
+    detection_figures,
+    readable_gallery,
+    region_figures,
 )
-from ezsd.pipeline.report.html import Html, element
-from ezsd.pipeline.report.provenance import provenance_section
-from ezsd.pipeline.report.run_data import Facts, collect, dataset_label
-from ezsd.pipeline.report.style import style_sheet
-from ezsd.pipeline.report.tables import (
-    classes_section,
-    renormalisation_section,
-    results_section,
-    times_section,
-)
+from ezsd.pipeline.report.run_data import RunData, collect, dataset_label
 from ezsd.pipeline.runs.run import Run
 
 
@@ -44,74 +40,47 @@ def write_report(run: Run, *, data_root: Path | None, compare: Sequence[Run] = (
         RunError: the run is not evaluated yet, or a compared one is of another dataset.
         DatasetError: there is no dataset in `data_root`.
     """
-    facts = collect([run, *compare])
-    if facts[0].evaluation is None:
-        raise RunError(f"--run {run.folder}: not evaluated yet; run `{facts[0].command('eval')}` first")
+    runs = collect([run, *compare])
+    if runs[0].evaluation is None:
+        raise RunError(f"--run {run.folder}: not evaluated yet; run `{runs[0].command('eval')}` first")
     if data_root is not None:
         run_dataset(run, data_root)
     path = run.folder / "report.html"
     # Pure ASCII, so that no locale can change it on the way to the disk.
-    write_text(path, _page(facts, data_root, max(images, 0)).encode("ascii", "xmlcharrefreplace").decode())
+    write_text(path, _page(runs, data_root, max(images, 0)).encode("ascii", "xmlcharrefreplace").decode())
     return path
 
 
-def _page(facts: Sequence[Facts], data_root: Path | None, images: int) -> str:
-    main = facts[0]
-    sections = [
-        _header(main),
-        results_section(facts),
-        pictures_section(
-            "What the detector sees",
-            f"Validation images, chosen by number and those with novel objects first, never by result. Drawn are "
-            f"detections with a score of {SHOWN_SCORE} or more.",
-            lambda: detection_gallery(main, run_dataset(main.run, data_root), images),
-        ),
-        pictures_section(
-            "What the teacher proposed",
-            f"Training images with the {SHOWN_REGIONS} surest regions of the store and the teacher's guess. From such "
-            f"regions the detector learns novel classes; the novel boxes of the ground truth it has never met.",
-            lambda: region_gallery(main, run_dataset(main.run, data_root), images),
-        ),
-        renormalisation_section(main),
-        classes_section(facts),
-        curves_section(facts),
-        times_section(facts),
-        provenance_section(facts, data_root),
-    ]
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element(
-            "meta",
-            http_equiv="Content-Security-Policy",
-            content="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
-        ),
-        element("title", f"ezsd: {main.label}"),
-        element("style", Html(style_sheet())),
+def _page(runs: Sequence[RunData], data_root: Path | None, images: int) -> str:
+    main = runs[0]
+    assert main.evaluation is not None
+    environment = Environment(
+        loader=PackageLoader("ezsd.pipeline.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    body = element("body", element("main", *sections))
-    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
-
-
-def _header(main: Facts) -> Html:
-    base, novel = main.card["base_count"], len(main.novel)
-    sentence = (
-        f"An object detector that was shown boxes of {base} base classes and is asked to find {novel} novel classes by "
-        f"their names alone, with what it learned from the features of a vision-language teacher."
+    environment.filters["percent"] = tables.percent
+    return environment.get_template("page.html.j2").render(
+        base_colour=BASE_COLOUR,
+        novel_colour=NOVEL_COLOUR,
+        run_colours=RUN_COLOURS,
+        shown_score=SHOWN_SCORE,
+        shown_regions=SHOWN_REGIONS,
+        runs=runs,
+        main=main,
+        dataset=dataset_label(main),
+        general=at_limit(main.evaluation, "generalised"),
+        results=tables.results(runs),
+        all_figures=tables.all_figures(main.evaluation),
+        detections=readable_gallery(lambda: detection_figures(main, run_dataset(main.run, data_root), images)),
+        regions=readable_gallery(lambda: region_figures(main, run_dataset(main.run, data_root), images)),
+        accuracies=tables.accuracies(main),
+        classes=tables.classes(runs),
+        curves=training_curves(runs),
+        times=tables.times(runs),
+        provenance=tables.provenance(main, data_root),
+        commands=tables.commands(runs, data_root),
     )
-    return element(
-        "header",
-        element("p", "ezsd report", class_="eyebrow"),
-        element("h1", main.label),
-        element("p", sentence, class_="lead"),
-        element("p", element("span", dataset_label(main), class_="badge"), " ", _legend()),
-    )
-
-
-def _legend() -> Html:
-    keys = [
-        element("span", element("i", class_=f"key {group}"), f"{group} class", class_="legend")
-        for group in ("base", "novel")
-    ]
-    return element("span", *keys)

@@ -1,4 +1,4 @@
-"""What a run's folder says, read once for all sections."""
+"""Contents of a run's folder, read once for all sections of its report."""
 
 from __future__ import annotations
 
@@ -21,60 +21,65 @@ _LABELS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What one run's folder says."""
+class RunData:
+    """Contents of one run's folder."""
 
     run: Run
     label: str
-    card: dict[str, Any]
+    """Name of the folder; its path where two runs share a name."""
+    spec: dict[str, Any]
+    """run.json."""
     environment: dict[str, Any]
+    """environment.json."""
     evaluation: dict[str, Any] | None
-    """None until `ezsd eval`."""
+    """eval.json; None until `ezsd eval`."""
     crops: dict[str, Any] | None
-    """None until `ezsd eval --crops`."""
+    """crops.json; None until `ezsd eval --crops`."""
     metrics: list[dict[str, float]]
+    """Lines of metrics.jsonl."""
     seconds: dict[str, float]
+    """Wall-clock time by stage."""
 
     @property
     def novel(self) -> frozenset[str]:
         """Names without training boxes."""
-        return frozenset(self.card["names"][self.card["base_count"] :])
+        return frozenset(self.spec["names"][self.spec["base_count"] :])
 
     def command(self, verb: str, *options: str) -> str:
         """A command about this run."""
         return shell_command("ezsd", verb, "--run", shown_path(self.run.folder), *options)
 
 
-def collect(runs: Sequence[Run]) -> list[Facts]:
-    """The facts of runs, the main one first; what the others' evaluations say is read at its limit.
+def collect(runs: Sequence[Run]) -> list[RunData]:
+    """Read the folders of runs, the main one first; the others' evaluations are read at its limit.
 
     Raises:
         RunError: a run is of another dataset, or was evaluated by another version or on other annotations.
     """
     names = [run.folder.absolute().name for run in runs]
-    facts: list[Facts] = []
+    collected: list[RunData] = []
     for run, name in zip(runs, names, strict=True):
-        folder, card = run.folder, run.spec
-        if card["dataset"] != runs[0].spec["dataset"]:
-            both = f"{card['dataset']}, not on {runs[0].spec['dataset']}"
+        folder, spec = run.folder, run.spec
+        if spec["dataset"] != runs[0].spec["dataset"]:
+            both = f"{spec['dataset']}, not on {runs[0].spec['dataset']}"
             raise RunError(f"--compare {folder}: trained on {both}; compare runs of one dataset")
-        facts.append(
-            Facts(
+        collected.append(
+            RunData(
                 run=run,
                 label=name if names.count(name) == 1 else shown_path(folder),
-                card=card,
+                spec=spec,
                 environment=run.environment,
-                evaluation=_read_evaluation(folder, facts[0] if facts else None),
+                evaluation=_read_evaluation(folder, collected[0] if collected else None),
                 crops=read_table(folder / "crops.json"),
                 metrics=run.read_metrics(),
                 seconds=read_table(folder / "seconds.json") or {},
             )
         )
-    return facts
+    return collected
 
 
-def _read_evaluation(folder: Path, main: Facts | None) -> dict[str, Any] | None:
-    """What eval.json says, at the main run's limit; None without one."""
+def _read_evaluation(folder: Path, main: RunData | None) -> dict[str, Any] | None:
+    """Contents of eval.json, at the main run's limit; None without one."""
     table = read_table(folder / "eval.json")
     if table is None:
         return None
@@ -93,25 +98,25 @@ def _read_evaluation(folder: Path, main: Facts | None) -> dict[str, Any] | None:
 
 
 def read_table(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None if there is no such file. RunError when it holds something else."""
+    """Read a JSON object; None if there is no such file. DamagedFile when it holds something else."""
     if not path.is_file():
         return None
     return read_object(path)
 
 
 def shown_path(path: Path) -> str:
-    """A path as one would type it here."""
+    """A path as one would type it in the working folder."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def shell_command(*words: str) -> str:
-    """Words as one would type them."""
+    """A command line of these words, quoted for a shell."""
     return " ".join(shlex.quote(word) for word in words)
 
 
-def dataset_label(main: Facts) -> str:
-    """What the dataset is, in words."""
-    name = str(main.card["dataset"])
+def dataset_label(main: RunData) -> str:
+    """Description of the dataset."""
+    name = str(main.spec["dataset"])
     return _LABELS.get(name, name)
 
 
@@ -120,17 +125,17 @@ def flat_settings(tables: Mapping[str, Mapping[str, object]]) -> dict[str, objec
     return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
 
 
-def run_store(main: Facts) -> Store:
+def run_store(main: RunData) -> Store:
     """The run's store, where it was when the run was trained."""
     store = Store(str(main.environment["cache"]))
-    if store.manifest.digest != main.card["store"]["digest"]:
+    if store.manifest.digest != main.spec["store"]["digest"]:
         raise StoreMismatch(f"{store.path}: holds another store now than the one this run was trained from")
-    known = read_stores(main.run)
-    if known and store.digest not in [entry["sha256"] for entry in known]:
+    trained_on = read_stores(main.run)
+    if trained_on and store.digest not in [entry["sha256"] for entry in trained_on]:
         raise StoreMismatch(f"{store.path}: holds other bytes now than those this run was trained on")
     return store
 
 
-def store_environment(main: Facts) -> dict[str, Any]:
-    """What the store's environment.json says, if it is still there."""
+def store_environment(main: RunData) -> dict[str, Any]:
+    """Contents of the store's environment.json; empty where it is gone."""
     return read_environment(Path(str(main.environment["cache"])))

@@ -1,185 +1,131 @@
-"""The tables: results, re-normalisation, classes, times."""
+"""Tables of the report: results, re-normalisation, classes, times, provenance, and the commands that repeat it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from ezsd.pipeline.inference.evaluation_tables import (
-    COLUMNS,
-    GROUPS,
-    SHAPES,
-    at_limit,
-    evaluated,
-    headline,
-    headline_columns,
+from ezsd.pipeline.config.schema import STAGE_ONE, load_preset, preset_names, to_tables
+from ezsd.pipeline.data.datasets import DATASETS
+from ezsd.pipeline.extraction.provenance import built_settings
+from ezsd.pipeline.inference import evaluation_tables as evaluations
+from ezsd.pipeline.inference.evaluation_tables import COLUMNS, GROUPS, SHAPES, at_limit, evaluated
+from ezsd.pipeline.inference.predictor import run_manifest
+from ezsd.pipeline.report.run_data import (
+    RunData,
+    dataset_label,
+    flat_settings,
+    read_table,
+    shell_command,
+    shown_path,
+    store_environment,
 )
-from ezsd.pipeline.report.html import DASH, Html, element, note, percent, section, wide_table
-from ezsd.pipeline.report.run_data import Facts, dataset_label, flat_settings, store_environment
+from ezsd.pipeline.runs.store_digests import read_stores
+
+DASH = "\u2013"
+"""Shown where there is no number."""
 
 
-def results_section(facts: Sequence[Facts]) -> Html:
-    """AP50 of all runs, and all figures of the main one."""
-    scores = [{} if fact.evaluation is None else headline(fact.evaluation) for fact in facts]
-    columns = headline_columns(scores)
-    head = element("tr", element("th", "run"), *(element("th", said) for said in columns.values()))
-    rows = [_result_row(fact, facts[0], one, columns) for fact, one in zip(facts, scores, strict=True)]
-    table = element("table", element("thead", head), element("tbody", *rows), class_="results")
-    missing = [fact for fact in facts if fact.evaluation is None]
-    notes = [note(f"{fact.label} is not evaluated yet:", fact.command("eval")) for fact in missing]
-    lead = _conditions(facts[0], alone="novel_alone" in columns)
-    return section("Results", lead, wide_table(table), *notes, _all_figures(facts[0]))
+class Table(NamedTuple):
+    """Titles of columns, and rows that begin with their own title."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
-def _all_figures(main: Facts) -> Html:
-    """The main run at every limit, folded away."""
-    assert main.evaluation is not None
-    tables = []
-    for (space, table), figures in product(evaluated(main.evaluation).items(), ("at", "masks_at")):
-        for found in table.get(figures, {}).values():
-            rows = {group: found[group] for group in GROUPS if found.get(group, {}).get("boxes")}
+def percent(value: float | None) -> str:
+    """A share in percent; a dash for none."""
+    return DASH if value is None else evaluations.percent(value)
+
+
+def results(runs: Sequence[RunData]) -> dict[str, Any]:
+    """AP50 of all runs: titles of columns by group, and for each run its scores by group, in [0, 1]."""
+    scores = [{} if run.evaluation is None else evaluations.headline(run.evaluation) for run in runs]
+    rows = [
+        {"label": run.label, "settings": _differing_settings(runs[0], run), "scores": of_run}
+        for run, of_run in zip(runs, scores, strict=True)
+    ]
+    return {"columns": evaluations.headline_columns(scores), "rows": rows}
+
+
+def _differing_settings(main: RunData, compared: RunData) -> str:
+    """The settings of another run that differ from the main one's, a few of them."""
+    if compared is main:
+        return "this run"
+    mine, theirs = flat_settings(main.spec["config"]), flat_settings(compared.spec["config"])
+    differing = [f"{key} = {json.dumps(theirs[key])}" for key in sorted(theirs) if theirs[key] != mine.get(key)]
+    if compared.spec["store"]["digest"] != main.spec["store"]["digest"]:
+        differing.insert(0, "another store")
+    if len(differing) > 4:
+        differing[3:] = [f"and {len(differing) - 3} more"]
+    return "; ".join(differing) or "the same settings"
+
+
+def all_figures(evaluation: Mapping[str, object]) -> dict[str, Table]:
+    """Figures of all groups at every limit, by a title that says which."""
+    found: dict[str, Table] = {}
+    for (space, table), key in product(evaluated(evaluation).items(), ("at", "masks_at")):
+        for scores in table.get(key, {}).values():
+            rows = {group: scores[group] for group in GROUPS if scores.get(group, {}).get("boxes")}
             title = (
-                f"{space.replace('_', ' ')}, {SHAPES[found['iou_type']]}, at most {found['max_detections']} detections "
-                f"per {found['counted_per']}"
+                f"{space.replace('_', ' ')}, {SHAPES[scores['iou_type']]}, at most {scores['max_detections']} "
+                f"detections per {scores['counted_per']}"
             )
-            tables.append(element("div", element("h3", title), _figures("classes", rows)))
-    lead = f"All figures of {main.label} in percent: AP and AR are means over IoU 0.50 to 0.95"
-    return element("details", element("summary", lead), *tables)
+            found[title] = _figures("classes", rows)
+    return found
 
 
-def _conditions(main: Facts, *, alone: bool) -> Html:
-    assert main.evaluation is not None
-    general = at_limit(main.evaluation, "generalised")
-    counts = [f"{general[g]['boxes']} objects of {general[g]['classes']} {g} classes" for g in ("base", "novel")]
-    text = (
-        f" AP50 in percent on {general['images']} validation images with {' and '.join(counts)}. All "
-        f"{len(general['names'])} names are looked for at once"
-        f"{'; in the last column the novel names, and no base name competes' if alone else ''}. At "
-        f"most {general['max_detections']} detections per {general['counted_per']} count. Each row is one run with one "
-        f"seed."
-    )
-    return Html(element("strong", f"{dataset_label(main)}.") + escape(text))
+def _figures(title: str, scores: Mapping[str, Mapping[str, Any]]) -> Table:
+    """AP and AR of groups or classes by their names."""
+    rows = [[name, *(percent(one.get(key)) for key in COLUMNS), str(one["boxes"])] for name, one in scores.items()]
+    return Table([title, *COLUMNS.values(), "objects"], rows)
 
 
-def _result_row(fact: Facts, main: Facts, scores: Mapping[str, float | None], columns: Iterable[str]) -> Html:
-    differs = "this run" if fact is main else "; ".join(_differences(main, fact)) or "the same settings"
-    name = element("th", fact.label, element("small", differs), scope="row")
-    return element("tr", name, *(_bar_cell(scores.get(key), key) for key in columns))
-
-
-def _bar_cell(value: float | None, group: str) -> Html:
-    width = 0 if value is None else 100 * value
-    return element("td", percent(value), class_=group, style=f"--part:{width:.1f}%")
-
-
-def _differences(main: Facts, other: Facts) -> list[str]:
-    """In which settings another run differs, a few of them."""
-    mine, theirs = flat_settings(main.card["config"]), flat_settings(other.card["config"])
-    found = [f"{key} = {json.dumps(theirs[key])}" for key in sorted(theirs) if theirs[key] != mine.get(key)]
-    if other.card["store"]["digest"] != main.card["store"]["digest"]:
-        found.insert(0, "another store")
-    return found if len(found) <= 4 else [*found[:3], f"and {len(found) - 3} more"]
-
-
-def renormalisation_section(main: Facts) -> Html:
-    """The teacher's crop accuracy before and after."""
-    head = [element("th", text) for text in ("objects", "before", "after", "crops")]
-    body = [
-        element("tr", element("th", name, scope="row"), *(element("td", value) for value in values))
-        for name, values in _accuracies(main).items()
-    ]
-    table = element("table", element("thead", element("tr", *head)), element("tbody", *body))
-    lead = (
-        "How many crops of single objects the teacher names rightly, in percent, before and after its LayerNorms were "
-        "tuned on base objects. Held-out crops are compared with the base names, validation crops with all names."
-    )
-    missing = note("Accuracy on validation objects is measured by", main.command("eval", "--crops"))
-    return section("Re-normalisation of the teacher", lead, wide_table(table), *([] if main.crops else [missing]))
-
-
-def _accuracies(main: Facts) -> dict[str, tuple[str, str, str]]:
-    """Before, after and number of crops, by kind of objects."""
-    card, crops = main.card["re_normalisation"], main.crops
-    before, after = card["base_accuracy_before"], card["base_accuracy_after"]
-    rows = {"base, held out of the tuning": (percent(before), percent(after), str(card["held_out_crops"]))}
+def accuracies(main: RunData) -> Table:
+    """The teacher's crop accuracy before and after re-normalisation, by kind of objects."""
+    tuned, crops = main.spec["re_normalisation"], main.crops
+    before, after = percent(tuned["base_accuracy_before"]), percent(tuned["base_accuracy_after"])
+    rows = [["base, held out of the tuning", before, after, str(tuned["held_out_crops"])]]
     for group in ("base", "novel"):
-        rows[f"{group}, validation"] = (DASH, DASH, DASH)
+        values = [DASH] * 3
         if crops is not None:
-            raw, tuned, count = (crops[key][group] for key in ("raw", "re_normalised", "crops"))
-            rows[f"{group}, validation"] = (percent(raw), percent(tuned), str(count))
-    return rows
+            values = [
+                percent(crops["raw"][group]),
+                percent(crops["re_normalised"][group]),
+                str(crops["crops"][group]),
+            ]
+        rows.append([f"{group}, validation", *values])
+    return Table(["objects", "before", "after", "crops"], rows)
 
 
-def classes_section(facts: Sequence[Facts]) -> Html:
-    """Bars of AP50 per class, marks for the first compared run that is evaluated, and a table of all figures."""
-    evaluated = [fact for fact in facts if fact.evaluation is not None]
-    tables = [at_limit(fact.evaluation, "generalised")["per_class"] for fact in evaluated if fact.evaluation]
-    main = {name: scores["AP50"] for name, scores in tables[0].items()}
-    other = {name: scores["AP50"] for name, scores in tables[1].items()} if len(tables) > 1 else {}
+def classes(runs: Sequence[RunData]) -> dict[str, Any]:
+    """AP50 of each novel and base class, best first, beside that of the first compared run that is evaluated."""
+    main = runs[0]
+    scored = [(run.label, at_limit(run.evaluation, "generalised")["per_class"]) for run in runs if run.evaluation]
+    own, (compared, theirs) = scored[0][1], scored[1] if len(scored) > 1 else (None, {})
     # The table itself comes out of JSON in alphabetical order.
-    names = [name for name in facts[0].card["names"] if name in main]
-    groups = []
-    for title, chosen in (
-        ("novel", [name for name in names if name in facts[0].novel]),
-        ("base", [name for name in names if name not in facts[0].novel]),
-    ):
-        best_first = sorted(chosen, key=lambda name: -(main[name] or 0))
-        rows = [_class_row(name, main[name], other.get(name), title) for name in best_first]
-        groups.append(element("div", element("h3", f"{title} classes"), *rows))
-    lead = "AP50 in percent when all names are looked for at once."
-    if other:
-        lead += f" The upright mark is {evaluated[1].label}."
-    every = _figures("class", {name: tables[0][name] for name in names})
-    folded = element("details", element("summary", "all figures"), every)
-    return section("Class by class", lead, element("div", *groups, class_="columns"), folded)
+    names = [name for name in main.spec["names"] if name in own]
+    best_first = sorted(names, key=lambda name: -(own[name]["AP50"] or 0))
+    rows = [(name, own[name]["AP50"], theirs.get(name, {}).get("AP50")) for name in best_first]
+    groups = {
+        "novel": [row for row in rows if row[0] in main.novel],
+        "base": [row for row in rows if row[0] not in main.novel],
+    }
+    return {"compared": compared, "groups": groups, "figures": _figures("class", {name: own[name] for name in names})}
 
 
-def _figures(what: str, rows: Mapping[str, Mapping[str, Any]]) -> Html:
-    """A table of AP, AP50, AP75, AR and boxes."""
-    head = [element("th", text) for text in (what, *COLUMNS.values(), "objects")]
-    body = [
-        element(
-            "tr",
-            element("th", name, scope="row"),
-            *(element("td", percent(scores.get(key))) for key in COLUMNS),
-            element("td", str(scores["boxes"])),
-        )
-        for name, scores in rows.items()
-    ]
-    return wide_table(element("table", element("thead", element("tr", *head)), element("tbody", *body)))
-
-
-def _class_row(name: str, value: float | None, other: float | None, group: str) -> Html:
-    bar = element("i", class_=f"fill {group}", style=f"width:{100 * (value or 0):.1f}%")
-    mark = element("i", class_="mark", style=f"left:{100 * other:.1f}%") if other is not None else Html("")
-    return element(
-        "div",
-        element("span", name, class_="name"),
-        element("span", bar, mark, class_="track"),
-        element("span", percent(value), class_="value"),
-        class_="class",
-    )
-
-
-def times_section(facts: Sequence[Facts]) -> Html:
-    """Wall-clock time of each stage."""
-    recorded = store_environment(facts[0]).get("seconds")
-    build = facts[0].environment.get("build_seconds") or (recorded if isinstance(recorded, dict) else {})
-    columns = [fact.seconds for fact in facts]
-    columns[0] = {f"cache: {stage}": float(spent) for stage, spent in build.items()} | columns[0]
-    stages = list(dict.fromkeys(stage for column in columns for stage in column))
-    head = element("tr", element("th", "stage"), *(element("th", fact.label) for fact in facts))
-    body = [
-        element("tr", element("th", stage, scope="row"), *(element("td", _duration(c.get(stage))) for c in columns))
-        for stage in stages
-    ]
-    table = element("table", element("thead", head), element("tbody", *body))
-    where = facts[0].environment.get("device", "unknown device")
-    lead = f"Wall-clock time of each stage as recorded, on {where}; training is all of its starts together."
-    return section("Time", lead, wide_table(table) if body else note("No times were recorded."))
+def times(runs: Sequence[RunData]) -> Table:
+    """Wall-clock time of each stage, a column for each run."""
+    recorded = store_environment(runs[0]).get("seconds")
+    build = runs[0].environment.get("build_seconds") or (recorded if isinstance(recorded, dict) else {})
+    columns = [run.seconds for run in runs]
+    columns[0] = {f"cache: {stage}": float(seconds) for stage, seconds in build.items()} | columns[0]
+    stages = dict.fromkeys(stage for column in columns for stage in column)
+    rows = [[stage, *(_duration(column.get(stage)) for column in columns)] for stage in stages]
+    return Table(["stage", *(run.label for run in runs)], rows)
 
 
 def _duration(seconds: float | None) -> str:
@@ -189,3 +135,76 @@ def _duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{seconds / 60:.1f} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def provenance(main: RunData, data_root: Path | None) -> dict[str, str]:
+    """Digests, seeds and versions of a run, by what they are called."""
+    config, environment = main.spec["config"], main.environment
+    stores = [f"{entry['sha256']} from step {entry['step']}" for entry in read_stores(main.run)]
+    data_seed = _shapes_options(main, data_root).get("seed", "not recorded")
+    store_seed = built_settings(run_manifest(main.run))["build"]["seed"]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(environment.get("versions", {}).items()))
+    teacher = environment.get("teacher") or {}
+    return {
+        "dataset": f"{main.spec['dataset']}: {dataset_label(main)}",
+        "teacher": " ".join(str(teacher[key]) for key in ("name", "weights") if teacher.get(key)) or "not recorded",
+        "store": main.spec["store"]["digest"],
+        "its bytes": ", ".join(stores) or "not recorded",
+        "seeds": f"data {data_seed}, store {store_seed}, training {config['train']['seed']}",
+        "steps": f"{config['train']['steps']} of {config['train']['batch_size']} images",
+        "backbone": "ImageNet weights" if main.spec.get("backbone_weights") else "from random weights",
+        "versions": f"{versions}; {environment.get('device', 'unknown device')}",
+    }
+
+
+def _shapes_options(main: RunData, data_root: Path | None) -> dict[str, Any]:
+    """Options that `shapes` images were drawn with; empty for other datasets, and where the images are gone."""
+    root = Path(str(main.environment["data_root"])) if data_root is None else data_root
+    return (read_table(root / "shapes.json") or {}) if main.spec["dataset"] == "shapes" else {}
+
+
+def commands(runs: Sequence[RunData], data_root: Path | None) -> list[str]:
+    """Commands that make this page again, from the images on."""
+    main = runs[0]
+    store, root = _recorded_path(main, "cache"), _recorded_path(main, "data_root")
+    lines = []
+    shapes = _shapes_options(main, data_root)
+    if shapes:
+        options = [word for key in ("train", "val", "seed") if key in shapes for word in (f"--{key}", str(shapes[key]))]
+        lines.append(shell_command("ezsd", "data", "shapes", "--out", root, *options))
+    built: dict[str, Mapping[str, object]] = {**built_settings(run_manifest(main.run))}
+    if isinstance(main.environment.get("teacher"), dict):
+        built["teacher"] = main.environment["teacher"]
+    # Of a dataset file the place is not recorded.
+    dataset = str(main.spec["dataset"]) if main.spec["dataset"] in DATASETS else f"{main.spec['dataset']}.toml"
+    build = ["ezsd", "cache", "build", "--dataset", dataset, "--data-root", root, "--out", store]
+    limit = store_environment(main).get("limit")
+    build += ["--limit", str(limit)] if limit else []
+    lines.append(shell_command(*build, *_options(built)))
+    for run in runs:
+        folder = shown_path(run.run.folder)
+        # The store has the rest, and `ezsd train` refuses it.
+        options = _options({name: table for name, table in run.spec["config"].items() if name not in STAGE_ONE})
+        lines.append(shell_command("ezsd", "train", "--cache", _recorded_path(run, "cache"), "--run", folder, *options))
+        lines.append(run.command("eval", *(["--crops"] if run is main else [])))
+    compared = [word for run in runs[1:] for word in ("--compare", shown_path(run.run.folder))]
+    return [*lines, main.command("report", *compared)]
+
+
+def _recorded_path(run: RunData, key: str) -> str:
+    return shown_path(Path(str(run.environment[key])))
+
+
+def _options(config: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """The nearest preset and the settings that differ from it, as command-line options."""
+    wanted = flat_settings(config)
+    choices = {}
+    for name in preset_names():
+        preset = flat_settings(to_tables(load_preset(name)))
+        # TOML knows no null; where a preset has a value and the run none, no option can say so.
+        choices[name] = {k: v for k, v in wanted.items() if v is not None and v != preset.get(k)}
+    best = min(choices, key=lambda name: len(choices[name]))
+    options = ["--preset", best]
+    for key, value in sorted(choices[best].items()):
+        options += ["--set", f"{key}={json.dumps(value)}"]
+    return options

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from jinja2 import UndefinedError
 from PIL import Image
 
 from ezsd.cache import RaggedRows, StoreWriter, commit_shard, write_block
@@ -26,7 +27,7 @@ from ezsd.pipeline.extraction.provenance import describe
 from ezsd.pipeline.files import write_json
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
 from ezsd.pipeline.report import write_report
-from ezsd.pipeline.report.galleries import pictures_section
+from ezsd.pipeline.report.galleries import readable_gallery
 from ezsd.pipeline.runs.run import Run
 
 NASTY = """</td><script>alert("x&y")</script><img src=http://evil.example/'>"""
@@ -51,6 +52,8 @@ class Page(HTMLParser):
         self.feed(text)
         self.close()
         assert self.open == []
+        # As a browser shows it.
+        self.text = " ".join(self.text.split())
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
@@ -408,6 +411,12 @@ def test_names_of_classes_and_files_stay_text(text, page):
     assert any(NASTY in image["alt"] and NASTY_FILE in image["alt"] for image in page.images)
 
 
+def test_what_the_template_does_not_know_is_an_error(untouched, monkeypatch):
+    monkeypatch.setattr("ezsd.pipeline.report.tables.results", lambda runs: {"columns": {}})
+    with pytest.raises(UndefinedError, match="rows"):
+        report(untouched)
+
+
 def test_pictures_prefer_novel_objects(page):
     assert [title for title in page.titles if title.endswith(".png")] == [*FILES[1:], FILES[0]] * 2
 
@@ -449,8 +458,10 @@ def test_a_store_that_is_not_there_is_said_and_no_more(home, damage):
 
 def test_no_picture_is_left_out_for_a_bug():
     with pytest.raises(OSError, match="Bad file descriptor"):
-        pictures_section("What it sees", "Images.", lambda: os.close(-1))
-    assert "No pictures: " in pictures_section("What it sees", "Images.", lambda: Path("nowhere/image").read_bytes())
+        readable_gallery(lambda: os.close(-1))
+    gallery = readable_gallery(lambda: Path("nowhere/image").read_bytes())
+    assert gallery.figures == ()
+    assert "nowhere/image" in gallery.missing
 
 
 def test_images_that_are_gone_are_said_and_no_more(home):
