@@ -11,6 +11,7 @@ baseline's losses for some steps, digit for digit. `--table` prints the rows as 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -29,7 +30,7 @@ from shapes import permuted
 
 from ezsd.cache import Store
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.metrics import Detections, evaluate
+from ezsd.metrics import evaluate
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset, find_dataset
@@ -167,7 +168,7 @@ def score(trained: TrainedDetector, dataset: Dataset) -> driver.Row:
     found = detect_split(
         trained, annotations, root, trained.text[first:], "detect novel alone", exif=dataset.exif, alone=True
     )
-    alone = Detections(image_id=found.image_id, box=found.box, score=found.score, class_index=found.class_index + first)
+    alone = dataclasses.replace(found, class_index=found.class_index + first)
     novel = evaluate(path, alone, dataset.split, names=dataset.split.novel)["novel"]
     groups = {"base": every["base"], "novel": every["novel"], "all": every["all"], "novel_only": novel}
     return {

@@ -83,7 +83,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detections:
-    """What was found in one image, best first; boxes in batched-input pixels."""
+    """Detections of one image, best first; `Detector.detect` gives their boxes in batched-input pixels."""
 
     boxes: Tensor
     """(N, 4) xyxy."""
@@ -92,7 +92,7 @@ class Detections:
     labels: Tensor
     """(N,) int64, positions in the text rows that were asked for."""
     masks: Tensor | None = None
-    """What fills each box: probabilities, (N, M, M) float32; None where none were asked for."""
+    """Probability that each cell of a box is the object, (N, M, M) float32; None where none were asked for."""
 
 
 class Detector(nn.Module):

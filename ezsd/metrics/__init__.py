@@ -20,13 +20,12 @@ from ezsd.metrics.evaluation import (
 from ezsd.metrics.ground_truth import Truth, read_truth, with_masks
 from ezsd.metrics.limits import Limit
 from ezsd.metrics.named import Named
-from ezsd.metrics.results import Detections, Results, read_results
+from ezsd.metrics.results import Results, read_results
 
 __all__ = [
     "COCO_LIMITS",
     "LVIS_LIMITS",
     "ClassScores",
-    "Detections",
     "Evaluation",
     "GroupScores",
     "Limit",

@@ -14,7 +14,7 @@ from ezsd.metrics.average_precision import ClassScores, Curves, GroupScores, cla
 from ezsd.metrics.ground_truth import Truth, read_truth
 from ezsd.metrics.limits import Limit
 from ezsd.metrics.matching import AREAS, Matches, Shape, Size, is_listed, match
-from ezsd.metrics.results import Detections, Results
+from ezsd.metrics.results import Results
 from ezsd.vocabulary import Split, resolve
 
 COCO_LIMITS = (Limit(100), Limit(300), Limit(100, per_class=True))
@@ -51,7 +51,7 @@ class Evaluation(TypedDict):
 
 def evaluate(
     annotations_path: Path,
-    detections: Detections | Results,
+    results: Results,
     split: Split,
     *,
     names: Sequence[str] | None = None,
@@ -65,8 +65,8 @@ def evaluate(
 
     Args:
         annotations_path: a COCO- or LVIS-format file that knows all names of the split.
-        detections: of images of that file; may be empty, which gives 0 and not None.
-        split: the class table the detections index, and the groups.
+        results: detections in images of that file; may be empty, which gives 0 and not None.
+        split: the class table the results index, and the groups.
         names: evaluate these classes only and ignore detections of others; None for all. See the package for what
             that does and does not mean.
         limit: which detections count; None for the first of `limits_of`.
@@ -81,7 +81,7 @@ def evaluate(
     """
     truth = read_truth(annotations_path, split)
     chosen = limit or limits_of(truth)[0]
-    return evaluate_at(truth, detections, names=names, limits=[chosen])[chosen.label]
+    return evaluate_at(truth, results, names=names, limits=[chosen])[chosen.label]
 
 
 def limits_of(truth: Truth) -> tuple[Limit, ...]:
@@ -91,7 +91,7 @@ def limits_of(truth: Truth) -> tuple[Limit, ...]:
 
 def evaluate_at(
     truth: Truth,
-    detections: Detections | Results,
+    results: Results,
     *,
     names: Sequence[str] | None = None,
     limits: Sequence[Limit],
@@ -104,7 +104,6 @@ def evaluate_at(
     Returns:
         An evaluation by each limit's label.
     """
-    results = detections.results() if isinstance(detections, Detections) else detections
     _check_references(results, truth)
     chosen = np.array(sorted(resolve(truth.split.names if names is None else names, truth.split.names)), dtype=np.int64)
     counting = {limit: limit.mask(results) for limit in limits}

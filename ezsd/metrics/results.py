@@ -1,4 +1,4 @@
-"""Detections, as a detector makes them and as COCO's result files hold them."""
+"""Table of detections, and its reading from results files in COCO's format."""
 
 from __future__ import annotations
 
@@ -21,14 +21,20 @@ _CURE = "A results file is a list of objects with image_id, category_id, bbox an
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Results:
-    """Detections in the form of COCO's result files, N in all; equal scores keep this order everywhere."""
+    """Detections of any number of images as one flat table, N in all, in the form of COCO's result files.
+
+    Equal scores keep this order everywhere.
+
+    Raises:
+        ValueError: shapes disagree, a number is not finite, or a side is negative.
+    """
 
     image_id: npt.NDArray[np.int64]
     """The dataset's own number of the image, (N,)."""
     xywh: npt.NDArray[np.float64]
-    """Left, top, width, height in pixels, (N, 4)."""
+    """Left, top, width, height in pixels, (N, 4); one without area is allowed and matches nothing."""
     score: npt.NDArray[np.float64]
-    """Larger is surer, (N,)."""
+    """Confidence, larger is surer, (N,)."""
     class_index: npt.NDArray[np.int64]
     """Position in `Split.names`, (N,); -1 for a class outside the split, which takes part in a limit alone."""
     masks: tuple[bytes, ...] | None = None
@@ -36,54 +42,23 @@ class Results:
     searched: frozenset[int] | None = None
     """Positions in `Split.names` of the classes that were looked for; None where the results do not say."""
 
-    def fullest(self) -> int:
-        """Detections of the image that has most."""
-        return int(np.unique(self.image_id, return_counts=True)[1].max(initial=0))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Detections:
-    """Detections of any number of images as flat arrays, N in all; equal scores keep this order.
-
-    Raises:
-        ValueError: shapes disagree, a number is not finite, or corners are swapped.
-    """
-
-    image_id: npt.NDArray[np.int64]
-    """The dataset's own number of the image, (N,)."""
-    box: npt.NDArray[np.float32]
-    """xyxy, (N, 4), see `ezsd.boxes`; one without area is allowed and matches nothing."""
-    score: npt.NDArray[np.float32]
-    """Larger is surer, (N,)."""
-    class_index: npt.NDArray[np.int64]
-    """Position in `Split.names`, (N,)."""
-    masks: tuple[bytes, ...] | None = None
-    """Run lengths of an image-sized mask each, N of them; None without masks."""
-
     def __post_init__(self) -> None:
         count = len(self.image_id)
-        expected = {"image_id": (count,), "box": (count, 4), "score": (count,), "class_index": (count,)}
+        expected = {"image_id": (count,), "xywh": (count, 4), "score": (count,), "class_index": (count,)}
         for name, shape in expected.items():
             found = np.shape(getattr(self, name))
             if found != shape:
-                raise ValueError(f"detections: {name} must have shape {shape}, got {found}")
+                raise ValueError(f"results: {name} must have shape {shape}, got {found}")
         if self.masks is not None and len(self.masks) != count:
-            raise ValueError(f"detections: {count} need as many masks, got {len(self.masks)}")
-        if not (np.isfinite(self.box).all() and np.isfinite(self.score).all()):
-            raise ValueError("detections: boxes and scores must be finite")
-        if (self.box[:, 2:] < self.box[:, :2]).any():
-            raise ValueError("detections: boxes must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2")
+            raise ValueError(f"results: {count} need as many masks, got {len(self.masks)}")
+        if not (np.isfinite(self.xywh).all() and np.isfinite(self.score).all()):
+            raise ValueError("results: boxes and scores must be finite")
+        if (self.xywh[:, 2:] < 0).any():
+            raise ValueError("results: width and height of a box must not be negative")
 
-    def results(self) -> Results:
-        """The same in the form of result files."""
-        box = self.box.astype(np.float64)
-        return Results(
-            image_id=self.image_id.astype(np.int64),
-            xywh=np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1),
-            score=self.score.astype(np.float64),
-            class_index=self.class_index.astype(np.int64),
-            masks=self.masks,
-        )
+    def most_per_image(self) -> int:
+        """Number of detections of the image that has most."""
+        return int(np.unique(self.image_id, return_counts=True)[1].max(initial=0))
 
 
 def read_results(
@@ -93,7 +68,7 @@ def read_results(
     categories: Mapping[int, int] | None,
     named: Named | None = None,
 ) -> Results:
-    """Read anybody's results in COCO's format: a JSON list of image_id, category_id, bbox and score.
+    """Read results in COCO's format: a JSON list of image_id, category_id, bbox and score.
 
     Where every object also has a `segmentation`, or has one instead of its `bbox`, these are the masks.
 
@@ -167,7 +142,7 @@ def _entries(
     categories: Mapping[int, int] | None,
     named: Named | None,
 ) -> tuple[str, Sequence[object], frozenset[int] | None]:
-    """Where in the file the objects stand; the objects, with the ids of the annotation file; `Results.searched`."""
+    """Place of the results in the file; the results, with ids of the annotation file; `Results.searched`."""
     try:
         document = json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:

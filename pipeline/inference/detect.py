@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ezsd.data.masks import decode, decompress, json_run_lengths
+from ezsd.detector.model import Detections
 from ezsd.errors import VocabularyError
 from ezsd.pipeline.data.images import ImageSource, to_image
 from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.inference.fonts import require_named_font
-from ezsd.pipeline.inference.predictor import Located, Search, load_trained, run_teacher
+from ezsd.pipeline.inference.predictor import Search, encode_masks, load_trained, run_teacher
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.open_clip import require_told_apart
@@ -235,7 +236,7 @@ class Model:
             pixels = [to_image(source) for source in sources]
             for source, image, found in zip(sources, pixels, self._trained.find(pixels, search), strict=True):
                 where = os.fsdecode(source) if isinstance(source, str | os.PathLike) else ""
-                yield image, _seen(where, image, found, names, threshold)
+                yield image, _named_detections(where, image, found, names, threshold)
 
     def search(self, names: Sequence[str], *, alone: bool = False) -> Search:
         """What to look for, see `TrainedDetector.search`; the last one is kept.
@@ -338,30 +339,25 @@ def coco_document(seen: Sequence[ImageDetections], classes: Sequence[str]) -> st
     return json.dumps({"images": images, "categories": categories, "annotations": annotations}, indent=1)
 
 
-def _seen(
-    source: str,
-    pixels: Tensor,
-    found: Located,
-    classes: Sequence[str],
-    threshold: float,
+def _named_detections(
+    source: str, pixels: Tensor, detections: Detections, names: Sequence[str], threshold: float
 ) -> ImageDetections:
+    """Detections of an image with the names of their classes, those of at least a score."""
+    height, width = pixels.shape[1:]
+    masks = encode_masks(detections, height, width)
     objects = [
-        Detection(name=classes[label], score=score, box=(box[0], box[1], box[2], box[3]), mask=mask)
+        Detection(name=names[label], score=score, box=(box[0], box[1], box[2], box[3]), mask=mask)
         for box, score, label, mask in zip(
-            found.boxes.tolist(),
-            found.scores.tolist(),
-            found.labels.tolist(),
-            found.masks or repeat(None, len(found.boxes)),
+            detections.boxes.tolist(),
+            detections.scores.tolist(),
+            detections.labels.tolist(),
+            repeat(None, len(detections.boxes)) if masks is None else masks,
             strict=True,
         )
         if score >= threshold
     ]
     return ImageDetections(
-        source=source,
-        width=pixels.shape[2],
-        height=pixels.shape[1],
-        objects=tuple(objects),
-        has_masks=found.masks is not None,
+        source=source, width=width, height=height, objects=tuple(objects), has_masks=masks is not None
     )
 
 

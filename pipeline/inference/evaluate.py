@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from ezsd.adapt import crop_accuracy
 from ezsd.data.annotations import Annotations
-from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Detections, Results, read_truth, with_masks
+from ezsd.detector.model import Detections
+from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Results, read_truth, with_masks
 from ezsd.pipeline.config.schema import changed_settings, from_tables, setting_of, to_tables
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
@@ -35,9 +37,9 @@ from ezsd.pipeline.inference.evaluation_tables import (
     space_of,
 )
 from ezsd.pipeline.inference.predictor import (
-    Located,
     TrainedDetector,
     adapt_back,
+    encode_masks,
     load_trained,
     run_config,
     run_manifest,
@@ -70,28 +72,31 @@ def detect_split(
     exif: Exif,
     masks: bool = True,
     alone: bool = False,
-) -> Detections:
-    """The `KEEP` best detections in each image of a record; class indices are rows of `text`.
+) -> Results:
+    """Detect in all images of a record, the `KEEP` best in each; class indices are rows of `text`.
 
     Masks are made if the settings have them, unless `masks` is false. For `alone` see `TrainedDetector.search`.
     """
     masks = masks and trained.config.model.masks
     search = trained.search(text, alone=alone)
     ids: list[NDArray[np.int64]] = []
-    parts: list[Located] = []
+    parts: list[Detections] = []
+    run_lengths: list[bytes] = []
     with Progress(stage, len(annotations.images), unit="image") as progress:
         for records in _chunks(annotations.images, BATCH_IMAGES):
             images = [read_dataset_image(root, record, exif) for record in records]
-            for record, found in zip(records, trained.find(images, search, keep=KEEP, masks=masks), strict=True):
-                ids.append(np.full(len(found.boxes), record.id, np.int64))
-                parts.append(found)
+            detected = trained.find(images, search, keep=KEEP, masks=masks)
+            for record, image, one in zip(records, images, detected, strict=True):
+                ids.append(np.full(len(one.boxes), record.id, np.int64))
+                run_lengths += encode_masks(one, *image.shape[1:]) or ()
+                parts.append(dataclasses.replace(one, masks=None))
             progress.advance(len(records))
-    return Detections(
+    return Results(
         image_id=np.concatenate(ids),
-        box=np.concatenate([p.boxes for p in parts]).astype(np.float32),
-        score=np.concatenate([p.scores for p in parts]).astype(np.float32),
-        class_index=np.concatenate([p.labels for p in parts]).astype(np.int64),
-        masks=tuple(chain.from_iterable(p.masks or () for p in parts)) if masks else None,
+        xywh=box_convert(torch.cat([one.boxes for one in parts]).double(), "xyxy", "xywh").numpy(),
+        score=torch.cat([one.scores for one in parts]).double().numpy(),
+        class_index=torch.cat([one.labels for one in parts]).numpy(),
+        masks=tuple(run_lengths) if masks else None,
     )
 
 
@@ -138,7 +143,7 @@ def evaluate_run(
         truth = with_masks(truth)
     began = time.perf_counter()
     found = {
-        space: _as_stored(_search(trained, annotations, root, space, exif=dataset.exif))
+        space: _rounded(_search(trained, annotations, root, space, exif=dataset.exif))
         for space in _spaces(classes, alone=alone)
     }
     result = document(truth, found, max_detections)
@@ -183,7 +188,7 @@ def _split_places(dataset: Dataset, split: str) -> tuple[Path, Path]:
     return dataset.root / annotations, dataset.root / images
 
 
-def _search(trained: TrainedDetector, annotations: Annotations, root: Path, space: Space, *, exif: Exif) -> Detections:
+def _search(trained: TrainedDetector, annotations: Annotations, root: Path, space: Space, *, exif: Exif) -> Results:
     """Detections when only a space's names are looked for; class indices are those of the whole split."""
     members, alone = looked_for(SPACES[space], len(trained.names), trained.base_count), space.endswith("alone")
     stage = "detect" if space == "generalised" else f"detect {space.replace('_', ' ')}"
@@ -191,17 +196,11 @@ def _search(trained: TrainedDetector, annotations: Annotations, root: Path, spac
     return dataclasses.replace(found, class_index=found.class_index + members.start)
 
 
-def _as_stored(found: Detections) -> Results:
-    """Detections as the file has them, so that evaluating the file gives the same figures."""
-    exact = found.results()
-    return Results(
-        image_id=exact.image_id,
-        xywh=exact.xywh.round(3),
-        # Nine digits tell all float32 apart: no two scores become equal.
-        score=np.array([float(f"{score:.9g}") for score in exact.score], dtype=np.float64),
-        class_index=exact.class_index,
-        masks=exact.masks,
-    )
+def _rounded(results: Results) -> Results:
+    """Results as their file has them, so that evaluating the file gives the same figures."""
+    # Nine digits tell all float32 apart: no two scores become equal.
+    score = np.array([float(f"{score:.9g}") for score in results.score], dtype=np.float64)
+    return dataclasses.replace(results, xywh=results.xywh.round(3), score=score)
 
 
 def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Path | None = None) -> dict[str, object]:

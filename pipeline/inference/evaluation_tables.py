@@ -181,7 +181,7 @@ def document(truth: Truth, found: Mapping[Space, Results], max_detections: int |
         names = truth.split.names[looked_for(SPACES[space], len(truth.split.names), len(truth.split.base))]
         result[space] = table = {
             "detections": len(results.score),
-            "most_per_image": results.fullest(),
+            "most_per_image": results.most_per_image(),
             "at": evaluate_at(truth, results, names=names, limits=limits),
         }
         if truth.masks is not None and results.masks is not None:

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ezsd.adapt import restore
@@ -29,23 +27,6 @@ from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.open_clip import Teacher
 from ezsd.teacher.requirements import names_file
-
-Floats = NDArray[np.float32]
-Integers = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Located:
-    """What was found in one image, best first, in its own pixels."""
-
-    boxes: Floats
-    """xyxy, (N, 4)."""
-    scores: Floats
-    """In [0, 1], (N,)."""
-    labels: Integers
-    """Rows of the text that was looked for, (N,)."""
-    masks: tuple[bytes, ...] | None
-    """Run lengths of an image-sized mask each; None where none were made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +69,8 @@ class TrainedDetector:
 
     def find(
         self, images: Sequence[Tensor], search: Search, *, keep: int | None = None, masks: bool = True
-    ) -> list[Located]:
-        """Look for named objects.
+    ) -> list[Detections]:
+        """Detect named objects; their boxes are in the pixels of the images given, and all tensors on the CPU.
 
         Args:
             images: (3, H, W) uint8 RGB each, at original size.
@@ -100,21 +81,15 @@ class TrainedDetector:
         settings = self.config.train
         resized = [resize(i, short_side=settings.min_size, long_side=settings.max_size) for i in images]
         found = self._detect([image for image, _, _ in resized], search, keep=keep, masks=masks)
-        results = []
-        for image, one, (_, sx, sy) in zip(images, found, resized, strict=True):
-            boxes = one.boxes.float().cpu() / torch.tensor([sx, sy, sx, sy])
-            runs = None
-            if one.masks is not None:
-                runs = tuple(encode(pixels) for pixels in paste(one.masks.cpu(), boxes, *image.shape[1:]))
-            results.append(
-                Located(
-                    boxes=boxes.numpy(),
-                    scores=one.scores.float().cpu().numpy(),
-                    labels=one.labels.cpu().numpy(),
-                    masks=runs,
-                )
+        return [
+            Detections(
+                boxes=one.boxes.float().cpu() / torch.tensor([sx, sy, sx, sy]),
+                scores=one.scores.float().cpu(),
+                labels=one.labels.cpu(),
+                masks=None if one.masks is None else one.masks.cpu(),
             )
-        return results
+            for one, (_, sx, sy) in zip(found, resized, strict=True)
+        ]
 
     def _detect(self, images: Sequence[Tensor], search: Search, *, keep: int | None, masks: bool) -> list[Detections]:
         """Like `find`, in the pixels of resized images."""
@@ -139,6 +114,16 @@ class TrainedDetector:
                 )
             found.update(zip(places, ones, strict=True))
         return [found[place] for place in range(len(images))]
+
+
+def encode_masks(detections: Detections, height: int, width: int) -> list[bytes] | None:
+    """Run lengths of each mask over an image of this size, in pixels; None without masks.
+
+    Boxes must be in the pixels of that image.
+    """
+    if detections.masks is None:
+        return None
+    return [encode(pixels) for pixels in paste(detections.masks, detections.boxes, height, width)]
 
 
 def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> TrainedDetector:

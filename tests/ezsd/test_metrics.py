@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from ezsd.data.annotations import load_evaluation
 from ezsd.data.masks import decompress, to_run_lengths
 from ezsd.errors import AnnotationError, VocabularyError
-from ezsd.metrics import Detections, Limit, evaluate, evaluate_at, read_truth, with_masks
+from ezsd.metrics import Limit, Results, evaluate, evaluate_at, read_truth, with_masks
 from ezsd.vocabulary import Split
 
 SIZES = ("small", "medium", "large")
@@ -48,20 +48,27 @@ def perfect(path):
 
 
 def detections(image_id, box, score, class_index):
-    return Detections(
+    """Results of boxes xyxy."""
+    box = np.asarray(box, dtype=np.float64).reshape(-1, 4)
+    return Results(
         image_id=np.asarray(image_id, dtype=np.int64),
-        box=np.asarray(box, dtype=np.float32).reshape(-1, 4),
-        score=np.asarray(score, dtype=np.float32),
+        xywh=np.concatenate([box[:, :2], box[:, 2:] - box[:, :2]], axis=1),
+        score=np.asarray(score, dtype=np.float64),
         class_index=np.asarray(class_index, dtype=np.int64),
     )
+
+
+def xyxy(results):
+    """Boxes xyxy of results."""
+    return np.concatenate([results.xywh[:, :2], results.xywh[:, :2] + results.xywh[:, 2:]], axis=1)
 
 
 def noisy(path, count=400, seed=0):
     """Boxes around true ones with random classes and few distinct scores, so that many are equal."""
     rng = np.random.default_rng(seed)
     truth = perfect(path)
-    pick = rng.integers(0, len(truth.box), count)
-    box = truth.box[pick] + rng.normal(0, 3, (count, 4))
+    pick = rng.integers(0, len(truth.score), count)
+    box = xyxy(truth)[pick] + rng.normal(0, 3, (count, 4))
     box[:, 2:] = np.maximum(box[:, 2:], box[:, :2])
     keep_class = rng.random(count) < 0.7
     class_index = np.where(keep_class, truth.class_index[pick], rng.integers(0, 4, count))
@@ -93,7 +100,7 @@ def test_perfect_detections_score_one_in_every_group(tmp_path):
 def test_swapped_names_score_zero(tmp_path):
     path = write(tmp_path)
     right = perfect(path)
-    swapped = detections(right.image_id, right.box, right.score, np.array([1, 2, 0])[right.class_index])
+    swapped = dataclasses.replace(right, class_index=np.array([1, 2, 0])[right.class_index])
     assert [evaluate(path, swapped, SPLIT)[group]["AP50"] for group in ("base", "novel", "all")] == [0, 0, 0]
 
 
@@ -148,15 +155,14 @@ def crowded_scene(folder, seed):
 
 def by_pycocotools(path, given, members, count, shape="bbox"):
     """The `FIGURES` of these classes as pycocotools itself has them."""
-    xywh = np.concatenate([given.box[:, :2], given.box[:, 2:] - given.box[:, :2]], axis=1).astype(float)
     rows = [
         {
             "image_id": int(given.image_id[i]),
             "category_id": CATEGORY[SPLIT.names[given.class_index[i]]],
-            "bbox": xywh[i].tolist(),
+            "bbox": given.xywh[i].tolist(),
             "score": float(given.score[i]),
         }
-        for i in range(len(xywh))
+        for i in range(len(given.score))
     ]
     if shape == "segm":
         for row, counts in zip(rows, given.masks, strict=True):
@@ -194,8 +200,7 @@ def masked_scene(folder, seed):
             one["segmentation"] = {"size": [100, 100], "counts": counts}
     path.write_text(json.dumps(document))
     # A side of 0 makes a mask of nothing.
-    xywh = np.concatenate([given.box[:, :2], given.box[:, 2:] - given.box[:, :2]], axis=1).astype(float)
-    masks = tuple(to_run_lengths(outline(*box), 100, 100) for box in xywh)
+    masks = tuple(to_run_lengths(outline(*box), 100, 100) for box in given.xywh)
     return path, dataclasses.replace(given, masks=masks)
 
 
@@ -262,7 +267,7 @@ def test_a_limit_per_image_is_pycocotools_on_each_images_best(tmp_path):
     path, given = crowded_scene(tmp_path, 0)
     order = np.argsort(-given.score, kind="stable")
     best = np.sort(np.concatenate([order[given.image_id[order] == image][:20] for image in np.unique(given.image_id)]))
-    kept = detections(given.image_id[best], given.box[best], given.score[best], given.class_index[best])
+    kept = detections(given.image_id[best], xyxy(given)[best], given.score[best], given.class_index[best])
     found = evaluate(path, given, SPLIT, limit=Limit(20))
     assert figures(found["all"]) == pytest.approx(by_pycocotools(path, kept, SPLIT.names, 20), abs=1e-12)
     assert found["all"] != evaluate(path, given, SPLIT, limit=Limit(20, per_class=True))["all"]
@@ -295,7 +300,7 @@ def test_only_the_best_hundred_of_an_image_count(tmp_path):
     right = perfect(path)
     # One hundred surer misses in the first image push its only hit out, and only there.
     image_id = np.concatenate([np.full(100, 3), right.image_id])
-    box = np.concatenate([np.full((100, 4), [80, 80, 90, 90]), right.box])
+    box = np.concatenate([np.full((100, 4), [80, 80, 90, 90]), xyxy(right)])
     score = np.concatenate([np.full(100, 0.9), right.score])
     found = evaluate(path, detections(image_id, box, score, np.zeros(106)), SPLIT)
     assert found["all"]["AR"] == pytest.approx(5 / 6)
@@ -332,9 +337,9 @@ def test_a_file_without_images_is_refused(tmp_path):
     [
         ([[0, 0, 1, float("nan")]], [1], "finite"),
         ([[0, 0, 1, 1]], [float("inf")], "finite"),
-        ([[5, 0, 1, 1]], [1], "x1 <= x2"),
+        ([[5, 0, 1, 1]], [1], "negative"),
         ([[0, 0, 1, 1]], [1, 2], "score must have shape"),
-        ([[0, 0, 1, 1], [0, 0, 1, 1]], [1], "box must have shape"),
+        ([[0, 0, 1, 1], [0, 0, 1, 1]], [1], "xywh must have shape"),
     ],
 )
 def test_malformed_detections_are_refused(box, score, message):

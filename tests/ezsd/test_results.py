@@ -23,8 +23,8 @@ def test_numbers_are_kept_as_they_stand(tmp_path):
     assert found.xywh.tolist() == [[1, 2, 3.5, 0], [0.1, 0, 0.2, 5]]
     assert found.score.tolist() == [0.25, 0.1 + 0.2]
     assert found.class_index.tolist() == [0, -1]
-    assert found.fullest() == 2
-    assert read(tmp_path, []).fullest() == 0
+    assert found.most_per_image() == 2
+    assert read(tmp_path, []).most_per_image() == 0
 
 
 def test_masks_are_read_where_all_have_one(tmp_path):

@@ -78,7 +78,7 @@ def test_an_image_is_looked_at_as_if_it_were_alone(shapes_run, shapes_root):
 def found_by(trained, search, image, label):
     """Scores and boxes of one of the names looked for, best first."""
     (one,) = trained.find([read_image(image)], search, keep=10_000)
-    return one.scores[one.labels == label], one.boxes[one.labels == label]
+    return one.scores[one.labels == label].numpy(), one.boxes[one.labels == label].numpy()
 
 
 def test_a_name_asked_for_by_itself_is_found_as_among_all_of_the_run(shapes_run, shapes_root):
