@@ -1,4 +1,4 @@
-"""From hits to figures: precision over recall of each class, and means over classes."""
+"""Average precision: precision over recall of each class from its matches, and means over classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ezsd.metrics.matching import THRESHOLDS, Matches, Size
 
 RECALLS = np.linspace(0.0, 1.0, 101)
-"""Where a precision curve is read, R of them."""
+"""Recall thresholds at which a precision curve is read, R of them."""
 _AP50, _AP75 = 0, 5
 
 
@@ -21,9 +21,9 @@ class ClassScores(TypedDict):
     AP: float | None
     """Average precision in [0, 1], mean over IoU 0.50, 0.55 .. 0.95."""
     AP50: float | None
-    """The same at IoU 0.50."""
+    """AP at IoU 0.50."""
     AP75: float | None
-    """The same at IoU 0.75."""
+    """AP at IoU 0.75."""
     AR: float | None
     """Recall in [0, 1], mean over the ten IoU thresholds."""
     AP_small: float | None
@@ -33,11 +33,11 @@ class ClassScores(TypedDict):
     AP_large: float | None
     """AP of objects from 96 x 96 pixels on."""
     AR_small: float | None
-    """AR by size, likewise."""
+    """AR of objects of up to 32 x 32 pixels."""
     AR_medium: float | None
-    """See `AR_small`."""
+    """AR of objects from 32 x 32 to 96 x 96 pixels."""
     AR_large: float | None
-    """See `AR_small`."""
+    """AR of objects from 96 x 96 pixels on."""
     boxes: int
     """Ground-truth boxes that can be found or missed."""
 
@@ -58,16 +58,16 @@ class Curves:
         self.recall = -np.ones((len(THRESHOLDS), len(boxes)))
 
     def add(self, k: int, score: npt.NDArray[np.float64], matches: Matches) -> None:
-        """Fill in class `k` from its detections in the order of images."""
+        """Fill in class `k` from the scores and matches of its detections, both in the order of images."""
         boxes = int(self.boxes[k])
         if not boxes:
             return
         order = np.argsort(-score, kind="stable")
-        hit, void = matches.hit[:, order], matches.void[:, order]
-        right = np.cumsum(hit & ~void, axis=1).astype(np.float64)
-        wrong = np.cumsum(~hit & ~void, axis=1).astype(np.float64)
-        recall = right / boxes
-        precision = right / (wrong + right + np.spacing(1))
+        matched, ignored = matches.matched[:, order], matches.ignored[:, order]
+        true_positives = np.cumsum(matched & ~ignored, axis=1).astype(np.float64)
+        false_positives = np.cumsum(~matched & ~ignored, axis=1).astype(np.float64)
+        recall = true_positives / boxes
+        precision = true_positives / (false_positives + true_positives + np.spacing(1))
         # The best precision at this recall or a higher one.
         precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         self.recall[:, k] = recall[:, -1] if len(score) else 0
@@ -78,11 +78,11 @@ class Curves:
             self.precision[t, reached, k] = precision[t, at[reached]]
 
     def mean_precision(self, member: npt.NDArray[np.bool_]) -> float | None:
-        """Mean over all thresholds, recalls and the classes in `member`, (K,)."""
+        """Mean precision over all thresholds, recalls and the classes in `member`, (K,); None without boxes."""
         return _mean(self.precision[:, :, member])
 
     def mean_recall(self, member: npt.NDArray[np.bool_]) -> float | None:
-        """Mean over all thresholds and the classes in `member`, (K,)."""
+        """Mean recall over all thresholds and the classes in `member`, (K,); None without boxes."""
         return _mean(self.recall[:, member])
 
 
@@ -105,11 +105,11 @@ def class_scores(curves: Mapping[Size, Curves], member: npt.NDArray[np.bool_]) -
 
 
 def group_scores(curves: Mapping[Size, Curves], member: npt.NDArray[np.bool_]) -> GroupScores:
-    """Means over the classes in `member`, (K,)."""
+    """Figures of the classes in `member`, (K,), and how many of them have ground truth."""
     return GroupScores(**class_scores(curves, member), classes=int((curves["all"].boxes[member] > 0).sum()))
 
 
 def _mean(values: npt.NDArray[np.float64]) -> float | None:
-    """Mean of the entries that exist."""
-    present = values[values > -1]
-    return float(present.mean()) if present.size else None
+    """Mean of the entries that are not -1; None if all are."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else None

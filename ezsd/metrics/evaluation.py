@@ -20,20 +20,20 @@ from ezsd.vocabulary import Split, resolve
 COCO_LIMITS = (Limit(100), Limit(300), Limit(100, per_class=True))
 """100 detections per image, as most results are reported; 300, as this method's authors count; pycocotools' own."""
 LVIS_LIMITS = (Limit(300),)
-"""The one that the official lvis package has."""
+"""300 detections per image, the only limit of the official lvis package."""
 
 
 class Evaluation(TypedDict):
-    """What `evaluate` returns; made of texts, numbers, lists and None, so it goes into JSON."""
+    """Figures of one evaluation; made of texts, numbers, lists and None, so it goes into JSON."""
 
     rules: str
     """"coco" or "lvis"."""
     iou_type: str
-    """What must overlap: "bbox" or "segm"."""
+    """Shapes that overlap was measured of: "bbox" or "segm"."""
     max_detections: int
-    """Detections that counted, in all figures."""
+    """Most detections that counted, in all figures."""
     counted_per: str
-    """What they were counted in: "image", or "image and class"."""
+    """Scope of `max_detections`: "image", or "image and class"."""
     images: int
     """Images of the file, all evaluated."""
     names: list[str]
@@ -42,11 +42,11 @@ class Evaluation(TypedDict):
     novel: GroupScores
     all: GroupScores
     rare: NotRequired[GroupScores]
-    """With `common` and `frequent`: LVIS's groups, by the frequency that the file states."""
+    """Figures of LVIS's rare classes, by the frequency that the file states; `common` and `frequent` likewise."""
     common: NotRequired[GroupScores]
     frequent: NotRequired[GroupScores]
     per_class: dict[str, ClassScores]
-    """For all names of the split."""
+    """Figures of all names of the split."""
 
 
 def evaluate(
@@ -85,7 +85,7 @@ def evaluate(
 
 
 def limits_of(truth: Truth) -> tuple[Limit, ...]:
-    """The limits at which results on a file are reported, the usual one first."""
+    """Limits at which results on a file are reported, the usual one first."""
     return LVIS_LIMITS if truth.federated else COCO_LIMITS
 
 
@@ -97,7 +97,7 @@ def evaluate_at(
     limits: Sequence[Limit],
     shape: Shape = "bbox",
 ) -> dict[str, Evaluation]:
-    """Like `evaluate`, for a file already read and several limits: boxes are matched once.
+    """Evaluate at several limits against a file already read; boxes are matched once. See `evaluate`.
 
     With `shape` "segm" masks must overlap instead of boxes; the truth and the detections must have them.
 
@@ -110,7 +110,7 @@ def evaluate_at(
     asked = np.isin(results.class_index, chosen) & np.logical_or.reduce(list(counting.values()))
     rows = np.flatnonzero(asked)
     if truth.federated:
-        rows = rows[_was_looked_for(truth, results, rows)]
+        rows = rows[_is_verified(truth, results, rows)]
     matches = match(truth, results, rows, shape)
     return {
         limit.label: _summary(truth, chosen, _curves(truth, results, matches, chosen, kept), limit, shape)
@@ -119,23 +119,23 @@ def evaluate_at(
 
 
 def _check_references(results: Results, truth: Truth) -> None:
-    """Refuse detections which point at nothing."""
-    strange = results.image_id[~np.isin(results.image_id, truth.image_ids)]
-    if len(strange):
-        raise ValueError(f"detections of image {int(strange[0])}, which the annotation file does not have")
+    """Refuse detections of images or classes that the truth does not have."""
+    unknown = results.image_id[~np.isin(results.image_id, truth.image_ids)]
+    if len(unknown):
+        raise ValueError(f"detections of image {int(unknown[0])}, which the annotation file does not have")
     outside = (results.class_index < -1) | (results.class_index >= len(truth.split.names))
     if outside.any():
         index = int(results.class_index[outside][0])
         raise ValueError(f"detections with class index {index}; the split has 0 .. {len(truth.split.names) - 1}")
 
 
-def _was_looked_for(truth: Truth, results: Results, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Whether a federated file knows of presence or absence of a detection's class in its image, (M,)."""
+def _is_verified(truth: Truth, results: Results, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """True for a detection whose class a federated file knows to be present or absent in its image, (M,)."""
     assert truth.catalogue.federated is not None
-    present = set(zip(truth.image_id.tolist(), truth.class_index.tolist(), strict=True))
+    positive = set(zip(truth.image_id.tolist(), truth.class_index.tolist(), strict=True))
     pairs = zip(results.image_id[rows].tolist(), results.class_index[rows].tolist(), strict=True)
-    is_there = np.fromiter((pair in present for pair in pairs), dtype=np.bool_, count=len(rows))
-    return is_there | is_listed(truth, results, rows, truth.catalogue.federated.negative)
+    is_positive = np.fromiter((pair in positive for pair in pairs), dtype=np.bool_, count=len(rows))
+    return is_positive | is_listed(truth, results, rows, truth.catalogue.federated.negative)
 
 
 def _curves(
@@ -166,7 +166,7 @@ def _curves_of(
         of_class = np.arange(*np.searchsorted(class_index, [index, index + 1]))
         of_class = of_class[counting[matches.row[of_class]]]
         row = matches.row[of_class]
-        curves.add(k, results.score[row], Matches(row, matches.hit[:, of_class], matches.void[:, of_class]))
+        curves.add(k, results.score[row], Matches(row, matches.matched[:, of_class], matches.ignored[:, of_class]))
     return curves
 
 
@@ -177,7 +177,7 @@ def _summary(
     is_base = chosen < len(split.base)
     names = [split.names[index] for index in chosen]
     found = {name: class_scores(curves, np.arange(len(names)) == k) for k, name in enumerate(names)}
-    nothing = class_scores(curves, np.zeros_like(is_base))
+    not_evaluated = class_scores(curves, np.zeros_like(is_base))
     evaluation = Evaluation(
         rules="lvis" if truth.federated else "coco",
         iou_type=shape,
@@ -188,7 +188,7 @@ def _summary(
         base=group_scores(curves, is_base),
         novel=group_scores(curves, ~is_base),
         all=group_scores(curves, np.ones_like(is_base)),
-        per_class={name: found.get(name, nothing) for name in split.names},
+        per_class={name: found.get(name, not_evaluated) for name in split.names},
     )
     if truth.federated:
         frequency = np.array(truth.catalogue.frequencies_of(names))

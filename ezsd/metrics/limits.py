@@ -1,4 +1,4 @@
-"""How many detections count: so many per image, or so many per image and class."""
+"""Limits on the detections that count, per image or per image and class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ezsd.metrics.results import Results
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The best detections of an image count, others do not; equal scores count in the order given.
+    """Number of an image's best detections that count; equal scores count in the order given.
 
     Raises:
         ValueError: `count` is below 1.
@@ -29,23 +29,23 @@ class Limit:
 
     @property
     def label(self) -> str:
-        """Its key in a table of evaluations: "100", "300", "100 per class"."""
+        """Key of the limit in a table of evaluations: "100", "300", "100 per class"."""
         return f"{self.count} per class" if self.per_class else str(self.count)
 
     @property
     def counted(self) -> str:
-        """What the number is counted in."""
+        """Scope of the number: "image", or "image and class"."""
         return "image and class" if self.per_class else "image"
 
     def mask(self, results: Results) -> npt.NDArray[np.bool_]:
-        """Which detections count, (N,)."""
+        """True for each detection that counts, (N,)."""
         groups = (results.image_id, results.class_index) if self.per_class else (results.image_id,)
         kept: npt.NDArray[np.bool_] = ranks(results.score, *groups) < self.count
         return kept
 
 
 def ranks(score: npt.NDArray[np.float64], *groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Place of each detection among those of its group, best first from 0, (N,)."""
+    """Rank of each detection among those of its group, best first from 0, (N,)."""
     order = np.lexsort((-score, *groups))
     position = np.arange(len(score))
     new = np.zeros(len(score), dtype=np.bool_)

@@ -1,4 +1,4 @@
-"""Which detection finds which box: COCO's greedy matching, at all overlap thresholds at once."""
+"""COCO's greedy matching of detections with ground truth, at all IoU thresholds at once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ezsd.metrics.ground_truth import Truth
 from ezsd.metrics.results import Results
 
 Shape: TypeAlias = Literal["bbox", "segm"]
-"""What must overlap: boxes or masks."""
+"""Shapes that overlap is measured of: boxes or masks."""
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
-"""Least overlap (IoU) of a hit, T of them."""
+"""Least IoU of a match, T of them."""
 Size: TypeAlias = Literal["all", "small", "medium", "large"]
 AREAS: Mapping[Size, tuple[float, float]] = {
     "all": (0.0, 1e10),
@@ -30,18 +30,18 @@ AREAS: Mapping[Size, tuple[float, float]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Matches:
-    """What became of M detections, sorted by class, image and score."""
+    """Outcome of matching M detections, sorted by class, image and score."""
 
     row: npt.NDArray[np.int64]
-    """Position of each in the results given, (M,)."""
-    hit: npt.NDArray[np.bool_]
-    """Whether it found a box, (T, M)."""
-    void: npt.NDArray[np.bool_]
-    """Whether it counts neither as right nor as wrong, (T, M)."""
+    """Position in the results given, (M,)."""
+    matched: npt.NDArray[np.bool_]
+    """True for a detection that found a ground-truth box, (T, M)."""
+    ignored: npt.NDArray[np.bool_]
+    """True for a detection that counts neither as a true nor as a false positive, (T, M)."""
 
 
 def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64], shape: Shape = "bbox") -> dict[Size, Matches]:
-    """Match detections with the boxes of their image and class, the surest first.
+    """Match detections with the ground-truth boxes of their image and class, the surest first.
 
     A detection takes the free box which it overlaps most, and a box that is to be ignored only if no other is left.
     Leaving out the least sure detections of an image changes nothing for others, so limits apply afterwards. For a size
@@ -51,7 +51,10 @@ def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64], shape: Sh
         truth: the boxes.
         results: the detections.
         rows: positions in `results` to match, (M,), of classes in the split.
-        shape: whether boxes must overlap or masks, which both must then have.
+        shape: what must overlap; for "segm" both must have masks.
+
+    Returns:
+        The matches by size class of the ground truth.
     """
     row = rows[np.lexsort((-results.score[rows], results.image_id[rows], results.class_index[rows]))]
     key = _keys(truth, results.image_id[row], results.class_index[row])
@@ -65,26 +68,26 @@ def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64], shape: Sh
     pairs, starts = np.unique(true_key[true_order], return_index=True)
     stops = np.append(starts[1:], len(true_key))
     firsts, lasts = np.searchsorted(key, pairs), np.searchsorted(key, pairs, side="right")
-    hit = {size: np.zeros((len(THRESHOLDS), len(row)), dtype=np.bool_) for size in AREAS}
-    void = {size: np.zeros_like(hit[size]) for size in AREAS}
+    matched = {size: np.zeros((len(THRESHOLDS), len(row)), dtype=np.bool_) for size in AREAS}
+    ignored = {size: np.zeros_like(matched[size]) for size in AREAS}
     for pair in np.flatnonzero(lasts > firsts):
         found, true = slice(firsts[pair], lasts[pair]), slice(starts[pair], stops[pair])
         overlap = _overlap(truth, results, row[found], true_order[true], shape)  # (D, G)
         # Few objects are told apart by size in few ways.
-        known: dict[bytes, tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]] = {}
+        by_ignorable: dict[bytes, tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]] = {}
         for size in AREAS:
-            ignored = ignore[size][true]
-            if ignored.tobytes() not in known:
-                known[ignored.tobytes()] = _greedy(overlap, ignored, crowd[true])
-            hit[size][:, found], void[size][:, found] = known[ignored.tobytes()]
-    unknowable, area = _open(truth, results, row), _areas(truth, results, row, shape)
+            ignorable = ignore[size][true]
+            if ignorable.tobytes() not in by_ignorable:
+                by_ignorable[ignorable.tobytes()] = _greedy(overlap, ignorable, crowd[true])
+            matched[size][:, found], ignored[size][:, found] = by_ignorable[ignorable.tobytes()]
+    unverified, area = _not_exhaustive(truth, results, row), _areas(truth, results, row, shape)
     for size, (least, most) in AREAS.items():
-        void[size] |= ~hit[size] & (unknowable | (area < least) | (area > most))
-    return {size: Matches(row, hit[size], void[size]) for size in AREAS}
+        ignored[size] |= ~matched[size] & (unverified | (area < least) | (area > most))
+    return {size: Matches(row, matched[size], ignored[size]) for size in AREAS}
 
 
 def _areas(truth: Truth, results: Results, row: npt.NDArray[np.int64], shape: Shape) -> npt.NDArray[np.float64]:
-    """Areas of detections, pixels, (M,): of the box, or of the mask."""
+    """Areas of detections' boxes or masks, pixels, (M,)."""
     if shape == "bbox":
         with np.errstate(over="ignore"):
             boxes: npt.NDArray[np.float64] = results.xywh[row, 2] * results.xywh[row, 3]
@@ -99,7 +102,7 @@ def _areas(truth: Truth, results: Results, row: npt.NDArray[np.int64], shape: Sh
 def _overlap(
     truth: Truth, results: Results, row: npt.NDArray[np.int64], true_row: npt.NDArray[np.int64], shape: Shape
 ) -> npt.NDArray[np.float64]:
-    """IoU of detections with the objects of their image, (D, G)."""
+    """IoU of detections with the objects of their image, in [0, 1], (D, G)."""
     crowd = truth.crowd[true_row]
     if shape == "bbox":
         boxes: npt.NDArray[np.float64] = mask.iou(results.xywh[row], truth.xywh[true_row], crowd.astype(np.uint8))
@@ -112,7 +115,7 @@ def _overlap(
 
 
 def _keys(truth: Truth, image_id: npt.NDArray[np.int64], class_index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """One number per class and image, ascending in both."""
+    """Sort keys, one number per class and image, ascending in both."""
     keys: npt.NDArray[np.int64] = class_index * len(truth.image_ids) + np.searchsorted(truth.image_ids, image_id)
     return keys
 
@@ -120,15 +123,15 @@ def _keys(truth: Truth, image_id: npt.NDArray[np.int64], class_index: npt.NDArra
 def _greedy(
     overlap: npt.NDArray[np.float64], ignore: npt.NDArray[np.bool_], crowd: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Hits and void hits, (T, D) each, of one image and class.
+    """Match the detections of one image and class: which are matched and which ignored, (T, D) each.
 
     Args:
         overlap: of detections, the surest first, with boxes, (D, G).
-        ignore: (G,); such boxes are only taken when no other fits.
-        crowd: (G,); such boxes stay free.
+        ignore: (G,), boxes that are taken only when no other fits.
+        crowd: (G,), boxes that any number of detections may take.
     """
-    hit = np.zeros((len(THRESHOLDS), len(overlap)), dtype=np.bool_)
-    void = np.zeros_like(hit)
+    matched = np.zeros((len(THRESHOLDS), len(overlap)), dtype=np.bool_)
+    ignored = np.zeros_like(matched)
     free = np.ones((len(THRESHOLDS), len(ignore)), dtype=np.bool_)
     for one in np.flatnonzero(overlap.max(axis=1) >= THRESHOLDS[0]):
         fits = free & (overlap[one] >= THRESHOLDS[:, None])  # (T, G)
@@ -137,14 +140,14 @@ def _greedy(
         # Of equal overlaps the last box is taken, as in pycocotools.
         best = len(ignore) - 1 - np.where(fits, overlap[one], -1.0)[:, ::-1].argmax(axis=1)
         taken = np.flatnonzero(fits.any(axis=1))
-        hit[taken, one] = True
-        void[taken, one] = ignore[best[taken]]
+        matched[taken, one] = True
+        ignored[taken, one] = ignore[best[taken]]
         free[taken, best[taken]] = crowd[best[taken]]
-    return hit, void
+    return matched, ignored
 
 
-def _open(truth: Truth, results: Results, row: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Whether the file leaves open how many objects of its class an image has, (M,)."""
+def _not_exhaustive(truth: Truth, results: Results, row: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """True for a detection whose class is not annotated exhaustively in its image, (M,)."""
     lists = truth.catalogue.federated
     if lists is None:
         return np.zeros(len(row), dtype=np.bool_)
@@ -154,7 +157,7 @@ def _open(truth: Truth, results: Results, row: npt.NDArray[np.int64]) -> npt.NDA
 def is_listed(
     truth: Truth, results: Results, row: npt.NDArray[np.int64], table: dict[int, frozenset[int]]
 ) -> npt.NDArray[np.bool_]:
-    """Whether a federated list of a detection's image has its class, (M,)."""
+    """True for a detection whose class is in a federated list of its image, (M,)."""
     category = truth.category_ids()
     pairs = zip(results.image_id[row].tolist(), results.class_index[row].tolist(), strict=True)
     return np.fromiter((category[index] in table[image] for image, index in pairs), dtype=np.bool_, count=len(row))

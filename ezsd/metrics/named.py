@@ -1,4 +1,4 @@
-"""Results whose ids are their own: images are found by file name, classes by name, as an annotation file has them."""
+"""Documents of results with ids of their own: images are matched by file name and classes by name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class DocumentError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
-    """What an annotation file calls its images and classes."""
+    """File names and class names of an annotation file."""
 
     file_names: Mapping[int, str]
-    """By image id."""
+    """File name by image id."""
     categories: Mapping[str, int]
     """Category id by name."""
 
@@ -29,18 +29,18 @@ class Named:
 def renumbered(
     document: Mapping[str, object], named: Named, sizes: Mapping[int, tuple[int, int]], *, classes: bool
 ) -> tuple[list[object], frozenset[int]]:
-    """The `annotations` of a document of results, with the ids that an annotation file gives to images and classes.
+    """Give the `annotations` of a document of results the ids that an annotation file has for images and classes.
 
-    Also returns the file's category ids that the document has a class of: what was looked for.
+    Also returns the category ids of the file that the document has a class of: the classes that were searched.
 
     A file name fits another that is the same or its end, folder by folder: "photos/a/1.jpg" fits "a/1.jpg" and
     "1.jpg". The longest fit counts. Names of classes are compared as `ezsd.vocabulary` does.
 
     Args:
         document: as JSON has it.
-        named: what the annotation file calls its images and classes.
+        named: file names and class names of the annotation file.
         sizes: height and width of each of its images, by id.
-        classes: whether category ids are looked at.
+        classes: True to convert category ids too.
 
     Raises:
         DocumentError: a list is missing or not in order; an image fits none or several of the file's, or has
@@ -55,9 +55,9 @@ def renumbered(
             entries.append(entry)
             continue
         place = f"annotations[{position}]"
-        ids = {"image_id": images[_own_id(entry, "image_id", images, f"{place}.image_id", "images")]}
+        ids = {"image_id": images[_listed_id(entry, "image_id", images, f"{place}.image_id", "images")]}
         if classes:
-            label = labels[_own_id(entry, "category_id", labels, f"{place}.category_id", "categories")]
+            label = labels[_listed_id(entry, "category_id", labels, f"{place}.category_id", "categories")]
             if canonical(label) not in known:
                 near = suggest(label, list(named.categories))
                 raise DocumentError(f"{place}: is of class {label!r}, which the annotation file does not have; {near}")
@@ -67,7 +67,7 @@ def renumbered(
 
 
 def _image_ids(document: Mapping[str, object], named: Named, sizes: Mapping[int, tuple[int, int]]) -> dict[int, int]:
-    """The annotation file's id by the document's."""
+    """Ids of images in the annotation file by their ids in the document."""
     by_last: defaultdict[str, list[tuple[tuple[str, ...], int]]] = defaultdict(list)
     for number, file_name in named.file_names.items():
         parts = _parts(file_name)
@@ -77,7 +77,7 @@ def _image_ids(document: Mapping[str, object], named: Named, sizes: Mapping[int,
     for position, entry in enumerate(_list(document, "images")):
         place = f"images[{position}]"
         image = _object(entry, place)
-        own, name = _id(image, place, found), _text(image, "file_name", place)
+        document_id, name = _id(image, place, found), _text(image, "file_name", place)
         number = _fit(name, place, by_last)
         if number in taken:
             raise DocumentError(
@@ -86,16 +86,18 @@ def _image_ids(document: Mapping[str, object], named: Named, sizes: Mapping[int,
             )
         _require_size(image, place, sizes[number])
         taken[number] = name
-        found[own] = number
+        found[document_id] = number
     return found
 
 
 def _fit(name: str, place: str, by_last: Mapping[str, list[tuple[tuple[str, ...], int]]]) -> int:
-    """The id of the image whose file name fits best."""
-    own = _parts(name)
-    fits = [(parts, number) for parts, number in by_last.get(own[-1] if own else "", []) if _ends_alike(own, parts)]
+    """Id of the image whose file name fits best."""
+    wanted = _parts(name)
+    fits = [
+        (parts, number) for parts, number in by_last.get(wanted[-1] if wanted else "", []) if _ends_alike(wanted, parts)
+    ]
     # Those that are the document's name or its end, else those of which it is the end.
-    inner = [(len(parts), number) for parts, number in fits if len(parts) <= len(own)]
+    inner = [(len(parts), number) for parts, number in fits if len(parts) <= len(wanted)]
     longest = max((length for length, _ in inner), default=0)
     best = [number for length, number in inner if length == longest] or [number for _, number in fits]
     if len(best) != 1:
@@ -117,7 +119,7 @@ def _parts(file_name: str) -> tuple[str, ...]:
 
 
 def _require_size(entry: Mapping[str, object], place: str, size: tuple[int, int]) -> None:
-    """A document that states another size has boxes in another frame, such as that of an image not turned."""
+    """Refuse an image of another size: its boxes are in another frame, such as that of an image not turned."""
     stated = (entry.get("height", size[0]), entry.get("width", size[1]))
     if stated != size:
         raise DocumentError(
@@ -162,9 +164,9 @@ def _text(entry: Mapping[str, object], key: str, place: str) -> str:
     return value
 
 
-def _own_id(entry: Mapping[str, object], key: str, known: Mapping[int, object], place: str, section: str) -> int:
+def _listed_id(entry: Mapping[str, object], key: str, listed: Mapping[int, object], place: str, section: str) -> int:
     number = entry.get(key)
-    if type(number) is not int or number not in known:
+    if type(number) is not int or number not in listed:
         raise DocumentError(
             f"{place}: expected the id of one of the {section} of this file, found {_shown(entry, key)}"
         )

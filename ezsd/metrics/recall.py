@@ -1,4 +1,4 @@
-"""How many objects proposals cover."""
+"""Recall of proposals."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def recall_at(
     iou: float = 0.5,
     top: Sequence[int] = (100, 300),
 ) -> dict[int, float | None]:
-    """Share of ground-truth boxes covered by the first k proposals of their image.
+    """Recall of ground-truth boxes by the first k proposals of their image.
 
     A ground-truth box is covered if at least one of those k boxes has IoU >= `iou` with it. One
     proposal may cover several: it is a ceiling for a detector, not a one-to-one matching.

@@ -40,7 +40,7 @@ class Results:
     masks: tuple[bytes, ...] | None = None
     """Run lengths of an image-sized mask each, N of them; None without masks."""
     searched: frozenset[int] | None = None
-    """Positions in `Split.names` of the classes that were looked for; None where the results do not say."""
+    """Positions in `Split.names` of the classes that were searched; None where the results do not say."""
 
     def __post_init__(self) -> None:
         count = len(self.image_id)
@@ -76,11 +76,11 @@ def read_results(
     its images are found by file name, its classes by name, see `ezsd.metrics.named`.
 
     Args:
-        path: the file; what else its objects hold is not looked at.
+        path: the file; other keys of its objects are ignored.
         images: height and width of each image that the annotation file has, by id.
         categories: for each category id of the annotation file its position in `Split.names`, -1 outside the split.
-            None for boxes of no class: category ids are then not looked at, and all indices are -1.
-        named: what the annotation file calls its images and classes; without it a document is refused.
+            None for boxes of no class: category ids are then ignored, and all indices are -1.
+        named: file names and class names of the annotation file; without it a document is refused.
 
     Returns:
         All detections of the file, in its order.
@@ -99,12 +99,12 @@ def read_results(
             raise _error(path, place, "an object", reprlib.repr(entry))
         image, category = entry.get("image_id"), entry.get("category_id")
         if type(image) is not int or image not in images:
-            raise _wrong(path, place, entry, "image_id", "the id of an image of the annotation file")
+            raise _entry_error(path, place, entry, "image_id", "the id of an image of the annotation file")
         index = -1 if categories is None else categories.get(category) if type(category) is int else None
         if index is None:
-            raise _wrong(path, place, entry, "category_id", "the id of a category of the annotation file")
+            raise _entry_error(path, place, entry, "category_id", "the id of a category of the annotation file")
         if not is_finite(entry.get("score")):
-            raise _wrong(path, place, entry, "score", "a finite number")
+            raise _entry_error(path, place, entry, "score", "a finite number")
         box = entry.get("bbox")
         # Some tools leave an empty one in results of boxes.
         if entry.get("segmentation") not in (None, []):
@@ -112,7 +112,7 @@ def read_results(
             box = to_box(masks[-1], *images[image]) if box is None else box
         if not (isinstance(box, list) and len(box) == 4 and all(map(is_finite, box)) and min(box[2:]) >= 0):
             expected = "four finite numbers: left, top, width, height, the last two not negative"
-            raise _wrong(path, place, entry, "bbox", expected)
+            raise _entry_error(path, place, entry, "bbox", expected)
         image_id.append(image)
         xywh.append(box)
         score.append(entry["score"])
@@ -160,7 +160,7 @@ def _entries(
     return "annotations", entries, None if categories is None else frozenset(categories[number] for number in found)
 
 
-def _wrong(path: Path, place: str, entry: Mapping[str, object], key: str, expected: str) -> ResultsError:
+def _entry_error(path: Path, place: str, entry: Mapping[str, object], key: str, expected: str) -> ResultsError:
     found = reprlib.repr(entry[key]) if key in entry else "nothing"
     return _error(path, f"{place}.{key}", expected, found)
 
