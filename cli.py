@@ -579,11 +579,11 @@ def detect(
     found = find_images(images)
     drawn = picture_places(found, out, alone=found == [Path(images[0])])
     from ezsd.pipeline.devices import resolve_device
-    from ezsd.pipeline.inference.detect import coco_document, detect_images, found_lines, names_to_find
+    from ezsd.pipeline.inference.detect import coco_document, detect_images, detection_lines, resolve_names
     from ezsd.pipeline.runs.run import Run
 
     opened = Run.open(run)
-    names = names_to_find(opened, asked)
+    names = resolve_names(opened, asked)
     seen = detect_images(
         found,
         opened,
@@ -599,7 +599,7 @@ def detect(
         typer.echo(coco_document(list(seen), names))
         return
     for one in seen:
-        for line in found_lines(one, with_path=len(found) > 1):
+        for line in detection_lines(one, with_path=len(found) > 1):
             typer.echo(line)
         if not one.objects:
             typer.echo(f"{one.source}: nothing found with a score of {threshold} or more", err=True)

@@ -1,1 +1,1 @@
-"""Trained detectors at work: evaluation, detection, pictures."""
+"""Inference with trained detectors: detection, evaluation and drawing."""

@@ -1,4 +1,4 @@
-"""`ezsd detect`: objects of any named classes in images."""
+"""Detection of any named classes in images: `ezsd detect` and `ezsd.load`."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ class Detection:
 
     name: str
     score: float
-    """In [0, 1]."""
+    """Confidence in [0, 1]."""
     box: tuple[float, float, float, float]
-    """xyxy, pixels of the image as it is shown."""
+    """Corners x1, y1, x2, y2 in pixels of the image as it is shown."""
     mask: bytes | None
-    """Run lengths of its mask over the image as it is shown; None without masks."""
+    """Run lengths of the mask over the image as it is shown; None without masks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageDetections:
-    """What was found in one image: a sequence of `Detection`, best first."""
+    """Named detections of one image: a sequence of `Detection`, best first."""
 
     source: str
-    """The image's path or URL; empty for one that is no file."""
+    """Path or URL of the image; empty for an image in memory."""
     width: int
-    """Pixels, as it is shown."""
+    """Width of the image as it is shown, pixels."""
     height: int
-    """Pixels, as it is shown."""
+    """Height of the image as it is shown, pixels."""
     objects: tuple[Detection, ...]
-    """Best first."""
+    """Detected objects, best first."""
     has_masks: bool = False
-    """Whether each object has a mask."""
+    """True if each object has a mask."""
 
     def __len__(self) -> int:
         return len(self.objects)
@@ -72,32 +72,32 @@ class ImageDetections:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Class names, (N,)."""
+        """Names of the classes, (N,)."""
         return tuple(one.name for one in self.objects)
 
     @property
     def scores(self) -> NDArray[np.float32]:
-        """In [0, 1], (N,)."""
+        """Confidences in [0, 1], (N,)."""
         return np.array([one.score for one in self.objects], np.float32)
 
     @property
     def boxes(self) -> NDArray[np.float32]:
-        """xyxy, pixels of the image as it is shown, (N, 4)."""
+        """Boxes x1, y1, x2, y2 in pixels of the image as it is shown, (N, 4)."""
         return np.array([one.box for one in self.objects], np.float32).reshape(-1, 4)
 
     @property
     def masks(self) -> NDArray[np.bool_] | None:
-        """Over the image as it is shown, (N, H, W); None without masks."""
+        """Masks over the image as it is shown, (N, H, W); None without masks."""
         if not self.has_masks:
             return None
-        found = np.zeros((len(self.objects), self.height, self.width), np.bool_)
-        for place, one in enumerate(self.objects):
+        masks = np.zeros((len(self.objects), self.height, self.width), np.bool_)
+        for position, one in enumerate(self.objects):
             assert one.mask is not None
-            found[place] = decode(one.mask, self.height, self.width)
-        return found
+            masks[position] = decode(one.mask, self.height, self.width)
+        return masks
 
     def _repr_html_(self) -> str:
-        """A table, in a notebook."""
+        """Table of the detections, for notebooks."""
         rows = "".join(
             f"<tr><td>{html.escape(one.name)}</td><td>{one.score:.3f}</td>"
             + "".join(f"<td>{value:.1f}</td>" for value in one.box)
@@ -109,11 +109,11 @@ class ImageDetections:
         return f"<table><caption>{caption}</caption><tr>{head}</tr>{rows}</table>"
 
 
-def names_to_find(run: Run, asked: Sequence[str] | None) -> tuple[str, ...]:
-    """Names as the run spells them, in whatever Unicode form they were typed; all of the run's own for None."""
-    own = run.spec["names"]
-    assert isinstance(own, list)
-    return tuple(own) if asked is None else spelt_as(asked, own)
+def resolve_names(run: Run, names: Sequence[str] | None) -> tuple[str, ...]:
+    """Spell names as the run does, in whatever Unicode form they were typed; None gives all names of the run."""
+    run_names = run.spec["names"]
+    assert isinstance(run_names, list)
+    return tuple(run_names) if names is None else spelt_as(names, run_names)
 
 
 def detect_images(
@@ -130,19 +130,19 @@ def detect_images(
 ) -> Iterator[ImageDetections]:
     """Detect named classes in images, a few at a time.
 
-    The run's other names compete with them unseen, see `ezsd.competitors`.
+    Other names of the run compete with them and are not reported, see `ezsd.competitors`.
 
     Args:
         images: files that Pillow reads.
         run: a finished run.
-        classes: names to look for; those unknown to the run are embedded by its teacher.
-        threshold: least score.
+        classes: names to detect; those unknown to the run are embedded by its teacher.
+        threshold: least score, in [0, 1].
         device: where to run.
         drawn: where each image with boxes is written, green for names trained with boxes and pink for others; None for
             nowhere. Missing folders are made.
-        overrides: settings to look with instead of the run's, see `ezsd.pipeline.config.schema.TEST_TIME`.
+        overrides: settings used instead of the run's, see `ezsd.pipeline.config.schema.TEST_TIME`.
         weights: the teacher's weights, if they have moved; read for names that the run does not know.
-        alone: whether no other name competes: objects of other classes are then called by the asked names as well.
+        alone: True to let no other name compete: objects of other classes then get the asked names as well.
 
     Raises:
         ValueError: (of many kinds) a damaged image, an unfinished run, a class that nobody can embed, two classes that
@@ -151,20 +151,20 @@ def detect_images(
     if drawn is not None:
         require_named_font()
     model = Model(run, device=device, overrides=overrides, weights=weights)
-    known = frozenset(model.base_names)
-    for number, (pixels, seen) in enumerate(model.each(images, classes, threshold=threshold, alone=alone)):
+    base = frozenset(model.base_names)
+    for number, (pixels, detections) in enumerate(model.each(images, classes, threshold=threshold, alone=alone)):
         if drawn is not None:
-            _draw(seen, pixels, drawn[number], known)
-        yield seen
+            _draw(detections, pixels, drawn[number], base)
+        yield detections
 
 
 class Model:
-    """A trained detector that finds objects of any names; `ezsd.load` makes it.
+    """Trained detector for objects of any names; `ezsd.load` makes it.
 
     Args:
         run: a finished run.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        overrides: settings as `section.key=value` to look with instead of the run's, see
+        overrides: settings as `section.key=value` used instead of the run's, see
             `ezsd.pipeline.config.schema.TEST_TIME`.
         weights: the teacher's weights, if they have moved; read for names that the run does not know.
     """
@@ -183,12 +183,12 @@ class Model:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that it was trained for, base names first."""
+        """Names that the detector was trained for, base names first."""
         return self._trained.names
 
     @property
     def base_names(self) -> tuple[str, ...]:
-        """Those of them that had boxes."""
+        """Names that had boxes in training."""
         return self._trained.names[: self._trained.base_count]
 
     def __call__(
@@ -203,43 +203,43 @@ class Model:
 
         Args:
             images: a path, URL, PIL image, array (H, W, 3) uint8 or tensor (3, H, W), or a list of these.
-            names: names to look for, one or several; None for all of `names`.
+            names: names to detect, one or several; None for all of `names`.
             threshold: least score, in [0, 1]. The run's own `eval.score_threshold` and `eval.max_detections` hold
                 besides; `overrides` of `ezsd.load` change them.
-            alone: whether no other name competes: objects of other classes are then called by the asked names too.
+            alone: True to let no other name compete: objects of other classes then get the asked names too.
 
         Returns:
-            For one image its detections; for a list a list of them.
+            The detections of one image; for a list of images a list of them.
 
         Raises:
             EzsdError: an image that cannot be read, or names that are none, alike, or unknown to the teacher.
         """
         if not 0 <= threshold <= 1:
             raise ArgumentError(f"threshold must lie in [0, 1], got {threshold}")
-        wanted = names_to_find(self._run, _asked(names))
+        wanted = resolve_names(self._run, _checked_names(names))
         single = not isinstance(images, list | tuple)
         # A text is a sequence too, which a type checker cannot rule out.
         sources: list[ImageSource] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
-        results = [seen for _, seen in self.each(sources, wanted, threshold=threshold, alone=alone)]
+        results = [detections for _, detections in self.each(sources, wanted, threshold=threshold, alone=alone)]
         return results[0] if single else results
 
     def each(
         self, images: Sequence[ImageSource], names: Sequence[str], *, threshold: float, alone: bool
     ) -> Iterator[tuple[Tensor, ImageDetections]]:
-        """Pixels (3, H, W) uint8 of each image and what was found in it, a few images at a time; see `__call__`.
+        """Iterate over images: pixels (3, H, W) uint8 and detections of each, computed a few images at a time.
 
-        Names are as `names_to_find` gives them.
+        Arguments are those of `__call__`, with names as `resolve_names` gives them.
         """
         search = self.search(names, alone=alone)
         for start in range(0, len(images), BATCH_IMAGES):
             sources = images[start : start + BATCH_IMAGES]
             pixels = [to_image(source) for source in sources]
-            for source, image, found in zip(sources, pixels, self._trained.find(pixels, search), strict=True):
+            for source, image, detections in zip(sources, pixels, self._trained.detect(pixels, search), strict=True):
                 where = os.fsdecode(source) if isinstance(source, str | os.PathLike) else ""
-                yield image, _named_detections(where, image, found, names, threshold)
+                yield image, _named_detections(where, image, detections, names, threshold)
 
     def search(self, names: Sequence[str], *, alone: bool = False) -> Search:
-        """What to look for, see `TrainedDetector.search`; the last one is kept.
+        """Prepare a search for names, see `TrainedDetector.search`; the last search is kept.
 
         Raises:
             TeacherError: the teacher of an unknown name cannot be had, or cannot tell two names apart.
@@ -251,9 +251,9 @@ class Model:
             text = torch.stack([self._rows[name] for name in names])
             require_told_apart(names, text)
             search = self._trained.search(text, alone=alone)
-            if search.aside:
-                told = ", ".join(search.aside)
-                log.info("these names of the run mean nearly what is asked for and do not compete: %s", told)
+            if search.excluded:
+                excluded = ", ".join(search.excluded)
+                log.info("these names of the run mean nearly what is asked for and do not compete: %s", excluded)
             self._search = (*key, search)
         return self._search[2]
 
@@ -269,17 +269,17 @@ class Model:
         self._rows |= dict(zip(names, rows, strict=True))
 
 
-def _asked(names: Sequence[str] | str | None) -> tuple[str, ...] | None:
-    """Names as they were asked for; one of them may stand by itself."""
+def _checked_names(names: Sequence[str] | str | None) -> tuple[str, ...] | None:
+    """Check names of classes; a single text is one name."""
     if names is None:
         return None
-    found = (names,) if isinstance(names, str) else tuple(names)
-    if not found or not all(isinstance(name, str) for name in found):
+    checked = (names,) if isinstance(names, str) else tuple(names)
+    if not checked or not all(isinstance(name, str) for name in checked):
         raise ArgumentError(f"names: expected at least one class name, found {names!r}")
-    for name in found:
+    for name in checked:
         require_characters(name)
-    require_different(found)
-    return found
+    require_different(checked)
+    return checked
 
 
 def load(run: str | os.PathLike[str], *, device: str = "auto", overrides: Sequence[str] = ()) -> Model:
@@ -294,7 +294,7 @@ def load(run: str | os.PathLike[str], *, device: str = "auto", overrides: Sequen
     Args:
         run: a run folder that `ezsd train` made.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        overrides: settings as `section.key=value` to look with instead of the run's.
+        overrides: settings as `section.key=value` used instead of the run's.
 
     Raises:
         EzsdError: no finished run, or a device that is not there.
@@ -302,38 +302,38 @@ def load(run: str | os.PathLike[str], *, device: str = "auto", overrides: Sequen
     return Model(Run.open(Path(run)), device=device, overrides=overrides)
 
 
-def found_lines(seen: ImageDetections, *, with_path: bool) -> Iterator[str]:
-    """One line per object: score, name and corners, after the image's path if asked for."""
-    for one in seen.objects:
+def detection_lines(detections: ImageDetections, *, with_path: bool) -> Iterator[str]:
+    """Lines of text, one per object: score, name and corners, after the image's path if asked for."""
+    for one in detections:
         box = " ".join(f"{v:.1f}" for v in one.box)
-        path = f"{seen.source}  " if with_path else ""
+        path = f"{detections.source}  " if with_path else ""
         yield f"{path}{one.score:.3f}  {one.name}  {box}"
 
 
-def coco_document(seen: Sequence[ImageDetections], classes: Sequence[str]) -> str:
-    """A COCO-format document with a score in each of its `annotations`; `ezsd eval --detections` reads it.
+def coco_document(detections: Sequence[ImageDetections], classes: Sequence[str]) -> str:
+    """Write detections as a COCO-format document with scores, which `ezsd eval --detections` reads.
 
-    Its ids are its own: images are known by `file_name`, classes by name. Numbers are as exact as an evaluation of the
-    run takes them. Where an object has a mask, `area` is that of the mask.
+    Images are identified by `file_name` and classes by name; ids are numbers from 1. Numbers are as exact as an
+    evaluation of the run takes them. Where an object has a mask, `area` is that of the mask.
     """
     number = {name: position for position, name in enumerate(classes, start=1)}
     images = [
         {"id": i, "file_name": one.source, "width": one.width, "height": one.height}
-        for i, one in enumerate(seen, start=1)
+        for i, one in enumerate(detections, start=1)
     ]
     annotations: list[dict[str, object]] = []
-    for i, one in enumerate(seen, start=1):
-        for found in one.objects:
-            x1, y1, x2, y2 = found.box
+    for i, one in enumerate(detections, start=1):
+        for detection in one:
+            x1, y1, x2, y2 = detection.box
             entry: dict[str, object] = {"id": len(annotations) + 1, "image_id": i}
-            entry["category_id"] = number[found.name]
+            entry["category_id"] = number[detection.name]
             bbox = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
             area = round((x2 - x1) * (y2 - y1), 3)
             # Nine digits tell all float32 apart.
-            entry |= {"bbox": bbox, "area": area, "iscrowd": 0, "score": float(f"{found.score:.9g}")}
-            if found.mask is not None:
-                entry["segmentation"] = json_run_lengths(found.mask, (one.height, one.width))
-                entry["area"] = int(decompress(found.mask)[1::2].sum())
+            entry |= {"bbox": bbox, "area": area, "iscrowd": 0, "score": float(f"{detection.score:.9g}")}
+            if detection.mask is not None:
+                entry["segmentation"] = json_run_lengths(detection.mask, (one.height, one.width))
+                entry["area"] = int(decompress(detection.mask)[1::2].sum())
             annotations.append(entry)
     categories = [{"id": position, "name": name} for name, position in number.items()]
     return json.dumps({"images": images, "categories": categories, "annotations": annotations}, indent=1)
@@ -342,7 +342,7 @@ def coco_document(seen: Sequence[ImageDetections], classes: Sequence[str]) -> st
 def _named_detections(
     source: str, pixels: Tensor, detections: Detections, names: Sequence[str], threshold: float
 ) -> ImageDetections:
-    """Detections of an image with the names of their classes, those of at least a score."""
+    """Name the detections of an image whose score reaches a threshold."""
     height, width = pixels.shape[1:]
     masks = encode_masks(detections, height, width)
     objects = [
@@ -361,11 +361,11 @@ def _named_detections(
     )
 
 
-def _draw(seen: ImageDetections, pixels: Tensor, place: Path, base: frozenset[str]) -> None:
-    """Draw what was found: names trained with boxes in one colour, all others in the other."""
-    corners = torch.tensor([one.box for one in seen.objects]).reshape(-1, 4)
-    captions = [f"{one.name} {one.score:.2f}" for one in seen.objects]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    colours = [BASE_COLOUR if one.name in base else NOVEL_COLOUR for one in seen.objects]
-    masks = [decode(one.mask, seen.height, seen.width) for one in seen.objects if one.mask is not None]
-    draw_boxes(pixels, corners, captions, colours, masks=masks or None).save(place)
+def _draw(detections: ImageDetections, pixels: Tensor, path: Path, base: frozenset[str]) -> None:
+    """Draw detections: names trained with boxes in one colour, all others in another."""
+    boxes = torch.from_numpy(detections.boxes)
+    captions = [f"{one.name} {one.score:.2f}" for one in detections]
+    colours = [BASE_COLOUR if one.name in base else NOVEL_COLOUR for one in detections]
+    masks = detections.masks
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_boxes(pixels, boxes, captions, colours, masks=None if masks is None else list(masks)).save(path)

@@ -1,4 +1,4 @@
-"""`ezsd eval --run`: base, novel and all, on the validation split; the only place that meets novel boxes."""
+"""Evaluation of a run on base, novel and all classes: `ezsd eval --run`; only evaluation reads novel boxes."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from ezsd.pipeline.inference.evaluation_tables import (
     SPACES,
     Classes,
     Space,
+    class_slice,
     coco_results,
     document,
-    looked_for,
     space_of,
 )
 from ezsd.pipeline.inference.predictor import (
@@ -50,12 +50,12 @@ from ezsd.pipeline.runs.run import Run
 
 BATCH_IMAGES = 16
 KEEP = max(limit.count for limit in (*COCO_LIMITS, *LVIS_LIMITS))
-"""Detections per image that an evaluation asks for: the most that any limit counts."""
+"""Most detections per image in an evaluation: the highest of its limits."""
 T = TypeVar("T")
 
 
 def run_dataset(run: Run, data_root: Path | None) -> Dataset:
-    """The dataset a run was trained on, where it lies now."""
+    """Dataset that a run was trained on, in its present folder."""
     root = Path(str(run.environment["data_root"])) if data_root is None else data_root
     if not root.is_dir():
         raise DatasetError(f"`run={run.folder}`: its images lay in {root}, which is gone; give `data_root=DIR`")
@@ -85,7 +85,7 @@ def detect_split(
     with Progress(stage, len(annotations.images), unit="image") as progress:
         for records in _chunks(annotations.images, BATCH_IMAGES):
             images = [read_dataset_image(root, record, exif) for record in records]
-            detected = trained.find(images, search, keep=KEEP, masks=masks)
+            detected = trained.detect(images, search, keep=KEEP, masks=masks)
             for record, image, one in zip(records, images, detected, strict=True):
                 ids.append(np.full(len(one.boxes), record.id, np.int64))
                 run_lengths += encode_masks(one, *image.shape[1:]) or ()
@@ -113,8 +113,8 @@ def evaluate_run(
 ) -> dict[str, object]:
     """Evaluate a finished run and write eval.json and detections.json.
 
-    "generalised" looks for all names at once and is the headline. "novel_asked" looks for the novel names while the
-    base ones compete unseen: it differs from the headline's novel figures by the places that detections of base names
+    "generalised" detects all names at once and is the headline. "novel_asked" detects the novel names while the base
+    names compete unreported: it differs from the headline's novel figures by the places that detections of base names
     take there. "novel_alone" has no competitors. Another split or label space goes into files named after it, as
     eval-train-novel.json, and what other settings give into eval-set.json.
 
@@ -123,16 +123,16 @@ def evaluate_run(
         data_root: where the images lie now; None takes the place recorded in the run.
         device: where to run.
         split: "val" or "train".
-        classes: the names looked for, at once: all, base or novel; None for all.
-        alone: whether no other names compete with `classes`, base or novel; without `classes`, the novel names are
-            looked for alone after all names.
+        classes: the names detected at once: all, base or novel; None for all.
+        alone: True to let no other names compete with `classes`, base or novel; without `classes`, the novel names are
+            detected alone after all names.
         max_detections: the limit of the headline; None for the usual one of the file's rules.
-        overrides: settings to look with instead of the run's, see `at_test_time`; not `eval.max_detections`.
+        overrides: settings used instead of the run's, see `at_test_time`; not `eval.max_detections`.
 
     Raises:
         ValueError: (of many kinds) an unfinished run, images or annotations that are not in order or none.
     """
-    _refuse_keep(overrides)
+    _refuse_max_detections(overrides)
     trained, dataset = load_trained(run, device, overrides), run_dataset(run, data_root)
     if trained.names != dataset.split.names:
         raise RunError(f"`run={run.folder}`: trained for other names than dataset {dataset.name} has now")
@@ -159,7 +159,7 @@ def evaluate_run(
     return result
 
 
-def _refuse_keep(overrides: Sequence[str]) -> None:
+def _refuse_max_detections(overrides: Sequence[str]) -> None:
     for override in overrides:
         if setting_of(override) == "eval.max_detections":
             raise ConfigError(
@@ -170,7 +170,7 @@ def _refuse_keep(overrides: Sequence[str]) -> None:
 
 
 def _spaces(classes: Classes | None, *, alone: bool) -> tuple[Space, ...]:
-    """What is looked for, one after the other."""
+    """Label spaces to evaluate, in their order."""
     if classes is not None:
         return (space_of(classes, alone=alone),)
     return ("generalised", "novel_alone") if alone else ("generalised",)
@@ -189,27 +189,27 @@ def _split_places(dataset: Dataset, split: str) -> tuple[Path, Path]:
 
 
 def _search(trained: TrainedDetector, annotations: Annotations, root: Path, space: Space, *, exif: Exif) -> Results:
-    """Detections when only a space's names are looked for; class indices are those of the whole split."""
-    members, alone = looked_for(SPACES[space], len(trained.names), trained.base_count), space.endswith("alone")
+    """Detect the names of a label space; class indices are those of the whole split."""
+    members, alone = class_slice(SPACES[space], len(trained.names), trained.base_count), space.endswith("alone")
     stage = "detect" if space == "generalised" else f"detect {space.replace('_', ' ')}"
     found = detect_split(trained, annotations, root, trained.text[members], stage, exif=exif, alone=alone)
     return dataclasses.replace(found, class_index=found.class_index + members.start)
 
 
 def _rounded(results: Results) -> Results:
-    """Results as their file has them, so that evaluating the file gives the same figures."""
+    """Round results as their file does, so that evaluating the file gives the same figures."""
     # Nine digits tell all float32 apart: no two scores become equal.
     score = np.array([float(f"{score:.9g}") for score in results.score], dtype=np.float64)
     return dataclasses.replace(results, xywh=results.xywh.round(3), score=score)
 
 
 def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Path | None = None) -> dict[str, object]:
-    """Crop accuracy of the raw and the re-normalised teacher on validation objects, and write crops.json.
+    """Measure crop accuracy of the raw and the re-normalised teacher on validation objects; write crops.json.
 
     Each crop is compared with all names; base and novel crops are counted apart.
 
     Args:
-        run: whose teacher.
+        run: the run of the teacher.
         data_root: where the images lie now; None takes the place recorded in the run.
         device: where to run.
         weights: the teacher's weights, if they have moved.

@@ -1,4 +1,4 @@
-"""Evaluations as documents and tables, and `ezsd eval --detections`: anybody's results. Loads no torch."""
+"""Evaluation documents and tables, and evaluation of any results file: `ezsd eval --detections`. Loads no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ezsd.pipeline.errors import ArgumentError
 log = logging.getLogger("ezsd")
 
 Classes = Literal["all", "base", "novel"]
-"""Which names a detector looked for at once."""
+"""Names that a detector searched at once."""
 Space = Literal["generalised", "base_asked", "novel_asked", "base_alone", "novel_alone"]
 SPACES: dict[Space, Classes] = {
     "generalised": "all",
@@ -38,11 +38,11 @@ SPACES: dict[Space, Classes] = {
     "base_alone": "base",
     "novel_alone": "novel",
 }
-"""Evaluations, with the names that were looked for: "asked" while a run's others competed unseen, "alone" with none."""
+"""Names searched in each label space; "asked" while other names of a run competed unreported, "alone" without."""
 _FORMER = {"base_alone": "base_only", "novel_alone": "novel_only"}
-"""What earlier versions call the same."""
+"""Label spaces by their names in earlier versions."""
 SHAPES = {"bbox": "boxes", "segm": "masks"}
-"""What overlaps are measured of."""
+"""Titles of the shapes that overlap is measured of."""
 COLUMNS = {
     "AP": "AP",
     "AP50": "AP50",
@@ -57,7 +57,7 @@ COLUMNS = {
 }
 """Figures of a group or a class, with their titles in a table."""
 GROUPS = ("base", "novel", "all", "rare", "common", "frequent")
-"""Groups of classes, of which a file may have the first three alone."""
+"""Groups of classes; a file that is not federated has the first three."""
 
 
 def evaluate_results(
@@ -77,10 +77,10 @@ def evaluate_results(
     Args:
         detections: the results.
         annotations: a COCO- or LVIS-format file.
-        base: see `ezsd.pipeline.data.split.chosen_split`, as `novel` and `split_file`.
-        novel: see there.
-        split_file: see there.
-        classes: the names that the detector looked for; None for all. Detections of others are refused.
+        base: names of base classes, see `ezsd.pipeline.data.split.chosen_split`.
+        novel: names of novel classes, likewise.
+        split_file: a file with both, likewise.
+        classes: the names that the detector searched; None for all. Detections of others are refused.
         max_detections: the limit of the headline; None for the usual one of the file's rules.
 
     Raises:
@@ -120,24 +120,24 @@ def evaluate_results(
 
 
 def space_of(classes: Classes, *, alone: bool) -> Space:
-    """What an evaluation of a search for these names is called."""
+    """Label space of a search for these names."""
     return next(space for space, names in SPACES.items() if names == classes and space.endswith("alone") == alone)
 
 
-def looked_for(classes: Classes, names: int, base_count: int) -> slice:
-    """The names looked for, as a slice of all names of a split."""
+def class_slice(classes: Classes, names: int, base_count: int) -> slice:
+    """Slice of all names of a split that has these names."""
     return {"all": slice(0, names), "base": slice(0, base_count), "novel": slice(base_count, names)}[classes]
 
 
 def _refuse_others(path: Path, results: Results, truth: Truth, classes: Classes) -> None:
-    """Detections of other names show that more was looked for."""
+    """Refuse detections of other names: more was searched than said."""
     if classes == "all":
         return
     split = truth.split
-    members = looked_for(classes, len(split.names), len(split.base))
-    strange = results.class_index[(results.class_index < members.start) | (results.class_index >= members.stop)]
-    if len(strange):
-        name = split.names[strange[0]] if strange[0] >= 0 else "a class outside the split"
+    members = class_slice(classes, len(split.names), len(split.base))
+    others = results.class_index[(results.class_index < members.start) | (results.class_index >= members.stop)]
+    if len(others):
+        name = split.names[others[0]] if others[0] >= 0 else "a class outside the split"
         raise ArgumentError(
             f"`classes={classes}`: {path} has detections of {name!r}, so more than the {classes} names was looked for; "
             f"leave `classes` out, or give the detections of the {classes} names"
@@ -145,9 +145,9 @@ def _refuse_others(path: Path, results: Results, truth: Truth, classes: Classes)
 
 
 def _warn_of_unsearched(path: Path, results: Results, truth: Truth, classes: Classes) -> None:
-    """Classes that nobody looked for are missed like any other; where the results say so, that is said."""
+    """Warn of classes that the results say were not searched; their objects count as missed."""
     split = truth.split
-    members = looked_for(classes, len(split.names), len(split.base))
+    members = class_slice(classes, len(split.names), len(split.base))
     unsearched = [] if results.searched is None else sorted(set(range(members.start, members.stop)) - results.searched)
     if unsearched:
         log.warning(
@@ -160,7 +160,7 @@ def _warn_of_unsearched(path: Path, results: Results, truth: Truth, classes: Cla
 
 
 def document(truth: Truth, found: Mapping[Space, Results], max_detections: int | None) -> dict[str, object]:
-    """Everything that is said of detections: what eval.json holds, the same bytes for the same detections.
+    """Evaluate results in all label spaces: the contents of eval.json, the same bytes for the same results.
 
     "at" has the figures of boxes, "masks_at" those of masks, where the truth and the detections have them.
 
@@ -178,7 +178,7 @@ def document(truth: Truth, found: Mapping[Space, Results], max_detections: int |
         "limit": headline_limit.label,
     }
     for space, results in found.items():
-        names = truth.split.names[looked_for(SPACES[space], len(truth.split.names), len(truth.split.base))]
+        names = truth.split.names[class_slice(SPACES[space], len(truth.split.names), len(truth.split.base))]
         result[space] = table = {
             "detections": len(results.score),
             "most_per_image": results.most_per_image(),
@@ -190,19 +190,19 @@ def document(truth: Truth, found: Mapping[Space, Results], max_detections: int |
 
 
 def evaluated(result: Mapping[str, object]) -> dict[Space, dict[str, Any]]:
-    """The label spaces that a document has, of an earlier version as well."""
+    """Label spaces of a document and their figures, from earlier versions as well."""
     stored = {space: result.get(space, result.get(_FORMER.get(space, ""))) for space in SPACES}
     return {space: cast("dict[str, Any]", table) for space, table in stored.items() if table is not None}
 
 
 def at_limit(result: Mapping[str, object], space: Space) -> dict[str, Any]:
-    """The evaluation of one label space at the document's own limit."""
+    """Evaluation of one label space at the document's own limit."""
     found: dict[str, Any] = evaluated(result)[space]["at"][result["limit"]]
     return found
 
 
 def headline(result: Mapping[str, object]) -> dict[str, float | None]:
-    """AP50 of base, novel and all names (generalised), and of other label spaces; only of what was evaluated."""
+    """AP50 of base, novel and all names (generalised) and of other label spaces, as far as they were evaluated."""
     scores: dict[str, float | None] = {}
     for space in evaluated(result):
         found = at_limit(result, space)
@@ -214,25 +214,25 @@ def headline(result: Mapping[str, object]) -> dict[str, float | None]:
 
 
 def headline_columns(scores: Iterable[Mapping[str, float | None]]) -> dict[str, str]:
-    """The keys of some `headline`s, in the order of a table, with what each is called."""
-    present = {key for one in scores for key in one}
-    return {key: said for key, said in _SAID.items() if key in present}
+    """Titles of columns by the keys of some `headline`s, in the order of a table."""
+    evaluated_keys = {key for one in scores for key in one}
+    return {key: title for key, title in _TITLES.items() if key in evaluated_keys}
 
 
-_SAID = {group: group for group in ("base", "novel", "all")} | {
+_TITLES = {group: group for group in ("base", "novel", "all")} | {
     space: space.replace("_asked", " asked").replace("_alone", ", alone") for space in SPACES if space != "generalised"
 }
 
 
-def coco_results(found: Results, truth: Truth) -> str:
-    """Detections as a results file in COCO's format, one a line, best first within an image, with the class's name."""
+def coco_results(results: Results, truth: Truth) -> str:
+    """Write results in COCO's format, one a line, best first within an image, with the class's name."""
     category, sizes = truth.category_ids(), truth.sizes()
     columns = zip(
-        found.image_id.tolist(),
-        found.class_index.tolist(),
-        found.xywh.tolist(),
-        found.score.tolist(),
-        found.masks or repeat(None, len(found.score)),
+        results.image_id.tolist(),
+        results.class_index.tolist(),
+        results.xywh.tolist(),
+        results.score.tolist(),
+        results.masks or repeat(None, len(results.score)),
         strict=True,
     )
     lines = [
@@ -252,7 +252,7 @@ def coco_results(found: Results, truth: Truth) -> str:
 
 
 def evaluation_tables(result: Mapping[str, object], *, per_class: bool) -> str:
-    """The figures in percent, by label space and limit; limits that give the same figures share a table."""
+    """Tables of the figures in percent, by label space and limit; limits with the same figures share a table."""
     blocks: list[str] = []
     for space, table in evaluated(result).items():
         labels = sorted(table["at"], key=lambda label: label != result["limit"])
@@ -265,8 +265,8 @@ def evaluation_tables(result: Mapping[str, object], *, per_class: bool) -> str:
     return "\n\n".join(blocks)
 
 
-def _blocks(space: str, evaluations: Sequence[Mapping[str, Any]], fullest: int) -> list[str]:
-    """A table for each limit whose figures differ from those of the limits before."""
+def _blocks(space: str, evaluations: Sequence[Mapping[str, Any]], most_per_image: int) -> list[str]:
+    """Tables of one label space, one for each limit whose figures differ from those of the limits before."""
     alike: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for found in evaluations:
         rows = [
@@ -279,7 +279,7 @@ def _blocks(space: str, evaluations: Sequence[Mapping[str, Any]], fullest: int) 
     for lines, (first, *others) in alike.items():
         title = (
             f"{space.replace('_', ' ')}: {first['rules'].upper()} rules, {SHAPES[first['iou_type']]}, "
-            f"{first['images']} images, {_limit(first)} (up to {fullest} detections in one image)"
+            f"{first['images']} images, {_limit(first)} (up to {most_per_image} detections in one image)"
         )
         same = [f"the same figures: {' and '.join(map(_limit, others))}"] if others else []
         blocks.append("\n".join([title, *lines, *same]))
@@ -301,7 +301,7 @@ def _class_block(space: str, found: Mapping[str, Any]) -> str:
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right, each as wide as its widest cell.
 
-    Widths are those of a terminal, where an East Asian letter takes two places.
+    Widths are those of a terminal, where an East Asian letter takes two columns.
     """
     widths = [max(map(_width, column)) for column in zip(head, *rows, strict=True)]
     lines = []
@@ -313,7 +313,7 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _width(text: str) -> int:
-    """Places that a text takes in a terminal."""
+    """Width of a text in a terminal, in columns."""
     return sum(
         0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text

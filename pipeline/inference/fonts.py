@@ -1,4 +1,4 @@
-"""Fonts that have the letters of a text: one that the user names, DejaVu Sans, or any of this machine."""
+"""Choice of a font that has the letters of a text: one that the user names, DejaVu Sans, or any installed one."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ VARIABLE = "EZSD_FONT"
 """Environment variable with the file of the font to try first."""
 
 _warned: list[str] = []
-"""What a warning has been given of."""
+"""Texts that a warning was given of."""
 
 
 def require_named_font() -> None:
-    """ArgumentError when `EZSD_FONT` names no font file."""
+    """Check that `EZSD_FONT`, if set, names a font file. ArgumentError if not."""
     name = os.environ.get(VARIABLE)
     if name and _letters(Path(name)) is None:
         raise ArgumentError(f"{VARIABLE}={name}: is not a font file that can be read; expected a .ttf, .otf or .ttc")
 
 
 def font_for(text: str, size: float) -> tuple[str, ImageFont.FreeTypeFont]:
-    """A text as it can be written, and a font for it.
+    """Choose a font for a text; returns the text as the font can write it, and the font.
 
     Where no font has all letters, those that are missing become their code points: names that differ stay different.
     The first time, a warning says so.
@@ -46,20 +46,22 @@ def font_for(text: str, size: float) -> tuple[str, ImageFont.FreeTypeFont]:
         ArgumentError: `EZSD_FONT` names no font file.
     """
     text = unicodedata.normalize("NFC", text)
-    needed = {ord(letter) for letter in text if not _unseen(letter)}
+    needed = {ord(letter) for letter in text if not _is_invisible(letter)}
     path = _font_with(frozenset(needed), os.environ.get(VARIABLE, ""))
     if path is not None:
         return text, ImageFont.truetype(path, size)
     base = _base_font()
-    known = _letters(base) or frozenset()
+    available = _letters(base) or frozenset()
     _warn_of(text)
-    shown = "".join(letter if _unseen(letter) or ord(letter) in known else f"<U+{ord(letter):04X}>" for letter in text)
+    shown = "".join(
+        letter if _is_invisible(letter) or ord(letter) in available else f"<U+{ord(letter):04X}>" for letter in text
+    )
     return shown, ImageFont.truetype(base, size)
 
 
 @cache
 def _font_with(needed: frozenset[int], named: str) -> Path | None:
-    """The first font that has all code points; None where none has. `named` is the value of `EZSD_FONT`."""
+    """First font that has all code points; None where none has. `named` is the value of `EZSD_FONT`."""
     require_named_font()
     return next((path for path in _fonts(named) if needed <= (_letters(path) or frozenset())), None)
 
@@ -73,21 +75,21 @@ def _fonts(named: str) -> Iterator[Path]:
 
 
 def _base_font() -> Path:
-    """DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic and more."""
+    """File of DejaVu Sans, which comes with matplotlib: Latin, Greek, Cyrillic and more."""
     return Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
 
 
 @cache
 def _letters(path: Path) -> frozenset[int] | None:
-    """The code points that a font has; None for what is no font."""
+    """Code points that a font has; None for a file that is not a font."""
     try:
         return frozenset(FT2Font(path).get_charmap())
     except (OSError, RuntimeError):
         return None
 
 
-def _unseen(letter: str) -> bool:
-    """Whether a letter has no shape of its own: blanks, joiners, variation selectors."""
+def _is_invisible(letter: str) -> bool:
+    """True for a letter without a shape of its own: blanks, joiners, variation selectors."""
     return letter.isspace() or unicodedata.category(letter) in ("Cc", "Cf") or "\ufe00" <= letter <= "\ufe0f"
 
 

@@ -1,4 +1,4 @@
-"""A finished run made ready to look at images, and the teacher that goes with it."""
+"""Detector of a finished run, ready for inference, and the teacher of the run."""
 
 from __future__ import annotations
 
@@ -31,56 +31,57 @@ from ezsd.teacher.requirements import names_file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """Names to look for, and those that compete with them unseen; `TrainedDetector.search` makes it."""
+    """Names to detect, and names that compete with them unreported; `TrainedDetector.search` makes it."""
 
     text: Tensor
-    """Unit rows of the names to look for, (C, D)."""
+    """Unit rows of the names to detect, (C, D)."""
     competing: Tensor
-    """Unit rows of the others that take part, (K, D); none when the names are looked for alone."""
-    aside: tuple[str, ...]
-    """Names of the run that would have competed, but say nearly what an asked name says."""
+    """Unit rows of the names that compete, (K, D); K = 0 when the names are searched alone."""
+    excluded: tuple[str, ...]
+    """Names of the run that do not compete, because they mean nearly what an asked name means."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedDetector:
-    """A finished run, ready to look at images."""
+    """Detector of a run with its settings and text embeddings."""
 
     detector: Detector
     config: Config
     names: tuple[str, ...]
-    """Base names, then novel ones."""
+    """Base names, then novel names."""
     base_count: int
+    """Number of base names."""
     text: Tensor
     """Unit rows of `names`, (C, D)."""
     device: torch.device
 
     def search(self, text: Tensor, *, alone: bool = False) -> Search:
-        """What to look for: asked names, and the run's own that compete with them.
+        """Prepare a search for names, with the names of the run that compete with them.
 
         Args:
-            text: unit rows of the names to look for, (C, D).
-            alone: whether no other name competes; every object is then called by an asked name.
+            text: unit rows of the names to detect, (C, D).
+            alone: True to let no other name compete; every object then gets an asked name.
         """
         if alone:
-            return Search(text=text, competing=text[:0], aside=())
+            return Search(text=text, competing=text[:0], excluded=())
         competing, aside = competition(text, self.text)
-        names = tuple(name for name, out in zip(self.names, aside.tolist(), strict=True) if out)
-        return Search(text=text, competing=self.text[competing], aside=names)
+        excluded = tuple(name for name, out in zip(self.names, aside.tolist(), strict=True) if out)
+        return Search(text=text, competing=self.text[competing], excluded=excluded)
 
-    def find(
+    def detect(
         self, images: Sequence[Tensor], search: Search, *, keep: int | None = None, masks: bool = True
     ) -> list[Detections]:
         """Detect named objects; their boxes are in the pixels of the images given, and all tensors on the CPU.
 
         Args:
             images: (3, H, W) uint8 RGB each, at original size.
-            search: the names to look for.
+            search: the names to detect.
             keep: most detections per image; None for the run's own setting.
-            masks: whether to make masks, if the settings have them.
+            masks: False to make no masks even where the settings have them.
         """
         settings = self.config.train
         resized = [resize(i, short_side=settings.min_size, long_side=settings.max_size) for i in images]
-        found = self._detect([image for image, _, _ in resized], search, keep=keep, masks=masks)
+        found = self._detect_resized([image for image, _, _ in resized], search, keep=keep, masks=masks)
         return [
             Detections(
                 boxes=one.boxes.float().cpu() / torch.tensor([sx, sy, sx, sy]),
@@ -91,8 +92,10 @@ class TrainedDetector:
             for one, (_, sx, sy) in zip(found, resized, strict=True)
         ]
 
-    def _detect(self, images: Sequence[Tensor], search: Search, *, keep: int | None, masks: bool) -> list[Detections]:
-        """Like `find`, in the pixels of resized images."""
+    def _detect_resized(
+        self, images: Sequence[Tensor], search: Search, *, keep: int | None, masks: bool
+    ) -> list[Detections]:
+        """Detections in the pixels of resized images."""
         text, competing = search.text.to(self.device), search.competing.to(self.device)
         # A map's border shows in what is found beside it: no image is padded otherwise than it would be alone.
         alike: dict[tuple[int, int], list[int]] = {}
@@ -127,7 +130,7 @@ def encode_masks(detections: Detections, height: int, width: int) -> list[bytes]
 
 
 def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> TrainedDetector:
-    """The detector of a finished run, with some settings changed as `at_test_time` allows.
+    """Load the detector of a finished run, with settings overridden as `at_test_time` allows.
 
     Raises:
         RunError: training has not ended.
@@ -160,7 +163,7 @@ def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> Traine
 
 
 def load_weights(detector: Detector, state: Mapping[str, Tensor], run: Run) -> None:
-    """Give a detector the weights of a checkpoint of a run. RunError when they are another version's."""
+    """Load the weights of a checkpoint of a run into a detector. RunError when another version wrote them."""
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
@@ -172,12 +175,12 @@ def load_weights(detector: Detector, state: Mapping[str, Tensor], run: Run) -> N
 
 
 def run_teacher(run: Run, device: str, *, adapted: bool, weights: Path | None = None) -> Teacher:
-    """The teacher of a run.
+    """Load the teacher of a run.
 
     Args:
-        run: whose teacher.
-        device: where it runs.
-        adapted: re-normalised, or as it was published.
+        run: a run whose store records its teacher.
+        device: where the teacher runs.
+        adapted: True for the re-normalised teacher, False for the published one.
         weights: the file with its weights, if it has moved; None takes the place that the store's build recorded.
 
     Raises:
@@ -204,19 +207,19 @@ def run_teacher(run: Run, device: str, *, adapted: bool, weights: Path | None = 
 
 
 def adapt_back(run: Run, teacher: Teacher) -> None:
-    """Give a teacher the run's re-normalised LayerNorms."""
+    """Load the run's re-normalised LayerNorms into a teacher."""
     table = run.spec["layer_norms"]
     assert isinstance(table, list)
     restore(teacher.layer_norms(), run.embeddings()["layer_norms"].numpy(), table)
 
 
 def run_config(run: Run) -> Config:
-    """The configuration that a run was trained with."""
+    """Configuration that a run was trained with."""
     return from_tables(_table(run.spec, "config"), where=str(run.folder / "run.json"))
 
 
 def run_manifest(run: Run) -> Manifest:
-    """The manifest of the store that a run was trained from."""
+    """Manifest of the store that a run was trained from."""
     return Manifest.from_fields(_table(run.spec, "store")["manifest"], str(run.folder))
 
 

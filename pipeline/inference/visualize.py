@@ -1,4 +1,4 @@
-"""Boxes with captions, drawn over an image; for reports, `ezsd detect --out` and the README's picture."""
+"""Drawing of boxes, masks and captions over an image; for reports, `ezsd detect --out` and the README's picture."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from ezsd.pipeline.inference.fonts import font_for
 
 BASE_COLOUR = "#2ecc71"
-"""Of base classes; bright, for dark letters and a dark rim."""
+"""Colour of base classes; bright, for dark letters and a dark rim."""
 NOVEL_COLOUR = "#ff5cae"
-"""Of novel classes; lighter and bluer than the green also for eyes that do not tell red from green."""
+"""Colour of novel classes; lighter and bluer than the green also for eyes that do not tell red from green."""
 
 READABLE_SIDE = 384
-"""Images with a shorter long side than this are enlarged, pixels."""
+"""Long side that smaller images are enlarged towards, pixels."""
 _DARK = "#101010"
 
 Corners = tuple[float, float, float, float]
@@ -53,7 +53,7 @@ def draw_boxes(
         ArgumentError: `EZSD_FONT` names no font file.
         ValueError: not an image, or not one box, caption, colour and mask each.
     """
-    _check(image, boxes, captions, colours)
+    _require_drawable(image, boxes, captions, colours)
     if masks is not None and [np.shape(mask) for mask in masks] != [tuple(image.shape[1:])] * len(boxes):
         raise ValueError(f"{len(boxes)} boxes need as many masks of the image's size")
     height, width = image.shape[1:]
@@ -61,15 +61,15 @@ def draw_boxes(
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     pixels = image.detach().cpu().permute(1, 2, 0).contiguous().numpy()
     canvas = Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
-    corners = _visible(boxes, width, height) * factor
+    corners = _clipped(boxes, width, height) * factor
     each = [colours] * len(corners) if isinstance(colours, str) else list(colours)
     draw = ImageDraw.Draw(canvas)
     line = max(2, round(min(size) / 130))
     # The last box is drawn first, so that the most important one lies on top.
     for number, (box, colour) in reversed(list(enumerate(zip(corners.tolist(), each, strict=True)))):
-        _outline(draw, box, colour, line)
+        _box_outline(draw, box, colour, line)
         if masks is not None:
-            _rim(canvas, masks[number], colour, line)
+            _mask_outline(canvas, masks[number], colour, line)
     letters = max(12.0, min(size) / 25)
     taken: list[Corners] = []
     for box, caption, colour in zip(corners.tolist(), captions, each, strict=True):
@@ -86,7 +86,7 @@ def fit_scale(width: int, height: int, side: int = READABLE_SIDE) -> float:
     return float(max(1, side // max(width, height)))
 
 
-def _check(image: Tensor, boxes: Tensor, captions: Sequence[str], colours: str | Sequence[str]) -> None:
+def _require_drawable(image: Tensor, boxes: Tensor, captions: Sequence[str], colours: str | Sequence[str]) -> None:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image must be (3, H, W) uint8 and not empty, got {tuple(image.shape)} {image.dtype}")
     if boxes.ndim != 2 or boxes.shape[1] != 4:
@@ -97,22 +97,22 @@ def _check(image: Tensor, boxes: Tensor, captions: Sequence[str], colours: str |
         raise ValueError(f"{len(boxes)} boxes need one colour, or as many, got {len(colours)}")
 
 
-def _visible(boxes: Tensor, width: int, height: int) -> Tensor:
-    """The boxes' parts inside the image, (N, 4) float64."""
+def _clipped(boxes: Tensor, width: int, height: int) -> Tensor:
+    """Boxes cut to the image, (N, 4) float64."""
     limit = torch.tensor([width, height, width, height], dtype=torch.float64)
     return boxes.detach().cpu().double().clamp(min=0).minimum(limit)
 
 
-def _outline(draw: ImageDraw.ImageDraw, box: Sequence[float], colour: str, line: int) -> None:
-    """A frame of `line` pixels with a dark rim, which shows on any background."""
+def _box_outline(draw: ImageDraw.ImageDraw, box: Sequence[float], colour: str, line: int) -> None:
+    """Draw a frame of `line` pixels with a dark rim, which shows on any background."""
     x1, y1, x2, y2 = (round(v) for v in box)
     right, bottom = max(x2 - 1, x1), max(y2 - 1, y1)
     draw.rectangle((x1 - 1, y1 - 1, right + 1, bottom + 1), outline=_DARK, width=line + 2)
     draw.rectangle((x1, y1, right, bottom), outline=colour, width=line)
 
 
-def _rim(canvas: Image.Image, mask: NDArray[np.bool_], colour: str, line: int) -> None:
-    """The inner edge of a mask, `line` pixels wide, with a dark rim."""
+def _mask_outline(canvas: Image.Image, mask: NDArray[np.bool_], colour: str, line: int) -> None:
+    """Draw the inner edge of a mask, `line` pixels wide, with a dark rim."""
     whole = Image.fromarray(mask).convert("L").resize(canvas.size, Image.Resampling.NEAREST)
     # Beyond the picture there is nothing: the edge is drawn there too.
     padded = ImageOps.expand(whole, border=line + 2, fill=0)
@@ -130,7 +130,7 @@ def _write(
     colour: str,
     taken: Sequence[Corners],
 ) -> Corners:
-    """Write one caption, with letters of `size` pixels, on its strip; returns the strip, xyxy."""
+    """Write one caption, with letters of `size` pixels, on a strip; returns the strip, xyxy."""
     picture_width, picture_height = draw.im.size
     padding = 3
     whole, font = font_for(" ".join(caption.split()), size)
@@ -141,7 +141,7 @@ def _write(
     strip_height = bottom - top + 2 * padding
     strips = [
         (x, y, x + strip_width, y + strip_height)
-        for x, y in _places(box, strip_width, strip_height, picture_width, picture_height)
+        for x, y in _caption_positions(box, strip_width, strip_height, picture_width, picture_height)
     ]
     best = min(strips, key=lambda strip: sum(_shared_area(strip, other) for other in taken))
     draw.rectangle(best, fill=colour)
@@ -150,14 +150,14 @@ def _write(
 
 
 def _shorten(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, text: str, width: float) -> str:
-    """The text, or its beginning and an ellipsis where it is wider than `width` pixels."""
+    """Shorten a text that is wider than `width` pixels to its beginning and an ellipsis."""
     if draw.textlength(text, font=font) <= width:
         return text
     fitting = bisect_right(range(len(text)), width, key=lambda n: draw.textlength(f"{text[:n]}...", font=font))
     return f"{text[: max(fitting - 1, 0)]}..."
 
 
-def _places(
+def _caption_positions(
     box: Sequence[float], width: float, height: float, picture_width: int, picture_height: int
 ) -> Iterator[tuple[float, float]]:
     """Upper left corners for a strip, the preferred first: above the box, below, inside; left or right end."""

@@ -24,8 +24,8 @@ from ezsd.pipeline.inference.detect import (
     Model,
     coco_document,
     detect_images,
-    found_lines,
-    names_to_find,
+    detection_lines,
+    resolve_names,
 )
 from ezsd.pipeline.inference.evaluate import evaluate_crops
 from ezsd.pipeline.inference.evaluation_tables import at_limit, evaluate_results
@@ -67,8 +67,8 @@ def test_an_image_is_looked_at_as_if_it_were_alone(shapes_run, shapes_root):
     small = read_image(shapes_root / "val/000001.png")[:, :100, :90]
     large = torch.randint(0, 256, (3, 170, 150), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     search = trained.search(trained.text)
-    (alone,) = trained.find([small], search)
-    together = trained.find([large, small, large], search)
+    (alone,) = trained.detect([small], search)
+    together = trained.detect([large, small, large], search)
     assert len(alone.scores)
     np.testing.assert_allclose(together[1].boxes, alone.boxes, atol=1e-3)
     np.testing.assert_allclose(together[1].scores, alone.scores, atol=1e-5)
@@ -77,7 +77,7 @@ def test_an_image_is_looked_at_as_if_it_were_alone(shapes_run, shapes_root):
 
 def found_by(trained, search, image, label):
     """Scores and boxes of one of the names looked for, best first."""
-    (one,) = trained.find([read_image(image)], search, keep=10_000)
+    (one,) = trained.detect([read_image(image)], search, keep=10_000)
     return one.scores[one.labels == label].numpy(), one.boxes[one.labels == label].numpy()
 
 
@@ -120,7 +120,7 @@ def test_a_name_of_the_run_that_means_the_same_steps_aside(shapes_run, shapes_ro
     noise = torch.randn(trained.text.shape[1], generator=torch.Generator().manual_seed(0))
     synonym = torch.nn.functional.normalize(trained.text[ring : ring + 1] + 0.001 * noise, dim=1)
     search = trained.search(synonym)
-    assert search.aside == ("ring",)
+    assert search.excluded == ("ring",)
     assert len(search.competing) == len(trained.names) - 1
     asked = found_by(trained, trained.search(trained.text[ring : ring + 1]), image, 0)
     assert found_by(trained, search, image, 0)[0].max() == pytest.approx(asked[0].max(), rel=0.2)
@@ -157,7 +157,7 @@ def test_a_folder_gives_one_document_that_is_also_a_results_file(shapes_run, sha
 def test_a_printed_document_gives_the_figures_of_the_run(fixture, request, shapes_root, outlined_root, tmp_path):
     run = request.getfixturevalue(fixture)
     root = outlined_root if fixture == "masked_run" else shapes_root
-    names = names_to_find(run, None)
+    names = resolve_names(run, None)
     seen = detect_images(
         find_images([root / "val"]),
         run,
@@ -186,13 +186,13 @@ def test_a_printed_document_gives_the_figures_of_the_run(fixture, request, shape
 
 
 def test_names_are_the_runs_own_by_default_and_in_its_spelling(shapes_run, tmp_path):
-    assert names_to_find(shapes_run, None) == SHAPES_SPLIT.names
+    assert resolve_names(shapes_run, None) == SHAPES_SPLIT.names
     folder = shutil.copytree(shapes_run.folder, tmp_path / "run")
     card = json.loads((folder / "run.json").read_text())
     card["names"][0] = "cafe\u0301"
     (folder / "run.json").write_text(json.dumps(card))
     run = type(shapes_run).open(folder)
-    assert names_to_find(run, ["ring", "caf\u00e9"]) == ("ring", "cafe\u0301")
+    assert resolve_names(run, ["ring", "caf\u00e9"]) == ("ring", "cafe\u0301")
 
 
 def test_names_that_the_teacher_cannot_tell_apart_are_refused(shapes_run, shapes_root):
@@ -206,8 +206,8 @@ def test_each_image_is_found_alone_as_among_others(shapes_run, shapes_root):
     together = detect(shapes_run, images)
     for image, seen in zip(images, together, strict=True):
         (alone,) = detect(shapes_run, [image])
-        assert [found_line.split() for found_line in found_lines(alone, with_path=False)] == [
-            found_line.split() for found_line in found_lines(seen, with_path=False)
+        assert [found_line.split() for found_line in detection_lines(alone, with_path=False)] == [
+            found_line.split() for found_line in detection_lines(seen, with_path=False)
         ]
 
 
