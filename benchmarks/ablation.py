@@ -11,7 +11,6 @@ baseline's losses for some steps, digit for digit. `--table` prints the rows as 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -168,7 +167,7 @@ def score(trained: TrainedDetector, dataset: Dataset) -> driver.Row:
     found = detect_split(
         trained, annotations, root, trained.text[first:], "detect novel alone", exif=dataset.exif, alone=True
     )
-    alone = dataclasses.replace(found, class_index=found.class_index + first)
+    alone = replace(found, class_index=found.class_index + first)
     novel = evaluate(path, alone, dataset.split, names=dataset.split.novel)["novel"]
     groups = {"base": every["base"], "novel": every["novel"], "all": every["all"], "novel_only": novel}
     return {
