@@ -95,8 +95,8 @@ class Bench:
     def score(self, embedding: Tensor) -> Tensor:
         """Scores (R,) of embeddings (R, D)."""
         scale = self.teacher.logit_scale
-        names, present = guesses(embedding, self.text, self.background, logit_scale=scale)
-        return anchor_scores(names, present, base_count=self.base_count, score=self.config.proposals.score)
+        names, foreground = guesses(embedding, self.text, self.background, logit_scale=scale)
+        return anchor_scores(names, foreground, base_count=self.base_count, score=self.config.proposals.score)
 
     def proposals(self, boxes: Tensor, embedding: Tensor) -> Tensor:
         """Boxes (P, 4) that scoring and suppression leave of looked-at ones, best first."""

@@ -239,11 +239,11 @@ def test_who_does_what_a_message_says_gets_on(row, shapes_root, tmp_path):
     follow(row, Place(shapes_root, tmp_path / "own"))
 
 
-CARD = {"names": ["cat"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": {"train": {"steps": 9}}}
+SPEC = {"names": ["cat"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": {"train": {"steps": 9}}}
 
 
 def begin(folder: Path) -> Run:
-    return Run.create_or_resume(folder, CARD, {"text": torch.eye(2)})
+    return Run.create_or_resume(folder, SPEC, {"text": torch.eye(2)})
 
 
 def written(path: Path, text: str = "cat\n") -> Path:

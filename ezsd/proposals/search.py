@@ -75,7 +75,7 @@ def grown_stride(lattice: Lattice, *, growth: float) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class SearchResult:
     """Anchors scored by a selector, with their embeddings."""
 
     anchor: Tensor
@@ -91,7 +91,7 @@ def coarse_to_fine(
     *,
     growth: float,
     passes: int,
-) -> Looked:
+) -> SearchResult:
     """Score a sparse grid, then the neighbours of its best anchors, until the passes are used up.
 
     The sparse grid has only the middle ratio and a spacing of `growth` times an anchor's size, at least two cells. Each
@@ -173,11 +173,11 @@ class _Search:
         first = _first_of_each(numbers)
         return numbers[first], reach[first]
 
-    def result(self) -> Looked:
+    def result(self) -> SearchResult:
         """All scored anchors, in the grid's order."""
         anchors = torch.cat([part for part, _ in self._parts])
         order = anchors.argsort()
-        return Looked(anchors[order], torch.cat([part for _, part in self._parts])[order])
+        return SearchResult(anchors[order], torch.cat([part for _, part in self._parts])[order])
 
 
 def _first_of_each(numbers: Tensor) -> Tensor:

@@ -112,10 +112,10 @@ def entropy_score(probability: Tensor) -> Tensor:
     return math.log(probability.shape[1]) + surprise
 
 
-def anchor_scores(names: Tensor, present: Tensor, *, base_count: int, score: Score) -> Tensor:
+def anchor_scores(names: Tensor, foreground: Tensor, *, base_count: int, score: Score) -> Tensor:
     """Scores (R,) from class probabilities (R, C) and object probabilities (R,); see `select_regions`."""
     value = entropy_score(names) if score == "entropy" else names[:, base_count:].sum(1)
-    return value * present
+    return value * foreground
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,13 +174,13 @@ def select_regions(
 
     Source: EZSD, section on CLIP proposals.
     """
-    names, present = guesses(embedding, text, background, logit_scale=logit_scale)
-    value = anchor_scores(names, present, base_count=base_count, score=score)
+    names, foreground = guesses(embedding, text, background, logit_scale=logit_scale)
+    value = anchor_scores(names, foreground, base_count=base_count, score=score)
     kept = nms(anchors, value, nms_iou)[:keep_proposals]
     confidence, guess = names[kept].max(1)
     clear = clear_of_base(anchors[kept], base_boxes, base_iou=base_iou)
     clear &= may_be_unseen(
-        present[kept],
+        foreground[kept],
         guess,
         base_count=base_count,
         drop_base_guesses=drop_base_guesses,
@@ -192,7 +192,7 @@ def select_regions(
         proposal_score=value[kept],
         region=kept[rows],
         region_score=value[kept][rows],
-        confidence=(confidence * present[kept])[rows],
+        confidence=(confidence * foreground[kept])[rows],
         class_index=guess[rows],
     )
 
@@ -203,8 +203,8 @@ def clear_of_base(boxes: Tensor, base_boxes: Tensor, *, base_iou: float) -> Tens
 
 
 def may_be_unseen(
-    present: Tensor, guess: Tensor, *, base_count: int, drop_base_guesses: bool, drop_background: bool = True
+    foreground: Tensor, guess: Tensor, *, base_count: int, drop_base_guesses: bool, drop_background: bool = True
 ) -> Tensor:
     """Mark regions that pass the requested filters: not background, predicted class not a base class; (R,) bool."""
-    clear = present > 0.5 if drop_background else torch.ones_like(present, dtype=torch.bool)
+    clear = foreground > 0.5 if drop_background else torch.ones_like(foreground, dtype=torch.bool)
     return clear & (guess >= base_count) if drop_base_guesses else clear

@@ -40,10 +40,10 @@ def write_shapes(
         DatasetError: `out` is something else already.
         DamagedFile: it was one, and its shapes.json is not valid JSON.
     """
-    card = {"dataset": "shapes", "version": 1, "train": train, "val": val, "seed": seed}
+    options = {"dataset": "shapes", "version": 1, "train": train, "val": val, "seed": seed}
     if out.exists():
         found = out / "shapes.json"
-        if found.is_file() and read_object(found) == card:
+        if found.is_file() and read_object(found) == options:
             return
         raise DatasetError(f"`out={out}`: exists and is not this very dataset; choose another folder or remove it")
     partial_folder = out.with_name(f".{out.name}.partial")
@@ -70,7 +70,7 @@ def write_shapes(
                 raise
             document = _document(records)
             (partial_folder / f"annotations/instances_{split}.json").write_text(json.dumps(document, indent=1))
-    (partial_folder / "shapes.json").write_text(json.dumps(card, indent=1) + "\n")
+    (partial_folder / "shapes.json").write_text(json.dumps(options, indent=1) + "\n")
     partial_folder.rename(out)
 
 

@@ -31,7 +31,7 @@ class KnownRegion:
     """What the teacher makes of one box."""
 
     foreground: float
-    """1 - p(background)."""
+    """Probability of an object: 1 - p(background)."""
     confidence: np.float32
     class_index: int
     embedding: np.ndarray

@@ -242,9 +242,9 @@ class _View:
     def score(self, embedding: Tensor) -> Tensor:
         """Scores (R,) of embeddings (R, D); see `select_regions`."""
         worker = self.worker
-        names, present = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
+        names, foreground = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
         base_count = len(worker.dataset.split.base)
-        return anchor_scores(names, present, base_count=base_count, score=worker.config.proposals.score)
+        return anchor_scores(names, foreground, base_count=base_count, score=worker.config.proposals.score)
 
     def require_readable(self) -> None:
         """ImageError when the image cannot be read."""
@@ -301,9 +301,9 @@ def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
         known |= _encoded(view, box[missing])
         for place in places.tolist():
             one = known[box[place].numpy().tobytes()]
-            present, guess = torch.tensor([one.foreground]), torch.tensor([one.class_index])
+            foreground, guess = torch.tensor([one.foreground]), torch.tensor([one.class_index])
             if may_be_unseen(
-                present,
+                foreground,
                 guess,
                 base_count=len(worker.dataset.split.base),
                 drop_base_guesses=settings.drop_base_guesses,
@@ -327,11 +327,11 @@ def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
 def _encoded(view: _View, boxes: Tensor) -> dict[bytes, KnownRegion]:
     """What the teacher makes of boxes, by their bytes."""
     worker, embedding = view.worker, view.encode(boxes)
-    names, present = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
+    names, foreground = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
     confidence, guess = names.max(1)
-    sure, half = (confidence * present).numpy(), embedding.half().numpy()
+    sure, half = (confidence * foreground).numpy(), embedding.half().numpy()
     return {
-        box.numpy().tobytes(): KnownRegion(float(present[row]), sure[row], int(guess[row]), half[row])
+        box.numpy().tobytes(): KnownRegion(float(foreground[row]), sure[row], int(guess[row]), half[row])
         for row, box in enumerate(boxes)
     }
 

@@ -136,21 +136,21 @@ def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> Traine
         RunError: training has not ended.
         ConfigError: see `at_test_time`.
     """
-    checkpoint, card, tables = run.finished(), run.spec, run.embeddings()
+    checkpoint, spec, tables = run.finished(), run.spec, run.embeddings()
     own = run_config(run)
     config = at_test_time(own, overrides)
     if config.model.masks and not own.model.masks:
         raise RunError(f"`run={run.folder}`: was trained without masks; train another one with `model.masks=true`")
-    embed_dim, base_count = card["embed_dim"], card["base_count"]
+    embed_dim, base_count = spec["embed_dim"], spec["base_count"]
     assert isinstance(embed_dim, int)
     assert isinstance(base_count, int)
     state = checkpoint.model()
     # Frozen normalisation is chosen by the presence of weights; the state replaces them whole.
-    frozen = card["backbone_weights"] is not None
+    frozen = spec["backbone_weights"] is not None
     shaped = dataclasses.replace(config, model=dataclasses.replace(config.model, masks=own.model.masks))
     detector = build_detector(shaped, embed_dim, None, frozen_norms=frozen)
     load_weights(detector, state, run)
-    names = card["names"]
+    names = spec["names"]
     assert isinstance(names, list)
     return TrainedDetector(
         detector=detector.to(device).eval(),
@@ -223,7 +223,7 @@ def run_manifest(run: Run) -> Manifest:
     return Manifest.from_fields(_table(run.spec, "store")["manifest"], str(run.folder))
 
 
-def _table(card: Mapping[str, object], key: str) -> dict[str, dict[str, object]]:
-    value = card[key]
+def _table(spec: Mapping[str, object], key: str) -> dict[str, dict[str, object]]:
+    value = spec[key]
     assert isinstance(value, dict)
     return value

@@ -194,7 +194,7 @@ class Run:
 
     @property
     def spec(self) -> dict[str, object]:
-        """What run.json says."""
+        """Contents of run.json."""
         found = read_object(self.folder / "run.json")
         if isinstance(found.get("config"), dict):
             found["config"] = with_todays_names(found["config"])
@@ -396,7 +396,7 @@ def _locked(folder: Path) -> FileLock:
 
 
 def rows_digest(text: NDArray[np.float32]) -> str:
-    """What a spec tells text rows (C, D) by."""
+    """Digest of text rows (C, D), as run.json records it."""
     return hashlib.sha256(text.tobytes()).hexdigest()
 
 
@@ -421,7 +421,10 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, flat: Mapping[str, Tenso
 
 
 def _with_effect(spec: Mapping[str, object]) -> Mapping[str, object]:
-    """A spec as this version writes it: earlier ones took a distance as it stands, and any rate in proportion."""
+    """Convert a spec to the form that this version writes.
+
+    Earlier versions took a distance as it stands, and any rate in proportion.
+    """
     if "in_effect" in spec:
         return spec
     loss, train = _nested(spec, "config", "loss"), _nested(spec, "config", "train")
@@ -446,7 +449,7 @@ def _nested(spec: Mapping[str, object], *keys: str) -> object:
 
 
 def _changeable(spec: Mapping[str, object]) -> frozenset[str]:
-    """What a start may have otherwise than the run's spec."""
+    """Settings that may differ from the run's spec when training starts again."""
     train = _nested(spec, "config", "train")
     sampling = train.get("rng") if isinstance(train, Mapping) else None
     if learns_the_same_in_parts(sampling, frozen_norms=spec.get("backbone_weights") is not None):

@@ -97,10 +97,10 @@ def train(request: TrainRequest) -> Run:
             require_validation(dataset, request.config)
         masks = training_masks(dataset) if request.config.model.masks else None
         samples = training_samples(store, dataset, request.config.train, masks)
-        detector, card = _begin(request, store, dataset)
+        detector, spec = _begin(request, store, dataset)
         tables = _tables(store)
         if distributed.is_main:
-            run = stack.enter_context(Run.claim(request.run, card, tables))
+            run = stack.enter_context(Run.claim(request.run, spec, tables))
             require_same_bytes(run, store, accept=request.accept_store)
             run.write_environment(_environment(store, dataset, request.device))
         distributed.barrier()

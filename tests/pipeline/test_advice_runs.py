@@ -436,7 +436,7 @@ TABLE = [
         cure=lambda runs, _: runs.train("run"),
     ),
     Advice(
-        situation="a run whose card another version wrote",
+        situation="a run whose spec another version wrote",
         prepare=lambda runs: runs.edit("run.json", put("embed_dim", ...)),
         meet=lambda runs: runs.load(),
         message="run.json has no embed_dim; another version made it, train it again in another --run folder$",

@@ -188,9 +188,9 @@ def test_a_printed_document_gives_the_figures_of_the_run(fixture, request, shape
 def test_names_are_the_runs_own_by_default_and_in_its_spelling(shapes_run, tmp_path):
     assert resolve_names(shapes_run, None) == SHAPES_SPLIT.names
     folder = shutil.copytree(shapes_run.folder, tmp_path / "run")
-    card = json.loads((folder / "run.json").read_text())
-    card["names"][0] = "cafe\u0301"
-    (folder / "run.json").write_text(json.dumps(card))
+    spec = json.loads((folder / "run.json").read_text())
+    spec["names"][0] = "cafe\u0301"
+    (folder / "run.json").write_text(json.dumps(spec))
     run = type(shapes_run).open(folder)
     assert resolve_names(run, ["ring", "caf\u00e9"]) == ("ring", "cafe\u0301")
 

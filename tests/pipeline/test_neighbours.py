@@ -144,7 +144,7 @@ def test_the_command_line_warns_and_refuses(shapes_store, caplog):
 
 
 def test_an_old_runs_settings_stay_readable():
-    """What is refused when it is asked for is no fault of a card that holds it: its run can be evaluated."""
+    """What is refused when it is asked for is no fault of a spec that holds it: its run can be evaluated."""
     config = load_preset("shapes", ["model.logit_scale=500"])
     assert changed_alone(config, set()) == []
     with pytest.raises(ConfigError):

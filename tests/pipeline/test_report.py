@@ -174,7 +174,7 @@ def write_run(folder, root, store, manifest, *, novel=0.361, steps=6, **loss):
         "train.seed=3",
         *(f"loss.{key}={value}" for key, value in loss.items()),
     ]
-    card = {
+    spec = {
         "config": to_tables(load_preset("shapes", settings)),
         "store": {"digest": manifest.digest, "manifest": dict(manifest.fields)},
         "dataset": "shapes",
@@ -185,7 +185,7 @@ def write_run(folder, root, store, manifest, *, novel=0.361, steps=6, **loss):
         "embed_dim": 3,
         "layer_norms": [],
     }
-    run = Run.create_or_resume(folder, card, {"text": torch.eye(3)})
+    run = Run.create_or_resume(folder, spec, {"text": torch.eye(3)})
     teacher = {"name": "tiny-shapes", "weights": None, "template": "a {}", "background": "background"}
     versions = {"ezsd": "0.1.0", "torch": "2.11.0"}
     places = {"data_root": str(root), "cache": str(store)}
@@ -338,9 +338,9 @@ def test_a_torn_line_of_metrics_is_named(home):
 
 
 def test_a_run_of_another_version_is_refused(home):
-    card = home.run.spec
+    spec = home.run.spec
     for key, value in (("config", None), ("names", "ring"), ("base_count", None)):
-        write_json(home.run.folder / "run.json", card | {key: value})
+        write_json(home.run.folder / "run.json", spec | {key: value})
         with pytest.raises(RunError, match=rf"run.json has no {key}; another version"):
             Run.open(home.run.folder)
 

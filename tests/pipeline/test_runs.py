@@ -17,7 +17,7 @@ from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.runs.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-CARD = {"names": ["cat", "ox"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": {"train": {"steps": 9}}}
+SPEC = {"names": ["cat", "ox"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": {"train": {"steps": 9}}}
 TABLES = {"text": torch.eye(2)}
 
 
@@ -33,7 +33,7 @@ def model_at(step):
 
 
 def start(folder):
-    return Run.create_or_resume(folder, CARD, TABLES)
+    return Run.create_or_resume(folder, SPEC, TABLES)
 
 
 def python(code, *arguments, **options):
@@ -172,7 +172,7 @@ def test_a_checkpoint_says_what_it_is_for(tmp_path):
     assert state["names"] == ["cat", "ox"]
     assert state["text_sha256"] == "ab"
     assert state["store_digest"] == "cd"
-    assert state["config"] == CARD["config"]
+    assert state["config"] == SPEC["config"]
 
 
 def test_an_average_is_what_is_detected_with_and_not_what_is_trained_on(tmp_path):
@@ -188,8 +188,8 @@ LOCKED = """
     import sys
     from pathlib import Path
     from ezsd.pipeline.runs.run import Run
-    from test_runs import CARD, TABLES
-    with Run.claim(Path(sys.argv[1]), CARD, TABLES):
+    from test_runs import SPEC, TABLES
+    with Run.claim(Path(sys.argv[1]), SPEC, TABLES):
         print("claimed", flush=True)
         sys.stdin.read()
 """
@@ -199,18 +199,18 @@ def test_a_second_training_in_the_folder_is_one_clear_line_and_a_dead_one_holds_
     folder = tmp_path / "run"
     other = python(LOCKED, folder, stdin=subprocess.PIPE)
     assert other.stdout.readline() == "claimed\n"
-    claim = Run.claim(folder, CARD, TABLES)
+    claim = Run.claim(folder, SPEC, TABLES)
     with pytest.raises(RunError, match=rf"another training \(process {other.pid} on .*; wait for it"):
         claim.__enter__()
     other.send_signal(signal.SIGKILL)
     other.communicate(timeout=100)
-    with Run.claim(folder, CARD, TABLES) as run:
-        assert run.spec == CARD
+    with Run.claim(folder, SPEC, TABLES) as run:
+        assert run.spec == SPEC
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    claim = Run.claim(tmp_path, CARD, TABLES)
+    claim = Run.claim(tmp_path, SPEC, TABLES)
     with pytest.raises(RunError, match="not empty and holds no run"):
         claim.__enter__()
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]

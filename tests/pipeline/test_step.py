@@ -177,10 +177,10 @@ def test_a_run_learns_its_temperature_from_the_bound_and_resumes_with_it(shapes_
 
 
 def as_earlier(run):
-    """The run as an earlier version left it, whose card says nothing of what settings come to."""
-    card = run.spec
-    del card["in_effect"]
-    write_json(run.folder / "run.json", card)
+    """The run as an earlier version left it, whose spec says nothing of what settings come to."""
+    spec = run.spec
+    del spec["in_effect"]
+    write_json(run.folder / "run.json", spec)
 
 
 def stopped_at_two(run, steps):
@@ -199,7 +199,7 @@ def test_an_earlier_run_with_a_cosine_is_not_gone_on_with_at_another_strength(
     run = train(request)
     as_earlier(run)
     # A finished one can be looked through all the same.
-    assert load_trained(run, "cpu").config == from_tables(run.spec["config"], where="card")
+    assert load_trained(run, "cpu").config == from_tables(run.spec["config"], where="spec")
     if cut:
         stopped_at_two(run, 4)
     said = (

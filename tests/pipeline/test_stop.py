@@ -346,9 +346,9 @@ def test_a_demo_stopped_in_its_trainings_says_so_once_and_goes_on_with_them(
     out = tmp_path / "demo"
     shutil.copytree(shapes_root, out / "data")
     shutil.copytree(shapes_store, out / "cache")
-    # What is drawn already is told by its card alone: few images pass for the benchmark.
-    card = json.loads((out / "data/shapes.json").read_text())
-    (out / "data/shapes.json").write_text(json.dumps({**card, "train": 500, "val": 250, "seed": 0}))
+    # What is drawn already is told by its spec alone: few images pass for the benchmark.
+    spec = json.loads((out / "data/shapes.json").read_text())
+    (out / "data/shapes.json").write_text(json.dumps({**spec, "train": 500, "val": 250, "seed": 0}))
     words = ["demo", "--out", out, "--device", "cpu"]
     words += settings(*OF_SHAPES, "train.steps=20", "train.batch_size=2", "train.checkpoint_minutes=0.0001")
     process = started(*words)
@@ -423,8 +423,8 @@ def test_checkpoints_by_time_change_nothing_that_is_learned(shapes_run, shapes_s
     ours, theirs = timed.finished().trained(), shapes_run.finished().trained()
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
     # A run that began without the setting goes on.
-    card = json.loads((timed.folder / "run.json").read_text())
-    assert card["config"] == to_tables(config)
-    del card["config"]["train"]["checkpoint_minutes"]
-    (timed.folder / "run.json").write_text(json.dumps(card))
+    spec = json.loads((timed.folder / "run.json").read_text())
+    assert spec["config"] == to_tables(config)
+    del spec["config"]["train"]["checkpoint_minutes"]
+    (timed.folder / "run.json").write_text(json.dumps(spec))
     assert train(TrainRequest(cache=shapes_store, run=timed.folder, config=config)).began_at == 6

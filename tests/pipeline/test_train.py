@@ -210,9 +210,9 @@ def test_a_run_that_recorded_other_settings_of_stage_one_goes_on(shapes_run, sha
     folder = tmp_path / "run"
     shutil.copytree(shapes_run.folder, folder)
     shutil.rmtree(folder / "checkpoints/step-00000006")
-    card = Run.open(folder).spec
-    card["config"]["adapt"]["steps"] = 80
-    write_json(folder / "run.json", card)
+    spec = Run.open(folder).spec
+    spec["config"]["adapt"]["steps"] = 80
+    write_json(folder / "run.json", spec)
     resumed = train(TrainRequest(cache=shapes_store, run=folder, config=quick_config))
     assert curve(resumed) == curve(shapes_run)
 
@@ -280,10 +280,10 @@ def test_a_loss_that_is_not_finite_stops_with_its_parts(shapes_store, with_setti
 
 def test_the_card_says_which_names_text_and_store(shapes_run, shapes_store):
     store = Store(shapes_store)
-    card = shapes_run.spec
-    assert tuple(card["names"]) == store.text[0]
-    assert card["text_sha256"] == hashlib.sha256(store.text[1].tobytes()).hexdigest()
-    assert card["store"]["digest"] == store.manifest.digest
+    spec = shapes_run.spec
+    assert tuple(spec["names"]) == store.text[0]
+    assert spec["text_sha256"] == hashlib.sha256(store.text[1].tobytes()).hexdigest()
+    assert spec["store"]["digest"] == store.manifest.digest
 
 
 def test_rows_and_checkpoints_of_another_run_are_refused(shapes_run, tmp_path):
