@@ -38,6 +38,7 @@ __all__ = [
     "raw_annotations",
     "read_raw",
     "refusals",
+    "require_image_name",
     "resolve_image_path",
 ]
 
@@ -179,18 +180,26 @@ def resolve_image_path(root: Path, file_name: str) -> Path:
         AnnotationError: the name is empty, absolute, holds "..", a backslash or a NUL, or leads
             out of `root` through a symbolic link.
     """
+    require_image_name(root, file_name)
+    try:
+        base, found = root.resolve(), _in_a_form_that_is_there(root, file_name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        # Link loops, names too long for the system, characters it cannot encode.
+        raise _wrong_name(root, file_name, f"cannot be followed ({error})") from error
+    if found != base and found.is_relative_to(base):
+        return found
+    raise _wrong_name(root, file_name, "leads out of the folder or to the folder itself")
+
+
+def require_image_name(root: Path, file_name: str) -> None:
+    """Refuse a name that is no path below an image folder, whatever is there; see `resolve_image_path`."""
     reason = _refusal(file_name)
-    if reason is None:
-        try:
-            base, found = root.resolve(), _in_a_form_that_is_there(root, file_name).resolve()
-        except (OSError, RuntimeError, ValueError) as error:
-            # Link loops, names too long for the system, characters it cannot encode.
-            reason = f"cannot be followed ({error})"
-        else:
-            if found != base and found.is_relative_to(base):
-                return found
-            reason = "leads out of the folder or to the folder itself"
-    raise AnnotationError(
+    if reason is not None:
+        raise _wrong_name(root, file_name, reason)
+
+
+def _wrong_name(root: Path, file_name: str, reason: str) -> AnnotationError:
+    return AnnotationError(
         f"image file name {reprlib.repr(file_name)} {reason}: expected a path below {root}. "
         "Correct file_name in the annotation file."
     )

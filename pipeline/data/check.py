@@ -8,12 +8,11 @@ from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.data.annotations import category_ids, raw_annotations, refusals, resolve_image_path
+from ezsd.data.annotations import category_ids, raw_annotations, refusals
 from ezsd.data.catalogue import read_catalogue
 from ezsd.data.coco_json import Fault, Table, annotation_faults, read_table
 from ezsd.data.masks import outline_faults
@@ -22,6 +21,7 @@ from ezsd.errors import AnnotationError, VocabularyError
 from ezsd.metrics import read_truth
 from ezsd.pipeline.config.schema import BuildConfig
 from ezsd.pipeline.data.datasets import Dataset, require_prompts
+from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.images import Exif, Reading, look, most_bad_images, read_pixels
 from ezsd.pipeline.data.requirements import (
     fitting,
@@ -29,7 +29,7 @@ from ezsd.pipeline.data.requirements import (
     too_few_to_hold_out,
     unmeasured,
 )
-from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.errors import DatasetError, ImageError
 from ezsd.pipeline.progress import Progress
 from ezsd.vocabulary import Split, canonical
 
@@ -91,7 +91,7 @@ def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False
     except VocabularyError as error:
         problems.append(f"{dataset.name}: {error}")
     for name in ("train", "val"):
-        path, folder = dataset.place(name)
+        path, source = dataset.annotations(name), dataset.images(name)
         if not path.exists():
             continue
         try:
@@ -105,11 +105,15 @@ def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False
         if not refused:
             refused, more = _record_findings(table, dataset.split, name, masks)
             known += more
-        if folder.exists():
-            found, readings = _image_findings(table, dataset, name, decode)
-            for finding, is_refused in found:
-                (refused if is_refused else known).append(finding)
-            notes += [f"{path}: {note}" for note in _reading_notes(readings, dataset.exif)]
+        if source.exists:
+            try:
+                found, readings = _image_findings(table, dataset, name, decode)
+            except DatasetError as error:
+                problems.append(str(error))
+            else:
+                for finding, is_refused in found:
+                    (refused if is_refused else known).append(finding)
+                notes += [f"{path}: {note}" for note in _reading_notes(readings, dataset.exif)]
         problems += [f"{path}: {line}" for line in _folded(refused)]
         warnings += [f"{path}: {line}" for line in _folded(known)]
         parts.append(_count(table, dataset.split, name))
@@ -266,11 +270,11 @@ def _image_findings(
 
     Of training images a few may be left out.
     """
-    columns, folder = table.images, dataset.place(part)[1]
+    columns, source = table.images, dataset.images(part)
     found: list[tuple[_Finding, bool]] = []
     unreadable: list[_Finding] = []
     strange: set[int] = set()
-    for fault in image_file_faults(columns.file_name, folder):
+    for fault in image_file_faults(columns.file_name, source):
         strange.add(fault.row)
         cure = "" if fault.kind == "double" else fitting(dataset, part, columns.file_name[fault.row])
         kind = _words(fault.text, columns.file_name[fault.row])
@@ -285,7 +289,7 @@ def _image_findings(
         if entry[1] and entry[0] not in strange
     ]
     readings: dict[str, Reading] = {}
-    look_at = partial(_image_problem, folder, decode, dataset.exif)
+    look_at = partial(_image_problem, source, decode)
     with ThreadPoolExecutor(_READERS) as pool, Progress(f"check {part}", len(entries), unit="image") as progress:
         try:
             for entry, seen in zip(entries, pool.map(look_at, entries), strict=True):
@@ -308,20 +312,20 @@ def _words(text: str, file_name: str) -> str:
     return re.sub(r"\d+", "0", re.sub(rf"\S*{re.escape(file_name)}|'[^']*'", "", text))
 
 
-def _image_problem(folder: Path, decode: bool, exif: Exif, entry: tuple[int, str, int, int]) -> str | Reading:
+def _image_problem(source: ImageSource, decode: bool, entry: tuple[int, str, int, int]) -> str | Reading:
     """What is wrong with an image, or how it is read."""
     position, file_name, width, height = entry
     stated = (width, height) if width and height else None
     try:
-        path = resolve_image_path(folder, file_name)
-        reading = look(path, stated, exif)
+        path = source.find(file_name)
+        reading = look(path, stated, source.exif)
         if decode:
-            read_pixels(path, None, exif)
+            read_pixels(path, None, source.exif)
     except (AnnotationError, ImageError) as error:
         return f"images[{position}].file_name: {error}"
     if stated:
         try:
-            reading.require_size(path, stated, exif)
+            reading.require_size(path, stated, source.exif)
         except ImageError as error:
             return f"images[{position}]: {error}. Correct width and height, and the boxes if they go by them."
     return reading

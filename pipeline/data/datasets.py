@@ -13,6 +13,7 @@ from typing import cast
 
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.pipeline.data.annotation_cache import Category, read_categories, sound_categories
+from ezsd.pipeline.data.image_source import ImageSource, image_source, needed_files
 from ezsd.pipeline.data.images import Exif
 from ezsd.pipeline.errors import DatasetError
 from ezsd.pipeline.files import as_json
@@ -33,11 +34,11 @@ class Dataset:
     split: Split
     """Base and novel names."""
     train_images: str
-    """Folder below root."""
+    """Folder or tar files below root, see `image_source`."""
     train_annotations: str
     """COCO-format JSON below root."""
     val_images: str
-    """Folder below root."""
+    """Folder or tar files below root, see `image_source`."""
     val_annotations: str
     """COCO-format JSON below root."""
     preset: str = "coco"
@@ -47,9 +48,13 @@ class Dataset:
     exif: Exif = "turn"
     """What becomes of its images' EXIF orientation."""
 
-    def place(self, part: str) -> tuple[Path, Path]:
-        """Annotation file and image folder of "train" or "val"."""
-        return self.root / getattr(self, f"{part}_annotations"), self.root / getattr(self, f"{part}_images")
+    def annotations(self, part: str) -> Path:
+        """The annotation file of "train" or "val"."""
+        return self.root / str(getattr(self, f"{part}_annotations"))
+
+    def images(self, part: str) -> ImageSource:
+        """The images of "train" or "val"."""
+        return image_source(self.root, getattr(self, f"{part}_images"), self.exif)
 
     def require(self, *parts: str) -> Dataset:
         """Self, once annotations and images of "train" and "val", or of some part, exist.
@@ -69,7 +74,11 @@ class Dataset:
         for part, key in wanted:
             named.setdefault(getattr(self, f"{part}_{key}"), []).append(f"[{part}] {key}")
         layout = f"{self.name} has {', '.join(named)}"
-        missing = {place: keys for place, keys in named.items() if not (self.root / place).exists()}
+        absent = {
+            place: next((file for file in needed_files(self.root, place) if not (self.root / file).exists()), None)
+            for place in named
+        }
+        missing = {file: named[place] for place, file in absent.items() if file is not None}
         if self.name in DATASETS:
             return [f"no {place} in it; {layout}" for place in missing]
         return [

@@ -7,10 +7,10 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, Union
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, Union
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ezsd.data.annotations import ImageRecord, resolve_image_path
 from ezsd.pipeline.errors import ImageError
 
 if TYPE_CHECKING:
@@ -32,8 +31,19 @@ Exif: TypeAlias = Literal["turn", "ignore", "legacy"]
 not say how they read images.
 """
 
-ImageSource: TypeAlias = Union[str, os.PathLike[str], Image.Image, NDArray[Any], "Tensor"]
+ImageLike: TypeAlias = Union[str, os.PathLike[str], Image.Image, NDArray[Any], "Tensor"]
 """What an image may be given as, see `to_image`."""
+
+
+class ImageFile(Protocol):
+    """An image file by its name: a `Path`, or what opens like one."""
+
+    def open(self, mode: Literal["rb"], /) -> AbstractContextManager[IO[bytes]]:
+        """Its bytes. OSError when they cannot be read."""
+
+    def is_file(self) -> bool:
+        """Whether it is there."""
+
 
 _BEYOND = 0.01
 """So little may floating values lie outside of [0, 1]."""
@@ -94,7 +104,7 @@ class Reading:
         """Width and height as viewers show the image, pixels."""
         return self.stored[::-1] if self.orientation >= 5 else self.stored
 
-    def require_size(self, path: Path | str, stated: tuple[int, int], exif: Exif) -> None:
+    def require_size(self, path: ImageFile | str, stated: tuple[int, int], exif: Exif) -> None:
         """ImageError, which names EXIF where that explains it, for an image of another size than annotations state."""
         if self.size == stated:
             return
@@ -106,7 +116,7 @@ class Reading:
         raise ImageError(text)
 
 
-def look(path: Path, stated: tuple[int, int] | None = None, exif: Exif = "turn") -> Reading:
+def look(path: ImageFile, stated: tuple[int, int] | None = None, exif: Exif = "turn") -> Reading:
     """How an image is read, without reading its pixels.
 
     Args:
@@ -121,7 +131,7 @@ def look(path: Path, stated: tuple[int, int] | None = None, exif: Exif = "turn")
         return _reading(path, image, stated, exif)
 
 
-def read_pixels(path: Path, stated: tuple[int, int] | None = None, exif: Exif = "turn") -> NDArray[np.uint8]:
+def read_pixels(path: ImageFile, stated: tuple[int, int] | None = None, exif: Exif = "turn") -> NDArray[np.uint8]:
     """The pixels of an image, (H, W, 3) uint8 RGB; the only place where image files are decoded.
 
     Modes of 8 bits become RGB. 16-bit grey is divided by 257 and rounded. Transparency is composited on `ALPHA_COLOUR`.
@@ -139,7 +149,7 @@ def read_pixels(path: Path, stated: tuple[int, int] | None = None, exif: Exif = 
         return _pixels(path, image, stated, exif)
 
 
-def _pixels(path: Path | str, image: Image.Image, stated: tuple[int, int] | None, exif: Exif) -> NDArray[np.uint8]:
+def _pixels(path: ImageFile | str, image: Image.Image, stated: tuple[int, int] | None, exif: Exif) -> NDArray[np.uint8]:
     reading = _reading(path, image, stated, exif)
     if stated is not None:
         reading.require_size(path, stated, exif)
@@ -151,7 +161,7 @@ def _pixels(path: Path | str, image: Image.Image, stated: tuple[int, int] | None
     return np.array(rgb)
 
 
-def reads_as_before(path: Path, reading: Reading) -> bool:
+def reads_as_before(path: ImageFile, reading: Reading) -> bool:
     """Whether the mode's rule makes the very pixels that `convert("RGB")` makes; decodes images with transparency.
 
     Raises:
@@ -163,7 +173,7 @@ def reads_as_before(path: Path, reading: Reading) -> bool:
         return _opaque(image.convert("RGBA"))
 
 
-def _reading(path: Path | str, image: Image.Image, stated: tuple[int, int] | None, exif: Exif) -> Reading:
+def _reading(path: ImageFile | str, image: Image.Image, stated: tuple[int, int] | None, exif: Exif) -> Reading:
     if exif == "legacy":
         return Reading(size=image.size, stored=image.size, orientation=1, turned=False, conversion="")
     orientation = _orientation(image)
@@ -182,7 +192,7 @@ _told: set[str] = set()
 """What `_warn_of_legacy` has said in this process."""
 
 
-def _warn_of_legacy(path: Path | str, image: Image.Image) -> None:
+def _warn_of_legacy(path: ImageFile | str, image: Image.Image) -> None:
     """Say once for each kind that an image is read otherwise than a new store would read it."""
     kinds = {
         f"an EXIF orientation ({_orientation(image)})": _orientation(image) > 1,
@@ -210,7 +220,7 @@ def _orientation(image: Image.Image) -> int:
     return said if said in _TRANSPOSE else 1
 
 
-def _conversion(path: Path | str, image: Image.Image) -> str:
+def _conversion(path: ImageFile | str, image: Image.Image) -> str:
     if image.mode in _SIXTEEN_BIT_MODES:
         return SIXTEEN_BITS
     if image.mode not in (*_EIGHT_BIT_MODES, *_ALPHA_MODES):
@@ -245,11 +255,6 @@ def _by(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def portable_reason(error: ImageError, folder: Path) -> str:
-    """What is wrong with an image below a folder, in words that hold wherever that lies or leads to."""
-    return str(error).replace(f"{folder.resolve()}{os.sep}", "")
-
-
 def most_bad_images(share: float, images: int) -> int:
     """How many images of a dataset a build may leave out, given `BuildConfig.max_bad_images`."""
     return int(share * images)
@@ -274,7 +279,7 @@ def require_few_bad(bad: Mapping[int, str], most: int) -> None:
 
 
 @contextmanager
-def opened_image(path: Path | str, file: IO[bytes] | None = None) -> Iterator[Image.Image]:
+def opened_image(path: ImageFile | str, file: IO[bytes] | None = None) -> Iterator[Image.Image]:
     """An image file, of which nothing but its start is read before somebody asks for more.
 
     Args:
@@ -284,13 +289,16 @@ def opened_image(path: Path | str, file: IO[bytes] | None = None) -> Iterator[Im
     Raises:
         ImageError: it is missing, no image or too large, or damage shows within the context.
     """
-    with _image_errors(path), Image.open(path if file is None else file) as image:
+    with _image_errors(path), ExitStack() as stack:
+        if file is None and not isinstance(path, Path | str):
+            file = stack.enter_context(path.open("rb"))
+        image = stack.enter_context(Image.open(path if file is None else file))  # type: ignore[arg-type]
         _require_pixels(path, image)
         yield image
 
 
 @contextmanager
-def _image_errors(path: Path | str) -> Iterator[None]:
+def _image_errors(path: ImageFile | str) -> Iterator[None]:
     """Turn what Pillow says of an image into an ImageError."""
     try:
         yield
@@ -305,7 +313,7 @@ def _image_errors(path: Path | str) -> Iterator[None]:
         raise ImageError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _require_pixels(path: Path | str, image: Image.Image) -> None:
+def _require_pixels(path: ImageFile | str, image: Image.Image) -> None:
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise ImageError(
@@ -314,7 +322,7 @@ def _require_pixels(path: Path | str, image: Image.Image) -> None:
         )
 
 
-def to_image(source: ImageSource) -> Tensor:
+def to_image(source: ImageLike) -> Tensor:
     """(3, H, W) uint8 RGB of whatever holds an image.
 
     Args:
@@ -331,20 +339,20 @@ def to_image(source: ImageSource) -> Tensor:
     return image
 
 
-def _to_image(source: ImageSource) -> Tensor:
+def _to_image(source: ImageLike) -> Tensor:
     import torch
 
     if isinstance(source, str | os.PathLike):
         text = os.fsdecode(source)
         if text.startswith("file:///"):
             return read_image(Path(url2pathname(urlsplit(text).path)))
-        return _tensor(_fetched(text)) if "://" in text else read_image(Path(text))
+        return to_tensor(_fetched(text)) if "://" in text else read_image(Path(text))
     if isinstance(source, Image.Image):
-        return _tensor(_pixels_of_picture(source))
+        return to_tensor(_pixels_of_picture(source))
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim not in (2, 3) or source.shape[2:] not in ((), (3,)):
             raise ImageError(f"expected an array (H, W, 3) or (H, W) uint8, found {source.shape} {source.dtype}")
-        return _tensor(np.array(source) if source.ndim == 3 else np.stack([source] * 3, axis=2))
+        return to_tensor(np.array(source) if source.ndim == 3 else np.stack([source] * 3, axis=2))
     if isinstance(source, torch.Tensor):
         return _pixels_of_tensor(source)
     raise ImageError(f"expected a path, URL, PIL image, array or tensor, found {type(source).__name__}")
@@ -392,7 +400,8 @@ def _fetched(url: str) -> NDArray[np.uint8]:
         return _pixels(url, image, None, "turn")
 
 
-def _tensor(pixels: NDArray[np.uint8]) -> Tensor:
+def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:
+    """(3, H, W) of pixels (H, W, 3), without a copy."""
     import torch
 
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -400,15 +409,4 @@ def _tensor(pixels: NDArray[np.uint8]) -> Tensor:
 
 def read_image(path: Path) -> Tensor:
     """(3, H, W) uint8 RGB of an image as viewers show it, see `read_pixels`. ImageError when it cannot be read."""
-    return _tensor(read_pixels(path))
-
-
-def read_dataset_image(root: Path, record: ImageRecord, exif: Exif) -> Tensor:
-    """(3, H, W) uint8 RGB of an image that annotations name, by the dataset's rule for EXIF.
-
-    Raises:
-        AnnotationError: it does not lie below root.
-        ImageError: it cannot be read, or has another size than the annotations state.
-    """
-    path = resolve_image_path(root, record.file_name)
-    return _tensor(read_pixels(path, (record.width, record.height), exif))
+    return to_tensor(read_pixels(path))

@@ -6,22 +6,21 @@ Whatever an evaluation will need is looked at before the first crop and the firs
 from __future__ import annotations
 
 import logging
-import os
 import re
-import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ezsd.data.annotations import Annotations, resolve_image_path
+from ezsd.data.annotations import Annotations
 from ezsd.errors import AnnotationError
 from ezsd.metrics import read_truth, with_masks
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations, kept_arrays, read_categories
 from ezsd.pipeline.data.datasets import DATASETS, Dataset
+from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.split import NAMED, no_ground_truth
-from ezsd.pipeline.errors import DatasetError
+from ezsd.pipeline.errors import DatasetError, ImageError
 from ezsd.vocabulary import Split, first_few
 
 log = logging.getLogger("ezsd")
@@ -38,30 +37,30 @@ class FileFault:
     text: str
 
 
-def image_file_faults(file_names: Sequence[str], folder: Path) -> Iterator[FileFault]:
-    """Names that lead to no file, out of the folder, or to the file of an earlier image; nothing is opened.
+def image_file_faults(file_names: Sequence[str], source: ImageSource) -> Iterator[FileFault]:
+    """Names that lead to no file, out of the folder, or to the file of an earlier image; no image is opened.
 
     Args:
         file_names: as annotations state them, one for each image; empty ones are left out.
-        folder: the image folder.
+        source: where the images are.
+
+    Raises:
+        DatasetError: see `ImageSource.find`.
     """
-    first: dict[tuple[int, int], int] = {}
+    first: dict[Hashable, int] = {}
     for row, file_name in enumerate(file_names):
         if not file_name:
             continue
         try:
-            path = resolve_image_path(folder, file_name)
+            found = source.identity(file_name)
         except AnnotationError as error:
             yield FileFault(row, "name", str(error))
             continue
-        try:
-            found = path.stat()
-        except OSError as error:
-            reason = "no such image" if isinstance(error, FileNotFoundError | NotADirectoryError) else error.strerror
-            yield FileFault(row, "missing", f"{path}: {reason}")
+        except ImageError as error:
+            yield FileFault(row, "missing", str(error))
             continue
-        if stat.S_ISREG(found.st_mode):
-            earlier = first.setdefault((found.st_dev, found.st_ino), row)
+        if found is not None:
+            earlier = first.setdefault(found, row)
             if earlier != row:
                 other = "" if file_names[earlier] == file_name else f", by the name {file_names[earlier]!r}"
                 text = f"{file_name!r} is the file of another image of the list too{other}. Join the two images."
@@ -69,28 +68,17 @@ def image_file_faults(file_names: Sequence[str], folder: Path) -> Iterator[FileF
 
 
 def fitting(dataset: Dataset, part: str, file_name: str) -> str:
-    """What to change so that an image that is not there is found: the folder, or all file names; "" if nothing fits."""
-    folder = dataset.place(part)[1]
-    if dataset.name not in DATASETS:
-        for place in _other_folders(dataset.root, folder):
-            if "\\" not in file_name and (place / file_name).is_file():
-                return f'Try images = "{os.path.relpath(place, dataset.root)}" in [{part}].'
+    """What to change so that an image that is not there is found: the place, or all file names; "" if nothing fits."""
+    source = dataset.images(part)
+    place = None if dataset.name in DATASETS else source.elsewhere(file_name, dataset.root)
+    if place is not None:
+        return f'Try images = "{place}" in [{part}].'
     parts = re.split(r"[/\\?=&]+", file_name)
     for start in range(len(parts)):
         rest = "/".join(parts[start:])
-        if rest and rest != file_name and (folder / rest).is_file():
+        if rest and rest != file_name and source.has(rest):
             return f"Write file_name as {rest!r}: that is there; the others likewise."
     return ""
-
-
-def _other_folders(root: Path, folder: Path) -> Iterator[Path]:
-    """Folders in which images may lie instead: those above, up to the dataset's, and those within."""
-    for place in folder.parents:
-        if place != root and root not in place.parents:
-            break
-        yield place
-    if folder.is_dir():
-        yield from sorted(place for place in folder.iterdir() if place.is_dir())
 
 
 def require_image_files(dataset: Dataset, part: str, annotations: Annotations, *, all_there: bool) -> None:
@@ -99,10 +87,10 @@ def require_image_files(dataset: Dataset, part: str, annotations: Annotations, *
     Raises:
         DatasetError: names the first one of a kind, and how many there are.
     """
-    file, folder = dataset.place(part)
+    file, source = dataset.annotations(part), dataset.images(part)
     images = annotations.images
     names = [image.file_name for image in images]
-    faults = [one for one in image_file_faults(names, folder) if all_there or one.kind != "missing"]
+    faults = [one for one in image_file_faults(names, source) if all_there or one.kind != "missing"]
     if faults:
         first, count = faults[0], sum(one.kind == faults[0].kind for one in faults)
         more = f" ({count} of {len(images)} images are like this)" if count > 1 else ""
@@ -126,7 +114,7 @@ def require_evaluation(dataset: Dataset, *, part: str = "val", masks: bool = Fal
         AnnotationError: the annotations are not in order, or do not know a base name.
     """
     dataset.require(part)
-    path = dataset.place(part)[0]
+    path = dataset.annotations(part)
     annotations = evaluation_annotations(path, dataset.split)
     require_image_files(dataset, part, annotations, all_there=True)
     if masks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from ezsd.adapt import crop_accuracy, flatten, tune_layer_norms
 from ezsd.crops import crop_boxes
 from ezsd.data.annotations import Annotations
 from ezsd.pipeline.config.schema import AdaptConfig, ProposalConfig
-from ezsd.pipeline.data.images import Exif, read_dataset_image, require_few_bad
+from ezsd.pipeline.data.image_source import ImageSource
+from ezsd.pipeline.data.images import require_few_bad
 from ezsd.pipeline.data.requirements import held_out_images, too_few_to_hold_out
 from ezsd.pipeline.devices import is_out_of_memory
 from ezsd.pipeline.errors import ConfigError, ImageError
@@ -34,9 +34,8 @@ class CropSource:
     def __init__(
         self,
         annotations: Annotations,
-        root: Path,
+        images: ImageSource,
         *,
-        exif: Exif,
         size: int,
         crops: ProposalConfig,
         most_bad: int = 0,
@@ -45,7 +44,7 @@ class CropSource:
         self.most_bad = most_bad
         self.bad: dict[int, str] = {}
         """Images left out so far, by id, and why."""
-        self.root, self.exif = root, exif
+        self.images = images
         self.size = size
         self.ratio = crops.crop_ratio
         self.surround = crops.padding
@@ -64,7 +63,7 @@ class CropSource:
             return self._memo[position], label
         record = self.annotations.images[position]
         try:
-            pixels = read_dataset_image(self.root, record, self.exif)
+            pixels = self.images.read(record)
         except ImageError as error:
             self._leave_out(record.id, error)
             return torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8), label[:0]
@@ -114,9 +113,8 @@ class CropSource:
 def adapt_teacher(
     teacher: Teacher,
     annotations: Annotations,
-    root: Path,
+    images: ImageSource,
     *,
-    exif: Exif,
     config: AdaptConfig,
     crops: ProposalConfig,
     seed: int,
@@ -127,8 +125,7 @@ def adapt_teacher(
     Args:
         teacher: tuned in place.
         annotations: BASE boxes of the training split.
-        root: image folder.
-        exif: the dataset's rule.
+        images: those of the annotations.
         config: see `AdaptConfig`.
         crops: how boxes are cropped, as in the later stages.
         seed: of the held-out choice and the shuffling.
@@ -142,7 +139,7 @@ def adapt_teacher(
         ConfigError: there are too few base boxes to hold some out, or too many crops in a step for the memory.
         ImageError: more images than that cannot be read.
     """
-    source = CropSource(annotations, root, exif=exif, size=teacher.input_size, crops=crops, most_bad=most_bad)
+    source = CropSource(annotations, images, size=teacher.input_size, crops=crops, most_bad=most_bad)
     with_boxes = np.unique(annotations.image_index)
     held = held_out_images(len(with_boxes), config.held_out)
     if too_few_to_hold_out(len(with_boxes), config.held_out):

@@ -20,7 +20,7 @@ from ezsd.cache import JSON, PER_STORE, PRODUCTS, Block, Manifest, Store, StoreM
 from ezsd.data.annotations import Annotations
 from ezsd.pipeline.config.schema import Config, TeacherConfig
 from ezsd.pipeline.data.datasets import require_prompts
-from ezsd.pipeline.data.images import most_bad_images, read_dataset_image, require_few_bad
+from ezsd.pipeline.data.images import most_bad_images, require_few_bad
 from ezsd.pipeline.data.requirements import (
     require_evaluation,
     require_image_files,
@@ -216,7 +216,7 @@ def require_buildable(request: BuildRequest, annotations: Annotations) -> None:
     if too_few_to_hold_out(with_boxes, config.adapt.held_out):
         cure = "add boxes of base names" if request.limit is None else f"raise `limit={request.limit}`"
         raise ConfigError(
-            f"{dataset.place('train')[0]}: re-normalisation needs base boxes in at least 2 images, found them in "
+            f"{dataset.annotations('train')}: re-normalisation needs base boxes in at least 2 images, found them in "
             f"{with_boxes}; {cure}"
         )
     require_image_files(dataset, "train", annotations, all_there=False)
@@ -323,8 +323,7 @@ def adapted(
     values, tuned = adapt_teacher(
         teacher,
         annotations,
-        dataset.root / dataset.train_images,
-        exif=dataset.exif,
+        dataset.images("train"),
         config=config.adapt,
         crops=config.proposals,
         seed=config.build.seed,
@@ -341,12 +340,12 @@ def adapted(
 
 def _retry_mended(writer: StoreWriter, request: BuildRequest, source: _Source) -> None:
     """Have the blocks done again of which an image could not be read when they were, and now can."""
-    folder = request.dataset.root / request.dataset.train_images
+    images = request.dataset.images("train")
     bad, mended = writer.bad_images(), list[int]()
     for record in source.annotations.images:
         if record.id in bad:
             with contextlib.suppress(ImageError):
-                read_dataset_image(folder, record, request.dataset.exif)
+                images.read(record)
                 mended.append(record.id)
     writer.retry_images(mended)
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ezsd.boxes import clip
 from ezsd.cache import Forecast, forecast
-from ezsd.data.annotations import Annotations, ImageRecord, resolve_image_path
+from ezsd.data.annotations import Annotations, ImageRecord
 from ezsd.pipeline.config.schema import Config, ProposalConfig
-from ezsd.pipeline.data.images import most_bad_images, read_dataset_image, require_few_bad
+from ezsd.pipeline.data.images import most_bad_images, require_few_bad
 from ezsd.pipeline.extraction.anchors import encoded_at_most, image_anchors
 from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
@@ -100,9 +100,9 @@ def forecast_build(request: BuildRequest, *, probe_seconds: float = 10.0) -> Bui
 
 def _missing(request: BuildRequest, annotations: Annotations) -> dict[int, str]:
     """Images that are not there, by id, and what there is to say of them."""
-    folder, missing = request.dataset.root / request.dataset.train_images, dict[int, str]()
+    source, missing = request.dataset.images("train"), dict[int, str]()
     for image in annotations.images:
-        path = resolve_image_path(folder, image.file_name)
+        path = source.find(image.file_name)
         if not path.is_file():
             missing[image.id] = f"{path}: no such image"
     return missing
@@ -125,13 +125,12 @@ def _passes(config: Config, annotations: Annotations) -> int:
 
 def _probe(request: BuildRequest, images: Sequence[ImageRecord], teacher: Teacher, seconds: float) -> Probe:
     """Encode anchors of images, over and over, as long as there is time for another batch."""
-    encoder = CropEncoder(teacher, request.config)
-    folder = request.dataset.root / request.dataset.train_images
+    encoder, source = CropEncoder(teacher, request.config), request.dataset.images("train")
     # A slow machine is not done with a whole batch in time: batches grow to a fifth of it at most.
     size, crops, began = SHORT, 0, None
     with single_thread():
         for image in itertools.cycle(images):
-            pixels = read_dataset_image(folder, image, request.dataset.exif).to(getattr(teacher, "device", "cpu"))
+            pixels = source.read(image).to(getattr(teacher, "device", "cpu"))
             boxes = _some_boxes(request.config.proposals, image)
             while len(boxes):
                 if began is None:

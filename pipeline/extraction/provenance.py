@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ezsd.cache import JSON, Manifest, Origin, images_digest
-from ezsd.data.annotations import Annotations, ImageRecord, resolve_image_path
+from ezsd.data.annotations import Annotations, ImageRecord
 from ezsd.errors import AnnotationError
 from ezsd.pipeline.config.names import with_former_names, with_todays_names
 from ezsd.pipeline.config.schema import STAGE_ONE, Config, from_tables, to_tables
 from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.images import look, reads_as_before
 from ezsd.pipeline.errors import ImageError
 from ezsd.pipeline.extraction.external_proposals import boxes_digest
@@ -91,11 +91,11 @@ def images_read(dataset: Dataset, annotations: Annotations) -> dict[str, dict[st
     if dataset.exif == "legacy":
         return {}
     found: dict[str, str] = {}
-    folder = dataset.root / dataset.train_images
+    source = dataset.images("train")
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(annotations.images), _LOOKED_AT_ONCE):
             records = annotations.images[start : start + _LOOKED_AT_ONCE]
-            for turned, converted in pool.map(partial(_image_read, dataset, folder), records):
+            for turned, converted in pool.map(partial(_image_read, source), records):
                 found |= {"exif": "turn"} if turned else {}
                 found |= {"modes": "converted"} if converted else {}
             if len(found) == 2:
@@ -103,11 +103,11 @@ def images_read(dataset: Dataset, annotations: Annotations) -> dict[str, dict[st
     return {"images": found} if found else {}
 
 
-def _image_read(dataset: Dataset, folder: Path, record: ImageRecord) -> tuple[bool, bool]:
+def _image_read(source: ImageSource, record: ImageRecord) -> tuple[bool, bool]:
     """True for an image that is turned, and for one whose mode is read otherwise than before there was a rule."""
     try:
-        path = resolve_image_path(folder, record.file_name)
-        reading = look(path, (record.width, record.height), dataset.exif)
+        path = source.find(record.file_name)
+        reading = look(path, (record.width, record.height), source.exif)
         return reading.turned, not reads_as_before(path, reading)
     except (AnnotationError, ImageError):
         # It has no rows; whether it may be left out is decided where they would be made.

@@ -19,7 +19,6 @@ from ezsd.data.annotations import Annotations
 from ezsd.errors import TeacherError
 from ezsd.pipeline.config.schema import Config, TeacherConfig
 from ezsd.pipeline.data.datasets import Dataset
-from ezsd.pipeline.data.images import read_dataset_image
 from ezsd.pipeline.errors import ImageError
 from ezsd.teacher.open_clip import NORMALISATIONS, OpenClipTeacher, Teacher, load_teacher
 from ezsd.teacher.requirements import TINY_SHAPES
@@ -119,11 +118,10 @@ def _first_crops(config: Config, dataset: Dataset, annotations: Annotations, siz
     """Crops (B, 3, S, S), float in [0, 1]: base boxes, quarters and whole of the block's first images."""
     crops: list[Tensor] = []
     bad: ImageError | None = None
-    settings = config.proposals
+    settings, source = config.proposals, dataset.images("train")
     for position, record in enumerate(annotations.images[: config.build.block_images]):
-        folder = dataset.root / dataset.train_images
         try:
-            pixels = read_dataset_image(folder, record, dataset.exif)
+            pixels = source.read(record)
         except ImageError as error:
             # Whether it may be left out is decided where its rows would be made.
             bad = error

@@ -22,7 +22,8 @@ from ezsd.data.annotations import Annotations
 from ezsd.pipeline.config.schema import Config
 from ezsd.pipeline.data.annotation_cache import training_annotations
 from ezsd.pipeline.data.datasets import Dataset
-from ezsd.pipeline.data.images import most_bad_images, portable_reason, read_dataset_image, require_few_bad
+from ezsd.pipeline.data.image_source import ImageSource
+from ezsd.pipeline.data.images import most_bad_images, require_few_bad
 from ezsd.pipeline.errors import ImageError
 from ezsd.pipeline.extraction.anchors import look_at_anchors
 from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread
@@ -69,6 +70,7 @@ class _Worker:
 
     config: Config
     dataset: Dataset
+    images: ImageSource
     annotations: Annotations
     teacher: Teacher
     encoder: CropEncoder
@@ -79,11 +81,6 @@ class _Worker:
     """Images that may be left out because they cannot be read."""
     given: Mapping[int, Columns] | None
     """Proposals by image, where a file has them."""
-
-    @property
-    def folder(self) -> Path:
-        """Where the images lie."""
-        return self.dataset.root / self.dataset.train_images
 
 
 @lru_cache(maxsize=1)
@@ -100,6 +97,7 @@ def _worker(job: ExtractJob) -> _Worker:
     return _Worker(
         config=config,
         dataset=dataset,
+        images=dataset.images("train"),
         annotations=annotations,
         teacher=teacher,
         encoder=CropEncoder(teacher, config),
@@ -171,7 +169,7 @@ def _extract(job: ExtractJob, block: Block, left_out: Collection[int] | None = N
                 if left_out is not None or not worker.most_bad:
                     raise
                 log.warning("left out: %s", error)
-                bad[view.record.id] = portable_reason(error, worker.folder)
+                bad[view.record.id] = worker.images.portable_reason(error)
                 images.append(_no_rows(worker.teacher.embed_dim))
             passes += view.passes
     return _Extracted(_collate(images), passes, bad)
@@ -194,7 +192,7 @@ def _views(worker: _Worker, block: Block) -> Generator[_View, None, None]:
 
 def _read(worker: _Worker, position: int) -> Tensor:
     """(3, H, W) uint8."""
-    return read_dataset_image(worker.folder, worker.annotations.images[position], worker.dataset.exif)
+    return worker.images.read(worker.annotations.images[position])
 
 
 def _no_rows(embed_dim: int) -> dict[str, Columns]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ezsd.data.masks import decode, decompress, json_run_lengths
 from ezsd.detector.model import Detections
 from ezsd.errors import VocabularyError
-from ezsd.pipeline.data.images import ImageSource, to_image
+from ezsd.pipeline.data.images import ImageLike, to_image
 from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.inference.fonts import require_named_font
@@ -193,7 +193,7 @@ class Model:
 
     def __call__(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: ImageLike | Sequence[ImageLike],
         names: Sequence[str] | str | None = None,
         *,
         threshold: float = 0.3,
@@ -219,12 +219,12 @@ class Model:
         wanted = resolve_names(self._run, _checked_names(names))
         single = not isinstance(images, list | tuple)
         # A text is a sequence too, which a type checker cannot rule out.
-        sources: list[ImageSource] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
+        sources: list[ImageLike] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
         results = [detections for _, detections in self.each(sources, wanted, threshold=threshold, alone=alone)]
         return results[0] if single else results
 
     def each(
-        self, images: Sequence[ImageSource], names: Sequence[str], *, threshold: float, alone: bool
+        self, images: Sequence[ImageLike], names: Sequence[str], *, threshold: float, alone: bool
     ) -> Iterator[tuple[Tensor, ImageDetections]]:
         """Iterate over images: pixels (3, H, W) uint8 and detections of each, computed a few images at a time.
 

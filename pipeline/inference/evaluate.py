@@ -21,7 +21,7 @@ from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Results, read_truth, with_mas
 from ezsd.pipeline.config.schema import changed_settings, from_tables, setting_of, to_tables
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
-from ezsd.pipeline.data.images import Exif, read_dataset_image
+from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.requirements import require_evaluation
 from ezsd.pipeline.errors import ArgumentError, ConfigError, DatasetError, RunError
 from ezsd.pipeline.extraction.adapt import CropSource
@@ -65,11 +65,10 @@ def run_dataset(run: Run, data_root: Path | None) -> Dataset:
 def detect_split(
     trained: TrainedDetector,
     annotations: Annotations,
-    root: Path,
+    source: ImageSource,
     text: Tensor,
     stage: str,
     *,
-    exif: Exif,
     masks: bool = True,
     alone: bool = False,
 ) -> Results:
@@ -84,7 +83,7 @@ def detect_split(
     run_lengths: list[bytes] = []
     with Progress(stage, len(annotations.images), unit="image") as progress:
         for records in _chunks(annotations.images, BATCH_IMAGES):
-            images = [read_dataset_image(root, record, exif) for record in records]
+            images = [source.read(record) for record in records]
             detected = trained.detect(images, search, keep=KEEP, masks=masks)
             for record, image, one in zip(records, images, detected, strict=True):
                 ids.append(np.full(len(one.boxes), record.id, np.int64))
@@ -136,16 +135,13 @@ def evaluate_run(
     trained, dataset = load_trained(run, device, overrides), run_dataset(run, data_root)
     if trained.names != dataset.split.names:
         raise RunError(f"`run={run.folder}`: trained for other names than dataset {dataset.name} has now")
-    path, root = _split_places(dataset, split)
+    path, source = _split_places(dataset, split)
     annotations = require_evaluation(dataset, part=split)
     truth = read_truth(path, dataset.split)
     if trained.config.model.masks:
         truth = with_masks(truth)
     began = time.perf_counter()
-    found = {
-        space: _rounded(_search(trained, annotations, root, space, exif=dataset.exif))
-        for space in _spaces(classes, alone=alone)
-    }
+    found = {space: _rounded(_search(trained, annotations, source, space)) for space in _spaces(classes, alone=alone)}
     result = document(truth, found, max_detections)
     if overrides:
         result["settings"] = changed_settings(overrides, trained.config)
@@ -176,23 +172,19 @@ def _spaces(classes: Classes | None, *, alone: bool) -> tuple[Space, ...]:
     return ("generalised", "novel_alone") if alone else ("generalised",)
 
 
-def _split_places(dataset: Dataset, split: str) -> tuple[Path, Path]:
-    """Annotations and image folder."""
-    places = {
-        "val": (dataset.val_annotations, dataset.val_images),
-        "train": (dataset.train_annotations, dataset.train_images),
-    }
-    if split not in places:
-        raise ArgumentError(f"`split={split}`: expected one of {', '.join(places)}")
-    annotations, images = places[split]
-    return dataset.root / annotations, dataset.root / images
+def _split_places(dataset: Dataset, split: str) -> tuple[Path, ImageSource]:
+    """Annotations and images."""
+    parts = ("val", "train")
+    if split not in parts:
+        raise ArgumentError(f"`split={split}`: expected one of {', '.join(parts)}")
+    return dataset.annotations(split), dataset.images(split)
 
 
-def _search(trained: TrainedDetector, annotations: Annotations, root: Path, space: Space, *, exif: Exif) -> Results:
+def _search(trained: TrainedDetector, annotations: Annotations, source: ImageSource, space: Space) -> Results:
     """Detect the names of a label space; class indices are those of the whole split."""
     members, alone = class_slice(SPACES[space], len(trained.names), trained.base_count), space.endswith("alone")
     stage = "detect" if space == "generalised" else f"detect {space.replace('_', ' ')}"
-    found = detect_split(trained, annotations, root, trained.text[members], stage, exif=exif, alone=alone)
+    found = detect_split(trained, annotations, source, trained.text[members], stage, alone=alone)
     return dataclasses.replace(found, class_index=found.class_index + members.start)
 
 
@@ -224,8 +216,7 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Pa
     made_with = proposal_settings(run_manifest(run))
     # The store's own crop rule, which runs of earlier versions do not record.
     crops = from_tables(to_tables(config) | {"proposals": dict(made_with)}, where="store").proposals
-    folder = dataset.root / dataset.val_images
-    source = CropSource(annotations, folder, exif=dataset.exif, size=teacher.input_size, crops=crops)
+    source = CropSource(annotations, dataset.images("val"), size=teacher.input_size, crops=crops)
     single = ~annotations.crowd
     is_base = annotations.class_index < len(dataset.split.base)
 

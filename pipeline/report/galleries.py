@@ -21,7 +21,6 @@ from ezsd.errors import AnnotationError
 from ezsd.pipeline.console.options import as_options
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset
-from ezsd.pipeline.data.images import read_dataset_image
 from ezsd.pipeline.errors import DamagedFile, DatasetError, ImageError, RunError, is_of_a_place
 from ezsd.pipeline.extraction.annotation_check import checked_annotations
 from ezsd.pipeline.files import read_objects
@@ -83,11 +82,11 @@ def readable_gallery(make: Callable[[], Sequence[PanelPair]]) -> Gallery:
 def detection_figures(main: RunData, dataset: Dataset, count: int) -> list[PanelPair]:
     """Ground truth beside detections, of `count` validation images."""
     by_image = _detections_by_image(main)
-    annotations = evaluation_annotations(dataset.root / dataset.val_annotations, dataset.split)
+    annotations, source = evaluation_annotations(dataset.annotations("val"), dataset.split), dataset.images("val")
     figures = []
     for position in _choose(annotations, range(len(annotations.images)), main.novel, count):
         record = annotations.images[position]
-        pixels = read_dataset_image(dataset.root / dataset.val_images, record, dataset.exif)
+        pixels = source.read(record)
         best = sorted(by_image.get(record.id, []), key=lambda entry: -entry["score"])[:SHOWN_DETECTIONS]
         xywh = np.array([entry["bbox"] for entry in best], np.float32).reshape(-1, 4)
         boxes = torch.from_numpy(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1))
@@ -133,13 +132,13 @@ def region_figures(main: RunData, dataset: Dataset, count: int) -> list[PanelPai
     """Ground truth beside the store's surest regions, of `count` training images."""
     store = run_store(main)
     checked_annotations(store, dataset)
-    annotations = evaluation_annotations(dataset.root / dataset.train_annotations, dataset.split)
+    annotations, source = evaluation_annotations(dataset.annotations("train"), dataset.split), dataset.images("train")
     regions, (table, _) = store.regions, store.text
     positions = [position for position, image_id in enumerate(annotations.images.id.tolist()) if image_id in regions]
     figures = []
     for position in _choose(annotations, positions, main.novel, count):
         record = annotations.images[position]
-        pixels = read_dataset_image(dataset.root / dataset.train_images, record, dataset.exif)
+        pixels = source.read(record)
         boxes, names = _best_regions(regions[record.id], table)
         truth = _truth_panel(pixels, annotations, position, main.novel)
         figures.append(

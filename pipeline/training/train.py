@@ -24,7 +24,7 @@ from ezsd.detector.model import Batch, Detector
 from ezsd.kernels import require_backend
 from ezsd.pipeline.config.schema import Config, TrainConfig, to_tables
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
-from ezsd.pipeline.data.images import Exif, read_dataset_image
+from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.mask_cache import training_masks
 from ezsd.pipeline.devices import is_out_of_memory
 from ezsd.pipeline.errors import ConfigError, DatasetError, NonFiniteLoss, RunError
@@ -195,7 +195,7 @@ def training_samples(
         log.info("%d of %d images could not be read when the store was built and are left out", len(bad), len(images))
     return DetectionDataset(
         [image for image in store.image_ids.tolist() if image not in bad],
-        partial(_read_by_id, dataset.root / dataset.train_images, images, dataset.exif),
+        partial(_read_by_id, dataset.images("train"), images),
         partial(_size_by_id, images),
         store.ground_truth,
         store.regions,
@@ -406,8 +406,8 @@ def store_dataset(store: Store, data_root: Path | None) -> Dataset:
     return recorded_dataset(environment.get("dataset"), str(fields["name"]), data_root).require("train")
 
 
-def _read_by_id(root: Path, images: ImageTable, exif: Exif, image_id: int) -> Tensor:
-    return read_dataset_image(root, _record(images, image_id), exif)
+def _read_by_id(source: ImageSource, images: ImageTable, image_id: int) -> Tensor:
+    return source.read(_record(images, image_id))
 
 
 def _size_by_id(images: ImageTable, image_id: int) -> tuple[int, int]:

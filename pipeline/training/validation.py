@@ -79,9 +79,8 @@ class Validation:
             detector.load_state_dict(self.trainer.average.state)
         detector.eval()
         try:
-            root = self.dataset.root / self.dataset.val_images
-            annotations, exif = evaluation_annotations(path, split), self.dataset.exif
-            found = detect_split(trained, annotations, root, text, "validate", exif=exif, masks=False)
+            annotations, images = evaluation_annotations(path, split), self.dataset.images("val")
+            found = detect_split(trained, annotations, images, text, "validate", masks=False)
         finally:
             detector.train()
             if own is not None:

@@ -22,7 +22,8 @@ from ezsd.pipeline.console.arguments import find_images
 from ezsd.pipeline.data import images
 from ezsd.pipeline.data.check import check_dataset
 from ezsd.pipeline.data.datasets import find_dataset, from_definition
-from ezsd.pipeline.data.images import ALPHA, MAX_PIXELS, SIXTEEN_BITS, look, read_dataset_image, read_image, read_pixels
+from ezsd.pipeline.data.image_source import ImageFolder
+from ezsd.pipeline.data.images import ALPHA, MAX_PIXELS, SIXTEEN_BITS, look, read_image, read_pixels
 from ezsd.pipeline.errors import DatasetError, ImageError
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
@@ -89,7 +90,7 @@ def test_an_image_is_turned_where_the_turned_size_is_the_stated_one(orientation,
     if by_size(stored) != size:
         np.testing.assert_array_equal(read_pixels(path, by_size(stored), "turn"), stored)
     record = ImageRecord(1, "a.png", *size)
-    np.testing.assert_array_equal(read_dataset_image(tmp_path, record, "turn").permute(1, 2, 0), shown)
+    np.testing.assert_array_equal(ImageFolder("turn", tmp_path).read(record).permute(1, 2, 0), shown)
     assert look(path, size).size == size
 
 

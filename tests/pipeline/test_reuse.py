@@ -11,6 +11,7 @@ import ezsd.pipeline.extraction.jobs
 import ezsd.pipeline.extraction.worker
 from ezsd.cache import Store, StoreMismatch, compare, repair, verify
 from ezsd.pipeline.console.store_messages import repair_lines
+from ezsd.pipeline.data.image_source import ImageFolder
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.repair import repair_store
 from ezsd.pipeline.extraction.request import BuildRequest
@@ -82,10 +83,8 @@ def test_no_image_is_read_of_which_nothing_is_encoded(build, with_settings, tmp_
     every = {"drop_base_guesses": False, "max_regions": 1000}
     build(with_settings(teacher={"background": None}, proposals=every), "every")
     crops_seen.clear()
-    read, real = [], ezsd.pipeline.extraction.worker.read_dataset_image
-    monkeypatch.setattr(
-        ezsd.pipeline.extraction.worker, "read_dataset_image", lambda *place: read.append(place) or real(*place)
-    )
+    read, real = [], ImageFolder.read
+    monkeypatch.setattr(ImageFolder, "read", lambda *image: read.append(image) or real(*image))
     few = with_settings(teacher={"background": None}, proposals=every | {"max_regions": 4})
     assert build(few, "few", reuse=tmp_path / "every").computed == ("regions",)
     assert (crops_seen, read) == ([], [])
