@@ -159,14 +159,10 @@ def score(trained: TrainedDetector, dataset: Dataset) -> driver.Row:
     """
     if trained.names != SHAPES_SPLIT.names:
         raise ValueError(f"expected text rows of {SHAPES_SPLIT.names}, found {trained.names}")
-    path, root = dataset.root / dataset.val_annotations, dataset.root / dataset.val_images
+    path, images = dataset.annotations("val"), dataset.images("val")
     annotations, first = evaluation_annotations(path, dataset.split), len(dataset.split.base)
-    every = evaluate(
-        path, detect_split(trained, annotations, root, trained.text, "detect", exif=dataset.exif), dataset.split
-    )
-    found = detect_split(
-        trained, annotations, root, trained.text[first:], "detect novel alone", exif=dataset.exif, alone=True
-    )
+    every = evaluate(path, detect_split(trained, annotations, images, trained.text, "detect"), dataset.split)
+    found = detect_split(trained, annotations, images, trained.text[first:], "detect novel alone", alone=True)
     alone = replace(found, class_index=found.class_index + first)
     novel = evaluate(path, alone, dataset.split, names=dataset.split.novel)["novel"]
     groups = {"base": every["base"], "novel": every["novel"], "all": every["all"], "novel_only": novel}

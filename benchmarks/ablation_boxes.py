@@ -19,7 +19,6 @@ from ezsd.detector.model import Detector
 from ezsd.pipeline.config.schema import ProposalConfig
 from ezsd.pipeline.data.annotation_cache import training_annotations
 from ezsd.pipeline.data.datasets import Dataset
-from ezsd.pipeline.data.images import read_dataset_image
 from ezsd.pipeline.extraction.anchors import image_anchors
 from ezsd.pipeline.files import write_text
 from ezsd.pipeline.inference.predictor import load_trained
@@ -57,9 +56,9 @@ def random_anchors(store: Store, dataset: Dataset, grid: ProposalConfig, *, seed
 
 def network_proposals(run: Run, store: Store, dataset: Dataset, *, as_many: bool) -> Found:
     """What a run's proposal network hands on, best first: as many as an image has regions in the store, or all."""
-    detector = load_trained(run, "cpu").detector
+    detector, images = load_trained(run, "cpu").detector, dataset.images("train")
     for image in _images(dataset):
-        boxes = network_boxes(detector, read_dataset_image(dataset.root / dataset.train_images, image, dataset.exif))
+        boxes = network_boxes(detector, images.read(image))
         yield _ranked(image.id, boxes.numpy(), store if as_many else None)
 
 

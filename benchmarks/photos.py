@@ -20,7 +20,6 @@ from ezsd.cache import Store
 from ezsd.data.annotations import load_evaluation
 from ezsd.metrics.recall import recall_at
 from ezsd.pipeline.config.schema import from_tables, load_preset, to_tables
-from ezsd.pipeline.data.images import read_dataset_image
 from ezsd.pipeline.extraction.anchors import image_anchors
 from ezsd.pipeline.extraction.provenance import model_inputs, proposal_settings
 from ezsd.pipeline.inference.evaluation_tables import headline
@@ -67,8 +66,7 @@ def draw(store: Store, data_root: Path | None, out: Path) -> None:
     for image in truth.images:
         if image.id not in set(store.image_ids.tolist()):
             continue
-        folder = dataset.root / dataset.train_images
-        pixels = read_dataset_image(folder, image, dataset.exif)
+        pixels = dataset.images("train").read(image)
         regions = store.regions[image.id]
         captions = [f"{names[c]} {v:.2f}" for c, v in zip(regions.class_index[:10], regions.confidence, strict=False)]
         draw_boxes(pixels, torch.from_numpy(regions.box[:10].copy()), captions).save(out / f"{image.id}.png")

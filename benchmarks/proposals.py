@@ -34,7 +34,6 @@ from ezsd.data.annotations import Annotations, load_evaluation
 from ezsd.metrics.recall import recall_at
 from ezsd.pipeline.config.schema import Config, load_preset
 from ezsd.pipeline.data.datasets import Dataset, find_dataset
-from ezsd.pipeline.data.images import read_dataset_image
 from ezsd.pipeline.data.shapes import write_shapes
 from ezsd.pipeline.extraction.anchors import image_anchors, look_at_anchors
 from ezsd.pipeline.extraction.build import build_cache
@@ -167,7 +166,7 @@ def novel_boxes(truth: Annotations, position: int, base_count: int) -> np.ndarra
 def read_picture(dataset: Dataset, truth: Annotations, position: int) -> Picture:
     """One training image."""
     image = truth.images[position]
-    pixels = read_dataset_image(dataset.root / dataset.train_images, image, dataset.exif)
+    pixels = dataset.images("train").read(image)
     return Picture(name=str(image.id), pixels=pixels, novel=novel_boxes(truth, position, len(dataset.split.base)))
 
 

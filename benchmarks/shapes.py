@@ -38,14 +38,8 @@ def permuted_control(run: Run, data: Path) -> dict[str, float | None]:
     """AP50 of a run with permuted novel names."""
     trained, dataset = permuted(load_trained(run, "cpu")), run_dataset(run, data)
     path = dataset.root / dataset.val_annotations
-    found = detect_split(
-        trained,
-        load_evaluation(path, dataset.split),
-        dataset.root / dataset.val_images,
-        trained.text,
-        "control",
-        exif=dataset.exif,
-    )
+    annotations = load_evaluation(path, dataset.split)
+    found = detect_split(trained, annotations, dataset.images("val"), trained.text, "control")
     scores = evaluate(path, found, dataset.split)
     return {group: scores[group]["AP50"] for group in GROUPS}
 

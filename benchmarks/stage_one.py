@@ -46,7 +46,6 @@ from ezsd.choices import Precision
 from ezsd.crops import crop_boxes
 from ezsd.pipeline.config.schema import Config, load_preset
 from ezsd.pipeline.data.datasets import find_dataset
-from ezsd.pipeline.data.images import read_dataset_image
 from ezsd.pipeline.extraction.anchors import image_anchors
 from ezsd.pipeline.extraction.build import embed_names, extract_job
 from ezsd.pipeline.extraction.provenance import describe
@@ -195,8 +194,7 @@ class Recipe:
 
     def pixels(self, position: int) -> Tensor:
         """The image, (3, H, W) uint8."""
-        dataset = self.request.dataset
-        return read_dataset_image(dataset.root / dataset.train_images, self.annotations.images[position], dataset.exif)
+        return self.request.dataset.images("train").read(self.annotations.images[position])
 
     @torch.no_grad()
     def embed(self, position: int, boxes: Tensor) -> Tensor:
