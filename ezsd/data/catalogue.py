@@ -8,13 +8,13 @@ in no list and without a box nothing is known.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 from ezsd.data.records import unfit
-from ezsd.data.stream import FILE_CURE, open_json
+from ezsd.data.stream import FILE_CURE
 from ezsd.errors import AnnotationError
 from ezsd.vocabulary import canonical
 
@@ -61,56 +61,66 @@ class Catalogue:
         return [known.get(canonical(name), "") for name in names]
 
 
-def read_catalogue(path: Path) -> Catalogue:
-    """Read the class table and the federated lists of a file; the rest of it is for `read_raw` to check.
+class CatalogueReader:
+    """Makes the catalogue of a file from its entries, while others read them too.
 
-    Raises:
-        AnnotationError: the file cannot be read, is not valid JSON or has no class table; some images have federated
-            lists and others none, a list holds something else than ids, or a category of a federated file has no
-            frequency.
+    The rest of an entry is for others to check, and so what is wrong is not raised before the catalogue is asked for.
     """
-    categories: list[Mapping[str, object]] = []
-    lists = Federated()
-    bare: int | None = None
-    for section, position, entry in _entries(path):
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._categories: list[Mapping[str, object]] = []
+        self._lists = Federated()
+        self._bare: int | None = None
+        self._wrong: AnnotationError | None = None
+
+    def note(self, section: str, position: int, entry: object) -> None:
+        """Take in the next entry of the list "images", "annotations" or "categories"."""
+        if self._wrong is None:
+            try:
+                self._note(section, position, entry)
+            except AnnotationError as error:
+                self._wrong = error
+
+    def _note(self, section: str, position: int, entry: object) -> None:
+        if not isinstance(entry, dict):
+            raise unfit(self._path, f"{section}[{position}]", "an object", reprlib.repr(entry), FILE_CURE)
         if section == "categories":
             name = entry.get("name")
             if not isinstance(name, str) or type(entry.get("id")) is not int:
-                raise unfit(path, f"categories[{position}]", "a name and an id", reprlib.repr(entry), FILE_CURE)
-            categories.append(entry)
+                raise unfit(self._path, f"categories[{position}]", "a name and an id", reprlib.repr(entry), FILE_CURE)
+            self._categories.append(entry)
         elif section == "annotations":
-            _note_annotation(lists, entry)
+            _note_annotation(self._lists, entry)
         elif "neg_category_ids" in entry:
             number = entry.get("id")
             if type(number) is not int:
-                raise unfit(path, f"images[{position}].id", "a whole number", reprlib.repr(number), FILE_CURE)
-            lists.negative[number] = _numbers(path, position, entry, "neg_category_ids")
-            lists.not_exhaustive[number] = _numbers(path, position, entry, "not_exhaustive_category_ids")
-        else:
-            bare = position if bare is None else bare
-    if not categories:
-        raise unfit(path, "categories", "a list of classes", "none", FILE_CURE)
-    if lists.negative and bare is not None:
-        raise _wrong(path, f"images[{bare}].neg_category_ids", "a list, as other images of the file have", "nothing")
-    federated = lists if lists.negative else None
-    return Catalogue(
-        ids={str(entry["name"]): cast("int", entry["id"]) for entry in categories},
-        frequency=_frequencies(path, categories) if federated else {},
-        federated=federated,
-    )
+                raise unfit(self._path, f"images[{position}].id", "a whole number", reprlib.repr(number), FILE_CURE)
+            self._lists.negative[number] = _numbers(self._path, position, entry, "neg_category_ids")
+            self._lists.not_exhaustive[number] = _numbers(self._path, position, entry, "not_exhaustive_category_ids")
+        elif self._bare is None:
+            self._bare = position
 
+    def catalogue(self) -> Catalogue:
+        """The class table and the federated lists of the file.
 
-def _entries(path: Path) -> Iterator[tuple[str, int, Mapping[str, object]]]:
-    """Section, position and values of each object of the file's three lists."""
-    with open_json(path) as reader:
-        for section in reader.members():
-            if section not in ("images", "annotations", "categories") or reader.peek() != "[":
-                reader.value()
-                continue
-            for position, entry in enumerate(reader.entries()):
-                if not isinstance(entry, dict):
-                    raise unfit(path, f"{section}[{position}]", "an object", reprlib.repr(entry), FILE_CURE)
-                yield section, position, entry
+        Raises:
+            AnnotationError: an entry is no object, or there is no class table; some images have federated lists and
+                others none, a list holds something else than ids, or a category of a federated file has no frequency.
+        """
+        if self._wrong is not None:
+            raise self._wrong
+        if not self._categories:
+            raise unfit(self._path, "categories", "a list of classes", "none", FILE_CURE)
+        negative = self._lists.negative
+        if negative and self._bare is not None:
+            where = f"images[{self._bare}].neg_category_ids"
+            raise _wrong(self._path, where, "a list, as other images of the file have", "nothing")
+        return Catalogue(
+            ids={str(entry["name"]): cast("int", entry["id"]) for entry in self._categories},
+            frequency=_frequencies(self._path, self._categories) if negative else {},
+            federated=self._lists if negative else None,
+        )
 
 
 def _note_annotation(lists: Federated, entry: Mapping[str, object]) -> None:

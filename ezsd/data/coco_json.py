@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ezsd.data.catalogue import Catalogue, CatalogueReader
 from ezsd.data.records import unfit
 from ezsd.data.stream import FILE_CURE, JsonError, JsonReader, is_finite, open_json
 from ezsd.errors import AnnotationError
@@ -102,6 +103,8 @@ class AnnotationColumns:
     area: array[float] = field(default_factory=lambda: array("d"))
     """Pixels, as stated; NaN where no finite number from 0 on is."""
     crowd: array[int] = field(default_factory=lambda: array("b"))
+    segmentation: list[object] = field(default_factory=list)
+    """What `read_table` was told to keep of each; empty unless it was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +116,13 @@ class Table:
     categories: CategoryColumns = field(default_factory=CategoryColumns)
     annotations: AnnotationColumns = field(default_factory=AnnotationColumns)
     faults: list[Fault] = field(default_factory=list)
+    federated: CatalogueReader | None = None
+    """What the catalogue is made of; None unless it was asked for."""
+
+    def catalogue(self) -> Catalogue:
+        """The class table with the federated lists. AnnotationError, see `CatalogueReader.catalogue`."""
+        assert self.federated is not None, "read_table was not asked for the catalogue"
+        return self.federated.catalogue()
 
     def sound(self, section: Section, key: str) -> npt.NDArray[np.bool_]:
         """Which entries of a list have no fault in this key nor as a whole."""
@@ -123,33 +133,43 @@ class Table:
         return sound
 
 
-def read_table(path: Path) -> Table:
-    """Read a file into columns.
+def read_table(path: Path, *, catalogue: bool = False, segmentation: Callable[[object], object] | None = None) -> Table:
+    """Read a file into columns, in one pass for everything that is asked of it.
+
+    Args:
+        path: a COCO-format JSON file.
+        catalogue: whether `Table.catalogue` is going to be asked for.
+        segmentation: what to keep of the segmentation of an annotation, which is None where it has none; None keeps
+            nothing.
 
     Raises:
         AnnotationError: the file cannot be read or is not an object in UTF-8 JSON without a byte order mark. Whatever
             else is wrong is among the table's faults.
     """
-    table = Table(path=path)
+    table = Table(path=path, federated=CatalogueReader(path) if catalogue else None)
     seen: set[str] = set()
     with open_json(path) as reader:
-        _read_document(reader, table, seen)
+        _read_document(reader, table, seen, segmentation)
     for section in SECTIONS:
         if section not in seen:
             table.faults.append(_list_fault(section, "nothing"))
     return table
 
 
-def _read_document(reader: JsonReader, table: Table, seen: set[str]) -> None:
+def _read_document(
+    reader: JsonReader, table: Table, seen: set[str], segmentation: Callable[[object], object] | None
+) -> None:
     if reader.peek() not in ("{", ""):
         raise unfit(table.path, "$", "an object", reprlib.repr(reader.value()), FILE_CURE)
     for key in reader.members():
-        _read_section(reader, key, table, seen)
+        _read_section(reader, key, table, seen, segmentation)
     if reader.peek():
         raise JsonError("something follows the outermost object")
 
 
-def _read_section(reader: JsonReader, key: str, table: Table, seen: set[str]) -> None:
+def _read_section(
+    reader: JsonReader, key: str, table: Table, seen: set[str], segmentation: Callable[[object], object] | None
+) -> None:
     readers: dict[Section, Callable[[Table, _Entry], None]] = {
         "images": _read_image,
         "categories": _read_category,
@@ -167,8 +187,14 @@ def _read_section(reader: JsonReader, key: str, table: Table, seen: set[str]) ->
         return
     # Lists that nobody asked for are walked over too, not held.
     for position, values in enumerate(reader.entries()):
-        if section is not None:
-            readers[section](table, _Entry(table.faults, section, position, values))
+        if section is None:
+            continue
+        readers[section](table, _Entry(table.faults, section, position, values))
+        if table.federated is not None:
+            table.federated.note(section, position, values)
+        if segmentation is not None and section == "annotations":
+            kept = segmentation(values.get("segmentation") if isinstance(values, dict) else None)
+            table.annotations.segmentation.append(kept)
 
 
 def _shown(value: object) -> str:

@@ -90,6 +90,43 @@ def outline_faults(path: Path, size: npt.NDArray[np.int32]) -> Iterator[Fault | 
                 yield None
 
 
+def early_outline(value: object) -> object:
+    """What is kept of a segmentation until the size of its image is known, as small as may be; see `late_outline`."""
+    if not isinstance(value, list) or not value:
+        return value
+    try:
+        return _Rings([_ring(one) for one in value])
+    except ValueError as error:
+        return error
+
+
+def late_outline(path: Path, position: int, kept: object, height: int, width: int) -> Outline:
+    """The outline of the annotation at a position of a file.
+
+    Args:
+        path: the file.
+        position: in its list `annotations`.
+        kept: of its segmentation, see `early_outline`.
+        height: of its image, as `width`.
+        width: see there.
+
+    Raises:
+        MissingOutline: it has none.
+        AnnotationError: it has one that is not in order.
+    """
+    try:
+        if isinstance(kept, ValueError):
+            raise kept
+        return kept if isinstance(kept, _Rings) else parse_outline(kept, height, width)
+    except ValueError as error:
+        found = _fault(position, error).error(path)
+        raise (MissingOutline(str(found)) if kept in (None, []) else found) from error
+
+
+class _Rings(list[npt.NDArray[np.float64]]):
+    """Rings that were parsed, unlike what JSON has."""
+
+
 def _fault(position: int, error: ValueError) -> Fault:
     return Fault(
         section="annotations",

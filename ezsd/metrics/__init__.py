@@ -17,7 +17,7 @@ from ezsd.metrics.evaluation import (
     evaluate_at,
     limits_of,
 )
-from ezsd.metrics.ground_truth import Truth, read_truth, with_masks
+from ezsd.metrics.ground_truth import Truth, read_truth, read_truth_table, truth_of, with_masks
 from ezsd.metrics.limits import Limit
 from ezsd.metrics.named import Named
 from ezsd.metrics.results import Results, read_results
@@ -37,5 +37,7 @@ __all__ = [
     "limits_of",
     "read_results",
     "read_truth",
+    "read_truth_table",
+    "truth_of",
     "with_masks",
 ]

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ezsd.data.annotations import RawAnnotations, read_raw
-from ezsd.data.catalogue import Catalogue, read_catalogue
-from ezsd.data.masks import read_outlines, to_run_lengths
+from ezsd.data.annotations import RawAnnotations, raw_annotations
+from ezsd.data.catalogue import Catalogue
+from ezsd.data.coco_json import Table, read_table
+from ezsd.data.masks import early_outline, late_outline, to_run_lengths
 from ezsd.data.records import ImageTable
 from ezsd.errors import AnnotationError
 from ezsd.metrics.named import Named
@@ -73,26 +74,46 @@ class Truth:
         return Named(file_names={one.id: one.file_name for one in self.images}, categories=self.catalogue.ids)
 
 
-def read_truth(
-    path: Path, split: Split, catalogue: Catalogue | None = None, raw: RawAnnotations | None = None
-) -> Truth:
-    """Read what an evaluation needs of an annotation file.
-
-    A file whose images have `neg_category_ids` is a federated one, as LVIS's are; its `iscrowd` means nothing then,
-    and boxes without area are left out, as in the official lvis package.
+def read_truth(path: Path, split: Split, *, masks: bool = False) -> Truth:
+    """Read what an evaluation needs of an annotation file, in one pass.
 
     Args:
         path: a COCO- or LVIS-format file that knows all base names of the split; a novel name that it lacks has no
             box, and its figures are None.
         split: the classes.
-        catalogue: the file's, where it was read before; None reads it.
-        raw: the boxes of the split, where they were read before; None reads them.
+        masks: whether the objects' masks are needed too.
 
     Raises:
+        MissingOutline: masks are needed, and an object of a class of the split has no segmentation.
         AnnotationError: the file is not in order, or has no image.
     """
-    raw = read_raw(path, split.names, may_lack=split.novel) if raw is None else raw
-    catalogue = read_catalogue(path) if catalogue is None else catalogue
+    table = read_truth_table(path, masks=masks)
+    truth = truth_of(table, split)
+    return with_masks(truth, table) if masks else truth
+
+
+def read_truth_table(path: Path, *, masks: bool) -> Table:
+    """Read the columns that `truth_of` needs and, for masks, `with_masks`. AnnotationError, see `read_table`."""
+    return read_table(path, catalogue=True, segmentation=early_outline if masks else None)
+
+
+def truth_of(table: Table, split: Split, raw: RawAnnotations | None = None) -> Truth:
+    """What an evaluation needs of a file that was read into columns, with its catalogue.
+
+    A file whose images have `neg_category_ids` is a federated one, as LVIS's are; its `iscrowd` means nothing then,
+    and boxes without area are left out, as in the official lvis package.
+
+    Args:
+        table: see `read_truth_table`.
+        split: see `read_truth`.
+        raw: the boxes of the split, where they were taken from the table before.
+
+    Raises:
+        AnnotationError: see `read_truth`.
+    """
+    path = table.path
+    raw = raw_annotations(table, split.names, may_lack=split.novel) if raw is None else raw
+    catalogue = table.catalogue()
     if not len(raw.images):
         raise AnnotationError(f"{path}: images: expected at least one image to evaluate, found none")
     crowd, ignore, kept = raw.crowd, raw.crowd, np.ones(len(raw.crowd), dtype=np.bool_)
@@ -117,8 +138,8 @@ def read_truth(
     )
 
 
-def with_masks(truth: Truth) -> Truth:
-    """The same with the objects' masks, which are read from the file.
+def with_masks(truth: Truth, table: Table) -> Truth:
+    """The same with the objects' masks, of which the columns that it was made of must have the segmentations.
 
     Raises:
         MissingOutline: an object of a class of the split has no segmentation.
@@ -126,7 +147,11 @@ def with_masks(truth: Truth) -> Truth:
     """
     size, ids = truth.sizes(), truth.annotation_id.tolist()
     wanted = {number: size[image] for number, image in zip(ids, truth.image_id.tolist(), strict=True)}
-    categories = set(truth.category_ids())
-    outlines = read_outlines(truth.path, wanted, categories)
-    drawn = {number: to_run_lengths(outline, *wanted[number]) for number, outline in outlines}
+    categories, columns, drawn = set(truth.category_ids()), table.annotations, dict[int, bytes]()
+    pairs = zip(columns.id, columns.category_id, columns.segmentation, strict=True)
+    for position, (number, category, kept) in enumerate(pairs):
+        # An annotation of a class outside the split may have the id of one within.
+        if number in wanted and category in categories:
+            outline = late_outline(table.path, position, kept, *wanted[number])
+            drawn[number] = to_run_lengths(outline, *wanted[number])
     return dataclasses.replace(truth, masks=tuple(drawn[number] for number in ids))

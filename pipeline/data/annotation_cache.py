@@ -24,18 +24,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache import file_digest
-from ezsd.data.annotations import Annotations, ImageTable, load_training, read_raw
+from ezsd.data.annotations import Annotations, ImageTable, load_training, raw_annotations
 from ezsd.data.coco_json import Table, category_faults, read_table, used_categories
 from ezsd.data.records import refine
 from ezsd.errors import AnnotationError
-from ezsd.metrics.ground_truth import read_truth
+from ezsd.metrics.ground_truth import truth_of
 from ezsd.vocabulary import Split
 
 log = logging.getLogger("ezsd")
 
 LAYOUT = 1
 """Of the folders below; another number never meets them."""
-CATEGORY_LAYOUT = 2
+CATEGORY_LAYOUT = 3
 """Of the files with class tables."""
 
 _IMAGES = tuple(field.name for field in fields(ImageTable))
@@ -55,8 +55,9 @@ def evaluation_annotations(path: Path, split: Split) -> Annotations:
     """
 
     def load() -> Annotations:
-        raw = read_raw(path, split.names, may_lack=split.novel)
-        read_truth(path, split, raw=raw)
+        table = read_table(path, catalogue=True)
+        raw = raw_annotations(table, split.names, may_lack=split.novel)
+        truth_of(table, split, raw)
         return refine(raw, keep_crowd=True)
 
     return _remembered(path, ["evaluation", split.base, split.novel], load)
@@ -66,6 +67,7 @@ def evaluation_annotations(path: Path, split: Split) -> Annotations:
 class Category:
     """One entry of a file's class table."""
 
+    id: int
     name: str
     frequency: str
     """LVIS's "f", "c" or "r"; "" where the file has none."""
@@ -88,7 +90,10 @@ def _categories(table: Table) -> list[Category]:
     """By category id."""
     columns, used = table.categories, set(used_categories(table))
     order = sorted(range(len(columns.id)), key=lambda position: (columns.id[position], columns.name[position]))
-    return [Category(columns.name[at], columns.frequency[at], columns.supercategory[at], at in used) for at in order]
+    return [
+        Category(columns.id[at], columns.name[at], columns.frequency[at], columns.supercategory[at], at in used)
+        for at in order
+    ]
 
 
 def read_categories(path: Path) -> list[Category]:

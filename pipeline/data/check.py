@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.data.annotations import category_ids, raw_annotations, refusals
-from ezsd.data.catalogue import read_catalogue
 from ezsd.data.coco_json import Fault, Table, annotation_faults, read_table
 from ezsd.data.masks import outline_faults
 from ezsd.data.records import clip_boxes, refine
 from ezsd.errors import AnnotationError, VocabularyError
-from ezsd.metrics import read_truth
+from ezsd.metrics import truth_of
 from ezsd.pipeline.config.schema import BuildConfig
 from ezsd.pipeline.data.datasets import Dataset, require_prompts
 from ezsd.pipeline.data.image_source import ImageSource
@@ -95,7 +94,7 @@ def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False
         if not path.exists():
             continue
         try:
-            table = read_table(path)
+            table = read_table(path, catalogue=True)
         except AnnotationError as error:
             problems.append(str(error))
             continue
@@ -190,9 +189,9 @@ def _record_findings(table: Table, split: Split, part: str, masks: bool) -> tupl
         known += [_Finding("", line, line) for line in lines]
     try:
         if part == "val":
-            read_truth(table.path, split, raw=raw)
+            truth_of(table, split, raw)
         elif masks:
-            read_catalogue(table.path)
+            table.catalogue()
     except AnnotationError as error:
         text = str(error).removeprefix(f"{table.path}: ")
         refused.append(_Finding("", text, text))

@@ -15,6 +15,7 @@ from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.pipeline.data.annotation_cache import Category, read_categories, sound_categories
 from ezsd.pipeline.data.image_source import ImageSource, image_source, needed_files
 from ezsd.pipeline.data.images import Exif
+from ezsd.pipeline.data.split import frequency_split, is_names
 from ezsd.pipeline.errors import DatasetError
 from ezsd.pipeline.files import as_json
 from ezsd.vocabulary import COCO_SPLIT, Split, canonical, clean_names, suggest
@@ -192,10 +193,7 @@ def _lvis(name: str, root: Path) -> Dataset:
                 f"{root / train}: category {category.name!r}: expected a frequency of f, c or r, found "
                 f"{category.frequency!r}. `dataset={name}` needs the files of LVIS v1"
             )
-    split = Split(
-        base=tuple(sorted(c.name for c in categories if c.frequency in base)),
-        novel=tuple(sorted(c.name for c in categories if c.frequency not in base)),
-    )
+    split = frequency_split({category.name: category.frequency for category in categories}, base)
     val = "annotations/lvis_v1_val.json"
     return Dataset(
         name=name,
@@ -296,9 +294,9 @@ def _toml_split(tables: dict[str, Mapping[str, object]], root: Path, path: Path,
     Categories that are only the supercategory of others, as some exports have one for their whole tree, are no class.
     """
     base, novel = tables["classes"]["base"], tables["classes"]["novel"]
-    if not _is_names(base):
+    if not is_names(base):
         raise DatasetError(f"{path}: [classes] base: expected a list of names, found {base!r}")
-    if _is_names(novel):
+    if is_names(novel):
         return Split(base=tuple(cast("list[str]", base)), novel=tuple(cast("list[str]", novel)))
     if novel != "others":
         raise DatasetError(f'{path}: [classes] novel: expected a list of names or "others", found {novel!r}')
@@ -320,7 +318,3 @@ def _only_supercategories(*parts: Sequence[Category]) -> set[str]:
     above = {canonical(one.supercategory) for one in offered if one.supercategory != one.name}
     used = {canonical(one.name) for one in offered if one.used}
     return {canonical(one.name) for one in offered} & above - used
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from ezsd.data.annotations import Annotations
-from ezsd.data.catalogue import read_catalogue
 from ezsd.data.masks import draw_in_frame, pack, read_outlines, unpack
 from ezsd.detector.masks import GRID, ObjectMasks
 from ezsd.errors import AnnotationError
-from ezsd.pipeline.data.annotation_cache import kept_arrays, training_annotations
+from ezsd.pipeline.data.annotation_cache import kept_arrays, read_categories, training_annotations
 from ezsd.pipeline.data.datasets import Dataset
+from ezsd.vocabulary import canonical
 
 
 class StoredMasks:
@@ -65,7 +65,8 @@ def training_masks(dataset: Dataset) -> StoredMasks:
 
 def _fill(path: Path, annotations: Annotations, draft: Path) -> Mapping[str, object]:
     """Write the outlines of a record as they are read, and where each row's lies."""
-    catalogue, images = read_catalogue(path), annotations.images
+    known, images = set(map(canonical, annotations.names)), annotations.images
+    categories = {category.id for category in read_categories(path) if canonical(category.name) in known}
     size = np.stack([images.height, images.width], axis=1)[annotations.image_index]
     # One pair for all images of a size: a large file has few sizes and very many objects.
     pairs = {(height, width): (height, width) for height, width in np.unique(size, axis=0).tolist()}
@@ -74,7 +75,7 @@ def _fill(path: Path, annotations: Annotations, draft: Path) -> Mapping[str, obj
     found, length = array("q"), array("q")
     with (draft / "packed.npy").open("w+b") as file:
         _write_header(file, 0)
-        for number, outline in read_outlines(path, wanted, set(catalogue.ids_of(annotations.names))):
+        for number, outline in read_outlines(path, wanted, categories):
             found.append(number)
             length.append(file.write(pack(outline)))
         file.seek(0)

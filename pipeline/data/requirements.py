@@ -15,7 +15,7 @@ import numpy as np
 
 from ezsd.data.annotations import Annotations
 from ezsd.errors import AnnotationError
-from ezsd.metrics import read_truth, with_masks
+from ezsd.metrics import read_truth
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations, kept_arrays, read_categories
 from ezsd.pipeline.data.datasets import DATASETS, Dataset
 from ezsd.pipeline.data.image_source import ImageSource
@@ -129,7 +129,7 @@ def _require_outlines(path: Path, split: Split) -> None:
     """AnnotationError for an outline that an evaluation of masks would refuse; looked at once per content of a file."""
 
     def look(_: Path) -> dict[str, object]:
-        with_masks(read_truth(path, split))
+        read_truth(path, split, masks=True)
         return {}
 
     kept_arrays(path, ["evaluated outlines", split.base, split.novel], look)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ezsd.pipeline.errors import ArgumentError
@@ -55,13 +55,28 @@ def chosen_split(
             names,
         )
     if frequency:
-        return Split(
-            base=tuple(sorted(name for name in names if frequency[name] != "r")),
-            novel=tuple(sorted(name for name in names if frequency[name] == "r")),
-        )
+        return frequency_split({name: frequency[name] for name in names})
     if set(COCO_SPLIT.names) <= set(names):
         return COCO_SPLIT
     raise ArgumentError(f"{where}: which of its {len(names)} classes are novel? Give `novel`, `base` or `split_file`")
+
+
+def frequency_split(frequency: Mapping[str, str], base: str = "fc") -> Split:
+    """LVIS's split: names of the letters in `base` are base ones, the others novel; both in alphabetical order.
+
+    Args:
+        frequency: LVIS's "r", "c" or "f" by name.
+        base: some of the letters.
+    """
+    return Split(
+        base=tuple(sorted(name for name, letter in frequency.items() if letter in base)),
+        novel=tuple(sorted(name for name, letter in frequency.items() if letter not in base)),
+    )
+
+
+def is_names(value: object) -> bool:
+    """Whether a value of a TOML file is a list of texts."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _others(names: Sequence[str], chosen: Sequence[str] | None) -> tuple[str, ...]:
@@ -85,7 +100,7 @@ def _read_split(path: Path) -> Split:
     table = document.get("classes", document)
     lists = [table.get(part) if isinstance(table, dict) else None for part in ("base", "novel")]
     for part, found in zip(("base", "novel"), lists, strict=True):
-        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        if not is_names(found):
             raise ArgumentError(f"`split_file={path}`: {part}: expected a list of names, found {found!r}")
     return Split(base=tuple(lists[0]), novel=tuple(lists[1]))  # type: ignore[arg-type]
 

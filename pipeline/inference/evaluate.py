@@ -17,7 +17,7 @@ from torchvision.ops import box_convert
 from ezsd.adapt import crop_accuracy
 from ezsd.data.annotations import Annotations
 from ezsd.detector.model import Detections
-from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Results, read_truth, with_masks
+from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Results, read_truth
 from ezsd.pipeline.config.schema import changed_settings, from_tables, setting_of, to_tables
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
@@ -137,9 +137,7 @@ def evaluate_run(
         raise RunError(f"`run={run.folder}`: trained for other names than dataset {dataset.name} has now")
     path, source = _split_places(dataset, split)
     annotations = require_evaluation(dataset, part=split)
-    truth = read_truth(path, dataset.split)
-    if trained.config.model.masks:
-        truth = with_masks(truth)
+    truth = read_truth(path, dataset.split, masks=trained.config.model.masks)
     began = time.perf_counter()
     found = {space: _rounded(_search(trained, annotations, source, space)) for space in _spaces(classes, alone=alone)}
     result = document(truth, found, max_detections)

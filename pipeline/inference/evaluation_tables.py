@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import unicodedata
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from ezsd.cache import file_digest
-from ezsd.data.catalogue import read_catalogue
 from ezsd.data.masks import MissingOutline, json_run_lengths
 from ezsd.metrics import (
     Limit,
@@ -20,7 +20,8 @@ from ezsd.metrics import (
     evaluate_at,
     limits_of,
     read_results,
-    read_truth,
+    read_truth_table,
+    truth_of,
     with_masks,
 )
 from ezsd.pipeline.data.split import chosen_split, no_ground_truth
@@ -60,6 +61,11 @@ GROUPS = ("base", "novel", "all", "rare", "common", "frequent")
 """Groups of classes; a file that is not federated has the first three."""
 
 
+_MASK_KEY = b"segmentation"
+_PIECE = 2**22
+"""Bytes of results that are looked through at a time."""
+
+
 def evaluate_results(
     detections: Path,
     annotations: Path,
@@ -89,7 +95,8 @@ def evaluate_results(
     for name, path in (("detections", detections), ("annotations", annotations)):
         if not path.is_file():
             raise ArgumentError(f"`{name}={path}`: no such file")
-    catalogue = read_catalogue(annotations)
+    table = read_truth_table(annotations, masks=_names_masks(detections))
+    catalogue = table.catalogue()
     split = chosen_split(
         list(catalogue.ids),
         dict(catalogue.frequency),
@@ -101,11 +108,11 @@ def evaluate_results(
     absent = [name for name in split.novel if name not in catalogue.ids]
     if absent:
         log.warning("%s: %s", annotations, no_ground_truth(absent, catalogue.ids))
-    truth = read_truth(annotations, split, catalogue)
+    truth = truth_of(table, split)
     results = read_results(detections, images=truth.sizes(), categories=truth.category_positions(), named=truth.named())
     if results.masks is not None:
         try:
-            truth = with_masks(truth)
+            truth = with_masks(truth, table)
         except MissingOutline:
             log.warning(
                 "%s has masks, but not every object of %s has a segmentation: boxes alone are evaluated",
@@ -117,6 +124,18 @@ def evaluate_results(
     _warn_of_unsearched(detections, results, truth, asked)
     # What else competed is not in the file.
     return document(truth, {space_of(asked, alone=False): results}, max_detections)
+
+
+def _names_masks(detections: Path) -> bool:
+    """Whether results may have masks, told before they are read by the key standing somewhere in them."""
+    before = b""
+    # What is wrong with the file is told where it is read.
+    with contextlib.suppress(OSError), detections.open("rb") as file:
+        while piece := file.read(_PIECE):
+            if _MASK_KEY in before + piece:
+                return True
+            before = piece[-len(_MASK_KEY) :]
+    return False
 
 
 def space_of(classes: Classes, *, alone: bool) -> Space:

@@ -17,7 +17,6 @@ from ezsd.metrics import (
     evaluate_at,
     read_results,
     read_truth,
-    with_masks,
 )
 from ezsd.vocabulary import Split
 
@@ -117,7 +116,7 @@ def add_masks(truth_path, results_path, seed):
 def test_figures_of_masks_are_those_of_the_official_package(tmp_path, official, seed):
     truth_path, results_path = write(tmp_path, seed)
     add_masks(truth_path, results_path, seed)
-    truth = with_masks(read_truth(truth_path, SPLIT))
+    truth = read_truth(truth_path, SPLIT, masks=True)
     given = read_results(results_path, images=truth.sizes(), categories=truth.category_positions())
     found = evaluate_at(truth, given, limits=[Limit(300)], shape="segm")["300"]
     from lvis.lvis import LVIS

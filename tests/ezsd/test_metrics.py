@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from ezsd.data.annotations import load_evaluation
 from ezsd.data.masks import decompress, to_run_lengths
 from ezsd.errors import AnnotationError, VocabularyError
-from ezsd.metrics import Limit, Results, evaluate, evaluate_at, read_truth, with_masks
+from ezsd.metrics import Limit, Results, evaluate, evaluate_at, read_truth
 from ezsd.vocabulary import Split
 
 SIZES = ("small", "medium", "large")
@@ -209,7 +209,7 @@ def masked_scene(folder, seed):
 def test_scores_of_masks_are_those_of_pycocotools(tmp_path, seed, count):
     path, given = masked_scene(tmp_path, seed)
     limit = Limit(count, per_class=True)
-    truth = with_masks(read_truth(path, SPLIT))
+    truth = read_truth(path, SPLIT, masks=True)
     found = evaluate_at(truth, given, limits=[limit], shape="segm")[limit.label]
     for group, members in (("base", SPLIT.base), ("novel", SPLIT.novel), ("all", SPLIT.names)):
         expected = by_pycocotools(path, given, members, count, "segm")
@@ -222,7 +222,7 @@ def test_scores_of_masks_are_those_of_pycocotools(tmp_path, seed, count):
 
 def test_truth_without_outlines_has_no_masks(tmp_path):
     with pytest.raises(AnnotationError, match=r"annotations\[0\].segmentation: .*found nothing"):
-        with_masks(read_truth(write(tmp_path), SPLIT))
+        read_truth(write(tmp_path), SPLIT, masks=True)
     with pytest.raises(ValueError, match="1 need as many masks, got 2"):
         dataclasses.replace(detections([3], [[0, 0, 1, 1]], [1], [0]), masks=(b"", b""))
 

@@ -2,14 +2,19 @@
 
 import json
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ezsd.data import annotations as loaders
+from ezsd.data import coco_json as columns
+from ezsd.data import masks
 from ezsd.data.annotations import load_training
 from ezsd.errors import AnnotationError
+from ezsd.metrics import read_truth
 from ezsd.pipeline.data import annotation_cache as parsed
+from ezsd.pipeline.inference.evaluation_tables import evaluate_results
 from ezsd.vocabulary import Split
 
 SPLIT = Split(base=("cat", "dog"), novel=("cow",))
@@ -37,11 +42,12 @@ def file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def parses(monkeypatch):
-    """Counts how often a file is really parsed."""
-    count = []
-    real = loaders.read_table
-    monkeypatch.setattr(loaders, "read_table", lambda path: count.append(path) or real(path))
-    return count
+    """The files that are walked over, as often as they are."""
+    opened = []
+    for module in (columns, masks):
+        real = module.open_json
+        monkeypatch.setattr(module, "open_json", lambda path, real=real: opened.append(path) or real(path))
+    return opened
 
 
 def same(a, b):
@@ -119,9 +125,56 @@ def test_a_wrong_file_is_refused_as_ever_and_leaves_nothing(file):
 
 
 def test_categories_are_read_once_by_id(file):
-    wanted = [parsed.Category(name, "", "", used=True) for name in ("cow", "dog", "cat")]
+    names = enumerate(("cow", "dog", "cat"))
+    wanted = [parsed.Category(number, name, "", "", used=True) for number, name in names]
     assert parsed.read_categories(file) == wanted
     (kept,) = parsed.parsed_folder().glob("*categories*")
     assert parsed.read_categories(file) == wanted
     kept.write_text("damaged")
     assert parsed.read_categories(file) == wanted
+
+
+def outlined(document: dict) -> dict:
+    for one in document["annotations"]:
+        one["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+    return document
+
+
+def evaluated(file: Path, *, masks: bool) -> dict[str, object]:
+    results = [{"image_id": 6, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]
+    if masks:
+        results = [{"image_id": 6, "category_id": 1, "segmentation": RUNS, "score": 0.5}]
+    (file.parent / "results.json").write_text(json.dumps(results))
+    choice = {"base": SPLIT.base, "novel": None, "split_file": None, "classes": None, "max_detections": None}
+    return evaluate_results(file.parent / "results.json", file, **choice)
+
+
+RUNS = {"size": [30, 40], "counts": [31, 8, 1161]}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda file: read_truth(file, SPLIT),
+        lambda file: read_truth(file, SPLIT, masks=True),
+        lambda file: parsed.evaluation_annotations(file, SPLIT),
+        lambda file: parsed.training_annotations(file, SPLIT),
+        lambda file: evaluated(file, masks=False),
+        lambda file: evaluated(file, masks=True),
+    ],
+    ids=["truth", "truth with masks", "record", "training record", "results", "results with masks"],
+)
+def test_all_that_is_asked_of_a_file_is_read_in_one_pass(read, file, parses):
+    file.write_text(json.dumps(outlined(document())))
+    read(file)
+    assert parses == [file]
+
+
+def _shapes(document: dict[str, object]) -> set[str]:
+    return set(re.findall(r'"iou_type": "(\w+)"', json.dumps(document)))
+
+
+def test_results_with_masks_are_evaluated_by_masks(file):
+    file.write_text(json.dumps(outlined(document())))
+    assert _shapes(evaluated(file, masks=True)) == {"bbox", "segm"}
+    assert _shapes(evaluated(file, masks=False)) == {"bbox"}
