@@ -1,4 +1,4 @@
-# Two commands: `make demo` shows the whole of it working, `make test` proves it.
+# `make demo` runs the whole pipeline, `make test` tests it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -28,7 +28,7 @@ class Relation:
     """"scaled": the program keeps the meaning. "refused": where the two cannot be meant together. "warned": when the
     setting is given without any of its neighbours. "listed": a change alone is an experiment like any other."""
     effect: str
-    """What happens when one of them changes alone."""
+    """Effect of changing one of the settings alone."""
 
 
 RELATIONS = (
@@ -36,66 +36,69 @@ RELATIONS = (
         "loss.distillation",
         ("loss.metric",),
         "scaled",
-        "equal weights give equal gradients at cosine 0.7, whatever metric and width of the embedding",
+        "equal weights give equal gradients at cosine 0.7, for every metric and embedding dimension",
     ),
     Relation(
         "train.learning_rate",
         ("train.batch_size", "train.reference_batch_size", "train.optimizer"),
         "scaled",
-        "the rate is for `reference_batch_size` images a step; with SGD it follows `batch_size` in proportion "
-        "(arXiv 1706.02677), with AdamW by the root (arXiv 2205.10287)",
+        "the rate is for `reference_batch_size` images per step; it scales with `batch_size`: linearly with "
+        "SGD (arXiv 1706.02677), with the square root with AdamW (arXiv 2205.10287)",
     ),
     Relation(
         "train.optimizer",
         ("train.learning_rate",),
         "warned",
-        "rates of SGD are some ten times those of AdamW",
+        "learning rates of SGD are about ten times those of AdamW",
     ),
     Relation(
         "train.batch_size",
         ("train.steps",),
         "warned",
-        "the rate follows, the number of epochs (steps x batch_size / training images) does not",
+        "the learning rate scales with it, the number of epochs (steps x batch_size / training images) does not",
     ),
     Relation(
         "train.grad_accumulation",
         ("train.batch_size", "train.rng"),
         "scaled",
-        "`batch_size` counts all batches of a step, so nothing that is learned depends on it but batch normalisation "
-        "that is not frozen; refused without `rng=image`",
+        "`batch_size` counts all batches of a step, so only batch normalisation that is not frozen depends on "
+        "it; refused without `rng=image`",
     ),
     Relation(
         "train.decay_at",
         ("train.steps", "train.schedule"),
         "scaled",
-        "shares of all steps, so they follow the length; refused where the schedule has no use for them",
+        "fractions of all steps, so they scale with the length; refused if the schedule does not use them",
     ),
     Relation(
         "train.warmup_steps",
         ("train.steps",),
         "warned",
-        "steps, not a share: with `warmup_steps` >= `steps` the rate never reaches its height",
+        "a number of steps, not a fraction: with `warmup_steps` >= `steps` the learning rate never reaches its peak",
     ),
     Relation(
         "train.ema_decay",
         ("train.steps",),
         "scaled",
-        "the decay is at most (1 + step) / (10 + step), so an average of a short run forgets its start too",
+        "the decay is at most (1 + step) / (10 + step), so the average of a short run also forgets its start",
     ),
     Relation(
         "train.weight_decay",
         ("train.learning_rate", "train.steps"),
         "listed",
-        "what decays in a step is rate x weight_decay: it follows the rate, and the sum follows the steps",
+        "the decay of one step is learning rate x weight_decay: it follows the rate, and its sum the steps",
     ),
     Relation(
         "train.max_grad_norm",
         ("loss.distillation", "loss.rpn", "loss.classification", "loss.box", "loss.mask"),
         "listed",
-        "of the whole objective's gradient: larger weights are clipped sooner",
+        "norm of the gradient of the whole objective: larger loss weights are clipped sooner",
     ),
     Relation(
-        "train.checkpoint_every", ("train.steps",), "scaled", "the last step has a checkpoint whatever the interval"
+        "train.checkpoint_every",
+        ("train.steps",),
+        "scaled",
+        "the last step has a checkpoint with any interval",
     ),
     Relation(
         "train.validate_every",
@@ -103,121 +106,167 @@ RELATIONS = (
         "scaled",
         "counts epochs, not steps",
     ),
-    Relation("train.validate_images", ("train.validate_every",), "refused", "of no use while nothing is validated"),
+    Relation(
+        "train.validate_images",
+        ("train.validate_every",),
+        "refused",
+        "has no effect without validation",
+    ),
     Relation(
         "train.regions_per_image",
         ("proposals.max_regions",),
         "listed",
-        "drawn for a step out of the regions that the store keeps for an image; more than it has is all of them",
+        "drawn per step from the regions that the store keeps for an image; all of them if it has fewer",
     ),
     Relation(
         "train.min_size",
         ("train.max_size", "model.rpn_sizes", "model.canonical_size"),
         "warned",
-        "anchors and the level of a box are in pixels of the resized image, and do not follow its size",
+        "anchors and the level of a box are in pixels of the resized image, and do not scale with its size",
     ),
     Relation(
         "train.scale_jitter",
         ("train.max_size", "train.multiscale_min_size"),
         "refused",
-        "the window's side is `max_size`, and the factor replaces `multiscale_min_size`",
+        "the side of the crop window is `max_size`, and the factor replaces `multiscale_min_size`",
     ),
     Relation(
         "model.rpn_sizes",
         ("model.backbone", "train.max_size"),
         "refused",
-        "one size per level of the backbone; an image smaller than the smallest anchor has no anchor that fits",
+        "one size per level of the backbone; an image smaller than the smallest anchor has no matching anchor",
     ),
     Relation(
         "model.canonical_size",
         ("model.canonical_level", "train.min_size"),
         "listed",
-        "a box of this side belongs on the level of stride 2 ** `canonical_level`; both change all levels",
+        "a box of this side is pooled from the level of stride 2 ** `canonical_level`; both shift all levels",
     ),
     Relation(
         "model.head",
         ("model.tower_depth", "model.box_hidden"),
         "warned",
-        "depth and width are of other layers: on the maps and of the regressor (`fast`), of each region and of "
-        "all layers (`paper`: 3 and 1024)",
+        "depth and width apply to different layers: on the feature maps and of the regressor (`fast`), of "
+        "each region and of all layers (`paper`: 3 and 1024)",
     ),
     Relation(
         "model.logit_scale",
         ("train.learning_rate",),
         "refused",
-        f"at most {MAX_TEMPERATURE:g}, where it is held while it learns; it learns by the detector's rate, without "
-        "decay",
+        f"at most {MAX_TEMPERATURE:g}, where it is clamped during training; it is trained with the detector's "
+        "learning rate, without decay",
     ),
     Relation(
         "model.box_batch_size_per_image",
         ("model.box_positive_fraction",),
         "refused",
-        "at most their product are on objects: none where it is below one",
+        "their product is the largest number of positive regions: none if it is below one",
     ),
     Relation(
         "model.ignore_confidence",
         ("teacher.background", "adapt.steps", "adapt.loss", "proposals.drop_background"),
         "listed",
-        "on the scale of the teacher's softmax over the names, times the share of names against a background prompt: "
-        "another teacher, prompt or re-normalisation has other confidences",
+        "a probability of the teacher's softmax over the classes, times the object probability with a "
+        "background prompt: it changes with the teacher, the prompts and the re-normalisation",
     ),
-    Relation("model.ignore_rpn", ("model.ignore_confidence",), "refused", "of no use while no region is spared"),
-    Relation("model.box_class", ("model.semantic_boxes",), "refused", "of no use where no row enters the regression"),
-    Relation("model.box_top_k", ("model.box_class",), "refused", "of no use but for `topk`"),
-    Relation("loss.metric", ("loss.distillation",), "scaled", "see the weight; of no use where it is 0"),
-    Relation("loss.mask", ("model.masks",), "refused", "of no use without masks"),
+    Relation(
+        "model.ignore_rpn",
+        ("model.ignore_confidence",),
+        "refused",
+        "has no effect without ignored regions",
+    ),
+    Relation(
+        "model.box_class",
+        ("model.semantic_boxes",),
+        "refused",
+        "has no effect without a text embedding in box regression",
+    ),
+    Relation(
+        "model.box_top_k",
+        ("model.box_class",),
+        "refused",
+        "has an effect only for `topk`",
+    ),
+    Relation(
+        "loss.metric",
+        ("loss.distillation",),
+        "scaled",
+        "see `loss.distillation`; has no effect at weight 0",
+    ),
+    Relation(
+        "loss.mask",
+        ("model.masks",),
+        "refused",
+        "has no effect without masks",
+    ),
     Relation(
         "loss.novel_names",
         ("model.ignore_confidence",),
         "listed",
-        "novel names compete with background on regions that are not spared",
+        "novel classes compete with background on regions that are not ignored",
     ),
     Relation(
         "adapt.batch_size",
         ("adapt.learning_rate", "adapt.steps"),
         "warned",
-        "the rate is as it stands: AdamW's follows the root of the crops (arXiv 2205.10287), and crops x steps is "
-        "what is seen",
+        "the learning rate is not scaled: AdamW's best rate follows the square root of the crops (arXiv "
+        "2205.10287), and crops x steps are seen in all",
     ),
     Relation(
         "adapt.loss",
         ("adapt.learning_rate", "adapt.steps"),
         "warned",
-        "each loss has a best rate of its own; at low rates the binary one spoils the teacher before it mends it",
+        "each loss has its own best learning rate; at low rates the binary one makes the teacher worse before "
+        "it makes it better",
     ),
-    Relation("adapt.weight_decay", ("adapt.learning_rate",), "listed", "what decays in a step is rate x weight_decay"),
+    Relation(
+        "adapt.weight_decay",
+        ("adapt.learning_rate",),
+        "listed",
+        "the decay of one step is learning rate x weight_decay",
+    ),
     Relation(
         "adapt.held_out",
         ("adapt.batch_size",),
         "listed",
-        "these images are not learned from: a large share leaves fewer crops to draw",
+        "held-out images are not trained on: a large fraction leaves fewer crops to draw",
     ),
     Relation(
         "proposals.grid",
         ("proposals.sizes", "proposals.stride", "proposals.search"),
         "warned",
-        "sizes and stride are pixels of the resized image (`paper`), or pixels of the image and a share of the "
-        "window (`sliding`)",
+        "sizes and stride are in pixels of the resized image (`paper`), or in pixels of the image and a "
+        "fraction of the window (`sliding`)",
     ),
     Relation(
         "proposals.stride",
         ("proposals.grid",),
         "refused",
-        "a share of the window's side above 1 leaves strips between the windows that nothing looks at",
+        "a fraction of the window's side; above 1 it leaves strips between the windows that are never scored",
     ),
-    Relation("proposals.growth", ("proposals.search",), "refused", "of no use while every anchor is looked at"),
-    Relation("proposals.anchor_fraction", ("proposals.search",), "refused", "of no use but for `coarse-to-fine`"),
+    Relation(
+        "proposals.growth",
+        ("proposals.search",),
+        "refused",
+        "has no effect while every anchor is scored",
+    ),
+    Relation(
+        "proposals.anchor_fraction",
+        ("proposals.search",),
+        "refused",
+        "has an effect only for `coarse-to-fine`",
+    ),
     Relation(
         "proposals.max_proposals",
         ("proposals.max_regions",),
         "refused",
-        "regions are chosen among the kept proposals: fewer kept than regions asked for is a slip",
+        "regions are selected from the kept proposals: keeping fewer than the regions requested is a mistake",
     ),
     Relation(
         "proposals.score",
         ("proposals.drop_base_guesses",),
         "listed",
-        "a score of the novel names ranks few base guesses high anyway",
+        "a score by the novel classes ranks few proposals of base classes high anyway",
     ),
     Relation(
         "proposals.crop_ratio",
@@ -229,13 +278,13 @@ RELATIONS = (
         "proposals.drop_background",
         ("teacher.background",),
         "refused",
-        "of no use without a background prompt",
+        "has no effect without a background prompt",
     ),
     Relation(
         "eval.score_threshold",
         ("model.logit_scale",),
         "listed",
-        "of the softmax over all names that are looked for: more names, lower scores",
+        "threshold on the softmax over all classes detected: more classes, lower scores",
     ),
 )
 """All relations between settings. What a setting needs to have an effect is in `_NEEDS`."""

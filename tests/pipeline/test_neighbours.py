@@ -104,7 +104,7 @@ def test_what_the_refusals_ask_for_is_accepted(preset, overrides):
     [
         (
             ["train.batch_size=4"],
-            "--set train.batch_size alone, without train.steps: the rate follows, the number of epochs",
+            "--set train.batch_size alone, without train.steps: the learning rate scales with it, the number of epochs",
         ),
         (["train.batch_size=4", "train.steps=1600"], None),
         (["train.optimizer=sgd"], "--set train.optimizer alone"),
