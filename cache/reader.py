@@ -218,7 +218,7 @@ class Store:
 
 
 class Product(Mapping[int, Rows], Generic[Rows]):
-    """One product of a store as a mapping from image id to that image's rows, which may be none."""
+    """A product of a store as a mapping from image id to that image's rows, which may be none."""
 
     def __init__(self, store: Store, name: str, record: type[Rows]) -> None:
         """Use `Store.regions` and its like."""
@@ -261,7 +261,7 @@ class Product(Mapping[int, Rows], Generic[Rows]):
         return RowBatch(counts=counts, rows=self._record(**rows))
 
     def column(self, field: str, image_ids: Iterable[int]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """One field of several images, as `batch` gives it: its rows, and how many each image has (n,).
+        """Values of a field for several images, as `batch` gives them: its rows, and how many each image has (n,).
 
         Raises:
             StoreError: the product has no such field; see also `batch`.
@@ -466,7 +466,7 @@ def _refuse_damage(place: Place, problems: Sequence[str]) -> None:
 
 
 def _digest_problems(place: Place, mark: CommitMark, *, full: bool) -> list[str]:
-    """One line for each file that is not what was committed, but for shards of rows.
+    """Describe each file that is not what was committed, one line each, but for shards of rows.
 
     With `full` those too, unless they have checksums to be read by.
     """

@@ -33,12 +33,12 @@ _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What the demo prints."""
+    """Results that the demo prints."""
 
     scores: dict[str, dict[str, float | None]]
     """AP50 by arm and group."""
     seconds: dict[str, float]
-    """By stage."""
+    """Seconds by stage."""
     report: Path
 
 

@@ -39,7 +39,7 @@ def resolve_device(name: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short: torch has a type for its own GPU allocator alone, and words for all others."""
+    """Test whether memory was short: torch has a type for its own GPU allocator only, and messages for all others."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

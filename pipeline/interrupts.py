@@ -25,7 +25,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 _SAID = "EZSD_STOP_IS_SAID"
 """Set for commands that another one runs: that one says that all of them stop, and what to type."""
 _ONE_REQUEST_SECONDS = 0.5
-"""One request may arrive twice: a terminal and a scheduler tell all processes at once, and those tell their own."""
+"""Seconds within which signals count as one: a terminal and a scheduler tell all processes, and those their own."""
 
 
 class Stopped(SystemExit):
@@ -42,7 +42,7 @@ class Stopped(SystemExit):
 
     @property
     def is_told(self) -> bool:
-        """Whether this process is the one to say what is kept."""
+        """True if this process is the one to say what is kept."""
         return self.kept is not None and _SAID not in os.environ
 
     def __str__(self) -> str:
@@ -52,27 +52,27 @@ class Stopped(SystemExit):
 
 @dataclass
 class _State:
-    """Of this process: signal handlers are the process's too."""
+    """State of this process, since signal handlers belong to the process too."""
 
     received: int | None = None
     raised: bool = False
-    """Whether it has ended the work, with `Stopped`."""
+    """True once it has ended the work, with `Stopped`."""
     finishing: str | None = None
-    """What is finished before the work ends; None where it may end anywhere."""
+    """Work that is finished before the process ends; None where it may end anywhere."""
     children: list[subprocess.Popen[Any]] = field(default_factory=list)
     before: dict[int, Any] = field(default_factory=dict)
     """The handlers that were there before ours."""
     told: int = -1
-    """Where the system writes the number of each signal."""
+    """File descriptor to which the system writes the number of each signal."""
     answered: threading.Event = field(default_factory=threading.Event)
-    """Whether the first signal has its line."""
+    """Set once the first signal has its line."""
 
 
 _state = _State()
 
 
 def listen() -> None:
-    """From now on the first SIGINT or SIGTERM raises `Stopped` in the main thread, and a second one ends the process.
+    """Install handlers: a first SIGINT or SIGTERM raises `Stopped` in the main thread, a second ends the process.
 
     A signal that the process was started to ignore (`nohup`, a background job) stays ignored. Does nothing where it is
     done already, and outside the main thread, which alone may handle signals.
@@ -186,7 +186,7 @@ def _say_so(number: signal.Signals) -> None:
 
 @contextlib.contextmanager
 def keeping(say: str | Callable[[], str | None]) -> Iterator[None]:
-    """Where work is stopped meanwhile, what is kept of it and what to type; the innermost one knows best.
+    """Say what is kept of the work, and what to type, if it is stopped meanwhile; the innermost words count.
 
     Serves as a decorator too.
 
@@ -209,7 +209,7 @@ def keeping(say: str | Callable[[], str | None]) -> Iterator[None]:
 
 
 class Request:
-    """Whether the work of a `finishing` was asked to end."""
+    """Request to end the work of a `finishing`, if one came."""
 
     @property
     def signal(self) -> int:

@@ -1,4 +1,4 @@
-"""What a command runs among: its standard streams, and the variables of a launcher of processes. Loads no torch."""
+"""Process environment of a command: its standard streams, and the variables of a launcher. Loads no torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader has ended, as `| head -1` does."""
+    """Test whether standard output is a pipe whose reader has ended, as `| head -1` does."""
     poll = select.poll()
     poll.register(1, select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -63,6 +63,12 @@ REGISTRIES = re.compile(
     rb"(?:pypi|pythonhosted|anaconda)\.(?:org|com)|download\.pytorch\.org|extra-index-ur[l]|index-ur[l]|trusted-hos[t]"
 )
 
+FRAGMENT = re.compile(
+    r"(?:What|Which|Where|When|Whether|How|Who|Whose|Why|Of|As|So|By|In|At|Like|Likewise|See|The same|The others|That|"
+    r"Those|These|This|It|Its|They|Their|There)\b"
+)
+"""First words of a docstring that only the text around it explains, or that begin a clause instead of a phrase."""
+
 
 def sources(part):
     """All modules of one of the parts."""
@@ -182,6 +188,23 @@ def texts(path):
             yield node.lineno, "".join(one.value if isinstance(one, ast.Constant) else "{}" for one in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
+
+
+def fragments(path):
+    """Docstrings, of attributes too, that begin with `FRAGMENT`, but for "See `Base.method`." on overrides."""
+    of_base = {
+        method.body[0]
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ClassDef)
+        for base in map(ast.unparse, node.bases)
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and (ast.get_docstring(method) or "").startswith(f"See `{base}.")
+    }
+    for node in set(ast.walk(tree(path))) - of_base:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            text = node.value.value
+            if FRAGMENT.match(text):
+                yield node.lineno, text.partition("\n")[0]
 
 
 def options_said(path):
@@ -304,6 +327,12 @@ def test_one_module_reads_image_files(part):
     assert (part == "pipeline") == bool(reader)
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_docstring_begins_with_a_phrase_of_its_own(part):
+    found = [f"{path.relative_to(ROOT)}:{line}: {first}" for path in sources(part) for line, first in fragments(path)]
+    assert sorted(found) == []
+
+
 @pytest.mark.parametrize("use", ONCE)
 def test_what_is_done_in_one_place_is_done_nowhere_else(use):
     found = {path.relative_to(ROOT).as_posix() for part in PARTS for path in sources(part) if use in once_only(path)}
@@ -358,6 +387,23 @@ def test_dangers_are_seen(code, danger, tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     (tmp_path / "module.py").write_text(code)
     assert any(danger in found for found in dangers(tmp_path / "module.py"))
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        ('"""What is here."""', [1]),
+        ('A = 1\n"""Of the file."""', [2]),
+        ('class A:\n    b: int\n    """Whether it is."""', [3]),
+        ('def f():\n    """See `A.f`."""', [2]),
+        ('class B(A):\n    def f(self):\n        """See `A.f`."""', []),
+        ('class B(A):\n    def f(self):\n        """See `C.f`."""', [3]),
+        ('"""Offset of the file."""', []),
+    ],
+)
+def test_a_docstring_that_cannot_stand_alone_is_seen(code, lines, tmp_path):
+    (tmp_path / "module.py").write_text(code)
+    assert [line for line, _ in fragments(tmp_path / "module.py")] == lines
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Manifest:
     """Everything that shaped a store's bytes, product by product; equal manifests mean equal stores."""
 
     products: Mapping[str, Origin]
-    """One for each name in `PRODUCTS`."""
+    """Origin of each name in `PRODUCTS`."""
     images_sha256: str
     """Sha256 of the image list, as of `images_digest`."""
     embedding: EmbeddingType = "float16"

@@ -34,7 +34,7 @@ EMBEDDING_TYPES: tuple[EmbeddingType, ...] = get_args(EmbeddingType)
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One column of a product: `dtype` as numpy spells it, `trailing` the shape of one row."""
+    """A column of a product: `dtype` as numpy spells it, `trailing` the shape of one row."""
 
     name: str
     dtype: str

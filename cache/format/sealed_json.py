@@ -116,7 +116,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One value in which two JSON objects differ; printed as one line."""
+    """A value in which two JSON objects differ; printed as one line."""
 
     name: str
     """Dotted name of the value."""
@@ -133,7 +133,7 @@ class Difference:
         return self.line()
 
     def line(self, first: str = "store", second: str = "wanted", *, verb: str = "") -> str:
-        """One line that calls the two sides `first` and `second`; `verb` stands before the second value."""
+        """Describe the difference in one line, with names for the two sides; `verb` precedes the second value."""
         if self.more:
             return f"{self.name}: {self.more}"
         left = "no such entry" if self.absent == "stored" else short_json(self.stored)

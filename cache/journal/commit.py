@@ -1,4 +1,4 @@
-"""From journal to store: the shard tasks, then the small arrays and metadata, then the commit mark."""
+"""Commit of a journal to a store: the shard tasks, then the small arrays and metadata, then the commit mark."""
 
 import hashlib
 import os
@@ -61,7 +61,7 @@ class Committer:
 
     @cached_property
     def tasks(self) -> list[ShardTask]:
-        """One task for each shard of each per-image array, finished or not.
+        """Tasks of the commit, one for each shard of each per-image array, finished or not.
 
         The largest array comes last and in order, so that its finished shards free the blocks they were made from:
         the disk then holds little more than one copy at any time.
@@ -162,7 +162,7 @@ class Finisher:
 
     committer: Committer
     shards: Mapping[str, ShardRecord]
-    """By file, for every task."""
+    """Digests by file, for every task."""
     files: dict[str, FileDigest]
     """Grows as files are written; begins empty."""
 

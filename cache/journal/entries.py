@@ -119,7 +119,7 @@ def _note(store: Path, name: str) -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """One finished piece of work, as its `entry.json` describes it."""
+    """A finished piece of work, as its `entry.json` describes it."""
 
     folder: Path
     arrays: Mapping[str, Mapping[str, Any]]
@@ -158,7 +158,7 @@ class Entry:
         return not (self.folder / DATA).exists()
 
     def array(self, name: str) -> NDArray[Any]:
-        """One array, memory-mapped and read-only, after its checksum was compared.
+        """Array of that name, memory-mapped and read-only, after its checksum was compared.
 
         Raises:
             StoreError: the data are not those that were written.

@@ -103,7 +103,7 @@ def _check_counts(counts: NDArray[np.int32], images: int, where: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """One field's values, their name in errors, and the image of each row where rows belong to images."""
+    """Values of a field, their name in errors, and the image of each row where rows belong to images."""
 
     values: NDArray[Any]
     name: str

@@ -97,7 +97,7 @@ def _in_file_order(mapped: NDArray[np.uint8], spec: ArraySpec, rows: int, file: 
 
 
 class MappedArray:
-    """One array of a store on a local disk, read-only; safe to use on both sides of a fork."""
+    """An array of a store on a local disk, read-only; safe to use on both sides of a fork."""
 
     def __init__(self, spec: ArraySpec, folder: Path, otherwise: Callable[[], RowArray]) -> None:
         """Use `open_mapped`."""

@@ -30,7 +30,7 @@ class Place(Protocol):
         ...
 
     def size_problems(self, mark: CommitMark) -> list[str]:
-        """One line for each file that is missing or not as long as it was."""
+        """Describe each file that is missing or not as long as it was, one line each."""
         ...
 
     def read_file(self, name: str) -> bytes:
@@ -68,7 +68,7 @@ class LocalPlace:
         return require_mark(self.path)
 
     def size_problems(self, mark: CommitMark) -> list[str]:
-        """One line for each file that is missing or not as long as it was."""
+        """Describe each file that is missing or not as long as it was, one line each."""
         return size_problems(self.path, mark)
 
     def read_file(self, name: str) -> bytes:

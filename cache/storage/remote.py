@@ -108,7 +108,7 @@ class RemotePlace:
         )
 
     def size_problems(self, mark: CommitMark) -> list[str]:
-        """One line for each file that is missing or not as long as it was."""
+        """Describe each file that is missing or not as long as it was, one line each."""
         problems = []
         sizes = self.sizes(mark.files)
         for name, expected in mark.files.items():

@@ -22,7 +22,7 @@ class Comparison:
     same_fingerprint: tuple[str, ...]
     """Products made from the same things in the same way."""
     content: tuple[str, ...]
-    """One line for each array or other file that differs or that only one of them has."""
+    """Arrays and other files that differ or that only one of the stores has, one line each."""
 
 
 def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Comparison:

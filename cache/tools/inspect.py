@@ -31,7 +31,7 @@ from ezsd.cache.storage.locations import read_environment, unfinished_plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProductInfo:
-    """One product: its fingerprint, and its rows in all and per image (mean); None where it has no rows of images."""
+    """A product: its fingerprint, and its rows in all and per image (mean); None where it has no rows of images."""
 
     name: str
     fingerprint: str

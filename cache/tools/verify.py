@@ -32,7 +32,7 @@ from ezsd.cache.storage.locations import read_environment, unfinished_plan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
-    """One file that is not as it was committed, and what it takes with it."""
+    """A file that is not as it was committed, and what it takes with it."""
 
     file: Path
     name: str

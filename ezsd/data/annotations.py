@@ -98,7 +98,7 @@ def read_raw(path: Path, names: Sequence[str], *, may_lack: Sequence[str] = ()) 
 
 
 def raw_annotations(table: Table, names: Sequence[str], *, may_lack: Sequence[str] = ()) -> RawAnnotations:
-    """Like `read_raw`, of a file that was read into columns."""
+    """Read the boxes of the named classes from a file that was read into columns; see `read_raw`."""
     for fault in refusals(table, names, may_lack=may_lack):
         raise fault.error(table.path)
     id_of = category_ids(table, names)
@@ -143,7 +143,7 @@ def category_ids(table: Table, names: Sequence[str]) -> dict[str, int]:
 
 
 def absent_names(names: Sequence[str], offered: Iterable[str]) -> tuple[str, ...]:
-    """Those of some names that a file's categories do not have."""
+    """Find the names that are not among a file's categories."""
     known = {canonical(name) for name in offered}
     return tuple(name for name in names if canonical(name) not in known)
 

@@ -25,12 +25,12 @@ FREQUENCIES = ("r", "c", "f")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Federated:
-    """What the lists of a federated file say."""
+    """Class lists per image and ignored annotations of a federated file."""
 
     negative: dict[int, frozenset[int]] = field(default_factory=dict)
-    """By image id the category ids that were looked for and are not there."""
+    """Category ids that were looked for and are not there, by image id."""
     not_exhaustive: dict[int, frozenset[int]] = field(default_factory=dict)
-    """By image id the category ids of which not all objects have a box."""
+    """Category ids whose objects do not all have a box, by image id."""
     ignored: set[int] = field(default_factory=set)
     """Ids of annotations marked `ignore`."""
     empty: set[int] = field(default_factory=set)

@@ -36,27 +36,27 @@ _EXTENT_MAX = 2**24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One thing that is wrong with a file."""
+    """A fault of an annotation file."""
 
     section: Section
     position: int
-    """In its list; -1 for the list itself."""
+    """Position in its list; -1 for the list itself."""
     key: str
-    """"" for the entry itself."""
+    """Key of the value; "" for the entry itself."""
     expected: str
     found: str
     cure: str
     kind: str = ""
-    """What makes faults of one key alike, where that is not the cure."""
+    """Cause that faults of one key have in common; "" where the cure tells them apart."""
 
     @property
     def like(self) -> tuple[str, str, str]:
-        """The same for faults that have one cause."""
+        """Value that is equal for faults with the same cause."""
         return self.section, self.key, self.kind or self.cure
 
     @property
     def place(self) -> str:
-        """Where, as a JSON path: annotations[17].bbox."""
+        """JSON path of the fault, such as annotations[17].bbox."""
         place = self.section if self.position < 0 else f"{self.section}[{self.position}]"
         return f"{place}.{self.key}" if self.key else place
 
@@ -104,12 +104,12 @@ class AnnotationColumns:
     """Pixels, as stated; NaN where no finite number from 0 on is."""
     crowd: array[int] = field(default_factory=lambda: array("b"))
     segmentation: list[object] = field(default_factory=list)
-    """What `read_table` was told to keep of each; empty unless it was."""
+    """Part of each segmentation that `read_table` was told to keep; empty where it was told to keep none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """One file: its columns, and what was wrong with single values."""
+    """An annotation file as columns, with the faults of its single values."""
 
     path: Path
     images: ImageColumns = field(default_factory=ImageColumns)
@@ -117,7 +117,7 @@ class Table:
     annotations: AnnotationColumns = field(default_factory=AnnotationColumns)
     faults: list[Fault] = field(default_factory=list)
     federated: CatalogueReader | None = None
-    """What the catalogue is made of; None unless it was asked for."""
+    """Reader that has collected the catalogue; None unless the catalogue was asked for."""
 
     def catalogue(self) -> Catalogue:
         """The class table with the federated lists. AnnotationError, see `CatalogueReader.catalogue`."""
@@ -125,7 +125,7 @@ class Table:
         return self.federated.catalogue()
 
     def sound(self, section: Section, key: str) -> npt.NDArray[np.bool_]:
-        """Which entries of a list have no fault in this key nor as a whole."""
+        """Mask of the entries of a list that have no fault in this key or as a whole."""
         sound = np.ones(len(getattr(self, section).id), dtype=np.bool_)
         for fault in self.faults:
             if fault.section == section and fault.position >= 0 and fault.key in ("", key):
@@ -204,7 +204,7 @@ def _shown(value: object) -> str:
 
 
 class _Entry:
-    """One object of one of the lists. A value that is not as it must be leaves a fault and a zero."""
+    """Reader of one entry of a list: a malformed value is recorded as a fault and replaced by zero."""
 
     __slots__ = ("faults", "position", "section", "values")
 
@@ -241,7 +241,7 @@ class _Entry:
         return 0
 
     def _number_cure(self, key: str) -> str:
-        """What to do about a value that is no whole number within its limits: it depends on what stands there."""
+        """Advice about a value that is not a whole number within its limits, by the kind of value found."""
         value = self.values.get(key)
         if value is None and key in ("width", "height"):
             return f"Write the image's {key} in pixels."
@@ -331,13 +331,13 @@ def _read_annotation(table: Table, entry: _Entry) -> None:
 
 
 def image_faults(table: Table) -> Iterator[Fault]:
-    """What is wrong with the list `images`."""
+    """Find the faults of the list `images`."""
     yield from _of(table, "images")
     yield from _doubles(table, "images", np.arange(len(table.images.id)))
 
 
 def category_faults(table: Table) -> Iterator[Fault]:
-    """What is wrong with the list `categories`: neither an id nor a name occurs twice."""
+    """Find the faults of the list `categories`: an id or a name that is repeated."""
     yield from _of(table, "categories")
     columns, first = table.categories, dict[str, int]()
     names = [canonical(name) for name in columns.name]
@@ -375,12 +375,12 @@ def used_categories(table: Table) -> list[int]:
 
 
 def annotation_faults(table: Table, classes: Positions | None) -> Iterator[Fault]:
-    """What is wrong with the annotations of some classes.
+    """Find the faults of the annotations of some classes.
 
     Args:
         table: the file.
-        classes: category ids; None for all. Of annotations of other classes only `category_id` is looked at, so what
-            is wrong with novel boxes, as what is right, is nothing that training could notice.
+        classes: category ids; None for all. Of annotations of other classes only `category_id` is checked, so that
+            training cannot notice anything about novel boxes, right or wrong.
     """
     columns = table.annotations
     category = np.array(columns.category_id)

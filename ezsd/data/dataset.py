@@ -23,11 +23,11 @@ PAD_MULTIPLE = 32
 
 
 class Key(NamedTuple):
-    """What a sample depends on, beside the seed."""
+    """Inputs that a sample depends on, beside the seed."""
 
     epoch: int
     position: int
-    """Of the image, in the order of the dataset."""
+    """Position of the image in the dataset."""
     canvas: tuple[int, int] = (0, 0)
     """Least height and width of the batch, pixels: parts of a step that have one in common are padded alike."""
 
@@ -90,7 +90,7 @@ class MaskSource(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One image ready for batching; boxes in its resized pixels."""
+    """An image ready for batching, with its boxes in pixels of the resized image."""
 
     image: Tensor
     """(3, H, W) uint8."""
@@ -105,15 +105,15 @@ class Sample:
     region_confidence: Tensor
     """1 for ground truth, (R,) float32."""
     cached_boxes: Tensor
-    """Like `region_boxes`, with all of the image's regions, drawn or not, (K, 4)."""
+    """All of the image's regions, drawn or not, in the form of `region_boxes`, (K, 4)."""
     cached_confidence: Tensor
     """(K,) float32."""
     canvas: tuple[int, int]
-    """See `Key`."""
+    """Least height and width of the batch, pixels; see `Key`."""
     seed: int | None
-    """Of what the detector draws for this image; None leaves that to torch's global state."""
+    """Seed for the detector's random draws on this image; None uses torch's global state."""
     masks: ObjectMasks | None = None
-    """Of the base ground truth; None where none are learned."""
+    """Masks of the base ground truth; None where none are learned."""
 
 
 class DetectionDataset(torch.utils.data.Dataset[Sample]):

@@ -72,7 +72,7 @@ def read_outlines(
 
 
 def outline_faults(path: Path, size: npt.NDArray[np.int32]) -> Iterator[Fault | None]:
-    """What is wrong with the outline of each annotation asked for, in the file's order; None where nothing is.
+    """Check the outlines of the annotations asked for: a fault or None for each, in the file's order.
 
     Args:
         path: a COCO-format file that `read_table` can read.
@@ -91,7 +91,7 @@ def outline_faults(path: Path, size: npt.NDArray[np.int32]) -> Iterator[Fault | 
 
 
 def early_outline(value: object) -> object:
-    """What is kept of a segmentation until the size of its image is known, as small as may be; see `late_outline`."""
+    """Reduce a segmentation to the part that is needed until the size of its image is known; see `late_outline`."""
     if not isinstance(value, list) or not value:
         return value
     try:

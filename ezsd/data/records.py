@@ -1,4 +1,4 @@
-"""What is known of a dataset's images and boxes, as flat arrays.
+"""Records of a dataset's images and boxes, as flat arrays.
 
 Three conventions, stated here for every reader of the records:
 
@@ -33,7 +33,7 @@ def unfit(path: Path, where: str, expected: str, found: str, cure: str) -> Annot
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """One image of the file."""
+    """An image of an annotation file."""
 
     id: int
     """The dataset's own number, >= 0; unique."""
@@ -58,7 +58,7 @@ class ImageTable(Sequence[ImageRecord]):
     name_bytes: npt.NDArray[np.uint8]
     """All file names one after the other, UTF-8."""
     name_offset: npt.NDArray[np.int64]
-    """Where each name begins in `name_bytes`, and where the last ends, (N + 1,)."""
+    """Start of each name in `name_bytes`, and the end of the last, (N + 1,)."""
 
     @classmethod
     def build(
@@ -128,13 +128,13 @@ class RawAnnotations:
     xywh: npt.NDArray[np.float64]
     """Left, top, width, height in pixels, (N, 4), finite."""
     area: npt.NDArray[np.float64]
-    """Of the object's outline, as the file states it, pixels, (N,); the box's where it states none."""
+    """Area of the object's outline as the file states it, else of its box, pixels, (N,)."""
     class_index: npt.NDArray[np.int32]
     """Position in `names`, (N,)."""
     annotation_id: npt.NDArray[np.int64]
     """(N,), unique."""
     crowd: npt.NDArray[np.bool_]
-    """Whether the box is drawn around a group, (N,)."""
+    """True where the box is drawn around a group, (N,)."""
     absent: tuple[str, ...] = ()
     """Names that the file's class table lacks."""
 
@@ -156,7 +156,7 @@ class Annotations:
     annotation_id: npt.NDArray[np.int64]
     """(N,), unique."""
     crowd: npt.NDArray[np.bool_]
-    """Whether the box is drawn around a group, (N,); never true in training."""
+    """True where the box is drawn around a group, (N,); never true in training."""
     dropped: Mapping[str, int]
     """Boxes of the asked-for classes left out, by reason: crowd, degenerate, outside."""
     absent: tuple[str, ...] = ()

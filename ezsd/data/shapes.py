@@ -95,14 +95,14 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """One detection image and everything in it."""
+    """A detection image with all its objects."""
 
     pixels: Pixels
     """(128, 128, 3) RGB."""
     boxes: NDArray[np.float32]
     """(N, 4) xyxy pixels, amodal."""
     names: tuple[str, ...]
-    """One class name per box, base and novel alike: who may see which is the loader's matter."""
+    """Class name of each box, base and novel alike; the loader decides which classes are seen."""
 
 
 def scene(*, seed: int, split: SceneSplit, index: int) -> Scene:
@@ -149,9 +149,9 @@ def picture(*, seed: int, index: int, size: int = 32) -> tuple[Pixels, str, str,
 
 
 def cluttered_picture(*, seed: int, index: int, size: int = 32) -> tuple[Pixels, str, str, str]:
-    """Like `picture`, as the web's worse half is: cloudy grounds, some noise, and pictures of nearly nothing.
+    """Draw a noisier `picture`, as in web data: cloudy grounds, some noise, and pictures of almost nothing.
 
-    One in five shows a "background": clouds alone, or with a corner of some shape in them.
+    One in five shows a "background": clouds alone, or clouds with a corner of some shape.
     """
     rng = np.random.default_rng([seed, _SPLIT_CODE["clutter"], index])
     canvas = _clouds(rng, size) if rng.random() < 0.6 else np.full((size, size, 3), rng.uniform(20, 235, 3))

@@ -20,7 +20,7 @@ from ezsd.data.records import unfit
 WINDOW = 2**22
 """Characters read at a time."""
 FILE_CURE = "Give the path of a COCO-format annotation file."
-"""What to do about a file that is none."""
+"""Advice for a file that is not an annotation file."""
 
 _BLANK = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
@@ -30,7 +30,7 @@ _CUT = 16
 
 
 def is_finite(value: object) -> TypeGuard[float]:
-    """Whether a JSON value is a number that a float64 can hold."""
+    """Test whether a JSON value is a number that a float64 can hold."""
     if type(value) is float:
         return math.isfinite(value)
     if type(value) is not int:

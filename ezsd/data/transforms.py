@@ -16,7 +16,7 @@ SEEN_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augmentation:
-    """What is drawn for an image, beside its flip and its regions."""
+    """Random changes of an image, beside its flip and the choice of its regions."""
 
     short_side_min: int = 0
     """The short side's limit is drawn between this and the full one, pixels; 0 fixes it."""

@@ -35,7 +35,7 @@ class Batch:
     boxes: list[Tensor]
     """Base ground truth of each image, (N, 4)."""
     labels: list[Tensor]
-    """Their classes, (N,) int64, positions in the text rows given beside the batch."""
+    """Classes of the boxes, (N,) int64, as positions in the text rows given beside the batch."""
     region_boxes: Tensor
     """Cached regions of all images, (R, 4)."""
     region_image: Tensor

@@ -15,7 +15,7 @@ from ezsd.detector.sampling import draw_balanced
 SAMPLED_ANCHORS = 256
 """Anchors per image that the proposal network learns from, at most half of them on objects."""
 NEGATIVE_IOU = 0.3
-"""Below it an anchor is taught to be no object; what overlaps a spared box this much is not."""
+"""IoU below which an anchor is taught to be no object, unless it overlaps an ignored region this much."""
 
 
 class AnchorSampler:
@@ -47,7 +47,7 @@ class AnchorSampler:
 
 
 class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
-    """torchvision's network; a target's "spared" boxes, (U, 4), lie on what may be an object without a label."""
+    """Region proposal network of torchvision; a target's "spared" boxes, (U, 4), cover what may be an object."""
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]

@@ -21,7 +21,7 @@ class SampledRegions:
     targets: Tensor
     """The ground-truth box of each, (R, 4); zeros for background."""
     objects: Tensor
-    """Its position among the ground truth, (R,) int64; -1 for background."""
+    """Position of each region's object in the ground truth, (R,) int64; -1 for background."""
 
 
 def draw_balanced(positive: Tensor, negative: Tensor, *, count: int, share: float) -> tuple[Tensor, Tensor]:

@@ -398,7 +398,7 @@ def boxes_by_map(pooling: BoundPooling, boxes: Tensor, image_index: Tensor) -> t
 
 
 def _filled(maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """One pointer per level the kernels know; the first stands in for those that do not exist."""
+    """Pad the feature maps to the number of levels of the kernels; the first map fills the missing levels."""
     return maps + maps[:1] * (MAX_LEVELS - len(maps))
 
 

@@ -1,4 +1,4 @@
-"""What detections are compared with: the boxes of an annotation file and, of a federated one, what it leaves open."""
+"""Ground truth of an evaluation: the boxes of an annotation file and, for a federated file, its unchecked classes."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Truth:
     xywh: npt.NDArray[np.float64]
     """Left, top, width, height in pixels, (N, 4)."""
     area: npt.NDArray[np.float64]
-    """Of the object as the file states it, else of its box, pixels, (N,)."""
+    """Area of the object as the file states it, else of its box, pixels, (N,)."""
     crowd: npt.NDArray[np.bool_]
-    """Whether any number of detections may lie on the box, (N,); never true in a federated file."""
+    """True where any number of detections may match the box, (N,); never true in a federated file."""
     ignore: npt.NDArray[np.bool_]
-    """Whether the box is neither found nor missed, (N,)."""
+    """True where the box counts neither as found nor as missed, (N,)."""
     annotation_id: npt.NDArray[np.int64]
     """(N,), unique."""
     catalogue: Catalogue
@@ -52,7 +52,7 @@ class Truth:
 
     @property
     def federated(self) -> bool:
-        """Whether LVIS's rules apply instead of COCO's."""
+        """True if LVIS's rules apply instead of COCO's."""
         return self.catalogue.federated is not None
 
     def sizes(self) -> dict[int, tuple[int, int]]:
@@ -65,12 +65,12 @@ class Truth:
         return self.catalogue.ids_of(self.split.names)
 
     def category_positions(self) -> dict[int, int]:
-        """For each category id of the file its position in `split.names`; -1 outside the split."""
+        """Position in `split.names` of each category id of the file; -1 outside the split."""
         asked = {number: index for index, number in enumerate(self.category_ids())}
         return dict.fromkeys(self.catalogue.ids.values(), -1) | asked
 
     def named(self) -> Named:
-        """What the file calls its images and classes."""
+        """Ids and names of the file's images and classes."""
         return Named(file_names={one.id: one.file_name for one in self.images}, categories=self.catalogue.ids)
 
 
@@ -98,9 +98,9 @@ def read_truth_table(path: Path, *, masks: bool) -> Table:
 
 
 def truth_of(table: Table, split: Split, raw: RawAnnotations | None = None) -> Truth:
-    """What an evaluation needs of a file that was read into columns, with its catalogue.
+    """Make the ground truth of an evaluation from a file that was read into columns, with its catalogue.
 
-    A file whose images have `neg_category_ids` is a federated one, as LVIS's are; its `iscrowd` means nothing then,
+    A file whose images have `neg_category_ids` is a federated one, as LVIS's are; its `iscrowd` then has no meaning,
     and boxes without area are left out, as in the official lvis package.
 
     Args:
@@ -139,7 +139,7 @@ def truth_of(table: Table, split: Split, raw: RawAnnotations | None = None) -> T
 
 
 def with_masks(truth: Truth, table: Table) -> Truth:
-    """The same with the objects' masks, of which the columns that it was made of must have the segmentations.
+    """Add the objects' masks to ground truth, from the columns it was made of, which must have the segmentations.
 
     Raises:
         MissingOutline: an object of a class of the split has no segmentation.

@@ -149,7 +149,7 @@ def with_todays_names(tables: object) -> dict[str, Any]:
 
 
 def with_former_names(section: str, table: Mapping[str, Any]) -> dict[str, Any]:
-    """One table of settings as manifests name them."""
+    """Rename the settings of a table to the names that manifests use."""
     names = {new: old for old, new in FORMER.get(section, {}).items()}
     found: dict[str, Any] = {}
     for key, value in table.items():

@@ -51,12 +51,12 @@ class TeacherConfig:
     names: Names = "raw"
     """"raw" puts names into the template as they are; "clean" as one says them, see `clean_names`."""
     activation: Activation | None = None
-    """Of a local file that nobody knows: "gelu" or "quickgelu", as its authors say. Checked, changes nothing."""
+    """Activation of a local file of an unknown model: "gelu" or "quickgelu", as its authors state. Checked only."""
     normalisation: Normalisation | None = None
-    """Of a local file's pixels: "openai", "inception", "imagenet" or "none"; asked for where the model's published
-    weights differ in it. Changes the embeddings, and stands in the store's fingerprint."""
+    """Pixel normalisation of a local file: "openai", "inception", "imagenet" or "none"; asked for where the model's
+    published weights differ in it. Changes the embeddings, and is part of the store's fingerprint."""
     precision: Precision = "auto"
-    """Of the weights: "auto" is "bf16" where the hardware has it, after a comparison with "fp32"."""
+    """Precision of the weights: "auto" is "bf16" where the hardware has it, after a comparison with "fp32"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ class AdaptConfig:
     loss: AdaptLoss
     """"bce" (the reference's) or "softmax_ce"."""
     towers: Literal["both", "vision"] = "both"
-    """Whose LayerNorms: "vision" leaves the text rows as the teacher was published."""
+    """LayerNorms to tune: "vision" leaves the text rows as the teacher was published."""
     weight_decay: Annotated[float, Interval(ge=0)] = 1e-4
     """Weight decay of AdamW."""
     max_grad_norm: Annotated[float, Interval(gt=0)] = 0.1
@@ -101,7 +101,7 @@ class ProposalConfig:
     score: Score
     """"entropy" is log C - H over the names; "novel" the probability of the novel names."""
     padding: Surround = "black"
-    """What a teacher sees beside a box that is not square: "black" (the method's) or the image's "context"."""
+    """Pixels that the teacher sees beside a box that is not square: "black" (the method's) or the image's "context"."""
     nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """Suppression threshold, all names together."""
     max_proposals: Annotated[int, Interval(ge=1)] = 1000
@@ -117,9 +117,9 @@ class ProposalConfig:
     boxes: str = ""
     """A results file in COCO's format: its boxes are the proposals, best score first, instead of scored anchors."""
     search: Mode = "exhaustive"
-    """Which anchors the teacher is shown: "exhaustive" all of the grid, "grown-stride" less of large ones,
-    "coarse-to-fine" a sparse grid and then what lies around the best of it. The latter two thin out the grid "paper";
-    sliding windows have a spacing that grows as it is."""
+    """Choice of the anchors that the teacher is shown: "exhaustive" all of the grid, "grown-stride" fewer large ones,
+    "coarse-to-fine" a sparse grid and then the anchors around its best. The latter two thin out the grid "paper";
+    sliding windows already have a spacing that grows with their size."""
     growth: Annotated[float, Interval(gt=0)] = 0.375
     """Spacing of anchors as a share of their size: of all ("grown-stride"), of the sparse grid ("coarse-to-fine")."""
     anchor_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1
@@ -156,7 +156,7 @@ class BuildConfig:
     max_bad_images: Annotated[float, Interval(ge=0, lt=1)] = 0.001
     """Share of the images that may be left out because they cannot be read; with fewer than one, the first stops."""
     embedding: EmbeddingType = "float16"
-    """How the store keeps embeddings; "int8" with a scale per row takes half the disk."""
+    """Type of the embeddings in the store; "int8", with a scale per row, takes half the disk."""
 
     def __post_init__(self) -> None:
         _require_bounds("build", self)
@@ -176,7 +176,7 @@ class LossConfig:
     """Weights of the objective."""
 
     distillation: Annotated[float, Interval(ge=0)]
-    """Of the distillation: L1's, as the authors'; another metric is scaled to pull as hard, see
+    """Distillation weight, given for L1 as by the authors; another metric is scaled to pull as hard, see
     `ezsd.losses.distillation_scale`. 0 leaves it out (see also model.ignore_confidence, which reads cached regions)."""
     metric: Metric = "cosine"
     """Distance to the cached embedding: "cosine", or "l1" between unit vectors (the authors')."""
@@ -206,9 +206,9 @@ class TrainConfig:
     optimizer: Literal["adamw", "sgd"]
     """SGD has momentum 0.9."""
     learning_rate: Annotated[float, Interval(gt=0)]
-    """At its height, for `reference_batch_size` images per step."""
+    """Highest rate of the schedule, for `reference_batch_size` images per step."""
     weight_decay: Annotated[float, Interval(ge=0)]
-    """Not on the temperature, background row, biases and norms."""
+    """Weight decay, on all weights but the temperature, background row, biases and norms."""
     min_size: int
     """Images are resized to fit min_size x max_size (shorter and longer side), ratio kept; 0 keeps them as they are."""
     max_size: int
@@ -315,7 +315,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One whole experiment."""
+    """All settings of an experiment."""
 
     teacher: TeacherConfig
     adapt: AdaptConfig

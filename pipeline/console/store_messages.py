@@ -119,7 +119,7 @@ def info_text(path: Path) -> str:
 
 
 def list_lines(folder: Path) -> list[str]:
-    """One line for each store in a folder."""
+    """List the stores of a folder, one line each."""
     found = list_stores(folder)
     if not found:
         return [f"{folder}: no stores in it"]
@@ -137,7 +137,7 @@ def _summary(store: StoreInfo | StoreError) -> str:
 
 
 def verify_lines(path: Path, *, deep: bool) -> list[str]:
-    """One line for each thing that is wrong with a store."""
+    """Describe what is wrong with a store, one line for each problem."""
     return [str(damage) for damage in verify(path, deep=deep)]
 
 

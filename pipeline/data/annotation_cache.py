@@ -34,21 +34,21 @@ from ezsd.vocabulary import Split
 log = logging.getLogger("ezsd")
 
 LAYOUT = 1
-"""Of the folders below; another number never meets them."""
+"""Version of the folders' layout; files of another version are not looked for."""
 CATEGORY_LAYOUT = 3
-"""Of the files with class tables."""
+"""Version of the layout of the class tables."""
 
 _IMAGES = tuple(field.name for field in fields(ImageTable))
 _BOXES = ("image_index", "box", "class_index", "annotation_id", "crowd")
 
 
 def training_annotations(path: Path, split: Split) -> Annotations:
-    """Like `load_training`, parsed once per content of the file."""
+    """Load training annotations, parsed once per content of the file; see `load_training`."""
     return _remembered(path, ["training", split.base], lambda: load_training(path, split))
 
 
 def evaluation_annotations(path: Path, split: Split) -> Annotations:
-    """Like `load_evaluation`, parsed once per content of the file, and only of a file that can be evaluated by.
+    """Load the annotations of a file that can be used for evaluation, parsed once per content; see `load_evaluation`.
 
     Raises:
         AnnotationError: see `ezsd.metrics.read_truth`.
@@ -65,7 +65,7 @@ def evaluation_annotations(path: Path, split: Split) -> Annotations:
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """One entry of a file's class table."""
+    """An entry of a file's class table."""
 
     id: int
     name: str
@@ -74,11 +74,11 @@ class Category:
     supercategory: str
     """"" where the file has none."""
     used: bool
-    """Whether an annotation is of it."""
+    """True if the class has an annotation."""
 
 
 def sound_categories(path: Path) -> list[Category]:
-    """Like `read_categories`, of a file that may be faulty: entries without a name are left out.
+    """Read the categories of a file that may be faulty; entries without a name are left out.
 
     Raises:
         AnnotationError: the file cannot be read at all.
@@ -87,7 +87,7 @@ def sound_categories(path: Path) -> list[Category]:
 
 
 def _categories(table: Table) -> list[Category]:
-    """By category id."""
+    """Categories of a table, by id."""
     columns, used = table.categories, set(used_categories(table))
     order = sorted(range(len(columns.id)), key=lambda position: (columns.id[position], columns.name[position]))
     return [
@@ -122,7 +122,7 @@ def read_categories(path: Path) -> list[Category]:
 
 
 def parsed_folder() -> Path:
-    """Where parsed annotations lie: below EZSD_CACHE_DIR, or else the user's cache folder."""
+    """Folder of the parsed annotations: below EZSD_CACHE_DIR, else the user's cache folder."""
     own = os.environ.get("EZSD_CACHE_DIR")
     if own:
         return Path(own) / "annotations"

@@ -38,7 +38,7 @@ _READERS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """What one of the two annotation files holds."""
+    """Numbers of images and boxes of one of the two annotation files."""
 
     name: str
     """"train" or "val"."""
@@ -48,7 +48,7 @@ class Part:
     base: int
     """Boxes, crowds left out."""
     novel: int
-    """See there."""
+    """Boxes of novel classes, crowds left out."""
     other: int
     """Boxes of classes outside the split."""
     crowd: int
@@ -57,18 +57,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """What was found."""
+    """Result of a check."""
 
     dataset: Dataset
     problems: list[str]
-    """What build, training or evaluation refuse. One line for each kind: file, first place, what is wrong, what to do,
-    how many there are."""
+    """Faults that build, training or evaluation refuse. One line for each kind: file, first place, what is wrong, what
+    to do, how many there are."""
     warnings: list[str]
-    """What they take, but one should know of; the same form."""
+    """Oddities that are accepted but worth knowing; in the same form."""
     parts: list[Part]
-    """Of files that could be read."""
+    """Numbers of the files that could be read."""
     notes: list[str]
-    """One line each: what is no fault, but good to know of how images are read."""
+    """Remarks on how images are read, one line each; none of them is a fault."""
 
 
 def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False) -> Check:
@@ -121,15 +121,15 @@ def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """One thing to say of a file."""
+    """A remark on an annotation file."""
 
     place: str
-    """As a JSON path; "" for the whole."""
+    """JSON path; "" for the whole file."""
     text: str
     kind: Hashable
-    """The same for those of one cause."""
+    """Value that is equal for remarks with the same cause."""
     cure: str = ""
-    """Said once for all of a kind, after their number."""
+    """Advice, given once for all of a kind, after their number."""
 
 
 def _of_fault(fault: Fault) -> _Finding:
@@ -137,7 +137,7 @@ def _of_fault(fault: Fault) -> _Finding:
 
 
 def _folded(findings: Iterable[_Finding]) -> list[str]:
-    """One line for each kind: the first place, how many there are, and where the next is."""
+    """Fold the remarks into one line for each kind: the first place, their number, and the next place."""
     kinds: dict[Hashable, list[_Finding]] = {}
     for finding in findings:
         kinds.setdefault(finding.kind, []).append(finding)
@@ -152,7 +152,7 @@ def _folded(findings: Iterable[_Finding]) -> list[str]:
 
 
 def check_table(check: Check) -> str:
-    """What a sound dataset holds."""
+    """Table of the numbers of images and boxes of a sound dataset."""
     split = check.dataset.split
     lines = [f"{check.dataset.name}: {len(split.base)} base and {len(split.novel)} novel names, nothing wrong"]
     columns = ("images", "without_boxes", "base", "novel", "other", "crowd")
@@ -164,7 +164,7 @@ def check_table(check: Check) -> str:
 
 
 def _file_findings(table: Table, split: Split, part: str) -> tuple[list[_Finding], list[_Finding]]:
-    """What the file says of itself that is refused, and what it says that cannot be but is never looked at."""
+    """Remarks on the file itself: faults that are refused, and impossible values that are never read."""
     names, may_lack = (split.base, ()) if part == "train" else (split.names, split.novel)
     faults = list(refusals(table, names, may_lack=may_lack))
     told = {(fault.place, fault.like) for fault in faults}
@@ -174,7 +174,7 @@ def _file_findings(table: Table, split: Split, part: str) -> tuple[list[_Finding
 
 
 def _record_findings(table: Table, split: Split, part: str, masks: bool) -> tuple[list[_Finding], list[_Finding]]:
-    """What is refused, and what is only to be known, of a file whose entries are in order."""
+    """Remarks on a file whose entries are in order: those that are refused, and those only worth knowing."""
     refused: list[_Finding] = []
     known: list[_Finding] = []
     if part == "train":
@@ -265,9 +265,9 @@ def _mask_findings(table: Table, split: Split, part: str) -> list[_Finding]:
 def _image_findings(
     table: Table, dataset: Dataset, part: str, decode: bool
 ) -> tuple[list[tuple[_Finding, bool]], dict[str, Reading]]:
-    """What is wrong with image files and whether it is refused, and how the others are read, by file name.
+    """Faults of the image files, True with those that are refused, and readings of the sound ones by file name.
 
-    Of training images a few may be left out.
+    A few training images may be left out.
     """
     columns, source = table.images, dataset.images(part)
     found: list[tuple[_Finding, bool]] = []
@@ -312,7 +312,7 @@ def _words(text: str, file_name: str) -> str:
 
 
 def _image_problem(source: ImageSource, decode: bool, entry: tuple[int, str, int, int]) -> str | Reading:
-    """What is wrong with an image, or how it is read."""
+    """Describe what is wrong with an image, or how it is read."""
     position, file_name, width, height = entry
     stated = (width, height) if width and height else None
     try:
@@ -331,7 +331,7 @@ def _image_problem(source: ImageSource, decode: bool, entry: tuple[int, str, int
 
 
 def _reading_notes(readings: dict[str, Reading], exif: Exif) -> Iterator[str]:
-    """One line for each way in which images are read otherwise than they are stored, with their number."""
+    """Describe each way in which images are not read as they are stored, one line each with their number."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name, reading in readings.items():
         if reading.conversion:

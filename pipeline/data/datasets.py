@@ -26,7 +26,7 @@ log = logging.getLogger("ezsd")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """Where a dataset lies, how its classes are split, and how its names are asked for."""
+    """A dataset: its place on disk, the split of its classes, and the rule for reading its images."""
 
     name: str
     """"shapes", "coco", "lvis", "lvis-frequent" or what a TOML file says."""
@@ -47,7 +47,7 @@ class Dataset:
     prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Settings of the teacher that belong to the data: template, background, names (see `TeacherConfig`)."""
     exif: Exif = "turn"
-    """What becomes of its images' EXIF orientation."""
+    """Rule for the EXIF orientation of its images."""
 
     def annotations(self, part: str) -> Path:
         """The annotation file of "train" or "val"."""
@@ -88,7 +88,7 @@ class Dataset:
         ]
 
     def _near(self, place: str) -> str:
-        """What may have been meant by a place that does not exist."""
+        """Suggest a place that may have been meant instead of one that does not exist."""
         parent, kind = (self.root / place).parent, Path(place).suffix
         if not parent.is_dir():
             return f"there is no folder {parent}"

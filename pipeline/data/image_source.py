@@ -1,4 +1,4 @@
-"""Where the images of a dataset come from: a folder, or tar files whose members are read in place."""
+"""Sources of a dataset's images: a folder, or tar files whose members are read in place."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class ImageSource(ABC):
     @property
     @abstractmethod
     def exists(self) -> bool:
-        """Whether there is a place to look for images in."""
+        """True if the folder or the tar files exist."""
 
     @property
     @abstractmethod
     def roots(self) -> tuple[str, ...]:
-        """What the names of its files begin with in messages, without the slash."""
+        """Prefixes of the source's file names in messages, without the slash."""
 
     @abstractmethod
     def find(self, file_name: str) -> ImageFile:
@@ -55,7 +55,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def identity(self, file_name: str) -> Hashable:
-        """The same value for all names of one file; None for what is not a regular file.
+        """Identity of a file, equal for all its names; None for anything but a regular file.
 
         Raises:
             AnnotationError: see `find`, as of DatasetError.
@@ -67,7 +67,7 @@ class ImageSource(ABC):
         """The place below a dataset's root that has a file of this name, where this source has not."""
 
     def has(self, file_name: str) -> bool:
-        """Whether a name leads to a file."""
+        """Test whether a name leads to a file."""
         try:
             return self.find(file_name).is_file()
         except AnnotationError:
@@ -83,7 +83,7 @@ class ImageSource(ABC):
         return to_tensor(read_pixels(self.find(record.file_name), (record.width, record.height), self.exif))
 
     def portable_reason(self, error: ImageError) -> str:
-        """What is wrong with an image, in words that hold wherever the source lies or leads to."""
+        """Describe what is wrong with an image, in words that hold wherever the source is or leads to."""
         reason = str(error)
         for root in self.roots:
             reason = reason.replace(f"{root}{os.sep}", "")
@@ -107,13 +107,13 @@ def image_source(root: Path, place: str, exif: Exif) -> ImageSource:
 
 
 def needed_files(root: Path, place: str) -> list[str]:
-    """What must exist below the root of a dataset to read from a place: itself, or its tar files."""
+    """Paths below a dataset's root that reading from a place needs: the place itself, or its tar files."""
     found = _tar_files(root, place)
     return [place] if found is None else found[1]
 
 
 def _tar_files(root: Path, place: str) -> tuple[str, list[str], str] | None:
-    """What names tar files, their names, and the folder in them, "" or with a slash; None for a folder of images."""
+    """Pattern of tar files, their names, and the folder in them, "" or with a slash; None for a folder of images."""
     if (root / place).is_dir():
         shards = _shards_in(root, place)
         return (place, shards, "") if shards else None
@@ -200,7 +200,7 @@ class TarImages(ImageSource):
     """Images in tar files, whose members are found by one pass over the headers in each process."""
 
     path: Path
-    """What names the tar files; there need not be one of this name."""
+    """Pattern of the tar files as it was given; a file of this name need not exist."""
     tars: TarFiles
     folder: str
     """Within the tar files, "" or with a slash at its end."""

@@ -24,29 +24,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Exif: TypeAlias = Literal["turn", "ignore", "legacy"]
-"""What becomes of an image's EXIF orientation.
+"""Rule for an image's EXIF orientation.
 
 "turn": the image is turned as viewers show it, unless only its stored size is the one that annotations state.
-"ignore": never. "legacy": never, and every mode goes through Pillow's `convert("RGB")`: how stores were built that do
-not say how they read images.
+"ignore": never. "legacy": never, and every mode goes through Pillow's `convert("RGB")`: the rule of stores that do not
+say how they read images.
 """
 
 ImageLike: TypeAlias = Union[str, os.PathLike[str], Image.Image, NDArray[Any], "Tensor"]
-"""What an image may be given as, see `to_image`."""
+"""Forms of an image that `to_image` accepts."""
 
 
 class ImageFile(Protocol):
     """An image file by its name: a `Path`, or what opens like one."""
 
     def open(self, mode: Literal["rb"], /) -> AbstractContextManager[IO[bytes]]:
-        """Its bytes. OSError when they cannot be read."""
+        """Open the file for reading its bytes. OSError when they cannot be read."""
 
     def is_file(self) -> bool:
-        """Whether it is there."""
+        """Test whether the file exists."""
 
 
 _BEYOND = 0.01
-"""So little may floating values lie outside of [0, 1]."""
+"""Tolerance by which floating values may be outside [0, 1]."""
 
 log = logging.getLogger("ezsd")
 
@@ -58,7 +58,7 @@ Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", message="(Possibly c|C)orrupt EXIF data", category=UserWarning)
 
 ALPHA_COLOUR = "white"
-"""What transparent pixels are composited on."""
+"""Colour that transparent pixels are composited on."""
 
 SIXTEEN_BITS = "16-bit grey, divided by 257 and rounded"
 ALPHA = f"transparency, composited on {ALPHA_COLOUR}"
@@ -78,7 +78,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""How an image is turned, by its EXIF orientation."""
+"""Transposition for each EXIF orientation."""
 
 _NAMED = 3
 """Most images that one error names."""
@@ -86,16 +86,16 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """How one image file is read, as far as its start tells."""
+    """Reading of an image file, as far as its first bytes determine it."""
 
     size: tuple[int, int]
     """Width and height as read, pixels."""
     stored: tuple[int, int]
     """Width and height as stored, pixels."""
     orientation: int
-    """By EXIF, 1 to 8; 1 where it says nothing."""
+    """Orientation by EXIF, 1 to 8; 1 where it says nothing."""
     turned: bool
-    """Whether the orientation is applied."""
+    """True if the orientation is applied."""
     conversion: str
     """`SIXTEEN_BITS`, `ALPHA`, or "" where nothing but the colour space can change."""
 
@@ -117,7 +117,7 @@ class Reading:
 
 
 def look(path: ImageFile, stated: tuple[int, int] | None = None, exif: Exif = "turn") -> Reading:
-    """How an image is read, without reading its pixels.
+    """Find how an image is read, without reading its pixels.
 
     Args:
         path: the file.
@@ -162,7 +162,7 @@ def _pixels(path: ImageFile | str, image: Image.Image, stated: tuple[int, int] |
 
 
 def reads_as_before(path: ImageFile, reading: Reading) -> bool:
-    """Whether the mode's rule makes the very pixels that `convert("RGB")` makes; decodes images with transparency.
+    """Test whether the mode's rule makes the same pixels as `convert("RGB")`; decodes images with transparency.
 
     Raises:
         ImageError: it has transparency and is damaged.
@@ -189,7 +189,7 @@ def _reading(path: ImageFile | str, image: Image.Image, stated: tuple[int, int] 
 
 
 _told: set[str] = set()
-"""What `_warn_of_legacy` has said in this process."""
+"""Warnings that `_warn_of_legacy` has given in this process."""
 
 
 def _warn_of_legacy(path: ImageFile | str, image: Image.Image) -> None:
@@ -210,7 +210,7 @@ def _warn_of_legacy(path: ImageFile | str, image: Image.Image) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """By EXIF or XMP ahead of the pixels, 1 to 8; 1 where nothing known is said.
+    """Orientation by EXIF or XMP ahead of the pixels, 1 to 8; 1 where they state none that is known.
 
     What follows a PNG's pixels does not count: `look` and `read_pixels` must agree. Pillow itself turns TIFF files.
     """
@@ -256,7 +256,7 @@ def _by(size: tuple[int, int]) -> str:
 
 
 def most_bad_images(share: float, images: int) -> int:
-    """How many images of a dataset a build may leave out, given `BuildConfig.max_bad_images`."""
+    """Largest number of images that a build may leave out, given `BuildConfig.max_bad_images`."""
     return int(share * images)
 
 
@@ -359,7 +359,7 @@ def _to_image(source: ImageLike) -> Tensor:
 
 
 def _pixels_of_picture(picture: Image.Image) -> NDArray[np.uint8]:
-    """Those of a PIL image; one that comes from no file was turned by whoever made it."""
+    """Read the pixels of a PIL image; one that comes from no file was turned by whoever made it."""
     name = "the image"
     with _image_errors(name):
         _require_pixels(name, picture)

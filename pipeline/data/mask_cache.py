@@ -101,6 +101,6 @@ def _fill(path: Path, annotations: Annotations, draft: Path) -> Mapping[str, obj
 
 
 def _write_header(file: BinaryIO, length: int) -> None:
-    """Of an array of so many bytes; numpy leaves room for a larger number, so that it may be written again."""
+    """Write the header of an array of `length` bytes; numpy leaves room to write a larger number over it."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)

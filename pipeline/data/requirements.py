@@ -1,6 +1,6 @@
-"""What a dataset must have: the refusals that `ezsd data check`, build, training and evaluation share.
+"""Requirements of a dataset: the refusals that `ezsd data check`, build, training and evaluation share.
 
-Whatever an evaluation will need is looked at before the first crop and the first step, by the code that evaluates.
+Everything that an evaluation will need is checked before the first crop and the first step, by the code that evaluates.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ log = logging.getLogger("ezsd")
 
 @dataclass(frozen=True, slots=True)
 class FileFault:
-    """What is wrong with the file of one image."""
+    """A fault of the file of one image."""
 
     row: int
-    """Of the image, in the list given."""
+    """Position of the image in the list given."""
     kind: str
     """"name", "missing" or "double"."""
     text: str
@@ -68,7 +68,7 @@ def image_file_faults(file_names: Sequence[str], source: ImageSource) -> Iterato
 
 
 def fitting(dataset: Dataset, part: str, file_name: str) -> str:
-    """What to change so that an image that is not there is found: the place, or all file names; "" if nothing fits."""
+    """Advice for finding a missing image: change the place, or all file names; "" if neither fits."""
     source = dataset.images(part)
     place = None if dataset.name in DATASETS else source.elsewhere(file_name, dataset.root)
     if place is not None:
@@ -136,12 +136,12 @@ def _require_outlines(path: Path, split: Split) -> None:
 
 
 def unmeasured(annotations: Annotations, split: Split, offered: Iterable[str] = ()) -> list[str]:
-    """One line for each reason why figures of an evaluation will be empty.
+    """Reasons why figures of an evaluation will be empty, one line each.
 
     Args:
         annotations: the record to evaluate by.
         split: its classes.
-        offered: names of the file's class table, of which near ones are offered.
+        offered: names of the file's class table, near ones of which are offered.
     """
     seen = {split.names[index] for index in np.unique(annotations.class_index[~annotations.crowd]).tolist()}
     if not seen:
@@ -158,10 +158,10 @@ def unmeasured(annotations: Annotations, split: Split, offered: Iterable[str] = 
 
 
 def too_few_to_hold_out(images: int, share: float = 0.0) -> bool:
-    """Whether so many images with base boxes are too few to hold a share of them out, and to tune on others."""
+    """Test whether so many images with base boxes are too few to hold out a fraction and to tune on the others."""
     return images <= held_out_images(images, share)
 
 
 def held_out_images(images: int, share: float) -> int:
-    """How many images with base boxes re-normalisation is measured on."""
+    """Number of images with base boxes that re-normalisation is measured on."""
     return max(1, round(images * share))

@@ -22,7 +22,7 @@ def chosen_split(
     novel: Sequence[str] | None,
     split_file: Path | None,
 ) -> Split:
-    """Which classes of an annotation file are base and which novel.
+    """Choose the base and novel classes of an annotation file.
 
     Without a choice, LVIS's rare classes are novel, and COCO's 48 and 17 are taken where the file has them all.
 
@@ -75,7 +75,7 @@ def frequency_split(frequency: Mapping[str, str], base: str = "fc") -> Split:
 
 
 def is_names(value: object) -> bool:
-    """Whether a value of a TOML file is a list of texts."""
+    """Test whether a value of a TOML file is a list of texts."""
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
@@ -85,7 +85,7 @@ def _others(names: Sequence[str], chosen: Sequence[str] | None) -> tuple[str, ..
 
 
 def _known(split: Split, names: Sequence[str]) -> Split:
-    """The same split, its names spelt as the file spells them; the file may lack novel ones."""
+    """Spell the names of a split as the file spells them; the file may lack novel ones."""
     resolve(split.base, names)
     return Split(base=spelt_as(split.base, names), novel=spelt_as(split.novel, names))
 
@@ -106,11 +106,11 @@ def _read_split(path: Path) -> Split:
 
 
 def no_ground_truth(absent: Iterable[str], offered: Iterable[str]) -> str:
-    """One line about names that the class table of an annotation file lacks.
+    """Describe the names that the class table of an annotation file lacks, in one line.
 
     Args:
         absent: the names.
-        offered: names of the class table, of which near ones are offered.
+        offered: names of the class table, near ones of which are offered.
     """
     table = list(offered)
     near = {name: nearest(name, [other for other in table if other != name]) for name in absent}

@@ -24,7 +24,7 @@ class TarMember:
     tar: Path
     name: str
     offset: int | None
-    """Of its first byte in the tar file; None where there is no such member."""
+    """Offset of its first byte in the tar file; None where the member does not exist."""
     size: int = 0
     """Bytes."""
 
@@ -32,12 +32,12 @@ class TarMember:
         return f"{self.tar}/{self.name}"
 
     def is_file(self) -> bool:
-        """Whether the tar file has it."""
+        """Test whether the tar file has the member."""
         return self.offset is not None
 
     @contextmanager
     def open(self, mode: Literal["rb"]) -> Iterator[IO[bytes]]:
-        """Its bytes, of which nothing is read before somebody asks. OSError when they cannot be read."""
+        """Open the member for reading, without reading anything yet. OSError when its bytes cannot be read."""
         if self.offset is None:
             raise FileNotFoundError(str(self))
         entry = tarfile.TarInfo(self.name)
@@ -87,13 +87,13 @@ class TarFiles:
 @dataclass(frozen=True, slots=True)
 class _Index:
     members: dict[str, tuple[int, int, int]]
-    """By name: number of the tar file, offset of the first byte in it, and bytes."""
+    """Number of the tar file, offset of the first byte in it, and bytes, by name."""
     folders: tuple[str, ...]
-    """Of the members, "" or with a slash at the end."""
+    """Folders of the members, "" or with a slash at the end."""
     doubled: dict[str, str]
     """Names that occur twice, and what to say of each."""
     stamps: tuple[tuple[int, int], ...]
-    """Of the tar files, see `_stamp`."""
+    """Stamps of the tar files, see `_stamp`."""
 
 
 @lru_cache(maxsize=4)

@@ -20,7 +20,7 @@ def image_anchors(config: ProposalConfig, width: int, height: int) -> Tensor:
 
 
 def encoded_at_most(config: ProposalConfig, width: int, height: int) -> int:
-    """How many crops of an image the teacher is shown for its anchors: "coarse-to-fine" so many at most, else just so.
+    """Number of crops of an image that the teacher is shown for its anchors; an upper bound for "coarse-to-fine".
 
     Anchors with the same crop share one.
     """

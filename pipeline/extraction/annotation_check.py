@@ -1,4 +1,4 @@
-"""What a store was made from, as it is now."""
+"""Comparison of the present annotations with those that a store was made from."""
 
 from __future__ import annotations
 

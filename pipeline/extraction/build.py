@@ -51,7 +51,7 @@ log = logging.getLogger("ezsd")
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
-    """What a build did."""
+    """Result of a build."""
 
     path: Path
     already_complete: bool
@@ -59,31 +59,31 @@ class BuildReport:
     extracted: int = 0
     """Images of which this call made the rows."""
     crops: int = 0
-    """That the teacher was shown for them."""
+    """Crops of these images that the teacher was shown."""
     bad_images: int = 0
-    """Left out because they cannot be read; the store says which and why."""
+    """Images left out because they cannot be read; the store says which and why."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """By stage: adapt, extract, commit."""
+    """Seconds by stage: adapt, extract, commit."""
     reused: tuple[str, ...] = ()
     """Products taken over from another store."""
     computed: tuple[str, ...] = ()
-    """The others."""
+    """Products that this build computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShareReport:
-    """What a share of a build did."""
+    """Result of one part of a build."""
 
     path: Path
     share: Share
     already_complete: bool
-    """The whole store."""
+    """True if the whole store was there already."""
     blocks: int = 0
-    """Of this share; all of them are finished."""
+    """Blocks of this part; all of them are finished."""
     missing: int = 0
-    """Blocks of other shares that are not finished yet."""
+    """Blocks of other parts that are not finished yet."""
     bad_images: int = 0
-    """Left out so far, by all shares, because they cannot be read."""
+    """Images left out so far, by all parts, because they cannot be read."""
 
 
 def build_cache(request: BuildRequest) -> BuildReport:
@@ -160,7 +160,7 @@ def build_share(request: BuildRequest, share: Share) -> ShareReport:
 
 
 def _kept(writer: StoreWriter) -> str:
-    """What a build that is stopped now leaves, and what to type."""
+    """Describe what a build that is stopped now leaves, and what to type."""
     total, left = len(writer.blocks), len(writer.pending())
     done = f"{total - left} of {total} blocks are done" if writer.has_per_store("teacher") else "no block is begun yet"
     return f"{done}; run the same command to go on"
@@ -168,7 +168,7 @@ def _kept(writer: StoreWriter) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What a store is made from, as far as it is known before anything is written."""
+    """Inputs of a store, as far as they are known before anything is written."""
 
     annotations: Annotations
     teacher: Teacher
@@ -182,7 +182,7 @@ class _Source:
 
 
 def _source(request: BuildRequest) -> _Source | None:
-    """What the store is to be made from; None when a complete one is there, decided without loading the teacher."""
+    """Inputs of the store to build; None if it is complete already, which is decided without loading the teacher."""
     request.dataset.require()
     annotations = read_annotations(request)
     if _known_complete(request, annotations):
@@ -226,7 +226,7 @@ def require_buildable(request: BuildRequest, annotations: Annotations) -> None:
 def _begin(
     writer: StoreWriter, request: BuildRequest, source: _Source, pool: Pool, shares: int | None = None
 ) -> dict[str, JSON]:
-    """What comes before any work: can it be done, and who does it; returns the record of that."""
+    """Check that a build can be done and record who does it, before any work; returns that record."""
     config = _anywhere(request.config)
     files = [request.dataset.root.absolute() / request.dataset.train_annotations]
     files += [Path(name) for name in (config.teacher.weights, config.proposals.boxes) if name and Path(name).is_file()]
@@ -387,7 +387,7 @@ def extract_job(
 
 
 def _anywhere(config: Config) -> Config:
-    """The same configuration in whichever working folder a worker runs."""
+    """Make the paths of a configuration absolute, for workers in any working folder."""
     teacher, proposals = config.teacher, config.proposals
     if teacher.weights and Path(teacher.weights).is_file():
         teacher = dataclasses.replace(teacher, weights=str(Path(teacher.weights).absolute()))
@@ -404,7 +404,7 @@ class _Extraction(Progress):
         super().__init__("extract", _images(blocks), unit="image", done=done)
         self._sizes = {block.index: _images([block]) for block in pending}
         self.crops = 0
-        """That the teacher was shown."""
+        """Crops that the teacher was shown."""
 
     def finish(self, item: object, result: object) -> None:
         """Count a block, by its number, and the crops that were encoded for it."""

@@ -75,7 +75,7 @@ def require_workers(pool: Pool, writer: StoreWriter, *, device: str | None, file
 
 
 def missing_line(missing: list[Block], total: int, shares: int | None) -> str:
-    """Which blocks of a store are missing, and what makes them; `shares` as the build was cut, if it was."""
+    """Describe the missing blocks of a store and what makes them; `shares` as the build was cut, if it was."""
     listed = ", ".join(str(block.index) for block in missing[:10]) + (", ..." if len(missing) > 10 else "")
     text = f"{len(missing)} of {total} blocks are missing ({listed})"
     if shares is None:

@@ -23,7 +23,7 @@ SHORT = 16
 
 @contextlib.contextmanager
 def single_thread() -> Iterator[None]:
-    """One thread computes meanwhile: sums are then added in one order, whatever else the machine does."""
+    """Compute with one thread meanwhile: sums are then added in one order, whatever else the machine does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -33,9 +33,9 @@ def single_thread() -> Iterator[None]:
 
 
 class CropEncoder:
-    """What a teacher makes of the boxes of images.
+    """Encoder of an image's boxes: crops them and shows the crops to the teacher.
 
-    An embedding depends on its crop alone, whatever is encoded beside it: batches never cross an image, and short ones
+    An embedding depends only on its crop, whatever is encoded beside it: batches never cross an image, and short ones
     are filled up. So images may be encoded in any order and by any number of processes, and a batch may be halved.
 
     Args:

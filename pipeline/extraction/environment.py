@@ -1,4 +1,4 @@
-"""Who builds a store how, with what and where: `environment.json`, neither compared nor checked later."""
+"""Record of who builds a store how, with what and where: `environment.json`, neither compared nor checked later."""
 
 from __future__ import annotations
 

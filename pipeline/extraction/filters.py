@@ -1,4 +1,4 @@
-"""Why a store has no regions: which of the filters dropped its proposals."""
+"""Explanation of a store without regions: which of the filters dropped its proposals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GUESSES = {"drop_base_guesses": "look like a base name", "drop_background": "lo
 
 
 def why_no_regions(path: Path) -> str:
-    """One line about a complete store without regions: what each filter dropped, and what to build instead."""
+    """Explain a complete store without regions in one line: what each filter dropped, and what to build instead."""
     store = Store(path)
     settings = proposal_settings(store.manifest)
     base_iou = float(str(settings["base_iou"]))

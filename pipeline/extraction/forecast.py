@@ -1,4 +1,4 @@
-"""What a build would do and need, without doing any of it."""
+"""Forecast of a build: what it would do and need, without doing any of it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _LOOKED_AT = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildForecast:
-    """What a build would do, without doing any of it."""
+    """Forecast of a build."""
 
     images: int
     missing: int
-    """Of them, images that are not there: so few that a build would leave them out."""
+    """Images that are not there: so few that a build would leave them out."""
     blocks: int
     at_most: Forecast
-    """With as many proposals and regions in each image as are kept at most."""
+    """Forecast with as many proposals and regions in each image as are kept at most."""
     free: int
     """Bytes free where the store would lie."""
     passes: int
@@ -50,13 +50,13 @@ class BuildForecast:
 
     @property
     def seconds(self) -> float:
-        """Of extraction, were each process as fast as the probe."""
+        """Seconds of extraction, if each process were as fast as the probe."""
         return self.passes / self.probe.rate / (self.processes or 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """How fast one process of this machine reads, crops and encodes."""
+    """Speed at which one process of this machine reads, crops and encodes."""
 
     crops: int
     seconds: float
@@ -68,7 +68,7 @@ class Probe:
 
 
 def forecast_build(request: BuildRequest, *, probe_seconds: float = 10.0) -> BuildForecast:
-    """How large the store would become, how much the disk must hold meanwhile, and how long extraction would take.
+    """Forecast the size of a store, the disk space needed while it is built, and the duration of extraction.
 
     Args:
         request: what would be built.

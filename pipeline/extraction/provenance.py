@@ -1,4 +1,4 @@
-"""What shapes each product of a store: content and settings, never a path, a host or a version of a library."""
+"""Inputs of each product of a store: content and settings, never a path, a host or a version of a library."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VERSIONS = {"teacher": 1, "text": 1, "proposals": 1, "regions": 1, "ground_truth
 
 _ANCHORS = ("grid", "sizes", "ratios", "stride", "score", "nms_iou", "keep")
 _MODES = {"faithful": (), "grown-stride": ("mode", "growth"), "coarse-to-fine": ("mode", "growth", "passes")}
-"""What a mode reads. The faithful one names nothing: stores made before there were others stay what they are."""
+"""Settings that a mode reads. The faithful mode names none: stores made before there were others stay as they are."""
 _FILTERS = ("base_iou", "drop_base_guesses", "regions")
 
 _READERS = 8
@@ -83,10 +83,10 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
 
 
 def images_read(dataset: Dataset, annotations: Annotations) -> dict[str, dict[str, str]]:
-    """What of the rule for reading images makes pixels that stores made before there was a rule do not have.
+    """Find where the rule for reading images makes other pixels than in stores made before there was a rule.
 
-    Empty where it makes the same ones: those stores stay what they are. Whether there are such images decides, not
-    which they are: a build takes in images that can be read later. Stops at the first of each sort.
+    Empty where it makes the same ones: those stores stay what they are. Only whether there are such images counts, not
+    which: a build takes in images that can be read later. Stops at the first of each sort.
     """
     if dataset.exif == "legacy":
         return {}
@@ -115,7 +115,7 @@ def _image_read(source: ImageSource, record: ImageRecord) -> tuple[bool, bool]:
 
 
 def dataset_inputs(manifest: Manifest) -> Mapping[str, JSON]:
-    """Which dataset a store was made from: its name, the digests of image list and base boxes, the base names."""
+    """Identity of a store's dataset: its name, the digests of image list and base boxes, the base names."""
     table = manifest.products["ground_truth"].inputs["dataset"]
     assert isinstance(table, dict)
     return table
@@ -181,7 +181,7 @@ def as_built(config: Config, manifest: Manifest, record: Mapping[str, Any]) -> C
 
 
 def _known_of_teacher(manifest: Manifest) -> dict[str, JSON]:
-    """What a manifest says of the table [teacher]; a plug-in goes by the name that it gives itself."""
+    """Values of the table [teacher] in a manifest; a plug-in goes by the name that it gives itself."""
     model = model_inputs(manifest)
     settings = ("template", "names", "precision")
     known = {key: model[key] for key in settings} if model.keys() >= set(settings) else {}

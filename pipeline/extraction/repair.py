@@ -1,4 +1,4 @@
-"""What computes a damaged store's rows again: its images and its teacher."""
+"""Recomputation of a damaged store's rows, from its images and its teacher."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class _Images:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """What the store is made from."""
+        """Manifest of the store."""
         request = self._request
         return describe(request.dataset, self._annotations, request.config, self._teacher.fingerprint())
 

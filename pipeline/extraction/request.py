@@ -1,4 +1,4 @@
-"""What is to be built: one build as the command line asks for it, and the images and base boxes that it is of."""
+"""Request for a build, as the command line makes it, with the images and base boxes to build from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ezsd.pipeline.scheduling.pool import Schedule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
-    """One build, as the command line asks for it."""
+    """Request for a build, as the command line makes it."""
 
     dataset: Dataset
     config: Config
@@ -27,9 +27,9 @@ class BuildRequest:
     limit: int | None = None
     """Only the first images of the training split, by id."""
     device: str = "cpu"
-    """Where the teacher runs."""
+    """Device of the teacher."""
     scheduler: str = "local"
-    """Where tasks run, see `Schedule`."""
+    """Place where tasks run, see `Schedule`."""
     workers: int = 0
     """Worker processes of this machine; 0 takes one per GPU, or one per core on the CPU."""
     dashboard: bool = False

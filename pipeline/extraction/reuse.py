@@ -28,7 +28,7 @@ class Reuse:
 
 @dataclass(frozen=True, slots=True)
 class KnownRegion:
-    """What the teacher makes of one box."""
+    """Probabilities and embedding that the teacher computes for one box."""
 
     foreground: float
     """Probability of an object: 1 - p(background)."""
@@ -39,7 +39,7 @@ class KnownRegion:
 
 
 def plan_reuse(path: Path, wanted: Manifest) -> Reuse:
-    """What a store has of another one that is wanted.
+    """Find the products that a store has in common with another one that is wanted.
 
     A product is taken over when its fingerprint is the wanted one, or would be if the store kept embeddings as they
     are wanted: float16 becomes int8 in the writer. The other way something would be missing.
@@ -76,7 +76,7 @@ class ReusedRows:
         return {name: self._columns(name, image_id) for name in PER_IMAGE if name in self._reuse.products}
 
     def known(self, image_id: int) -> dict[bytes, KnownRegion]:
-        """What the teacher made of one image's kept regions, by the bytes of their boxes."""
+        """Kept regions of one image, by the bytes of their boxes."""
         if not self._reuse.embeddings:
             return {}
         rows = self._columns("regions", image_id)

@@ -65,7 +65,7 @@ class ExtractJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Worker:
-    """What one process keeps between blocks."""
+    """State that a process keeps between blocks."""
 
     config: Config
     dataset: Dataset
@@ -142,7 +142,7 @@ class _Extracted:
     passes: int
     """Crops that the teacher was shown."""
     bad: dict[int, str]
-    """By id, what is wrong with images that cannot be read."""
+    """Faults of the images that cannot be read, by id."""
 
 
 def _extract(job: ExtractJob, block: Block, left_out: Collection[int] | None = None) -> _Extracted:
@@ -220,7 +220,7 @@ def _extract_image(view: _View) -> dict[str, Columns]:
 
 
 class _View:
-    """One image as the teacher sees it."""
+    """An image as the teacher sees it."""
 
     def __init__(self, worker: _Worker, position: int, read: Callable[[], Tensor]) -> None:
         self.worker, self.position, self._read = worker, position, read
@@ -322,7 +322,7 @@ def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
 
 
 def _encoded(view: _View, boxes: Tensor) -> dict[bytes, KnownRegion]:
-    """What the teacher makes of boxes, by their bytes."""
+    """Encode boxes with the teacher; returns regions by the bytes of their boxes."""
     worker, embedding = view.worker, view.encode(boxes)
     names, foreground = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
     confidence, guess = names.max(1)

@@ -35,7 +35,7 @@ BATCH_IMAGES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detection:
-    """One detected object."""
+    """A detected object."""
 
     name: str
     score: float

@@ -127,7 +127,7 @@ def evaluate_results(
 
 
 def _names_masks(detections: Path) -> bool:
-    """Whether results may have masks, told before they are read by the key standing somewhere in them."""
+    """Test whether results may have masks: whether the key occurs anywhere in the file, before it is parsed."""
     before = b""
     # What is wrong with the file is told where it is read.
     with contextlib.suppress(OSError), detections.open("rb") as file:

@@ -29,7 +29,7 @@ def training_curves(runs: Sequence[RunData]) -> dict[str, Markup]:
 
 
 def _curve(part: str, runs: Sequence[RunData], number: int) -> Markup:
-    """One small chart, coloured by the page's own style so that it follows light and dark."""
+    """Draw a small chart, coloured by the page's own style so that it follows light and dark."""
     # The salt makes the same ids on every run; text stays text in the page's own font.
     with matplotlib.rc_context({"svg.hashsalt": "ezsd", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(3.5, 1.9), layout="constrained")

@@ -41,7 +41,7 @@ _PANEL_SIDE = 640
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """One drawn image."""
+    """A drawn image."""
 
     title: str
     names: Sequence[str]

@@ -1,4 +1,4 @@
-"""Where a training's figures go: lines of JSON always, TensorBoard if asked for."""
+"""Loggers of a training's figures: lines of JSON always, TensorBoard if asked for."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MetricsLog:
         self._open.close()
 
     def write(self, record: Mapping[str, float]) -> None:
-        """One step's figures; `step` is one of them."""
+        """Write the figures of a step; `step` is one of them."""
         self._file.write(json.dumps(record) + "\n")
         self._show("train", record)
 

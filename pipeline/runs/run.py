@@ -63,7 +63,7 @@ _SPEC = {
     "layer_norms": list,
     "re_normalisation": dict,
 }
-"""What later commands read of run.json."""
+"""Types of the values in run.json that later commands read."""
 CHANGEABLE = (
     "backend",
     "channels_last",
@@ -97,7 +97,7 @@ def learns_the_same_in_parts(sampling: object, *, frozen_norms: bool) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One complete checkpoint on disk."""
+    """A complete checkpoint on disk."""
 
     folder: Path
     step: int
@@ -151,7 +151,7 @@ class Run:
     @classmethod
     @contextmanager
     def claim(cls, folder: Path, spec: Mapping[str, object], embeddings: Mapping[str, Tensor]) -> Iterator[Run]:
-        """Like `create_or_resume`, and other trainings are kept out as long as the context lasts."""
+        """Create or resume a run and keep other trainings out as long as the context lasts; see `create_or_resume`."""
         _refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
@@ -202,7 +202,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, object]:
-        """What environment.json says: places and versions, never compared."""
+        """Content of environment.json: places and versions, never compared."""
         path = self.folder / "environment.json"
         found = read_object(path)
         for key in ("data_root", "cache"):
@@ -309,7 +309,7 @@ class Run:
         self._forget_others(step)
 
     def _identity(self) -> dict[str, object]:
-        """What a checkpoint needs to be told from others, and to be used for any names."""
+        """Values that tell a checkpoint from others, and that its use with any names needs."""
         spec = self.spec
         return {
             "names": spec["names"],
@@ -328,7 +328,7 @@ class Run:
                 shutil.rmtree(old)
 
     def seconds(self) -> dict[str, float]:
-        """How long each stage took, as far as recorded."""
+        """Duration of each stage, as far as recorded."""
         path = self.folder / "seconds.json"
         return read_object(path) if path.exists() else {}
 
@@ -362,7 +362,7 @@ class Run:
 
 
 def _intact_state(folder: Path) -> dict[str, Any] | None:
-    """What state.json of a checkpoint says; None if its files are not those, or not the ones that a checkpoint has."""
+    """Content of state.json of a checkpoint; None if its files differ or are not exactly those of a checkpoint."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         state = read_object(folder / "state.json")
         names = state["sha256"].keys()

@@ -1,7 +1,8 @@
-"""Which bytes a run was trained on: stores.json in its folder, one entry for each store and its first step.
+"""Digests of the stores a run was trained on: stores.json in its folder, an entry for each store and its first step.
 
-Equal settings make equal manifests and not always equal bytes: another machine's teacher rounds otherwise, and whoever
-changes a store by hand can make its digests anew. So run.json, which tells runs apart by their settings, is not enough.
+Equal settings make equal manifests and not always equal bytes: another machine's teacher rounds differently, and anyone
+who changes a store by hand can compute its digests again. So run.json, which tells runs apart by their settings, is not
+enough.
 """
 
 from __future__ import annotations

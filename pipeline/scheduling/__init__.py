@@ -1,1 +1,1 @@
-"""Where the tasks of a build run: worker processes, Dask clusters, job arrays."""
+"""Schedulers for the tasks of a build: worker processes, Dask clusters, job arrays."""

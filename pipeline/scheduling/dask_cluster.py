@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from distributed import Client, Worker
 
 CONNECT_SECONDS = 10
-"""How long a scheduler may take to answer, and its workers to come."""
+"""Seconds within which a scheduler must answer, and its workers must come."""
 SHAPES_BYTES = ("ezsd", "torch", "torchvision", "open_clip_torch", "numpy", "zarr", "pillow")
-"""What every process of a build must have in one version."""
+"""Packages that must have the same version in every process of a build."""
 
 
 LOST = "the connection to the Dask scheduler is lost; what is finished stays, run the same command again"
@@ -75,7 +75,7 @@ def require_bokeh() -> None:
 
 
 def dashboard_address(client: Client) -> str:
-    """Where the scheduler's pages are; ClusterError when it serves none."""
+    """Address of the scheduler's pages; ClusterError when it serves none."""
     if "dashboard" not in client.scheduler_info()["services"]:
         raise ClusterError("`dashboard`: this scheduler serves no dashboard; it needs the package bokeh where it runs")
     return str(client.dashboard_link)
@@ -94,13 +94,13 @@ class Needs:
 
 
 def versions() -> dict[str, str]:
-    """Of what shapes the bytes, in this process; builds for different hardware of one release count as one."""
+    """Versions that shape the bytes, in this process; builds of one release for different hardware count as one."""
     found = {name: importlib.metadata.version(name).partition("+")[0] for name in SHAPES_BYTES}
     return {"python": ".".join(map(str, sys.version_info[:2])), **found}
 
 
 def other_versions(wanted: Mapping[str, str]) -> str | None:
-    """What this process has in another version than the one that began the build; None when nothing."""
+    """Describe what this process has in another version than the one that began the build; None when nothing."""
     found = versions()
     other = [f"{name} {found[name]} instead of {version}" for name, version in wanted.items() if found[name] != version]
     if not other:
@@ -109,7 +109,7 @@ def other_versions(wanted: Mapping[str, str]) -> str | None:
 
 
 def look_around(needs: Needs, wanted: Mapping[str, str], dask_worker: Worker) -> str | None:
-    """Why this process, a worker, cannot do the work; None when it can."""
+    """Find why this process, a worker, cannot do the work; None when it can."""
     # A task whose code cannot be imported would end the worker.
     import_module(needs.code)
     threads = dask_worker.state.nthreads

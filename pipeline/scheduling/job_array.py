@@ -21,7 +21,7 @@ class Share:
     """Every `count`-th block, beginning with block `number` - 1: the same blocks in whichever process."""
 
     number: int
-    """From 1 to count."""
+    """Number of the part, from 1 to count."""
     count: int
 
     def __str__(self) -> str:

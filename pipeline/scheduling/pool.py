@@ -1,4 +1,4 @@
-"""Where the tasks of a build run: in this process, in worker processes of this machine, or on a Dask cluster."""
+"""Pools that run the tasks of a build: this process, worker processes of this machine, or a Dask cluster."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Schedule:
     workers: int = 0
     """Worker processes of this machine; 0 takes one per GPU, or one per core on the CPU."""
     device: str = "cpu"
-    """Where the teacher runs."""
+    """Device of the teacher."""
     dashboard: bool = False
     """True if Dask's pages about the work are served."""
 
     @property
     def kind(self) -> Literal["local", "sync", "cluster"]:
-        """What may be told of it: no address."""
+        """Kind of scheduler, without its address, so that it may be told."""
         if self.scheduler == "local":
             return "local"
         return "sync" if self.scheduler == "sync" else "cluster"
@@ -74,7 +74,7 @@ class Pool:
         self._schedule = schedule
         self._stack = ExitStack()
         self.client: Client | None = None
-        """Of the cluster that tasks run on; None while there is none."""
+        """Client of the cluster that tasks run on; None while there is none."""
         self.workers = 1
         """Processes that run tasks, as far as there is enough to do."""
 
@@ -161,7 +161,7 @@ def _gathered(
 
 
 def _workers_seen(client: Client, seen: float) -> float:
-    """When there last were workers, given the time before this look; ClusterError when that is too long ago."""
+    """Time when workers were last seen, given the time before this look; ClusterError when that is too long ago."""
     try:
         if client.nthreads():
             return time.monotonic()
@@ -195,7 +195,7 @@ def _visible_gpus() -> list[str]:
 
 
 def worker_environments(device: str, workers: int) -> list[dict[str, str]]:
-    """What each worker process finds in its environment: with several GPUs each sees one alone."""
+    """Environment variables of each worker process: with several GPUs each process sees only one."""
     if device != "cuda":
         return [{}] * workers
     gpus = _visible_gpus()

@@ -1,1 +1,1 @@
-"""One preset per published experiment."""
+"""Presets, one for each published experiment."""
