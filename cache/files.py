@@ -200,7 +200,7 @@ def open_to_read(file: Path) -> int:
     """A descriptor to read a file through; where all are in use, the limit is raised as far as is allowed.
 
     Raises:
-        OSError: there is none to be had, or this is no file: a pipe that a store holds would be waited for for ever.
+        OSError: it cannot be had, or this is not a file: the wait for a pipe in a store would never end.
     """
     try:
         descriptor = os.open(file, _READ)
@@ -397,7 +397,7 @@ class FileLock:
             owner: text for the file, which tells others who holds the lock.
 
         Raises:
-            StoreError: a link lies in its place.
+            StoreError: a link is in its place.
             OSError: the file cannot be opened or locked.
         """
         self._path, self._busy = path, busy

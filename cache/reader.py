@@ -329,7 +329,7 @@ class _Opened:
         )
 
     def _require_listed(self, name: str, array: RowArray) -> None:
-        """Refuse an array with a file that the mark does not list: nobody has looked at its bytes, or where it lies."""
+        """Refuse an array with a file that the mark does not list: nobody has checked its bytes, or its place."""
         for file in array.shard_files():
             if f"{name}/{file}" not in self._mark.files:
                 raise StoreError(

@@ -108,7 +108,7 @@ class StoreWriter:
             shared: beside other builders that share the lock, of a store with teacher and text; see `share`.
 
         Raises:
-            StoreMismatch: a store made from something else lies there; names the differences.
+            StoreMismatch: a store made from something else is there; names the differences.
             StoreBusy: another builder is at work; for `shared`, also when there is no teacher or text yet.
             StoreError: the folder holds other things, or the images make no sense.
         """
@@ -136,7 +136,7 @@ class StoreWriter:
 
         Raises:
             StoreBusy: another builder is at work.
-            StoreError: nothing unfinished lies there.
+            StoreError: nothing unfinished is there.
         """
         return cls._locked(unfinished_plan(Path(path).absolute()), shared=False)
 
@@ -231,7 +231,7 @@ class StoreWriter:
         return self._lock is not None and self._lock.shared
 
     def share(self) -> None:
-        """Let other builders in; this one can then do nothing but write blocks.
+        """Let other builders in; this one can then only write blocks.
 
         Raises:
             StoreIncomplete: teacher or text are missing, which no two builders may write.

@@ -36,7 +36,7 @@ def clip(boxes: Tensor, width: float, height: float) -> Tensor:
         height: the same, downwards.
 
     Returns:
-        Boxes inside [0, width] x [0, height]. One that lay outside has no area left: dropping
+        Boxes inside [0, width] x [0, height]. One that was outside has no area left: dropping
         it is the caller's decision.
     """
     x = boxes[..., 0::2].clamp(0, width)

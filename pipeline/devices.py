@@ -14,7 +14,7 @@ _WORDS = re.compile(
 
 
 def require_device_name(name: str) -> None:
-    """ArgumentError for what is no device's name; whether the device is there shows later."""
+    """ArgumentError for anything but a device's name; the device itself is looked for later."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise ArgumentError(f"`device={name}`: expected auto, cpu, cuda or cuda:N")
 

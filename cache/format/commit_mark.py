@@ -17,9 +17,9 @@ COMMIT = "COMMIT.json"
 INCOMPLETE = "INCOMPLETE.json"
 """The commit mark of a store that `repair` could not mend; renamed back once the store is mended."""
 TRANSFER = "TRANSFER.json"
-"""The commit mark of a store that is still being copied to where this file lies; becomes COMMIT.json at the end."""
+"""The commit mark of a store that is still being copied to the folder of this file; becomes COMMIT.json at the end."""
 ARRIVING = ".transfer"
-"""Folder in which the files of a copy lie until they are whole."""
+"""Folder of the files of a copy until they are whole."""
 MANIFEST = MANIFEST_FILE
 ENVIRONMENT = "environment.json"
 LOG = "build.log"
@@ -43,7 +43,7 @@ class CommitMark:
         return str(parse_json(self.to_bytes(), COMMIT)["sha256"])
 
     def to_bytes(self) -> bytes:
-        """The mark as it lies on disk."""
+        """The mark as it is on disk."""
         files: JSON = {name: {"size": at.size, "sha256": at.sha256} for name, at in self.files.items()}
         return seal(
             {

@@ -1,6 +1,6 @@
 """Schema of a store: products, fields and array geometry.
 
-Conventions of every array: little-endian; rows of one image lie together, images in the order of `images/id`;
+Conventions of every array: little-endian; rows of one image are together, images in the order of `images/id`;
 boxes are x1, y1, x2, y2 in pixels of the original image; embeddings have unit length.
 """
 
@@ -63,7 +63,7 @@ _INT8 = (Field("embedding", "|i1", (EMBED,)), Field("embedding_scale", "<f4"))
 
 
 def stored_fields(product: str, embedding: EmbeddingType) -> tuple[Field, ...]:
-    """The columns of a ragged product as they lie in the store.
+    """The columns of a ragged product as they are in the store.
 
     They are those of `PER_IMAGE`, but for int8: there `embedding` is int8 (N, D), and `embedding_scale` float32 (N,)
     follows it. A row's unit vector is then `embedding * embedding_scale`, in float32.

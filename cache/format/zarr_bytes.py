@@ -121,7 +121,7 @@ def root_metadata(attributes: Mapping[str, JSON], nodes: Mapping[str, JSON]) -> 
 
 
 def metadata_bytes(metadata: Mapping[str, JSON]) -> bytes:
-    """A `zarr.json` as it lies on disk."""
+    """A `zarr.json` as it is on disk."""
     return (canonical_json(metadata) + "\n").encode()
 
 

@@ -31,7 +31,7 @@ def forecast(
 ) -> Forecast:
     """Bytes of a store with this many rows of each per-image product.
 
-    At the height all narrow arrays lie on the disk twice, once in the journal, and of the largest array two shards:
+    At the peak all narrow arrays are on the disk twice, once in the journal, and of the largest array two shards:
     its blocks go as soon as the shards that hold their rows are there.
     """
     columns = [(product, field) for product in PER_IMAGE for field in stored_fields(product, embedding)]

@@ -217,7 +217,7 @@ def _require_described(record: Mapping[str, Any], file: Path) -> None:
 
 
 def _is_place(place: object, size: int) -> bool:
-    """True if an array's description is one, of rows that lie in the first `size` bytes."""
+    """True if an array's description is one, of rows within the first `size` bytes."""
     if not isinstance(place, dict) or not isinstance(place.get("shape"), list):
         return False
     counts = [*place["shape"], place.get("offset"), place.get("crc32")]
@@ -296,7 +296,7 @@ def _rename_entry(temporary: Path, target: Path, point: str) -> None:
 
 
 def intact(folder: Path) -> bool:
-    """True if a finished entry lies here, by its description and size."""
+    """True if a finished entry is here, by its description and size."""
     try:
         return Entry.read(folder).sized
     except StoreUnreadable:

@@ -85,7 +85,7 @@ def _index(chunk_rows: int, row_bytes: int, shard_rows: int, rows: int) -> bytes
 
 
 def _in_file_order(mapped: NDArray[np.uint8], spec: ArraySpec, rows: int, file: Path) -> bool:
-    """True if a shard's chunks lie one after another, as its index says."""
+    """True if a shard's chunks follow one another, by its index."""
     # Compared before it is made: its length is what a file says.
     if len(mapped) < index_bytes(spec):
         raise StoreError(f"{file}: is {len(mapped)} bytes long, too short for a shard; the store is damaged: {MENDED}")

@@ -32,7 +32,7 @@ def map_file(descriptor: int, size: int) -> NDArray[np.uint8]:
     The map ends with the last array that is a view of it.
 
     Raises:
-        OSError: the system has no room for another map, or this is no file that can be mapped.
+        OSError: the system has no room for another map, or this file cannot be mapped.
     """
     if not size:
         return np.empty(0, np.uint8)
@@ -48,5 +48,5 @@ def map_file(descriptor: int, size: int) -> NDArray[np.uint8]:
 
 
 def will_need(data: NDArray[np.uint8], first: int, length: int) -> None:
-    """Ask the system to read a range of a mapped file from the disk; `first` lies on a page's start. Only a hint."""
+    """Ask the system to read a range of a mapped file from the disk; `first` is the start of a page. Only a hint."""
     _libc().madvise(data.ctypes.data + first, length, mmap.MADV_WILLNEED)

@@ -71,7 +71,7 @@ class RemotePlace:
 
     @property
     def files(self) -> "fsspec.AbstractFileSystem":
-        """The file system of fsspec, of this process: a connection is of no use in a child of whoever made it."""
+        """The file system of fsspec, of this process: a connection is of no use in a child process."""
         if self._process != os.getpid():
             self._files, self._process = _filesystem(self.url)[0], os.getpid()
         return self._files

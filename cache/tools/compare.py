@@ -29,7 +29,7 @@ def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Co
     """Compare two complete stores.
 
     Raises:
-        StoreError: one of them is no store, is not finished, or its manifest is damaged.
+        StoreError: one of them is not a store, is not finished, or its manifest is damaged.
     """
     (left, left_files), (right, right_files) = _read(first), _read(second)
     return Comparison(

@@ -84,7 +84,7 @@ def _look(store: Path, mark: CommitMark | None, *, strays: bool) -> Leftovers:
 
 
 def _own_folders(store: Path, mark: CommitMark | None) -> list[Path]:
-    """Folders that hold nothing but leftovers; one that is a link is nobody's but the user's."""
+    """Folders that hold only leftovers; one that is a link belongs to the user."""
     folders = [scratch_folder(store)] if mark is None else [store / JOURNAL, store / ARRIVING]
     return [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
 

@@ -123,7 +123,7 @@ def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> Rep
 
 
 def _require_readable(found: Sequence[Damage]) -> None:
-    """Refuse to judge a store of which nobody could look at some files: they may be whole."""
+    """Refuse to judge a store with files that could not be read: they may be whole."""
     hidden = [damage for damage in found if damage.kind == "unreadable"]
     if hidden:
         more = f" and {len(hidden) - 1} more files cannot be read," if len(hidden) > 1 else ""

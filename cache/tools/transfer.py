@@ -42,17 +42,17 @@ _PIECE = 8 * 2**20
 
 
 def push(store: str | os.PathLike[str], url: str) -> int:
-    """Copy a store to a URL; files that lie there already with the right bytes are not sent again.
+    """Copy a store to a URL; files that are there already with the right bytes are not sent again.
 
     Args:
         store: a complete store's folder.
-        url: where it shall lie, in any file system fsspec can write to.
+        url: place of the copy, in any file system fsspec can write to.
 
     Returns:
         Number of files that were sent; 0 when the copy was complete before.
 
     Raises:
-        StoreError: the store is not whole, another one lies at the URL, or the URL cannot be reached.
+        StoreError: the store is not whole, another one is at the URL, or the URL cannot be reached.
     """
     source = Store(store)
     there = RemotePlace(url)
@@ -106,7 +106,7 @@ def _already(there: RemotePlace, data: bytes) -> bool:
 
 
 def _present(there: RemotePlace, mark: CommitMark) -> set[str]:
-    """Names of the store's files that lie at the target with their size; StoreError for files of somebody else."""
+    """Names of the store's files that are at the target with their size; StoreError for files of somebody else."""
     sizes = there.sizes()
     known = mark.files.keys() | {TRANSFER, ENVIRONMENT}
     foreign = sorted(name for name in sizes.keys() - known if not name.startswith(f"{ARRIVING}/"))
@@ -143,7 +143,7 @@ def _pieces_of(file: Path) -> Iterator[bytes]:
 
 
 def pull(url: str, folder: str | os.PathLike[str]) -> int:
-    """Copy a store from a URL into a folder; files that lie there already with the right bytes are not fetched again.
+    """Copy a store from a URL into a folder; files that are there already with the right bytes are not fetched again.
 
     Args:
         url: a complete store.

@@ -192,7 +192,7 @@ def resolve_image_path(root: Path, file_name: str) -> Path:
 
 
 def require_image_name(root: Path, file_name: str) -> None:
-    """Refuse a name that is no path below an image folder, whatever is there; see `resolve_image_path`."""
+    """Refuse a name that is not a path below an image folder, whatever is there; see `resolve_image_path`."""
     reason = _refusal(file_name)
     if reason is not None:
         raise _wrong_name(root, file_name, reason)

@@ -105,7 +105,7 @@ class CatalogueReader:
         """The class table and the federated lists of the file.
 
         Raises:
-            AnnotationError: an entry is no object, or there is no class table; some images have federated lists and
+            AnnotationError: an entry is not an object, or there is no class table; some images have federated lists and
                 others none, a list holds something else than ids, or a category of a federated file has no frequency.
         """
         if self._wrong is not None:

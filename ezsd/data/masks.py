@@ -28,7 +28,7 @@ Outline: TypeAlias = Rings | bytes
 """Rings, or run lengths of an image-sized mask as COCO compresses them."""
 
 REACH = 2**20
-"""Pixels from the image's corner that a point may lie; drawing takes memory for every pixel of an edge."""
+"""Largest distance of a point from the image's corner, pixels; drawing takes memory for every pixel of an edge."""
 _CURE = (
     "Mend the file's segmentations, or go without masks: model.masks=false for a run, results without segmentations "
     "for `ezsd eval --detections`."

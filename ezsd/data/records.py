@@ -6,7 +6,7 @@ Three conventions, stated here for every reader of the records:
   by name, so gaps, order and other classes in its table change nothing.
 * Images are sorted by id, boxes by image and then annotation id, whatever the file's order.
 * Boxes follow `ezsd.boxes`: the file's left, top, width, height become corners, clipped to the
-  image. Boxes of which nothing is left are dropped and counted.
+  image. Boxes without any area left are dropped and counted.
 
 Arrays may be memory-mapped; nothing here is an object per image or box.
 """

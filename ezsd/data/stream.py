@@ -50,7 +50,7 @@ def open_json(path: Path) -> Iterator[JsonReader]:
     """A reader of an annotation file.
 
     Raises:
-        AnnotationError: the file cannot be read or is no UTF-8 JSON without a byte order mark; also while it is read.
+        AnnotationError: the file cannot be read or is not UTF-8 JSON without a byte order mark; also while it is read.
     """
     try:
         with path.open("rb") as start:
@@ -76,7 +76,7 @@ class JsonReader:
         self._ended = False
 
     def peek(self) -> str:
-        """The next character that is no blank; "" at the end."""
+        """The next character that is not a blank; "" at the end."""
         while True:
             self._at = _BLANK.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text):

@@ -43,7 +43,7 @@ def draw_window(rng: np.random.Generator, image: Tensor, side: int) -> tuple[int
 
 
 def boxes_in_window(boxes: Tensor, window: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """Boxes (N, 4) in a window's own pixels, clipped to it, and the share of each that it shows, (N,)."""
+    """Boxes (N, 4) in a window's own pixels, clipped to it, and the fraction of each that it shows, (N,)."""
     x, y, width, height = window
     moved = boxes - boxes.new_tensor([x, y, x, y])
     inside = clip(moved, width, height)

@@ -114,7 +114,7 @@ def paste(probability: Tensor, boxes: Tensor, height: int, width: int) -> Iterat
 
     Args:
         probability: of each cell, (N, M, M), on the CPU.
-        boxes: where the masks lie, xyxy, (N, 4), in the image's pixels; parts outside are cut off.
+        boxes: places of the masks, xyxy, (N, 4), in the image's pixels; parts outside are cut off.
         height: of the image, pixels.
         width: the same, to the right.
     """
@@ -132,7 +132,7 @@ def paste(probability: Tensor, boxes: Tensor, height: int, width: int) -> Iterat
 
 
 def _centres(low: float, high: float, limit: int) -> Tensor:
-    """Pixels of 0 .. limit - 1 whose centre lies between two coordinates."""
+    """Pixels of 0 .. limit - 1 whose centre is between two coordinates."""
     first, end = max(int(np.floor(low)), 0), min(int(np.ceil(high)), limit)
     pixels = torch.arange(first, max(end, first), dtype=torch.float64)
     return pixels[(pixels + 0.5 >= low) & (pixels + 0.5 <= high)]

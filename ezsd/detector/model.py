@@ -191,7 +191,7 @@ class Detector(nn.Module):
             competing: unit rows of other names, (K, D): a region may be called by one of them, and has its box then,
                 but is no detection. None for none.
             score_floor: detections below it are dropped.
-            nms_iou: suppression within a class.
+            nms_iou: IoU of NMS within a class.
             keep: most detections per image.
             masks: whether to say which part of a box is the object; for a detector that has learned it.
         """
@@ -319,7 +319,7 @@ def _suppress(
     nms_iou: float,
     keep: int,
 ) -> Detections:
-    """Drop the faint and the empty, suppress within each name, keep the best.
+    """Drop low scores and empty boxes, apply NMS within each class, keep the best.
 
     Args:
         boxes: K for each region, (R, K, 4).

@@ -1,4 +1,4 @@
-"""The proposal network: torchvision's, with seeded sampling and boxes that are no negatives."""
+"""The proposal network: torchvision's, with seeded sampling and boxes that are never negatives."""
 
 from __future__ import annotations
 

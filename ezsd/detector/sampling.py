@@ -31,7 +31,7 @@ def draw_balanced(positive: Tensor, negative: Tensor, *, count: int, share: floa
         positive: positions, (P,) int64.
         negative: positions, (N,) int64.
         count: most in all.
-        share: most of them positives, as a share of `count`.
+        share: largest fraction of `count` that are positives.
 
     Returns:
         The drawn positions of both.
@@ -52,9 +52,9 @@ def sample_regions(
         proposals: (P, 4); the ground truth is added to them.
         boxes: base ground truth, (N, 4).
         labels: (N,) int64.
-        background: label of what is no object.
+        background: label of regions without an object.
         count: most regions in all.
-        share: most of them on objects.
+        share: largest fraction on objects.
         unknown: boxes that may hold an object without a label, (U, 4).
     """
     likely = overlaps_any(proposals, unknown, iou_floor=0.5)

@@ -46,9 +46,9 @@ class DetectorSettings:
     box_batch_size_per_image: Annotated[int, Interval(gt=0)] = 512
     """Regions per image that the box head learns from."""
     box_positive_fraction: Annotated[float, Interval(ge=0, le=1)] = 0.25
-    """Largest share of these regions that are on objects."""
+    """Largest fraction of these regions that are on objects."""
     ignore_confidence: Annotated[float, Interval(ge=0)] = 2.0
-    """Regions on a cached region of this confidence are not taught to be background; above 1 none is spared."""
+    """Regions on a cached region of this confidence are not taught to be background; above 1 none is ignored."""
     masks: bool = False
     """Give objects masks, one channel for all classes, learned from the base objects' segmentations."""
     ignore_rpn: bool = False

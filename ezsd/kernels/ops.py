@@ -32,7 +32,7 @@ def roi_align(features: Tensor | Sequence[Tensor], boxes: Tensor, image_index: T
     Args:
         features: pyramid levels (B, C, H, W), finest first, that share B and C, as many as `pooling` has; a single
             map may come without a list. Channels-last maps are read by the Triton backend without a copy.
-        boxes: (R, 4) xyxy, input pixels; may lie partly or wholly outside the image.
+        boxes: (R, 4) xyxy, input pixels; may be partly or wholly outside the image.
         image_index: the image of each box, (R,) int64 in [0, B).
         pooling: grid, levels and backend.
 

@@ -28,7 +28,7 @@ def recall_at(
         top: the values of k, each >= 1.
 
     Returns:
-        For each k the share in [0, 1] over all images together; None without any ground truth.
+        Recall in [0, 1] for each k, over all images together; None without any ground truth.
 
     Raises:
         ValueError: the numbers of images differ, or `iou` or a k is out of range.

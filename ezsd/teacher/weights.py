@@ -114,7 +114,7 @@ def require_hub_file(where: str, repository: str, names: Sequence[str], *, activ
     Args:
         where: the options that requested the file, for the message.
         repository: OWNER/NAME.
-        names: the files, one of which is enough.
+        names: the files; one of them is enough.
         activation: activation of the weights, for the message.
 
     Raises:

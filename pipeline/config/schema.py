@@ -86,16 +86,16 @@ class AdaptConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProposalConfig:
-    """CLIP proposals: anchor grid, scores, suppression, regions to keep."""
+    """CLIP proposals: anchor grid, scores, NMS, regions to keep."""
 
     grid: Literal["paper", "sliding"]
-    """"paper" is the method's grid on the 1333 x 800 image; "sliding" windows lie inside the original image."""
+    """"paper" is the method's grid on the 1333 x 800 image; "sliding" windows are inside the original image."""
     sizes: Annotated[tuple[Annotated[float, Interval(ge=1)], ...], MinLen(1)]
     """Square roots of anchor areas: pixels of the resized image ("paper") or of the image ("sliding")."""
     ratios: Annotated[tuple[Annotated[float, Interval(ge=0.01, le=100)], ...], MinLen(1)]
     """Height over width."""
     stride: float
-    """Pixels of the resized image ("paper"), or share of the window's side ("sliding")."""
+    """Pixels of the resized image ("paper"), or fraction of the window's side ("sliding")."""
     crop_ratio: Annotated[float, Interval(ge=1)]
     """Enlargement of a box before it is cropped; the same for scoring and embedding."""
     score: Score
@@ -105,7 +105,7 @@ class ProposalConfig:
     nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """Suppression threshold, all names together."""
     max_proposals: Annotated[int, Interval(ge=1)] = 1000
-    """Proposals kept per image after suppression."""
+    """Proposals kept per image after NMS."""
     base_iou: Annotated[float, Interval(gt=0)] = 0.3
     """Regions overlapping a base box this much are dropped."""
     drop_base_guesses: bool = True
@@ -121,7 +121,7 @@ class ProposalConfig:
     "coarse-to-fine" a sparse grid and then the anchors around its best. The latter two thin out the grid "paper";
     sliding windows already have a spacing that grows with their size."""
     growth: Annotated[float, Interval(gt=0)] = 0.375
-    """Spacing of anchors as a share of their size: of all ("grown-stride"), of the sparse grid ("coarse-to-fine")."""
+    """Spacing of anchors, a fraction of their size: of all ("grown-stride"), of the sparse grid ("coarse-to-fine")."""
     anchor_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """Share of the grid's anchors that "coarse-to-fine" looks at."""
 

@@ -99,7 +99,7 @@ def class_names(
 
 
 def _listed(option: str, text: str) -> tuple[str, ...]:
-    """Names of a list, none of which is a file: that would be looked for as an object, in silence."""
+    """Names of a list; ArgumentError for a file among them, which would be looked for as an object, in silence."""
     if os.path.isfile(text):
         raise ArgumentError(f"{option} {text}: is a file; give it to {option}-file")
     try:
@@ -220,7 +220,7 @@ def require_scheduler(scheduler: str, *, workers: int, dashboard: bool, share: t
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """Number and count of a share such as "2/8"; ArgumentError when it is none."""
+    """Number and count of a part such as "2/8"; ArgumentError for any other text."""
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise ArgumentError(f"--blocks {text}: expected I/N with I from 1 to N, such as 1/8 to 8/8")

@@ -69,7 +69,7 @@ def _left_out(store: Path, bad_images: int) -> list[str]:
 
 
 def share_lines(store: Path, report: ShareReport) -> list[str]:
-    """Summary of one share of a build, with the next step."""
+    """Summary of one part of a build, with the next step."""
     if report.already_complete:
         return [f"{store}: complete already, nothing to do"]
     done = f"{store}: share {report.share} is done, {report.blocks} blocks"
@@ -184,5 +184,5 @@ def transfer_line(way: Literal["push", "pull"], source: str, target: str) -> str
 
 
 def export_line(store: str, out: Path, name: Format, *, verify: Verify = "full") -> str:
-    """Export a store and say where it lies."""
+    """Export a store and say where it is."""
     return f"{export(store, out, format=name, verify=verify)}: exported as {name}"

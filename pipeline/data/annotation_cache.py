@@ -158,7 +158,7 @@ def kept_arrays(
         fill: makes them: writes .npy files into the folder given and returns what else there is to know, for JSON.
 
     Returns:
-        The folder they lie in, what else there is to know, and the arrays by name.
+        Folder of the arrays, the other values for JSON, and the arrays by name.
 
     Raises:
         AnnotationError: the file cannot be read, or the arrays cannot be kept.

@@ -79,7 +79,7 @@ def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False
 
     Args:
         dataset: may be one that was found with `strict=False`.
-        decode: read every pixel; otherwise only what stands at the start of an image file.
+        decode: read every pixel; otherwise only the start of an image file.
         masks: look at the outlines that masks are learned from, which are those of base objects, and evaluated by.
     """
     problems, warnings = [f"{dataset.root}: {line}" for line in dataset.missing()], list[str]()
@@ -199,7 +199,7 @@ def _record_findings(table: Table, split: Split, part: str, masks: bool) -> tupl
 
 
 def _near_names(table: Table) -> Iterator[_Finding]:
-    """Names that differ in nothing but case, blanks and signs."""
+    """Names that differ only in case, blanks and signs."""
     like: dict[str, int] = {}
     for position, name in enumerate(table.categories.name):
         bare = re.sub(r"[\W_]+", "", name.casefold())
@@ -211,7 +211,7 @@ def _near_names(table: Table) -> Iterator[_Finding]:
 
 
 def _empty_boxes(table: Table) -> Iterator[_Finding]:
-    """Boxes of which nothing is left within their image."""
+    """Boxes without any area within their image."""
     height, width = _image_sizes(table).T
     known = (height > 0) & table.sound("annotations", "bbox")
     xywh = np.array(table.annotations.xywh, dtype=np.float64).reshape(-1, 4)

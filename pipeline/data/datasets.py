@@ -115,7 +115,7 @@ def recorded_dataset(definition: object, name: str, root: Path) -> Dataset:
     """The dataset that a store or a run recorded; without a record, a built-in one by its name.
 
     Raises:
-        DatasetError: there is no record, and the name is none of `DATASETS`.
+        DatasetError: there is no record, and the name is not in `DATASETS`.
     """
     if isinstance(definition, dict):
         return from_definition(definition, root)
@@ -155,7 +155,7 @@ def find_dataset(name: str, root: Path | None = None, *, strict: bool = True) ->
 
 
 def require_known(name: str) -> None:
-    """DatasetError for a name that is no dataset, or a TOML file that is not there."""
+    """DatasetError for a name that is not a dataset's, or a TOML file that is not there."""
     if name.endswith(".toml"):
         if not Path(name).is_file():
             raise DatasetError(f"`dataset={name}`: no such file")
@@ -291,7 +291,7 @@ def _check_toml(tables: dict[str, object], path: Path) -> None:
 def _toml_split(tables: dict[str, Mapping[str, object]], root: Path, path: Path, strict: bool) -> Split:
     """Base and novel names; "others" are all other names of the training annotations, in alphabetical order.
 
-    Categories that are only the supercategory of others, as some exports have one for their whole tree, are no class.
+    Categories that are only the supercategory of others, as exports have one for a whole tree, are not classes.
     """
     base, novel = tables["classes"]["base"], tables["classes"]["novel"]
     if not is_names(base):

@@ -280,11 +280,11 @@ def require_few_bad(bad: Mapping[int, str], most: int) -> None:
 
 @contextmanager
 def opened_image(path: ImageFile | str, file: IO[bytes] | None = None) -> Iterator[Image.Image]:
-    """An image file, of which nothing but its start is read before somebody asks for more.
+    """An image file; only its start is read before somebody asks for more.
 
     Args:
         path: the file, or what errors call it.
-        file: its content, where it is no file of this machine.
+        file: its content, where it is not a file of this machine.
 
     Raises:
         ImageError: it is missing, no image or too large, or damage shows within the context.

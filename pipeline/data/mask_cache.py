@@ -64,7 +64,7 @@ def training_masks(dataset: Dataset) -> StoredMasks:
 
 
 def _fill(path: Path, annotations: Annotations, draft: Path) -> Mapping[str, object]:
-    """Write the outlines of a record as they are read, and where each row's lies."""
+    """Write the outlines of a record as they are read, and the offset of each row's."""
     known, images = set(map(canonical, annotations.names)), annotations.images
     categories = {category.id for category in read_categories(path) if canonical(category.name) in known}
     size = np.stack([images.height, images.width], axis=1)[annotations.image_index]

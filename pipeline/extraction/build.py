@@ -57,7 +57,7 @@ class BuildReport:
     already_complete: bool
     images: int = 0
     extracted: int = 0
-    """Images of which this call made the rows."""
+    """Images whose rows this call made."""
     crops: int = 0
     """Crops of these images that the teacher was shown."""
     bad_images: int = 0
@@ -129,7 +129,7 @@ def build_cache(request: BuildRequest) -> BuildReport:
 
 
 def build_share(request: BuildRequest, share: Share) -> ShareReport:
-    """Extract one share's blocks of a store, beside other processes that extract other shares of it.
+    """Extract the blocks of one part of a store, beside other processes that extract other parts.
 
     The first to come prepares the store, the others wait for it. `commit_cache` finishes what all of them did.
 

@@ -25,7 +25,7 @@ def boxes_digest(boxes: str) -> str:
 def given_proposals(config: ProposalConfig, images: Iterable[ImageRecord]) -> dict[int, Columns]:
     """The proposals of each image: the file's best `max_proposals` boxes, best first, cut to the image.
 
-    Nothing is suppressed. Boxes of which less than a pixel is left in width or height are dropped.
+    No NMS is applied. Boxes with less than a pixel left in width or height are dropped.
 
     Args:
         config: `boxes` names a JSON list of image_id, bbox (left, top, width, height) and score, or a document that

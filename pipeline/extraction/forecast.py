@@ -41,7 +41,7 @@ class BuildForecast:
     at_most: Forecast
     """Forecast with as many proposals and regions in each image as are kept at most."""
     free: int
-    """Bytes free where the store would lie."""
+    """Free bytes of the disk that the store would be on."""
     passes: int
     """Crops that the teacher would be shown, at most, by the sizes of some images."""
     probe: Probe

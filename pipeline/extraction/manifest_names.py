@@ -34,7 +34,7 @@ _PROPOSALS = frozenset(field.name for field in dataclasses.fields(ProposalConfig
 def as_setting(difference: Difference) -> Difference:
     """A difference of two manifests with the setting's name and its values as people type them.
 
-    What is no setting, such as the digest of a file, stays as it is.
+    Anything but a setting, such as the digest of a file, stays as it is.
     """
     name, bracket, place = difference.name.partition("[")
     setting = setting_name(name)

@@ -92,7 +92,7 @@ def check_precision(
     Args:
         teacher: re-normalised.
         config: what made it, and how boxes are cropped.
-        dataset: where the images lie.
+        dataset: source of the images.
         annotations: BASE boxes of the training split.
         restored: the teacher's tuned values and their table, see `restore`.
         device: where it runs.

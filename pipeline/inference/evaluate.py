@@ -119,7 +119,7 @@ def evaluate_run(
 
     Args:
         run: a finished run.
-        data_root: where the images lie now; None takes the place recorded in the run.
+        data_root: folder of the images now; None takes the place recorded in the run.
         device: where to run.
         split: "val" or "train".
         classes: the names detected at once: all, base or novel; None for all.
@@ -200,7 +200,7 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Pa
 
     Args:
         run: the run of the teacher.
-        data_root: where the images lie now; None takes the place recorded in the run.
+        data_root: folder of the images now; None takes the place recorded in the run.
         device: where to run.
         weights: the teacher's weights, if they have moved.
 

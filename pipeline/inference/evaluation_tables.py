@@ -345,5 +345,5 @@ def _cells(scores: Mapping[str, float | None]) -> list[str]:
 
 
 def percent(value: float | None) -> str:
-    """A share in percent with one digit; "-" for none."""
+    """A fraction in percent with one digit; "-" for none."""
     return "-" if value is None else f"{100 * value:.1f}"

@@ -44,7 +44,7 @@ def draw_boxes(
         captions: one per box, (N,); "" draws the box alone.
         colours: of box and caption strip, one for all or one per box; anything Pillow reads.
         scale: side of the picture over side of the image; None enlarges small images, see `fit_scale`.
-        masks: one per box, (H, W), of which the outline is drawn; None for none.
+        masks: one per box, (H, W), whose outline is drawn; None for none.
 
     Returns:
         A new RGB picture of about scale * W x scale * H pixels.

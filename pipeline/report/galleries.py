@@ -148,7 +148,7 @@ def region_figures(main: RunData, dataset: Dataset, count: int) -> list[PanelPai
 
 
 def _best_regions(rows: RegionRows, table: Sequence[str]) -> tuple[Tensor, list[str]]:
-    """Boxes (n, 4) of the surest regions, best first, and their guessed names."""
+    """Boxes (n, 4) of the regions with the highest confidence, best first, and their predicted classes."""
     order = np.argsort(-rows.score, kind="stable")[:SHOWN_REGIONS]
     return torch.from_numpy(rows.box[order]), [table[index] for index in rows.class_index[order]]
 

@@ -32,7 +32,7 @@ def write_report(run: Run, *, data_root: Path | None, compare: Sequence[Run] = (
 
     Args:
         run: an evaluated run.
-        data_root: where the images lie now; None takes the place recorded in the run.
+        data_root: folder of the images now; None takes the place recorded in the run.
         compare: other runs on the same dataset, for example one without distillation.
         images: pictures in each of the two galleries.
 

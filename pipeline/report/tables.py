@@ -37,7 +37,7 @@ class Table(NamedTuple):
 
 
 def percent(value: float | None) -> str:
-    """A share in percent; a dash for none."""
+    """A fraction in percent; a dash for none."""
     return DASH if value is None else evaluations.percent(value)
 
 

@@ -16,7 +16,7 @@ class MetricsLog:
     """Appends to metrics.jsonl and validation.jsonl of a run.
 
     Args:
-        run: where they lie.
+        run: the run whose folder holds them.
         tensorboard: whether figures go to RUN/tensorboard as well.
         begin: the last step that is not written again.
     """

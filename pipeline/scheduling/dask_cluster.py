@@ -62,7 +62,7 @@ def connected(address: str) -> Iterator[Client]:
 
 
 def silence_dask() -> None:
-    """Keep Dask from logging: its workers' comings and goings are no user's business, and what fails is raised."""
+    """Keep Dask from logging: its workers' comings and goings do not concern users, and what fails is raised."""
     # Both have levels of their own once Dask is imported.
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -28,14 +28,14 @@ class Share:
         return f"{self.number}/{self.count}"
 
     def has(self, block: Block) -> bool:
-        """True if a block is one of this share's."""
+        """True if a block belongs to this part."""
         return block.index % self.count == self.number - 1
 
 
 def open_share(open_writer: Callable[[bool], StoreWriter]) -> StoreWriter:
-    """A writer of a store beside those of other shares, or alone as long as teacher and text have to be written.
+    """A writer of a store beside those of other parts, or alone as long as teacher and text have to be written.
 
-    The first share to come has it alone and prepares it; the others wait. If that one is killed, another one prepares.
+    The first part to come has it alone and prepares it; the others wait. If that one is killed, another one prepares.
 
     Args:
         open_writer: opens the store, alone (False) or shared (True).
