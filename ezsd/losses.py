@@ -153,11 +153,11 @@ def decode_boxes(reference: Tensor, deltas: Tensor) -> Tensor:
 def classification_loss(logits: Tensor, label: Tensor) -> Tensor:
     """Mean cross-entropy against names and background. Zero when R is 0.
 
-    Novel names compete where their logits are given: a base object is known to be none of them.
+    Novel classes compete where their logits are given: a base object is known to be none of them.
 
     Args:
-        logits: of base names, then of any novel names, then of background, (R, C + 1).
-        label: a base name or the background's number C, (R,) int64.
+        logits: of base classes, then of any novel classes, then of background, (R, C + 1).
+        label: a base class or the background's number C, (R,) int64.
     """
     return F.cross_entropy(logits.float(), label, reduction="sum") / max(len(label), 1)
 

@@ -51,7 +51,7 @@ def load_training(path: Path, split: Split) -> Annotations:
 
     Args:
         path: a COCO-format JSON file.
-        split: which classes are base; its novel names need not be in the file.
+        split: which classes are base; its novel classes need not be in the file.
 
     Returns:
         The record, with class indices into `split.base`.
@@ -67,7 +67,7 @@ def load_evaluation(path: Path, split: Split) -> Annotations:
 
     Args:
         path: a COCO-format JSON file.
-        split: the classes. A novel name that the file's table lacks has no box; a base name must be there.
+        split: the classes. A novel class that the file's table lacks has no box; a base class must be there.
 
     Returns:
         The record, with class indices into `split.names`; crowd boxes are kept and flagged.

@@ -160,7 +160,7 @@ class Annotations:
     dropped: Mapping[str, int]
     """Boxes of the asked-for classes left out, by reason: crowd, degenerate, outside."""
     absent: tuple[str, ...] = ()
-    """Novel names that the file's class table lacks, in evaluation: of them nothing is known."""
+    """Novel classes that the file's class table lacks, in evaluation; nothing is known about them."""
 
     def rows(self, image_position: int) -> slice:
         """The boxes of one image, as a slice of every array.

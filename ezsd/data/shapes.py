@@ -49,7 +49,7 @@ SHAPES_SPLIT = Split(base=tuple(name for name in _DRAWN if name not in _NOVEL), 
 """The names. Novel shapes are in training images too, but not in the annotations that the loader returns.
 
 They were chosen on the dev seed to be no blend of base shapes: a heart lies between a triangle and a circle for CLIP's
-text tower as well, and a detector finds it from the base names alone.
+text tower as well, and a detector finds it from the base classes alone.
 """
 
 DEV_SEED = 0

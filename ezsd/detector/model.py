@@ -128,7 +128,7 @@ class Detector(nn.Module):
 
         Args:
             batch: images, base boxes and cached regions.
-            text: unit rows of the base names, and of novel names if they are to compete with them, (C, D).
+            text: unit rows of the base classes, and of novel classes if they are to compete with them, (C, D).
             distill: how the distance to the cached embeddings is measured; None leaves out the distillation. Cached
                 regions then still decide what is spared from being background, if `ignore_confidence` asks for that.
             totals: of the optimiser step that the batch is a part of; the terms of all parts then add up to those of

@@ -17,7 +17,7 @@ class SampledRegions:
     boxes: Tensor
     """(R, 4)."""
     labels: Tensor
-    """(R,) int64; the background's number is the count of names."""
+    """(R,) int64; background is the number of classes."""
     targets: Tensor
     """The ground-truth box of each, (R, 4); zeros for background."""
     objects: Tensor

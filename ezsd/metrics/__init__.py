@@ -3,9 +3,9 @@
 pycocotools and the official lvis package are the truth: the figures here are theirs, found faster, and tests compare
 them number by number. Importing this package loads no torch; `ezsd.metrics.recall`, about proposals, does.
 
-*Generalised*: detections scored against all names at once; evaluate them with `names=None`. Where the caller has the
+*Generalised*: detections scored against all classes at once; evaluate them with `names=None`. Where the caller has the
 detector look for some names, evaluate with these, as `names=split.novel`. Restricting `names` for generalised
-detections does not make them those of a search for the novel names *alone*: the classes have competed for every box.
+detections does not make them those of a search for the novel classes *alone*: the classes have competed for every box.
 """
 
 from ezsd.metrics.average_precision import ClassScores, GroupScores

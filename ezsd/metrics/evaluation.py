@@ -46,7 +46,7 @@ class Evaluation(TypedDict):
     common: NotRequired[GroupScores]
     frequent: NotRequired[GroupScores]
     per_class: dict[str, ClassScores]
-    """Figures of all names of the split."""
+    """Figures of all classes of the split."""
 
 
 def evaluate(

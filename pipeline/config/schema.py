@@ -78,7 +78,7 @@ class AdaptConfig:
     max_grad_norm: Annotated[float, Interval(gt=0)] = 0.1
     """Largest gradient norm."""
     held_out: Annotated[float, Interval(gt=0, lt=1)] = 0.1
-    """Share of images whose base crops only measure accuracy."""
+    """Fraction of images whose base crops only measure accuracy."""
 
     def __post_init__(self) -> None:
         _require_bounds("adapt", self)
@@ -99,11 +99,11 @@ class ProposalConfig:
     crop_ratio: Annotated[float, Interval(ge=1)]
     """Enlargement of a box before it is cropped; the same for scoring and embedding."""
     score: Score
-    """"entropy" is log C - H over the names; "novel" the probability of the novel names."""
+    """"entropy" is log C - H over the classes; "novel" the probability of the novel classes."""
     padding: Surround = "black"
     """Pixels that the teacher sees beside a box that is not square: "black" (the method's) or the image's "context"."""
     nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.7
-    """Suppression threshold, all names together."""
+    """IoU threshold of NMS, all classes together."""
     max_proposals: Annotated[int, Interval(ge=1)] = 1000
     """Proposals kept per image after NMS."""
     base_iou: Annotated[float, Interval(gt=0)] = 0.3
@@ -113,7 +113,7 @@ class ProposalConfig:
     max_regions: Annotated[int, Interval(gt=0)] = 300
     """Regions kept per image."""
     drop_background: bool = True
-    """Drop regions that `teacher.background` is likelier for than all names together."""
+    """Drop regions that `teacher.background` is likelier for than all classes together."""
     boxes: str = ""
     """A results file in COCO's format: its boxes are the proposals, best score first, instead of scored anchors."""
     search: Mode = "exhaustive"
@@ -123,7 +123,7 @@ class ProposalConfig:
     growth: Annotated[float, Interval(gt=0)] = 0.375
     """Spacing of anchors, a fraction of their size: of all ("grown-stride"), of the sparse grid ("coarse-to-fine")."""
     anchor_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1
-    """Share of the grid's anchors that "coarse-to-fine" looks at."""
+    """Fraction of the grid's anchors that "coarse-to-fine" looks at."""
 
     def __post_init__(self) -> None:
         _require_bounds("proposals", self)
@@ -154,7 +154,7 @@ class BuildConfig:
     batch_size: Annotated[int, Interval(gt=0)] = 256
     """Crops per encoder call."""
     max_bad_images: Annotated[float, Interval(ge=0, lt=1)] = 0.001
-    """Share of the images that may be left out because they cannot be read; with fewer than one, the first stops."""
+    """Fraction of the images that may be left out because they cannot be read; with fewer than one, the first stops."""
     embedding: EmbeddingType = "float16"
     """Type of the embeddings in the store; "int8", with a scale per row, takes half the disk."""
 
@@ -181,7 +181,7 @@ class LossConfig:
     metric: Metric = "cosine"
     """Distance to the cached embedding: "cosine", or "l1" between unit vectors (the authors')."""
     novel_names: bool = False
-    """Put novel names into the cross-entropy too; the authors have base names alone."""
+    """Put novel classes into the cross-entropy too; the authors have base classes alone."""
     rpn: Annotated[float, Interval(ge=0)] = 1.0
     """Weight of the proposal network's two terms."""
     classification: Annotated[float, Interval(ge=0)] = 1.0
@@ -220,7 +220,7 @@ class TrainConfig:
     schedule: Literal["cosine", "step"] = "cosine"
     """After the warm-up: "cosine" falls to zero, "step" divides by ten at each of `decay_at`."""
     decay_at: tuple[Annotated[float, Interval(gt=0, lt=1)], ...] = (2 / 3, 11 / 12)
-    """Shares of all steps: epochs 8 and 11 of 12."""
+    """Fractions of all steps: epochs 8 and 11 of 12."""
     max_grad_norm: Annotated[float, Interval(gt=0)] = 10.0
     """Largest gradient norm."""
     grad_accumulation: Annotated[int, Interval(gt=0)] = 1

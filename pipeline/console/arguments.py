@@ -32,7 +32,7 @@ def require_weights(file: Path | None, *, crops: bool = True) -> None:
 
 
 def require_alone(alone: bool, classes: str | None) -> None:
-    """Raise ArgumentError for `--alone` where all names are looked for anyway."""
+    """Raise ArgumentError for `--alone` where all classes are looked for anyway."""
     if alone and classes == "all":
         raise ArgumentError(
             "--alone goes with --classes base or novel, or without --classes: beside all names there are no others"

@@ -37,7 +37,7 @@ class RegionDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Class names of the store, base names first."""
+        """Class names of the store, base classes first."""
         return self.store.text[0]
 
     def __len__(self) -> int:

@@ -54,7 +54,7 @@ class ExtractJob:
     parameters: list[dict[str, object]] = field(compare=False)
     """Names and shapes of the LayerNorms."""
     text: NDArray[np.float32] = field(compare=False)
-    """Unit text rows of base + novel names, (C, D)."""
+    """Unit text rows of base + novel classes, (C, D)."""
     made_from: str
     """Digest of the manifest: a worker that outlives a build keeps nothing for another one."""
     limit: int | None = None

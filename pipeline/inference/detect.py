@@ -183,7 +183,7 @@ class Model:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names that the detector was trained for, base names first."""
+        """Names that the detector was trained for, base classes first."""
         return self._trained.names
 
     @property

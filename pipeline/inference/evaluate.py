@@ -112,19 +112,19 @@ def evaluate_run(
 ) -> dict[str, object]:
     """Evaluate a finished run and write eval.json and detections.json.
 
-    "generalised" detects all names at once and is the headline. "novel_asked" detects the novel names while the base
-    names compete unreported: it differs from the headline's novel figures by the places that detections of base names
-    take there. "novel_alone" has no competitors. Another split or label space goes into files named after it, as
-    eval-train-novel.json, and what other settings give into eval-set.json.
+    "generalised" detects all classes at once and is the headline. "novel_asked" detects the novel classes while the
+    base classes compete unreported: it differs from the headline's novel figures by the places that detections of base
+    classes take there. "novel_alone" has no competitors. Another split or label space goes into files named after it,
+    such as eval-train-novel.json, and results with other settings into eval-set.json.
 
     Args:
         run: a finished run.
         data_root: folder of the images now; None takes the place recorded in the run.
         device: where to run.
         split: "val" or "train".
-        classes: the names detected at once: all, base or novel; None for all.
-        alone: True to let no other names compete with `classes`, base or novel; without `classes`, the novel names are
-            detected alone after all names.
+        classes: the classes detected at once: all, base or novel; None for all.
+        alone: True to let no other classes compete with `classes`, base or novel; without `classes`, the novel classes
+            are detected alone after all classes.
         max_detections: the limit of the headline; None for the usual one of the file's rules.
         overrides: settings used instead of the run's, see `at_test_time`; not `eval.max_detections`.
 
@@ -196,7 +196,7 @@ def _rounded(results: Results) -> Results:
 def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Path | None = None) -> dict[str, object]:
     """Measure crop accuracy of the raw and the re-normalised teacher on validation objects; write crops.json.
 
-    Each crop is compared with all names; base and novel crops are counted apart.
+    Each crop is compared with all classes; base and novel crops are counted apart.
 
     Args:
         run: the run of the teacher.

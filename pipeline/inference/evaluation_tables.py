@@ -144,7 +144,7 @@ def space_of(classes: Classes, *, alone: bool) -> Space:
 
 
 def class_slice(classes: Classes, names: int, base_count: int) -> slice:
-    """Slice of all names of a split that has these names."""
+    """Slice of these classes among all classes of a split."""
     return {"all": slice(0, names), "base": slice(0, base_count), "novel": slice(base_count, names)}[classes]
 
 
@@ -221,7 +221,7 @@ def at_limit(result: Mapping[str, object], space: Space) -> dict[str, Any]:
 
 
 def headline(result: Mapping[str, object]) -> dict[str, float | None]:
-    """AP50 of base, novel and all names (generalised) and of other label spaces, as far as they were evaluated."""
+    """AP50 of base, novel and all classes (generalised) and of other label spaces, as far as they were evaluated."""
     scores: dict[str, float | None] = {}
     for space in evaluated(result):
         found = at_limit(result, space)

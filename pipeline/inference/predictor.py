@@ -48,9 +48,9 @@ class TrainedDetector:
     detector: Detector
     config: Config
     names: tuple[str, ...]
-    """Base names, then novel names."""
+    """Base classes, then novel classes."""
     base_count: int
-    """Number of base names."""
+    """Number of base classes."""
     text: Tensor
     """Unit rows of `names`, (C, D)."""
     device: torch.device

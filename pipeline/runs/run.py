@@ -3,7 +3,7 @@
 run.json                configuration, store's manifest, names, digest of their text rows, table of LayerNorms
 environment.json        places, definition of the dataset, teacher, device, versions: recorded, not compared
 stores.json             which bytes of a store it was trained on, from which step on
-tables.safetensors      text rows of all names, re-normalised LayerNorms
+tables.safetensors      text rows of all classes, re-normalised LayerNorms
 metrics.jsonl           one line per step
 checkpoints/            step-00000400/{model.safetensors, optimiser.safetensors, state.json} and, where an average of
                         the weights is kept, average.safetensors

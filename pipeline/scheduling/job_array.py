@@ -1,4 +1,4 @@
-"""Shares of a build for job arrays: one job each, no scheduler, all on one store."""
+"""Parts of a build for job arrays: one job each, no scheduler, all on one store."""
 
 from __future__ import annotations
 
