@@ -5,6 +5,7 @@ Loads nothing heavy: the command line listens before it imports anything.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -108,9 +109,7 @@ def _forget() -> None:
     _state.before.clear()
     if _state.raised:
         _state.raised = False
-        if signal.getsignal(signal.SIGALRM) is _end_again:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        _disarm()
     if _state.told >= 0:
         signal.set_wakeup_fd(-1)
         os.close(_state.told)
@@ -135,7 +134,16 @@ def _end() -> NoReturn:
     if signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and not signal.getitimer(signal.ITIMER_REAL)[0]:
         signal.signal(signal.SIGALRM, _end_again)
         signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
+        # A slow exit of Python takes handlers away first: the alarm would then kill the process, and its exit code.
+        atexit.register(_disarm)
     raise Stopped(_state.received)
+
+
+def _disarm() -> None:
+    """Take the alarm of `_end` away, unless somebody else has it."""
+    if signal.getsignal(signal.SIGALRM) is _end_again:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def _end_again(_: int, __: FrameType | None) -> None:

@@ -254,6 +254,23 @@ def test_a_swallowed_signal_comes_again_and_nobodys_alarm_is_touched(alarm, said
     assert done.stdout.splitlines() == said, done.stderr
 
 
+EXIT = """
+import atexit, os, signal, time
+from ezsd.pipeline.interrupts import listen
+# Functions that are registered first are called last.
+atexit.register(lambda: print(signal.getitimer(signal.ITIMER_REAL)[0] > 0))
+listen()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(100)
+"""
+
+
+def test_no_alarm_is_left_when_python_ends_slowly():
+    words = [sys.executable, "-c", EXIT]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "False\n"), done.stderr
+
+
 def test_drawing_shapes_leaves_no_folder_and_the_same_command_makes_it(tmp_path):
     words = ["data", "shapes", "--out", tmp_path / "shapes", "--train", 200, "--val", 1]
     process = started(*words)
