@@ -12,7 +12,7 @@ from ezsd.cache.files import FileLock, file_digest, rename, sync, write_atomic
 from ezsd.cache.format.commit_mark import is_committed
 from ezsd.cache.format.manifest import Manifest, Origin, images_digest
 from ezsd.cache.format.records import GroundTruthRows, ProposalRows, RegionRows
-from ezsd.cache.format.schema import PER_IMAGE, PER_STORE, PRODUCTS, Block, EmbeddingType, RaggedRows
+from ezsd.cache.format.schema import OPTIONAL, PER_IMAGE, PER_STORE, PRODUCTS, Block, EmbeddingType, RaggedRows
 from ezsd.cache.format.sealed_json import JSON, Difference, canonical_json, differences, short_json
 from ezsd.cache.journal.commit import commit_numbered
 from ezsd.cache.journal.disk_room import Forecast, forecast
@@ -49,6 +49,7 @@ __all__ = [
     "JSON",
     "Leftovers",
     "Manifest",
+    "OPTIONAL",
     "Origin",
     "PER_IMAGE",
     "PER_STORE",

@@ -30,6 +30,7 @@ from ezsd.cache.format.schema import (
     PER_IMAGE,
     PER_STORE,
     Field,
+    per_store_field,
     stored_fields,
 )
 from ezsd.cache.format.sealed_json import parse_json
@@ -189,8 +190,13 @@ class Store:
         return read_environment(self._place)
 
     def read_per_store(self, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Arrays and attributes of `teacher` or `text`."""
-        name = f"{product}/{PER_STORE[product].name}"
+        """Arrays and attributes of a per-store product: `teacher`, `text`, or `proposer` where the manifest has it.
+
+        Raises:
+            StoreError: the store has no such product.
+        """
+        field = per_store_field(product, self._mark.products, self)
+        name = f"{product}/{field.name}"
         values = self._here.column(name).copy()
         if not all_finite(values):
             raise _not_finite(f"{self}: {name}")
@@ -198,7 +204,7 @@ class Store:
         attributes = parse_json(self._place.read_file(file), f"{self}/{file}").get("attributes")
         if not isinstance(attributes, dict):
             raise StoreError(f"{self}/{file}: has no attributes; the store is damaged: {MENDED}")
-        return {PER_STORE[product].name: values}, attributes
+        return {field.name: values}, attributes
 
     def require(self, wanted: Manifest) -> None:
         """Refuse to use this store for an experiment that needs another one.

@@ -30,7 +30,7 @@ from ezsd.cache.format.commit_mark import (
     size_problems,
 )
 from ezsd.cache.format.manifest import Manifest
-from ezsd.cache.format.schema import PER_STORE, SHARD_BYTES, Block
+from ezsd.cache.format.schema import SHARD_BYTES, Block, per_store, per_store_field
 from ezsd.cache.format.sealed_json import JSON, canonical_json, seal
 from ezsd.cache.journal.bad_images import all_bad_images
 from ezsd.cache.journal.commit import Committer, Finisher, remove_journal
@@ -70,9 +70,10 @@ from ezsd.cache.storage.locations import unfinished_plan
 class StoreWriter:
     """The builder of one store; a context manager, since it holds the build lock.
 
-    Its steps: `write_per_store` for teacher and text, `write_block` for each of `pending()`, `commit_shard` for each of
-    `commit_tasks()`, `finish()`. Blocks and shards may be written by other processes, in any order. Once teacher and
-    text are written, several builders may `share` the lock, each for some of the blocks.
+    Its steps: `write_per_store` for each per-store product of the manifest (teacher, text, and proposer where there is
+    one), `write_block` for each of `pending()`, `commit_shard` for each of `commit_tasks()`, `finish()`. Blocks and
+    shards may be written by other processes, in any order. Once the per-store products are written, several builders
+    may `share` the lock, each for some of the blocks.
     """
 
     def __init__(self, plan: Plan, lock: FileLock | None) -> None:
@@ -105,11 +106,11 @@ class StoreWriter:
             embed_dim: D, the width of the embeddings.
             block_images: images per block, the unit of work that survives a kill.
             shard_bytes: about how large a shard of the finished store may be.
-            shared: beside other builders that share the lock, of a store with teacher and text; see `share`.
+            shared: beside other builders that share the lock, of a store with its per-store products; see `share`.
 
         Raises:
             StoreMismatch: a store made from something else is there; names the differences.
-            StoreBusy: another builder is at work; for `shared`, also when there is no teacher or text yet.
+            StoreBusy: another builder is at work; for `shared`, also when a per-store product is not written yet.
             StoreError: the folder holds other things, or the images make no sense.
         """
         store = Path(path).absolute()
@@ -162,11 +163,14 @@ class StoreWriter:
             clear_scratch(wanted.store)
             if not plan_folder(wanted.store).is_dir():
                 wanted.write()
-        elif not all(intact(per_store_folder(wanted.store, product)) for product in PER_STORE):
-            raise StoreBusy(f"{wanted.store}: is not prepared yet for builders that share it")
+        elif not plan_folder(wanted.store).is_dir():
+            raise _unprepared(wanted.store)
         plan = read_plan(wanted.store)
         plan.require_same(wanted)
-        return cls(plan, lock)
+        writer = cls(plan, lock)
+        if lock.shared and writer._unwritten:
+            raise _unprepared(wanted.store)
+        return writer
 
     @classmethod
     def _complete(cls, wanted: Plan, mark: CommitMark) -> Self:
@@ -234,11 +238,10 @@ class StoreWriter:
         """Let other builders in; this one can then only write blocks.
 
         Raises:
-            StoreIncomplete: teacher or text are missing, which no two builders may write.
+            StoreIncomplete: a per-store product is missing, which no two builders may write.
         """
-        for product in PER_STORE:
-            if not self.has_per_store(product):
-                raise StoreIncomplete(f"{self.path}: {product} was not written yet; use write_per_store first")
+        for product in self._unwritten:
+            raise StoreIncomplete(f"{self.path}: {product} was not written yet; use write_per_store first")
         if self._lock is not None:
             self._lock.share()
 
@@ -281,23 +284,39 @@ class StoreWriter:
         return [self.blocks[index] for index in sorted(waiting) if not committer.entries[index].sized]
 
     def has_per_store(self, product: str) -> bool:
-        """True if `teacher` or `text` is written already."""
-        return self.complete or intact(per_store_folder(self.path, product))
+        """True if a per-store product is written already.
+
+        Raises:
+            StoreError: the store has no such product.
+        """
+        folder = per_store_folder(self._plan, product)
+        return self.complete or intact(folder)
+
+    @property
+    def _per_store(self) -> list[str]:
+        return list(per_store(self._plan.manifest.products))
+
+    @property
+    def _unwritten(self) -> list[str]:
+        """The per-store products that are not written yet."""
+        return [product for product in self._per_store if not self.has_per_store(product)]
 
     def write_per_store(self, product: str, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JSON]) -> None:
-        """Write `teacher` or `text`, all of it or nothing; the same contents a second time are accepted.
+        """Write a per-store product, all of it or nothing; the same contents a second time are accepted.
 
         Args:
-            product: `teacher` (array `values`, (K,) float32) or `text` (array `embedding`, (C, D) float32).
+            product: `teacher` or `proposer` (array `values`, (K,) float32), or `text` (array `embedding`, (C, D)
+                float32).
             arrays: by name.
             attributes: a JSON object; for `text` it holds `names`, the C class names.
 
         Raises:
-            StoreError: contents that must not get into a store, or others than those written before.
+            StoreError: contents that must not get into a store, or others than those written before; or the store has
+                no such product.
         """
+        field = per_store_field(product, self._plan.manifest.products, self.path)
         check_per_store(product, arrays, attributes, embed_dim=self._plan.embed_dim)
         self._require_unfinished(f"write {product}")
-        name, field = per_store_folder(self.path, product).name, PER_STORE[product]
         rows = {field.name: little_endian(arrays[field.name], field.dtype)}
         described: dict[str, JSON] = {"plan": self._plan.digest, "user": attributes}
         canonical_json(described, product)
@@ -307,14 +326,16 @@ class StoreWriter:
                 raise StoreError(f"{self.path}: {product} was written before, with other contents; use read_per_store")
             return
         with disk_room(self.path, rows[field.name].nbytes):
+            name = per_store_folder(self._plan, product).name
             set_aside(self.path, name)
             write_entry(self.path, name, rows, described, point="whole")
 
     def read_per_store(self, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """The arrays and attributes of `teacher` or `text`, also from a complete store.
+        """The arrays and attributes of a per-store product, also from a complete store.
 
         Raises:
             StoreIncomplete: it was not written yet.
+            StoreError: the store has no such product.
         """
         if self.complete:
             from ezsd.cache.reader import Store
@@ -370,7 +391,7 @@ class StoreWriter:
         """Write what is left and the commit mark, and remove the journal. The store is complete afterwards.
 
         Raises:
-            StoreIncomplete: blocks, shards, teacher or text are missing.
+            StoreIncomplete: blocks, shards or per-store products are missing.
         """
         if self.complete:
             return
@@ -381,9 +402,9 @@ class StoreWriter:
             raise StoreIncomplete(
                 f"{self.path}: {len(shards)} of {len(found)} shards are written; commit the rest first"
             )
-        per_store = {product: per_store_entry(self._plan, product) for product in PER_STORE}
-        with disk_room(self.path, small_bytes(committer, per_store)):
-            Finisher(committer, shards, {}).finish(per_store)
+        entries = {product: per_store_entry(self._plan, product) for product in self._per_store}
+        with disk_room(self.path, small_bytes(committer, entries)):
+            Finisher(committer, shards, {}).finish(entries)
         self.close()
         self._lock = None
 
@@ -404,6 +425,10 @@ class StoreWriter:
     def _require_unfinished(self, action: str) -> None:
         if self.complete:
             raise StoreError(f"{self.path}: the store is complete; cannot {action} any more")
+
+
+def _unprepared(store: Path) -> StoreBusy:
+    return StoreBusy(f"{store}: is not prepared yet for builders that share it")
 
 
 def _fingerprint(arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, JSON]) -> tuple[object, ...]:

@@ -4,13 +4,14 @@ import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ezsd.cache.errors import StoreError, StoreIncomplete
 from ezsd.cache.files import ABSENT, FileDigest, file_digest, read_if_there, unreadable
-from ezsd.cache.format.names import MANIFEST_FILE, is_store_file, needed_files, require_inside
-from ezsd.cache.format.schema import EMBEDDING_TYPES, FORMAT_VERSION, EmbeddingType, require_supported
+from ezsd.cache.format.names import MANIFEST_FILE, is_store_file, needed_files, products_of_files, require_inside
+from ezsd.cache.format.schema import EMBEDDING_TYPES, EmbeddingType, format_version, require_supported
 from ezsd.cache.format.sealed_json import JSON, parse_json, seal, unseal
 
 COMMIT = "COMMIT.json"
@@ -37,6 +38,11 @@ class CommitMark:
     embedding: EmbeddingType
     files: Mapping[str, FileDigest]
 
+    @cached_property
+    def products(self) -> tuple[str, ...]:
+        """Names of the store's products, in the order in which they are made."""
+        return products_of_files(self.files)
+
     @property
     def digest(self) -> str:
         """The sha256 that the mark carries, hexadecimal: equal for stores of equal bytes, and for no others."""
@@ -47,7 +53,7 @@ class CommitMark:
         files: JSON = {name: {"size": at.size, "sha256": at.sha256} for name, at in self.files.items()}
         return seal(
             {
-                "format_version": FORMAT_VERSION,
+                "format_version": format_version(self.products),
                 "manifest_digest": self.manifest_digest,
                 "embed_dim": self.embed_dim,
                 "embedding": self.embedding,
@@ -128,8 +134,13 @@ def _mark_problem(record: Mapping[str, Any]) -> str | None:
             return f"files: {name}: expected a size from 0 and a sha256, found {_shown(at)}"
     if sum(at["size"] for at in files.values()) > LARGEST:
         return "files: more bytes than any disk holds"
-    missing = [name for name in needed_files(embedding) if name not in files]
-    return f"files: {missing[0]} is not listed, and every store has it" if missing else None
+    products = products_of_files(files)
+    missing = [name for name in needed_files(embedding, products) if name not in files]
+    if missing:
+        return f"files: {missing[0]} is not listed, and every store has it"
+    if record["format_version"] != format_version(products):
+        return f"format_version: {record['format_version']}, and its files are those of {format_version(products)}"
+    return None
 
 
 def is_count(value: object, *, least: int = 0) -> bool:

@@ -14,11 +14,12 @@ from ezsd.cache.errors import StoreError
 from ezsd.cache.format.schema import (
     EMBED,
     EMBEDDING_TYPES,
-    FORMAT_VERSION,
     IMAGES,
+    OPTIONAL,
     PER_IMAGE,
     PRODUCTS,
     EmbeddingType,
+    format_version,
     require_supported,
 )
 from ezsd.cache.format.sealed_json import JSON, Difference, canonical_json, differences, parse_json, plain_json
@@ -54,22 +55,28 @@ class Manifest:
     """Everything that shaped a store's bytes, product by product; equal manifests mean equal stores."""
 
     products: Mapping[str, Origin]
-    """Origin of each name in `PRODUCTS`."""
+    """Origin of each name in `PRODUCTS`, in that order; those in `OPTIONAL` may be absent."""
     images_sha256: str
     """Sha256 of the image list, as of `images_digest`."""
     embedding: EmbeddingType = "float16"
     """Stored type of the embeddings of regions and ground truth."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.products, Mapping) or set(self.products) != set(PRODUCTS):
+        required = [name for name in PRODUCTS if name not in OPTIONAL]
+        if not isinstance(self.products, Mapping) or not set(required) <= set(self.products) <= set(PRODUCTS):
             found = sorted(self.products) if isinstance(self.products, Mapping) else type(self.products).__name__
-            raise StoreError(f"manifest: expected the products {', '.join(PRODUCTS)}, found {found}")
+            raise StoreError(
+                f"manifest: expected the products {', '.join(required)} and, where there is one, "
+                f"{', '.join(OPTIONAL)}; found {found}"
+            )
+        made = [name for name in PRODUCTS if name in self.products]
+        object.__setattr__(self, "products", {name: self.products[name] for name in made})
         if self.embedding not in EMBEDDING_TYPES:
             raise StoreError(f"manifest: embedding {self.embedding!r} is not one of {', '.join(EMBEDDING_TYPES)}")
-        for place, name in enumerate(PRODUCTS):
-            late = [needed for needed in self.products[name].needs if needed not in PRODUCTS[:place]]
+        for place, name in enumerate(made):
+            late = [needed for needed in self.products[name].needs if needed not in made[:place]]
             if late:
-                raise StoreError(f"manifest: {name} cannot need {late[0]}; products are made as {', '.join(PRODUCTS)}")
+                raise StoreError(f"manifest: {name} cannot need {late[0]}; products are made as {', '.join(made)}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Manifest) and self.digest == other.digest
@@ -77,14 +84,19 @@ class Manifest:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    @property
+    def format_version(self) -> int:
+        """Version of the format of a store with these products."""
+        return format_version(self.products)
+
     @cached_property
     def fields(self) -> dict[str, JSON]:
         """The manifest as JSON."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "images_sha256": self.images_sha256,
             "embedding": self.embedding,
-            "products": {name: self.products[name].fields for name in PRODUCTS},
+            "products": {name: origin.fields for name, origin in self.products.items()},
         }
 
     @cached_property
@@ -95,7 +107,7 @@ class Manifest:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Sha256 of all that shaped each product, by name; what was decided later does not count."""
-        return {name: self.fingerprint(name) for name in PRODUCTS}
+        return {name: self.fingerprint(name) for name in self.products}
 
     def fingerprint(self, product: str, *, embedding: EmbeddingType | None = None) -> str:
         """Sha256 of all that shaped a product; with `embedding`, as if the store kept its embeddings so."""
@@ -111,6 +123,10 @@ class Manifest:
                 "embedding": (embedding or self.embedding) if any(EMBED in f.trailing for f in ragged) else None,
             }
         )
+
+    def same_products(self, other: "Manifest") -> tuple[str, ...]:
+        """Names of the products that both have, made from the same things in the same way."""
+        return tuple(name for name, found in self.fingerprints.items() if other.fingerprints.get(name) == found)
 
     def differences(self, wanted: "Manifest") -> list[Difference]:
         """The values in which this store's manifest differs from `wanted`, by dotted name."""
@@ -146,9 +162,15 @@ class Manifest:
             products = {
                 name: Origin(at["version"], at["inputs"], tuple(at["needs"])) for name, at in fields["products"].items()
             }
-            return cls(products, str(fields["images_sha256"]), fields["embedding"])
+            manifest = cls(products, str(fields["images_sha256"]), fields["embedding"])
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{where}: is not a manifest ({error}); the file is damaged or was edited") from error
+        if manifest.format_version != fields["format_version"]:
+            raise StoreError(
+                f"{where}: says format {fields['format_version']}, and with these products it is "
+                f"{manifest.format_version}; the file is damaged or was edited"
+            )
+        return manifest
 
 
 def images_digest(image_ids: ArrayLike, widths: ArrayLike, heights: ArrayLike) -> str:

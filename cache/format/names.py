@@ -7,7 +7,7 @@ and no link on the way to a file may lead out of the store's folder.
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,34 +18,39 @@ from ezsd.cache.format.schema import (
     EMBEDDING_TYPES,
     IMAGES,
     OFFSET,
+    OPTIONAL,
     PER_IMAGE,
-    PER_STORE,
+    PRODUCTS,
     EmbeddingType,
+    per_store,
     stored_fields,
 )
 
 MANIFEST_FILE = "manifest.json"
 ROOT = "zarr.json"
-GROUPS = ("images", *PER_IMAGE, *PER_STORE)
-"""Groups of data; each has its like below `checksums`."""
 
 
-def _arrays(embedding: EmbeddingType) -> dict[str, int]:
+def groups(products: Collection[str]) -> tuple[str, ...]:
+    """Groups of data of a store with these products; each has its like below `checksums`."""
+    return ("images", *PER_IMAGE, *per_store(products))
+
+
+def _arrays(embedding: EmbeddingType, products: Collection[str]) -> dict[str, int]:
     """The arrays of data by name, and how many dimensions each has."""
     columns = [("images", field) for field in IMAGES]
     columns += [(product, field) for product in PER_IMAGE for field in (OFFSET, *stored_fields(product, embedding))]
-    columns += PER_STORE.items()
+    columns += per_store(products).items()
     return {f"{product}/{field.name}": 1 + len(field.trailing) for product, field in columns}
 
 
 def _pattern() -> str:
-    found = {name: axes for embedding in EMBEDDING_TYPES for name, axes in _arrays(embedding).items()}
+    found = {name: axes for embedding in EMBEDDING_TYPES for name, axes in _arrays(embedding, PRODUCTS).items()}
     arrays, root = "|".join(sorted(found)), re.escape(ROOT)
     tables = "|".join(name for name in sorted(found) if found[name] == 2)
     number = "(?:0|[1-9][0-9]{0,8})"
     return (
         rf"{root}|{re.escape(MANIFEST_FILE)}|{CHECKSUMS}/{root}"
-        rf"|(?:{CHECKSUMS}/)?(?:{'|'.join(GROUPS)}|{arrays})/{root}"
+        rf"|(?:{CHECKSUMS}/)?(?:{'|'.join(groups(PRODUCTS))}|{arrays})/{root}"
         rf"|(?:{tables})/c/{number}/{number}|(?!(?:{tables})/)(?:{CHECKSUMS}/)?(?:{arrays})/c/{number}"
     )
 
@@ -61,9 +66,15 @@ def is_store_file(name: str) -> bool:
     return _FILE.fullmatch(name) is not None
 
 
-def needed_files(embedding: EmbeddingType) -> list[str]:
-    """Files that every store has: its manifest, and the metadata of its groups and arrays of data."""
-    return [MANIFEST_FILE, ROOT, *(f"{node}/{ROOT}" for node in (*GROUPS, *_arrays(embedding)))]
+def needed_files(embedding: EmbeddingType, products: Collection[str]) -> list[str]:
+    """Files that every store with these products has: its manifest, the metadata of its groups and arrays of data."""
+    return [MANIFEST_FILE, ROOT, *(f"{node}/{ROOT}" for node in (*groups(products), *_arrays(embedding, products)))]
+
+
+def products_of_files(names: Iterable[str]) -> tuple[str, ...]:
+    """The products of a store that lists these files, in the order in which they are made."""
+    found = {name.removeprefix(f"{CHECKSUMS}/").partition("/")[0] for name in names}
+    return tuple(product for product in PRODUCTS if product not in OPTIONAL or product in found)
 
 
 def inside(store: Path, name: str) -> Path:

@@ -5,7 +5,7 @@ boxes are x1, y1, x2, y2 in pixels of the original image; embeddings have unit l
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeAlias, get_args
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
 
-FORMAT_VERSION = 2
-"""Changes only together with a migration, or a clear refusal of the older stores."""
+FORMAT_VERSIONS = (2, 3)
+"""Versions that this code reads and writes, see `format_version`.
+
+They change only together with a migration, or a clear refusal of the older stores."""
 
 SHARD_BYTES = 256 * 2**20
 """Largest size of one shard's rows, in bytes; a shard is what one commit task writes."""
@@ -76,12 +78,19 @@ def stored_fields(product: str, embedding: EmbeddingType) -> tuple[Field, ...]:
 
 
 PER_STORE: Mapping[str, Field] = MappingProxyType(
-    {"teacher": Field("values", "<f4"), "text": Field("embedding", "<f4", (EMBED,))}
+    {
+        "teacher": Field("values", "<f4"),
+        "text": Field("embedding", "<f4", (EMBED,)),
+        "proposer": Field("values", "<f4"),
+    }
 )
 """Products that belong to the whole store: one small array each, with JSON attributes."""
 
-PRODUCTS = ("teacher", "text", "proposals", "regions", "ground_truth")
+PRODUCTS = ("teacher", "text", "proposer", "proposals", "regions", "ground_truth")
 """All products, in the order in which they are made: one may need those before it."""
+
+OPTIONAL = ("proposer",)
+"""Products that a store may lack; its manifest and the files that its commit mark lists say whether it has them."""
 
 IMAGES: tuple[Field, ...] = (Field("id", "<i8"), Field("width", "<i4"), Field("height", "<i4"))
 OFFSET = Field("offset", "<i8")
@@ -159,10 +168,32 @@ def _row_bytes(dtype: str, trailing: tuple[int, ...]) -> int:
     return int(np.dtype(dtype).itemsize * math.prod(trailing))
 
 
+def per_store(products: Collection[str]) -> dict[str, Field]:
+    """Fields of the per-store products among a store's `products`, by name."""
+    return {name: field for name, field in PER_STORE.items() if name in products}
+
+
+def per_store_field(product: str, products: Collection[str], where: object) -> Field:
+    """Field of one per-store product of the store `where`, which has `products`.
+
+    Raises:
+        StoreError: this is none of them.
+    """
+    known = per_store(products)
+    if product not in known:
+        raise StoreError(f"{where}: has no per-store product {product!r}; it has {', '.join(known)}")
+    return known[product]
+
+
+def format_version(products: Collection[str]) -> int:
+    """Version of the format of a store with these products: 2, or 3 with an optional one, which version 2 lacks."""
+    return 2 if set(OPTIONAL).isdisjoint(products) else 3
+
+
 def require_supported(found: object, where: str) -> None:
     """Refuse a store written in a format this code cannot read faithfully."""
-    if found != FORMAT_VERSION:
+    if found not in FORMAT_VERSIONS:
         raise StoreError(
-            f"{where}: store format {found!r}, this version reads format {FORMAT_VERSION}; "
+            f"{where}: store format {found!r}, this version reads formats {' and '.join(map(str, FORMAT_VERSIONS))}; "
             "build the store anew in another folder, or use the version that wrote it"
         )

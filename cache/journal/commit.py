@@ -18,16 +18,15 @@ from ezsd.cache.format import zarr_bytes as encoding
 from ezsd.cache.format.checksums import ChunkSums, checksum_spec
 from ezsd.cache.format.commit_mark import COMMIT, LOCK, MANIFEST, CommitMark
 from ezsd.cache.format.manifest import Manifest
-from ezsd.cache.format.names import GROUPS, empty_folders, files_below, inside
+from ezsd.cache.format.names import empty_folders, files_below, groups, inside
 from ezsd.cache.format.schema import (
     CHECKSUM,
     CHECKSUMS,
-    FORMAT_VERSION,
     OFFSET,
     PER_IMAGE,
-    PER_STORE,
     ArraySpec,
     array_spec,
+    per_store,
     stored_fields,
 )
 from ezsd.cache.format.sealed_json import JSON
@@ -103,14 +102,15 @@ class Committer:
         counts = np.concatenate([np.array(entry.attributes["counts"][product]) for entry in self.entries])
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
-    def small_arrays(self, per_store: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
-        """All arrays of data that are not written by tasks, by name."""
+    def small_arrays(self, entries: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
+        """All arrays of data that are not written by tasks, by name; `entries` of the per-store products."""
         arrays: dict[str, NDArray[Any]] = {f"images/{name}": rows for name, rows in self.plan.arrays.items()}
         arrays |= {
             f"{product}/{OFFSET.name}": little_endian(self._offsets(product), OFFSET.dtype) for product in PER_IMAGE
         }
         arrays |= {
-            f"{product}/{field.name}": per_store[product].array(field.name) for product, field in PER_STORE.items()
+            f"{product}/{field.name}": entries[product].array(field.name)
+            for product, field in per_store(self.plan.manifest.products).items()
         }
         return arrays
 
@@ -138,7 +138,7 @@ def root_attributes(manifest: Manifest, rows: Mapping[str, int], *, images: int,
     """Attributes of the store's root group for any Zarr reader; `rows` of each per-image product."""
     return {
         "ezsd_store": {
-            "format_version": FORMAT_VERSION,
+            "format_version": manifest.format_version,
             "manifest_digest": manifest.digest,
             "fingerprints": manifest.fingerprints,
             "embed_dim": embed_dim,
@@ -170,15 +170,23 @@ class Finisher:
     def _store(self) -> Path:
         return self.committer.plan.store
 
-    def finish(self, per_store: Mapping[str, Entry]) -> None:
-        """Small arrays, checksums, metadata and manifest, then the commit mark, then the journal goes."""
+    @property
+    def _groups(self) -> tuple[str, ...]:
+        return groups(self.committer.plan.manifest.products)
+
+    def finish(self, entries: Mapping[str, Entry]) -> None:
+        """Small arrays, checksums, metadata and manifest, then the commit mark, then the journal goes.
+
+        Args:
+            entries: of the per-store products.
+        """
         plan, nodes = self.committer.plan, dict[str, JSON]()
         self.files.update({name: record.digest for name, record in self.shards.items()})
-        described = {product: whole.attributes["user"] for product, whole in per_store.items()}
+        described = {product: whole.attributes["user"] for product, whole in entries.items()}
         described["images"] = bad_attributes(all_bad_images(entry.attributes for entry in self.committer.entries))
-        for group in GROUPS:
+        for group in self._groups:
             nodes[group] = encoding.group_metadata(described.get(group, {}))
-        for name in (CHECKSUMS, *(f"{CHECKSUMS}/{group}" for group in GROUPS)):
+        for name in (CHECKSUMS, *(f"{CHECKSUMS}/{group}" for group in self._groups)):
             nodes[name] = encoding.group_metadata({})
         sums: list[tuple[ArraySpec, list[int]]] = []
         for spec in self.committer.ragged:
@@ -186,7 +194,7 @@ class Finisher:
             nodes[spec.name] = encoding.array_metadata(spec, attributes)
             shards = range(spec.shards)
             sums.append((spec, [crc for n in shards for crc in self.shards[spec.shard_file(n)].chunk_crc32]))
-        for name, rows in self.committer.small_arrays(per_store).items():
+        for name, rows in self.committer.small_arrays(entries).items():
             spec, found = self._write_array(name, rows)
             nodes[name] = encoding.array_metadata(spec)
             sums.append((spec, found))
@@ -236,7 +244,7 @@ class Finisher:
 
     def _remove_strays(self) -> None:
         """Remove files that an earlier attempt left and this commit does not list, and folders left empty by that."""
-        for group in (*GROUPS, CHECKSUMS):
+        for group in (*self._groups, CHECKSUMS):
             folder = inside(self._store, group)
             for name in files_below(folder):
                 if f"{group}/{name}" not in self.files:

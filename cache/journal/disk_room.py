@@ -10,7 +10,7 @@ from ezsd.cache.journal.entries import Entry
 from ezsd.cache.journal.shards import ShardTask
 
 _METADATA = 2**21
-"""Bytes of every store besides its rows: some thirty small arrays, padded to full chunks, teacher, text, metadata."""
+"""Bytes of every store besides its rows: thirty small arrays, padded to full chunks, per-store products, metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def room_to_commit(committer: Committer, tasks: Iterable[ShardTask]) -> int:
     return most
 
 
-def small_bytes(committer: Committer, per_store: Mapping[str, Entry]) -> int:
-    """Bytes that the end of a commit writes: offsets, images, teacher, text, metadata."""
+def small_bytes(committer: Committer, entries: Mapping[str, Entry]) -> int:
+    """Bytes that the end of a commit writes: offsets, images, per-store products (their `entries`), metadata."""
     images = len(committer.plan.image_ids)
-    return images * (16 + 8 * len(PER_IMAGE)) + sum(entry.bytes_ for entry in per_store.values()) + _METADATA
+    return images * (16 + 8 * len(PER_IMAGE)) + sum(entry.bytes_ for entry in entries.values()) + _METADATA

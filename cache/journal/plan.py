@@ -19,14 +19,12 @@ from ezsd.cache.format.commit_mark import is_count
 from ezsd.cache.format.manifest import Manifest, images_digest
 from ezsd.cache.format.quantise import quantise
 from ezsd.cache.format.schema import (
-    FORMAT_VERSION,
     IMAGES,
     PER_IMAGE,
-    PER_STORE,
-    PRODUCTS,
     Block,
     EmbeddingType,
     RaggedRows,
+    per_store_field,
     require_supported,
     stored_fields,
 )
@@ -86,7 +84,7 @@ class Plan:
         """Write the plan as the journal's first entry; a store exists from this rename on."""
         geometry = {name: getattr(self, name) for name in _GEOMETRY}
         attributes: dict[str, JSON] = {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.manifest.format_version,
             "manifest": self.manifest.fields,
             **geometry,
         }
@@ -106,7 +104,7 @@ class Plan:
 
 def another_folder(store: Path, found: Manifest, wanted: Manifest) -> str:
     """Advice for a store of other settings: a folder to build in, and the products to take over from this one."""
-    same = [product for product in PRODUCTS if found.fingerprints[product] == wanted.fingerprints[product]]
+    same = found.same_products(wanted)
     if not same:
         return f"build into another folder: `out={_free(store)}`"
     return f"build into another folder: `out={_free(store)}` `reuse={store}` takes over {', '.join(same)}"
@@ -225,21 +223,24 @@ def _counts(entry: Entry, product: str, images: int) -> list[int]:
     return found
 
 
-def per_store_folder(store: Path, product: str) -> Path:
-    """The journal entry of `teacher` or `text`."""
-    if product not in PER_STORE:
-        raise StoreError(f"{product!r} is not a per-store product; there are {', '.join(PER_STORE)}")
-    return journal_folder(store) / f"whole-{product}"
+def per_store_folder(plan: Plan, product: str) -> Path:
+    """Folder of the journal entry of a per-store product.
+
+    Raises:
+        StoreError: the store has no such product.
+    """
+    per_store_field(product, plan.manifest.products, plan.store)
+    return journal_folder(plan.store) / f"whole-{product}"
 
 
 def per_store_entry(plan: Plan, product: str) -> Entry:
-    """The checked journal entry of `teacher` or `text`.
+    """The checked journal entry of a per-store product.
 
     Raises:
         StoreIncomplete: it was not written yet.
-        StoreError: it is damaged, or belongs to another build.
+        StoreError: it is damaged, or belongs to another build; or the store has no such product.
     """
-    folder = per_store_folder(plan.store, product)
+    folder = per_store_folder(plan, product)
     if not folder.is_dir():
         raise StoreIncomplete(f"{plan.store}: {product} was not written yet; use write_per_store first")
     entry = Entry.read(folder)
@@ -255,10 +256,9 @@ def per_store_entry(plan: Plan, product: str) -> Entry:
 
 
 def read_per_store(plan: Plan, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """The arrays and attributes of `teacher` or `text` from the journal; errors as of `per_store_entry`."""
+    """The arrays and attributes of a per-store product from the journal; errors as of `per_store_entry`."""
     entry = per_store_entry(plan, product)
-    name = PER_STORE[product].name
-    return {name: np.array(entry.array(name))}, dict(entry.attributes["user"])
+    return {name: np.array(entry.array(name)) for name in entry.arrays}, dict(entry.attributes["user"])
 
 
 def block_done(plan: Plan, index: int) -> bool:

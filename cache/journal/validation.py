@@ -68,8 +68,6 @@ def check_block(
 
 def check_per_store(product: str, arrays: Mapping[str, NDArray[Any]], attributes: object, *, embed_dim: int) -> None:
     """Refuse a per-store product that is not as the schema says: arrays by field name, attributes a JSON object."""
-    if product not in PER_STORE:
-        raise StoreError(f"{product!r} is not a per-store product; there are {', '.join(PER_STORE)}")
     field = PER_STORE[product]
     _check_names(arrays.keys(), {field.name}, f"{product}: arrays")
     if not isinstance(attributes, Mapping):

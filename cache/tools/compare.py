@@ -8,7 +8,6 @@ from pathlib import Path
 from ezsd.cache.files import FileDigest
 from ezsd.cache.format.commit_mark import MANIFEST
 from ezsd.cache.format.manifest import Manifest
-from ezsd.cache.format.schema import PRODUCTS
 from ezsd.cache.format.sealed_json import Difference
 from ezsd.cache.storage.locations import require_mark
 
@@ -34,7 +33,7 @@ def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Co
     (left, left_files), (right, right_files) = _read(first), _read(second)
     return Comparison(
         settings=tuple(left.differences(right)),
-        same_fingerprint=tuple(name for name in PRODUCTS if left.fingerprints[name] == right.fingerprints[name]),
+        same_fingerprint=left.same_products(right),
         content=tuple(_content(left_files, right_files)),
     )
 

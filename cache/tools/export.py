@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ezsd.cache.errors import StoreError
 from ezsd.cache.files import discard, rename
 from ezsd.cache.format.commit_mark import MANIFEST
-from ezsd.cache.format.schema import PER_IMAGE
+from ezsd.cache.format.schema import PER_IMAGE, per_store
 from ezsd.cache.reader import Store, Verify
 
 Format: TypeAlias = Literal["npz", "parquet", "webdataset"]
@@ -29,8 +29,9 @@ def export(
 ) -> Path:
     """Write everything a store holds into a new folder; it appears when it is whole.
 
-    In each format `manifest.json` tells what it was made from, and `text.npz` and `teacher.npz` hold these two
-    products with their attributes as JSON text. Rows of `IMAGES_PER_FILE` images make one file NUMBER:
+    In each format `manifest.json` tells what it was made from, and `text.npz`, `teacher.npz` and, where there is one,
+    `proposer.npz` hold these products with their attributes as JSON text. Rows of `IMAGES_PER_FILE` images make one
+    file NUMBER:
 
     - npz: `PRODUCT-NUMBER.npz`: arrays `image_id` (n,), `offset` (n + 1,), and one per field.
     - parquet: `images.parquet`, and `PRODUCT-NUMBER.parquet` with one line per row: `image_id`, then the fields.
@@ -61,7 +62,7 @@ def export(
     temporary.mkdir()
     try:
         (temporary / MANIFEST).write_text(source.manifest.to_json())
-        for product in ("text", "teacher"):
+        for product in per_store(source.manifest.products):
             arrays, attributes = source.read_per_store(product)
             _save(temporary / f"{product}.npz", {**arrays, "attributes": np.array(json.dumps(attributes))})
         write(source, temporary)

@@ -21,7 +21,7 @@ from ezsd.cache.format.commit_mark import (
 )
 from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.names import files_below, size_of
-from ezsd.cache.format.schema import FORMAT_VERSION, PER_IMAGE, EmbeddingType
+from ezsd.cache.format.schema import PER_IMAGE, EmbeddingType
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.journal.bad_images import NO_ROOT, all_bad_images, bad_images_of
 from ezsd.cache.journal.commit import Committer
@@ -94,6 +94,7 @@ def _committed_info(store: Path, mark: CommitMark, *, complete: bool) -> StoreIn
     manifest = Manifest.from_fields(_load(store, mark, MANIFEST), str(store / MANIFEST))
     return StoreInfo(
         complete=complete,
+        format_version=manifest.format_version,
         images=images,
         blocks_done=0,
         blocks=0,
@@ -113,6 +114,7 @@ def _unfinished_info(plan: Plan) -> StoreInfo:
     present = sum(block.stop - block.start for block in done)
     return StoreInfo(
         complete=False,
+        format_version=plan.manifest.format_version,
         images=len(plan.image_ids),
         blocks_done=len(done),
         blocks=len(plan.blocks),
@@ -142,7 +144,6 @@ def _folder(store: Path) -> dict[str, Any]:
     names = files_below(store)
     return {
         "path": store,
-        "format_version": FORMAT_VERSION,
         "files": len(names),
         "bytes_": sum(size_of(store / name) for name in names),
         "environment": _environment(store),

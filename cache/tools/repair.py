@@ -36,6 +36,7 @@ from ezsd.cache.format.schema import (
     ArraySpec,
     Block,
     RaggedRows,
+    per_store,
     stored_fields,
 )
 from ezsd.cache.format.sealed_json import parse_json
@@ -49,7 +50,7 @@ BLOCK_IMAGES = 64
 """Images computed at once."""
 
 StoredValues = tuple[NDArray[np.float32], Mapping[str, Any]]
-"""Values and attributes of `teacher` or `text`."""
+"""Values and attributes of a per-store product."""
 
 
 class RowSource(Protocol):
@@ -66,11 +67,11 @@ class RowSource(Protocol):
         ...
 
     def per_store(self, product: str, stored: Mapping[str, StoredValues]) -> NDArray[np.float32]:
-        """The array of `teacher` or `text`; `stored` holds the other one where the store still has it."""
+        """The array of a per-store product; `stored` holds those of the others that the store still has."""
         ...
 
     def rows(self, block: Block, stored: Mapping[str, StoredValues]) -> Mapping[str, RaggedRows]:
-        """The rows of a slice of the image list, as `write_block` takes them, by the `stored` teacher and text."""
+        """The rows of a slice of the image list, as `write_block` takes them, by the `stored` per-store products."""
         ...
 
 
@@ -226,7 +227,7 @@ class _Repair:
             return [little_endian(self.source.images[place], spec.dtype)[start:stop]]
         if product in PER_STORE:
             return [little_endian(self.source.per_store(product, self._per_store), spec.dtype)[start:stop]]
-        if set(self._per_store) != set(PER_STORE):
+        if self._per_store.keys() != per_store(self.mark.products).keys():
             return None
         return [self._offsets(product)[start:stop]] if field == OFFSET.name else self._ragged(spec, start, stop)
 
@@ -245,9 +246,9 @@ class _Repair:
 
     @cached_property
     def _per_store(self) -> dict[str, StoredValues]:
-        """Teacher and text, as far as the store still has them; they are repaired before this is asked."""
+        """The per-store products, as far as the store still has them; they are repaired before this is asked."""
         found: dict[str, StoredValues] = {}
-        for product, field in PER_STORE.items():
+        for product, field in per_store(self.mark.products).items():
             values, file = self._locate.values(f"{product}/{field.name}"), f"{product}/zarr.json"
             attributes = self._json(file).get("attributes") if self._locate.intact(file) else None
             # A stranger's may say anything there, and nothing can be computed with that.
@@ -288,14 +289,13 @@ def _length(node: Mapping[str, Any]) -> int:
 
 
 def _turn(name: str) -> tuple[int, str]:
-    """Order of the repairs, each of which serves the later ones: metadata, teacher, text, offsets, rows, checksums."""
+    """Order of the repairs, each serves the later ones: metadata, per-store products, offsets, rows, checksums."""
     turns = (
         name == MANIFEST,
         name == "zarr.json",
         name.endswith("zarr.json"),
         name.startswith("images/"),
-        name.startswith("teacher/"),
-        name.startswith("text/"),
+        *(name.startswith(f"{product}/") for product in PER_STORE),
         f"/{OFFSET.name}/" in name and not name.startswith(CHECKSUMS),
         not name.startswith(CHECKSUMS),
         True,

@@ -21,11 +21,11 @@ from ezsd.cache.format.commit_mark import (
 )
 from ezsd.cache.format.names import empty_folders, files_below
 from ezsd.cache.format.offsets import image_places, of_images
-from ezsd.cache.format.schema import CHECKSUMS, PER_IMAGE, PER_STORE, ArraySpec
+from ezsd.cache.format.schema import CHECKSUMS, PER_IMAGE, ArraySpec, per_store
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk, shard_rows
 from ezsd.cache.journal.entries import JOURNAL, Entry, journal_folder
-from ezsd.cache.journal.plan import Plan, block_name
+from ezsd.cache.journal.plan import Plan, block_name, per_store_folder
 from ezsd.cache.storage.direct import direct_spec
 from ezsd.cache.storage.locations import read_environment, unfinished_plan
 
@@ -228,8 +228,8 @@ def consolidated(root: dict[str, Any], array: str) -> dict[str, Any]:
 
 def damaged_entries(plan: Plan, *, deep: bool) -> list[Damage]:
     """Pieces of an unfinished build that are not as they were journaled."""
-    names = [block_name(block.index) for block in plan.blocks] + [f"whole-{product}" for product in PER_STORE]
-    folders = [journal_folder(plan.store) / name for name in names]
+    folders = [journal_folder(plan.store) / block_name(block.index) for block in plan.blocks]
+    folders += [per_store_folder(plan, product) for product in per_store(plan.manifest.products)]
     return [
         damage for folder in folders if folder.exists() for damage in _entry_problems(plan.store, folder, deep=deep)
     ]

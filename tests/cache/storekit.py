@@ -12,9 +12,11 @@ from ezsd.cache import (
     StoreWriter,
     commit_shard,
     images_digest,
+    read_plan,
     write_block,
 )
 from ezsd.cache.files import file_digest
+from ezsd.cache.format import schema
 from ezsd.cache.format.commit_mark import CommitMark, read_mark
 
 IDS = [70, 3, 11, 900000000001, 5, 42, 8, 9, 10, 77, 12]
@@ -36,10 +38,13 @@ NEEDS = {
     "regions": ("teacher", "text", "proposals"),
     "ground_truth": ("teacher",),
 }
+PROPOSER = {"steps": 400, "seed": 3}
+"""Inputs of the optional product: `manifest(proposer=PROPOSER)`."""
 NAMES = ["circle", "star", "Ünïcode"]
 PER_STORE = {
     "teacher": ({"values": np.linspace(-1, 1, 37, dtype="f4")}, {"parameters": [["ln.weight", [37]]], "accuracy": 0.5}),
     "text": ({"embedding": np.eye(3, DIM, dtype="f4")}, {"names": NAMES, "prompts": ["a photo of a {}"]}),
+    "proposer": ({"values": np.linspace(3, 5, 5000, dtype="f4")}, {"parameters": [["conv.weight", [50, 100]]]}),
 }
 # One chunk of embeddings per shard: several shards without many rows.
 SHARD_BYTES = 256 * DIM * 2
@@ -88,8 +93,12 @@ def block_rows(block, **options):
 
 
 def manifest(*, embedding="float16", images=(IDS, WIDTHS, HEIGHTS), **inputs):
-    """The manifest of the synthetic stores; `inputs` override those of products."""
-    products = {name: Origin(1, {**INPUTS[name], **inputs.get(name, {})}, NEEDS.get(name, ())) for name in INPUTS}
+    """The manifest of the synthetic stores; `inputs` override those of products, and may add a proposer."""
+    needs = {**NEEDS, "proposals": (*NEEDS["proposals"], *(name for name in inputs if name == "proposer"))}
+    products = {
+        name: Origin(1, {**INPUTS.get(name, {}), **inputs.get(name, {})}, needs.get(name, ()))
+        for name in (INPUTS | inputs)
+    }
     return Manifest(products, images_digest(*images), embedding)
 
 
@@ -118,8 +127,9 @@ def fitting_manifest(arguments, embedding):
 
 
 def write_per_store(writer):
-    """Teacher and text, unless they are there."""
-    for product, (arrays, attributes) in PER_STORE.items():
+    """The per-store products of the manifest, unless they are there."""
+    for product in schema.per_store(read_plan(writer.path).manifest.products):
+        arrays, attributes = PER_STORE[product]
         if not writer.has_per_store(product):
             writer.write_per_store(product, arrays, attributes)
 
@@ -161,7 +171,7 @@ class Images:
         return next(iter(PER_STORE[product][0].values()))
 
     def rows(self, block, per_store):
-        assert set(per_store) == {"teacher", "text"}
+        assert per_store.keys() == schema.per_store(self.manifest.products).keys()
         self.asked.append((block.start, block.stop))
         return block_rows(block, most=self._most)
 

@@ -241,7 +241,7 @@ def test_every_file_that_stores_have_is_a_name_of_the_format(finished, tmp_path)
     int8 = storekit.build(tmp_path / "int8", embedding="int8")
     for store in (finished, int8):
         mark = read_mark(store)
-        assert set(needed_files(mark.embedding)) < set(mark.files)
+        assert set(needed_files(mark.embedding, mark.products)) < set(mark.files)
         names = list(mark.files)
         # No name is another's folder, and none differs from another by case alone.
         assert not any(other.startswith(f"{name}/") for name in names for other in names)

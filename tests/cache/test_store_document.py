@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 import storekit
 
-from ezsd.cache.format.schema import CHECKSUM, FORMAT_VERSION, IMAGES, OFFSET, PER_IMAGE, PER_STORE, PRODUCTS
+from ezsd.cache.format.schema import (
+    CHECKSUM,
+    FORMAT_VERSIONS,
+    IMAGES,
+    OFFSET,
+    OPTIONAL,
+    PER_IMAGE,
+    PER_STORE,
+    PRODUCTS,
+    format_version,
+    per_store,
+)
 
 
 def rows_of_array(folder):
@@ -117,5 +128,11 @@ def test_the_root_group_carries_the_metadata_below_it(finished):
 
 def test_a_schema_that_changes_takes_a_new_format_version():
     """A store of another schema under this number would be called damaged, and is whole."""
-    said = repr(([*PER_IMAGE.items()], [*PER_STORE.items()], IMAGES, OFFSET, CHECKSUM, PRODUCTS))
-    assert (FORMAT_VERSION, hashlib.sha256(said.encode()).hexdigest()[:16]) == (2, "aadb937cd6f1baae")
+
+    def schema(products):
+        said = repr(([*PER_IMAGE.items()], [*per_store(products).items()], IMAGES, OFFSET, CHECKSUM, products))
+        return format_version(products), hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    assert schema(tuple(name for name in PRODUCTS if name not in OPTIONAL)) == (2, "aadb937cd6f1baae")
+    assert schema(PRODUCTS) == (3, "be32fd9660f9f496")
+    assert (FORMAT_VERSIONS, OPTIONAL, set(PER_STORE)) == ((2, 3), ("proposer",), {"teacher", "text", "proposer"})

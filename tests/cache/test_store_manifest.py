@@ -6,7 +6,7 @@ import json
 import pytest
 import storekit
 
-from ezsd.cache import PRODUCTS, Manifest, Origin, StoreError, canonical_json, differences
+from ezsd.cache import Manifest, Origin, StoreError, canonical_json, differences
 
 
 def test_the_digest_is_that_of_sorted_compact_unescaped_json():
@@ -77,13 +77,14 @@ def test_text_that_is_no_manifest_is_refused(text):
 
 
 def changed(before, after):
-    return {name for name in PRODUCTS if before.fingerprints[name] != after.fingerprints[name]}
+    return {name for name in before.products if before.fingerprints[name] != after.fingerprints[name]}
 
 
+@pytest.mark.parametrize("base", [{}, {"proposer": storekit.PROPOSER}])
 @pytest.mark.parametrize(
     ("change", "products"),
     [
-        ({"teacher": {"seed": 4}}, set(PRODUCTS)),
+        ({"teacher": {"seed": 4}}, {"teacher", "text", "proposals", "regions", "ground_truth"}),
         ({"text": {"names": ["ring"]}}, {"text", "proposals", "regions"}),
         ({"proposals": {"nms_iou": 0.5}}, {"proposals", "regions"}),
         ({"regions": {"keep": 10}}, {"regions"}),
@@ -92,8 +93,8 @@ def changed(before, after):
         ({"images": ([1], [2], [3])}, {"proposals", "regions", "ground_truth"}),
     ],
 )
-def test_a_change_shows_in_the_products_it_shapes_and_in_no_earlier_one(change, products):
-    assert changed(storekit.manifest(), storekit.manifest(**change)) == products
+def test_a_change_shows_in_the_products_it_shapes_and_in_no_earlier_one(base, change, products):
+    assert changed(storekit.manifest(**base), storekit.manifest(**base, **change)) == products
 
 
 def test_another_algorithm_is_another_product():

@@ -124,7 +124,7 @@ def test_float16_rounding_of_a_unit_vector_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("product", "arrays", "attributes", "message"),
     [
-        ("labels", {}, {}, "'labels' is not a per-store product; there are teacher, text"),
+        ("labels", {}, {}, "has no per-store product 'labels'; it has teacher, text"),
         ("teacher", {"weights": np.zeros(3, "f4")}, {}, r"teacher: arrays: expected \['values'\]"),
         ("teacher", {"values": np.array([0, np.nan], "f4")}, {}, "teacher.values: row 1 is not finite"),
         ("teacher", {"values": np.zeros(3)}, {}, "expected float32, found float64"),
@@ -270,7 +270,7 @@ def test_another_format_version_is_refused_by_every_door(copy, tmp_path):
     mark.pop("sha256")
     (copy / "COMMIT.json").write_bytes(seal({**mark, "format_version": 1}))
     for door in (Store, info, storekit.open_writer):
-        with pytest.raises(StoreError, match="store format 1, this version reads format 2"):
+        with pytest.raises(StoreError, match="store format 1, this version reads formats 2 and 3"):
             door(copy)
     path = tmp_path / "unfinished"
     storekit.open_writer(path).close()
