@@ -29,6 +29,7 @@ import zarr
 from numpy.typing import NDArray
 
 from ezsd.cache import (
+    OPTIONAL,
     PRODUCTS,
     Manifest,
     Origin,
@@ -45,6 +46,7 @@ from ezsd.cache.format.schema import array_spec, stored_fields
 BATCH = 16
 MODES: tuple[Verify, ...] = ("quick", "full")
 COCO_IMAGES, COCO_ROWS = 118_287, 200
+NEEDED = [name for name in PRODUCTS if name not in OPTIONAL]
 Reader = Callable[[list[int]], NDArray[np.float16]]
 
 
@@ -53,7 +55,7 @@ def build(folder: Path, images: int, dim: int) -> Path:
     rng = np.random.default_rng(0)
     counts = np.minimum(rng.lognormal(np.log(165), 0.63, images), 1000).astype("i4")
     ids, sizes = rng.permutation(10 * images)[:images], np.full(images, 640, "i4")
-    manifest = Manifest({name: Origin(1, {}) for name in PRODUCTS}, images_digest(ids, sizes, sizes))
+    manifest = Manifest({name: Origin(1, {}) for name in NEEDED}, images_digest(ids, sizes, sizes))
     arguments = {"image_ids": ids, "widths": sizes, "heights": sizes, "embed_dim": dim, "block_images": 256}
     with StoreWriter.open(folder, manifest, **arguments) as writer:
         writer.write_per_store("teacher", {"values": np.zeros(8, "f4")}, {})
@@ -372,7 +374,7 @@ def sparse_coco(folder: Path) -> None:
     """A store of COCO's size with real metadata, offsets and indexes, and holes where the rows would be."""
     from ezsd.cache.files import FileDigest, file_digest
     from ezsd.cache.format.commit_mark import CommitMark
-    from ezsd.cache.format.names import GROUPS
+    from ezsd.cache.format.names import groups
     from ezsd.cache.format.zarr_bytes import (
         array_metadata,
         group_metadata,
@@ -385,7 +387,7 @@ def sparse_coco(folder: Path) -> None:
 
     n = COCO_IMAGES
     ids = np.random.default_rng(0).permutation(10 * n)[:n].astype("<i8")
-    manifest = Manifest({name: Origin(1, {}) for name in PRODUCTS}, images_digest(ids, ids, ids))
+    manifest = Manifest({name: Origin(1, {}) for name in NEEDED}, images_digest(ids, ids, ids))
     files: dict[str, FileDigest] = {}
 
     def note(file: Path) -> None:
@@ -412,7 +414,7 @@ def sparse_coco(folder: Path) -> None:
                     handle.write(tail)
             note(file)
 
-    for group in GROUPS:
+    for group in groups(NEEDED):
         (folder / group).mkdir(parents=True)
         (folder / group / "zarr.json").write_bytes(metadata_bytes(group_metadata({})))
         note(folder / group / "zarr.json")

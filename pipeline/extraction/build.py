@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ezsd.adapt import restore
-from ezsd.cache import JSON, PER_STORE, PRODUCTS, Block, Manifest, Store, StoreMismatch, StoreWriter, info, is_committed
+from ezsd.cache import JSON, PER_STORE, Block, Manifest, Store, StoreMismatch, StoreWriter, info, is_committed
 from ezsd.data.annotations import Annotations
 from ezsd.pipeline.config.schema import Config, TeacherConfig
 from ezsd.pipeline.data.datasets import require_prompts
@@ -124,7 +124,7 @@ def build_cache(request: BuildRequest) -> BuildReport:
         bad_images=bad,
         seconds=seconds,
         reused=source.reused,
-        computed=tuple(product for product in PRODUCTS if product not in source.reused),
+        computed=tuple(product for product in source.manifest.products if product not in source.reused),
     )
 
 
