@@ -226,7 +226,7 @@ class _Repair:
             place = [column.name for column in IMAGES].index(field)
             return [little_endian(self.source.images[place], spec.dtype)[start:stop]]
         if product in PER_STORE:
-            return [little_endian(self.source.per_store(product, self._per_store), spec.dtype)[start:stop]]
+            return [little_endian(self.source.per_store(product, self._stored()), spec.dtype)[start:stop]]
         if self._per_store.keys() != per_store(self.mark.products).keys():
             return None
         return [self._offsets(product)[start:stop]] if field == OFFSET.name else self._ragged(spec, start, stop)
@@ -246,7 +246,11 @@ class _Repair:
 
     @cached_property
     def _per_store(self) -> dict[str, StoredValues]:
-        """The per-store products, as far as the store still has them; they are repaired before this is asked."""
+        """The per-store products that rows are computed by; they are repaired before this is asked."""
+        return self._stored()
+
+    def _stored(self) -> dict[str, StoredValues]:
+        """The per-store products that the store has undamaged by now."""
         found: dict[str, StoredValues] = {}
         for product, field in per_store(self.mark.products).items():
             values, file = self._locate.values(f"{product}/{field.name}"), f"{product}/zarr.json"

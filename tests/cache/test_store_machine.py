@@ -41,10 +41,11 @@ class Killed(BaseException):
 class StoreMachine(RuleBasedStateMachine):
     """The model: which blocks are journaled, whether all is committed, and which file is damaged."""
 
-    @initialize(embedding=st.sampled_from(["float16", "int8"]))
-    def begin(self, embedding):
+    @initialize(embedding=st.sampled_from(["float16", "int8"]), proposer=st.booleans())
+    def begin(self, embedding, proposer):
         self.folder = Path(tempfile.mkdtemp(dir=SHM))
-        self.path, self.embedding = self.folder / "store", embedding
+        self.path = self.folder / "store"
+        self.made = {"embedding": embedding} | ({"proposer": storekit.PROPOSER} if proposer else {})
         self.begun, self.blocks, self.complete = False, set(), False
         self.hurt, self.marked = None, False
 
@@ -53,7 +54,7 @@ class StoreMachine(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
 
     def writer(self):
-        return storekit.open_writer(self.path, embedding=self.embedding)
+        return storekit.open_writer(self.path, manifest=storekit.manifest(**self.made))
 
     @precondition(lambda self: not self.complete)
     @rule(count=st.integers(0, 3), point=st.sampled_from([None, "block.half_written", "block.before_rename"]))
@@ -100,7 +101,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.complete and self.hurt is not None)
     @rule()
     def repair_from_images(self):
-        report = repair(self.path, storekit.Images(most=12, embedding=self.embedding))
+        report = repair(self.path, storekit.Images(most=12, **self.made))
         assert report.repaired == (self.hurt,)
         assert report.left == ()
         self.hurt, self.marked = None, False
