@@ -94,7 +94,7 @@ def block_rows(block, **options):
 
 def manifest(*, embedding="float16", images=(IDS, WIDTHS, HEIGHTS), **inputs):
     """The manifest of the synthetic stores; `inputs` override those of products, and may add a proposer."""
-    needs = {**NEEDS, "proposals": (*NEEDS["proposals"], *(name for name in inputs if name == "proposer"))}
+    needs = {**NEEDS, "proposals": (*NEEDS["proposals"], *(inputs.keys() & {"proposer"}))}
     products = {
         name: Origin(1, {**INPUTS.get(name, {}), **inputs.get(name, {})}, needs.get(name, ()))
         for name in (INPUTS | inputs)
