@@ -79,7 +79,7 @@ def crop_accuracy(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]], na
     return torch.cat(right) if right else torch.zeros(0, dtype=torch.bool)
 
 
-def flatten(parameters: Mapping[str, nn.Parameter]) -> tuple[NDArray[np.float32], list[dict[str, object]]]:
+def flatten(parameters: Mapping[str, Tensor]) -> tuple[NDArray[np.float32], list[dict[str, object]]]:
     """Concatenate parameters to one float32 row; also returns their names and shapes in the same order."""
     table: list[dict[str, object]] = [{"name": name, "shape": list(p.shape)} for name, p in parameters.items()]
     if not parameters:
@@ -88,13 +88,11 @@ def flatten(parameters: Mapping[str, nn.Parameter]) -> tuple[NDArray[np.float32]
     return values.numpy(), table
 
 
-def restore(
-    parameters: Mapping[str, nn.Parameter], values: NDArray[np.float32], table: list[dict[str, object]]
-) -> None:
+def restore(parameters: Mapping[str, Tensor], values: NDArray[np.float32], table: list[dict[str, object]]) -> None:
     """Write values from `flatten` back into the parameters. ValueError if names or shapes are another model's."""
     wanted = [{"name": name, "shape": list(p.shape)} for name, p in parameters.items()]
     if wanted != table:
-        raise ValueError(f"the store's {len(table)} LayerNorm parameters are not this teacher's {len(wanted)}")
+        raise ValueError(f"the store's {len(table)} parameters are not this network's {len(wanted)}")
     start = 0
     with torch.no_grad():
         for parameter in parameters.values():

@@ -27,7 +27,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 """Precision of convolutions and linear layers; LayerNorms are always float32."""
 AdaptLoss = Literal["bce", "softmax_ce"]
 """Loss of re-normalisation: binary cross-entropies over the base classes, or cross-entropy of their softmax."""
-Mode = Literal["exhaustive", "grown-stride", "coarse-to-fine"]
-"""Anchors of the grid to score: all, fewer large ones, or a sparse grid and then the neighbours of its best."""
+Mode = Literal["exhaustive", "grown-stride", "coarse-to-fine", "learned"]
+"""Candidates for proposals: all anchors of the grid, fewer large ones, a sparse grid and then the neighbours of its
+best; or the boxes of a proposal network that the build trains on base boxes."""
 Score = Literal["entropy", "novel"]
 """Score by which anchors become proposals, see `ezsd.proposals.select`."""

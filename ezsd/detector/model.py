@@ -180,6 +180,7 @@ class Detector(nn.Module):
         score_floor: float,
         nms_iou: float,
         keep: int,
+        objectness: float = 0,
         masks: bool = False,
     ) -> list[Detections]:
         """Find objects of any named classes.
@@ -193,6 +194,7 @@ class Detector(nn.Module):
             score_floor: detections below it are dropped.
             nms_iou: IoU of NMS within a class.
             keep: most detections per image.
+            objectness: weight a in [0, 1) of the proposal network in a score: p(class)^(1 - a) p(object)^a.
             masks: whether to say which part of a box is the object; for a detector that has learned it.
         """
         maps = self.backbone(normalise(images, sizes))
@@ -215,6 +217,8 @@ class Detector(nn.Module):
         )
         # The competitors' part ends here, before anything is counted.
         own, probability = own[:, : len(text)], probability[:, : len(text)]
+        if objectness:
+            probability = probability ** (1 - objectness) * torch.cat(self.rpn.scores)[:, None] ** objectness
         found = [
             _suppress(
                 moved[index == i],

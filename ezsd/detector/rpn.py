@@ -47,7 +47,24 @@ class AnchorSampler:
 
 
 class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
-    """Region proposal network of torchvision; a target's "spared" boxes, (U, 4), cover what may be an object."""
+    """Region proposal network of torchvision; a target's "spared" boxes, (U, 4), cover what may be an object.
+
+    Attributes:
+        scores: objectness in [0, 1] of the boxes of the last call, best first, (P,) for each image.
+    """
+
+    scores: list[Tensor]
+
+    def filter_proposals(
+        self,
+        proposals: Tensor,
+        objectness: Tensor,
+        image_shapes: list[tuple[int, int]],
+        num_anchors_per_level: list[int],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Suppress and keep the best boxes, and keep their scores, which torchvision's `forward` drops."""
+        boxes, self.scores = super().filter_proposals(proposals, objectness, image_shapes, num_anchors_per_level)
+        return boxes, self.scores
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from ezsd.choices import MAX_TEMPERATURE
-from ezsd.pipeline.config.schema import Config, load_preset, setting_of, to_tables
+from ezsd.pipeline.config.schema import Config, ProposerConfig, load_preset, setting_of, to_tables
 from ezsd.pipeline.errors import ConfigError
 
 log = logging.getLogger("ezsd")
@@ -281,6 +281,37 @@ RELATIONS = (
         "has no effect without a background prompt",
     ),
     Relation(
+        "proposer.batch_size",
+        ("proposer.learning_rate", "proposer.steps"),
+        "listed",
+        "the learning rate is not scaled: AdamW's best rate follows the square root of the images (arXiv 2205.10287), "
+        "and images x steps are seen in all",
+    ),
+    Relation(
+        "proposer.rpn_sizes",
+        ("proposer.backbone", "proposer.min_size"),
+        "refused",
+        "one size per level of the backbone, in pixels of the resized image",
+    ),
+    Relation(
+        "proposer.weights",
+        ("proposer.backbone",),
+        "refused",
+        "a file fits one backbone",
+    ),
+    Relation(
+        "proposer.max_size",
+        ("proposer.min_size",),
+        "refused",
+        "both sides limit the image; 0 for both keeps its size",
+    ),
+    Relation(
+        "eval.objectness",
+        ("eval.score_threshold",),
+        "listed",
+        "changes every score: a threshold then cuts elsewhere",
+    ),
+    Relation(
         "eval.score_threshold",
         ("model.logit_scale",),
         "listed",
@@ -304,6 +335,8 @@ ALONE = frozenset(
         "proposals.nms_iou",
         "proposals.base_iou",
         "proposals.boxes",
+        "proposer.weight_decay",
+        "proposer.fpn_channels",
         "build.seed",
         "build.block_images",
         "build.batch_size",
@@ -325,6 +358,7 @@ ALONE = frozenset(
 )
 """Settings that mean the same whatever the others are."""
 
+_PROPOSER = [entry.name for entry in fields(ProposerConfig)]
 _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "train.validate_images": ("train.validate_every above 0", lambda c: c.train.validate_every > 0),
     "train.decay_at": ("train.schedule=step", lambda c: c.train.schedule == "step"),
@@ -340,6 +374,11 @@ _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "loss.mask": ("model.masks=true", lambda c: c.model.masks),
     "proposals.growth": ("another proposals.search than exhaustive", lambda c: c.proposals.search != "exhaustive"),
     "proposals.anchor_fraction": ("proposals.search=coarse-to-fine", lambda c: c.proposals.search == "coarse-to-fine"),
+    **{f"proposer.{key}": ("proposals.search=learned", lambda c: c.proposals.learned) for key in _PROPOSER},
+    **{
+        f"proposals.{key}": ("another proposals.search than learned", lambda c: not c.proposals.learned)
+        for key in ("grid", "sizes", "ratios", "stride", "score", "nms_iou")
+    },
     "proposals.drop_background": ("a teacher.background", lambda c: c.teacher.background is not None),
 }
 """Condition under which a setting changes anything, in words and as a test."""

@@ -117,9 +117,10 @@ class ProposalConfig:
     boxes: str = ""
     """A results file in COCO's format: its boxes are the proposals, best score first, instead of scored anchors."""
     search: Mode = "exhaustive"
-    """Choice of the anchors that the teacher is shown: "exhaustive" all of the grid, "grown-stride" fewer large ones,
-    "coarse-to-fine" a sparse grid and then the anchors around its best. The latter two thin out the grid "paper";
-    sliding windows already have a spacing that grows with their size."""
+    """Choice of the boxes that the teacher is shown: "exhaustive" all anchors of the grid, "grown-stride" fewer large
+    ones, "coarse-to-fine" a sparse grid and then the neighbours of its best; the latter two thin out the grid "paper",
+    for sliding windows already have a spacing that grows with their size. "learned" takes no grid but the boxes of a
+    proposal network that the build trains on base boxes, see [proposer]."""
     growth: Annotated[float, Interval(gt=0)] = 0.375
     """Spacing of anchors, a fraction of their size: of all ("grown-stride"), of the sparse grid ("coarse-to-fine")."""
     anchor_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1
@@ -131,7 +132,7 @@ class ProposalConfig:
         least = 1 if self.grid == "paper" else 0.01
         _require(self.stride >= least, f"proposals.stride must be >= {least}, got {self.stride}")
         _require(
-            self.search == "exhaustive" or self.grid == "paper",
+            self.search in ("exhaustive", "learned") or self.grid == "paper",
             f'proposals.search={self.search} thins out the grid "paper", and proposals.grid is {self.grid!r}; '
             "set proposals.search=exhaustive",
         )
@@ -141,6 +142,47 @@ class ProposalConfig:
                 list(values) == sorted(set(values)),
                 f"proposals.{name} must ascend for proposals.search=coarse-to-fine, got {values}",
             )
+
+    @property
+    def learned(self) -> bool:
+        """True where a proposal network that the build trains makes the proposals."""
+        return self.search == "learned" and not self.boxes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProposerConfig:
+    """Learned proposer: a proposal network that the build trains on base boxes, for proposals.search = "learned"."""
+
+    steps: Annotated[int, Interval(ge=1)] = 2000
+    """Optimiser steps."""
+    batch_size: Annotated[int, Interval(ge=1)] = 8
+    """Images per step."""
+    learning_rate: Annotated[float, Interval(gt=0)] = 1e-3
+    """Peak learning rate of AdamW; it rises linearly for 6 % of the steps and falls to zero as a cosine."""
+    weight_decay: Annotated[float, Interval(ge=0)] = 1e-4
+    """Weight decay of AdamW."""
+    backbone: str = "resnet50"
+    """"tiny" or a torchvision ResNet."""
+    weights: str | None = None
+    """A local file with ImageNet weights of the ResNet; none starts from random values."""
+    fpn_channels: Annotated[int, Interval(ge=1)] = 128
+    """Width of the pyramid."""
+    rpn_sizes: tuple[Annotated[int, Interval(ge=1)], ...] = (32, 64, 128, 256, 512)
+    """Anchor size per level, input pixels; ratios 1/2, 1, 2."""
+    min_size: Annotated[int, Interval(ge=0)] = 400
+    """Images are resized to fit min_size x max_size (shorter and longer side), ratio kept; 0 keeps them as they are."""
+    max_size: Annotated[int, Interval(ge=0)] = 672
+    """Limit of the longer side, pixels."""
+
+    def __post_init__(self) -> None:
+        _require_bounds("proposer", self)
+        _require(
+            self.backbone in BACKBONES, f"proposer.backbone {self.backbone!r} is not one of {', '.join(BACKBONES)}"
+        )
+        _require(
+            (self.min_size == 0) == (self.max_size == 0) and self.min_size <= self.max_size,
+            f"proposer.min_size={self.min_size} and proposer.max_size={self.max_size} must be 0 together, or ascend",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,6 +350,8 @@ class EvalConfig:
     """Suppression within a class."""
     max_detections: Annotated[int, Interval(gt=0)] = 100
     """Most detections per image of `ezsd detect`; an evaluation asks for 300."""
+    objectness: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Weight a of the proposal network's objectness in a detection's score, p(class)^(1 - a) p(object)^a."""
 
     def __post_init__(self) -> None:
         _require_bounds("eval", self)
@@ -323,11 +367,12 @@ class Config:
     model: ModelConfig
     loss: LossConfig
     train: TrainConfig
+    proposer: ProposerConfig = field(default_factory=ProposerConfig)
     build: BuildConfig = field(default_factory=BuildConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
-STAGE_ONE = ("teacher", "adapt", "proposals", "build")
+STAGE_ONE = ("teacher", "adapt", "proposer", "proposals", "build")
 """The tables that a store is built with; a training reads none of them."""
 
 TEST_TIME = (
@@ -337,6 +382,7 @@ TEST_TIME = (
     "eval.score_threshold",
     "eval.nms_iou",
     "eval.max_detections",
+    "eval.objectness",
     "train.backend",
 )
 """Settings that can be overridden at inference: no weight depends on them.

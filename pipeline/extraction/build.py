@@ -34,6 +34,7 @@ from ezsd.pipeline.extraction.external_proposals import given_proposals
 from ezsd.pipeline.extraction.forecast import warn_of_room
 from ezsd.pipeline.extraction.jobs import extract_numbered, leave_job
 from ezsd.pipeline.extraction.manifest_names import as_setting
+from ezsd.pipeline.extraction.proposer import BaseImages, ProposerWeights, make_proposer, train_proposer
 from ezsd.pipeline.extraction.provenance import describe, model_inputs
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.reuse import Reuse, plan_reuse
@@ -190,6 +191,8 @@ def _source(request: BuildRequest) -> _Source | None:
     if request.config.proposals.boxes:
         # Whatever is wrong with them is said before anything is written.
         given_proposals(request.config.proposals, read_annotations(dataclasses.replace(request, limit=None)).images)
+    if request.config.proposals.learned:
+        make_proposer(request.config)
     require_buildable(request, annotations)
     if request.reuse is not None:
         # Whether there is anything to reuse shows without the teacher.
@@ -309,9 +312,48 @@ def _prepare(writer: StoreWriter, request: BuildRequest, source: _Source) -> Ext
         names = {"names": split.names, "base_count": len(split.base), "template": request.config.teacher.template}
         writer.write_per_store("text", {"embedding": embed_names(teacher, split.names)}, as_json(names))
     text_rows, _ = writer.read_per_store("text")
+    network = _proposer(writer, request, annotations) if "proposer" in source.manifest.products else None
     return extract_job(
-        request, attributes["parameters"], arrays["values"], text_rows["embedding"], source.manifest.digest, reuse
+        request,
+        attributes["parameters"],
+        arrays["values"],
+        text_rows["embedding"],
+        source.manifest.digest,
+        reuse=reuse,
+        proposer=network,
     )
+
+
+def _proposer(writer: StoreWriter, request: BuildRequest, annotations: Annotations) -> ProposerWeights:
+    """Train the proposer, or take it from the journal."""
+    if not writer.has_per_store("proposer"):
+        values, trained = trained_proposer(request, annotations)
+        writer.write_per_store("proposer", {"values": values}, as_json(trained))
+    arrays, attributes = writer.read_per_store("proposer")
+    return ProposerWeights(arrays["values"], attributes["parameters"])
+
+
+def trained_proposer(request: BuildRequest, annotations: Annotations) -> tuple[NDArray[np.float32], dict[str, object]]:
+    """Train a proposer on the base boxes; its state, and its figures on held-out base objects."""
+    dataset, config = request.dataset, request.config
+    most_bad = most_bad_images(config.build.max_bad_images, len(annotations.images))
+    torch.manual_seed(config.build.seed)
+    values, trained = train_proposer(
+        make_proposer(config),
+        BaseImages(annotations=annotations, source=dataset.images("train"), most_bad=most_bad),
+        config.proposer,
+        held_out=config.adapt.held_out,
+        device=torch.device(request.device),
+        seed=config.build.seed,
+    )
+    log.info(
+        "proposer: %d boxes an image cover %.1f %% of %d held-out base objects at IoU 0.5, %.1f %% at IoU 0.7",
+        config.proposals.max_proposals,
+        100 * float(str(trained["held_out_recall_50"])),
+        trained["held_out_objects"],
+        100 * float(str(trained["held_out_recall_70"])),
+    )
+    return values, trained
 
 
 def adapted(
@@ -369,7 +411,9 @@ def extract_job(
     values: NDArray[np.float32],
     text: NDArray[np.float32],
     made_from: str,
+    *,
     reuse: Reuse | None = None,
+    proposer: ProposerWeights | None = None,
 ) -> ExtractJob:
     """The job of a build's workers; its places are absolute, since workers run in other folders."""
     return ExtractJob(
@@ -383,17 +427,20 @@ def extract_job(
         limit=request.limit,
         made_from=made_from,
         reuse=reuse,
+        proposer=proposer,
     )
 
 
 def _anywhere(config: Config) -> Config:
     """Make the paths of a configuration absolute, for workers in any working folder."""
-    teacher, proposals = config.teacher, config.proposals
+    teacher, proposer, proposals = config.teacher, config.proposer, config.proposals
     if teacher.weights and Path(teacher.weights).is_file():
         teacher = dataclasses.replace(teacher, weights=str(Path(teacher.weights).absolute()))
     if proposals.boxes:
         proposals = dataclasses.replace(proposals, boxes=str(Path(proposals.boxes).absolute()))
-    return dataclasses.replace(config, teacher=teacher, proposals=proposals)
+    if proposer.weights:
+        proposer = dataclasses.replace(proposer, weights=str(Path(proposer.weights).absolute()))
+    return dataclasses.replace(config, teacher=teacher, proposer=proposer, proposals=proposals)
 
 
 class _Extraction(Progress):

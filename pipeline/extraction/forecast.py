@@ -116,7 +116,7 @@ def _some(images: Sequence[ImageRecord]) -> list[ImageRecord]:
 
 def _passes(config: Config, annotations: Annotations) -> int:
     """Crops of all images: for anchors by the sizes of some of them, and one for each base box."""
-    if config.proposals.boxes:
+    if config.proposals.boxes or config.proposals.learned:
         return len(annotations.images) * config.proposals.max_proposals + len(annotations.box)
     some = _some(annotations.images)
     seen = sum(encoded_at_most(config.proposals, image.width, image.height) for image in some)

@@ -23,6 +23,8 @@ _PLACES = {
     "teacher.model.names": "teacher.names",
     "teacher.model.precision": "teacher.precision",
     "teacher.model.template": "teacher.template",
+    "proposer.held_out": "adapt.held_out",
+    "proposer.seed": "build.seed",
     "teacher.seed": "build.seed",
 }
 """Settings that manifests have elsewhere than in a table of the setting's section."""
@@ -57,6 +59,8 @@ def setting_name(name: str) -> str | None:
     if name in _PLACES:
         return _PLACES[name]
     table, _, key = name.rpartition(".")
+    if table == "proposer.network":
+        return f"proposer.{key}"
     if table == "teacher.adapt":
         return f"adapt.{FORMER['adapt'].get(key, key)}"
     today = FORMER["proposals"].get(key, key)

@@ -6,13 +6,20 @@ import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from ezsd.cache import JSON, Manifest, Origin, images_digest
+from ezsd.cache import JSON, Manifest, Origin, file_digest, images_digest
 from ezsd.data.annotations import Annotations, ImageRecord
 from ezsd.errors import AnnotationError
 from ezsd.pipeline.config.names import with_former_names, with_todays_names
-from ezsd.pipeline.config.schema import STAGE_ONE, Config, from_tables, to_tables
+from ezsd.pipeline.config.schema import (
+    STAGE_ONE,
+    Config,
+    ProposerConfig,
+    from_tables,
+    to_tables,
+)
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.images import look, reads_as_before
@@ -20,12 +27,14 @@ from ezsd.pipeline.errors import ImageError
 from ezsd.pipeline.extraction.external_proposals import boxes_digest
 from ezsd.pipeline.files import as_json
 
-VERSIONS = {"teacher": 1, "text": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
+VERSIONS = {"teacher": 1, "text": 1, "proposer": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
 """Raised when the way a product is computed changes: stores made the old way are then another product."""
 
 _ANCHORS = ("grid", "sizes", "ratios", "stride", "score", "nms_iou", "keep")
 _MODES = {"faithful": (), "grown-stride": ("mode", "growth"), "coarse-to-fine": ("mode", "growth", "passes")}
 """Settings that a mode reads. The faithful mode names none: stores made before there were others stay as they are."""
+_LEARNED = ("mode", "keep")
+"""Settings of [proposals] that the boxes of a learned proposer depend on: no grid, no score."""
 _FILTERS = ("base_iou", "drop_base_guesses", "regions")
 
 _READERS = 8
@@ -38,6 +47,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
 
     Looks at the start of image files, see `images_read`.
     """
+    learned = config.proposals.learned
     digests, proposals = annotations.digest(), with_former_names("proposals", to_tables(config)["proposals"])
     data = {"image_list_sha256": digests["images"], "base_boxes_sha256": digests["boxes"]}
     crop = {"ratio": config.proposals.crop_ratio, "surround": config.proposals.padding}
@@ -53,7 +63,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
         },
         "text": {"base_names": dataset.split.base, "novel_names": dataset.split.novel},
         "proposals": {
-            **{key: proposals[key] for key in (*_ANCHORS, *_MODES[str(proposals["mode"])])},
+            **{key: proposals[key] for key in (_LEARNED if learned else (*_ANCHORS, *_MODES[str(proposals["mode"])]))},
             **({"boxes_sha256": boxes_digest(config.proposals.boxes)} if config.proposals.boxes else {}),
             "background": config.teacher.background,
             "batch": config.build.batch_size,
@@ -70,9 +80,17 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
             "batch": config.build.batch_size,
         },
     }
+    if learned:
+        inputs["proposer"] = {
+            "network": dataclasses.asdict(config.proposer) | {"weights": _weights_digest(config.proposer)},
+            "seed": config.build.seed,
+            "held_out": config.adapt.held_out,
+            "dataset": data,
+            **images_read(dataset, annotations),
+        }
     needs = {
         "text": ("teacher",),
-        "proposals": ("teacher", "text"),
+        "proposals": ("teacher", "text", "proposer") if learned else ("teacher", "text"),
         "regions": ("teacher", "text", "proposals"),
         "ground_truth": ("teacher",),
     }
@@ -80,6 +98,10 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
     images = annotations.images
     listed = images_digest(images.id, images.width, images.height)
     return Manifest(products, listed, config.build.embedding)
+
+
+def _weights_digest(proposer: ProposerConfig) -> str | None:
+    return None if proposer.weights is None else file_digest(Path(proposer.weights)).sha256
 
 
 def images_read(dataset: Dataset, annotations: Annotations) -> dict[str, dict[str, str]]:
@@ -134,7 +156,7 @@ def proposal_settings(manifest: Manifest) -> dict[str, JSON]:
     crop = teacher["crop"]
     assert isinstance(crop, dict)
     table = {
-        **{key: anchors[key] for key in _ANCHORS},
+        **{key: anchors[key] for key in _ANCHORS if key in anchors},
         "mode": "faithful",
         **{key: anchors[key] for key in ("mode", "growth", "passes") if key in anchors},
         **{key: filters[key] for key in _FILTERS},
@@ -147,7 +169,7 @@ def proposal_settings(manifest: Manifest) -> dict[str, JSON]:
 
 
 def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
-    """The tables [adapt], [proposals] and [build] that a store was made with, but for the size of its blocks."""
+    """Tables [adapt], [proposer], [proposals] and [build] of a store's build, but for the size of its blocks."""
     teacher = manifest.products["teacher"].inputs
     adapt = teacher["adapt"]
     assert isinstance(adapt, dict)
@@ -156,7 +178,13 @@ def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
         "batch": manifest.products["proposals"].inputs["batch"],
         "embedding": manifest.embedding,
     }
-    return with_todays_names({"adapt": adapt, "proposals": proposal_settings(manifest), "build": build})
+    tables = {"adapt": adapt, "proposals": proposal_settings(manifest), "build": build}
+    if "proposer" in manifest.products:
+        network = manifest.products["proposer"].inputs["network"]
+        assert isinstance(network, dict)
+        # The digest of a file leads to no file: where it lies, environment.json says.
+        tables["proposer"] = {key: value for key, value in network.items() if key != "weights"}
+    return with_todays_names(tables)
 
 
 def as_built(config: Config, manifest: Manifest, record: Mapping[str, Any]) -> Config:
@@ -176,7 +204,10 @@ def as_built(config: Config, manifest: Manifest, record: Mapping[str, Any]) -> C
     boxes = manifest.products["proposals"].inputs.get("boxes_sha256")
     if boxes is not None and "proposals" not in recorded:
         built["proposals"]["boxes"] = f"sha256:{boxes}"
-    stage_one = {name: {**recorded.get(name, {}), **built[name]} for name in STAGE_ONE}
+    # What neither says decides nothing in the store: the grid, where a learned proposer made the proposals.
+    tables = to_tables(config)
+    silent = {"proposer": tables["proposer"], "proposals": tables["proposals"]}
+    stage_one = {name: {**silent.get(name, {}), **recorded.get(name, {}), **built.get(name, {})} for name in STAGE_ONE}
     return from_tables(to_tables(config) | stage_one, where="the store's environment.json")
 
 

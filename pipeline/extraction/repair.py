@@ -27,7 +27,8 @@ from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import from_tables
 from ezsd.pipeline.data.datasets import from_definition
 from ezsd.pipeline.errors import ConfigError
-from ezsd.pipeline.extraction.build import adapted, embed_names, extract_job
+from ezsd.pipeline.extraction.build import adapted, embed_names, extract_job, trained_proposer
+from ezsd.pipeline.extraction.proposer import ProposerWeights
 from ezsd.pipeline.extraction.provenance import describe, model_inputs
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
@@ -84,7 +85,9 @@ class _Images:
         )
 
     def per_store(self, product: str, stored: Mapping[str, StoredValues]) -> NDArray[np.float32]:
-        """The teacher's values, or the text rows."""
+        """The teacher's values, the text rows, or the proposer's weights."""
+        if product == "proposer":
+            return trained_proposer(self._request, self._annotations)[0]
         teacher = configured_teacher(self._request.config.teacher, self._request.device)
         if product == "teacher" or "teacher" not in stored:
             values, _ = adapted(self._request, teacher, self._annotations)
@@ -98,7 +101,12 @@ class _Images:
     def rows(self, block: Block, stored: Mapping[str, StoredValues]) -> Mapping[str, RaggedRows]:
         """All rows of a slice of the images."""
         (values, attributes), (text, _) = stored["teacher"], stored["text"]
-        job = extract_job(self._request, attributes["parameters"], values, text, self.manifest.digest)
+        network = (
+            ProposerWeights(stored["proposer"][0], stored["proposer"][1]["parameters"])
+            if "proposer" in stored
+            else None
+        )
+        job = extract_job(self._request, attributes["parameters"], values, text, self.manifest.digest, proposer=network)
         return block_rows(job, block, left_out=self._left_out)
 
     @cached_property

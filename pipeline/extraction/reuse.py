@@ -52,7 +52,8 @@ def plan_reuse(path: Path, wanted: Manifest) -> Reuse:
     products = tuple(
         name
         for name, fingerprint in found.fingerprints.items()
-        if fingerprint == wanted.fingerprint(name, embedding=found.embedding)
+        if name in wanted.products
+        and fingerprint == wanted.fingerprint(name, embedding=found.embedding)
         and (convertible or fingerprint == wanted.fingerprints[name])
     )
     # What `ReusedRows.known` says of kept regions holds of those that background was dropped from.

@@ -18,6 +18,7 @@ from torch import Tensor
 from ezsd.adapt import restore
 from ezsd.cache import PER_IMAGE, Block, RaggedRows, forget_block, journaled_bad_images, write_block
 from ezsd.data.annotations import Annotations
+from ezsd.detector.proposer import Proposer
 from ezsd.pipeline.config.schema import Config
 from ezsd.pipeline.data.annotation_cache import training_annotations
 from ezsd.pipeline.data.datasets import Dataset
@@ -27,6 +28,7 @@ from ezsd.pipeline.errors import ImageError
 from ezsd.pipeline.extraction.anchors import look_at_anchors
 from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread
 from ezsd.pipeline.extraction.external_proposals import given_proposals
+from ezsd.pipeline.extraction.proposer import ProposerWeights, load_proposer, propose
 from ezsd.pipeline.extraction.reuse import Columns, KnownRegion, Reuse, ReusedRows
 from ezsd.pipeline.extraction.teacher import configured_teacher
 from ezsd.proposals.select import anchor_scores, clear_of_base, guesses, may_be_unseen, select_regions
@@ -61,6 +63,8 @@ class ExtractJob:
     """Only the first images of the training split are the store's."""
     reuse: Reuse | None = None
     """An earlier store to take rows from."""
+    proposer: ProposerWeights | None = field(default=None, compare=False)
+    """The learned proposer; None where anchors or given boxes become proposals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,7 @@ class _Worker:
     reused: ReusedRows | None
     most_bad: int
     """Images that may be left out because they cannot be read."""
+    proposer: Proposer | None
     given: Mapping[int, Columns] | None
     """Proposals by image, where a file has them."""
 
@@ -104,6 +109,7 @@ def _worker(job: ExtractJob) -> _Worker:
         background=background,
         most_bad=most_bad_images(config.build.max_bad_images, images),
         reused=None if job.reuse is None else ReusedRows(job.reuse),
+        proposer=None if job.proposer is None else load_proposer(config, job.proposer, device=job.device),
         given=given_proposals(config.proposals, annotations.images) if config.proposals.boxes else None,
     )
 
@@ -210,6 +216,8 @@ def _extract_image(view: _View) -> dict[str, Columns]:
         rows["ground_truth"] = _ground_truth(view, worker.annotations, worker.annotations.rows(position))
     if "proposals" not in rows and worker.given is not None:
         rows["proposals"] = worker.given[record.id]
+    if "proposals" not in rows and worker.proposer is not None:
+        rows["proposals"] = propose(worker.proposer, view.pixels, worker.config.proposer)
     if "regions" not in rows:
         base_boxes = torch.from_numpy(worker.annotations.box[worker.annotations.rows(position)])
         if "proposals" in rows:

@@ -213,7 +213,9 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Pa
     teacher = run_teacher(run, device, adapted=False, weights=weights)
     made_with = proposal_settings(run_manifest(run))
     # The store's own crop rule, which runs of earlier versions do not record.
-    crops = from_tables(to_tables(config) | {"proposals": dict(made_with)}, where="store").proposals
+    rule = {key: made_with[key] for key in ("crop_ratio", "padding")}
+    tables = to_tables(config)
+    crops = from_tables(tables | {"proposals": tables["proposals"] | rule}, where="store").proposals
     source = CropSource(annotations, dataset.images("val"), size=teacher.input_size, crops=crops)
     single = ~annotations.crowd
     is_base = annotations.class_index < len(dataset.split.base)

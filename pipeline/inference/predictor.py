@@ -113,6 +113,7 @@ class TrainedDetector:
                     score_floor=self.config.eval.score_threshold,
                     nms_iou=self.config.eval.nms_iou,
                     keep=self.config.eval.max_detections if keep is None else keep,
+                    objectness=self.config.eval.objectness,
                     masks=masks and self.config.model.masks,
                 )
             found.update(zip(places, ones, strict=True))

@@ -33,15 +33,15 @@ def build_detector(
     return Detector(backbone, model, embed_dim=embed_dim, backend=config.train.backend)
 
 
-def read_backbone(path: Path) -> dict[str, Tensor]:
-    """An ImageNet state from .safetensors, or from .pth without running code in it."""
+def read_backbone(path: Path, setting: str = "backbone_weights") -> dict[str, Tensor]:
+    """Read an ImageNet state from .safetensors, or from .pth without running code in it; errors name the setting."""
     if not path.is_file():
-        raise ConfigError(f"`backbone_weights={path}`: no such file")
+        raise ConfigError(f"`{setting}={path}`: no such file")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"`backbone_weights={path}`: not a plain state of tensors: {reason}") from error
+        raise ConfigError(f"`{setting}={path}`: not a plain state of tensors: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ConfigError(f"`backbone_weights={path}`: expected a dictionary of tensors")
+        raise ConfigError(f"`{setting}={path}`: expected a dictionary of tensors")
     return state

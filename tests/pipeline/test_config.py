@@ -34,7 +34,10 @@ def test_an_override_changes_one_value_alone():
         ("train.optimizer=adam", "expected one of adamw, sgd, found 'adam'"),
         ("proposals.sizes=3", "expected a list, found 3"),
         ("proposals.sizes=[-3]", "proposals.sizes must be >= 1"),
-        ("proposals.search=coarse", "expected one of exhaustive, grown-stride, coarse-to-fine, found 'coarse'"),
+        (
+            "proposals.search=coarse",
+            "expected one of exhaustive, grown-stride, coarse-to-fine, learned, found 'coarse'",
+        ),
         (
             "proposals.search=grown-stride",
             'search=grown-stride thins out the grid "paper", and proposals.grid is .sliding',

@@ -1,0 +1,50 @@
+"""Class-agnostic region proposer: a backbone and a proposal network, trained on base boxes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+
+from ezsd.detector.backbone import Pyramid, normalise
+from ezsd.detector.rpn import proposal_network
+
+
+class Proposer(nn.Module):
+    """Region proposal network with a backbone of its own.
+
+    Args:
+        backbone: images to maps.
+        sizes: anchor size per level, input pixels.
+        proposals: most boxes per image.
+
+    Source: Ren et al., Faster R-CNN (arXiv 1506.01497).
+    """
+
+    def __init__(self, backbone: Pyramid, sizes: tuple[int, ...], *, proposals: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.rpn, _ = proposal_network(backbone.channels, sizes, proposals=proposals)
+
+    def forward(self, images: Tensor, sizes: list[tuple[int, int]], boxes: Sequence[Tensor]) -> Tensor:
+        """Training loss of a batch: objectness and box regression, a scalar.
+
+        Args:
+            images: (B, 3, H, W) float in [0, 1], padded.
+            sizes: (height, width) of each image without padding.
+            boxes: objects of each image, (N, 4), input pixels.
+        """
+        losses: dict[str, Tensor]
+        _, losses = self.rpn(ImageList(images, sizes), self._maps(images, sizes), [{"boxes": b} for b in boxes])
+        return torch.stack(list(losses.values())).sum()
+
+    @torch.no_grad()
+    def propose(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        """Boxes (P, 4) in input pixels and their objectness (P,) in [0, 1] for each image, best first."""
+        boxes, _ = self.rpn(ImageList(images, sizes), self._maps(images, sizes), None)
+        return list(zip(boxes, self.rpn.scores, strict=True))
+
+    def _maps(self, images: Tensor, sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+        return {str(i): m.float() for i, m in enumerate(self.backbone(normalise(images, sizes)))}

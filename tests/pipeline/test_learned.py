@@ -1,0 +1,203 @@
+"""Builds whose proposals come from a network that they train on base boxes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from ezsd.boxes import iou
+from ezsd.cache import Store, verify
+from ezsd.pipeline.config.schema import load_preset
+from ezsd.pipeline.data.datasets import find_dataset
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.extraction import build as build_module
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.extraction.provenance import as_built, describe
+from ezsd.pipeline.extraction.repair import repair_store
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
+from ezsd.pipeline.training.train import TrainRequest, train
+from tests.conftest import QUICK
+
+LEARNED = (
+    *QUICK,
+    "proposals.search=learned",
+    "proposals.max_proposals=12",
+    "proposals.drop_background=false",
+    "proposals.drop_base_guesses=false",
+    "proposer.steps=3",
+    "proposer.batch_size=2",
+)
+
+
+UNCOMMITTED = ("environment.json", "build.log")
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_preset("shapes", LEARNED)
+
+
+@pytest.fixture(scope="module")
+def learned_store(shapes_dataset, config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("learned") / "store"
+    report = build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=out, workers=1))
+    assert report.computed == ("teacher", "text", "proposer", "proposals", "regions", "ground_truth")
+    return out
+
+
+def committed(store):
+    """Every committed file's bytes."""
+    places = (
+        path for path in store.rglob("*") if path.is_file() and path.name not in ("environment.json", "build.log")
+    )
+    return {str(path.relative_to(store)): path.read_bytes() for path in places}
+
+
+def never(*_, **__):
+    raise AssertionError("the proposer was trained again")
+
+
+def test_proposals_are_few_boxes_within_the_image_best_first(learned_store):
+    store = Store(learned_store)
+    for image_id in store.image_ids.tolist():
+        rows = store.proposals[image_id]
+        assert 1 <= len(rows.box) <= 12
+        assert ((rows.box >= 0) & (rows.box <= 128)).all()
+        assert (np.diff(rows.score) <= 0).all()
+
+
+def test_regions_are_proposals_away_from_base_objects(learned_store):
+    store = Store(learned_store)
+    found = 0
+    for image_id in store.image_ids.tolist():
+        regions, base = store.regions[image_id], store.ground_truth[image_id]
+        proposed = {box.tobytes() for box in store.proposals[image_id].box}
+        assert all(box.tobytes() in proposed for box in regions.box)
+        if len(regions.box) and len(base.box):
+            assert iou(torch.from_numpy(regions.box), torch.from_numpy(base.box)).max() < 0.3
+        found += len(regions.box)
+    assert found > 0
+
+
+def test_the_teacher_is_shown_no_more_crops_than_proposals_and_base_objects(shapes_dataset, config, tmp_path):
+    report = build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "store", workers=1))
+    objects = sum(
+        len(Store(tmp_path / "store").ground_truth[i].box) for i in Store(tmp_path / "store").image_ids.tolist()
+    )
+    assert report.crops <= 12 * report.images + objects
+
+
+def test_two_workers_make_the_same_bytes(learned_store, shapes_dataset, config, tmp_path):
+    build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "two", workers=2))
+    assert committed(tmp_path / "two") == committed(learned_store)
+
+
+def test_novel_boxes_change_no_byte(learned_store, shapes_root, config, tmp_path):
+    root = tmp_path / "bare"
+    root.mkdir()
+    for place in shapes_root.iterdir():
+        if place.name != "annotations":
+            (root / place.name).symlink_to(place)
+    (root / "annotations").mkdir()
+    dataset = find_dataset("shapes", shapes_root)
+    for name in (dataset.train_annotations, dataset.val_annotations):
+        found = json.loads((shapes_root / name).read_text())
+        base = {entry["id"] for entry in found["categories"] if entry["name"] in dataset.split.base}
+        found["annotations"] = [entry for entry in found["annotations"] if entry["category_id"] in base]
+        (root / name).write_text(json.dumps(found))
+    bare = find_dataset("shapes", root)
+    build_cache(BuildRequest(dataset=bare, config=config, out=tmp_path / "store", workers=1))
+    assert committed(tmp_path / "store") == committed(learned_store)
+
+
+def test_a_build_that_ended_after_the_training_does_not_train_again(
+    learned_store, shapes_dataset, config, tmp_path, monkeypatch
+):
+    request = BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "store", workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "_extract", never)
+        with pytest.raises(AssertionError):
+            build_cache(request)
+    monkeypatch.setattr(build_module, "train_proposer", never)
+    build_cache(request)
+    assert committed(tmp_path / "store") == committed(learned_store)
+
+
+def test_another_choice_of_regions_takes_the_proposer_over(learned_store, shapes_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_module, "train_proposer", never)
+    other = load_preset("shapes", (*LEARNED, "proposals.max_regions=2"))
+    report = build_cache(
+        BuildRequest(dataset=shapes_dataset, config=other, out=tmp_path / "store", reuse=learned_store, workers=1)
+    )
+    assert report.reused == ("teacher", "text", "proposer", "proposals", "ground_truth")
+    assert max(len(Store(tmp_path / "store").regions[i].box) for i in Store(learned_store).image_ids.tolist()) == 2
+
+
+def test_the_schedule_is_in_the_fingerprint_and_the_grid_is_not(shapes_dataset, config):
+    request = BuildRequest(dataset=shapes_dataset, config=config, out=None)
+    annotations = build_module.read_annotations(request)
+
+    def fingerprints(*overrides):
+        return describe(
+            shapes_dataset, annotations, load_preset("shapes", (*LEARNED, *overrides)), {"name": "t"}
+        ).fingerprints
+
+    before, grid, schedule = fingerprints(), fingerprints("proposals.sizes=[30]"), fingerprints("proposer.steps=4")
+    assert grid == before
+    assert {name for name in before if schedule[name] != before[name]} == {"proposer", "proposals", "regions"}
+    assert "proposer" not in fingerprints("proposals.search=exhaustive")
+
+
+def test_a_store_says_how_its_proposer_was_trained(learned_store, config):
+    store = Store(learned_store)
+    _, attributes = store.read_per_store("proposer")
+    assert attributes["steps"] == 3
+    assert attributes["held_out_objects"] > 0
+    assert 0 <= attributes["held_out_recall_70"] <= attributes["held_out_recall_50"] <= 1
+    built = as_built(load_preset("shapes"), store.manifest, {})
+    assert built.proposer == config.proposer
+    assert built.proposals.search == "learned"
+
+
+def test_a_run_of_such_a_store_is_trained_and_evaluated_with_crops(learned_store, config, tmp_path):
+    run = train(TrainRequest(cache=learned_store, run=tmp_path / "run", config=config))
+    assert evaluate_run(run, data_root=None, device="cpu")
+    evaluate_crops(run, data_root=None, device="cpu")
+    assert json.loads((run.folder / "crops.json").read_text())["crops"]["base"] > 0
+
+
+def test_lost_rows_are_computed_again_from_the_stored_proposer(learned_store, shapes_root, tmp_path, monkeypatch):
+    store = shutil.copytree(learned_store, tmp_path / "store")
+    shard = next((store / "proposals/box/c").rglob("0"))
+    shard.unlink() if shard.is_file() else shutil.rmtree(shard)
+    monkeypatch.setattr(build_module, "train_proposer", never)
+    repair_store(store, shapes_root, weights=None, device="cpu")
+    assert not verify(store)
+    assert committed(store) == committed(learned_store)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "proposer.rpn_sizes=[32]",
+            r"proposer.rpn_sizes needs one size per level of tiny .*, got 1",
+        ),
+        ("proposer.weights=nowhere.pth", r"`proposer.weights=nowhere.pth`: no such file"),
+        ("proposer.backbone=resnet99", "proposer.backbone 'resnet99' is not one of"),
+        ("proposer.min_size=64", "proposer.min_size=64 and proposer.max_size=0 must be 0 together"),
+    ],
+)
+def test_a_setting_that_fits_no_network_is_refused_before_anything_is_written(
+    shapes_dataset, tmp_path, setting, message
+):
+    with pytest.raises(ConfigError, match=message):
+        build_cache(
+            BuildRequest(
+                dataset=shapes_dataset, config=load_preset("shapes", (*LEARNED, setting)), out=tmp_path / "store"
+            )
+        )
+    assert not (tmp_path / "store").exists()
