@@ -281,6 +281,13 @@ RELATIONS = (
         "has no effect without a background prompt",
     ),
     Relation(
+        "proposals.search",
+        ("proposals.max_proposals",),
+        "listed",
+        "a learned proposer gives `max_proposals` boxes an image, the best some 100; a grid of thousands of anchors "
+        "needs more",
+    ),
+    Relation(
         "proposer.batch_size",
         ("proposer.learning_rate", "proposer.steps"),
         "listed",
@@ -372,9 +379,15 @@ _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     ),
     "model.box_top_k": ("model.box_class=topk", lambda c: c.model.box_class == "topk"),
     "loss.mask": ("model.masks=true", lambda c: c.model.masks),
-    "proposals.growth": ("another proposals.search than exhaustive", lambda c: c.proposals.search != "exhaustive"),
+    "proposals.growth": (
+        "proposals.search=grown-stride or coarse-to-fine",
+        lambda c: c.proposals.search in ("grown-stride", "coarse-to-fine"),
+    ),
     "proposals.anchor_fraction": ("proposals.search=coarse-to-fine", lambda c: c.proposals.search == "coarse-to-fine"),
-    **{f"proposer.{key}": ("proposals.search=learned", lambda c: c.proposals.learned) for key in _PROPOSER},
+    **{
+        f"proposer.{key}": ("proposals.search=learned and no proposals.boxes", lambda c: c.proposals.learned)
+        for key in _PROPOSER
+    },
     **{
         f"proposals.{key}": ("another proposals.search than learned", lambda c: not c.proposals.learned)
         for key in ("grid", "sizes", "ratios", "stride", "score", "nms_iou")
@@ -435,6 +448,11 @@ def require_fit(config: Config) -> None:
         not 0 < train.max_size < min(model.rpn_sizes),
         f"model.rpn_sizes={list(model.rpn_sizes)} are all above train.max_size={train.max_size}: no anchor fits into "
         "an image; both are pixels of the resized image",
+    )
+    _require(
+        not 0 < config.proposer.max_size < min(config.proposer.rpn_sizes),
+        f"proposer.rpn_sizes={list(config.proposer.rpn_sizes)} are all above proposer.max_size="
+        f"{config.proposer.max_size}: no anchor fits into an image; both are pixels of the resized image",
     )
     _require(
         proposals.grid == "paper" or proposals.stride <= 1,

@@ -153,12 +153,12 @@ class ProposalConfig:
 class ProposerConfig:
     """Learned proposer: a proposal network that the build trains on base boxes, for proposals.search = "learned"."""
 
-    steps: Annotated[int, Interval(ge=1)] = 2000
+    steps: Annotated[int, Interval(ge=2)] = 2000
     """Optimiser steps."""
     batch_size: Annotated[int, Interval(ge=1)] = 8
     """Images per step."""
     learning_rate: Annotated[float, Interval(gt=0)] = 1e-3
-    """Peak learning rate of AdamW; it rises linearly for 6 % of the steps and falls to zero as a cosine."""
+    """Peak learning rate of AdamW; it rises for 6 % of the steps and then falls to zero, both as a cosine."""
     weight_decay: Annotated[float, Interval(ge=0)] = 1e-4
     """Weight decay of AdamW."""
     backbone: str = "resnet50"

@@ -34,7 +34,13 @@ from ezsd.pipeline.extraction.external_proposals import given_proposals
 from ezsd.pipeline.extraction.forecast import warn_of_room
 from ezsd.pipeline.extraction.jobs import extract_numbered, leave_job
 from ezsd.pipeline.extraction.manifest_names import as_setting
-from ezsd.pipeline.extraction.proposer import BaseImages, ProposerWeights, make_proposer, train_proposer
+from ezsd.pipeline.extraction.proposer import (
+    BaseImages,
+    ProposerWeights,
+    make_proposer,
+    proposer_weights,
+    train_proposer,
+)
 from ezsd.pipeline.extraction.provenance import describe, model_inputs
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.reuse import Reuse, plan_reuse
@@ -191,8 +197,6 @@ def _source(request: BuildRequest) -> _Source | None:
     if request.config.proposals.boxes:
         # Whatever is wrong with them is said before anything is written.
         given_proposals(request.config.proposals, read_annotations(dataclasses.replace(request, limit=None)).images)
-    if request.config.proposals.learned:
-        make_proposer(request.config)
     require_buildable(request, annotations)
     if request.reuse is not None:
         # Whether there is anything to reuse shows without the teacher.
@@ -215,6 +219,8 @@ def require_buildable(request: BuildRequest, annotations: Annotations) -> None:
     """
     dataset, config = request.dataset, request.config
     require_prompts(dataset.split, config.teacher.template, config.teacher.names)
+    if config.proposals.learned:
+        make_proposer(config.proposer)
     with_boxes = len(np.unique(annotations.image_index))
     if too_few_to_hold_out(with_boxes, config.adapt.held_out):
         cure = "add boxes of base names" if request.limit is None else f"raise `limit={request.limit}`"
@@ -329,17 +335,20 @@ def _proposer(writer: StoreWriter, request: BuildRequest, annotations: Annotatio
     if not writer.has_per_store("proposer"):
         values, trained = trained_proposer(request, annotations)
         writer.write_per_store("proposer", {"values": values}, as_json(trained))
-    arrays, attributes = writer.read_per_store("proposer")
-    return ProposerWeights(arrays["values"], attributes["parameters"])
+    return proposer_weights(*writer.read_per_store("proposer"))
 
 
 def trained_proposer(request: BuildRequest, annotations: Annotations) -> tuple[NDArray[np.float32], dict[str, object]]:
     """Train a proposer on the base boxes; its state, and its figures on held-out base objects."""
     dataset, config = request.dataset, request.config
+    if config.proposer.backbone != "tiny" and config.proposer.weights is None:
+        log.warning(
+            "the proposer's %s starts from random weights and learns much more slowly: give `proposer.weights=FILE`, "
+            "ImageNet's as torchvision or timm publish them",
+            config.proposer.backbone,
+        )
     most_bad = most_bad_images(config.build.max_bad_images, len(annotations.images))
-    torch.manual_seed(config.build.seed)
     values, trained = train_proposer(
-        make_proposer(config),
         BaseImages(annotations=annotations, source=dataset.images("train"), most_bad=most_bad),
         config.proposer,
         held_out=config.adapt.held_out,
@@ -348,7 +357,7 @@ def trained_proposer(request: BuildRequest, annotations: Annotations) -> tuple[N
     )
     log.info(
         "proposer: %d boxes an image cover %.1f %% of %d held-out base objects at IoU 0.5, %.1f %% at IoU 0.7",
-        config.proposals.max_proposals,
+        trained["held_out_boxes_per_image"],
         100 * float(str(trained["held_out_recall_50"])),
         trained["held_out_objects"],
         100 * float(str(trained["held_out_recall_70"])),

@@ -20,6 +20,7 @@ from ezsd.pipeline.config.schema import Config, ProposalConfig
 from ezsd.pipeline.data.images import most_bad_images, require_few_bad
 from ezsd.pipeline.extraction.anchors import encoded_at_most, image_anchors
 from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread
+from ezsd.pipeline.extraction.proposer import make_proposer, proposer_state
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.teacher import configured_teacher
 from ezsd.teacher.open_clip import Teacher
@@ -160,7 +161,11 @@ def _at_most(request: BuildRequest, annotations: Annotations, embed_dim: int) ->
         "regions": images * min(settings.max_proposals, settings.max_regions),
         "ground_truth": len(annotations.box),
     }
-    return forecast(rows, images=images, embed_dim=embed_dim, embedding=request.config.build.embedding)
+    most = forecast(rows, images=images, embed_dim=embed_dim, embedding=request.config.build.embedding)
+    if not settings.learned:
+        return most
+    network = 4 * sum(value.numel() for value in proposer_state(make_proposer(request.config.proposer)).values())
+    return Forecast(final=most.final + network, peak=most.peak + 2 * network)
 
 
 def _free(folder: Path) -> int:

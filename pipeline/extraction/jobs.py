@@ -13,7 +13,7 @@ from ezsd.cache import Block, StoreWriter, read_note, read_per_store, read_plan
 from ezsd.pipeline.config.schema import from_tables, to_tables
 from ezsd.pipeline.data.datasets import from_definition
 from ezsd.pipeline.errors import ClusterError
-from ezsd.pipeline.extraction.proposer import ProposerWeights
+from ezsd.pipeline.extraction.proposer import proposer_weights
 from ezsd.pipeline.extraction.reuse import Reuse
 from ezsd.pipeline.extraction.worker import ExtractJob, extract_block
 from ezsd.pipeline.files import parse_object
@@ -71,6 +71,6 @@ def _read(note: JobNote) -> tuple[ExtractJob, list[Block]]:
         made_from=found["made_from"],
         limit=found["limit"],
         reuse=None if reuse is None else Reuse(**{**reuse, "products": tuple(reuse["products"])}),
-        proposer=None if network is None else ProposerWeights(network[0]["values"], network[1]["parameters"]),
+        proposer=None if network is None else proposer_weights(*network),
     )
     return job, plan.blocks

@@ -59,7 +59,7 @@ def setting_name(name: str) -> str | None:
     if name in _PLACES:
         return _PLACES[name]
     table, _, key = name.rpartition(".")
-    if table == "proposer.network":
+    if table == "proposer.network" and key != "weights":
         return f"proposer.{key}"
     if table == "teacher.adapt":
         return f"adapt.{FORMER['adapt'].get(key, key)}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +22,13 @@ from ezsd.data.annotations import Annotations
 from ezsd.data.dataset import pad_images, resize
 from ezsd.detector.backbone import build_backbone
 from ezsd.detector.proposer import Proposer
-from ezsd.pipeline.config.schema import Config, ProposerConfig
+from ezsd.pipeline.config.schema import ProposerConfig
 from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.images import require_few_bad
 from ezsd.pipeline.data.requirements import held_out_images
+from ezsd.pipeline.devices import is_out_of_memory
 from ezsd.pipeline.errors import ConfigError, ImageError
+from ezsd.pipeline.extraction.encoder import single_thread
 from ezsd.pipeline.extraction.reuse import Columns
 from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.runs.model import read_backbone
@@ -33,15 +38,21 @@ log = logging.getLogger("ezsd")
 _WARMUP = 0.06
 """Fraction of the steps in which the learning rate rises."""
 _MAX_GRAD_NORM = 1.0
+_HELD_OUT = 500
+"""Most held-out images: enough to measure recall."""
+_RECALL_BOXES = 100
+"""Boxes per image that recall is measured with, whatever proposals.max_proposals is: it is no input of the network."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProposerWeights:
-    """State of a trained proposer as a store keeps it."""
+    """State of a trained proposer as a store keeps it. Equal weights have equal digests."""
 
-    values: NDArray[np.float32]
-    """(K,)."""
-    parameters: list[dict[str, object]]
+    digest: str
+    """Sha256 of the values."""
+    values: NDArray[np.float32] = field(compare=False)
+    """Parameters and statistics, (K,)."""
+    parameters: list[dict[str, object]] = field(compare=False)
     """Names and shapes."""
 
 
@@ -55,15 +66,15 @@ class BaseImages:
     bad: dict[int, str] = field(default_factory=dict)
     """Images left out so far, by id, and why."""
 
-    def sample(self, position: int, config: ProposerConfig, *, flipped: bool) -> tuple[Tensor, Tensor] | None:
-        """A resized image (3, H, W) uint8 and its boxes (N, 4); None when it cannot be read.
+    def read(self, position: int) -> Tensor | None:
+        """Pixels (3, H, W) uint8 of an image; None when it cannot be read.
 
         Raises:
             ImageError: it cannot be read, and with it more than may be left out.
         """
         record = self.annotations.images[position]
         try:
-            image, sx, sy = _resized(self.source.read(record), config)
+            return self.source.read(record)
         except ImageError as error:
             if not self.most_bad:
                 raise
@@ -72,99 +83,98 @@ class BaseImages:
                 self.bad[record.id] = str(error)
                 require_few_bad(self.bad, self.most_bad)
             return None
-        boxes = scale(torch.from_numpy(self.annotations.box[self.annotations.rows(position)]), sx, sy)
-        return (image.flip(2), flip_horizontal(boxes, image.shape[2])) if flipped else (image, boxes)
+
+    def boxes(self, position: int) -> Tensor:
+        """Base boxes (N, 4) of an image, original pixels."""
+        return torch.from_numpy(self.annotations.box[self.annotations.rows(position)])
 
 
-def make_proposer(config: Config) -> Proposer:
-    """Make an untrained proposer that gives proposals.max_proposals boxes an image.
+def make_proposer(config: ProposerConfig, *, proposals: int = _RECALL_BOXES, pretrained: bool = True) -> Proposer:
+    """Make a proposer that is not trained on boxes yet.
+
+    Args:
+        config: network, and the file of its backbone's weights.
+        proposals: most boxes per image.
+        pretrained: False to leave that file alone, where trained weights are going to be loaded.
 
     Raises:
         ConfigError: the weights do not fit the backbone, or the anchor sizes its levels.
     """
-    settings = config.proposer
-    weights = None if settings.weights is None else read_backbone(Path(settings.weights), "proposer.weights")
-    return _proposer(config, weights)
+    weights = read_backbone(Path(config.weights), "proposer.weights") if pretrained and config.weights else None
+    try:
+        backbone = build_backbone(
+            config.backbone, channels=config.fpn_channels, weights=weights, frozen_norms=config.weights is not None
+        )
+    except ValueError as error:
+        raise ConfigError(str(error).replace("model.backbone", "proposer.backbone")) from error
+    if len(config.rpn_sizes) != len(backbone.strides):
+        raise ConfigError(
+            f"proposer.rpn_sizes needs one size per level of {config.backbone} (strides {backbone.strides}), "
+            f"got {len(config.rpn_sizes)}"
+        )
+    return Proposer(backbone, config.rpn_sizes, proposals=proposals)
 
 
-def load_proposer(config: Config, weights: ProposerWeights, *, device: str) -> Proposer:
+def proposer_weights(arrays: Mapping[str, NDArray[np.float32]], attributes: Mapping[str, Any]) -> ProposerWeights:
+    """Weights from a store's product `proposer`: its arrays and attributes."""
+    values = arrays["values"]
+    return ProposerWeights(hashlib.sha256(values.tobytes()).hexdigest(), values, attributes["parameters"])
+
+
+def load_proposer(config: ProposerConfig, weights: ProposerWeights, *, proposals: int, device: str) -> Proposer:
     """Make a trained proposer in evaluation mode."""
-    proposer = _proposer(config, None)
+    proposer = make_proposer(config, proposals=proposals, pretrained=False)
     restore(proposer_state(proposer), weights.values, weights.parameters)
     return proposer.to(device).eval()
 
 
-def _proposer(config: Config, weights: dict[str, Tensor] | None) -> Proposer:
-    settings = config.proposer
-    try:
-        backbone = build_backbone(
-            settings.backbone,
-            channels=settings.fpn_channels,
-            weights=weights,
-            frozen_norms=settings.weights is not None,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error).replace("model.backbone", "proposer.backbone")) from error
-    if len(settings.rpn_sizes) != len(backbone.strides):
-        raise ConfigError(
-            f"proposer.rpn_sizes needs one size per level of {settings.backbone} (strides {backbone.strides}), "
-            f"got {len(settings.rpn_sizes)}"
-        )
-    return Proposer(backbone, settings.rpn_sizes, proposals=config.proposals.max_proposals)
-
-
 def train_proposer(
-    proposer: Proposer, images: BaseImages, config: ProposerConfig, *, held_out: float, device: torch.device, seed: int
+    images: BaseImages, config: ProposerConfig, *, held_out: float, device: torch.device, seed: int
 ) -> tuple[NDArray[np.float32], dict[str, object]]:
-    """Train a proposer in place on the base boxes of the training images.
+    """Train a proposer on the base boxes of the training images.
+
+    One thread of the CPU computes, in float32: the same machine makes the same weights.
 
     Args:
-        proposer: see `make_proposer`.
         images: BASE boxes only.
-        config: schedule and input size.
+        config: network, schedule and input size.
         held_out: fraction of the images whose base objects measure recall.
-        device: of the training.
-        seed: of the held-out choice, the order and the flips.
+        device: device of the training.
+        seed: seed of the weights, the held-out choice, the order and the flips.
 
     Returns:
-        Its state (K,), and attributes for the store: parameter table, steps, recall of held-out base objects.
+        State (K,), and attributes for the store: parameter table, steps, recall of held-out base objects.
 
     Raises:
-        ConfigError: no held-out image with a base box can be read.
+        ConfigError: no held-out image, or none of the others, can be read; the loss is not finite; a step does not fit
+            in memory.
         ImageError: more images than may be left out cannot be read.
     """
     with_boxes = np.unique(images.annotations.image_index)
     order = np.random.default_rng([seed, 0]).permutation(with_boxes)
-    held = held_out_images(len(with_boxes), held_out)
-    proposer.to(device).train()
-    optimiser = torch.optim.AdamW(
-        [p for p in proposer.parameters() if p.requires_grad], config.learning_rate, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, config.learning_rate, total_steps=config.steps, pct_start=_WARMUP, cycle_momentum=False
-    )
-    batches = _batches(images, np.sort(order[held:]), config, seed=seed)
-    with Progress("proposer", config.steps, unit="step") as progress, ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(next, batches)
-        for step in range(config.steps):
-            pixels, sizes, boxes = ahead.result()
-            if step + 1 < config.steps:
-                ahead = reader.submit(next, batches)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                loss = proposer(pixels.to(device), sizes, [b.to(device) for b in boxes])
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(proposer.parameters(), _MAX_GRAD_NORM)
-            optimiser.step()
-            schedule.step()
-            progress.advance(note=f"loss {loss.detach():.3f}")
-    proposer.eval()
-    overlap = _held_out_overlap(proposer, images, np.sort(order[:held]).tolist(), config, device)
+    held = min(held_out_images(len(with_boxes), held_out), _HELD_OUT)
+    held_positions = np.sort(order[:held]).tolist()
+    if all(images.read(position) is None for position in held_positions):
+        raise ConfigError("the proposer needs base boxes in images that can be read, found none to hold out")
+    torch.manual_seed(seed)
+    proposer = make_proposer(config).to(device).train()
+    with single_thread(), ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        try:
+            _train(proposer, _batches(images, np.sort(order[held:]), config, seed=seed), config, device, reader)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ConfigError(
+                f"proposer.batch_size={config.batch_size}: so many images in a step do not fit the memory; use "
+                f"`proposer.batch_size={max(1, config.batch_size // 2)}`"
+            ) from error
+        overlap = _held_out_overlap(proposer.eval(), images, held_positions, config)
     values, table = flatten(proposer_state(proposer))
     attributes: dict[str, object] = {
         "parameters": table,
         "steps": config.steps,
         "held_out_objects": len(overlap),
+        "held_out_boxes_per_image": _RECALL_BOXES,
         "held_out_recall_50": float((overlap >= 0.5).float().mean()),
         "held_out_recall_70": float((overlap >= 0.7).float().mean()),
     }
@@ -183,55 +193,98 @@ def propose(proposer: Proposer, pixels: Tensor, config: ProposerConfig) -> Colum
 
     Args:
         proposer: in evaluation mode.
-        pixels: (3, H, W) uint8, original size, where the proposer is.
+        pixels: (3, H, W) uint8, original size, on any device.
         config: input size.
 
     Returns:
         `box` (P, 4) float32 in original-image pixels, at least one pixel wide and high, and `score` (P,) float32.
     """
     _, height, width = pixels.shape
-    image, sx, sy = _resized(pixels, config)
+    # The CPU alone resamples bytes, and training does it there.
+    image, sx, sy = _resized(pixels.cpu(), config)
     padded, sizes = pad_images([image])
-    (boxes, score), *_ = proposer.propose(padded.to(pixels.device), sizes)
-    boxes = clip(scale(boxes.cpu().float(), 1 / sx, 1 / sy), width, height)
+    ((boxes, score),) = proposer.propose(padded.to(next(proposer.parameters()).device), sizes)
+    boxes = clip(scale(boxes.cpu(), 1 / sx, 1 / sy), width, height)
     kept = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
-    return {"box": boxes[kept].numpy(), "score": score.cpu().float()[kept].numpy()}
+    return {"box": boxes[kept].numpy(), "score": score.cpu()[kept].numpy()}
 
 
 def _resized(pixels: Tensor, config: ProposerConfig) -> tuple[Tensor, float, float]:
     return resize(pixels, short_side=config.min_size, long_side=config.max_size)
 
 
+_Batch = tuple[Tensor, list[tuple[int, int]], list[Tensor]]
+"""Padded images (B, 3, H, W), their sizes, and the boxes of each."""
+
+
+def _train(
+    proposer: Proposer,
+    batches: Iterator[_Batch],
+    config: ProposerConfig,
+    device: torch.device,
+    reader: ThreadPoolExecutor,
+) -> None:
+    """Make all steps, reading one batch ahead."""
+    optimiser = torch.optim.AdamW(
+        [p for p in proposer.parameters() if p.requires_grad], config.learning_rate, weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, config.learning_rate, total_steps=config.steps, pct_start=_WARMUP, cycle_momentum=False
+    )
+    with Progress("proposer", config.steps, unit="step") as progress:
+        ahead = reader.submit(next, batches)
+        for step in range(config.steps):
+            pixels, sizes, boxes = ahead.result()
+            if step + 1 < config.steps:
+                ahead = reader.submit(next, batches)
+            loss = proposer(pixels.to(device), sizes, [b.to(device) for b in boxes])
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(proposer.parameters(), _MAX_GRAD_NORM)
+            optimiser.step()
+            schedule.step()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise ConfigError(
+                    f"the proposer's loss is not finite at step {step + 1}; lower `proposer.learning_rate`, now "
+                    f"{config.learning_rate:g}"
+                )
+            progress.advance(note=f"loss {value:.3f}")
+
+
 def _batches(
     images: BaseImages, positions: NDArray[np.int64], config: ProposerConfig, *, seed: int
-) -> Iterator[tuple[Tensor, list[tuple[int, int]], list[Tensor]]]:
-    """Padded images (B, 3, H, W), their sizes and boxes, for ever; images reshuffled each round."""
+) -> Iterator[_Batch]:
+    """Batches for ever; images reshuffled each round, half of them flipped."""
     rng = np.random.default_rng([seed, 2])
     samples: list[tuple[Tensor, Tensor]] = []
     while True:
+        read = 0
         for position in rng.permutation(positions).tolist():
-            sample = images.sample(position, config, flipped=bool(rng.random() < 0.5))
-            if sample is not None:
-                samples.append(sample)
+            flipped = bool(rng.random() < 0.5)
+            pixels = images.read(position)
+            if pixels is None:
+                continue
+            read += 1
+            image, sx, sy = _resized(pixels, config)
+            boxes = scale(images.boxes(position), sx, sy)
+            samples.append((image.flip(2), flip_horizontal(boxes, image.shape[2])) if flipped else (image, boxes))
             if len(samples) == config.batch_size:
-                pixels, sizes = pad_images([image for image, _ in samples])
-                yield pixels, sizes, [boxes for _, boxes in samples]
+                padded, sizes = pad_images([image for image, _ in samples])
+                yield padded, sizes, [boxes for _, boxes in samples]
                 samples = []
+        if not read:
+            raise ConfigError("the proposer needs base boxes in images that can be read, found none to train on")
 
 
 def _held_out_overlap(
-    proposer: Proposer, images: BaseImages, positions: Sequence[int], config: ProposerConfig, device: torch.device
+    proposer: Proposer, images: BaseImages, positions: Sequence[int], config: ProposerConfig
 ) -> Tensor:
     """Largest IoU of each held-out base object with a proposed box, (N,)."""
     found = []
     for position in positions:
-        record = images.annotations.images[position]
-        objects = torch.from_numpy(images.annotations.box[images.annotations.rows(position)])
-        try:
-            boxes = propose(proposer, images.source.read(record).to(device), config)["box"]
-        except ImageError:
-            continue
-        found.append(iou(objects, torch.from_numpy(boxes)).amax(1) if len(boxes) else torch.zeros(len(objects)))
-    if not found:
-        raise ConfigError("the proposer needs base boxes in images that can be read, found none to hold out")
+        pixels = images.read(position)
+        if pixels is not None:
+            objects, boxes = images.boxes(position), propose(proposer, pixels, config)["box"]
+            found.append(iou(objects, torch.from_numpy(boxes)).amax(1) if len(boxes) else torch.zeros(len(objects)))
     return torch.cat(found)

@@ -23,7 +23,7 @@ from ezsd.pipeline.config.schema import (
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.images import look, reads_as_before
-from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.errors import ConfigError, ImageError
 from ezsd.pipeline.extraction.external_proposals import boxes_digest
 from ezsd.pipeline.files import as_json
 
@@ -31,11 +31,19 @@ VERSIONS = {"teacher": 1, "text": 1, "proposer": 1, "proposals": 1, "regions": 1
 """Raised when the way a product is computed changes: stores made the old way are then another product."""
 
 _ANCHORS = ("grid", "sizes", "ratios", "stride", "score", "nms_iou", "keep")
-_MODES = {"faithful": (), "grown-stride": ("mode", "growth"), "coarse-to-fine": ("mode", "growth", "passes")}
+_MODES = {
+    "faithful": (),
+    "grown-stride": ("mode", "growth"),
+    "coarse-to-fine": ("mode", "growth", "passes"),
+    "learned": (),
+}
 """Settings that a mode reads. The faithful mode names none: stores made before there were others stay as they are."""
 _LEARNED = ("mode", "keep")
 """Settings of [proposals] that the boxes of a learned proposer depend on: no grid, no score."""
 _FILTERS = ("base_iou", "drop_base_guesses", "regions")
+
+_DIGEST = "sha256:"
+"""Beginning of a setting that has the digest of a file instead of its place."""
 
 _READERS = 8
 _LOOKED_AT_ONCE = 256
@@ -51,6 +59,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
     digests, proposals = annotations.digest(), with_former_names("proposals", to_tables(config)["proposals"])
     data = {"image_list_sha256": digests["images"], "base_boxes_sha256": digests["boxes"]}
     crop = {"ratio": config.proposals.crop_ratio, "surround": config.proposals.padding}
+    read = images_read(dataset, annotations)
     inputs: dict[str, dict[str, object]] = {
         "teacher": {
             "model": model,
@@ -59,7 +68,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
             "crop": crop,
             "dataset": {**data, "base_names": dataset.split.base},
             # Named only where it matters. All other products need this one.
-            **images_read(dataset, annotations),
+            **read,
         },
         "text": {"base_names": dataset.split.base, "novel_names": dataset.split.novel},
         "proposals": {
@@ -86,7 +95,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
             "seed": config.build.seed,
             "held_out": config.adapt.held_out,
             "dataset": data,
-            **images_read(dataset, annotations),
+            **read,
         }
     needs = {
         "text": ("teacher",),
@@ -101,7 +110,12 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
 
 
 def _weights_digest(proposer: ProposerConfig) -> str | None:
-    return None if proposer.weights is None else file_digest(Path(proposer.weights)).sha256
+    """Sha256 of the file of a backbone's weights; ConfigError where it is gone."""
+    if proposer.weights is None or proposer.weights.startswith(_DIGEST):
+        return proposer.weights and proposer.weights.removeprefix(_DIGEST)
+    if not Path(proposer.weights).is_file():
+        raise ConfigError(f"`proposer.weights={proposer.weights}`: no such file")
+    return file_digest(Path(proposer.weights)).sha256
 
 
 def images_read(dataset: Dataset, annotations: Annotations) -> dict[str, dict[str, str]]:
@@ -182,8 +196,9 @@ def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
     if "proposer" in manifest.products:
         network = manifest.products["proposer"].inputs["network"]
         assert isinstance(network, dict)
-        # The digest of a file leads to no file: where it lies, environment.json says.
-        tables["proposer"] = {key: value for key, value in network.items() if key != "weights"}
+        # The place of the file is in environment.json.
+        weights = network["weights"] and f"{_DIGEST}{network['weights']}"
+        tables["proposer"] = {**network, "weights": weights}
     return with_todays_names(tables)
 
 
@@ -204,9 +219,12 @@ def as_built(config: Config, manifest: Manifest, record: Mapping[str, Any]) -> C
     boxes = manifest.products["proposals"].inputs.get("boxes_sha256")
     if boxes is not None and "proposals" not in recorded:
         built["proposals"]["boxes"] = f"sha256:{boxes}"
-    # What neither says decides nothing in the store: the grid, where a learned proposer made the proposals.
+    # What neither says decides nothing in the store: the grid of a learned proposer, the proposer of a grid.
     tables = to_tables(config)
-    silent = {"proposer": tables["proposer"], "proposals": tables["proposals"]}
+    silent = {
+        "proposer": tables["proposer"],
+        "proposals": {key: tables["proposals"][key] for key in ("grid", "sizes", "ratios", "stride", "score")},
+    }
     stage_one = {name: {**silent.get(name, {}), **recorded.get(name, {}), **built.get(name, {})} for name in STAGE_ONE}
     return from_tables(to_tables(config) | stage_one, where="the store's environment.json")
 

@@ -28,8 +28,8 @@ from ezsd.pipeline.config.schema import from_tables
 from ezsd.pipeline.data.datasets import from_definition
 from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.extraction.build import adapted, embed_names, extract_job, trained_proposer
-from ezsd.pipeline.extraction.proposer import ProposerWeights
-from ezsd.pipeline.extraction.provenance import describe, model_inputs
+from ezsd.pipeline.extraction.proposer import proposer_weights
+from ezsd.pipeline.extraction.provenance import built_settings, describe, model_inputs
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
 from ezsd.pipeline.extraction.worker import block_rows
@@ -56,6 +56,11 @@ def _source(path: Path, data_root: Path, *, weights: str | None, device: str) ->
     with contextlib.suppress(StoreError):
         model = model_inputs(info(path).manifest)
         config = dataclasses.replace(config, teacher=with_recorded_normalisation(config.teacher, model))
+        network = info(path).manifest.products.get("proposer")
+        if network is not None and config.proposer.weights and not Path(config.proposer.weights).is_file():
+            # Only a new training needs the file; the manifest has its digest.
+            digest = built_settings(info(path).manifest)["proposer"]["weights"]
+            config = dataclasses.replace(config, proposer=dataclasses.replace(config.proposer, weights=str(digest)))
     dataset = from_definition(recorded["dataset"], data_root).require()
     return _Images(BuildRequest(dataset=dataset, config=config, out=path, limit=recorded["limit"], device=device))
 
@@ -101,11 +106,10 @@ class _Images:
     def rows(self, block: Block, stored: Mapping[str, StoredValues]) -> Mapping[str, RaggedRows]:
         """All rows of a slice of the images."""
         (values, attributes), (text, _) = stored["teacher"], stored["text"]
-        network = (
-            ProposerWeights(stored["proposer"][0], stored["proposer"][1]["parameters"])
-            if "proposer" in stored
-            else None
-        )
+        network = None
+        if "proposer" in stored:
+            weights, trained = stored["proposer"]
+            network = proposer_weights({"values": weights}, trained)
         job = extract_job(self._request, attributes["parameters"], values, text, self.manifest.digest, proposer=network)
         return block_rows(job, block, left_out=self._left_out)
 

@@ -63,7 +63,7 @@ class ExtractJob:
     """Only the first images of the training split are the store's."""
     reuse: Reuse | None = None
     """An earlier store to take rows from."""
-    proposer: ProposerWeights | None = field(default=None, compare=False)
+    proposer: ProposerWeights | None = None
     """The learned proposer; None where anchors or given boxes become proposals."""
 
 
@@ -109,7 +109,9 @@ def _worker(job: ExtractJob) -> _Worker:
         background=background,
         most_bad=most_bad_images(config.build.max_bad_images, images),
         reused=None if job.reuse is None else ReusedRows(job.reuse),
-        proposer=None if job.proposer is None else load_proposer(config, job.proposer, device=job.device),
+        proposer=None
+        if job.proposer is None
+        else load_proposer(config.proposer, job.proposer, proposals=config.proposals.max_proposals, device=job.device),
         given=given_proposals(config.proposals, annotations.images) if config.proposals.boxes else None,
     )
 

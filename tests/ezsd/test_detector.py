@@ -570,6 +570,34 @@ def rows(found, labels=None):
     return torch.tensor(sorted(table, key=lambda row: [round(v, 2) for v in (row[0], *row[2:])]))
 
 
+def planted_objectness(detector, monkeypatch, value):
+    """Make the proposal network say `value(boxes)` of the boxes that it proposes."""
+    filtered = detector.rpn.filter_proposals
+
+    def planted(*arguments):
+        boxes, _ = filtered(*arguments)
+        detector.rpn.scores = [value(one) for one in boxes]
+        return boxes, detector.rpn.scores
+
+    monkeypatch.setattr(detector.rpn, "filter_proposals", planted)
+
+
+def test_objectness_enters_the_score_with_its_exponent(detector, monkeypatch):
+    planted_objectness(detector, monkeypatch, lambda boxes: torch.full((len(boxes),), 0.25))
+    plain, weighed = (detect(detector, unit_rows(3), nms_iou=1.0, objectness=a) for a in (0.0, 0.3))
+    for without, found in zip(plain, weighed, strict=True):
+        torch.testing.assert_close(found.scores, without.scores**0.7 * 0.25**0.3)
+
+
+def test_objectness_is_that_of_the_region_the_box_came_from(detector, monkeypatch):
+    # All but the third proposal of each image are nothing.
+    planted_objectness(detector, monkeypatch, lambda boxes: (torch.arange(len(boxes)) == 2).float())
+    classes = 3
+    for found in detect(detector, unit_rows(classes), score_floor=1e-6, nms_iou=1.0, objectness=0.5):
+        assert sorted(found.labels.tolist()) == list(range(classes))
+        assert (found.boxes == found.boxes[0]).all()
+
+
 def test_detections_are_inside_the_image_sorted_and_above_the_floor(detector):
     both = detect(detector, unit_rows(7), score_floor=0.05)
     assert len(both) == 2

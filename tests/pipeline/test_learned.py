@@ -1,23 +1,39 @@
 """Builds whose proposals come from a network that they train on base boxes."""
 
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 
+from ezsd.adapt import flatten
 from ezsd.boxes import iou
 from ezsd.cache import Store, verify
+from ezsd.data.annotations import load_training
+from ezsd.data.dataset import resize
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.data.datasets import find_dataset
-from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.errors import ConfigError, ImageError
 from ezsd.pipeline.extraction import build as build_module
-from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.extraction.build import build_cache, build_share
+from ezsd.pipeline.extraction.commit import commit_cache
+from ezsd.pipeline.extraction.proposer import (
+    BaseImages,
+    load_proposer,
+    propose,
+    proposer_state,
+    proposer_weights,
+    train_proposer,
+)
 from ezsd.pipeline.extraction.provenance import as_built, describe
 from ezsd.pipeline.extraction.repair import repair_store
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
+from ezsd.pipeline.scheduling.job_array import Share
+from ezsd.pipeline.scheduling.pool import Schedule
 from ezsd.pipeline.training.train import TrainRequest, train
 from tests.conftest import QUICK
 
@@ -201,3 +217,104 @@ def test_a_setting_that_fits_no_network_is_refused_before_anything_is_written(
             )
         )
     assert not (tmp_path / "store").exists()
+
+
+def test_boxes_of_a_file_need_no_proposer(learned_store, shapes_dataset, tmp_path):
+    store = Store(learned_store)
+    rows = [(i, box, score) for i in store.image_ids.tolist() for box, score in zip(*boxes_of(store, i), strict=True)]
+    results = [
+        {"image_id": i, "bbox": [*map(float, box[:2]), *map(float, box[2:] - box[:2])], "score": float(score)}
+        for i, box, score in rows
+    ]
+    (tmp_path / "boxes.json").write_text(json.dumps(results))
+    config = load_preset("shapes", (*LEARNED, f"proposals.boxes={tmp_path / 'boxes.json'}"))
+    report = build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "store", workers=1))
+    assert "proposer" not in report.computed
+
+
+def boxes_of(store, image_id):
+    return store.proposals[image_id].box, store.proposals[image_id].score
+
+
+def pale(shapes_root, root, positions):
+    """A copy of a dataset of which the training images at these positions cannot be read."""
+    shutil.copytree(shapes_root, root)
+    dataset = find_dataset("shapes", root)
+    listed = json.loads((root / dataset.train_annotations).read_text())["images"]
+    for position in positions:
+        (root / dataset.train_images / listed[position]["file_name"]).write_bytes(b"no image")
+    return dataset
+
+
+def base_images(dataset, most_bad):
+    annotations = load_training(dataset.annotations("train"), dataset.split)
+    return BaseImages(annotations=annotations, source=dataset.images("train"), most_bad=most_bad)
+
+
+def trained(images, config, **changes):
+    settings = dataclasses.replace(config.proposer, **changes)
+    return train_proposer(images, settings, held_out=0.2, device=torch.device("cpu"), seed=0)
+
+
+def test_images_that_cannot_be_read_are_left_out_and_recorded(shapes_root, config, tmp_path):
+    images = base_images(pale(shapes_root, tmp_path / "pale", [0, 1]), most_bad=2)
+    _, attributes = trained(images, config, steps=12)
+    assert attributes["left_out_images"] == sorted(images.bad)
+    assert len(images.bad) == 2
+    with pytest.raises(ImageError):
+        trained(base_images(find_dataset("shapes", tmp_path / "pale"), most_bad=0), config, steps=12)
+
+
+def test_no_image_that_can_be_read_is_one_line_and_no_endless_loop(shapes_root, config, tmp_path):
+    dataset = pale(shapes_root, tmp_path / "pale", range(12))
+    with pytest.raises(ConfigError, match="found none to hold out"):
+        trained(base_images(dataset, most_bad=99), config)
+
+
+def test_a_loss_that_is_not_finite_names_the_learning_rate(shapes_dataset, config):
+    with pytest.raises(ConfigError, match=r"not finite at step \d+; lower `proposer.learning_rate`, now 1e\+30"):
+        trained(base_images(shapes_dataset, most_bad=0), config, steps=20, learning_rate=1e30)
+
+
+def test_threads_change_no_weight(shapes_dataset, config):
+    weights = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        weights.append(trained(base_images(shapes_dataset, most_bad=0), config)[0])
+    torch.set_num_threads(1)
+    assert np.array_equal(*weights)
+
+
+def test_boxes_are_in_the_pixels_of_the_image_whatever_the_input_size(shapes_dataset, config):
+    images = base_images(shapes_dataset, most_bad=0)
+    values, attributes = trained(images, config, min_size=64, max_size=64)
+    settings = dataclasses.replace(config.proposer, min_size=64, max_size=64)
+    weights = proposer_weights({"values": values}, attributes)
+    proposer = load_proposer(settings, weights, proposals=5, device="cpu")
+    pixels = images.read(0)
+    small, sx, sy = resize(pixels, short_side=64, long_side=64)
+    assert (sx, sy) == (0.5, 0.5)
+    found, at_input = propose(proposer, pixels, settings), propose(proposer, small, settings)
+    np.testing.assert_allclose(found["box"], at_input["box"] * 2, atol=1e-3)
+    np.testing.assert_array_equal(found["score"], at_input["score"])
+    assert len(found["box"]) == 5
+
+
+def test_parts_of_a_build_share_the_proposer_and_make_the_same_store(learned_store, shapes_dataset, config, tmp_path):
+    request = BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "store", workers=1)
+    for number in (1, 2):
+        build_share(request, Share(number, 2))
+    commit_cache(tmp_path / "store", Schedule(workers=1))
+    assert committed(tmp_path / "store") == committed(learned_store)
+
+
+def test_a_resnet_with_weights_is_trained_and_made_again_without_their_file(shapes_dataset, config, tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    changes = {"backbone": "resnet18", "rpn_sizes": (8, 16, 32, 64, 128), "weights": str(tmp_path / "resnet18.pth")}
+    images = base_images(shapes_dataset, most_bad=0)
+    values, attributes = trained(images, config, steps=2, **changes)
+    (tmp_path / "resnet18.pth").unlink()
+    settings = dataclasses.replace(config.proposer, **changes)
+    proposer = load_proposer(settings, proposer_weights({"values": values}, attributes), proposals=5, device="cpu")
+    assert np.array_equal(flatten(proposer_state(proposer))[0], values)
+    assert len(propose(proposer, images.read(0), settings)["box"])
