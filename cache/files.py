@@ -332,7 +332,7 @@ def write_atomic(
     """Write a file so that `path` holds its old or its new bytes, never a part.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; with `scratch` its folder is made.
         data: all of its bytes.
         scratch: a folder on the same disk, to prepare the file in under a name of its own; without it the file is
             prepared beside `path`, as `.NAME.partial`, by one process at a time.
@@ -343,14 +343,14 @@ def write_atomic(
     Raises:
         OSError: the disk is full or refuses; it names the file.
     """
-    if flush:
-        make_folders(path.parent)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
     if scratch is None:
         temporary = path.with_name(f".{path.name}.partial")
         discard(temporary)
     else:
+        if flush:
+            make_folders(path.parent)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
         temporary = scratch_name(scratch, path.name)
     try:
         digest = write_new(temporary, [data], flush=flush)
@@ -415,7 +415,7 @@ class FileLock:
     def _try(self) -> bool:
         """Lock the file; False when its last owner removed it meanwhile, and the lock is on nothing."""
         try:
-            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise

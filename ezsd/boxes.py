@@ -14,19 +14,6 @@ import torch
 from torch import Tensor
 
 
-def xywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Turn corner-and-extent boxes, as COCO files hold them, into corner boxes.
-
-    Args:
-        boxes: left, top, width, height, (..., 4).
-
-    Returns:
-        left, top, right, bottom, (..., 4).
-    """
-    corner, extent = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([corner, corner + extent], dim=-1)
-
-
 def clip(boxes: Tensor, width: float, height: float) -> Tensor:
     """Move every corner to the nearest point of the image.
 

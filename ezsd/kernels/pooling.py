@@ -38,6 +38,7 @@ class Pooling:
     """Kernel backend, see `ezsd.kernels.resolve_backend`."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "spatial_scale", tuple(self.spatial_scale))
         _check_scales(self.spatial_scale)
         if self.output_size < 1:
             raise ValueError(f"output_size must be >= 1, got {self.output_size}")

@@ -2,6 +2,9 @@
 
 import logging
 import re
+import typing
+from dataclasses import fields
+from functools import cache
 
 OPTIONS = frozenset(
     [
@@ -15,7 +18,7 @@ OPTIONS = frozenset(
 
 # Alone between spaces or punctuation, so that backticks in a quoted name or in a path stay as they are.
 _PARAMETER = re.compile(
-    r"(?<![^\s(])`(?:(?P<setting>(?:adapt|build|eval|loss|model|proposals|teacher|train)\.\w+(?:=[^`]*)?)"
+    r"(?<![^\s(])`(?:(?P<setting>[a-z]+\.[a-z_0-9]+)(?P<to>=[^`]*)?"
     r"|(?P<name>[a-z_]+)(?:=(?P<value>[^`]*))?)`(?=[,.:;?)]*(?:\s|$))"
 )
 
@@ -30,9 +33,18 @@ def as_options(message: str) -> str:
     return _PARAMETER.sub(_option, message)
 
 
+@cache
+def _settings() -> frozenset[str]:
+    # Loaded when a message needs it: the command line has to be quick until then.
+    from ezsd.pipeline.config.schema import Config
+
+    sections = typing.get_type_hints(Config)
+    return frozenset(f"{name}.{entry.name}" for name, section in sections.items() for entry in fields(section))
+
+
 def _option(found: re.Match[str]) -> str:
     if found["setting"] is not None:
-        return f"--set {found['setting']}"
+        return f"--set {found['setting']}{found['to'] or ''}" if found["setting"] in _settings() else found[0]
     name = found["name"]
     if name not in OPTIONS and name != "overrides":
         return found[0]

@@ -49,6 +49,7 @@ from ezsd.pipeline.extraction.worker import ExtractJob
 from ezsd.pipeline.files import as_json
 from ezsd.pipeline.interrupts import keeping
 from ezsd.pipeline.progress import Progress, log_file, now, timed
+from ezsd.pipeline.runs.model import warn_of_random_weights
 from ezsd.pipeline.scheduling.job_array import Share, open_share
 from ezsd.pipeline.scheduling.pool import Pool
 from ezsd.teacher.open_clip import Teacher, require_told_apart
@@ -342,11 +343,7 @@ def trained_proposer(request: BuildRequest, annotations: Annotations) -> tuple[N
     """Train a proposer on the base boxes; its state, and its figures on held-out base objects."""
     dataset, config = request.dataset, request.config
     if config.proposer.backbone != "tiny" and config.proposer.weights is None:
-        log.warning(
-            "the proposer's %s starts from random weights and learns much more slowly: give `proposer.weights=FILE`, "
-            "ImageNet's as torchvision or timm publish them",
-            config.proposer.backbone,
-        )
+        warn_of_random_weights(f"the proposer's {config.proposer.backbone}", "proposer.weights")
     most_bad = most_bad_images(config.build.max_bad_images, len(annotations.images))
     values, trained = train_proposer(
         BaseImages(annotations=annotations, source=dataset.images("train"), most_bad=most_bad),

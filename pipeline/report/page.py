@@ -42,7 +42,7 @@ def write_report(run: Run, *, data_root: Path | None, compare: Sequence[Run] = (
     """
     runs = collect([run, *compare])
     if runs[0].evaluation is None:
-        raise RunError(f"--run {run.folder}: not evaluated yet; run `{runs[0].command('eval')}` first")
+        raise RunError(f"`run={run.folder}`: not evaluated yet; run `{runs[0].command('eval')}` first")
     if data_root is not None:
         run_dataset(run, data_root)
     path = run.folder / "report.html"

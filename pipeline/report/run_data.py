@@ -62,7 +62,7 @@ def collect(runs: Sequence[Run]) -> list[RunData]:
         folder, spec = run.folder, run.spec
         if spec["dataset"] != runs[0].spec["dataset"]:
             both = f"{spec['dataset']}, not on {runs[0].spec['dataset']}"
-            raise RunError(f"--compare {folder}: trained on {both}; compare runs of one dataset")
+            raise RunError(f"`compare={folder}`: trained on {both}; compare runs of one dataset")
         collected.append(
             RunData(
                 run=run,
@@ -84,15 +84,15 @@ def _read_evaluation(folder: Path, main: RunData | None) -> dict[str, Any] | Non
     if table is None:
         return None
     if not {"limit", "generalised", "annotations"} <= table.keys():
-        raise RunError(f"--run {folder}: was evaluated by another version of ezsd; run `ezsd eval` again")
+        raise RunError(f"{folder}: was evaluated by another version of ezsd; run `ezsd eval` again")
     if main is None or main.evaluation is None:
         return table
     theirs, ours = table["annotations"], main.evaluation["annotations"]
     if theirs["sha256"] != ours["sha256"]:
         files = f"{theirs['file']} (sha256 {theirs['sha256'][:12]}), not on {ours['file']} ({ours['sha256'][:12]})"
         raise RunError(
-            f"--compare {folder}: evaluated on {files} as {main.run.folder} was; figures of two ground truths cannot "
-            "stand side by side: run `ezsd eval` again, both with the same --data-root"
+            f"`compare={folder}`: evaluated on {files} as {main.run.folder} was; figures of two ground truths cannot "
+            "stand side by side: run `ezsd eval` again, both with the same `data_root`"
         )
     return table | {"limit": main.evaluation["limit"]}
 

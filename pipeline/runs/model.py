@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from ezsd.detector.backbone import build_backbone
 from ezsd.detector.model import Detector
 from ezsd.pipeline.config.schema import Config
 from ezsd.pipeline.errors import ConfigError
+
+log = logging.getLogger("ezsd")
 
 
 def build_detector(
@@ -31,6 +34,15 @@ def build_detector(
             f"got {len(model.rpn_sizes)}"
         )
     return Detector(backbone, model, embed_dim=embed_dim, backend=config.train.backend)
+
+
+def warn_of_random_weights(backbone: str, setting: str) -> None:
+    """Log that a ResNet has no pretrained weights; `setting` is where they are given."""
+    log.warning(
+        "%s starts from random weights and learns much more slowly: give `%s=FILE`, ImageNet's as torchvision has them",
+        backbone,
+        setting,
+    )
 
 
 def read_backbone(path: Path, setting: str = "backbone_weights") -> dict[str, Tensor]:

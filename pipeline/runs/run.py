@@ -77,7 +77,7 @@ CHANGEABLE = (
 )
 """Settings of [train] that may change when a run is gone on with: what is learned does not depend on them, but for the
 rounding of another backend, layout or compiler. `grad_accumulation` is one more where `learns_the_same_in_parts`."""
-_OF_NO_MATTER = frozenset(
+_NOT_COMPARED = frozenset(
     {f"config.train.{key}" for key in CHANGEABLE}
     # The store's digest says whether it is the same one; a copy of it may record other places.
     | {f"config.{table}" for table in STAGE_ONE}
@@ -453,18 +453,27 @@ def _changeable(spec: Mapping[str, object]) -> frozenset[str]:
     train = _nested(spec, "config", "train")
     sampling = train.get("rng") if isinstance(train, Mapping) else None
     if learns_the_same_in_parts(sampling, frozen_norms=spec.get("backbone_weights") is not None):
-        return _OF_NO_MATTER | {"config.train.grad_accumulation"}
-    return _OF_NO_MATTER
+        return _NOT_COMPARED | {"config.train.grad_accumulation"}
+    return _NOT_COMPARED
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignored: Set[str]) -> list[Difference]:
     """The values that two records of a run differ in; None is as good as no entry, and 1 as 1.0."""
     return [
         one
-        for one in differences(old, new)
+        for one in differences(_comparable(old), _comparable(new))
         if one.more or one.stored != one.wanted
-        if not any(one.name == name or one.name.startswith(f"{name}.") for name in ignored)
+        if not any(one.name == name or one.name.startswith((f"{name}.", f"{name}[")) for name in ignored)
     ]
+
+
+def _comparable(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """JSON with whole numbers written alike, whether they were read as 1 or 1.0."""
+    if isinstance(value, Mapping):
+        return {key: _comparable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _listed(found: Sequence[Difference]) -> str:

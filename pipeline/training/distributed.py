@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,12 @@ class Distributed:
 
         Buffers stay each process' own: frozen norms have equal ones, and batch statistics are those of one batch.
         """
-        return model if self.world_size == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+        if self.world_size == 1:
+            return model
+        with warnings.catch_warnings():
+            # Newer versions have another argument for it, which the oldest one that we run on lacks.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from ezsd.pipeline.inference.predictor import load_weights
 from ezsd.pipeline.interrupts import Request, Stopped, finishing
 from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.runs.loggers import MetricsLog
-from ezsd.pipeline.runs.model import build_detector, read_backbone
+from ezsd.pipeline.runs.model import build_detector, read_backbone, warn_of_random_weights
 from ezsd.pipeline.runs.run import CHANGEABLE, Run, restore_optimiser, rows_digest
 from ezsd.pipeline.runs.store_digests import record_store, require_same_bytes
 from ezsd.pipeline.training.dataloader import load_batches
@@ -157,11 +157,7 @@ def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detec
     config = request.config
     weights = None if request.backbone_weights is None else read_backbone(request.backbone_weights)
     if weights is None and config.model.backbone != "tiny":
-        log.warning(
-            "%s starts from random weights and learns much more slowly: give `backbone_weights=FILE`, ImageNet's as "
-            "torchvision has them",
-            config.model.backbone,
-        )
+        warn_of_random_weights(config.model.backbone, "backbone_weights")
     torch.manual_seed(config.train.seed)
     detector = build_detector(config, store.embed_dim, weights)
     names, text = store.text

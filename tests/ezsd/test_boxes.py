@@ -19,10 +19,6 @@ def box_sets(draw):
     return quarters / 4
 
 
-def test_xywh_becomes_corners():
-    assert boxes.xywh_to_xyxy(torch.tensor([[3.0, 5.0, 10.0, 20.0]])).tolist() == [[3, 5, 13, 25]]
-
-
 def test_clip_moves_corners_into_the_image():
     found = boxes.clip(torch.tensor([[-5.0, 2.0, 100.0, 60.0], [70.0, 50.0, 80.0, 55.0]]), WIDTH, HEIGHT)
     assert found.tolist() == [[0, 2, 64, 48], [64, 48, 64, 48]]
@@ -76,7 +72,7 @@ def test_scale_refuses_factors_that_are_not_positive(factors):
 
 def test_no_boxes_are_fine_everywhere():
     none = torch.zeros(0, 4)
-    for found in (boxes.xywh_to_xyxy(none), boxes.clip(none, 1, 1), boxes.flip_horizontal(none, 1)):
+    for found in (boxes.clip(none, 1, 1), boxes.flip_horizontal(none, 1)):
         assert found.shape == (0, 4)
     assert boxes.iou(none, torch.ones(3, 4)).shape == (0, 3)
     assert boxes.scale(none, 2, 2).shape == (0, 4)

@@ -46,6 +46,12 @@ def test_embeddings_equal_the_reference_in_the_order_of_the_boxes():
     )
 
 
+def test_a_single_map_may_come_without_a_list():
+    problem = make_problem(regions=9, bins=3)
+    (feature,), *rest = problem.pooled()
+    assert_close(kernels.roi_align(feature, *rest), kernels.roi_align([feature], *rest), rtol=0, atol=0)
+
+
 def test_no_projection_means_the_pooled_channels():
     problem = make_problem(regions=12, bins=1, channels=8, levels=2, head=False)
     expected = run_loss(reference.roi_align_cosine, problem)

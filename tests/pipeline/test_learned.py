@@ -14,6 +14,7 @@ from ezsd.boxes import iou
 from ezsd.cache import Store, verify
 from ezsd.data.annotations import load_training
 from ezsd.data.dataset import resize
+from ezsd.detector.proposer import Proposer
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.errors import ConfigError, ImageError
@@ -272,8 +273,25 @@ def test_no_image_that_can_be_read_is_one_line_and_no_endless_loop(shapes_root, 
 
 
 def test_a_loss_that_is_not_finite_names_the_learning_rate(shapes_dataset, config):
+    images = base_images(shapes_dataset, most_bad=0)
     with pytest.raises(ConfigError, match=r"not finite at step \d+; lower `proposer.learning_rate`, now 1e\+30"):
-        trained(base_images(shapes_dataset, most_bad=0), config, steps=20, learning_rate=1e30)
+        trained(images, config, steps=20, learning_rate=1e30)
+    assert trained(images, config, steps=20, learning_rate=1e-3)[1]["steps"] == 20
+
+
+def test_a_step_that_does_not_fit_in_memory_is_halved(shapes_dataset, config, monkeypatch):
+    loss = Proposer.forward
+
+    def small(proposer, images, *rest):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(proposer, images, *rest)
+
+    monkeypatch.setattr(Proposer, "forward", small)
+    images = base_images(shapes_dataset, most_bad=0)
+    with pytest.raises(ConfigError, match=r"proposer.batch_size=2: .* use `proposer.batch_size=1`"):
+        trained(images, config)
+    assert trained(images, config, batch_size=1)[1]["steps"] == 3
 
 
 def test_threads_change_no_weight(shapes_dataset, config):

@@ -33,13 +33,14 @@ def test_parameters_are_said_as_options(message, said):
         "start it with `torchrun`",
         "see `ezsd.losses` and `open_clip.list_models()`",
         "run=3/weights=4.jpg: no such image",
+        "found `model.safetensors` beside `eval.json`",
     ],
 )
 def test_commands_and_what_a_user_has_named_stay(message):
     assert as_options(message) == message
 
 
-def test_all_sections_are_known():
-    assert [as_options(f"`{name}.x=1`") for name in to_tables(load_preset("shapes"))] == [
-        f"--set {name}.x=1" for name in to_tables(load_preset("shapes"))
-    ]
+def test_all_settings_are_known():
+    tables = to_tables(load_preset("shapes"))
+    settings = [f"{section}.{key}" for section, table in tables.items() for key in table]
+    assert [as_options(f"`{setting}=1`") for setting in settings] == [f"--set {setting}=1" for setting in settings]
