@@ -367,9 +367,7 @@ def test_runs_of_two_datasets_are_not_compared(home):
 def test_runs_evaluated_on_two_ground_truths_are_not_compared(home):
     table = json.loads((home.plain.folder / "eval.json").read_text())
     write_json(home.plain.folder / "eval.json", table | {"annotations": {"file": "other.json", "sha256": "a1" * 32}})
-    with pytest.raises(
-        RunError, match=r"plain`: evaluated on other.json \(sha256 a1a1\w*\), not on .*again"
-    ):
+    with pytest.raises(RunError, match=r"plain`: evaluated on other.json \(sha256 a1a1\w*\), not on .*again"):
         report(home)
 
 
