@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import stat
 import unicodedata
@@ -16,7 +17,7 @@ from ezsd.data.annotations import ImageRecord, require_image_name, resolve_image
 from ezsd.errors import AnnotationError
 from ezsd.pipeline.data.images import Exif, ImageFile, read_pixels, to_tensor
 from ezsd.pipeline.data.tar_files import TarFiles, TarMember
-from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.errors import DatasetError, ImageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,7 @@ _TAR = re.compile(r"(.*\.(?:tar|tgz|tar\.\w+))(?:/(.*))?")
 """A place that names tar files, and a folder in them."""
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 """Numbers of shards, as WebDataset writes them."""
+_MOST_SHARDS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,9 @@ def image_source(root: Path, place: str, exif: Exif) -> ImageSource:
         place: below it: a folder of images; a tar file; numbered ones, such as "images-{000..003}.tar"; or a folder
             that holds nothing else. A folder within tar files is named as one below them, "train.tar/images".
         exif: the dataset's rule.
+
+    Raises:
+        DatasetError: a range of numbers is empty, or makes more than 100,000 tar files.
     """
     found = _tar_files(root, place)
     if found is None:
@@ -120,7 +125,8 @@ def _tar_files(root: Path, place: str) -> tuple[str, list[str], str] | None:
     named = _TAR.fullmatch(place)
     if named is None:
         return None
-    return named[1], _numbered(named[1]), f"{named[2].strip('/')}/" if named[2] else ""
+    folder = posixpath.normpath((named[2] or "").strip("/"))
+    return named[1], _numbered(named[1]), "" if folder == "." else f"{folder}/"
 
 
 def _shards_in(root: Path, place: str) -> list[str]:
@@ -141,12 +147,19 @@ def _shards_in(root: Path, place: str) -> list[str]:
 
 
 def _numbered(pattern: str) -> list[str]:
-    numbers = _RANGE.search(pattern)
-    if numbers is None:
-        return [pattern]
-    first, last = numbers.groups()
-    before, after = pattern[: numbers.start()], _numbered(pattern[numbers.end() :])
-    return [f"{before}{number:0{len(first)}d}{rest}" for number in range(int(first), int(last) + 1) for rest in after]
+    """The tar files of a pattern. DatasetError for a range without numbers, and for too many tar files."""
+    start, *ranges = _RANGE.split(pattern)
+    files = [start]
+    for first, last, after in zip(ranges[::3], ranges[1::3], ranges[2::3], strict=True):
+        numbers = range(int(first), int(last) + 1)
+        count = max(0, numbers.stop - numbers.start) * len(files)
+        if not 0 < count <= _MOST_SHARDS:
+            raise DatasetError(
+                f"images = {pattern!r}: expected ranges with the smaller number first, for 1 to "
+                f"{_MOST_SHARDS:,} tar files, found {{{first}..{last}}}, which makes {count:,}"
+            )
+        files = [f"{file}{number:0{len(first)}d}{after}" for file in files for number in numbers]
+    return files
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +244,7 @@ class TarImages(ImageSource):
 
     def elsewhere(self, file_name: str, root: Path) -> str | None:
         """A folder in the tar files, or none where that of this source is too many."""
-        if self.path.is_dir():
+        if self.path.is_dir() or ".." in file_name.split("/"):
             return None
         found = self.tars.folder_of(file_name)
         return None if found is None else f"{os.path.relpath(self.path, root)}/{found}".rstrip("/")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Literal
@@ -27,6 +28,8 @@ class TarMember:
     """Offset of its first byte in the tar file; None where the member does not exist."""
     size: int = 0
     """Bytes."""
+    fault: str = ""
+    """Reason why it cannot be read in place, and what to do; "" for none."""
 
     def __str__(self) -> str:
         return f"{self.tar}/{self.name}"
@@ -59,77 +62,98 @@ class TarFiles:
         """The member that has the first of some names that is there.
 
         Raises:
-            DatasetError: a tar file cannot be read, is damaged or compressed, or two members have the name.
+            DatasetError: a tar file cannot be read, is damaged, compressed or concatenated; or two members have the
+                name, or its member is stored sparse or as a link that is not followed.
         """
+        names = tuple(map(posixpath.normpath, names))
         with _one_at_a_time:
             index = _index(self.paths)
-            name = next((name for name in names if name in index.members), None)
-            asked = range(len(self.paths)) if name is None else [index.members[name][0]]
-            if any(_stamp(self.paths[number]) != index.stamps[number] for number in asked):
+            member = index.first_of(names)
+            if any(_stamp(tar) != index.stamps[tar] for tar in (self.paths if member is None else (member.tar,))):
                 # A worker may live longer than a tar file that it has read.
                 _index.cache_clear()
                 index = _index(self.paths)
-                name = next((name for name in names if name in index.members), None)
-        if name is None:
+                member = index.first_of(names)
+        if member is None:
             return None
-        if name in index.doubled:
-            raise DatasetError(f"{index.doubled[name]}; keep one of them")
-        number, offset, size = index.members[name]
-        return TarMember(self.paths[number], name, offset, size)
+        if member.name in index.doubled:
+            raise DatasetError(f"{index.doubled[member.name]}; keep one of them")
+        if member.fault:
+            raise DatasetError(f"{member}: {member.fault}")
+        return member
 
     def folder_of(self, name: str) -> str | None:
         """The first folder, "" or with a slash at its end, that has a member of this name below it."""
         with _one_at_a_time:
             index = _index(self.paths)
+        name = posixpath.normpath(name)
         return next((folder for folder in index.folders if folder + name in index.members), None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Index:
-    members: dict[str, tuple[int, int, int]]
-    """Number of the tar file, offset of the first byte in it, and bytes, by name."""
+    members: dict[str, TarMember]
+    """Members by normalised name, which everything here uses."""
     folders: tuple[str, ...]
     """Folders of the members, "" or with a slash at the end."""
     doubled: dict[str, str]
     """Names that occur twice, and what to say of each."""
-    stamps: tuple[tuple[int, int], ...]
+    stamps: dict[Path, tuple[int, int, int]]
     """Stamps of the tar files, see `_stamp`."""
+
+    def first_of(self, names: tuple[str, ...]) -> TarMember | None:
+        return next((self.members[name] for name in names if name in self.members), None)
 
 
 @lru_cache(maxsize=4)
 def _index(paths: tuple[Path, ...]) -> _Index:
-    members: dict[str, tuple[int, int, int]] = {}
+    members: dict[str, TarMember] = {}
     doubled: dict[str, str] = {}
-    stamps = tuple(map(_stamp, paths))
-    for number, path in enumerate(paths):
+    stamps = {path: _stamp(path) for path in paths}
+    for path in paths:
         for entry in _entries(path):
-            name = entry.name.removeprefix("./")
-            # A link within a tar file is a second name of one file.
-            linked = members.get(entry.linkname.removeprefix("./")) if entry.islnk() else None
-            found = (number, entry.offset_data, entry.size) if entry.isreg() else linked
-            if found is None:
+            if not (entry.isreg() or entry.islnk() or entry.issym()):
                 continue
-            if name in members:
-                first = paths[members[name][0]]
-                doubled[name] = (
-                    f"{path}: has {name!r} twice" if first == path else f"{path}: has {name!r}, as {first} has"
+            found = _member(path, entry, members)
+            first = members.get(found.name, found)
+            # `tar cf x.tar folder folder/file` stores the file, and then a hard link from its name to itself.
+            if (first.tar, first.offset) != (found.tar, found.offset):
+                doubled[found.name] = (
+                    f"{path}: has {found.name!r} twice"
+                    if first.tar == path
+                    else f"{path}: has {found.name!r}, as {first.tar} has"
                 )
-            members[name] = found
+            members[found.name] = found
     above = {name[: end + 1] for name in members for end in range(len(name)) if name[end] == "/"}
     return _Index(members, ("", *sorted(above)), doubled, stamps)
 
 
-def _stamp(tar: Path) -> tuple[int, int]:
+def _member(tar: Path, entry: tarfile.TarInfo, earlier: dict[str, TarMember]) -> TarMember:
+    """The member of a header. A hard link is a second name of an earlier member of the same tar file."""
+    name, fault = posixpath.normpath(entry.name), ""
+    if entry.islnk():
+        linked = earlier.get(posixpath.normpath(entry.linkname))
+        if linked is not None and linked.tar == tar:
+            return replace(linked, name=name)
+        fault = f"is a hard link to {entry.linkname!r}, which is not before it in the tar file; pack the file itself"
+    elif entry.issym():
+        fault = f"is a symbolic link to {entry.linkname!r}; pack it with -h"
+    elif entry.issparse():
+        fault = "is stored sparse; pack it without -S"
+    return TarMember(tar, name, entry.offset_data, entry.size, fault)
+
+
+def _stamp(tar: Path) -> tuple[int, int, int]:
     """Changes when a file is replaced."""
     try:
         found = tar.stat()
     except OSError as error:
         raise DatasetError(f"{tar}: cannot be read: {error.strerror}") from error
-    return found.st_mtime_ns, found.st_size
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _entries(tar: Path) -> Iterator[tarfile.TarInfo]:
-    """Headers of a tar file. DatasetError when it is compressed, damaged, or cannot be read."""
+    """Headers of a tar file. DatasetError when it is compressed, damaged, concatenated, or cannot be read."""
     try:
         with tarfile.open(tar, "r:") as archive:
             while (entry := archive.next()) is not None:
@@ -137,6 +161,9 @@ def _entries(tar: Path) -> Iterator[tarfile.TarInfo]:
                 # They are kept otherwise, a kilobyte for each.
                 archive.members = []  # type: ignore[attr-defined]
             _require_end(archive)
+            archive.ignore_zeros = True
+            if archive.next() is not None:
+                raise DatasetError(f"{tar}: has more members after its end; keep concatenated tar files apart")
     except OSError as error:
         raise DatasetError(f"{tar}: cannot be read: {error.strerror or error}") from error
     except tarfile.TarError as error:
@@ -147,8 +174,11 @@ def _entries(tar: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _require_end(archive: tarfile.TarFile) -> None:
-    """ReadError where something other than the end of a tar file stands: `next` takes a damaged header for it."""
+    """ReadError where headers stop before the block of zeros that ends a tar file: `next` takes both for the end."""
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+    block = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0"):
         raise tarfile.ReadError(f"no header at byte {archive.offset}")
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(f"no end at byte {archive.offset}")

@@ -2,8 +2,10 @@
 
 import gzip
 import io
+import os
 import pickle
 import shutil
+import subprocess
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -138,6 +140,9 @@ def test_a_member_that_is_missing_is_one_line_with_where_it_is(packed, shapes_da
     (line,) = check.problems
     assert "val.tar/000001.png: no such image (8 like this" in line
     assert line.endswith('Try images = "val.tar/val" in [val].')
+    whole = image_source(packed.root, "val.tar", "turn")
+    assert whole.elsewhere(".//000001.png", packed.root) == "val.tar/val"
+    assert whole.elsewhere("other/../val/000001.png", packed.root) is None
     with pytest.raises(ImageError, match=r"shards/000099\.png: no such image$"):
         image_source(packed.root, "shards", "turn").read(record("000099.png"))
 
@@ -158,6 +163,8 @@ def test_a_missing_member_is_left_out_of_a_store_with_a_reason_that_says_no_plac
     ("spoil", "said"),
     [
         (lambda data: data[:1060], "unexpected end of data"),
+        (lambda data: data.rstrip(b"\0").ljust(1536, b"\0"), r"no end at byte 1536\)"),
+        (lambda data: data[: 1536 + 100], r"no end at byte 1536\)"),
         (lambda data: data[:512] + b"\xff" * 512 + data[1024:], "no header at byte"),
         (gzip.compress, "without compression"),
         (lambda data: b"", "empty file"),
@@ -206,6 +213,75 @@ def test_a_doubled_member_is_refused_where_it_is_asked_for(tmp_path, png):
     assert [source.read(record(f"{name}.png")).shape for name in "xyz"] == [(3, 4, 8)] * 3
 
 
+def test_concatenated_tar_files_are_refused_and_read_as_shards(tmp_path, png):
+    parts = [pack(tmp_path / f"a-{name}.tar", {f"{name}.png": png}) for name in "01"]
+    both = tmp_path / "both.tar"
+    both.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with pytest.raises(DatasetError, match=r"both\.tar: has more members after its end; keep .* apart$"):
+        image_source(tmp_path, "both.tar", "turn").read(record("0.png"))
+    assert image_source(tmp_path, "a-{0..1}.tar", "turn").read(record("1.png")).shape == (3, 4, 8)
+
+
+def tar(folder: Path, *arguments: str) -> None:
+    subprocess.run(["tar", *arguments], cwd=folder, check=True)  # noqa: S603, S607
+
+
+def test_a_link_or_a_sparse_member_is_refused_where_it_is_asked_for(tmp_path, png):
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "hole.png")
+    with (tmp_path / "hole.png").open("ab") as file:
+        file.truncate(1 << 20)
+    (tmp_path / "link.png").symlink_to("red.png")
+    named = ("red.png", "link.png", "hole.png")
+    source = image_source(tmp_path, "a.tar", "turn")
+    for kind in ("gnu", "posix"):
+        tar(tmp_path, "-S", f"--format={kind}", "-cf", "a.tar", *named)
+        assert source.read(record("red.png")).shape == (3, 4, 8)
+        with pytest.raises(DatasetError, match=r"a\.tar/link\.png: is a symbolic link to 'red\.png'; pack it with -h$"):
+            source.read(record("link.png"))
+        with pytest.raises(DatasetError, match=r"a\.tar/hole\.png: is stored sparse; pack it without -S$"):
+            source.read(record("hole.png"))
+    tar(tmp_path, "-h", "-cf", "a.tar", *named)
+    assert [source.read(record(name)).shape for name in named] == [(3, 4, 8)] * 3
+
+    # The first shard has the target, but a link leads only within its own tar file.
+    (tmp_path / "x.png").hardlink_to(tmp_path / "red.png")
+    tar(tmp_path, "-cf", "b-1.tar", "red.png", "x.png")
+    tar(tmp_path, "-f", "b-1.tar", "--delete", "red.png")
+    pack(tmp_path / "b-0.tar", {"red.png": png})
+    shards = image_source(tmp_path, "b-{0..1}.tar", "turn")
+    with pytest.raises(DatasetError, match=r"b-1\.tar/x\.png: is a hard link to 'red\.png'.*; pack the file itself$"):
+        shards.read(record("x.png"))
+    tar(tmp_path, "-cf", "b-1.tar", "x.png")
+    assert shards.read(record("x.png")).shape == (3, 4, 8)
+
+
+def test_a_file_that_is_packed_by_its_folder_and_its_name_is_one(tmp_path, png):
+    (tmp_path / "dd").mkdir()
+    (tmp_path / "dd/a.png").write_bytes(png)
+    tar(tmp_path, "-cf", "a.tar", "dd", "dd/a.png")
+    assert image_source(tmp_path, "a.tar/dd", "turn").read(record("a.png")).shape == (3, 4, 8)
+
+
+@pytest.mark.parametrize("member", ["a/x.png", "./a/x.png", "././a//x.png"])
+def test_a_spelling_of_a_name_leads_to_its_member(member, tmp_path, png):
+    pack(tmp_path / "a.tar", {member: png})
+    for place, prefix in (("a.tar", "a/"), ("a.tar/./a/", "")):
+        source = image_source(tmp_path, place, "turn")
+        names = [start + name for start in ("", "./", "././") for name in (f"{prefix}x.png", f"{prefix}./x.png")]
+        assert {source.identity(name) for name in names} == {source.identity(f"{prefix}/x.png".lstrip("/"))}
+        assert source.read(record(names[-1])).shape == (3, 4, 8)
+        with pytest.raises(ImageError) as caught:
+            source.read(record(names[-1], (9, 9)))
+        assert str(tmp_path) not in source.portable_reason(caught.value)
+
+
+@pytest.mark.parametrize("numbers", ["{003..000}", "{0..9999999999}", "{0..999}{000..100}"])
+def test_a_range_of_no_or_too_many_tar_files_is_one_line(numbers, tmp_path):
+    with pytest.raises(DatasetError, match=r"^images = 'a-\{.*expected .* 1 to 100,000 tar files, found \{[^\n]*$"):
+        image_source(tmp_path, f"a-{numbers}.tar", "turn")
+    assert len(image_source(tmp_path, "a-{00..99}{0..999}.tar", "turn").roots) == 100_000
+
+
 @pytest.mark.parametrize("name", ["../x.png", "/x.png", "a\\x.png", ""])
 def test_a_name_that_leads_out_is_refused_as_in_a_folder(name, tmp_path, png):
     pack(tmp_path / "a.tar", {"x.png": png})
@@ -217,7 +293,7 @@ def test_another_unicode_form_of_a_name_and_a_second_name_of_a_file_are_found(tm
     tar = pack(tmp_path / "a.tar", {unicodedata.normalize("NFD", "é.png"): png})
     with tarfile.open(tar, "a") as archive:
         link = tarfile.TarInfo("link.png")
-        link.type, link.linkname = tarfile.LNKTYPE, unicodedata.normalize("NFD", "é.png")
+        link.type, link.linkname = tarfile.LNKTYPE, unicodedata.normalize("NFD", "././é.png")
         archive.addfile(link)
     source = image_source(tmp_path, "a.tar", "turn")
     assert source.read(record(unicodedata.normalize("NFC", "é.png"))).shape == (3, 4, 8)
@@ -232,3 +308,10 @@ def test_a_tar_file_that_was_replaced_is_read_anew(tmp_path, png):
     pack(tmp_path / "a.tar", {"note": b"longer" * 1000, "x.png": png, "y.png": png})
     assert source.read(record("x.png")).shape == (3, 4, 8)
     assert source.has("y.png")
+    # Of the same size and time, as reproducible packing makes them.
+    pack(tmp_path / "b.tar", {"note": b"longer" * 1000, "x.png": png, "z.png": png})
+    was = (tmp_path / "a.tar").stat()
+    os.utime(tmp_path / "b.tar", ns=(was.st_atime_ns, was.st_mtime_ns))
+    (tmp_path / "b.tar").rename(tmp_path / "a.tar")
+    assert (tmp_path / "a.tar").stat().st_size == was.st_size
+    assert source.has("z.png")
