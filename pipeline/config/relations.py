@@ -385,7 +385,7 @@ _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     ),
     "proposals.anchor_fraction": ("proposals.search=coarse-to-fine", lambda c: c.proposals.search == "coarse-to-fine"),
     **{
-        f"proposer.{key}": ("proposals.search=learned and no proposals.boxes", lambda c: c.proposals.learned)
+        f"proposer.{key}": ("proposals.search=learned (and without proposals.boxes)", lambda c: c.proposals.learned)
         for key in _PROPOSER
     },
     **{

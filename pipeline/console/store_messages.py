@@ -99,7 +99,8 @@ def forecast_lines(store: Path, found: BuildForecast) -> list[str]:
         f"free there: {found.free:,} bytes",
         f"crops for the teacher, at most: {found.passes:,}, {found.passes / found.images:,.0f} an image",
         f"extraction, at most: {duration(found.seconds)} {_by(found.processes)} (a probe: one process of this machine "
-        f"encoded {found.probe.crops:,} crops in {found.probe.seconds:.0f} s; re-normalisation comes on top)",
+        f"encoded {found.probe.crops:,} crops in {found.probe.seconds:.0f} s; re-normalisation and the training of a "
+        "learned proposer come on top)",
     ]
 
 
