@@ -33,18 +33,16 @@ class StoreMismatch(StoreError):
     @classmethod
     def between(cls, store: object, differences: Sequence[Difference], *, cure: str) -> StoreMismatch:
         """The error about differences between a store and what is wanted; `cure` says what to do."""
-        return cls._framed(f"{store}: this store was made from something else: ", differences, f"; {cure}", str)
+        return cls._framed(f"{store}: this store was made from something else: ", differences, f"; {cure}")
 
-    def worded(self, line: Callable[[Difference], str]) -> StoreMismatch:
-        """Reword the differences by `line`; equal lines are listed once."""
+    def reworded(self, reword: Callable[[Sequence[Difference]], Sequence[Difference]]) -> StoreMismatch:
+        """The same error about reworded differences; equal lines are listed once."""
         before, after = self._frame
-        return self._framed(before, self.differences, after, line) if self.differences else self
+        return self._framed(before, reword(self.differences), after) if self.differences else self
 
     @classmethod
-    def _framed(
-        cls, before: str, differences: Sequence[Difference], after: str, line: Callable[[Difference], str]
-    ) -> StoreMismatch:
-        lines = list(dict.fromkeys(map(line, differences)))
+    def _framed(cls, before: str, differences: Sequence[Difference], after: str) -> StoreMismatch:
+        lines = list(dict.fromkeys(map(str, differences)))
         rest = len(lines) - _LISTED
         error = cls(before + "; ".join(lines[:_LISTED] + ([f"and {rest} more"] if rest > 0 else [])) + after)
         error.differences, error._frame = differences, (before, after)

@@ -24,7 +24,7 @@ from ezsd.cache import (
     verify,
 )
 from ezsd.pipeline.console.options import as_options
-from ezsd.pipeline.extraction.manifest_names import as_setting
+from ezsd.pipeline.extraction.manifest_names import as_settings
 from ezsd.pipeline.progress import duration
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def compare_lines(first: Path, second: Path) -> list[str]:
     found = compare(first, second)
     same = ", ".join(found.same_fingerprint) or "none"
     return [
-        *dict.fromkeys(as_setting(one).line("first", "second", verb="has ") for one in found.settings),
+        *dict.fromkeys(one.line("first", "second", verb="has ") for one in as_settings(found.settings)),
         f"products with the same fingerprint: {same}",
         *(found.content or ["same content, file for file"]),
     ]

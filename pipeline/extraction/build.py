@@ -33,7 +33,7 @@ from ezsd.pipeline.extraction.environment import describe_build, weights_file_di
 from ezsd.pipeline.extraction.external_proposals import given_proposals
 from ezsd.pipeline.extraction.forecast import warn_of_room
 from ezsd.pipeline.extraction.jobs import extract_numbered, leave_job
-from ezsd.pipeline.extraction.manifest_names import as_setting
+from ezsd.pipeline.extraction.manifest_names import as_settings
 from ezsd.pipeline.extraction.proposer import (
     BaseImages,
     ProposerWeights,
@@ -267,7 +267,7 @@ def _writer(
             shared=shared,
         )
     except StoreMismatch as error:
-        raise error.worded(lambda difference: str(as_setting(difference))) from None
+        raise error.reworded(as_settings) from None
 
 
 def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:

@@ -6,7 +6,7 @@ Manifests keep the names that settings had first, since fingerprints are made of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ezsd.cache import JSON, Difference
 from ezsd.pipeline.config.names import FORMER, FORMER_VALUES
@@ -31,6 +31,22 @@ _PLACES = {
 _UNSAID: Mapping[str, JSON] = {"proposals.drop_background": True, "proposals.search": "exhaustive"}
 """Values of settings that a manifest without them was made with."""
 _PROPOSALS = frozenset(field.name for field in dataclasses.fields(ProposalConfig))
+
+
+def as_settings(found: Sequence[Difference]) -> list[Difference]:
+    """Differences of two manifests, named and worded by `as_setting`.
+
+    Between a grid and a learned proposer the search alone is listed, without the settings that only one of them has.
+    """
+    named = [as_setting(one) for one in found]
+    search = next((one for one in named if one.name == "proposals.search"), None)
+    if search is None or "learned" not in (search.stored, search.wanted):
+        return named
+    return [
+        one
+        for one in named
+        if one.name != "proposals.needs" and (one.absent is None or not one.name.startswith(("proposals.", "proposer")))
+    ]
 
 
 def as_setting(difference: Difference) -> Difference:

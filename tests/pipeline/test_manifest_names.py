@@ -6,7 +6,7 @@ import pytest
 
 from ezsd.cache import Difference, differences
 from ezsd.pipeline.config.schema import AdaptConfig, ProposalConfig, load_preset, to_tables
-from ezsd.pipeline.extraction.manifest_names import as_setting, setting_name
+from ezsd.pipeline.extraction.manifest_names import as_setting, as_settings, setting_name
 from ezsd.pipeline.extraction.provenance import describe
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 
@@ -35,7 +35,7 @@ def lines(dataset, before, after, model=MODEL):
     for config in (before, after):
         annotations = read_annotations(BuildRequest(dataset=dataset, config=config, out=dataset.root))
         manifests.append(describe(dataset, annotations, config, model if config is after else MODEL))
-    return list(dict.fromkeys(str(as_setting(one)) for one in manifests[0].differences(manifests[1])))
+    return list(dict.fromkeys(map(str, as_settings(manifests[0].differences(manifests[1])))))
 
 
 @pytest.mark.parametrize("override", LINES)
@@ -49,6 +49,15 @@ def test_a_search_is_named_by_todays_words_also_where_a_manifest_says_nothing(sh
     found = lines(shapes_dataset, before, after)
     assert 'proposals.search: store has "exhaustive", wanted "coarse-to-fine"' in found
     assert any(line.startswith("proposals.anchor_fraction: store has no such entry") for line in found)
+
+
+def test_between_a_grid_and_a_network_the_search_alone_is_listed(shapes_dataset):
+    before, after = load_preset("shapes"), load_preset("shapes", ('proposals.search="learned"', "build.seed=1"))
+    assert lines(shapes_dataset, before, after) == [
+        'proposals.search: store has "exhaustive", wanted "learned"',
+        "build.seed: store has 0, wanted 1",
+    ]
+    assert lines(shapes_dataset, after, before)[0] == 'proposals.search: store has "learned", wanted "exhaustive"'
 
 
 def test_the_teachers_settings_are_told_from_its_weights(shapes_dataset):
