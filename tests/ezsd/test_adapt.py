@@ -159,7 +159,7 @@ def small_parameters(**shapes):
 )
 def test_restore_refuses_another_model_and_leaves_it_alone(other):
     values, table = flatten({name: nn.Parameter(p + 1) for name, p in small_parameters(a=(2,), b=(3,)).items()})
-    with pytest.raises(ValueError, match="not this teacher's"):
+    with pytest.raises(ValueError, match="not this network's"):
         restore(other, values, table)
     assert all((p == 0).all() for p in other.values())
 

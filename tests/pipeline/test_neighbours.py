@@ -68,7 +68,7 @@ def test_presets_fit_and_say_nothing(name, caplog):
         ("coco", ["model.box_top_k=3"], "changes nothing without model.box_class=topk"),
         ("coco", ["model.box_class=topk", "model.semantic_boxes=false"], "without model.semantic_boxes=true"),
         ("coco", ["loss.mask=2"], "changes nothing without model.masks=true"),
-        ("shapes", ["proposals.growth=0.5"], "changes nothing without another proposals.search than exhaustive"),
+        ("shapes", ["proposals.growth=0.5"], "changes nothing without proposals.search=grown-stride or coarse-to-fine"),
         ("shapes", ["proposals.anchor_fraction=0.5"], "changes nothing without proposals.search=coarse-to-fine"),
         ("coco", ["proposals.drop_background=false"], "changes nothing without a teacher.background"),
     ],
