@@ -36,7 +36,7 @@ class StoreMismatch(StoreError):
         return cls._framed(f"{store}: this store was made from something else: ", differences, f"; {cure}")
 
     def reworded(self, reword: Callable[[Sequence[Difference]], Sequence[Difference]]) -> StoreMismatch:
-        """The same error about reworded differences; equal lines are listed once."""
+        """Reword the differences; equal lines are listed once."""
         before, after = self._frame
         return self._framed(before, reword(self.differences), after) if self.differences else self
 

@@ -86,7 +86,8 @@ def test_a_failure_ends_all_workers_whatever_they_are_at(monkeypatch):
     monkeypatch.setattr(ezsd.pipeline.scheduling.pool.os, "kill", lambda pid, sig: ended.append(sig) or kill(pid, sig))
     with pytest.raises(ValueError, match="of the first"):
         run(Schedule(workers=2), _fail_or_wait, [0, 1])
-    assert ended == [signal.SIGKILL] * 2
+    # Dask may tell them to end as well, which is not enough.
+    assert ended.count(signal.SIGKILL) == 2
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bokeh") is not None, reason="bokeh is installed")
