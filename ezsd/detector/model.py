@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms
 
 from ezsd.choices import Backend, Metric
@@ -252,14 +251,12 @@ class Detector(nn.Module):
     def _propose(
         self, images: Tensor, sizes: list[tuple[int, int]], maps: list[Tensor], batch: Batch | None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        levels = {str(i): m.float() for i, m in enumerate(maps)}
         targets = None if batch is None else [{"boxes": b} for b in batch.boxes]
         if batch is not None and targets is not None and self.settings.ignore_rpn:
             for target, spared in zip(targets, self._spared(batch), strict=True):
                 target["spared"] = spared
         self._anchor_sampler.seeds = None if batch is None else batch.seeds
-        with torch.autocast(images.device.type, enabled=False):
-            proposals, losses = self.rpn(ImageList(images, sizes), levels, targets)
+        proposals, losses = self.rpn.propose(images, sizes, maps, targets)
         if not self.training:
             return proposals, {}
         return proposals, {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]}

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.image_list import ImageList
 
 from ezsd.detector.backbone import Pyramid, normalise
 from ezsd.detector.rpn import proposal_network
@@ -36,15 +35,12 @@ class Proposer(nn.Module):
             sizes: (height, width) of each image without padding.
             boxes: objects of each image, (N, 4), input pixels.
         """
-        losses: dict[str, Tensor]
-        _, losses = self.rpn(ImageList(images, sizes), self._maps(images, sizes), [{"boxes": b} for b in boxes])
+        maps = self.backbone(normalise(images, sizes))
+        _, losses = self.rpn.propose(images, sizes, maps, [{"boxes": b} for b in boxes])
         return torch.stack(list(losses.values())).sum()
 
     @torch.no_grad()
     def propose(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
         """Boxes (P, 4) in input pixels and their objectness (P,) in [0, 1] for each image, best first."""
-        boxes, _ = self.rpn(ImageList(images, sizes), self._maps(images, sizes), None)
+        boxes, _ = self.rpn.propose(images, sizes, self.backbone(normalise(images, sizes)))
         return list(zip(boxes, self.rpn.scores, strict=True))
-
-    def _maps(self, images: Tensor, sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
-        return {str(i): m.float() for i, m in enumerate(self.backbone(normalise(images, sizes)))}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 
 from ezsd.boxes import overlaps_any
@@ -54,6 +55,29 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
     """
 
     scores: list[Tensor]
+
+    def propose(
+        self,
+        images: Tensor,
+        sizes: list[tuple[int, int]],
+        maps: Sequence[Tensor],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Run the network in float32, also under autocast.
+
+        Args:
+            images: (B, 3, H, W), padded.
+            sizes: (height, width) of each image without padding.
+            maps: pyramid levels, finest first.
+            targets: "boxes" of each image, (N, 4), and "spared" ones; None in evaluation mode.
+
+        Returns:
+            Boxes (P, 4) of each image in input pixels, best first, and in training mode torchvision's losses.
+        """
+        levels = {str(i): m.float() for i, m in enumerate(maps)}
+        with torch.autocast(images.device.type, enabled=False):
+            found: tuple[list[Tensor], dict[str, Tensor]] = self(ImageList(images, sizes), levels, targets)
+        return found
 
     def filter_proposals(
         self,

@@ -290,9 +290,12 @@ def opened_image(path: ImageFile | str, file: IO[bytes] | None = None) -> Iterat
         ImageError: it is missing, no image or too large, or damage shows within the context.
     """
     with _image_errors(path), ExitStack() as stack:
-        if file is None and not isinstance(path, Path | str):
-            file = stack.enter_context(path.open("rb"))
-        image = stack.enter_context(Image.open(path if file is None else file))  # type: ignore[arg-type]
+        if file is None:
+            # Pillow maps a file of this machine.
+            opened = path if isinstance(path, Path | str) else stack.enter_context(path.open("rb"))
+        else:
+            opened = file
+        image = stack.enter_context(Image.open(opened))
         _require_pixels(path, image)
         yield image
 

@@ -46,6 +46,7 @@ class TarMember:
         entry = tarfile.TarInfo(self.name)
         entry.offset_data, entry.size = self.offset, self.size
         try:
+            # A regular member always has a file; only its type does not say so.
             with tarfile.open(self.tar, "r:") as archive, archive.extractfile(entry) as file:  # type: ignore[union-attr]
                 yield file
         except tarfile.TarError as error:

@@ -28,6 +28,7 @@ from ezsd.pipeline.data.requirements import (
 )
 from ezsd.pipeline.errors import ConfigError, ImageError
 from ezsd.pipeline.extraction.adapt import adapt_teacher
+from ezsd.pipeline.extraction.base_images import BaseImages
 from ezsd.pipeline.extraction.commit import require_workers, write_shards
 from ezsd.pipeline.extraction.environment import describe_build, weights_file_digest
 from ezsd.pipeline.extraction.external_proposals import given_proposals
@@ -35,7 +36,6 @@ from ezsd.pipeline.extraction.forecast import warn_of_room
 from ezsd.pipeline.extraction.jobs import extract_numbered, leave_job
 from ezsd.pipeline.extraction.manifest_names import as_settings
 from ezsd.pipeline.extraction.proposer import (
-    BaseImages,
     ProposerWeights,
     make_proposer,
     proposer_weights,
@@ -341,12 +341,11 @@ def _proposer(writer: StoreWriter, request: BuildRequest, annotations: Annotatio
 
 def trained_proposer(request: BuildRequest, annotations: Annotations) -> tuple[NDArray[np.float32], dict[str, object]]:
     """Train a proposer on the base boxes; its state, and its figures on held-out base objects."""
-    dataset, config = request.dataset, request.config
+    config = request.config
     if config.proposer.backbone != "tiny" and config.proposer.weights is None:
         warn_of_random_weights(f"the proposer's {config.proposer.backbone}", "proposer.weights")
-    most_bad = most_bad_images(config.build.max_bad_images, len(annotations.images))
     values, trained = train_proposer(
-        BaseImages(annotations=annotations, source=dataset.images("train"), most_bad=most_bad),
+        _base_images(request, annotations, "the proposer's training"),
         config.proposer,
         held_out=config.adapt.held_out,
         device=torch.device(request.device),
@@ -362,20 +361,24 @@ def trained_proposer(request: BuildRequest, annotations: Annotations) -> tuple[N
     return values, trained
 
 
+def _base_images(request: BuildRequest, annotations: Annotations, reader: str) -> BaseImages:
+    most_bad = most_bad_images(request.config.build.max_bad_images, len(annotations.images))
+    source = request.dataset.images("train")
+    return BaseImages(annotations=annotations, source=source, reader=reader, most_bad=most_bad)
+
+
 def adapted(
     request: BuildRequest, teacher: Teacher, annotations: Annotations
 ) -> tuple[NDArray[np.float32], dict[str, object]]:
     """Re-normalise the teacher in place; its tuned values and what is said about them."""
-    dataset, config = request.dataset, request.config
+    config = request.config
     torch.manual_seed(config.build.seed)
     values, tuned = adapt_teacher(
         teacher,
-        annotations,
-        dataset.images("train"),
+        _base_images(request, annotations, "re-normalisation"),
         config=config.adapt,
         crops=config.proposals,
         seed=config.build.seed,
-        most_bad=most_bad_images(config.build.max_bad_images, len(annotations.images)),
     )
     before, after = tuned["base_accuracy_before"], tuned["base_accuracy_after"]
     if tuned["steps"]:

@@ -80,6 +80,9 @@ def forecast_build(request: BuildRequest, *, probe_seconds: float = 10.0) -> Bui
         ValueError: (of other kinds) see `build_cache`.
     """
     request.dataset.require()
+    if request.config.proposals.learned:
+        # Refuses a file of weights that a build would refuse.
+        make_proposer(request.config.proposer)
     annotations = read_annotations(request)
     images, size = len(annotations.images), request.config.build.block_images
     blocks, processes = -(-images // size), request.schedule.processes
@@ -164,7 +167,9 @@ def _at_most(request: BuildRequest, annotations: Annotations, embed_dim: int) ->
     most = forecast(rows, images=images, embed_dim=embed_dim, embedding=request.config.build.embedding)
     if not settings.learned:
         return most
-    network = 4 * sum(value.numel() for value in proposer_state(make_proposer(request.config.proposer)).values())
+    network = 4 * sum(
+        value.numel() for value in proposer_state(make_proposer(request.config.proposer, pretrained=False)).values()
+    )
     return Forecast(final=most.final + network, peak=most.peak + 2 * network)
 
 

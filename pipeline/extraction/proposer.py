@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,22 +17,15 @@ from torch import Tensor, nn
 
 from ezsd.adapt import flatten, restore
 from ezsd.boxes import clip, flip_horizontal, iou, scale
-from ezsd.data.annotations import Annotations
 from ezsd.data.dataset import pad_images, resize
-from ezsd.detector.backbone import build_backbone
 from ezsd.detector.proposer import Proposer
 from ezsd.pipeline.config.schema import ProposerConfig
-from ezsd.pipeline.data.image_source import ImageSource
-from ezsd.pipeline.data.images import require_few_bad
-from ezsd.pipeline.data.requirements import held_out_images
-from ezsd.pipeline.devices import is_out_of_memory
-from ezsd.pipeline.errors import ConfigError, ImageError
+from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.extraction.base_images import BaseImages, halving_where_memory_is_short
 from ezsd.pipeline.extraction.encoder import single_thread
 from ezsd.pipeline.extraction.reuse import Columns
 from ezsd.pipeline.progress import Progress
-from ezsd.pipeline.runs.model import read_backbone
-
-log = logging.getLogger("ezsd")
+from ezsd.pipeline.runs.model import configured_backbone, read_backbone
 
 _WARMUP = 0.06
 """Fraction of the steps in which the learning rate rises."""
@@ -56,39 +48,6 @@ class ProposerWeights:
     """Names and shapes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaseImages:
-    """Training images with their base boxes; images that cannot be read are left out, up to a limit."""
-
-    annotations: Annotations
-    source: ImageSource
-    most_bad: int
-    bad: dict[int, str] = field(default_factory=dict)
-    """Images left out so far, by id, and why."""
-
-    def read(self, position: int) -> Tensor | None:
-        """Pixels (3, H, W) uint8 of an image; None when it cannot be read.
-
-        Raises:
-            ImageError: it cannot be read, and with it more than may be left out.
-        """
-        record = self.annotations.images[position]
-        try:
-            return self.source.read(record)
-        except ImageError as error:
-            if not self.most_bad:
-                raise
-            if record.id not in self.bad:
-                log.warning("left out of the proposer's training: %s", error)
-                self.bad[record.id] = str(error)
-                require_few_bad(self.bad, self.most_bad)
-            return None
-
-    def boxes(self, position: int) -> Tensor:
-        """Base boxes (N, 4) of an image, original pixels."""
-        return torch.from_numpy(self.annotations.box[self.annotations.rows(position)])
-
-
 def make_proposer(config: ProposerConfig, *, proposals: int = _RECALL_BOXES, pretrained: bool = True) -> Proposer:
     """Make a proposer that is not trained on boxes yet.
 
@@ -101,17 +60,7 @@ def make_proposer(config: ProposerConfig, *, proposals: int = _RECALL_BOXES, pre
         ConfigError: the weights do not fit the backbone, or the anchor sizes its levels.
     """
     weights = read_backbone(Path(config.weights), "proposer.weights") if pretrained and config.weights else None
-    try:
-        backbone = build_backbone(
-            config.backbone, channels=config.fpn_channels, weights=weights, frozen_norms=config.weights is not None
-        )
-    except ValueError as error:
-        raise ConfigError(str(error).replace("model.backbone", "proposer.backbone")) from error
-    if len(config.rpn_sizes) != len(backbone.strides):
-        raise ConfigError(
-            f"proposer.rpn_sizes needs one size per level of {config.backbone} (strides {backbone.strides}), "
-            f"got {len(config.rpn_sizes)}"
-        )
+    backbone = configured_backbone("proposer", config, weights, frozen_norms=config.weights is not None)
     return Proposer(backbone, config.rpn_sizes, proposals=proposals)
 
 
@@ -150,25 +99,15 @@ def train_proposer(
             in memory.
         ImageError: more images than may be left out cannot be read.
     """
-    with_boxes = np.unique(images.annotations.image_index)
-    order = np.random.default_rng([seed, 0]).permutation(with_boxes)
-    held = min(held_out_images(len(with_boxes), held_out), _HELD_OUT)
-    held_positions = np.sort(order[:held]).tolist()
-    if all(images.read(position) is None for position in held_positions):
+    trained_on, held = images.split(held_out, seed=seed, most=_HELD_OUT)
+    if all(images.read(position) is None for position in held):
         raise ConfigError("the proposer needs base boxes in images that can be read, found none to hold out")
     torch.manual_seed(seed)
     proposer = make_proposer(config).to(device).train()
     with single_thread(), ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-        try:
-            _train(proposer, _batches(images, np.sort(order[held:]), config, seed=seed), config, device, reader)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ConfigError(
-                f"proposer.batch_size={config.batch_size}: so many images in a step do not fit the memory; use "
-                f"`proposer.batch_size={max(1, config.batch_size // 2)}`"
-            ) from error
-        overlap = _held_out_overlap(proposer.eval(), images, held_positions, config)
+        with halving_where_memory_is_short("proposer.batch_size", config.batch_size, "images"):
+            _train(proposer, _batches(images, trained_on, config, seed=seed), config, device, reader)
+        overlap = _held_out_overlap(proposer.eval(), images, held, config)
     values, table = flatten(proposer_state(proposer))
     attributes: dict[str, object] = {
         "parameters": table,
@@ -252,9 +191,7 @@ def _train(
             progress.advance(note=f"loss {value:.3f}")
 
 
-def _batches(
-    images: BaseImages, positions: NDArray[np.int64], config: ProposerConfig, *, seed: int
-) -> Iterator[_Batch]:
+def _batches(images: BaseImages, positions: Sequence[int], config: ProposerConfig, *, seed: int) -> Iterator[_Batch]:
     """Batches for ever; images reshuffled each round, half of them flipped."""
     rng = np.random.default_rng([seed, 2])
     samples: list[tuple[Tensor, Tensor]] = []

@@ -54,12 +54,13 @@ def _source(path: Path, data_root: Path, *, weights: str | None, device: str) ->
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=weights))
     # Where the manifest is what has to be repaired, only the settings can say it.
     with contextlib.suppress(StoreError):
-        model = model_inputs(info(path).manifest)
+        manifest = info(path).manifest
+        model = model_inputs(manifest)
         config = dataclasses.replace(config, teacher=with_recorded_normalisation(config.teacher, model))
-        network = info(path).manifest.products.get("proposer")
-        if network is not None and config.proposer.weights and not Path(config.proposer.weights).is_file():
+        weights_of_proposer = config.proposer.weights
+        if "proposer" in manifest.products and weights_of_proposer and not Path(weights_of_proposer).is_file():
             # Only a new training needs the file; the manifest has its digest.
-            digest = built_settings(info(path).manifest)["proposer"]["weights"]
+            digest = built_settings(manifest)["proposer"]["weights"]
             config = dataclasses.replace(config, proposer=dataclasses.replace(config.proposer, weights=str(digest)))
     dataset = from_definition(recorded["dataset"], data_root).require()
     return _Images(BuildRequest(dataset=dataset, config=config, out=path, limit=recorded["limit"], device=device))

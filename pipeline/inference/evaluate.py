@@ -25,6 +25,7 @@ from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.requirements import require_evaluation
 from ezsd.pipeline.errors import ArgumentError, ConfigError, DatasetError, RunError
 from ezsd.pipeline.extraction.adapt import CropSource
+from ezsd.pipeline.extraction.base_images import BaseImages
 from ezsd.pipeline.extraction.provenance import proposal_settings
 from ezsd.pipeline.files import write_json, write_text
 from ezsd.pipeline.inference.evaluation_tables import (
@@ -216,7 +217,8 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Pa
     rule = {key: made_with[key] for key in ("crop_ratio", "padding")}
     tables = to_tables(config)
     crops = from_tables(tables | {"proposals": tables["proposals"] | rule}, where="store").proposals
-    source = CropSource(annotations, dataset.images("val"), size=teacher.input_size, crops=crops)
+    images = BaseImages(annotations=annotations, source=dataset.images("val"), reader="the crop accuracy")
+    source = CropSource(images, size=teacher.input_size, crops=crops)
     single = ~annotations.crowd
     is_base = annotations.class_index < len(dataset.split.base)
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ezsd.detector.backbone import build_backbone
+from ezsd.detector.backbone import Pyramid, build_backbone
 from ezsd.detector.model import Detector
-from ezsd.pipeline.config.schema import Config
+from ezsd.pipeline.config.schema import Config, ModelConfig, ProposerConfig
 from ezsd.pipeline.errors import ConfigError
 
 log = logging.getLogger("ezsd")
@@ -21,19 +21,34 @@ def build_detector(
     config: Config, embed_dim: int, weights: dict[str, Tensor] | None, *, frozen_norms: bool | None = None
 ) -> Detector:
     """The detector of a configuration, freshly initialised; `build_backbone` explains the last two arguments."""
-    model = config.model
+    backbone = configured_backbone("model", config.model, weights, frozen_norms=frozen_norms)
+    return Detector(backbone, config.model, embed_dim=embed_dim, backend=config.train.backend)
+
+
+def configured_backbone(
+    section: str,
+    settings: ModelConfig | ProposerConfig,
+    weights: dict[str, Tensor] | None,
+    *,
+    frozen_norms: bool | None,
+) -> Pyramid:
+    """Backbone of the settings of a section; `build_backbone` explains the last two arguments.
+
+    Raises:
+        ConfigError: the weights do not fit the backbone, or the anchor sizes its levels; names the section's settings.
+    """
     try:
         backbone = build_backbone(
-            model.backbone, channels=model.fpn_channels, weights=weights, frozen_norms=frozen_norms
+            settings.backbone, channels=settings.fpn_channels, weights=weights, frozen_norms=frozen_norms
         )
     except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if len(model.rpn_sizes) != len(backbone.strides):
+        raise ConfigError(str(error).replace("model.", f"{section}.")) from error
+    if len(settings.rpn_sizes) != len(backbone.strides):
         raise ConfigError(
-            f"model.rpn_sizes needs one size per level of {model.backbone} (strides {backbone.strides}), "
-            f"got {len(model.rpn_sizes)}"
+            f"{section}.rpn_sizes needs one size per level of {settings.backbone} (strides {backbone.strides}), "
+            f"got {len(settings.rpn_sizes)}"
         )
-    return Detector(backbone, model, embed_dim=embed_dim, backend=config.train.backend)
+    return backbone
 
 
 def warn_of_random_weights(backbone: str, setting: str) -> None:

@@ -19,10 +19,10 @@ from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.errors import ConfigError, ImageError
 from ezsd.pipeline.extraction import build as build_module
+from ezsd.pipeline.extraction.base_images import BaseImages
 from ezsd.pipeline.extraction.build import build_cache, build_share
 from ezsd.pipeline.extraction.commit import commit_cache
 from ezsd.pipeline.extraction.proposer import (
-    BaseImages,
     load_proposer,
     propose,
     proposer_state,
@@ -249,7 +249,7 @@ def pale(shapes_root, root, positions):
 
 def base_images(dataset, most_bad):
     annotations = load_training(dataset.annotations("train"), dataset.split)
-    return BaseImages(annotations=annotations, source=dataset.images("train"), most_bad=most_bad)
+    return BaseImages(annotations=annotations, source=dataset.images("train"), reader="a test", most_bad=most_bad)
 
 
 def trained(images, config, **changes):
