@@ -151,6 +151,9 @@ def cache_build(
         str | None,
         typer.Option(help="gelu or quickgelu: activation of the weights in a local file, if ezsd cannot tell."),
     ] = None,
+    backbone_weights: Annotated[
+        Path | None, typer.Option(help="ImageNet weights of the learned proposer's ResNet, .safetensors or .pth.")
+    ] = None,
     preset: Preset = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
     device: Device = "auto",
@@ -183,7 +186,13 @@ def cache_build(
     named = find_dataset(dataset, data_root)
     start = preset or named.preset
     config = build_config(
-        start, set_ or [], teacher=teacher, weights=weights, activation=activation, prompts=named.prompts
+        start,
+        set_ or [],
+        teacher=teacher,
+        weights=weights,
+        activation=activation,
+        backbone_weights=backbone_weights,
+        prompts=named.prompts,
     )
     if data_root is not None or named.root.exists():
         named.require()

@@ -183,7 +183,8 @@ def count(photos: Path) -> Row:
     records = [training_annotations(dataset.root / file, dataset.split) for file in files]
     sizes = [(image.width, image.height) for record in records for image in record.images]
     presets = {name: load_preset(name) for name in PRESETS}
-    passes = {config.proposals.search: count_passes(config, sizes) for config in presets.values()}
+    grids = (presets["paper"], load_preset("coco", ("proposals.search=coarse-to-fine",)))
+    passes = {config.proposals.search: count_passes(config, sizes) for config in grids}
     teachers = {name: count_teacher(name) for name in TEACHERS}
     # The detector asks for a device that can compute; tensors without memory pretend to have one.
     with FakeTensorMode():
@@ -210,11 +211,11 @@ def tuning_table(row: Row, utilisation: float) -> list[list[str]]:
 
 
 def looking_table(row: Row, utilisation: float) -> list[list[str]]:
-    """Proposals, regions and ground truth."""
-    lines = []
+    """Proposals, regions and ground truth; of a learned proposer all boxes are counted, of which filters drop some."""
+    lines, learned = [], {"learned": load_preset("coco").max_proposals}
     for data, images in IMAGES.items():
         for name, counted in row["teachers"].items():
-            for mode, passes in row["passes"].items():
+            for mode, passes in (learned | row["passes"]).items():
                 crops = images * (passes + row["base_boxes"])
                 total = crops * counted["pass_gflop"]
                 # Rows of before have the former word.
@@ -226,11 +227,11 @@ def looking_table(row: Row, utilisation: float) -> list[list[str]]:
 
 def store_table(row: Row) -> list[list[str]]:
     """Disk of a store, with as many proposals and regions as are kept at most."""
-    rule, lines = load_preset("coco").proposals, []
+    config, lines = load_preset("coco"), []
     for data, images in IMAGES.items():
         counts = {
-            "proposals": images * rule.max_proposals,
-            "regions": images * rule.max_regions,
+            "proposals": images * config.max_proposals,
+            "regions": images * min(config.max_proposals, config.proposals.max_regions),
             "ground_truth": round(images * row["base_boxes"]),
         }
         for embedding in get_args(EmbeddingType):

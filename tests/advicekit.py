@@ -79,7 +79,14 @@ def follow_call(calls: Calls, said: str, folder: Path) -> None:
     advised(folder)
 
 
-FAST = ("adapt.steps=1", "adapt.batch_size=16", "proposals.sizes=[60]", "proposals.stride=1.0", "build.block_images=6")
+FAST = (
+    "adapt.steps=1",
+    "adapt.batch_size=16",
+    "proposals.search=exhaustive",
+    "proposals.sizes=[60]",
+    "proposals.stride=1.0",
+    "build.block_images=6",
+)
 """Settings of a build of seconds."""
 
 

@@ -24,6 +24,7 @@ from ezsd.pipeline.training.train import TrainRequest, train
 QUICK = (
     "adapt.steps=4",
     "adapt.batch_size=32",
+    "proposals.search=exhaustive",
     "proposals.sizes=[40]",
     "proposals.stride=0.5",
     "build.block_images=5",

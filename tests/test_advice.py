@@ -271,8 +271,8 @@ SPOKEN: Calls = {
         lambda _: load_preset("shapes", ["train.steps=3", "train.batch_size=2"]),
     ),
     "proposals.max_proposals=100; set max_proposals to at least as many": (
-        lambda _: load_settings("coco", ["proposals.max_proposals=100"]),
-        lambda _: load_settings("coco", ["proposals.max_proposals=300"]),
+        lambda _: load_settings("paper", ["proposals.max_proposals=100"]),
+        lambda _: load_settings("paper", ["proposals.max_proposals=300"]),
     ),
     "leaves no region on an object; raise one of them": (
         lambda _: load_settings("shapes", ["model.box_batch_size_per_image=3"]),

@@ -281,11 +281,10 @@ RELATIONS = (
         "has no effect without a background prompt",
     ),
     Relation(
-        "proposals.search",
-        ("proposals.max_proposals",),
+        "proposer.max_proposals",
+        ("proposals.max_proposals", "proposals.max_regions"),
         "listed",
-        "a learned proposer gives `max_proposals` boxes an image, the best some 100; a grid of thousands of anchors "
-        "needs more",
+        "a learned proposer gives the smaller of both numbers; regions are selected from these boxes",
     ),
     Relation(
         "proposer.batch_size",
@@ -389,7 +388,10 @@ _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
         for key in _PROPOSER
     },
     **{
-        f"proposals.{key}": ("another proposals.search than learned", lambda c: not c.proposals.learned)
+        f"proposals.{key}": (
+            "a search of the grid, as proposals.search=exhaustive is",
+            lambda c: not c.proposals.learned,
+        )
         for key in ("grid", "sizes", "ratios", "stride", "score", "nms_iou")
     },
     "proposals.drop_background": ("a teacher.background", lambda c: c.teacher.background is not None),
@@ -460,7 +462,7 @@ def require_fit(config: Config) -> None:
         "must be at most 1",
     )
     _require(
-        proposals.max_regions <= proposals.max_proposals,
+        proposals.learned or proposals.max_regions <= proposals.max_proposals,
         f"proposals.max_regions={proposals.max_regions} are chosen among "
         f"proposals.max_proposals={proposals.max_proposals}; set max_proposals to at least as many",
     )

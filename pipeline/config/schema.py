@@ -105,7 +105,7 @@ class ProposalConfig:
     nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.7
     """IoU threshold of NMS, all classes together."""
     max_proposals: Annotated[int, Interval(ge=1)] = 1000
-    """Proposals kept per image after NMS."""
+    """Proposals kept per image after NMS; of a learned proposer at most `proposer.max_proposals`."""
     base_iou: Annotated[float, Interval(gt=0)] = 0.3
     """Regions overlapping a base box this much are dropped."""
     drop_base_guesses: bool = True
@@ -173,6 +173,8 @@ class ProposerConfig:
     """Images are resized to fit min_size x max_size (shorter and longer side), ratio kept; 0 keeps them as they are."""
     max_size: Annotated[int, Interval(ge=0)] = 672
     """Limit of the longer side, pixels."""
+    max_proposals: Annotated[int, Interval(ge=1)] = 100
+    """Boxes per image after NMS, each of them a crop that the teacher is shown."""
 
     def __post_init__(self) -> None:
         _require_bounds("proposer", self)
@@ -370,6 +372,12 @@ class Config:
     proposer: ProposerConfig = field(default_factory=ProposerConfig)
     build: BuildConfig = field(default_factory=BuildConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def max_proposals(self) -> int:
+        """Most proposals kept per image."""
+        most = self.proposals.max_proposals
+        return min(most, self.proposer.max_proposals) if self.proposals.learned else most
 
 
 STAGE_ONE = ("teacher", "adapt", "proposer", "proposals", "build")

@@ -21,9 +21,10 @@ def build_config(
     teacher: str | None,
     weights: str | None,
     activation: str | None = None,
+    backbone_weights: Path | None = None,
     prompts: Mapping[str, str] | None = None,
 ) -> Config:
-    """Configuration of a cache build: preset, then the dataset's prompts, `--set`, and the teacher's options."""
+    """Configuration of a cache build: preset, then the dataset's prompts, `--set`, and the options of networks."""
     of_dataset = [f"teacher.{key}={json.dumps(value)}" for key, value in (prompts or {}).items()]
     of_teacher = []
     if teacher is not None:
@@ -32,7 +33,8 @@ def build_config(
         of_teacher.append(f"teacher.weights={json.dumps(weights)}")
     if activation is not None:
         of_teacher.append(f"teacher.activation={json.dumps(activation)}")
-    config = load_settings(preset, [*of_dataset, *overrides, *of_teacher])
+    of_proposer = [] if backbone_weights is None else [f"proposer.weights={json.dumps(str(backbone_weights))}"]
+    config = load_settings(preset, [*of_dataset, *overrides, *of_teacher, *of_proposer])
     if teacher is not None and weights is None:
         # Another teacher's weights would never fit.
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=None))

@@ -121,7 +121,7 @@ def _some(images: Sequence[ImageRecord]) -> list[ImageRecord]:
 def _passes(config: Config, annotations: Annotations) -> int:
     """Crops of all images: for anchors by the sizes of some of them, and one for each base box."""
     if config.proposals.boxes or config.proposals.learned:
-        return len(annotations.images) * config.proposals.max_proposals + len(annotations.box)
+        return len(annotations.images) * config.max_proposals + len(annotations.box)
     some = _some(annotations.images)
     seen = sum(encoded_at_most(config.proposals, image.width, image.height) for image in some)
     return round(seen / len(some) * len(annotations.images)) + len(annotations.box)
@@ -158,10 +158,10 @@ def _some_boxes(config: ProposalConfig, image: ImageRecord) -> Tensor:
 
 
 def _at_most(request: BuildRequest, annotations: Annotations, embed_dim: int) -> Forecast:
-    images, settings = len(annotations.images), request.config.proposals
+    images, settings, proposals = len(annotations.images), request.config.proposals, request.config.max_proposals
     rows = {
-        "proposals": images * settings.max_proposals,
-        "regions": images * min(settings.max_proposals, settings.max_regions),
+        "proposals": images * proposals,
+        "regions": images * min(proposals, settings.max_regions),
         "ground_truth": len(annotations.box),
     }
     most = forecast(rows, images=images, embed_dim=embed_dim, embedding=request.config.build.embedding)

@@ -36,7 +36,8 @@ _PROPOSALS = frozenset(field.name for field in dataclasses.fields(ProposalConfig
 def as_settings(found: Sequence[Difference]) -> list[Difference]:
     """Differences of two manifests, named and worded by `as_setting`.
 
-    Between a grid and a learned proposer the search alone is listed, without the settings that only one of them has.
+    Between a grid and a learned proposer the search alone is listed, without what follows from it: the settings that
+    only one of them has, and the number of proposals.
     """
     named = [as_setting(one) for one in found]
     search = next((one for one in named if one.name == "proposals.search"), None)
@@ -45,7 +46,8 @@ def as_settings(found: Sequence[Difference]) -> list[Difference]:
     return [
         one
         for one in named
-        if one.name != "proposals.needs" and (one.absent is None or not one.name.startswith(("proposals.", "proposer")))
+        if one.name not in ("proposals.needs", "proposals.max_proposals")
+        and (one.absent is None or not one.name.startswith(("proposals.", "proposer")))
     ]
 
 

@@ -33,7 +33,7 @@ _MAX_GRAD_NORM = 1.0
 _HELD_OUT = 500
 """Most held-out images: enough to measure recall."""
 _RECALL_BOXES = 100
-"""Boxes per image that recall is measured with, whatever proposals.max_proposals is: it is no input of the network."""
+"""Boxes per image that recall is measured with, whatever proposer.max_proposals is: it is no input of the network."""
 
 
 @dataclass(frozen=True, slots=True)

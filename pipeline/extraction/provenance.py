@@ -56,7 +56,10 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
     Looks at the start of image files, see `images_read`.
     """
     learned = config.proposals.learned
-    digests, proposals = annotations.digest(), with_former_names("proposals", to_tables(config)["proposals"])
+    # Its number of boxes is an input of the proposals that they become; the network does not depend on it.
+    network = {key: value for key, value in dataclasses.asdict(config.proposer).items() if key != "max_proposals"}
+    asked = to_tables(config)["proposals"] | {"max_proposals": config.max_proposals}
+    digests, proposals = annotations.digest(), with_former_names("proposals", asked)
     data = {"image_list_sha256": digests["images"], "base_boxes_sha256": digests["boxes"]}
     crop = {"ratio": config.proposals.crop_ratio, "surround": config.proposals.padding}
     read = images_read(dataset, annotations)
@@ -91,7 +94,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
     }
     if learned:
         inputs["proposer"] = {
-            "network": dataclasses.asdict(config.proposer) | {"weights": _weights_digest(config.proposer)},
+            "network": network | {"weights": _weights_digest(config.proposer)},
             "seed": config.build.seed,
             "held_out": config.adapt.held_out,
             "dataset": data,
@@ -198,7 +201,8 @@ def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
         assert isinstance(network, dict)
         # The place of the file is in environment.json.
         weights = network["weights"] and f"{_DIGEST}{network['weights']}"
-        tables["proposer"] = {**network, "weights": weights}
+        kept = tables["proposals"].pop("max_proposals")
+        tables["proposer"] = {**network, "weights": weights, "max_proposals": kept}
     return with_todays_names(tables)
 
 

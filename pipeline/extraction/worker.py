@@ -111,7 +111,7 @@ def _worker(job: ExtractJob) -> _Worker:
         reused=None if job.reuse is None else ReusedRows(job.reuse),
         proposer=None
         if job.proposer is None
-        else load_proposer(config.proposer, job.proposer, proposals=config.proposals.max_proposals, device=job.device),
+        else load_proposer(config.proposer, job.proposer, proposals=config.max_proposals, device=job.device),
         given=given_proposals(config.proposals, annotations.images) if config.proposals.boxes else None,
     )
 

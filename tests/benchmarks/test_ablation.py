@@ -20,7 +20,14 @@ from ezsd.pipeline.extraction.provenance import dataset_inputs
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Few windows, two blocks of images, two steps: the same code in seconds.
-QUICK = ("adapt.steps=2", "adapt.batch_size=32", "proposals.sizes=[40]", "build.block_images=4", "train.batch_size=4")
+QUICK = (
+    "adapt.steps=2",
+    "adapt.batch_size=32",
+    "proposals.search=exhaustive",
+    "proposals.sizes=[40]",
+    "build.block_images=4",
+    "train.batch_size=4",
+)
 # One of each kind: another store, given boxes of every source, another evaluation, the oracle, another length.
 FEW = ("baseline", "raw features", "random", "rpn", "permuted novel names", "oracle", "no class in box regression x 2")
 

@@ -197,7 +197,9 @@ def test_a_store_is_told_from_one_that_was_built_before_images_were_turned(pair,
     assert "images" not in stores[0].manifest.products["teacher"].inputs
     assert stores[1].manifest.products["teacher"].inputs["images"] == {"exif": "turn"}
     old = dataclasses.replace(turned, exif="legacy")
-    config = load_preset("shapes", ["adapt.steps=1", "proposals.sizes=[64]", "build.max_bad_images=0.9"])
+    config = load_preset(
+        "shapes", ["adapt.steps=1", "proposals.search=exhaustive", "proposals.sizes=[64]", "build.max_bad_images=0.9"]
+    )
     request = BuildRequest(dataset=old, config=config, out=tmp_path / "store", scheduler="sync", limit=4)
     build_cache(request)
     again = dataclasses.replace(request, dataset=turned)

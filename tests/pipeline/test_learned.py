@@ -39,9 +39,8 @@ from ezsd.pipeline.training.train import TrainRequest, train
 from tests.conftest import QUICK
 
 LEARNED = (
-    *QUICK,
-    "proposals.search=learned",
-    "proposals.max_proposals=12",
+    *(setting for setting in QUICK if not setting.startswith("proposals.")),
+    "proposer.max_proposals=12",
     "proposals.drop_background=false",
     "proposals.drop_base_guesses=false",
     "proposer.steps=3",
@@ -177,6 +176,7 @@ def test_a_store_says_how_its_proposer_was_trained(learned_store, config):
     built = as_built(load_preset("shapes"), store.manifest, {})
     assert built.proposer == config.proposer
     assert built.proposals.search == "learned"
+    assert built.max_proposals == 12
 
 
 def test_a_run_of_such_a_store_is_trained_and_evaluated_with_crops(learned_store, config, tmp_path):

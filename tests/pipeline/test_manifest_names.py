@@ -11,7 +11,8 @@ from ezsd.pipeline.extraction.provenance import describe
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 
 MODEL = {"name": "teacher", "template": "a {}", "names": "all", "precision": "fp32"}
-PAPER = ('proposals.grid="paper"', "proposals.stride=16")
+GRID = "proposals.search=exhaustive"
+PAPER = (GRID, 'proposals.grid="paper"', "proposals.stride=16")
 LINES = {
     "adapt.steps=7": "adapt.steps: store has 80, wanted 7",
     "adapt.batch_size=7": "adapt.batch_size: store has 128, wanted 7",
@@ -40,7 +41,8 @@ def lines(dataset, before, after, model=MODEL):
 
 @pytest.mark.parametrize("override", LINES)
 def test_a_difference_has_the_name_of_its_setting(override, shapes_dataset):
-    assert lines(shapes_dataset, load_preset("shapes"), load_preset("shapes", (override,))) == [LINES[override]]
+    before, after = load_preset("shapes", (GRID,)), load_preset("shapes", (GRID, override))
+    assert lines(shapes_dataset, before, after) == [LINES[override]]
 
 
 def test_a_search_is_named_by_todays_words_also_where_a_manifest_says_nothing(shapes_dataset):
@@ -52,12 +54,20 @@ def test_a_search_is_named_by_todays_words_also_where_a_manifest_says_nothing(sh
 
 
 def test_between_a_grid_and_a_network_the_search_alone_is_listed(shapes_dataset):
-    before, after = load_preset("shapes"), load_preset("shapes", ('proposals.search="learned"', "build.seed=1"))
+    before, after = load_preset("shapes", (GRID,)), load_preset("shapes", ("build.seed=1",))
     assert lines(shapes_dataset, before, after) == [
         'proposals.search: store has "exhaustive", wanted "learned"',
         "build.seed: store has 0, wanted 1",
     ]
     assert lines(shapes_dataset, after, before)[0] == 'proposals.search: store has "learned", wanted "exhaustive"'
+
+
+@pytest.mark.parametrize("setting", ["proposer.max_proposals", "proposals.max_proposals"])
+def test_of_a_network_the_number_of_boxes_that_are_kept_is_listed(setting, shapes_dataset):
+    found = lines(shapes_dataset, load_preset("shapes"), load_preset("shapes", (f"{setting}=50",)))
+    assert found == ["proposals.max_proposals: store has 100, wanted 50"]
+    more = load_preset("shapes", ("proposals.max_proposals=2000",))
+    assert lines(shapes_dataset, load_preset("shapes"), more) == []
 
 
 def test_the_teachers_settings_are_told_from_its_weights(shapes_dataset):

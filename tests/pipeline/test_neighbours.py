@@ -51,10 +51,14 @@ def test_presets_fit_and_say_nothing(name, caplog):
             "model.box_batch_size_per_image=3 times model.box_positive_fraction=0.25 leaves no",
         ),
         ("coco", ["train.min_size=32", "train.max_size=33", "model.rpn_sizes=[64, 64, 128, 256, 512]"], "all above"),
-        ("shapes", ["proposals.stride=32"], "proposals.stride=32 is a share of the window's side"),
+        (
+            "shapes",
+            ["proposals.search=exhaustive", "proposals.stride=32"],
+            "proposals.stride=32 is a share of the window's side",
+        ),
         ("coco", ["proposals.grid=sliding", "proposals.search=exhaustive"], "proposals.stride=32 is a share"),
         (
-            "coco",
+            "paper",
             ["proposals.max_proposals=100"],
             "proposals.max_regions=300 are chosen among proposals.max_proposals=100",
         ),

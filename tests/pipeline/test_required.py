@@ -23,6 +23,7 @@ from ezsd.pipeline.training.train import TrainRequest, train
 SETTINGS = (
     "adapt.steps=1",
     "adapt.batch_size=16",
+    "proposals.search=exhaustive",
     "proposals.sizes=[60]",
     "proposals.stride=1.0",
     "build.block_images=8",
