@@ -66,6 +66,14 @@ Verify = Annotated[
     Literal["full", "quick"],
     typer.Option(help="full: check the checksums of all data read; quick: of all but the rows."),
 ]
+TestTimeSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Change one setting of inference, such as eval.class_agnostic_nms=true or eval.teacher_weight_novel=0.3.",
+    ),
+]
 Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes, coco (or fast), paper or photos.")]
 
 
@@ -465,7 +473,7 @@ def evaluate(
     weights: MovedWeights = None,
     data_root: DataRoot = None,
     device: Device = "auto",
-    set_: Set = None,
+    set_: TestTimeSet = None,
 ) -> None:
     """Evaluate a run or any detector's results on base, novel and all classes, by COCO's or LVIS's rules."""
     from ezsd.pipeline.console.arguments import (
@@ -474,6 +482,7 @@ def evaluate(
         require_one_source,
         require_output,
         require_weights,
+        shows_teacher,
     )
     from ezsd.pipeline.devices import require_device_name
     from ezsd.pipeline.runs.folder import require_run
@@ -519,7 +528,7 @@ def evaluate(
 
             write_json(out, result)
         return
-    require_weights(weights, crops=crops)
+    require_weights(weights, used=weights is None or crops or shows_teacher(run, set_ or []))
     require_alone(alone, classes)
     require_run(run)
     from ezsd.pipeline.console.defaults import crop_table, score_table
@@ -538,6 +547,7 @@ def evaluate(
         alone=alone,
         max_detections=max_detections,
         overrides=set_ or [],
+        weights=weights,
     )
     typer.echo(score_table({str(run): headline(result)}))
     typer.echo(f"\n{evaluation_tables(result, per_class=per_class)}")
@@ -574,7 +584,7 @@ def detect(
         ),
     ] = False,
     device: Device = "auto",
-    set_: Set = None,
+    set_: TestTimeSet = None,
 ) -> None:
     """Detect objects of any named classes in images; boxes refer to the image as viewers show it."""
     from ezsd.pipeline.console.arguments import class_names, find_images, picture_places, require_weights

@@ -31,13 +31,13 @@ def competition(asked: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         competing and excluded, (K,) bool each.
     """
-    itself, mean = _among(own, asked), own.mean(0)
-    others = functional.normalize(asked[~_among(asked, own)] - mean, dim=1)
+    itself, mean = among(own, asked), own.mean(0)
+    others = functional.normalize(asked[~among(asked, own)] - mean, dim=1)
     near = (functional.normalize(own - mean, dim=1) @ others.T >= NEAR).any(1)
     return ~itself & ~near, ~itself & near
 
 
-def _among(rows: Tensor, table: Tensor) -> Tensor:
-    """Mark rows that occur in a table bit for bit, (R,) bool."""
+def among(rows: Tensor, table: Tensor) -> Tensor:
+    """Mark rows (R, D) that occur in a table (K, D) bit for bit: (R,) bool. Both on the CPU."""
     known = {row.numpy().tobytes() for row in table}
     return torch.tensor([row.numpy().tobytes() in known for row in rows], dtype=torch.bool)

@@ -76,7 +76,7 @@ def test_a_search_without_competitors_is_offered(command):
         (["eval", "--detections", "b", "--annotations", "c"], ["--detections b", "no such file"]),
         (["eval", "--detections", "b", "--annotations", "c", "--alone"], ["--alone", "--run alone"]),
         (["eval", "--run", "a", "--classes", "all", "--alone"], ["--alone", "base or novel"]),
-        (["eval", "--run", "a", "--weights", "b"], ["--weights b", "--crops"]),
+        (["eval", "--run", "a", "--weights", "b"], ["--weights b", "--crops", "eval.teacher_weight_novel"]),
         (["eval", "--run", "a", "--crops", "--weights", "b"], ["--weights b", "no such file"]),
         (["eval", "--detections", "b", "--annotations", "c", "--weights", "d"], ["--weights", "--run alone"]),
         (["detect", "b.png", "--run", "a", "--classes", "c", "--weights", "d"], ["--weights d", "no such file"]),

@@ -93,6 +93,11 @@ class Detections:
     masks: Tensor | None = None
     """Probability that each cell of a box is the object, (N, M, M) float32; None where none were asked for."""
 
+    def take(self, rows: Tensor) -> Detections:
+        """Detections of some rows: their positions in the new order, or a mark for each, (N,) bool."""
+        masks = None if self.masks is None else self.masks[rows]
+        return Detections(boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows], masks=masks)
+
 
 class Detector(nn.Module):
     """Faster R-CNN whose regions are embedded in the teacher's space.
@@ -179,6 +184,7 @@ class Detector(nn.Module):
         score_floor: float,
         nms_iou: float,
         keep: int,
+        class_agnostic_nms: bool = False,
         objectness: float = 0,
         masks: bool = False,
     ) -> list[Detections]:
@@ -191,8 +197,9 @@ class Detector(nn.Module):
             competing: unit rows of other names, (K, D): a region may be called by one of them, and has its box then,
                 but is no detection. None for none.
             score_floor: detections below it are dropped.
-            nms_iou: IoU of NMS within a class.
+            nms_iou: IoU threshold of NMS within a class.
             keep: most detections per image.
+            class_agnostic_nms: whether classes suppress each other too, `competing` ones as well.
             objectness: weight a in [0, 1) of the proposal network in a score: p(class)^(1 - a) p(object)^a.
             masks: whether to say which part of a box is the object; for a detector that has learned it.
         """
@@ -214,8 +221,9 @@ class Detector(nn.Module):
         own = torch.zeros_like(probability, dtype=torch.int64).scatter_(
             1, names, torch.arange(count, device=names.device).expand_as(names)
         )
-        # The competitors' part ends here, before anything is counted.
-        own, probability = own[:, : len(text)], probability[:, : len(text)]
+        if not class_agnostic_nms:
+            # The competitors' part ends here, before anything is counted.
+            own, probability = own[:, : len(text)], probability[:, : len(text)]
         if objectness:
             probability = probability ** (1 - objectness) * torch.cat(self.rpn.scores)[:, None] ** objectness
         found = [
@@ -224,8 +232,10 @@ class Detector(nn.Module):
                 own[index == i],
                 probability[index == i],
                 size,
+                asked=len(text),
                 score_floor=score_floor,
                 nms_iou=nms_iou,
+                class_agnostic=class_agnostic_nms,
                 keep=keep,
             )
             for i, size in enumerate(sizes)
@@ -316,19 +326,23 @@ def _suppress(
     probability: Tensor,
     size: tuple[int, int],
     *,
+    asked: int,
     score_floor: float,
     nms_iou: float,
+    class_agnostic: bool,
     keep: int,
 ) -> Detections:
-    """Drop low scores and empty boxes, apply NMS within each class, keep the best.
+    """Drop low scores and empty boxes, apply NMS, keep the best detections of the first classes.
 
     Args:
         boxes: K for each region, (R, K, 4).
         own: which of them is each name's, (R, C) int64.
         probability: (R, C).
         size: height and width of the image.
+        asked: number of the classes to keep; the others only suppress.
         score_floor: see `Detector.detect`, as the rest.
         nms_iou: see there.
+        class_agnostic: whether NMS is between all classes instead of within each.
         keep: see there.
     """
     height, width = size
@@ -337,7 +351,8 @@ def _suppress(
     whole = ((boxes[..., 2:] - boxes[..., :2]) >= 1).all(-1)
     region, label = torch.nonzero((probability >= score_floor) & whole.gather(1, own), as_tuple=True)
     box, score = boxes[region, own[region, label]], probability[region, label]
-    kept = batched_nms(box, score, label, nms_iou)[:keep]
+    kept = batched_nms(box, score, torch.zeros_like(label) if class_agnostic else label, nms_iou)
+    kept = kept[label[kept] < asked][:keep]
     return Detections(boxes=box[kept], scores=score[kept], labels=label[kept])
 
 

@@ -60,6 +60,7 @@ FORMER_VALUES: Mapping[tuple[str, str], Mapping[str, str]] = {
 
 ALIASES: Mapping[str, str] = {
     "accumulate_grad_batches": "train.grad_accumulation",
+    "agnostic_nms": "eval.class_agnostic_nms",
     "anchor_sizes": "model.rpn_sizes",
     "backbone": "model.backbone",
     "base_lr": "train.learning_rate",

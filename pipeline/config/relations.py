@@ -318,6 +318,26 @@ RELATIONS = (
         "changes every score: a threshold then cuts elsewhere",
     ),
     Relation(
+        "eval.teacher_weight_base",
+        ("eval.score_threshold", "teacher.background"),
+        "listed",
+        "changes the scores of base classes alone; `score_threshold` is applied to the detector's own score, and the "
+        "store's background prompt takes part in the teacher's softmax",
+    ),
+    Relation(
+        "eval.teacher_weight_novel",
+        ("eval.score_threshold", "teacher.background"),
+        "listed",
+        "changes the scores of all other classes alone, in the same way",
+    ),
+    Relation(
+        "eval.class_agnostic_nms",
+        ("eval.nms_iou",),
+        "listed",
+        "`nms_iou` then also holds between classes: of two objects of different classes that overlap as much, one is "
+        "lost",
+    ),
+    Relation(
         "eval.score_threshold",
         ("model.logit_scale",),
         "listed",
@@ -358,7 +378,6 @@ ALONE = frozenset(
         "train.checkpoint_minutes",
         "train.compile",
         "train.tensorboard",
-        "eval.nms_iou",
         "eval.max_detections",
     ]
 )

@@ -29,7 +29,7 @@ from ezsd.choices import (
     Surround,
 )
 from ezsd.detector.settings import DetectorSettings
-from ezsd.pipeline.config.names import FORMER_VALUES, hint
+from ezsd.pipeline.config.names import FORMER_VALUES, hint, with_todays_names
 from ezsd.pipeline.errors import ConfigError
 
 LEAST_SIDE = 32
@@ -349,14 +349,26 @@ class EvalConfig:
     score_threshold: Annotated[float, Interval(ge=0, lt=1)] = 0.001
     """Detections below it are dropped."""
     nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.5
-    """Suppression within a class."""
+    """IoU threshold of NMS, within a class unless `class_agnostic_nms`."""
+    class_agnostic_nms: bool = False
+    """Suppress between classes too: an object keeps its best-scored name alone."""
     max_detections: Annotated[int, Interval(gt=0)] = 100
     """Most detections per image of `ezsd detect`; an evaluation asks for 300."""
     objectness: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Weight a of the proposal network's objectness in a detection's score, p(class)^(1 - a) p(object)^a."""
+    teacher_weight_base: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Weight w of the re-normalised teacher in scores of base classes, p(detector)^(1 - w) p(teacher)^w: it is shown a
+    crop of each detection. Evaluations during a training leave it out."""
+    teacher_weight_novel: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Weight of the re-normalised teacher in scores of all other classes, whether the run knows them or not."""
 
     def __post_init__(self) -> None:
         _require_bounds("eval", self)
+
+    @property
+    def shows_teacher(self) -> bool:
+        """True where the teacher is shown crops of detections."""
+        return max(self.teacher_weight_base, self.teacher_weight_novel) > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,8 +401,11 @@ TEST_TIME = (
     "model.masks",
     "eval.score_threshold",
     "eval.nms_iou",
+    "eval.class_agnostic_nms",
     "eval.max_detections",
     "eval.objectness",
+    "eval.teacher_weight_base",
+    "eval.teacher_weight_novel",
     "train.backend",
 )
 """Settings that can be overridden at inference: no weight depends on them.
@@ -441,6 +456,29 @@ def to_tables(config: Config) -> dict[str, dict[str, object]]:
     return {
         name: {key: list(v) if isinstance(v, tuple) else v for key, v in table.items()}
         for name, table in dataclasses.asdict(config).items()
+    }
+
+
+def recorded_settings(tables: object) -> dict[str, dict[str, object]]:
+    """Tables of settings from a record of this or an earlier version: today's names, and defaults for later settings.
+
+    A setting that came after the record has a default with which nothing changed.
+
+    Raises:
+        ConfigError: the record holds no tables.
+    """
+    hints = typing.get_type_hints(Config)
+    return {
+        name: {**(_defaults(hints[name]) if name in hints else {}), **table}
+        for name, table in with_todays_names(tables).items()
+    }
+
+
+def _defaults(section: Any) -> dict[str, object]:  # noqa: ANN401 - a dataclass of settings
+    return {
+        entry.name: list(entry.default) if isinstance(entry.default, tuple) else entry.default
+        for entry in fields(section)
+        if entry.default is not dataclasses.MISSING
     }
 
 

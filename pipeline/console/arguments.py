@@ -11,8 +11,10 @@ from pathlib import Path
 from PIL import Image
 
 from ezsd.errors import VocabularyError
+from ezsd.pipeline.config.schema import at_test_time, from_tables, recorded_settings
 from ezsd.pipeline.data.images import look
 from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.files import read_object
 from ezsd.vocabulary import (
     canonical,
     parse_classes,
@@ -21,14 +23,26 @@ from ezsd.vocabulary import (
 )
 
 
-def require_weights(file: Path | None, *, crops: bool = True) -> None:
+def require_weights(file: Path | None, *, used: bool = True) -> None:
     """Raise ArgumentError when `--weights` names no file, or nothing that uses it was asked for."""
     if file is None:
         return
-    if not crops:
-        raise ArgumentError(f"--weights {file} goes with --crops: nothing else of an evaluation asks the teacher")
+    if not used:
+        raise ArgumentError(
+            f"--weights {file} goes with --crops, or with --set eval.teacher_weight_base or eval.teacher_weight_novel "
+            "above 0: nothing else of an evaluation asks the teacher"
+        )
     if not file.is_file():
         raise ArgumentError(f"--weights {file}: no such file")
+
+
+def shows_teacher(run: Path, overrides: Sequence[str]) -> bool:
+    """Test whether the teacher takes part in scores by the settings of a run, as overridden; False without a run."""
+    file = run / "run.json"
+    if not file.is_file():
+        return False
+    tables = recorded_settings(read_object(file).get("config"))
+    return at_test_time(from_tables(tables, where=str(file)), overrides).eval.shows_teacher
 
 
 def require_alone(alone: bool, classes: str | None) -> None:

@@ -22,6 +22,7 @@ from ezsd.errors import VocabularyError
 from ezsd.pipeline.data.images import ImageLike, to_image
 from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.inference.ensemble import TeacherEnsemble
 from ezsd.pipeline.inference.fonts import require_named_font
 from ezsd.pipeline.inference.predictor import Search, encode_masks, load_trained, run_teacher
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
@@ -141,7 +142,7 @@ def detect_images(
         drawn: where each image with boxes is written, green for names trained with boxes and pink for others; None for
             nowhere. Missing folders are made.
         overrides: settings used instead of the run's, see `ezsd.pipeline.config.schema.TEST_TIME`.
-        weights: the teacher's weights, if they have moved; read for names that the run does not know.
+        weights: the teacher's weights, if they have moved; see `Model`.
         alone: True to let no other name compete: objects of other classes then get the asked names as well.
 
     Raises:
@@ -156,6 +157,8 @@ def detect_images(
         if drawn is not None:
             _draw(detections, pixels, drawn[number], base)
         yield detections
+    if model.ensemble is not None and images:
+        model.ensemble.log_cost(len(images))
 
 
 class Model:
@@ -166,14 +169,16 @@ class Model:
         device: "auto", "cpu", "cuda" or "cuda:N".
         overrides: settings as `section.key=value` used instead of the run's, see
             `ezsd.pipeline.config.schema.TEST_TIME`.
-        weights: the teacher's weights, if they have moved; read for names that the run does not know.
+        weights: the teacher's weights, if they have moved; read for names that the run does not know, and where the
+            settings let the teacher take part in scores.
     """
 
     def __init__(
         self, run: Run, *, device: str = "auto", overrides: Sequence[str] = (), weights: Path | None = None
     ) -> None:
         self._run, self._device, self._weights = run, resolve_device(str(device)), weights
-        self._trained = load_trained(run, self._device, [overrides] if isinstance(overrides, str) else overrides)
+        overrides = [overrides] if isinstance(overrides, str) else overrides
+        self._trained = load_trained(run, self._device, overrides, weights=weights)
         self._search: tuple[tuple[str, ...], bool, Search] | None = None
         # Text rows by name: a teacher is not loaded twice for one.
         self._rows = dict(zip(self._trained.names, self._trained.text, strict=True))
@@ -190,6 +195,11 @@ class Model:
     def base_names(self) -> tuple[str, ...]:
         """Names that had boxes in training."""
         return self._trained.names[: self._trained.base_count]
+
+    @property
+    def ensemble(self) -> TeacherEnsemble | None:
+        """The teacher, where it takes part in scores, with what it has cost."""
+        return self._trained.ensemble
 
     def __call__(
         self,
@@ -234,7 +244,8 @@ class Model:
         for start in range(0, len(images), BATCH_IMAGES):
             sources = images[start : start + BATCH_IMAGES]
             pixels = [to_image(source) for source in sources]
-            for source, image, detections in zip(sources, pixels, self._trained.detect(pixels, search), strict=True):
+            found = self._trained.detect(pixels, search, least=threshold)
+            for source, image, detections in zip(sources, pixels, found, strict=True):
                 where = os.fsdecode(source) if isinstance(source, str | os.PathLike) else ""
                 yield image, _named_detections(where, image, detections, names, threshold)
 
@@ -260,7 +271,11 @@ class Model:
     def _embed(self, names: Sequence[str]) -> None:
         if not names:
             return
-        teacher = run_teacher(self._run, self._device, adapted=True, weights=self._weights)
+        teacher = (
+            run_teacher(self._run, self._device, adapted=True, weights=self._weights)
+            if self.ensemble is None
+            else self.ensemble.encoder.teacher
+        )
         try:
             with torch.no_grad():
                 rows = teacher.encode_text(names).float().cpu()

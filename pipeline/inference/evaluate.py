@@ -18,7 +18,7 @@ from ezsd.adapt import crop_accuracy
 from ezsd.data.annotations import Annotations
 from ezsd.detector.model import Detections
 from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Results, read_truth
-from ezsd.pipeline.config.schema import changed_settings, from_tables, setting_of, to_tables
+from ezsd.pipeline.config.schema import changed_settings, setting_of
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
 from ezsd.pipeline.data.image_source import ImageSource
@@ -26,7 +26,6 @@ from ezsd.pipeline.data.requirements import require_evaluation
 from ezsd.pipeline.errors import ArgumentError, ConfigError, DatasetError, RunError
 from ezsd.pipeline.extraction.adapt import CropSource
 from ezsd.pipeline.extraction.base_images import BaseImages
-from ezsd.pipeline.extraction.provenance import proposal_settings
 from ezsd.pipeline.files import write_json, write_text
 from ezsd.pipeline.inference.evaluation_tables import (
     SPACES,
@@ -40,10 +39,9 @@ from ezsd.pipeline.inference.evaluation_tables import (
 from ezsd.pipeline.inference.predictor import (
     TrainedDetector,
     adapt_back,
+    crop_settings,
     encode_masks,
     load_trained,
-    run_config,
-    run_manifest,
     run_teacher,
 )
 from ezsd.pipeline.progress import Progress
@@ -90,7 +88,9 @@ def detect_split(
                 ids.append(np.full(len(one.boxes), record.id, np.int64))
                 run_lengths += encode_masks(one, *image.shape[1:]) or ()
                 parts.append(dataclasses.replace(one, masks=None))
-            progress.advance(len(records))
+            progress.advance(len(records), "" if trained.ensemble is None else f"{trained.ensemble.crops} crops")
+    if trained.ensemble is not None:
+        trained.ensemble.log_cost(len(annotations.images))
     return Results(
         image_id=np.concatenate(ids),
         xywh=box_convert(torch.cat([one.boxes for one in parts]).double(), "xyxy", "xywh").numpy(),
@@ -110,6 +110,7 @@ def evaluate_run(
     alone: bool = False,
     max_detections: int | None = None,
     overrides: Sequence[str] = (),
+    weights: Path | None = None,
 ) -> dict[str, object]:
     """Evaluate a finished run and write eval.json and detections.json.
 
@@ -128,12 +129,13 @@ def evaluate_run(
             are detected alone after all classes.
         max_detections: the limit of the headline; None for the usual one of the file's rules.
         overrides: settings used instead of the run's, see `at_test_time`; not `eval.max_detections`.
+        weights: the teacher's weights, if they have moved; read where the settings let it take part in scores.
 
     Raises:
         ValueError: (of many kinds) an unfinished run, images or annotations that are not in order or none.
     """
     _refuse_max_detections(overrides)
-    trained, dataset = load_trained(run, device, overrides), run_dataset(run, data_root)
+    trained, dataset = load_trained(run, device, overrides, weights=weights), run_dataset(run, data_root)
     if trained.names != dataset.split.names:
         raise RunError(f"`run={run.folder}`: trained for other names than dataset {dataset.name} has now")
     path, source = _split_places(dataset, split)
@@ -210,15 +212,10 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Pa
     """
     dataset = run_dataset(run, data_root)
     annotations = evaluation_annotations(dataset.root / dataset.val_annotations, dataset.split)
-    config = run_config(run)
+    config = crop_settings(run)
     teacher = run_teacher(run, device, adapted=False, weights=weights)
-    made_with = proposal_settings(run_manifest(run))
-    # The store's own crop rule, which runs of earlier versions do not record.
-    rule = {key: made_with[key] for key in ("crop_ratio", "padding")}
-    tables = to_tables(config)
-    crops = from_tables(tables | {"proposals": tables["proposals"] | rule}, where="store").proposals
     images = BaseImages(annotations=annotations, source=dataset.images("val"), reader="the crop accuracy")
-    source = CropSource(images, size=teacher.input_size, crops=crops)
+    source = CropSource(images, size=teacher.input_size, crops=config.proposals)
     single = ~annotations.crowd
     is_base = annotations.class_index < len(dataset.split.base)
 

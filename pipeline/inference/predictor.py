@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +13,25 @@ from torch import Tensor
 
 from ezsd.adapt import restore
 from ezsd.cache import Manifest, differences
-from ezsd.competitors import competition
+from ezsd.competitors import among, competition
 from ezsd.data.dataset import pad_images, padded_size, resize
 from ezsd.data.masks import encode
 from ezsd.detector.masks import paste
 from ezsd.detector.model import Detections, Detector
 from ezsd.errors import TeacherError
-from ezsd.pipeline.config.schema import Config, TeacherConfig, at_test_time, from_tables
+from ezsd.pipeline.config.schema import Config, EvalConfig, TeacherConfig, at_test_time, from_tables, to_tables
 from ezsd.pipeline.errors import RunError
-from ezsd.pipeline.extraction.provenance import model_inputs
+from ezsd.pipeline.extraction.encoder import CropEncoder
+from ezsd.pipeline.extraction.provenance import model_inputs, proposal_settings
 from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
 from ezsd.pipeline.files import as_json
+from ezsd.pipeline.inference.ensemble import TeacherEnsemble
 from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.open_clip import Teacher
 from ezsd.teacher.requirements import names_file
+
+log = logging.getLogger("ezsd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,8 @@ class Search:
 
     text: Tensor
     """Unit rows of the names to detect, (C, D)."""
+    base: Tensor
+    """Marks the base classes of the run among them, (C,) bool."""
     competing: Tensor
     """Unit rows of the names that compete, (K, D); K = 0 when the names are searched alone."""
     excluded: tuple[str, ...]
@@ -54,6 +61,8 @@ class TrainedDetector:
     text: Tensor
     """Unit rows of `names`, (C, D)."""
     device: torch.device
+    ensemble: TeacherEnsemble | None = None
+    """The teacher, where it takes part in scores."""
 
     def search(self, text: Tensor, *, alone: bool = False) -> Search:
         """Prepare a search for names, with the names of the run that compete with them.
@@ -62,14 +71,21 @@ class TrainedDetector:
             text: unit rows of the names to detect, (C, D).
             alone: True to let no other name compete; every object then gets an asked name.
         """
+        base = among(text, self.text[: self.base_count])
         if alone:
-            return Search(text=text, competing=text[:0], excluded=())
+            return Search(text=text, base=base, competing=text[:0], excluded=())
         competing, aside = competition(text, self.text)
         excluded = tuple(name for name, out in zip(self.names, aside.tolist(), strict=True) if out)
-        return Search(text=text, competing=self.text[competing], excluded=excluded)
+        return Search(text=text, base=base, competing=self.text[competing], excluded=excluded)
 
     def detect(
-        self, images: Sequence[Tensor], search: Search, *, keep: int | None = None, masks: bool = True
+        self,
+        images: Sequence[Tensor],
+        search: Search,
+        *,
+        keep: int | None = None,
+        masks: bool = True,
+        least: float = 0.0,
     ) -> list[Detections]:
         """Detect named objects; their boxes are in the pixels of the images given, and all tensors on the CPU.
 
@@ -78,11 +94,12 @@ class TrainedDetector:
             search: the names to detect.
             keep: most detections per image; None for the run's own setting.
             masks: False to make no masks even where the settings have them.
+            least: detections that cannot reach this score need not be shown to the teacher; they may be left out.
         """
         settings = self.config.train
         resized = [resize(i, short_side=settings.min_size, long_side=settings.max_size) for i in images]
         found = self._detect_resized([image for image, _, _ in resized], search, keep=keep, masks=masks)
-        return [
+        detections = [
             Detections(
                 boxes=one.boxes.float().cpu() / torch.tensor([sx, sy, sx, sy]),
                 scores=one.scores.float().cpu(),
@@ -90,6 +107,13 @@ class TrainedDetector:
                 masks=None if one.masks is None else one.masks.cpu(),
             )
             for one, (_, sx, sy) in zip(found, resized, strict=True)
+        ]
+        if self.ensemble is None:
+            return detections
+        text = torch.cat([search.text, search.competing])
+        return [
+            self.ensemble.rescore(image, one, text, asked_base=search.base, least=least)
+            for image, one in zip(images, detections, strict=True)
         ]
 
     def _detect_resized(
@@ -113,6 +137,7 @@ class TrainedDetector:
                     score_floor=self.config.eval.score_threshold,
                     nms_iou=self.config.eval.nms_iou,
                     keep=self.config.eval.max_detections if keep is None else keep,
+                    class_agnostic_nms=self.config.eval.class_agnostic_nms,
                     objectness=self.config.eval.objectness,
                     masks=masks and self.config.model.masks,
                 )
@@ -130,12 +155,18 @@ def encode_masks(detections: Detections, height: int, width: int) -> list[bytes]
     return [encode(pixels) for pixels in paste(detections.masks, detections.boxes, height, width)]
 
 
-def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> TrainedDetector:
+def load_trained(
+    run: Run, device: str, overrides: Sequence[str] = (), *, weights: Path | None = None
+) -> TrainedDetector:
     """Load the detector of a finished run, with settings overridden as `at_test_time` allows.
+
+    Its teacher is loaded too where the settings give it a weight in scores; `weights` are its weights, if they have
+    moved.
 
     Raises:
         RunError: training has not ended.
         ConfigError: see `at_test_time`.
+        TeacherError: see `run_teacher`.
     """
     checkpoint, spec, tables = run.finished(), run.spec, run.embeddings()
     own = run_config(run)
@@ -159,6 +190,27 @@ def load_trained(run: Run, device: str, overrides: Sequence[str] = ()) -> Traine
         names=tuple(names),
         base_count=base_count,
         text=tables["text"],
+        device=torch.device(device),
+        ensemble=_load_ensemble(run, config.eval, device, weights) if config.eval.shows_teacher else None,
+    )
+
+
+@torch.no_grad()
+def _load_ensemble(run: Run, settings: EvalConfig, device: str, weights: Path | None) -> TeacherEnsemble:
+    teacher = run_teacher(run, device, adapted=True, weights=weights)
+    background = run_manifest(run).products["proposals"].inputs["background"]
+    log.info(
+        "teacher %s takes part in scores with weight %g for base and %g for novel classes: it is shown a crop of each "
+        "detection whose weight is above 0",
+        teacher.name,
+        settings.teacher_weight_base,
+        settings.teacher_weight_novel,
+    )
+    return TeacherEnsemble(
+        encoder=CropEncoder(teacher, crop_settings(run)),
+        background=None if background is None else teacher.encode_text([str(background)])[0].cpu(),
+        weight_base=settings.teacher_weight_base,
+        weight_novel=settings.teacher_weight_novel,
         device=torch.device(device),
     )
 
@@ -217,6 +269,13 @@ def adapt_back(run: Run, teacher: Teacher) -> None:
 def run_config(run: Run) -> Config:
     """Configuration that a run was trained with."""
     return from_tables(_table(run.spec, "config"), where=str(run.folder / "run.json"))
+
+
+def crop_settings(run: Run) -> Config:
+    """Configuration of a run with the crop rule of its store, which runs of earlier versions do not record."""
+    tables, made_with = to_tables(run_config(run)), proposal_settings(run_manifest(run))
+    rule = {key: made_with[key] for key in ("crop_ratio", "padding")}
+    return from_tables(tables | {"proposals": tables["proposals"] | rule}, where="store")
 
 
 def run_manifest(run: Run) -> Manifest:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from ezsd.cache import Difference, FileLock, differences, file_digest, rename, short_json, sync, write_atomic
 from ezsd.pipeline.config.names import with_todays_names
-from ezsd.pipeline.config.schema import STAGE_ONE
+from ezsd.pipeline.config.schema import STAGE_ONE, recorded_settings
 from ezsd.pipeline.errors import DamagedFile, RunError
 from ezsd.pipeline.files import as_json, parse_object, read_object, write_json, write_text
 from ezsd.pipeline.runs.folder import require_run
@@ -197,7 +197,7 @@ class Run:
         """Contents of run.json."""
         found = read_object(self.folder / "run.json")
         if isinstance(found.get("config"), dict):
-            found["config"] = with_todays_names(found["config"])
+            found["config"] = recorded_settings(found["config"])
         return found
 
     @property
@@ -253,7 +253,7 @@ class Run:
                 log.warning("%s: damaged, passed over", folder)
                 continue
             if isinstance(state.get("config"), dict):
-                state["config"] = with_todays_names(state["config"])
+                state["config"] = recorded_settings(state["config"])
             identity = self._identity()
             ignored = _changeable(self.spec)
             found = _differences({key: state.get(key) for key in identity}, identity, ignored=ignored)

@@ -12,9 +12,10 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from ezsd.choices import BACKBONES
 from ezsd.detector.backbone import build_backbone, normalise
+from ezsd.detector.ensemble import geometric_ensemble
 from ezsd.detector.heads import CosineClassifier, SemanticBoxRegressor, Tower
 from ezsd.detector.masks import GRID, ObjectMasks
-from ezsd.detector.model import Batch, Detector, Totals
+from ezsd.detector.model import Batch, Detections, Detector, Totals
 from ezsd.detector.rpn import SAMPLED_ANCHORS, AnchorSampler
 from ezsd.detector.sampling import sample_regions
 from ezsd.detector.settings import DetectorSettings
@@ -627,6 +628,40 @@ def test_suppression_is_within_a_name(detector):
         same = found.labels[:, None] == found.labels[None]
         assert overlap[same].max() <= 0.5 + 1e-5
         assert overlap[~same].max() > 0.5
+
+
+def test_class_agnostic_suppression_leaves_an_object_its_best_name_alone(detector):
+    for plain, found in zip(
+        detect(detector, unit_rows(3)), detect(detector, unit_rows(3), class_agnostic_nms=True), strict=True
+    ):
+        overlap = box_iou(found.boxes, found.boxes).fill_diagonal_(0)
+        assert overlap.max() <= 0.5 + 1e-5
+        assert 1 < len(found.scores) < len(plain.scores)
+        assert found.scores[0] == plain.scores[0]
+
+
+def test_names_that_compete_suppress_too_where_suppression_is_class_agnostic(detector):
+    text, options = unit_rows(5), {"class_agnostic_nms": True, "nms_iou": 0.8}
+    (every, _) = detect(detector, text, **options)
+    assert len(every.labels)
+    # Those that have lost everywhere are asked for too.
+    for label in range(5):
+        rest = torch.arange(5) != label
+        (asked, _) = detect(detector, text[~rest], competing=text[rest], **options)
+        mine = every.take(every.labels == label)
+        torch.testing.assert_close(asked.boxes, mine.boxes)
+        torch.testing.assert_close(asked.scores, mine.scores)
+
+
+def test_an_ensemble_multiplies_powers_and_ranks_again():
+    boxes, masks = torch.arange(12.0).reshape(3, 4), torch.arange(12.0).reshape(3, 2, 2)
+    found = Detections(boxes=boxes, scores=torch.tensor([0.9, 0.5, 0.4]), labels=torch.tensor([4, 5, 6]), masks=masks)
+    again = geometric_ensemble(found, torch.tensor([0.1, 0.8, 0.0]), torch.tensor([0.5, 0.25, 0.0]))
+    # No weight, no say: 0.0 ** 0 = 1.
+    torch.testing.assert_close(again.scores, torch.tensor([0.5**0.75 * 0.8**0.25, 0.4, (0.9 * 0.1) ** 0.5]))
+    assert again.labels.tolist() == [5, 6, 4]
+    assert torch.equal(again.boxes, boxes[[1, 2, 0]])
+    assert torch.equal(again.masks, masks[[1, 2, 0]])
 
 
 def test_a_floor_that_nothing_reaches_leaves_nothing(detector):

@@ -294,6 +294,10 @@ def test_a_teacher_that_has_moved_is_found_by_its_file_and_no_other(own_weights,
     assert torch.equal(embedded(own_weights, weights=moved), embedded(shapes_run))
     crops = evaluate_crops(own_weights, data_root=None, device="cpu", weights=moved)
     assert crops == json.loads((shapes_run.folder / "crops.json").read_text())
+    ensemble = ["eval.teacher_weight_novel=0.5"]
+    with pytest.raises(TeacherError, match=r"there/w.safetensors, which is gone; give `weights=FILE`"):
+        Model(own_weights, device="cpu", overrides=ensemble)
+    assert Model(own_weights, device="cpu", overrides=ensemble, weights=moved).ensemble
     state = load_file(moved)
     state["visual.ln_post.weight"] = state["visual.ln_post.weight"] + 1
     save_file(state, tmp_path / "other.safetensors")

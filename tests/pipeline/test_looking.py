@@ -72,6 +72,7 @@ def test_every_setting_that_is_offered_is_one(quick_config):
         "model.box_top_k": 2,
         "eval.max_detections": 7,
         "model.masks": "true",
+        "eval.class_agnostic_nms": "true",
         "train.backend": "eager",
     }
     changed = at_test_time(quick_config, [f"{key}={values.get(key, 0.25)}" for key in TEST_TIME])

@@ -48,6 +48,7 @@ TYPED = {
     "proposals.top_k=100": "proposals.max_proposals",
     "proposals.topk=100": "proposals.max_proposals",
     "eval.max_dets=100": "eval.max_detections",
+    "eval.agnostic_nms=true": "eval.class_agnostic_nms",
     "adapt.lr=0.01": "adapt.learning_rate",
     "adapt.batch=3": "adapt.batch_size",
     "proposals.iou=0.5": "proposals.nms_iou",
@@ -164,3 +165,16 @@ def test_a_manifest_has_the_names_that_fingerprints_are_made_of(shapes_store):
     assert products["proposals"].inputs["grid"] == "sliding"
     assert {"base_iou", "drop_base_guesses", "regions"} <= products["regions"].inputs.keys()
     assert {"crops", "clip_norm"} <= products["teacher"].inputs["adapt"].keys()
+
+
+def test_a_run_from_before_a_setting_is_gone_on_with(shapes_run, shapes_store, quick_config, tmp_path):
+    folder = shutil.copytree(shapes_run.folder, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints/step-00000006")
+    later = ("objectness", "class_agnostic_nms", "teacher_weight_base", "teacher_weight_novel")
+    for path in (folder / "run.json", *folder.glob("checkpoints/*/state.json")):
+        record = json.loads(path.read_text())
+        for key in later:
+            del record["config"]["eval"][key]
+        path.write_text(json.dumps(record))
+    run = train(TrainRequest(cache=shapes_store, run=folder, config=quick_config))
+    assert (run.began_at, run.finished().step) == (4, 6)
