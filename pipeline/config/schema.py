@@ -7,7 +7,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from typing import Annotated, Any, Literal
@@ -29,7 +29,7 @@ from ezsd.choices import (
     Surround,
 )
 from ezsd.detector.settings import DetectorSettings
-from ezsd.pipeline.config.names import FORMER_VALUES, hint, with_todays_names
+from ezsd.pipeline.config.names import FORMER_VALUES, hint
 from ezsd.pipeline.errors import ConfigError
 
 LEAST_SIDE = 32
@@ -459,19 +459,10 @@ def to_tables(config: Config) -> dict[str, dict[str, object]]:
     }
 
 
-def recorded_settings(tables: object) -> dict[str, dict[str, object]]:
-    """Tables of settings from a record of this or an earlier version: today's names, and defaults for later settings.
-
-    A setting that came after the record has a default with which nothing changed.
-
-    Raises:
-        ConfigError: the record holds no tables.
-    """
+def with_defaults(tables: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
+    """Add defaults to the tables of a record: a setting that came after it has one with which nothing changed."""
     hints = typing.get_type_hints(Config)
-    return {
-        name: {**(_defaults(hints[name]) if name in hints else {}), **table}
-        for name, table in with_todays_names(tables).items()
-    }
+    return {name: {**(_defaults(hints[name]) if name in hints else {}), **table} for name, table in tables.items()}
 
 
 def _defaults(section: Any) -> dict[str, object]:  # noqa: ANN401 - a dataclass of settings

@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from ezsd.errors import VocabularyError
-from ezsd.pipeline.config.schema import at_test_time, from_tables, recorded_settings
+from ezsd.pipeline.config.names import with_todays_names
+from ezsd.pipeline.config.schema import at_test_time, from_tables
 from ezsd.pipeline.data.images import look
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.files import read_object
@@ -41,7 +42,7 @@ def shows_teacher(run: Path, overrides: Sequence[str]) -> bool:
     file = run / "run.json"
     if not file.is_file():
         return False
-    tables = recorded_settings(read_object(file).get("config"))
+    tables = with_todays_names(read_object(file).get("config"))
     return at_test_time(from_tables(tables, where=str(file)), overrides).eval.shows_teacher
 
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from ezsd.cache import Difference, FileLock, differences, file_digest, rename, short_json, sync, write_atomic
 from ezsd.pipeline.config.names import with_todays_names
-from ezsd.pipeline.config.schema import STAGE_ONE, recorded_settings
+from ezsd.pipeline.config.schema import STAGE_ONE, with_defaults
 from ezsd.pipeline.errors import DamagedFile, RunError
 from ezsd.pipeline.files import as_json, parse_object, read_object, write_json, write_text
 from ezsd.pipeline.runs.folder import require_run
@@ -197,7 +197,7 @@ class Run:
         """Contents of run.json."""
         found = read_object(self.folder / "run.json")
         if isinstance(found.get("config"), dict):
-            found["config"] = recorded_settings(found["config"])
+            found["config"] = with_todays_names(found["config"])
         return found
 
     @property
@@ -253,7 +253,7 @@ class Run:
                 log.warning("%s: damaged, passed over", folder)
                 continue
             if isinstance(state.get("config"), dict):
-                state["config"] = recorded_settings(state["config"])
+                state["config"] = with_todays_names(state["config"])
             identity = self._identity()
             ignored = _changeable(self.spec)
             found = _differences({key: state.get(key) for key in identity}, identity, ignored=ignored)
@@ -461,10 +461,16 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], *, ignored: Set
     """The values that two records of a run differ in; None is as good as no entry, and 1 as 1.0."""
     return [
         one
-        for one in differences(_comparable(old), _comparable(new))
+        for one in differences(_comparable(_complete(old)), _comparable(_complete(new)))
         if one.more or one.stored != one.wanted
         if not any(one.name == name or one.name.startswith((f"{name}.", f"{name}[")) for name in ignored)
     ]
+
+
+def _complete(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record of a run with the defaults of settings that came after it."""
+    config = record.get("config")
+    return {**record, "config": with_defaults(config)} if isinstance(config, Mapping) else record
 
 
 def _comparable(value: Any) -> Any:  # noqa: ANN401 - JSON
