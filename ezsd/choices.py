@@ -6,6 +6,8 @@ Backend = Literal["auto", "eager", "triton"]
 """Implementation of the fused operators."""
 Metric = Literal["cosine", "l1"]
 """Distillation metrics, see `ezsd.losses.METRICS`."""
+ClassificationLoss = Literal["cross_entropy", "seesaw"]
+"""Loss of regions against class names and background, see `ezsd.losses`."""
 BoxClass = Literal["foreground", "reference", "topk"]
 """Source of the text embedding for the box regressor at inference, see `DetectorSettings.box_class`."""
 HeadName = Literal["fast", "paper"]

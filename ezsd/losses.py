@@ -3,7 +3,7 @@
 | term | of | divided by |
 |---|---|---|
 | rpn_objectness, rpn_box | torchvision's proposal network | anchors sampled |
-| classification | cross-entropy of regions against class names and background | regions sampled |
+| classification | cross-entropy of regions against class names and background, or Seesaw loss | regions sampled |
 | box | L1 of box deltas, positives only | regions sampled |
 | mask | binary cross-entropy of mask cells, positives only | cells of positives |
 | distillation | distance of region embeddings to the cached embeddings | weight of the regions |
@@ -29,6 +29,12 @@ from ezsd.kernels.distance import Distance, cosine_distance, l1_distance, mean_d
 
 DELTA_SCALE = (10.0, 10.0, 5.0, 5.0)
 """Box deltas are multiplied by these, so that they have a spread of about one."""
+
+MITIGATION, COMPENSATION = 0.8, 2.0
+"""Exponents p and q of Seesaw loss, as its authors have them for LVIS."""
+
+LEAST_PROBABILITY = 0.01
+"""Seesaw loss takes the probability of a region's own class for at least this: compensation stays finite."""
 
 REFERENCE_COSINE = 0.7
 """Between student and teacher, where the metrics of the distillation pull equally hard."""
@@ -60,6 +66,10 @@ class LossWeights(Protocol):
         """Weight of both terms of the proposal network."""
 
     @property
+    def rpn_box(self) -> float:
+        """Further weight of the proposal network's box regression."""
+
+    @property
     def classification(self) -> float:
         """Weight of the cross-entropy."""
 
@@ -84,7 +94,7 @@ def loss_weights(weights: LossWeights, embed_dim: int) -> dict[str, float]:
     """Factor of each term in the objective, for embeddings of width `embed_dim`."""
     return {
         "rpn_objectness": weights.rpn,
-        "rpn_box": weights.rpn,
+        "rpn_box": weights.rpn * weights.rpn_box,
         "classification": weights.classification,
         "box": weights.box,
         "mask": weights.mask,
@@ -160,6 +170,37 @@ def classification_loss(logits: Tensor, label: Tensor) -> Tensor:
         label: a base class or the background's number C, (R,) int64.
     """
     return F.cross_entropy(logits.float(), label, reduction="sum") / max(len(label), 1)
+
+
+def seesaw_logits(logits: Tensor, label: Tensor, class_counts: Tensor) -> Tensor:
+    """Logits whose cross-entropy is Seesaw loss: a class with few objects is not pushed down by those of many.
+
+    For a region of base class i, the odds of another base class j are multiplied by
+
+        min(1, N_j / N_i) ** MITIGATION * max(1, p_j / p_i) ** COMPENSATION
+
+    with the numbers of objects N (at least 1) and the probabilities p of the softmax over the base classes, through
+    which no gradient flows. Background and novel classes have no number of objects: their odds stay, and so do all
+    odds of regions on background.
+
+    Args:
+        logits: of base classes, then of any novel classes, then of background, (R, C + 1).
+        label: (R,) int64, see `classification_loss`.
+        class_counts: objects of each base class that training has shown, (B,), B <= C.
+
+    Returns:
+        (R, C + 1) float32.
+
+    Source: Wang et al., "Seesaw Loss for Long-Tailed Instance Segmentation", arXiv 2008.10032. Its authors classify
+    among names alone, beside an objectness; here background is in the softmax.
+    """
+    logits, base = logits.float(), len(class_counts)
+    own = label.clamp(max=base - 1)[:, None]
+    amount = class_counts.clamp(min=1).float().log()
+    probability = logits.detach()[:, :base].log_softmax(1)
+    least = probability.gather(1, own).clamp(min=math.log(LEAST_PROBABILITY))
+    factor = MITIGATION * (amount - amount[own]).clamp(max=0) + COMPENSATION * (probability - least).clamp(min=0)
+    return logits + F.pad(factor * (label < base)[:, None], (0, logits.shape[1] - base))
 
 
 def box_loss(deltas: Tensor, target: Tensor, *, sampled: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import count
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ class Key(NamedTuple):
     """Inputs that a sample depends on, beside the seed."""
 
     epoch: int
+    """How often the image was drawn before; without repeats that is the epoch."""
     position: int
     """Position of the image in the dataset."""
     canvas: tuple[int, int] = (0, 0)
@@ -132,6 +133,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         augmentation: of size, beside the flip; None for neither.
         seeded: whether batches carry a seed per image, see `Batch.seeds`.
         masks: masks by image id, in original pixels; None for none.
+        repeats: how often each image comes in an epoch, see `epoch_order`.
     """
 
     def __init__(
@@ -149,6 +151,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         augmentation: Augmentation | None = None,
         seeded: bool = False,
         masks: MaskSource | None = None,
+        repeats: NDArray[np.float64] | None = None,
     ) -> None:
         self.image_ids = image_ids
         self.read_image = read_image
@@ -162,6 +165,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         self.augmentation = augmentation or Augmentation()
         self.seeded = seeded
         self.masks = masks
+        self.repeats = repeats
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -302,20 +306,73 @@ def padded_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 
 def epoch_order(
-    images: int, *, per_step: int, first_step: int, steps: int, seed: int
+    images: int,
+    *,
+    per_step: int,
+    first_step: int,
+    steps: int,
+    seed: int,
+    repeats: NDArray[np.float64] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Batches of (epoch, position) from `first_step` up to `steps`: every image once per epoch, reshuffled.
+    """Batches of `Key.epoch` and position from `first_step` up to `steps`: every image once per epoch, reshuffled.
 
     A batch may span two epochs; none is cut short.
+
+    Args:
+        images: number of images, at least 1.
+        per_step: images of a batch.
+        first_step: first batch to give.
+        steps: end of the batches.
+        seed: of the order.
+        repeats: how often each image comes in an epoch, (images,), at least 1: as often as the whole part says, and
+            once more with the probability of the rest. None for once each.
     """
-    for step in range(first_step, steps):
-        batch = []
-        for drawn in range(step * per_step, (step + 1) * per_step):
-            epoch, place = divmod(drawn, images)
-            batch.append((epoch, int(_permutation(images, seed, epoch)[place])))
-        yield batch
+    wanted, begin = range(first_step * per_step, steps * per_step), 0
+    batch: list[tuple[int, int]] = []
+    for keys in _epochs(images, seed, repeats) if wanted else ():
+        for earlier, position in keys[max(wanted.start - begin, 0) : wanted.stop - begin].tolist():
+            batch.append((earlier, position))
+            if len(batch) == per_step:
+                yield batch
+                batch = []
+        begin += len(keys)
+        if begin >= wanted.stop:
+            return
 
 
-@lru_cache(maxsize=2)
-def _permutation(images: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, 1, epoch]).permutation(images)
+def _epochs(images: int, seed: int, repeats: NDArray[np.float64] | None) -> Iterator[NDArray[np.int64]]:
+    """Epochs of `epoch_order`, each (N, 2)."""
+    assert images
+    earlier, times = np.zeros(images, np.int64), np.ones(images, np.int64)
+    for epoch in count():
+        if repeats is not None:
+            extra = np.random.default_rng([seed, 3, epoch]).random(images) < repeats % 1
+            times = repeats.astype(np.int64) + extra
+        order = np.random.default_rng([seed, 1, epoch]).permutation(np.repeat(np.arange(images), times))
+        # An image that comes again in its epoch is flipped and cropped anew.
+        again = np.empty_like(order)
+        again[order.argsort(kind="stable")] = np.arange(len(order)) - np.repeat(times.cumsum() - times, times)
+        yield np.stack([earlier[order] + again, order], 1)
+        earlier += times
+
+
+def repeat_factors(
+    image_index: NDArray[np.int64], class_index: NDArray[np.int32], *, images: int, threshold: float
+) -> NDArray[np.float64]:
+    """Repeat factor of each image, (images,): the largest max(1, sqrt(threshold / f)) of the classes that it shows.
+
+    f is the fraction of images that show a class. An image without any object has 1.
+
+    Args:
+        image_index: image of each object, (N,), 0 .. images - 1.
+        class_index: its class, (N,).
+        images: number of images.
+        threshold: fraction of images up to which a class is scarce, in (0, 1].
+
+    Source: Gupta et al., "LVIS: A Dataset for Large Vocabulary Instance Segmentation", arXiv 1908.03195.
+    """
+    image, label = np.unique(np.stack([image_index, class_index]), axis=1)
+    fraction = np.bincount(label) / images
+    factors = np.ones(images)
+    np.maximum.at(factors, image, np.sqrt(threshold / fraction[label]))
+    return factors

@@ -20,7 +20,15 @@ from ezsd.detector.rpn import SAMPLED_ANCHORS, proposal_network
 from ezsd.detector.sampling import SampledRegions, sample_regions
 from ezsd.detector.settings import DetectorSettings
 from ezsd.kernels import Pooling
-from ezsd.losses import box_loss, classification_loss, decode_boxes, encode_boxes, mask_loss, region_weights
+from ezsd.losses import (
+    box_loss,
+    classification_loss,
+    decode_boxes,
+    encode_boxes,
+    mask_loss,
+    region_weights,
+    seesaw_logits,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +134,13 @@ class Detector(nn.Module):
         return self.losses(*inputs, **options) if self.training else self.detect(*inputs, **options)
 
     def losses(
-        self, batch: Batch, text: Tensor, *, distill: Metric | None, totals: Totals | None = None
+        self,
+        batch: Batch,
+        text: Tensor,
+        *,
+        distill: Metric | None,
+        totals: Totals | None = None,
+        class_counts: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Loss terms, unweighted: rpn_objectness, rpn_box, classification, box; mask and distillation if asked for.
 
@@ -137,12 +151,13 @@ class Detector(nn.Module):
                 regions then still decide what is spared from being background, if `ignore_confidence` asks for that.
             totals: of the optimiser step that the batch is a part of; the terms of all parts then add up to those of
                 the step. None divides by what was found in this batch.
+            class_counts: objects of each base class so far, (B,), for Seesaw loss; None for cross-entropy.
         """
         maps = self.backbone(normalise(batch.images, batch.sizes))
         proposals, losses = self._propose(batch.images, batch.sizes, maps, batch)
         features = self.head.features(maps[: self.head.pooling.levels])
         sampled = self._sample(proposals, batch, len(text))
-        losses |= self._region_losses(features, sampled, text)
+        losses |= self._region_losses(features, sampled, text, class_counts)
         if self.mask_head is not None:
             losses["mask"] = self._mask_loss(self.mask_head, maps[: self.head.pooling.levels], sampled, batch)
         if distill is not None:
@@ -297,7 +312,11 @@ class Detector(nn.Module):
         return sampled
 
     def _region_losses(
-        self, features: list[Tensor], sampled: Sequence[SampledRegions], text: Tensor
+        self,
+        features: list[Tensor],
+        sampled: Sequence[SampledRegions],
+        text: Tensor,
+        class_counts: Tensor | None,
     ) -> dict[str, Tensor]:
         boxes, index = torch.cat([s.boxes for s in sampled]), _image_index([s.boxes for s in sampled])
         label, target = torch.cat([s.labels for s in sampled]), torch.cat([s.targets for s in sampled])
@@ -306,6 +325,8 @@ class Detector(nn.Module):
         object_ = label < len(text)
         deltas = self.head.regressor(seen.pooled(object_), text[label[object_]])
         wanted = encode_boxes(boxes[object_], target[object_])
+        if class_counts is not None:
+            logits = seesaw_logits(logits, label, class_counts)
         return {
             "classification": classification_loss(logits, label),
             "box": box_loss(deltas, wanted, sampled=len(label)),

@@ -113,6 +113,12 @@ RELATIONS = (
         "has no effect without validation",
     ),
     Relation(
+        "train.repeat_threshold",
+        ("train.steps",),
+        "listed",
+        "an epoch has more images with repeats, so the same number of steps is fewer epochs",
+    ),
+    Relation(
         "train.regions_per_image",
         ("proposals.max_regions",),
         "listed",
@@ -192,6 +198,19 @@ RELATIONS = (
         ("loss.distillation",),
         "scaled",
         "see `loss.distillation`; has no effect at weight 0",
+    ),
+    Relation(
+        "loss.rpn_box",
+        ("loss.rpn",),
+        "scaled",
+        "both are multiplied for the box term of the proposal network",
+    ),
+    Relation(
+        "loss.classification_loss",
+        ("train.repeat_threshold", "loss.novel_names"),
+        "listed",
+        "`seesaw` counts repeated images as often as they come, and weighs base classes only: novel names compete as "
+        "in the cross-entropy",
     ),
     Relation(
         "loss.mask",

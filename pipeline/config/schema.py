@@ -20,6 +20,7 @@ from ezsd.choices import (
     Activation,
     AdaptLoss,
     Backend,
+    ClassificationLoss,
     Metric,
     Mode,
     Names,
@@ -228,8 +229,12 @@ class LossConfig:
     """Put novel classes into the cross-entropy too; the authors have base classes alone."""
     rpn: Annotated[float, Interval(ge=0)] = 1.0
     """Weight of the proposal network's two terms."""
+    rpn_box: Annotated[float, Interval(ge=0)] = 1.0
+    """Further weight of the second of them, its box regression; the two are multiplied."""
     classification: Annotated[float, Interval(ge=0)] = 1.0
-    """Weight of the cross-entropy."""
+    """Weight of the classification."""
+    classification_loss: ClassificationLoss = "cross_entropy"
+    """"seesaw" protects classes with few objects from those with many (arXiv 2008.10032, with p = 0.8 and q = 2)."""
     box: Annotated[float, Interval(ge=0)] = 1.0
     """Weight of the box regression."""
     mask: Annotated[float, Interval(ge=0)] = 1.0
@@ -274,6 +279,9 @@ class TrainConfig:
     accumulated batches learn what one does, and needs it; "step" draws from one stream per step."""
     ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Decay of a moving average of the weights, which is then evaluated; 0 keeps none."""
+    repeat_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Repeat-factor sampling: images with a base class that fewer than this fraction of them show come more often, by
+    sqrt(repeat_threshold / fraction) of their scarcest class (arXiv 1908.03195); 0 takes each once per epoch."""
     regions_per_image: Annotated[int, Interval(ge=0)] = 200
     """Cached regions drawn per image and step, without replacement; base ground truth comes on top."""
     multiscale_min_size: int = 0

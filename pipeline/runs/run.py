@@ -5,8 +5,8 @@ environment.json        places, definition of the dataset, teacher, device, vers
 stores.json             which bytes of a store it was trained on, from which step on
 tables.safetensors      text rows of all classes, re-normalised LayerNorms
 metrics.jsonl           one line per step
-checkpoints/            step-00000400/{model.safetensors, optimiser.safetensors, state.json} and, where an average of
-                        the weights is kept, average.safetensors
+checkpoints/            step-00000400/{model.safetensors, optimiser.safetensors, state.json}, average.safetensors where
+                        an average of the weights is kept, and class_counts.safetensors with Seesaw loss
 seconds.json            time of each stage
 train.lock              locked while a training writes here
 
@@ -52,7 +52,7 @@ LOCK = "train.lock"
 _CHECKPOINT = re.compile(r"step-\d+|\.step-\d+\.partial")
 """Names of folders that training writes below checkpoints/."""
 _PARTS = frozenset(("model.safetensors", "optimiser.safetensors"))
-_AVERAGE = "average.safetensors"
+_OPTIONAL = frozenset(("average.safetensors", "class_counts.safetensors"))
 _SPEC = {
     "config": dict,
     "store": dict,
@@ -114,6 +114,11 @@ class Checkpoint:
         """The moving average of the weights; None if none was kept."""
         path = self.folder / "average.safetensors"
         return load_file(path) if path.exists() else None
+
+    def class_counts(self) -> Tensor | None:
+        """Objects of each base class that training had shown, (B,) int64; None if none were counted."""
+        path = self.folder / "class_counts.safetensors"
+        return load_file(path)["class_counts"] if path.exists() else None
 
     def optimiser(self) -> dict[str, Tensor]:
         """Flattened optimiser state, see `flatten_optimiser`."""
@@ -284,6 +289,7 @@ class Run:
         model: nn.Module,
         optimiser: torch.optim.Optimizer,
         average: Mapping[str, Tensor] | None = None,
+        class_counts: Tensor | None = None,
     ) -> None:
         """Write a checkpoint: all of it or nothing, durable before older ones go.
 
@@ -297,6 +303,8 @@ class Run:
         parts = {"model": model.state_dict(), "optimiser": flatten_optimiser(optimiser)}
         if average is not None:
             parts["average"] = dict(average)
+        if class_counts is not None:
+            parts["class_counts"] = {"class_counts": class_counts}
         digests = {}
         for name, tensors in parts.items():
             content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
@@ -367,7 +375,7 @@ def _intact_state(folder: Path) -> dict[str, Any] | None:
         state = read_object(folder / "state.json")
         names = state["sha256"].keys()
         # Names from a file are not joined to a path before they are known.
-        if not _PARTS <= names <= {*_PARTS, _AVERAGE} or not isinstance(state["step"], int):
+        if not _PARTS <= names <= _PARTS | _OPTIONAL or not isinstance(state["step"], int):
             return None
         if all(file_digest(folder / name).sha256 == digest for name, digest in state["sha256"].items()):
             return state

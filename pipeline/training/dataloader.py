@@ -52,7 +52,7 @@ def load_batches(
     distributed: Distributed | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Generator[tuple[list[tuple[int, int]], list[Batch]], None, None]:
-    """Load the batches of this process for each step from `first_step` on, with epoch and position of their images.
+    """Load the batches of this process for each step from `first_step` on, with the `epoch_order` of their images.
 
     All batches of a step are padded to the same size, so that training gives the same result as with one batch.
 
@@ -85,6 +85,7 @@ def load_batches(
         first_step=first_step,
         steps=config.steps,
         seed=config.seed,
+        repeats=samples.repeats,
     )
     size = config.batch_size // parts
     starts = range(distributed.rank * size, config.batch_size, distributed.world_size * size)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ezsd.cache import Store, Verify, info
-from ezsd.data.annotations import ImageRecord, ImageTable
-from ezsd.data.dataset import DetectionDataset, MaskSource
+from ezsd.data.annotations import Annotations, ImageRecord, ImageTable
+from ezsd.data.dataset import DetectionDataset, MaskSource, repeat_factors
 from ezsd.data.transforms import Augmentation
 from ezsd.detector.model import Batch, Detector
 from ezsd.kernels import require_backend
@@ -185,12 +186,13 @@ def training_samples(
     store: Store, dataset: Dataset, config: TrainConfig, masks: MaskSource | None = None
 ) -> DetectionDataset:
     """Training samples of a store. StoreMismatch if the annotations differ from those it was built from."""
-    images = checked_annotations(store, dataset).images
-    bad = store.bad_images
+    annotations = checked_annotations(store, dataset)
+    images, bad = annotations.images, store.bad_images
     if bad:
         log.info("%d of %d images could not be read when the store was built and are left out", len(bad), len(images))
+    image_ids = [image for image in store.image_ids.tolist() if image not in bad]
     return DetectionDataset(
-        [image for image in store.image_ids.tolist() if image not in bad],
+        image_ids,
         partial(_read_by_id, dataset.images("train"), images),
         partial(_size_by_id, images),
         store.ground_truth,
@@ -205,7 +207,25 @@ def training_samples(
         ),
         seeded=config.rng == "image",
         masks=masks,
+        repeats=_repeats(annotations, image_ids, config.repeat_threshold) if config.repeat_threshold else None,
     )
+
+
+def _repeats(annotations: Annotations, image_ids: list[int], threshold: float) -> NDArray[np.float64]:
+    """Repeat factors of the images by their base objects, in the order of `image_ids`."""
+    position = np.full(len(annotations.images), -1)
+    position[np.searchsorted(annotations.images.id, image_ids)] = np.arange(len(image_ids))
+    image = position[annotations.image_index]
+    read = image >= 0
+    factors = repeat_factors(image[read], annotations.class_index[read], images=len(image_ids), threshold=threshold)
+    log.info(
+        "repeat factors of %.2f on average, %.2f at most: an epoch has about %d images instead of %d",
+        factors.mean(),
+        factors.max(),
+        round(factors.sum()),
+        len(factors),
+    )
+    return factors
 
 
 def build_trainer(detector: Detector, config: Config, text: Tensor, base: int, distributed: Distributed) -> Trainer:
@@ -225,6 +245,7 @@ def build_trainer(detector: Detector, config: Config, text: Tensor, base: int, d
         config.train,
         average,
         distributed,
+        torch.zeros(base, dtype=torch.int64, device=device) if config.loss.classification_loss == "seesaw" else None,
     )
 
 
@@ -338,7 +359,8 @@ class _Training:
     def _save(self, metrics: MetricsLog) -> None:
         metrics.flush()
         average = None if self.trainer.average is None else self.trainer.average.state
-        self.run.save(self.step, self.trainer.detector, self.trainer.optimiser, average)
+        counts = self.trainer.class_counts
+        self.run.save(self.step, self.trainer.detector, self.trainer.optimiser, average, counts)
         self._clock.record()
         self._saved, self._saved_at = self.step, time.monotonic()
 
@@ -433,6 +455,11 @@ def _resume(run: Run, trainer: Trainer) -> int:
         if average is None:
             raise RunError(f"{checkpoint.folder}: holds no average of the weights, which train.ema_decay asks for")
         trainer.average.restore(average)
+    if trainer.class_counts is not None:
+        counts = checkpoint.class_counts()
+        if counts is None:
+            raise RunError(f"{checkpoint.folder}: holds no numbers of objects, which Seesaw loss needs")
+        trainer.class_counts.copy_(counts)
     if distributed.is_main and step < trainer.config.steps:
         log.info("resuming %s at step %d", run.folder, step)
     return step

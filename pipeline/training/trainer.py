@@ -65,6 +65,8 @@ class Trainer:
     config: TrainConfig
     average: AverageWeights | None = None
     distributed: Distributed = field(default_factory=Distributed)
+    class_counts: Tensor | None = None
+    """Objects of each base class that training has shown, (B,) int64, over all processes; only Seesaw loss counts."""
 
     def __post_init__(self) -> None:
         self._model = self.distributed.wrap(self.detector)
@@ -82,6 +84,7 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         totals = self._totals(batches)
+        self._count_objects(batches)
         self.optimiser.zero_grad(set_to_none=True)
         with self._without_exchange():
             *earlier, last = batches
@@ -109,6 +112,7 @@ class Trainer:
                 self.objective.text,
                 distill=self.objective.config.metric if self.objective.config.distillation > 0 else None,
                 totals=totals,
+                class_counts=self.class_counts,
             )
         loss = weighted_sum(parts, self.objective.weights)
         # The terms of all processes add up, while `DistributedDataParallel` averages their gradients.
@@ -117,6 +121,12 @@ class Trainer:
 
     def _without_exchange(self) -> AbstractContextManager[None]:
         return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
+
+    def _count_objects(self, batches: Sequence[Batch]) -> None:
+        # Before the step, of all its parts: each part then has the numbers that the whole has.
+        if self.class_counts is not None:
+            base, label = len(self.class_counts), torch.cat([of_image for b in batches for of_image in b.labels])
+            self.class_counts += self.distributed.all_reduce(label[label < base].bincount(minlength=base))
 
     def _totals(self, batches: Sequence[Batch]) -> Totals | None:
         if self.config.rng == "step":
