@@ -204,6 +204,7 @@ def _lvis(name: str, root: Path) -> Dataset:
         train_annotations=train,
         val_images=".",
         val_annotations=val,
+        preset="lvis",
         prompts={"names": "clean"},
     )
 

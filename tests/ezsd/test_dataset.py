@@ -1,6 +1,7 @@
 """Samples: boxes follow their pixels, draws depend on (seed, epoch, image) alone, epochs are whole and resumable."""
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ezsd.boxes import flip_horizontal
-from ezsd.data.dataset import DetectionDataset, Key, collate, epoch_order, pad_images, resize
+from ezsd.data.dataset import DetectionDataset, Key, collate, epoch_order, pad_images, repeat_factors, resize
 from ezsd.data.transforms import Augmentation, boxes_in_window
 
 DIM = 6
@@ -303,8 +304,8 @@ def test_a_batch_keeps_the_regions_of_each_image_together():
     assert torch.equal(batch.labels[0], samples[0].labels)
 
 
-def order(images=7, per_step=3, first_step=0, steps=20, seed=0):
-    return list(epoch_order(images, per_step=per_step, first_step=first_step, steps=steps, seed=seed))
+def order(images=7, per_step=3, first_step=0, steps=20, seed=0, repeats=None):
+    return list(epoch_order(images, per_step=per_step, first_step=first_step, steps=steps, seed=seed, repeats=repeats))
 
 
 @given(st.integers(1, 12), st.integers(1, 15), st.integers(0, 5))
@@ -321,6 +322,61 @@ def test_every_image_comes_once_per_epoch(images, per_step, seed):
 @given(st.integers(0, 20))
 def test_an_epoch_order_resumes_mid_way_identically(first_step):
     assert order(first_step=first_step) == order()[first_step:]
+
+
+@given(st.integers(1, 9), st.integers(1, 7), st.integers(0, 4), st.integers(0, 9))
+def test_the_order_of_an_epoch_is_a_permutation_of_its_seed(images, per_step, seed, first_step):
+    drawn = [divmod(n, images) for n in range(first_step * per_step, 10 * per_step)]
+    expected = [
+        (epoch, int(np.random.default_rng([seed, 1, epoch]).permutation(images)[place])) for epoch, place in drawn
+    ]
+    found = order(images, per_step, first_step=first_step, steps=10, seed=seed)
+    assert [key for batch in found for key in batch] == expected
+    assert order(images, per_step, first_step=first_step, steps=10, seed=seed, repeats=np.ones(images)) == found
+
+
+FACTORS = np.array([1.0, 2.0, 1.25, 3.5, 1.0])
+
+
+def test_images_come_as_often_as_their_factors_say():
+    flat = [position for batch in order(5, 1, steps=4000, repeats=FACTORS) for _, position in batch]
+    assert np.bincount(flat) / 4000 == pytest.approx(FACTORS / FACTORS.sum(), abs=0.01)
+    # An epoch has the whole parts at least, and each image once more at most.
+    first = np.bincount(flat[:8], minlength=5)
+    assert (first <= [1, 2, 2, 4, 1]).all()
+
+
+def test_an_image_that_comes_again_is_drawn_anew():
+    flat = [key for batch in order(5, 2, steps=200, repeats=FACTORS) for key in batch]
+    for position in range(5):
+        assert [earlier for earlier, image in flat if image == position] == list(
+            range(sum(image == position for _, image in flat))
+        )
+
+
+@given(st.integers(0, 20), st.lists(st.floats(1, 4), min_size=7, max_size=7))
+def test_an_order_with_repeats_resumes_mid_way_identically(first_step, factors):
+    repeats = np.array(factors)
+    assert order(first_step=first_step, repeats=repeats) == order(repeats=repeats)[first_step:]
+
+
+def test_repeat_factors_are_those_of_the_scarcest_class():
+    # Class 0 in 4 of 5 images, class 1 in one of them, twice; class 2 in another; an image without objects.
+    image, label = np.array([0, 1, 1, 1, 2, 3, 3]), np.array([0, 0, 1, 1, 0, 0, 2], np.int32)
+    found = repeat_factors(image, label, images=5, threshold=0.4)
+    assert found.tolist() == pytest.approx([1, math.sqrt(2), 1, math.sqrt(2), 1])
+    assert repeat_factors(image, label, images=5, threshold=1.0)[0] == pytest.approx(math.sqrt(5 / 4))
+    assert repeat_factors(image[:0], label[:0], images=2, threshold=1.0).tolist() == [1, 1]
+
+
+@given(st.lists(st.sets(st.integers(0, 5)), min_size=1, max_size=12), st.floats(0.01, 1))
+def test_repeat_factors_follow_the_formula(shown, threshold):
+    image = np.array([i for i, classes in enumerate(shown) for _ in classes], np.int64)
+    label = np.array([one for classes in shown for one in classes], np.int32)
+    found = repeat_factors(image, label, images=len(shown), threshold=threshold)
+    for classes, factor in zip(shown, found, strict=True):
+        of_class = [math.sqrt(threshold / (sum(one in other for other in shown) / len(shown))) for one in classes]
+        assert factor == pytest.approx(max([1.0, *of_class]))
 
 
 def test_epochs_are_shuffled_anew_by_the_seed():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ezsd.losses import box_loss, classification_loss, decode_boxes, encode_boxes, region_weights
+from ezsd.losses import box_loss, classification_loss, decode_boxes, encode_boxes, region_weights, seesaw_logits
 
 coordinate = st.floats(-100, 1000, width=32)
 # Growth beyond 62.5 times is cut off, see decode_boxes.
@@ -76,6 +76,91 @@ def test_classification_of_nothing_is_zero_with_zero_gradient():
     loss.backward()
     assert loss.item() == 0
     assert logits.grad.shape == (0, 3)
+
+
+def seesaw(logits, label, counts):
+    return classification_loss(seesaw_logits(logits, label, counts), label)
+
+
+def seesaw_by_the_formulas(logits, label, counts):
+    """Seesaw loss of the rows, as arXiv 2008.10032 states it, term by term."""
+    base, losses = len(counts), []
+    for z, i in zip(logits.double().tolist(), label.tolist(), strict=True):
+        total = sum(math.exp(value) for value in z[:base])
+        p = [math.exp(value) / total for value in z[:base]]
+        denominator = 0.0
+        for j, value in enumerate(z):
+            weight = 1.0
+            if j != i and i < base and j < base:
+                n_i, n_j = max(counts[i].item(), 1), max(counts[j].item(), 1)
+                mitigation = 1.0 if n_i <= n_j else (n_j / n_i) ** 0.8
+                compensation = 1.0 if p[j] <= p[i] else max(1.0, p[j] / max(p[i], 0.01)) ** 2.0
+                weight = mitigation * compensation
+            denominator += weight * math.exp(value)
+        losses.append(math.log(denominator) - z[i])
+    return sum(losses) / len(losses)
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(0, 2),
+    st.lists(st.tuples(st.integers(0, 5), st.lists(st.floats(-6, 6), min_size=8, max_size=8)), min_size=1, max_size=6),
+    st.lists(st.sampled_from([0, 1, 3, 40, 2000]), min_size=5, max_size=5),
+)
+def test_seesaw_is_what_its_formulas_say(base, novel, rows, counts):
+    logits = torch.tensor([values[: base + novel + 1] for _, values in rows])
+    # Base classes, and background last.
+    label = torch.tensor([number if number < base else base + novel for number, _ in rows])
+    counts = torch.tensor(counts[:base])
+    expected = seesaw_by_the_formulas(logits, label, counts)
+    assert seesaw(logits, label, counts).item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_seesaw_protects_a_scarce_class_from_a_frequent_one_and_not_the_reverse():
+    counts, even = torch.tensor([1000, 1]), torch.zeros(1, 3)
+    # A thousandth to the power 0.8.
+    assert seesaw(even, torch.tensor([0]), counts).item() == pytest.approx(math.log(1 + 0.0039811 + 1), rel=1e-5)
+    assert seesaw(even, torch.tensor([1]), counts).item() == pytest.approx(math.log(3))
+
+
+def test_seesaw_compensates_a_class_that_is_likelier_than_the_right_one():
+    logits, counts = torch.tensor([[0.0, math.log(3), 0.0]]), torch.tensor([5, 5])
+    assert seesaw(logits, torch.tensor([0]), counts).item() == pytest.approx(math.log(1 + 3 * 3**2 + 1))
+    assert seesaw(logits, torch.tensor([1]), counts).item() == pytest.approx(math.log(5 / 3))
+    # A probability of a millionth counts as a hundredth.
+    far = torch.tensor([[0.0, math.log(1e6), -100.0]])
+    assert seesaw(far, torch.tensor([0]), counts).item() == pytest.approx(math.log(1e6 * 100**2), rel=1e-4)
+
+
+def test_seesaw_leaves_background_and_novel_names_alone():
+    logits, counts = torch.randn(4, 6), torch.tensor([1, 900, 30])
+    # Base, base, base, novel, novel, background: a region on background, and a novel name that is a label.
+    label = torch.tensor([5, 3, 0, 1])
+    found = seesaw_logits(logits, label, counts)
+    assert torch.equal(found[:2], logits[:2])
+    assert torch.equal(found[:, 3:], logits[:, 3:])
+    assert not torch.equal(found[3, :3], logits[3, :3])
+
+
+def test_seesaw_of_equal_numbers_and_right_guesses_is_cross_entropy():
+    logits, label = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0]]), torch.tensor([0, 1])
+    assert torch.equal(seesaw(logits, label, torch.zeros(2, dtype=torch.int64)), classification_loss(logits, label))
+
+
+def test_no_gradient_flows_through_the_factors_of_seesaw():
+    logits, label, counts = (
+        torch.randn(5, 4, requires_grad=True),
+        torch.tensor([0, 1, 2, 3, 0]),
+        torch.tensor([9, 1, 4]),
+    )
+    added = (seesaw_logits(logits, label, counts) - logits).detach()
+    (found,) = torch.autograd.grad(seesaw(logits, label, counts), logits)
+    (expected,) = torch.autograd.grad(classification_loss(logits + added, label), logits)
+    torch.testing.assert_close(found, expected)
+
+
+def test_seesaw_of_nothing_is_zero():
+    assert seesaw(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64), torch.tensor([1, 2])).item() == 0
 
 
 def test_box_loss_is_summed_over_coordinates_and_divided_by_all_sampled():

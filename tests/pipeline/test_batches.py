@@ -78,7 +78,7 @@ from ezsd.pipeline.training.train import store_dataset, training_samples
 
 class Odd(torch.utils.data.Dataset):
     def __init__(self, samples, kind):
-        self.samples, self.kind, self.size = samples, kind, samples.size
+        self.samples, self.kind, self.size, self.repeats = samples, kind, samples.size, samples.repeats
     def __len__(self):
         return len(self.samples)
     def __getitem__(self, key):

@@ -112,8 +112,8 @@ def test_a_bare_word_is_text_and_a_whole_number_serves_as_a_float():
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'lvis'; .* coco, paper, photos, shapes, or fast \(the same as coco\)"):
-        load_preset("lvis")
+    with pytest.raises(ConfigError, match=r"'voc'; .* coco, lvis, paper, photos, shapes, or fast \(the same as coco\)"):
+        load_preset("voc")
 
 
 def test_fast_is_the_default_preset():

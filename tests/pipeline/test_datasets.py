@@ -38,7 +38,7 @@ def test_lvis_is_split_by_the_frequency_of_each_name(lvis):
 
 def test_lvis_finds_its_images_in_cocos_folders_and_says_names_plainly(lvis):
     dataset = find_dataset("lvis", lvis).require()
-    assert (dataset.train_images, dataset.val_images, dataset.preset) == (".", ".", "coco")
+    assert (dataset.train_images, dataset.val_images, dataset.preset) == (".", ".", "lvis")
     assert dataset.prompts == {"names": "clean"}
 
 
