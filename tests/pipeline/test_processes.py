@@ -42,8 +42,9 @@ TRAIN = {
     "warmup_steps": 5,
     "checkpoint_every": 100,
 }
-STEPS = {"one": 1, "twenty": 20, "masked": 1, "sized": 1, "hot": 2}
-"""Of each run; one has masks, one images of many sizes, one a temperature that starts at its bound."""
+STEPS = {"one": 1, "twenty": 20, "masked": 1, "sized": 1, "hot": 2, "tail": 3}
+"""Of each run; one has masks, one images of many sizes, one a temperature that starts at its bound, one Seesaw loss and
+repeat factors."""
 SIZED = {"multiscale_min_size": 40, "min_size": 200, "max_size": 200, "seed": 2}
 
 
@@ -65,8 +66,11 @@ def settings(quick_config):
         if name == "hot":
             model = dataclasses.replace(model, logit_scale=100.0)
         changes |= SIZED if name == "sized" else {}
+        changes |= {"repeat_threshold": 1.0} if name == "tail" else {}
         loop = dataclasses.replace(quick_config.train, **TRAIN, steps=STEPS[name], **changes)
-        return dataclasses.replace(quick_config, model=model, train=loop)
+        form = "seesaw" if name == "tail" else "cross_entropy"
+        loss = dataclasses.replace(quick_config.loss, classification_loss=form)
+        return dataclasses.replace(quick_config, model=model, loss=loss, train=loop)
 
     return of
 
@@ -105,8 +109,11 @@ def require_equal(runs, expected):
     hot = [r["hot"].finished().trained()["head.classifier.log_temperature"].item() for r in (runs, expected)]
     assert hot[0] == pytest.approx(hot[1], abs=1e-5)
     assert all(value < math.log(100) - 1e-5 for value in hot)
-    ours, theirs = (r["twenty"].read_metrics() for r in (runs, expected))
-    assert len(ours) == len(theirs) == 20
+    counts = [r["tail"].finished().class_counts() for r in (runs, expected)]
+    assert torch.equal(*counts)
+    assert counts[0].sum() > 0
+    ours, theirs = ([line for name in ("twenty", "tail") for line in r[name].read_metrics()] for r in (runs, expected))
+    assert len(ours) == len(theirs) == 23
     for mine, other in zip(ours, theirs, strict=True):
         for part in ("loss", "rpn_objectness", "rpn_box", "classification", "box", "distillation"):
             assert mine[part] == pytest.approx(other[part], rel=1e-3, abs=1e-5), (mine["step"], part)

@@ -8,6 +8,7 @@ import pytest
 from ezsd.cache import Store
 from ezsd.pipeline.config.names import ALIASES, FORMER, NO_SETTINGS, with_former_names, with_todays_names
 from ezsd.pipeline.config.schema import ConfigError, at_test_time, load_preset, preset_names, to_tables
+from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.extraction.provenance import as_built
 from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.runs.run import Run
@@ -148,6 +149,22 @@ def test_a_run_of_an_earlier_version_is_evaluated_and_gone_on_with(shapes_run, s
     assert (run.began_at, run.finished().step) == (4, 6)
     assert load_trained(run, "cpu").config == load_trained(shapes_run, "cpu").config
     assert Run.open(folder).spec["config"] == shapes_run.spec["config"]
+
+
+def test_a_run_of_a_version_with_fewer_settings_is_gone_on_with(shapes_run, shapes_store, with_settings, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(shapes_run.folder, folder)
+    shutil.rmtree(folder / "checkpoints/step-00000006")
+    for path in (folder / "run.json", folder / "checkpoints/step-00000004/state.json"):
+        record = json.loads(path.read_text())
+        for section, key in (("loss", "classification_loss"), ("train", "repeat_threshold"), ("eval", "objectness")):
+            del record["config"][section][key]
+        path.write_text(json.dumps(record))
+    other = with_settings(loss={"classification_loss": "seesaw"})
+    with pytest.raises(RunError, match='config.loss.classification_loss: "cross_entropy" there, "seesaw" wanted'):
+        train(TrainRequest(cache=shapes_store, run=folder, config=other))
+    resumed = train(TrainRequest(cache=shapes_store, run=folder, config=with_settings()))
+    assert [line["loss"] for line in resumed.read_metrics()] == [line["loss"] for line in shapes_run.read_metrics()]
 
 
 def test_a_store_of_an_earlier_version_says_with_what_it_was_built(shapes_store, quick_config, tmp_path):
