@@ -261,7 +261,7 @@ def split_of(file: Path, base: tuple[str, ...] | None) -> None:
 
 
 SPOKEN: Calls = {
-    "no preset 'lvis'; choose one of coco,": (lambda _: load_preset("lvis"), lambda _: load_preset("coco")),
+    "no preset 'voc'; choose one of coco,": (lambda _: load_preset("voc"), lambda _: load_preset("coco")),
     "unknown key 'stepz'; did you mean 'steps'\\?": (
         lambda _: load_preset("shapes", ["train.stepz=3"]),
         lambda _: load_preset("shapes", ["train.steps=3"]),

@@ -26,7 +26,7 @@ class Key(NamedTuple):
     """Inputs that a sample depends on, beside the seed."""
 
     epoch: int
-    """How often the image was drawn before; without repeats that is the epoch."""
+    """Number of times that the image was drawn before; without repeats that is the epoch."""
     position: int
     """Position of the image in the dataset."""
     canvas: tuple[int, int] = (0, 0)
@@ -133,7 +133,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         augmentation: of size, beside the flip; None for neither.
         seeded: whether batches carry a seed per image, see `Batch.seeds`.
         masks: masks by image id, in original pixels; None for none.
-        repeats: how often each image comes in an epoch, see `epoch_order`.
+        repeats: times that each image comes in an epoch, see `epoch_order`.
     """
 
     def __init__(
