@@ -30,8 +30,8 @@ from ezsd.pipeline.inference.evaluation_tables import at_limit
 from ezsd.pipeline.training.train import TrainRequest, train
 
 TRAIN_IMAGES, VAL_IMAGES = 500, 250
-SETTINGS = ("proposals.sizes=[36]", "proposals.stride=0.5", "train.steps=400")
-"""Of all arms: a sixth of the preset's anchors and half its steps, for the question is about base classes."""
+SETTINGS = ("proposals.search=exhaustive", "proposals.sizes=[36]", "proposals.stride=0.5", "train.steps=400")
+"""Of all arms: a grid of 36 anchors and half the preset's steps, for the question is about base classes."""
 FREQUENT = 4
 """Base classes in as many images as come."""
 AT_MOST = (50, 40, 30, 20, 10, 8, 6, 5, 4)
