@@ -175,6 +175,13 @@ def cache_build(
         ),
     ] = None,
     reuse: Annotated[Path | None, typer.Option(help="Another store, to copy products that would be the same.")] = None,
+    proposals_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN|FILE",
+            help="A finished run, whose proposal network proposes, or a file of boxes in COCO's results format.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Estimate the size of the store and the time to build it, and stop.")
     ] = False,
@@ -201,6 +208,7 @@ def cache_build(
         activation=activation,
         backbone_weights=backbone_weights,
         prompts=named.prompts,
+        proposals_from=proposals_from,
     )
     if data_root is not None or named.root.exists():
         named.require()

@@ -32,5 +32,7 @@ AdaptLoss = Literal["bce", "softmax_ce"]
 Mode = Literal["exhaustive", "grown-stride", "coarse-to-fine", "learned"]
 """Candidates for proposals: all anchors of the grid, fewer large ones, a sparse grid and then the neighbours of its
 best; or the boxes of a proposal network that the build trains on base boxes."""
+Refinement = Literal["none", "vote"]
+"""Refinement of proposals before regions are chosen among them, see `ezsd.proposals.refine`."""
 Score = Literal["entropy", "novel"]
 """Score by which anchors become proposals, see `ezsd.proposals.select`."""

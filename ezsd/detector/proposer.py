@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ezsd.detector.backbone import Pyramid, normalise
-from ezsd.detector.rpn import proposal_network
+from ezsd.detector.rpn import NMS_IOU, proposal_network
 
 
 class Proposer(nn.Module):
@@ -18,14 +18,15 @@ class Proposer(nn.Module):
         backbone: images to maps.
         sizes: anchor size per level, input pixels.
         proposals: most boxes per image.
+        nms_iou: IoU threshold of NMS, within a level of the pyramid.
 
     Source: Ren et al., Faster R-CNN (arXiv 1506.01497).
     """
 
-    def __init__(self, backbone: Pyramid, sizes: tuple[int, ...], *, proposals: int) -> None:
+    def __init__(self, backbone: Pyramid, sizes: tuple[int, ...], *, proposals: int, nms_iou: float = NMS_IOU) -> None:
         super().__init__()
         self.backbone = backbone
-        self.rpn, _ = proposal_network(backbone.channels, sizes, proposals=proposals)
+        self.rpn, _ = proposal_network(backbone.channels, sizes, proposals=proposals, nms_iou=nms_iou)
 
     def forward(self, images: Tensor, sizes: list[tuple[int, int]], boxes: Sequence[Tensor]) -> Tensor:
         """Training loss of a batch: objectness and box regression, a scalar.

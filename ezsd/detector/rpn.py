@@ -15,6 +15,8 @@ from ezsd.detector.sampling import draw_balanced
 
 SAMPLED_ANCHORS = 256
 """Anchors per image that the proposal network learns from, at most half of them on objects."""
+NMS_IOU = 0.7
+"""IoU threshold of NMS, within a level of the pyramid."""
 NEGATIVE_IOU = 0.3
 """IoU below which an anchor is taught to be no object, unless it overlaps an ignored region this much."""
 
@@ -102,13 +104,16 @@ class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
         return labels, matched
 
 
-def proposal_network(channels: int, sizes: tuple[int, ...], *, proposals: int) -> tuple[ProposalNetwork, AnchorSampler]:
+def proposal_network(
+    channels: int, sizes: tuple[int, ...], *, proposals: int, nms_iou: float = NMS_IOU
+) -> tuple[ProposalNetwork, AnchorSampler]:
     """The network and the sampler it draws with.
 
     Args:
         channels: width of the pyramid.
         sizes: anchor size per level, input pixels; ratios are 1/2, 1, 2.
         proposals: boxes per image that it hands on.
+        nms_iou: IoU threshold of NMS, within a level.
     """
     anchors = AnchorGenerator(tuple((size,) for size in sizes), ((0.5, 1.0, 2.0),) * len(sizes))
     network = ProposalNetwork(
@@ -120,7 +125,7 @@ def proposal_network(channels: int, sizes: tuple[int, ...], *, proposals: int) -
         positive_fraction=0.5,
         pre_nms_top_n={"training": 2 * proposals, "testing": proposals},
         post_nms_top_n={"training": proposals, "testing": proposals},
-        nms_thresh=0.7,
+        nms_thresh=nms_iou,
     )
     network.fg_bg_sampler = sampler = AnchorSampler()
     return network, sampler

@@ -306,6 +306,31 @@ RELATIONS = (
         "a learned proposer gives the smaller of both numbers; regions are selected from these boxes",
     ),
     Relation(
+        "proposals.objectness_weight",
+        ("proposals.search", "proposals.boxes"),
+        "refused",
+        "has an effect only for the boxes of a network or a file; below 1 the teacher is shown all that are clear of "
+        "base objects, before the best `max_regions` are kept",
+    ),
+    Relation(
+        "proposals.refine",
+        ("proposals.nms_iou", "proposals.base_iou"),
+        "listed",
+        "voted boxes are suppressed and filtered like proposals",
+    ),
+    Relation(
+        "proposals.refine_iou",
+        ("proposals.refine",),
+        "refused",
+        "has no effect without box voting",
+    ),
+    Relation(
+        "proposer.run",
+        ("proposals.search", "proposer.backbone", "proposer.steps"),
+        "refused",
+        "the network is the run's and none is trained: no other setting of [proposer] has an effect",
+    ),
+    Relation(
         "proposer.batch_size",
         ("proposer.learning_rate", "proposer.steps"),
         "listed",
@@ -377,9 +402,6 @@ ALONE = frozenset(
         "adapt.towers",
         "adapt.max_grad_norm",
         "proposals.ratios",
-        "proposals.nms_iou",
-        "proposals.base_iou",
-        "proposals.boxes",
         "proposer.weight_decay",
         "proposer.fpn_channels",
         "build.seed",
@@ -422,16 +444,28 @@ _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     ),
     "proposals.anchor_fraction": ("proposals.search=coarse-to-fine", lambda c: c.proposals.search == "coarse-to-fine"),
     **{
-        f"proposer.{key}": ("proposals.search=learned (and without proposals.boxes)", lambda c: c.proposals.learned)
+        f"proposer.{key}": (
+            "proposals.search=learned (and without proposals.boxes and proposer.run)",
+            lambda c: c.proposals.learned and c.proposer.run is None,
+        )
         for key in _PROPOSER
+    },
+    **{
+        f"proposer.{key}": ("proposals.search=learned (and without proposals.boxes)", lambda c: c.proposals.learned)
+        for key in ("run", "max_proposals")
     },
     **{
         f"proposals.{key}": (
             "a search of the grid, as proposals.search=exhaustive is",
             lambda c: not c.proposals.learned,
         )
-        for key in ("grid", "sizes", "ratios", "stride", "score", "nms_iou")
+        for key in ("grid", "sizes", "ratios", "stride", "score")
     },
+    "proposals.objectness_weight": (
+        "proposals.search=learned or proposals.boxes",
+        lambda c: c.proposals.has_objectness,
+    ),
+    "proposals.refine_iou": ("proposals.refine=vote", lambda c: c.proposals.refine == "vote"),
     "proposals.drop_background": ("a teacher.background", lambda c: c.teacher.background is not None),
 }
 """Condition under which a setting changes anything, in words and as a test."""

@@ -26,6 +26,7 @@ from ezsd.choices import (
     Names,
     Normalisation,
     Precision,
+    Refinement,
     Score,
     Surround,
 )
@@ -121,11 +122,19 @@ class ProposalConfig:
     """Choice of the boxes that the teacher is shown: "exhaustive" all anchors of the grid, "grown-stride" fewer large
     ones, "coarse-to-fine" a sparse grid and then the neighbours of its best; the latter two thin out the grid "paper",
     for sliding windows already have a spacing that grows with their size. "learned" takes no grid but the boxes of a
-    proposal network that the build trains on base boxes, see [proposer]."""
+    proposal network that the build trains on base boxes, or takes from a run, see [proposer]."""
     growth: Annotated[float, Interval(gt=0)] = 0.375
     """Spacing of anchors, a fraction of their size: of all ("grown-stride"), of the sparse grid ("coarse-to-fine")."""
     anchor_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.1
     """Fraction of the grid's anchors that "coarse-to-fine" looks at."""
+    objectness_weight: Annotated[float, Interval(ge=0, le=1)] = 1.0
+    """Weight a of objectness in the ranking of regions that a network or a file proposes, objectness^a
+    confidence^(1 - a): 1 keeps their order and the teacher is shown only as many as are kept, 0 takes the teacher's."""
+    refine: Refinement = "none"
+    """"vote": each proposal becomes the score-weighted mean of the proposals around it, and NMS is applied again,
+    before regions are chosen among them."""
+    refine_iou: Annotated[float, Interval(gt=0, le=1)] = 0.3
+    """Least IoU of the proposals that have a vote on another one."""
 
     def __post_init__(self) -> None:
         _require_bounds("proposals", self)
@@ -146,14 +155,21 @@ class ProposalConfig:
 
     @property
     def learned(self) -> bool:
-        """True where a proposal network that the build trains makes the proposals."""
+        """True where a proposal network makes the proposals."""
         return self.search == "learned" and not self.boxes
+
+    @property
+    def has_objectness(self) -> bool:
+        """True where the score of a proposal is the objectness of a network or a file, not the teacher's certainty."""
+        return self.search == "learned" or bool(self.boxes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProposerConfig:
     """Learned proposer: a proposal network that the build trains on base boxes, for proposals.search = "learned"."""
 
+    run: str | None = None
+    """A finished run, whose backbone and proposal network propose; none trains a network with the settings below."""
     steps: Annotated[int, Interval(ge=2)] = 2000
     """Optimiser steps."""
     batch_size: Annotated[int, Interval(ge=1)] = 8

@@ -10,7 +10,7 @@ from pathlib import Path
 from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import STAGE_ONE, Config, setting_of
 from ezsd.pipeline.data.datasets import Dataset
-from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.errors import ArgumentError, ConfigError
 from ezsd.pipeline.inference.evaluation_tables import headline_columns, percent
 
 
@@ -23,8 +23,15 @@ def build_config(
     activation: str | None = None,
     backbone_weights: Path | None = None,
     prompts: Mapping[str, str] | None = None,
+    proposals_from: Path | None = None,
 ) -> Config:
-    """Configuration of a cache build: preset, then the dataset's prompts, `--set`, and the options of networks."""
+    """Configuration of a cache build: preset, then the dataset's prompts, `--set`, and the options for settings.
+
+    Raises:
+        ArgumentError: `proposals_from` is neither a run nor a file.
+        ConfigError: a setting is said twice, or a value does not fit.
+    """
+    of_proposals = [] if proposals_from is None else _proposal_overrides(proposals_from, overrides)
     of_dataset = [f"teacher.{key}={json.dumps(value)}" for key, value in (prompts or {}).items()]
     of_teacher = []
     if teacher is not None:
@@ -34,11 +41,29 @@ def build_config(
     if activation is not None:
         of_teacher.append(f"teacher.activation={json.dumps(activation)}")
     of_proposer = [] if backbone_weights is None else [f"proposer.weights={json.dumps(str(backbone_weights))}"]
-    config = load_settings(preset, [*of_dataset, *overrides, *of_teacher, *of_proposer])
+    config = load_settings(preset, [*of_dataset, *overrides, *of_teacher, *of_proposer, *of_proposals])
     if teacher is not None and weights is None:
         # Another teacher's weights would never fit.
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=None))
     return config
+
+
+def _proposal_overrides(place: Path, overrides: Sequence[str]) -> list[str]:
+    """Settings that `--proposals-from` stands for."""
+    for override in overrides:
+        if setting_of(override) in ("proposals.search", "proposals.boxes", "proposer.run"):
+            raise ConfigError(
+                f"--proposals-from {place} and --set {override} both say where proposals come from; leave one of them "
+                "out"
+            )
+    if place.is_file():
+        return [f"proposals.boxes={json.dumps(str(place))}"]
+    if (place / "run.json").is_file():
+        return ["proposals.search=learned", f"proposer.run={json.dumps(str(place))}"]
+    raise ArgumentError(
+        f"--proposals-from {place}: neither a run nor a file; give the folder of a finished `ezsd train`, or a results "
+        "file in COCO's format"
+    )
 
 
 def require_known_teacher(config: Config) -> None:

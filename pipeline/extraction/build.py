@@ -44,6 +44,7 @@ from ezsd.pipeline.extraction.proposer import (
 from ezsd.pipeline.extraction.provenance import describe, model_inputs
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.reuse import Reuse, plan_reuse
+from ezsd.pipeline.extraction.run_proposer import run_proposer, with_run_network
 from ezsd.pipeline.extraction.teacher import check_precision, configured_teacher, require_words
 from ezsd.pipeline.extraction.worker import ExtractJob
 from ezsd.pipeline.files import as_json
@@ -102,6 +103,7 @@ def build_cache(request: BuildRequest) -> BuildReport:
     Raises:
         ValueError: (of many kinds) something about the input is wrong; the message is one line.
     """
+    request = with_run_network(request)
     source = _source(request)
     if source is None:
         return BuildReport(request.out, already_complete=True)
@@ -144,6 +146,7 @@ def build_share(request: BuildRequest, share: Share) -> ShareReport:
     Raises:
         ValueError: see `build_cache`.
     """
+    request = with_run_network(request)
     source = _source(request)
     if source is None:
         return ShareReport(request.out, share, already_complete=True)
@@ -221,7 +224,7 @@ def require_buildable(request: BuildRequest, annotations: Annotations) -> None:
     dataset, config = request.dataset, request.config
     require_prompts(dataset.split, config.teacher.template, config.teacher.names)
     if config.proposals.learned:
-        make_proposer(config.proposer)
+        make_proposer(config.proposer, pretrained=config.proposer.run is None)
     with_boxes = len(np.unique(annotations.image_index))
     if too_few_to_hold_out(with_boxes, config.adapt.held_out):
         cure = "add boxes of base names" if request.limit is None else f"raise `limit={request.limit}`"
@@ -332,7 +335,7 @@ def _prepare(writer: StoreWriter, request: BuildRequest, source: _Source) -> Ext
 
 
 def _proposer(writer: StoreWriter, request: BuildRequest, annotations: Annotations) -> ProposerWeights:
-    """Train the proposer, or take it from the journal."""
+    """Train the proposer, or take it from a run, or from the journal."""
     if not writer.has_per_store("proposer"):
         values, trained = trained_proposer(request, annotations)
         writer.write_per_store("proposer", {"values": values}, as_json(trained))
@@ -340,8 +343,10 @@ def _proposer(writer: StoreWriter, request: BuildRequest, annotations: Annotatio
 
 
 def trained_proposer(request: BuildRequest, annotations: Annotations) -> tuple[NDArray[np.float32], dict[str, object]]:
-    """Train a proposer on the base boxes; its state, and its figures on held-out base objects."""
+    """Train a proposer on the base boxes, or read that of a run; its state, and its steps and figures."""
     config = request.config
+    if config.proposer.run is not None:
+        return run_proposer(config.proposer)
     if config.proposer.backbone != "tiny" and config.proposer.weights is None:
         warn_of_random_weights(f"the proposer's {config.proposer.backbone}", "proposer.weights")
     values, trained = train_proposer(
@@ -447,8 +452,11 @@ def _anywhere(config: Config) -> Config:
         teacher = dataclasses.replace(teacher, weights=str(Path(teacher.weights).absolute()))
     if proposals.boxes:
         proposals = dataclasses.replace(proposals, boxes=str(Path(proposals.boxes).absolute()))
-    if proposer.weights:
+    # What is no place is a digest.
+    if proposer.weights and Path(proposer.weights).is_file():
         proposer = dataclasses.replace(proposer, weights=str(Path(proposer.weights).absolute()))
+    if proposer.run and Path(proposer.run).is_dir():
+        proposer = dataclasses.replace(proposer, run=str(Path(proposer.run).absolute()))
     return dataclasses.replace(config, teacher=teacher, proposer=proposer, proposals=proposals)
 
 

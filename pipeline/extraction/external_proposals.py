@@ -33,7 +33,7 @@ def given_proposals(config: ProposalConfig, images: Iterable[ImageRecord]) -> di
         images: the images of the training file; one without a box has no proposals.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or its scores cannot be weighted.
         ResultsError: the file is not in order, or has a box in another image.
     """
     images = list(images)
@@ -41,6 +41,11 @@ def given_proposals(config: ProposalConfig, images: Iterable[ImageRecord]) -> di
     named = Named(file_names={image.id: image.file_name for image in images}, categories={})
     shapes = {image_id: (height, width) for image_id, (width, height) in sizes.items()}
     found = read_results(_file(config.boxes), images=shapes, categories=None, named=named)
+    if 0 < config.objectness_weight < 1 and found.score.min(initial=0) < 0:
+        raise ConfigError(
+            f"proposals.boxes {config.boxes}: a score is {found.score.min():g}, and scores below 0 cannot be weighted; "
+            "take `proposals.objectness_weight=1`, or give objectness from 0 to 1"
+        )
     corners = np.concatenate([found.xywh[:, :2], found.xywh[:, :2] + found.xywh[:, 2:]], 1)
     order = np.lexsort((-found.score, found.image_id))
     edges = np.searchsorted(found.image_id[order], [[i, i + 1] for i in sizes])

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from ezsd.cache import Store
+from ezsd.detector.rpn import NMS_IOU
 from ezsd.pipeline.extraction.provenance import proposal_settings
+from ezsd.proposals.refine import vote
 from ezsd.proposals.select import clear_of_base
 
 _GUESSES = {"drop_base_guesses": "look like a base name", "drop_background": "look like background"}
@@ -21,6 +23,10 @@ def why_no_regions(path: Path) -> str:
     proposals = clear = 0
     for image in store.image_ids.tolist():
         boxes = torch.from_numpy(store.proposals[image].box)
+        if "refine" in settings:
+            score = torch.from_numpy(store.proposals[image].score)
+            refine_iou, nms_iou = float(str(settings["refine_iou"])), float(str(settings.get("nms_iou", NMS_IOU)))
+            boxes, _ = vote(boxes, score, refine_iou=refine_iou, nms_iou=nms_iou)
         base = torch.from_numpy(store.ground_truth[image].box)
         proposals += len(boxes)
         clear += int(clear_of_base(boxes, base, base_iou=base_iou).sum())

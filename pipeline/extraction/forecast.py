@@ -22,6 +22,7 @@ from ezsd.pipeline.extraction.anchors import encoded_at_most, image_anchors
 from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread
 from ezsd.pipeline.extraction.proposer import make_proposer, proposer_state
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
+from ezsd.pipeline.extraction.run_proposer import with_run_network
 from ezsd.pipeline.extraction.teacher import configured_teacher
 from ezsd.teacher.open_clip import Teacher
 
@@ -80,9 +81,10 @@ def forecast_build(request: BuildRequest, *, probe_seconds: float = 10.0) -> Bui
         ValueError: (of other kinds) see `build_cache`.
     """
     request.dataset.require()
+    request = with_run_network(request)
     if request.config.proposals.learned:
         # Refuses a file of weights that a build would refuse.
-        make_proposer(request.config.proposer)
+        make_proposer(request.config.proposer, pretrained=request.config.proposer.run is None)
     annotations = read_annotations(request)
     images, size = len(annotations.images), request.config.build.block_images
     blocks, processes = -(-images // size), request.schedule.processes
@@ -119,12 +121,14 @@ def _some(images: Sequence[ImageRecord]) -> list[ImageRecord]:
 
 
 def _passes(config: Config, annotations: Annotations) -> int:
-    """Crops of all images: for anchors by the sizes of some of them, and one for each base box."""
-    if config.proposals.boxes or config.proposals.learned:
+    """Crops of all images: for anchors by the sizes of some of them, voted boxes, and one for each base box."""
+    settings = config.proposals
+    if settings.has_objectness:
         return len(annotations.images) * config.max_proposals + len(annotations.box)
     some = _some(annotations.images)
-    seen = sum(encoded_at_most(config.proposals, image.width, image.height) for image in some)
-    return round(seen / len(some) * len(annotations.images)) + len(annotations.box)
+    anchors = [encoded_at_most(settings, image.width, image.height) for image in some]
+    voted = sum(min(seen, settings.max_proposals) for seen in anchors) if settings.refine == "vote" else 0
+    return round((sum(anchors) + voted) / len(some) * len(annotations.images)) + len(annotations.box)
 
 
 def _probe(request: BuildRequest, images: Sequence[ImageRecord], teacher: Teacher, seconds: float) -> Probe:

@@ -28,7 +28,13 @@ _PLACES = {
     "teacher.seed": "build.seed",
 }
 """Settings that manifests have elsewhere than in a table of the setting's section."""
-_UNSAID: Mapping[str, JSON] = {"proposals.drop_background": True, "proposals.search": "exhaustive"}
+_UNSAID: Mapping[str, JSON] = {
+    "proposals.drop_background": True,
+    "proposals.nms_iou": 0.7,
+    "proposals.objectness_weight": 1.0,
+    "proposals.refine": "none",
+    "proposals.search": "exhaustive",
+}
 """Values of settings that a manifest without them was made with."""
 _PROPOSALS = frozenset(field.name for field in dataclasses.fields(ProposalConfig))
 
@@ -37,9 +43,14 @@ def as_settings(found: Sequence[Difference]) -> list[Difference]:
     """Differences of two manifests, named and worded by `as_setting`.
 
     Between a grid and a learned proposer the search alone is listed, without what follows from it: the settings that
-    only one of them has, and the number of proposals.
+    only one of them has, and the number of proposals. Between a proposer that a build trains and one of a run, the run's
+    weights alone.
     """
-    named = [as_setting(one) for one in found]
+    if any(one.name == "proposer.run_sha256" and one.absent is not None for one in found):
+        proposer = ("proposer.network", "proposer.seed", "proposer.held_out", "proposer.dataset", "proposer.images")
+        found = [one for one in found if one.absent is None or not one.name.startswith(proposer)]
+    # A value that is not there may be what the other one says.
+    named = [one for one in map(as_setting, found) if one.absent is not None or one.stored != one.wanted]
     search = next((one for one in named if one.name == "proposals.search"), None)
     if search is None or "learned" not in (search.stored, search.wanted):
         return named

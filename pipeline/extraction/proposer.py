@@ -19,6 +19,7 @@ from ezsd.adapt import flatten, restore
 from ezsd.boxes import clip, flip_horizontal, iou, scale
 from ezsd.data.dataset import pad_images, resize
 from ezsd.detector.proposer import Proposer
+from ezsd.detector.rpn import NMS_IOU
 from ezsd.pipeline.config.schema import ProposerConfig
 from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.extraction.base_images import BaseImages, halving_where_memory_is_short
@@ -48,12 +49,15 @@ class ProposerWeights:
     """Names and shapes."""
 
 
-def make_proposer(config: ProposerConfig, *, proposals: int = _RECALL_BOXES, pretrained: bool = True) -> Proposer:
+def make_proposer(
+    config: ProposerConfig, *, proposals: int = _RECALL_BOXES, nms_iou: float = NMS_IOU, pretrained: bool = True
+) -> Proposer:
     """Make a proposer that is not trained on boxes yet.
 
     Args:
         config: network, and the file of its backbone's weights.
         proposals: most boxes per image.
+        nms_iou: IoU threshold of NMS, within a level of the pyramid.
         pretrained: False to leave that file alone, where trained weights are going to be loaded.
 
     Raises:
@@ -61,18 +65,25 @@ def make_proposer(config: ProposerConfig, *, proposals: int = _RECALL_BOXES, pre
     """
     weights = read_backbone(Path(config.weights), "proposer.weights") if pretrained and config.weights else None
     backbone = configured_backbone("proposer", config, weights, frozen_norms=config.weights is not None)
-    return Proposer(backbone, config.rpn_sizes, proposals=proposals)
+    return Proposer(backbone, config.rpn_sizes, proposals=proposals, nms_iou=nms_iou)
 
 
 def proposer_weights(arrays: Mapping[str, NDArray[np.float32]], attributes: Mapping[str, Any]) -> ProposerWeights:
     """Weights from a store's product `proposer`: its arrays and attributes."""
     values = arrays["values"]
-    return ProposerWeights(hashlib.sha256(values.tobytes()).hexdigest(), values, attributes["parameters"])
+    return ProposerWeights(values_digest(values), values, attributes["parameters"])
 
 
-def load_proposer(config: ProposerConfig, weights: ProposerWeights, *, proposals: int, device: str) -> Proposer:
+def values_digest(values: NDArray[np.float32]) -> str:
+    """Sha256 of a proposer's values."""
+    return hashlib.sha256(values.tobytes()).hexdigest()
+
+
+def load_proposer(
+    config: ProposerConfig, weights: ProposerWeights, *, proposals: int, nms_iou: float = NMS_IOU, device: str
+) -> Proposer:
     """Make a trained proposer in evaluation mode."""
-    proposer = make_proposer(config, proposals=proposals, pretrained=False)
+    proposer = make_proposer(config, proposals=proposals, nms_iou=nms_iou, pretrained=False)
     restore(proposer_state(proposer), weights.values, weights.parameters)
     return proposer.to(device).eval()
 

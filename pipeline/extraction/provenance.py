@@ -11,11 +11,13 @@ from typing import Any
 
 from ezsd.cache import JSON, Manifest, Origin, file_digest, images_digest
 from ezsd.data.annotations import Annotations, ImageRecord
+from ezsd.detector.rpn import NMS_IOU
 from ezsd.errors import AnnotationError
 from ezsd.pipeline.config.names import with_former_names, with_todays_names
 from ezsd.pipeline.config.schema import (
     STAGE_ONE,
     Config,
+    ProposalConfig,
     ProposerConfig,
     from_tables,
     to_tables,
@@ -25,6 +27,7 @@ from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.images import look, reads_as_before
 from ezsd.pipeline.errors import ConfigError, ImageError
 from ezsd.pipeline.extraction.external_proposals import boxes_digest
+from ezsd.pipeline.extraction.run_proposer import NETWORK, run_digest
 from ezsd.pipeline.files import as_json
 
 VERSIONS = {"teacher": 1, "text": 1, "proposer": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
@@ -41,6 +44,8 @@ _MODES = {
 _LEARNED = ("mode", "keep")
 """Settings of [proposals] that the boxes of a learned proposer depend on: no grid, no score."""
 _FILTERS = ("base_iou", "drop_base_guesses", "regions")
+_UNNAMED: Mapping[str, object] = {"drop_background": True, "objectness_weight": 1.0, "refine": "none"}
+"""Values that manifests do not name: stores made before there was such a setting stay what they are."""
 
 _DIGEST = "sha256:"
 """Beginning of a setting that has the digest of a file instead of its place."""
@@ -56,8 +61,6 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
     Looks at the start of image files, see `images_read`.
     """
     learned = config.proposals.learned
-    # Its number of boxes is an input of the proposals that they become; the network does not depend on it.
-    network = {key: value for key, value in dataclasses.asdict(config.proposer).items() if key != "max_proposals"}
     asked = to_tables(config)["proposals"] | {"max_proposals": config.max_proposals}
     digests, proposals = annotations.digest(), with_former_names("proposals", asked)
     data = {"image_list_sha256": digests["images"], "base_boxes_sha256": digests["boxes"]}
@@ -76,6 +79,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
         "text": {"base_names": dataset.split.base, "novel_names": dataset.split.novel},
         "proposals": {
             **{key: proposals[key] for key in (_LEARNED if learned else (*_ANCHORS, *_MODES[str(proposals["mode"])]))},
+            **({"nms_iou": config.proposals.nms_iou} if learned and config.proposals.nms_iou != NMS_IOU else {}),
             **({"boxes_sha256": boxes_digest(config.proposals.boxes)} if config.proposals.boxes else {}),
             "background": config.teacher.background,
             "batch": config.build.batch_size,
@@ -83,8 +87,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
         },
         "regions": {
             **{key: proposals[key] for key in _FILTERS},
-            # Named only where it is not as ever: stores made before it was a setting stay what they are.
-            **({} if config.proposals.drop_background else {"drop_background": False}),
+            **_named(config.proposals),
             "base_boxes_sha256": digests["boxes"],
         },
         "ground_truth": {
@@ -93,13 +96,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
         },
     }
     if learned:
-        inputs["proposer"] = {
-            "network": network | {"weights": _weights_digest(config.proposer)},
-            "seed": config.build.seed,
-            "held_out": config.adapt.held_out,
-            "dataset": data,
-            **read,
-        }
+        inputs["proposer"] = _proposer_inputs(config, {"dataset": data, **read})
     needs = {
         "text": ("teacher",),
         "proposals": ("teacher", "text", "proposer") if learned else ("teacher", "text"),
@@ -110,6 +107,26 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
     images = annotations.images
     listed = images_digest(images.id, images.width, images.height)
     return Manifest(products, listed, config.build.embedding)
+
+
+def _named(proposals: ProposalConfig) -> dict[str, object]:
+    """Settings of regions that are not as stores without them have them, as far as they have an effect."""
+    values = {key: getattr(proposals, key) for key, value in _UNNAMED.items() if getattr(proposals, key) != value}
+    if not proposals.has_objectness:
+        values.pop("objectness_weight", None)
+    return values | ({"refine_iou": proposals.refine_iou} if "refine" in values else {})
+
+
+def _proposer_inputs(config: Config, images: Mapping[str, object]) -> dict[str, object]:
+    """Inputs of a proposer's weights: a run's weights themselves, or what they are trained with."""
+    network = dataclasses.asdict(config.proposer) | {"weights": _weights_digest(config.proposer)}
+    # An input of the proposals that the boxes become; the network does not depend on it.
+    del network["max_proposals"]
+    run = network.pop("run")
+    if run is not None:
+        digest = run.removeprefix(_DIGEST) if run.startswith(_DIGEST) else run_digest(config.proposer)
+        return {"run_sha256": digest, "network": {key: network[key] for key in NETWORK}}
+    return {"network": network, "seed": config.build.seed, "held_out": config.adapt.held_out, **images}
 
 
 def _weights_digest(proposer: ProposerConfig) -> str | None:
@@ -178,6 +195,7 @@ def proposal_settings(manifest: Manifest) -> dict[str, JSON]:
         **{key: anchors[key] for key in ("mode", "growth", "passes") if key in anchors},
         **{key: filters[key] for key in _FILTERS},
         "drop_background": filters.get("drop_background", True),
+        **{key: filters[key] for key in ("objectness_weight", "refine", "refine_iou") if key in filters},
         "crop_ratio": crop["ratio"],
         "surround": crop["surround"],
     }
@@ -202,7 +220,13 @@ def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
         # The place of the file is in environment.json.
         weights = network["weights"] and f"{_DIGEST}{network['weights']}"
         kept = tables["proposals"].pop("max_proposals")
-        tables["proposer"] = {**network, "weights": weights, "max_proposals": kept}
+        run = manifest.products["proposer"].inputs.get("run_sha256")
+        tables["proposer"] = {
+            **network,
+            "weights": weights,
+            "run": run and f"{_DIGEST}{run}",
+            "max_proposals": kept,
+        }
     return with_todays_names(tables)
 
 

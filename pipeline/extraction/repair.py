@@ -24,13 +24,14 @@ from ezsd.cache import (
     repair,
 )
 from ezsd.pipeline.config.names import with_todays_names
-from ezsd.pipeline.config.schema import from_tables
+from ezsd.pipeline.config.schema import ProposerConfig, from_tables
 from ezsd.pipeline.data.datasets import from_definition
-from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.errors import ConfigError, RunError
 from ezsd.pipeline.extraction.build import adapted, embed_names, extract_job, trained_proposer
 from ezsd.pipeline.extraction.proposer import proposer_weights
 from ezsd.pipeline.extraction.provenance import built_settings, describe, model_inputs
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
+from ezsd.pipeline.extraction.run_proposer import run_digest
 from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
 from ezsd.pipeline.extraction.worker import block_rows
 
@@ -57,13 +58,23 @@ def _source(path: Path, data_root: Path, *, weights: str | None, device: str) ->
         manifest = info(path).manifest
         model = model_inputs(manifest)
         config = dataclasses.replace(config, teacher=with_recorded_normalisation(config.teacher, model))
-        weights_of_proposer = config.proposer.weights
-        if "proposer" in manifest.products and weights_of_proposer and not Path(weights_of_proposer).is_file():
-            # Only a new training needs the file; the manifest has its digest.
-            digest = built_settings(manifest)["proposer"]["weights"]
-            config = dataclasses.replace(config, proposer=dataclasses.replace(config.proposer, weights=str(digest)))
+        if "proposer" in manifest.products:
+            config = dataclasses.replace(config, proposer=_as_recorded(config.proposer, manifest))
     dataset = from_definition(recorded["dataset"], data_root).require()
     return _Images(BuildRequest(dataset=dataset, config=config, out=path, limit=recorded["limit"], device=device))
+
+
+def _as_recorded(proposer: ProposerConfig, manifest: Manifest) -> ProposerConfig:
+    """Put the manifest's digests in the place of what has gone or changed: only lost weights need the files."""
+    built = built_settings(manifest)["proposer"]
+    if proposer.weights and not Path(proposer.weights).is_file():
+        proposer = dataclasses.replace(proposer, weights=str(built["weights"]))
+    if proposer.run:
+        with contextlib.suppress(ConfigError, RunError):
+            if str(built["run"]).endswith(run_digest(proposer)):
+                return proposer
+        proposer = dataclasses.replace(proposer, run=str(built["run"]))
+    return proposer
 
 
 class _Images:

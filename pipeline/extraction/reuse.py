@@ -15,6 +15,10 @@ Columns: TypeAlias = dict[str, np.ndarray]
 """The rows of one product of one image, by field."""
 
 
+_OF_TEACHER = ("background", "batch")
+"""Settings, beside those of the products `teacher` and `text`, that what the teacher says of a box depends on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reuse:
     """An earlier store, and what of it is taken over; picklable."""
@@ -23,7 +27,7 @@ class Reuse:
     products: tuple[str, ...]
     """Products whose rows are taken as they are."""
     embeddings: bool
-    """True if regions have to be chosen again, but embeddings of the same boxes can be taken."""
+    """True if regions have to be chosen anew, and embeddings of the same boxes can be taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +62,11 @@ def plan_reuse(path: Path, wanted: Manifest) -> Reuse:
     )
     # What `ReusedRows.known` says of kept regions holds of those that background was dropped from.
     no_background = found.products["regions"].inputs.get("drop_background", True)
-    choose_again = "proposals" in products and "regions" not in products and convertible and bool(no_background)
-    return Reuse(str(path.absolute()), products, choose_again)
+    same_teacher = {"teacher", "text"} <= set(products) and all(
+        found.products["proposals"].inputs[key] == wanted.products["proposals"].inputs[key] for key in _OF_TEACHER
+    )
+    embeddings = same_teacher and "regions" not in products and convertible and bool(no_background)
+    return Reuse(str(path.absolute()), products, embeddings)
 
 
 class ReusedRows:

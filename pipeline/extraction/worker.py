@@ -19,7 +19,7 @@ from ezsd.adapt import restore
 from ezsd.cache import PER_IMAGE, Block, RaggedRows, forget_block, journaled_bad_images, write_block
 from ezsd.data.annotations import Annotations
 from ezsd.detector.proposer import Proposer
-from ezsd.pipeline.config.schema import Config
+from ezsd.pipeline.config.schema import Config, ProposalConfig
 from ezsd.pipeline.data.annotation_cache import training_annotations
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.image_source import ImageSource
@@ -31,6 +31,7 @@ from ezsd.pipeline.extraction.external_proposals import given_proposals
 from ezsd.pipeline.extraction.proposer import ProposerWeights, load_proposer, propose
 from ezsd.pipeline.extraction.reuse import Columns, KnownRegion, Reuse, ReusedRows
 from ezsd.pipeline.extraction.teacher import configured_teacher
+from ezsd.proposals.refine import vote
 from ezsd.proposals.select import anchor_scores, clear_of_base, guesses, may_be_unseen, select_regions
 from ezsd.teacher.open_clip import Teacher
 
@@ -111,7 +112,13 @@ def _worker(job: ExtractJob) -> _Worker:
         reused=None if job.reuse is None else ReusedRows(job.reuse),
         proposer=None
         if job.proposer is None
-        else load_proposer(config.proposer, job.proposer, proposals=config.max_proposals, device=job.device),
+        else load_proposer(
+            config.proposer,
+            job.proposer,
+            proposals=config.max_proposals,
+            nms_iou=config.proposals.nms_iou,
+            device=job.device,
+        ),
         given=given_proposals(config.proposals, annotations.images) if config.proposals.boxes else None,
     )
 
@@ -222,10 +229,10 @@ def _extract_image(view: _View) -> dict[str, Columns]:
         rows["proposals"] = propose(worker.proposer, view.pixels, worker.config.proposer)
     if "regions" not in rows:
         base_boxes = torch.from_numpy(worker.annotations.box[worker.annotations.rows(position)])
-        if "proposals" in rows:
-            rows["regions"] = _filtered(view, rows["proposals"], base_boxes)
-        else:
+        if "proposals" not in rows:
             rows |= _proposed(view, base_boxes)
+        if "regions" not in rows:
+            rows["regions"] = _filtered(view, rows["proposals"], base_boxes)
     return rows
 
 
@@ -264,7 +271,7 @@ class _View:
 
 
 def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:
-    """Proposals and regions from the anchors."""
+    """Proposals from the anchors, and the regions among them unless they are refined first."""
     worker, record = view.worker, view.record
     settings = worker.config.proposals
     anchors, embedding = look_at_anchors(settings, record.width, record.height, view.encode, view.score)
@@ -284,8 +291,11 @@ def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:
         keep_regions=settings.max_regions,
         drop_background=settings.drop_background,
     )
+    proposals = {"box": anchors[found.proposal].numpy(), "score": found.proposal_score.numpy()}
+    if settings.refine != "none":
+        return {"proposals": proposals}
     return {
-        "proposals": {"box": anchors[found.proposal].numpy(), "score": found.proposal_score.numpy()},
+        "proposals": proposals,
         "regions": {
             "box": anchors[found.region].numpy(),
             "score": found.region_score.numpy(),
@@ -297,13 +307,15 @@ def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:
 
 
 def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
-    """Regions from kept proposals, best first, encoding only as many as the filters make necessary."""
+    """Regions from kept proposals, best first, encoding only as many as filters and ranking make necessary."""
     worker, settings = view.worker, view.worker.config.proposals
-    box = torch.from_numpy(proposals["box"])
+    box, score = _refined(settings, proposals)
     passing = torch.nonzero(clear_of_base(box, base_boxes, base_iou=settings.base_iou))[:, 0]
     known = {} if worker.reused is None else worker.reused.known(view.record.id)
     found: list[tuple[int, np.float32, int, np.ndarray]] = []
-    for places in passing.split(max(settings.max_regions, SHORT)):
+    weight = settings.objectness_weight if settings.has_objectness else 1.0
+    # Where the teacher has a say in the ranking, it has to be shown all.
+    for places in passing.split(max(settings.max_regions, SHORT) if weight == 1 else len(passing) or 1):
         missing = [place for place in places.tolist() if box[place].numpy().tobytes() not in known]
         known |= _encoded(view, box[missing])
         for place in places.tolist():
@@ -319,16 +331,29 @@ def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
                 found.append((place, one.confidence, one.class_index, one.embedding))
         if len(found) >= settings.max_regions:
             break
-    kept = found[: settings.max_regions]
-    places = np.array([place for place, *_ in kept], np.int64)
+    places = np.array([place for place, *_ in found], np.int64)
+    confidence = np.array([confidence for _, confidence, _, _ in found], np.float32)
+    # A weight of 1 changes no bit.
+    objectness, certainty = score.numpy()[places].astype(np.float64), confidence.astype(np.float64)
+    ranked = (objectness**weight * certainty ** (1 - weight)).astype(np.float32)
+    order = np.argsort(-ranked, kind="stable")[: settings.max_regions]
+    kept = [found[row] for row in order.tolist()]
     empty = np.zeros((0, worker.teacher.embed_dim), np.float16)
     return {
-        "box": proposals["box"][places],
-        "score": proposals["score"][places],
-        "confidence": np.array([confidence for _, confidence, _, _ in kept], np.float32),
+        "box": box.numpy()[places[order]],
+        "score": ranked[order],
+        "confidence": confidence[order],
         "class_index": np.array([guess for _, _, guess, _ in kept], np.int32),
         "embedding": np.stack([embedding for *_, embedding in kept]) if kept else empty,
     }
+
+
+def _refined(config: ProposalConfig, proposals: Columns) -> tuple[Tensor, Tensor]:
+    """Boxes (P, 4) and scores (P,) of an image's proposals that regions are chosen among, best first."""
+    box, score = torch.from_numpy(proposals["box"]), torch.from_numpy(proposals["score"])
+    if config.refine == "none":
+        return box, score
+    return vote(box, score, refine_iou=config.refine_iou, nms_iou=config.nms_iou)
 
 
 def _encoded(view: _View, boxes: Tensor) -> dict[bytes, KnownRegion]:

@@ -175,10 +175,18 @@ def commands(runs: Sequence[RunData], data_root: Path | None) -> list[str]:
     built: dict[str, Mapping[str, object]] = {**built_settings(run_manifest(main.run))}
     if isinstance(main.environment.get("teacher"), dict):
         built["teacher"] = main.environment["teacher"]
+    environment = store_environment(main)
+    recorded = environment.get("config", {})
+    # The manifest has the digests of these.
+    for section, key in (("proposals", "boxes"), ("proposer", "weights"), ("proposer", "run")):
+        place = recorded.get(section, {}).get(key)
+        if place and section in built:
+            # A run decides the rest of [proposer].
+            built[section] = {**({} if key == "run" else built[section]), key: shown_path(Path(place))}
     # Of a dataset file the place is not recorded.
     dataset = str(main.spec["dataset"]) if main.spec["dataset"] in DATASETS else f"{main.spec['dataset']}.toml"
     build = ["ezsd", "cache", "build", "--dataset", dataset, "--data-root", root, "--out", store]
-    limit = store_environment(main).get("limit")
+    limit = environment.get("limit")
     build += ["--limit", str(limit)] if limit else []
     lines.append(shell_command(*build, *_options(built)))
     for run in runs:
