@@ -346,7 +346,9 @@ def trained_proposer(request: BuildRequest, annotations: Annotations) -> tuple[N
     """Train a proposer on the base boxes, or read that of a run; its state, and its steps and figures."""
     config = request.config
     if config.proposer.run is not None:
-        return run_proposer(config.proposer)
+        values, of_run = run_proposer(config.proposer)
+        log.info("proposer: the proposal network of %s after %s steps", config.proposer.run, of_run["steps"])
+        return values, of_run
     if config.proposer.backbone != "tiny" and config.proposer.weights is None:
         warn_of_random_weights(f"the proposer's {config.proposer.backbone}", "proposer.weights")
     values, trained = train_proposer(

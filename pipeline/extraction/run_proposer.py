@@ -74,9 +74,9 @@ def run_proposer(config: ProposerConfig) -> tuple[NDArray[np.float32], dict[str,
     try:
         proposer.load_state_dict({name: state[name] for name in proposer.state_dict()})
     except (KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
         raise RunError(
-            f"`proposer.run={run.folder}`: was trained by another version of ezsd ({str(error).splitlines()[0]}); train "
-            "it again in another `run` folder"
+            f"`proposer.run={run.folder}`: its checkpoint has no network of its settings ({reason}); give another run"
         ) from error
     values, table = flatten(proposer_state(proposer))
     return values, {"parameters": table, "steps": checkpoint.step}

@@ -53,6 +53,13 @@ def test_a_search_is_named_by_todays_words_also_where_a_manifest_says_nothing(sh
     assert any(line.startswith("proposals.anchor_fraction: store has no such entry") for line in found)
 
 
+def test_box_voting_is_listed_with_its_overlap(shapes_dataset):
+    assert lines(shapes_dataset, load_preset("shapes"), load_preset("shapes", ("proposals.refine=vote",))) == [
+        'proposals.refine: store has "none", wanted "vote"',
+        "proposals.refine_iou: store has no such entry, wanted 0.3",
+    ]
+
+
 def test_between_a_grid_and_a_network_the_search_alone_is_listed(shapes_dataset):
     before, after = load_preset("shapes", (GRID,)), load_preset("shapes", ("build.seed=1",))
     assert lines(shapes_dataset, before, after) == [
@@ -80,7 +87,8 @@ def test_the_teachers_settings_are_told_from_its_weights(shapes_dataset):
 
 
 def test_every_value_of_a_manifest_is_a_setting_or_known_to_be_none(shapes_dataset):
-    config = load_preset("shapes", (*PAPER, 'proposals.search="coarse-to-fine"', "proposals.drop_background=false"))
+    overrides = ('proposals.search="coarse-to-fine"', "proposals.drop_background=false", "proposals.refine=vote")
+    config = load_preset("shapes", (*PAPER, *overrides))
     annotations = read_annotations(BuildRequest(dataset=shapes_dataset, config=config, out=shapes_dataset.root))
     inputs = {
         name: origin.inputs
@@ -101,7 +109,8 @@ def test_every_value_of_a_manifest_is_a_setting_or_known_to_be_none(shapes_datas
         "teacher.model.name"
     }
     adapt = {f"adapt.{field.name}" for field in dataclasses.fields(AdaptConfig)}
-    proposals = {f"proposals.{field.name}" for field in dataclasses.fields(ProposalConfig)} - {"proposals.boxes"}
+    without = {"proposals.boxes", "proposals.objectness_weight"}
+    proposals = {f"proposals.{field.name}" for field in dataclasses.fields(ProposalConfig)} - without
     assert named >= adapt | proposals
 
 
