@@ -215,7 +215,8 @@ def test_a_file_with_scores_below_zero_keeps_its_order_alone(build, tmp_path):
 def test_voted_proposals_are_suppressed_filtered_and_embedded(
     shapes_store, shapes_dataset, with_settings, build, tmp_path
 ):
-    config = with_settings(proposals={"refine": "vote"})
+    # Windows of the quick grid overlap a little less than by default.
+    config = with_settings(proposals={"refine": "vote", "refine_iou": 0.2})
     build(config, "voted", reuse=shapes_store)
     plain, voted = Store(shapes_store), Store(tmp_path / "voted")
     assert voted.manifest.fingerprints["proposals"] == plain.manifest.fingerprints["proposals"]
@@ -228,7 +229,7 @@ def test_voted_proposals_are_suppressed_filtered_and_embedded(
         if len(box):
             assert len(base) == 0 or iou(torch.from_numpy(box), torch.from_numpy(base)).max() < 0.3
             assert iou(torch.from_numpy(box), torch.from_numpy(box)).fill_diagonal_(0).max() <= 0.7
-    assert regions > moved > 12
+    assert regions >= moved > 12
     fresh = build(config, "fresh")
     assert committed(tmp_path / "voted") == committed(tmp_path / "fresh")
     forecast = forecast_build(
