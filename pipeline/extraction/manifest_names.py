@@ -43,8 +43,8 @@ def as_settings(found: Sequence[Difference]) -> list[Difference]:
     """Differences of two manifests, named and worded by `as_setting`.
 
     Between a grid and a learned proposer the search alone is listed, without what follows from it: the settings that
-    only one of them has, and the number of proposals. Between a proposer that a build trains and one of a run, the run's
-    weights alone.
+    only one of them has, and the number of proposals. Between a proposer that a build trains and one of a run, the
+    weights of the run alone.
     """
     if any(one.name == "proposer.run_sha256" and one.absent is not None for one in found):
         proposer = ("proposer.network", "proposer.seed", "proposer.held_out", "proposer.dataset", "proposer.images")
