@@ -214,12 +214,12 @@ def photos_bench(data_root: Path, teacher_name: str, work: Path, images: int) ->
 def make_bench(config: Config, teacher: Teacher, dataset: Dataset, folder: Path) -> Bench:
     """A bench whose names are embedded."""
     folder.mkdir(parents=True, exist_ok=True)
-    background = config.teacher.background
+    backgrounds = config.teacher.backgrounds
     return Bench(
         config=config,
         teacher=teacher,
         text=teacher.encode_text(list(dataset.split.names)).float(),
-        background=None if background is None else teacher.encode_text([background])[0],
+        background=teacher.encode_text(backgrounds) if backgrounds else None,
         base_count=len(dataset.split.base),
         folder=folder,
     )

@@ -98,12 +98,16 @@ def name_probabilities(embedding: Tensor, text: Tensor, *, logit_scale: float) -
 
 
 def guesses(embedding: Tensor, text: Tensor, background: Tensor | None, *, logit_scale: float) -> tuple[Tensor, Tensor]:
-    """Class probabilities (R, C), and object probability (R,): 1 - background, or 1 without a background prompt."""
+    """Class probabilities (R, C), and object probabilities (R,) by unit rows of background prompts, (B, D) or None.
+
+    The softmax is over classes and background prompts together. An object's probability is that of all classes, a
+    background's that of all background prompts; without a background prompt an object is certain.
+    """
     names = name_probabilities(embedding, text, logit_scale=logit_scale)
     if background is None:
         return names, torch.ones(len(embedding))
-    table = torch.cat([text, background[None]])
-    return names, 1 - name_probabilities(embedding, table, logit_scale=logit_scale)[:, -1]
+    table = torch.cat([text, background])
+    return names, 1 - name_probabilities(embedding, table, logit_scale=logit_scale)[:, len(text) :].sum(1)
 
 
 def entropy_score(probability: Tensor) -> Tensor:
@@ -161,9 +165,9 @@ def select_regions(
         text: unit text embeddings of the base, then the novel classes, (C, D).
         base_boxes: BASE ground truth of the image, (N, 4).
         base_count: number of base classes in `text`.
-        background: unit text embedding of a background prompt, (D,), or None; the class of empty crops.
+        background: unit text embeddings of the background prompts, (B, D), or None; the class of empty crops.
         logit_scale: factor of the cosines before the softmax.
-        score: "entropy" is log C - H over the classes (times the object probability, with a background prompt); "novel"
+        score: "entropy" is log C - H over the classes (times the object probability, with background prompts); "novel"
             is the probability of all novel classes together.
         nms_iou: IoU threshold of NMS.
         keep_proposals: largest number of proposals kept after NMS.

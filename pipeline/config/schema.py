@@ -48,8 +48,9 @@ class TeacherConfig:
     """An open_clip tag or a local file."""
     template: str = "a photo of a {}"
     """Prompt; "{}" is the class name."""
-    background: str | None = None
-    """A name for a crop of nothing, put into the template; none leaves background to the entropy alone."""
+    background: str | tuple[str, ...] | None = None
+    """A name for a crop of nothing, or a list of them, put into the template: the background's probability is the sum
+    of theirs. None leaves background to the entropy alone."""
     names: Names = "raw"
     """"raw" puts names into the template as they are; "clean" as one says them, see `clean_names`."""
     activation: Activation | None = None
@@ -59,6 +60,14 @@ class TeacherConfig:
     published weights differ in it. Changes the embeddings, and is part of the store's fingerprint."""
     precision: Precision = "auto"
     """Precision of the weights: "auto" is "bf16" where the hardware has it, after a comparison with "fp32"."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "background", _text_or_texts("teacher.background", self.background))
+
+    @property
+    def backgrounds(self) -> tuple[str, ...]:
+        """All names for a crop of nothing."""
+        return _texts(self.background)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -576,7 +585,11 @@ def _convert(value: object, wanted: object, where: str) -> object:
     """Check a TOML value against a field's type; integers serve as floats, lists become tuples; all are finite."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(value, next(a for a in arguments if a is not type(None)), where)
+        if value is None and type(None) in arguments:
+            return None
+        lists = isinstance(value, list | tuple)
+        fitting = (a for a in arguments if lists == (typing.get_origin(a) is tuple) and a is not type(None))
+        return _convert(value, next(fitting, arguments[0]), where)
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{where}: expected one of {', '.join(map(str, arguments))}, found {value!r}")
@@ -599,6 +612,22 @@ def _convert(value: object, wanted: object, where: str) -> object:
         name = wanted.__name__ if isinstance(wanted, type) else str(wanted)
         raise ConfigError(f"{where}: expected {name}, found {value!r}")
     return value
+
+
+def _texts(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """A text, or several, as a tuple; empty for None."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _text_or_texts(where: str, value: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    """A list of one text as that text, so that both are the same setting. ConfigError for no text or a double one."""
+    if value is None or isinstance(value, str):
+        return value
+    texts = tuple(value)
+    _require(bool(texts), f"{where}: expected a text or a list of texts, found an empty list")
+    doubles = [text for place, text in enumerate(texts) if text in texts[:place]]
+    _require(not doubles, f"{where}: {doubles and doubles[0]!r} is in the list twice; leave one of them out")
+    return texts[0] if len(texts) == 1 else texts
 
 
 def _require_bounds(section: str, settings: object) -> None:

@@ -22,7 +22,7 @@ def build_config(
     weights: str | None,
     activation: str | None = None,
     backbone_weights: Path | None = None,
-    prompts: Mapping[str, str] | None = None,
+    prompts: Mapping[str, object] | None = None,
     proposals_from: Path | None = None,
 ) -> Config:
     """Configuration of a cache build: preset, then the dataset's prompts, `--set`, and the options for settings.

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.pipeline.data.annotation_cache import Category, read_categories, sound_categories
@@ -44,7 +44,7 @@ class Dataset:
     """COCO-format JSON below root."""
     preset: str = "coco"
     """Settings to start from, unless others are asked for."""
-    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prompts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Settings of the teacher that belong to the data: template, background, names (see `TeacherConfig`)."""
     exif: Exif = "turn"
     """Rule for the EXIF orientation of its images."""
@@ -262,6 +262,11 @@ def require_prompts(split: Split, template: str | None, names: str | None) -> No
         make_prompts(words, template)
 
 
+def _listed(key: str, value: object) -> bool:
+    """Whether a value is a list of texts, where there may be several."""
+    return key in ("template", "background") and isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
 def _check_toml(tables: dict[str, object], path: Path) -> None:
     """Known keys alone, none missing, texts where texts belong."""
     for section, keys in _TOML_KEYS.items():
@@ -275,7 +280,7 @@ def _check_toml(tables: dict[str, object], path: Path) -> None:
         for key in keys:
             if key not in table and key not in optional:
                 raise DatasetError(f"{where} {key} is missing; docs/datasets.md shows a whole file")
-        if section not in ("", "classes") and not all(isinstance(value, str) for value in table.values()):
+        if section not in ("", "classes") and not all(isinstance(v, str) or _listed(k, v) for k, v in table.items()):
             raise DatasetError(f"{where} expected texts, found {table!r}")
     prompts = tables.get("prompts", {})
     assert isinstance(prompts, dict)

@@ -206,7 +206,7 @@ def _source(request: BuildRequest) -> _Source | None:
         # Whether there is anything to reuse shows without the teacher.
         Store(request.reuse)
     teacher = configured_teacher(request.config.teacher, request.device)
-    require_words(teacher, request.dataset.split.names, request.config.teacher.background)
+    require_words(teacher, request.dataset.split.names, request.config.teacher.backgrounds)
     manifest = describe(request.dataset, annotations, request.config, teacher.fingerprint())
     reuse = None if request.reuse is None else plan_reuse(request.reuse, manifest)
     return _Source(annotations, teacher, manifest, reuse)
@@ -287,7 +287,7 @@ def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
     same_loader = recorded.get("versions", {}).get("open_clip_torch") == importlib.metadata.version("open_clip_torch")
     if not same_file or not same_loader or found.problems:
         return False
-    asked = dataclasses.asdict(request.config.teacher) | {"weights": None}
+    asked = as_json(dataclasses.asdict(request.config.teacher)) | {"weights": None}
     # What an earlier version did not record was as it is by default.
     defaults = dataclasses.asdict(TeacherConfig(name=""))
     if {**defaults, **recorded.get("teacher", {}), "weights": None} != asked:

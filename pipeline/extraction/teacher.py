@@ -61,14 +61,14 @@ def with_recorded_normalisation(config: TeacherConfig, model: Mapping[str, JSON]
 
 
 @torch.no_grad()
-def require_words(teacher: Teacher, names: Sequence[str], background: str | None) -> None:
-    """Refuse names and a background word that a teacher cannot embed: later it would be after re-normalisation.
+def require_words(teacher: Teacher, names: Sequence[str], backgrounds: Sequence[str]) -> None:
+    """Refuse names and background words that a teacher cannot embed: later it would be after re-normalisation.
 
     Raises:
         TeacherError: it has no embedding of one.
         VocabularyError: no prompts can be made of them, or two would have the same one.
     """
-    for words in (list(names), [] if background is None else [background]):
+    for words in (list(names), list(backgrounds)):
         if not words:
             continue
         try:

@@ -80,6 +80,7 @@ class _Worker:
     encoder: CropEncoder
     text: Tensor
     background: Tensor | None
+    """Unit text rows of the background prompts, (B, D)."""
     reused: ReusedRows | None
     most_bad: int
     """Images that may be left out because they cannot be read."""
@@ -94,9 +95,9 @@ def _worker(job: ExtractJob) -> _Worker:
     teacher = configured_teacher(config.teacher, job.device)
     restore(teacher.layer_norms(), job.values, job.parameters)
     background = None
-    if config.teacher.background is not None:
+    if config.teacher.backgrounds:
         with torch.no_grad():
-            background = teacher.encode_text([config.teacher.background])[0].cpu()
+            background = teacher.encode_text(config.teacher.backgrounds).cpu()
     annotations = training_annotations(dataset.root / dataset.train_annotations, dataset.split)
     images = min(job.limit or len(annotations.images), len(annotations.images))
     return _Worker(

@@ -14,6 +14,7 @@ from ezsd.data.annotations import load_evaluation, load_training
 from ezsd.proposals.select import (
     entropy_score,
     faithful_anchors,
+    guesses,
     name_probabilities,
     select_regions,
     sliding_anchors,
@@ -253,7 +254,7 @@ def test_a_background_prompt_takes_crops_of_nothing_away(score):
     nothing = F.normalize(torch.eye(6)[5] + 0.6 * TEXT[2], dim=0)
     crops = [nothing, crop("cow", 0.3)]
     without = select(cells(2), crops, score=score)
-    with_prompt = select(cells(2), crops, score=score, background=torch.eye(6)[5])
+    with_prompt = select(cells(2), crops, score=score, background=torch.eye(6)[5:])
     assert without.proposal.tolist() == [0, 1]
     assert with_prompt.proposal.tolist() == [1, 0]
     assert sorted(without.region.tolist()) == [0, 1]
@@ -262,6 +263,19 @@ def test_a_background_prompt_takes_crops_of_nothing_away(score):
     assert with_prompt.confidence[0].item() == pytest.approx(
         without.confidence[1].item() * (1 - logits.softmax(0)[4].item()), rel=1e-5
     )
+
+
+def test_the_probability_of_background_is_that_of_all_background_prompts_together():
+    """Neither of two prompts is likelier than the class, both together are."""
+    between = F.normalize(torch.eye(6)[4] + torch.eye(6)[5] + 1.1 * TEXT[2], dim=0)
+    alone = select(cells(1), [between], background=torch.eye(6)[5:])
+    both = select(cells(1), [between], background=torch.eye(6)[4:])
+    assert alone.region.tolist() == [0]
+    assert both.region.tolist() == []
+    cosines = torch.cat([TEXT, torch.eye(6)[4:]]) @ between
+    expected = 1 - (10 * cosines).softmax(0)[-2:].sum()
+    _, foreground = guesses(between[None], TEXT, torch.eye(6)[4:], logit_scale=10.0)
+    torch.testing.assert_close(foreground, expected[None])
 
 
 def test_permuted_text_rows_change_numbers_and_not_names():

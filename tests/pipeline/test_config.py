@@ -1,5 +1,7 @@
 """Settings: whole presets, exact types, the nearest name for a wrong one."""
 
+import json
+
 import pytest
 
 from ezsd.pipeline.config.schema import from_tables, load_preset, preset_names, to_tables
@@ -78,6 +80,11 @@ def test_an_override_changes_one_value_alone():
         ("eval.max_detections=0", "eval.max_detections must be > 0"),
         ("eval.score_threshold=7", r"eval.score_threshold must lie in \[0, 1\)"),
         ("model.head=slow", "expected one of fast, paper, found 'slow'"),
+        ("teacher.background=[]", "teacher.background: expected a text or a list of texts, found an empty list"),
+        ('teacher.background=["a", "b", "a"]', "teacher.background: 'a' is in the list twice"),
+        ('teacher.background=["a", 3]', "teacher.* background: expected str, found 3"),
+        ("teacher.background=3", "teacher.* background: expected str, found 3"),
+        ('teacher.weights=["a"]', r"teacher.* weights: expected str, found \['a'\]"),
     ],
 )
 def test_a_wrong_setting_is_named(override, message):
@@ -96,6 +103,14 @@ def test_a_search_of_the_grid_needs_neighbours_in_order():
         ConfigError, match=r"proposals.sizes must ascend for .*search=coarse-to-fine, got \(64.0, 32.0\)"
     ):
         load_preset("coco", options)
+
+
+def test_a_text_or_a_list_of_texts_comes_back_from_its_record():
+    config = load_preset("shapes", ['teacher.background=["background", "sky"]'])
+    assert config.teacher.backgrounds == ("background", "sky")
+    assert from_tables(json.loads(json.dumps(to_tables(config))), where="run.json") == config
+    assert load_preset("shapes", ['teacher.background=["background"]']) == load_preset("shapes")
+    assert load_preset("coco").teacher.backgrounds == ()
 
 
 def test_a_missing_key_is_named():

@@ -96,6 +96,8 @@ def test_a_dataset_of_ones_own_lies_beside_its_file(own):
     assert (dataset.name, dataset.root) == ("farm", own.parent)
     assert (dataset.split.base, dataset.split.novel) == (("zebra", "cat"), ("ant", "dog"))
     assert dataset.prompts == {"template": "a drawing of a {}"}
+    own.write_text(OWN + 'background = ["sky", "grass"]\n')
+    assert find_dataset(str(own)).prompts["background"] == ["sky", "grass"]
 
 
 def test_a_dataset_is_found_again_from_its_record(own):
@@ -120,6 +122,8 @@ def test_a_dataset_is_found_again_from_its_record(own):
         (('"others"', '"the rest"'), r"\[classes\] novel: expected a list of names or \"others\", found 'the rest'"),
         (('["zebra", "cat"]', '"cat"'), r"\[classes\] base: expected a list"),
         (("[train]", "[train"), "is not valid TOML"),
+        (('"a drawing of a {}"', '["a {}", 3]'), r"\[prompts\] expected texts"),
+        (('images = "photos"', 'images = ["photos"]'), r"\[train\] expected texts"),
         (("[prompts]\ntemplate", "[prompts]\ntemplates"), "did you mean 'template'"),
         (('"train.json"', '"none.json"'), "no none.json in it"),
     ],

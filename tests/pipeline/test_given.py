@@ -79,6 +79,18 @@ def test_background_is_dropped_again_from_a_store_that_kept_it(build, shapes_sto
     )
 
 
+def test_several_background_prompts_leave_less_over(build, shapes_store, with_settings, monkeypatch):
+    two = build(with_settings(teacher={"background": ("background", "red")}), "two", reuse=shapes_store)
+    one = Store(shapes_store)
+    assert two.manifest.products["proposals"].inputs["background"] == ["background", "red"]
+    assert two.manifest.fingerprints["text"] == one.manifest.fingerprints["text"]
+    kept = [sum(float(s.regions[i].confidence.sum()) for i in one.image_ids.tolist()) for s in (one, two)]
+    assert kept[1] < kept[0]
+    # A complete store is recognised by its record.
+    monkeypatch.setattr("ezsd.pipeline.extraction.build.configured_teacher", None)
+    build(with_settings(teacher={"background": ("background", "red")}), "two")
+
+
 def test_other_boxes_are_another_store(build, shapes_store, with_settings, boxes_file):
     config = with_settings(proposals={"boxes": str(boxes_file)})
     build(config, "given", reuse=shapes_store)
