@@ -44,7 +44,7 @@ def tune_layer_norms(
     Args:
         teacher: all of its weights except `parameters` stay frozen.
         batches: pairs of crops (R, 3, S, S), float in [0, 1], and labels (R,) into `names`.
-        names: base class names; their embeddings are computed once per step.
+        names: base class names; their embeddings are computed once per step, or once if none of `parameters` is theirs.
         parameters: the parameters from the teacher's `layer_norms()` to tune.
         loss: see `adaptation_loss`.
         learning_rate: of AdamW, constant.
@@ -55,8 +55,11 @@ def tune_layer_norms(
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        for pixels, label in batches:
-            logits = teacher.logit_scale * teacher.encode_image(pixels) @ teacher.encode_text(names).T
+        text = teacher.encode_text(names)
+        for step, (pixels, label) in enumerate(batches):
+            if step and text.requires_grad:
+                text = teacher.encode_text(names)
+            logits = teacher.logit_scale * teacher.encode_image(pixels) @ text.T
             value = adaptation_loss(logits, label.to(logits.device), loss=loss)
             optimiser.zero_grad(set_to_none=True)
             value.backward()

@@ -43,6 +43,12 @@ def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surroun
     return out
 
 
+def with_least_side(boxes: Tensor, least: float) -> Tensor:
+    """Widen the sides of boxes (R, 4) that are shorter than `least` pixels to it, about their centres."""
+    missing = (least - (boxes[:, 2:] - boxes[:, :2])).clamp(min=0) / 2
+    return torch.cat([boxes[:, :2] - missing, boxes[:, 2:] + missing], 1)
+
+
 def distinct_crops(
     boxes: Tensor, *, ratio: float, surround: Surround, width: int, height: int
 ) -> tuple[Tensor, Tensor]:

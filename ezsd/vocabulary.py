@@ -92,6 +92,19 @@ def prompts(names: Sequence[str], template: str = "a photo of a {}") -> tuple[st
     return tuple(template.replace("{}", name) for name in names)
 
 
+IMAGENET_TEMPLATES = "imagenet"
+"""Word that stands for CLIP's 80 templates for ImageNet where a template is expected."""
+
+
+def templates(template: str | Sequence[str]) -> tuple[str, ...]:
+    """One template or several as a tuple; CLIP's for ImageNet by `IMAGENET_TEMPLATES`."""
+    if template == IMAGENET_TEMPLATES:
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return tuple(phrase("{}") for phrase in OPENAI_IMAGENET_TEMPLATES)
+    return (template,) if isinstance(template, str) else tuple(template)
+
+
 def clean_names(names: Sequence[str]) -> tuple[str, ...]:
     """Convert class names to their spoken form: underscores become blanks, a remark in parentheses is removed.
 

@@ -44,10 +44,11 @@ ONCE = {
     "os.replace": set(),
     # ezsd/ imports no other part.
     "hashlib.file_digest": {"cache/files.py", "ezsd/teacher/weights.py"},
-    # Files of a store; of a run; own copies, made again where damaged; results of others, with places in errors.
+    # Files of a store; of a run; own copies, made again where damaged; results of others, with places in errors;
+    # descriptions, whose doubled names are refused.
     "json.loads": {
         *("cache/format/sealed_json.py", "pipeline/files.py", "pipeline/data/annotation_cache.py"),
-        "ezsd/metrics/results.py",
+        *("ezsd/metrics/results.py", "pipeline/config/descriptions.py"),
     },
     "json.load": set(),
     # The text whose digest is in manifests; the one whose digest is of annotations.

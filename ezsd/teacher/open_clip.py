@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
@@ -32,7 +33,7 @@ from ezsd.teacher.weights import (
     require_transformers,
     transformers_missing,
 )
-from ezsd.vocabulary import clean_names, first_few, prompts
+from ezsd.vocabulary import canonical, clean_names, first_few, prompts, templates
 
 __all__ = ["Teacher", "TeacherError", "load_teacher", "require_told_apart"]
 
@@ -89,9 +90,10 @@ class OpenClipTeacher:
     Args:
         model: float32.
         name: what open_clip calls it.
-        template: see `prompts`.
+        template: one or several, see `templates`.
         names: see `Names`.
         precision: "bf16" rounds the weights of convolutions and linear layers, and computes with them.
+        descriptions: described names, each with sentences after it that take the place of its prompts.
         known_tokens: ids that the text tower has rows for, if not all.
     """
 
@@ -100,9 +102,10 @@ class OpenClipTeacher:
         model: open_clip.CLIP,
         name: str,
         *,
-        template: str,
+        template: str | Sequence[str],
         names: Names = "raw",
         precision: Literal["fp32", "bf16"] = "fp32",
+        descriptions: Sequence[Sequence[str]] = (),
         known_tokens: Tensor | None = None,
     ) -> None:
         preprocess = open_clip.get_model_preprocess_cfg(model)
@@ -112,7 +115,8 @@ class OpenClipTeacher:
             model = _in_bf16(model, name)
         self.name = name
         self.model = model.eval().requires_grad_(False)
-        self.template = template
+        self.templates = templates(template)
+        self.descriptions = {canonical(described): tuple(sentences) for described, *sentences in descriptions}
         self.names = names
         self.precision = precision
         self.input_size = int(size if isinstance(size, int) else size[0])
@@ -148,32 +152,45 @@ class OpenClipTeacher:
     def encode_text(self, names: Sequence[str]) -> Tensor:
         """Unit embeddings (C, D), float32, of class names, see `Teacher`.
 
-        A tokenizer truncates prompts longer than the model's context silently; this warns about them once.
+        Several prompts of a name give the mean of their unit embeddings, normalised. A tokenizer truncates prompts
+        longer than the model's context silently; this warns about them once.
 
         Raises:
             TeacherError: the model has no weights for a word.
         """
-        return self.encode_text_tokens(self.tokens(names))
+        tokens, counts = self.tokens(names)
+        if len(tokens) == len(names):
+            return self.encode_text_tokens(tokens)
+        rows = torch.cat([self.encode_text_tokens(some) for some in tokens.split(_ROWS)])
+        return F.normalize(torch.stack([own.mean(0) for own in rows.split(counts)]), dim=1)
 
-    def tokens(self, names: Sequence[str]) -> Tensor:
-        """Token rows (C, context) of the prompts of class names. TeacherError for a word without weights."""
+    def tokens(self, names: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """Token rows (P, context) of all prompts of class names, in order, and the number of prompts of each name.
+
+        Raises:
+            TeacherError: the model has no weights for a word.
+        """
         words = clean_names(names) if self.names == "clean" else names
-        said = list(prompts(words, self.template))
-        tokens = self._tokenizer(said)
-        self._warn_of_cuts(names, said)
+        from_templates = zip(*(prompts(words, template) for template in self.templates), strict=True)
+        said = [self.descriptions.get(canonical(n), own) for n, own in zip(names, from_templates, strict=True)]
+        owners = [name for name, own in zip(names, said, strict=True) for _ in own]
+        phrases = [prompt for own in said for prompt in own]
+        tokens = self._tokenizer(phrases)
+        self._warn_of_cuts(owners, phrases)
         if self._known_tokens is not None:
-            for name, row in zip(names, tokens, strict=True):
+            for name, row in zip(owners, tokens, strict=True):
                 if not torch.isin(row, self._known_tokens).all():
                     raise TeacherError(
                         f"teacher {self.name} has no weights for a word of {name!r}: it ships with the words of the "
                         f"shapes benchmark only; use those names or build the cache with another `teacher`"
                     )
-        return tokens
+        return tokens, [len(own) for own in said]
 
     def _warn_of_cuts(self, names: Sequence[str], said: Sequence[str]) -> None:
-        new = {name: prompt for name, prompt in zip(names, said, strict=True) if name not in self._measured}
+        new = {prompt: name for name, prompt in zip(names, said, strict=True) if prompt not in self._measured}
         self._measured |= new.keys()
-        cut = [name for name, is_cut in zip(new, self._are_cut(list(new.values())), strict=True) if is_cut]
+        of_cut = [name for name, is_cut in zip(new.values(), self._are_cut(list(new)), strict=True) if is_cut]
+        cut = list(dict.fromkeys(of_cut))
         if cut:
             log.warning(
                 "teacher %s reads %d tokens of a prompt: the end is cut off, and makes no difference, for %s",
@@ -226,10 +243,16 @@ class OpenClipTeacher:
             "input_size": self.input_size,
             "mean": list(self.mean),
             "std": list(self.std),
-            "template": self.template,
+            "template": self.templates[0] if len(self.templates) == 1 else list(self.templates),
             "names": self.names,
             "precision": self.precision,
+            **({"descriptions_sha256": _digest_of(self.descriptions)} if self.descriptions else {}),
         }
+
+
+def _digest_of(descriptions: Mapping[str, Sequence[str]]) -> str:
+    """Sha256 of descriptions by name, in whichever order."""
+    return hashlib.sha256(json.dumps(descriptions, sort_keys=True).encode()).hexdigest()
 
 
 def require_told_apart(names: Sequence[str], rows: Tensor) -> None:
@@ -256,7 +279,8 @@ def load_teacher(
     name: str,
     weights: str | None,
     *,
-    template: str,
+    template: str | Sequence[str],
+    descriptions: Sequence[Sequence[str]] = (),
     names: Names = "raw",
     activation: Activation | None = None,
     normalisation: Normalisation | None = None,
@@ -270,7 +294,8 @@ def load_teacher(
             "plugin:package.module:factory".
         weights: an open_clip tag ("openai") or a local file (.safetensors, or .pt without pickled code); None is
             allowed for "tiny-shapes", hub models and plug-ins.
-        template: prompt with one "{}" for the class name; a plug-in makes its own prompts.
+        template: prompt with one "{}" for the class name, or several; a plug-in makes its own prompts.
+        descriptions: described names, each with sentences after it that take the place of its prompts.
         names: how the prompt says a class name.
         activation: what a local file was trained with; needed unless the file is a known one.
         normalisation: of the pixels, for a local file; needed where the published weights of the model differ in it.
@@ -289,11 +314,22 @@ def load_teacher(
     if name.startswith("plugin:"):
         if precision == "bf16":
             raise TeacherError(f"`teacher={name}`: a plug-in chooses its own precision; leave teacher.precision out")
+        if descriptions or not isinstance(template, str):
+            left_out = "teacher.descriptions" if descriptions else "the list of teacher.template"
+            raise TeacherError(f"`teacher={name}`: a plug-in makes its own prompts; leave {left_out} out")
         return _load_plugin(name, device)
     require_teacher(name, weights)
     model, known_tokens = _load_model(name, weights, activation, normalisation, device)
     wanted: Literal["fp32", "bf16"] = "bf16" if precision == "bf16" or _prefers_bf16(precision, device) else "fp32"
-    return OpenClipTeacher(model, name, template=template, names=names, precision=wanted, known_tokens=known_tokens)
+    return OpenClipTeacher(
+        model,
+        name,
+        template=template,
+        names=names,
+        precision=wanted,
+        descriptions=descriptions,
+        known_tokens=known_tokens,
+    )
 
 
 def _load_model(

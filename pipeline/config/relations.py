@@ -251,6 +251,24 @@ RELATIONS = (
         "held-out images are not trained on: a large fraction leaves fewer crops to draw",
     ),
     Relation(
+        "adapt.min_crop_size",
+        ("proposals.crop_ratio",),
+        "listed",
+        "a base box is widened first, and then enlarged by the ratio",
+    ),
+    Relation(
+        "teacher.descriptions",
+        ("teacher.template",),
+        "listed",
+        "the template is for the names, of classes and of background, that have no descriptions",
+    ),
+    Relation(
+        "teacher.template",
+        ("adapt.towers",),
+        "listed",
+        "each step of re-normalisation embeds every prompt of every base class, unless it tunes the vision tower alone",
+    ),
+    Relation(
         "proposals.grid",
         ("proposals.sizes", "proposals.stride", "proposals.search"),
         "warned",
@@ -394,12 +412,11 @@ ALONE = frozenset(
     [
         "teacher.name",
         "teacher.weights",
-        "teacher.template",
         "teacher.names",
         "teacher.activation",
         "teacher.normalisation",
         "teacher.precision",
-        "adapt.towers",
+        "adapt.flip",
         "adapt.max_grad_norm",
         "proposals.ratios",
         "proposer.weight_decay",

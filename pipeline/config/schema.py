@@ -10,6 +10,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval, MinLen
@@ -31,6 +32,7 @@ from ezsd.choices import (
     Surround,
 )
 from ezsd.detector.settings import DetectorSettings
+from ezsd.pipeline.config.descriptions import Descriptions, read_descriptions
 from ezsd.pipeline.config.names import FORMER_VALUES, hint
 from ezsd.pipeline.errors import ConfigError
 
@@ -46,8 +48,12 @@ class TeacherConfig:
     """An open_clip model, "tiny-shapes", or "plugin:package.module:factory"."""
     weights: str | None = None
     """An open_clip tag or a local file."""
-    template: str = "a photo of a {}"
-    """Prompt; "{}" is the class name."""
+    template: str | tuple[str, ...] = "a photo of a {}"
+    """Prompt; "{}" is the class name. With a list, a name's embedding is the normalised mean over all its prompts;
+    "imagenet" stands for CLIP's list of 80."""
+    descriptions: Descriptions = ()
+    """A JSON file {"NAME": ["SENTENCE", ...]}: sentences, used as they are, that take the place of a name's prompts. A
+    store and its runs keep them."""
     background: str | tuple[str, ...] | None = None
     """A name for a crop of nothing, or a list of them, put into the template: the background's probability is the sum
     of theirs. None leaves background to the entropy alone."""
@@ -62,7 +68,10 @@ class TeacherConfig:
     """Precision of the weights: "auto" is "bf16" where the hardware has it, after a comparison with "fp32"."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "background", _text_or_texts("teacher.background", self.background))
+        for key in ("template", "background"):
+            object.__setattr__(self, key, _text_or_texts(f"teacher.{key}", getattr(self, key)))
+        # A record in JSON has lists.
+        object.__setattr__(self, "descriptions", tuple(map(tuple, self.descriptions)))
 
     @property
     def backgrounds(self) -> tuple[str, ...]:
@@ -90,6 +99,10 @@ class AdaptConfig:
     """Largest gradient norm."""
     held_out: Annotated[float, Interval(gt=0, lt=1)] = 0.1
     """Fraction of images whose base crops only measure accuracy."""
+    flip: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Probability that a crop is mirrored (the authors': 0.5)."""
+    min_crop_size: Annotated[float, Interval(ge=0)] = 0.0
+    """Least side of a base box when it is cropped, here and for its own embedding, in pixels of the image."""
 
     def __post_init__(self) -> None:
         _require_bounds("adapt", self)
@@ -526,6 +539,8 @@ def apply_override(tables: dict[str, dict[str, object]], override: str) -> None:
     except tomllib.TOMLDecodeError:
         # A bare word is a string: `--set model.backbone=tiny` needs no quotes.
         value = text.strip()
+    if (section, key) == ("teacher", "descriptions") and isinstance(value, str):
+        value = read_descriptions(Path(value))
     # The one word that has two spellings.
     tables.setdefault(section, {})["optimizer" if key == "optimiser" else key] = value
 

@@ -28,7 +28,7 @@ from ezsd.pipeline.data.requirements import (
     too_few_to_hold_out,
     unmeasured,
 )
-from ezsd.pipeline.errors import DatasetError, ImageError
+from ezsd.pipeline.errors import ConfigError, DatasetError, ImageError
 from ezsd.pipeline.progress import Progress
 from ezsd.vocabulary import Split, canonical
 
@@ -86,8 +86,8 @@ def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False
     parts: list[Part] = []
     notes: list[str] = []
     try:
-        require_prompts(dataset.split, dataset.prompts.get("template"), dataset.prompts.get("names"))
-    except VocabularyError as error:
+        require_prompts(dataset.split, dataset.prompt_settings())
+    except (ConfigError, VocabularyError) as error:
         problems.append(f"{dataset.name}: {error}")
     for name in ("train", "val"):
         path, source = dataset.annotations(name), dataset.images(name)

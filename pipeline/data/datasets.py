@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from ezsd.data.shapes import SHAPES_SPLIT
+from ezsd.errors import VocabularyError
+from ezsd.pipeline.config.descriptions import read_descriptions
+from ezsd.pipeline.config.schema import TeacherConfig
 from ezsd.pipeline.data.annotation_cache import Category, read_categories, sound_categories
 from ezsd.pipeline.data.image_source import ImageSource, image_source, needed_files
 from ezsd.pipeline.data.images import Exif
 from ezsd.pipeline.data.split import frequency_split, is_names
 from ezsd.pipeline.errors import DatasetError
 from ezsd.pipeline.files import as_json
-from ezsd.vocabulary import COCO_SPLIT, Split, canonical, clean_names, suggest
+from ezsd.vocabulary import COCO_SPLIT, Split, canonical, clean_names, resolve, suggest, templates
 from ezsd.vocabulary import prompts as make_prompts
 
 log = logging.getLogger("ezsd")
@@ -45,7 +48,8 @@ class Dataset:
     preset: str = "coco"
     """Settings to start from, unless others are asked for."""
     prompts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of the teacher that belong to the data: template, background, names (see `TeacherConfig`)."""
+    """Settings of the teacher that belong to the data: template, background, names, and the file of descriptions (see
+    `TeacherConfig`)."""
     exif: Exif = "turn"
     """Rule for the EXIF orientation of its images."""
 
@@ -56,6 +60,12 @@ class Dataset:
     def images(self, part: str) -> ImageSource:
         """The images of "train" or "val"."""
         return image_source(self.root, getattr(self, f"{part}_images"), self.exif)
+
+    def prompt_settings(self) -> TeacherConfig:
+        """Settings of a teacher with the dataset's own prompts. ConfigError if its descriptions are not sound."""
+        file = self.prompts.get("descriptions")
+        descriptions = {"descriptions": read_descriptions(Path(file))} if file else {}
+        return TeacherConfig(name="", **{**self.prompts, **descriptions})
 
     def require(self, *parts: str) -> Dataset:
         """Self, once annotations and images of "train" and "val", or of some part, exist.
@@ -220,7 +230,7 @@ _TOML_KEYS = {
     "train": ("images", "annotations"),
     "val": ("images", "annotations"),
     "classes": ("base", "novel"),
-    "prompts": ("template", "background", "names"),
+    "prompts": ("template", "background", "names", "descriptions"),
 }
 
 
@@ -233,6 +243,8 @@ def _from_toml(path: Path, root: Path | None, strict: bool) -> Dataset:
     _check_toml(tables, path)
     folder = root or path.parent
     prompts = tables.get("prompts", {})
+    if "descriptions" in prompts:
+        prompts = {**prompts, "descriptions": str(folder / prompts["descriptions"])}
     dataset = Dataset(
         name=tables["name"],
         root=folder,
@@ -245,25 +257,29 @@ def _from_toml(path: Path, root: Path | None, strict: bool) -> Dataset:
         exif=tables.get("exif", "turn"),
     )
     if strict:
-        require_prompts(dataset.split, prompts.get("template"), prompts.get("names"))
+        require_prompts(dataset.split, dataset.prompt_settings())
     return dataset
 
 
-def require_prompts(split: Split, template: str | None, names: str | None) -> None:
-    """VocabularyError when no prompts can be made of the names of a split, or two of them would have the same one.
+def require_prompts(split: Split, teacher: TeacherConfig) -> None:
+    """Refuse settings of which no prompts can be made for the names of a split.
 
-    Args:
-        split: the names.
-        template: see `ezsd.vocabulary.prompts`; None for the usual one.
-        names: "clean" or "raw"; None for the usual one.
+    Raises:
+        VocabularyError: a template without "{}", two names with the same prompt, or a description of a name that is
+            none of the split's nor the background's.
     """
-    words = clean_names(split.names) if names == "clean" else split.names
-    if template is not None:
+    words = clean_names(split.names) if teacher.names == "clean" else split.names
+    for template in templates(teacher.template):
         make_prompts(words, template)
+    known = (*split.names, *teacher.backgrounds)
+    try:
+        resolve([name for name, *_ in teacher.descriptions], known)
+    except VocabularyError as error:
+        raise VocabularyError(f"`teacher.descriptions`: {error}") from error
 
 
 def _listed(key: str, value: object) -> bool:
-    """Whether a value is a list of texts, where there may be several."""
+    """Return whether a value is a list of texts, for a key that takes several."""
     return key in ("template", "background") and isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ezsd.adapt import crop_accuracy, flatten, tune_layer_norms
-from ezsd.crops import crop_boxes
+from ezsd.crops import crop_boxes, with_least_side
 from ezsd.pipeline.config.schema import AdaptConfig, ProposalConfig
 from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.extraction.base_images import BaseImages, halving_where_memory_is_short
@@ -24,9 +24,10 @@ _MEMO_BYTES = 2**30
 class CropSource:
     """Crops of an annotation record's boxes, image by image; images that cannot be read have none, up to a limit."""
 
-    def __init__(self, images: BaseImages, *, size: int, crops: ProposalConfig) -> None:
+    def __init__(self, images: BaseImages, *, size: int, crops: ProposalConfig, least: float) -> None:
         self.images = images
         self.size = size
+        self.least = least
         self.ratio = crops.crop_ratio
         self.surround = crops.padding
         self._memo: dict[int, Tensor] = {}
@@ -45,7 +46,7 @@ class CropSource:
         pixels = self.images.read(position)
         if pixels is None:
             return torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8), label[:0]
-        boxes = self.images.boxes(position)
+        boxes = with_least_side(self.images.boxes(position), self.least)
         crops = crop_boxes(pixels, boxes, size=self.size, ratio=self.ratio, surround=self.surround)
         if self._memo_bytes + crops.numel() <= _MEMO_BYTES:
             self._memo[position] = crops
@@ -69,15 +70,21 @@ class CropSource:
         if held:
             yield torch.cat(pixels).float() / 255, torch.cat(labels)
 
-    def endless(self, positions: Sequence[int], *, crops: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Full batches for ever, images reshuffled each round."""
-        rng = np.random.default_rng([seed, 1])
+    def endless(
+        self, positions: Sequence[int], *, crops: int, flip: float, seed: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Full batches for ever, images reshuffled each round, each crop mirrored with probability `flip`."""
+        rng, mirror = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
 
         def rounds() -> Iterator[int]:
             while True:
                 yield from rng.permutation(positions).tolist()
 
-        return self.batches(rounds(), crops=crops)
+        for pixels, label in self.batches(rounds(), crops=crops):
+            if flip:
+                mirrored = torch.from_numpy(mirror.random(len(pixels)) < flip)
+                pixels[mirrored] = pixels[mirrored].flip(3)
+            yield pixels, label
 
 
 def adapt_teacher(
@@ -105,7 +112,8 @@ def adapt_teacher(
         ConfigError: there are too few base boxes to hold some out, or too many crops in a step for the memory.
         ImageError: more images than that cannot be read.
     """
-    source, names = CropSource(images, size=teacher.input_size, crops=crops), images.annotations.names
+    source = CropSource(images, size=teacher.input_size, crops=crops, least=config.min_crop_size)
+    names = images.annotations.names
     tuned_on, held_out = images.split(config.held_out, seed=seed)
     if not tuned_on:
         raise ConfigError(f"re-normalisation needs base boxes in at least 2 images, found them in {len(held_out)}")
@@ -121,7 +129,7 @@ def adapt_teacher(
     learning = list(teacher.layer_norms(vision_only=config.towers == "vision").values())
     steps = config.steps if learning else 0
     if steps:
-        batches = source.endless(tuned_on, crops=config.batch_size, seed=seed)
+        batches = source.endless(tuned_on, crops=config.batch_size, flip=config.flip, seed=seed)
         losses = tune_layer_norms(
             teacher,
             batches,

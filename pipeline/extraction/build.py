@@ -54,6 +54,7 @@ from ezsd.pipeline.runs.model import warn_of_random_weights
 from ezsd.pipeline.scheduling.job_array import Share, open_share
 from ezsd.pipeline.scheduling.pool import Pool
 from ezsd.teacher.open_clip import Teacher, require_told_apart
+from ezsd.vocabulary import canonical, first_few
 
 log = logging.getLogger("ezsd")
 
@@ -205,6 +206,7 @@ def _source(request: BuildRequest) -> _Source | None:
     if request.reuse is not None:
         # Whether there is anything to reuse shows without the teacher.
         Store(request.reuse)
+    _tell_of_undescribed(request)
     teacher = configured_teacher(request.config.teacher, request.device)
     require_words(teacher, request.dataset.split.names, request.config.teacher.backgrounds)
     manifest = describe(request.dataset, annotations, request.config, teacher.fingerprint())
@@ -222,7 +224,7 @@ def require_buildable(request: BuildRequest, annotations: Annotations) -> None:
         VocabularyError: no prompts can be made of the names.
     """
     dataset, config = request.dataset, request.config
-    require_prompts(dataset.split, config.teacher.template, config.teacher.names)
+    require_prompts(dataset.split, config.teacher)
     if config.proposals.learned:
         make_proposer(config.proposer, pretrained=config.proposer.run is None)
     with_boxes = len(np.unique(annotations.image_index))
@@ -234,6 +236,19 @@ def require_buildable(request: BuildRequest, annotations: Annotations) -> None:
         )
     require_image_files(dataset, "train", annotations, all_there=False)
     require_evaluation(dataset, masks=config.model.masks)
+
+
+def _tell_of_undescribed(request: BuildRequest) -> None:
+    names = request.dataset.split.names
+    described = {canonical(name) for name, *_ in request.config.teacher.descriptions}
+    missing = [repr(name) for name in names if canonical(name) not in described] if described else []
+    if missing:
+        log.info(
+            "%d of %d names have no descriptions, and their prompts come from the template: %s",
+            len(missing),
+            len(names),
+            first_few(missing, 5),
+        )
 
 
 def _begin(

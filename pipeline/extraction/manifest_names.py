@@ -28,7 +28,9 @@ _PLACES = {
     "teacher.seed": "build.seed",
 }
 """Settings that manifests have elsewhere than in a table of the setting's section."""
-_UNSAID: Mapping[str, JSON] = {
+UNSAID: Mapping[str, JSON] = {
+    "adapt.flip": 0.0,
+    "adapt.min_crop_size": 0.0,
     "proposals.drop_background": True,
     "proposals.nms_iou": 0.7,
     "proposals.objectness_weight": 1.0,
@@ -75,8 +77,8 @@ def as_setting(difference: Difference) -> Difference:
     words = FORMER_VALUES.get((section, key), {})
     stored, wanted = (words.get(v, v) if isinstance(v, str) else v for v in (difference.stored, difference.wanted))
     absent = difference.absent
-    if absent is not None and setting in _UNSAID:
-        stored, wanted = (_UNSAID[setting], wanted) if absent == "stored" else (stored, _UNSAID[setting])
+    if absent is not None and setting in UNSAID:
+        stored, wanted = (UNSAID[setting], wanted) if absent == "stored" else (stored, UNSAID[setting])
         absent = None
     return dataclasses.replace(
         difference, name=f"{setting}{bracket}{place}", stored=stored, wanted=wanted, absent=absent

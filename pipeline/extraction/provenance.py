@@ -27,6 +27,7 @@ from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.images import look, reads_as_before
 from ezsd.pipeline.errors import ConfigError, ImageError
 from ezsd.pipeline.extraction.external_proposals import boxes_digest
+from ezsd.pipeline.extraction.manifest_names import UNSAID
 from ezsd.pipeline.extraction.run_proposer import NETWORK, run_digest
 from ezsd.pipeline.files import as_json
 
@@ -63,13 +64,15 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
     learned = config.proposals.learned
     asked = to_tables(config)["proposals"] | {"max_proposals": config.max_proposals}
     digests, proposals = annotations.digest(), with_former_names("proposals", asked)
+    # Named only where they are not as ever: stores made before they were settings stay what they are.
+    adapt = {k: v for k, v in dataclasses.asdict(config.adapt).items() if UNSAID.get(f"adapt.{k}") != v}
     data = {"image_list_sha256": digests["images"], "base_boxes_sha256": digests["boxes"]}
     crop = {"ratio": config.proposals.crop_ratio, "surround": config.proposals.padding}
     read = images_read(dataset, annotations)
     inputs: dict[str, dict[str, object]] = {
         "teacher": {
             "model": model,
-            "adapt": with_former_names("adapt", dataclasses.asdict(config.adapt)),
+            "adapt": with_former_names("adapt", adapt),
             "seed": config.build.seed,
             "crop": crop,
             "dataset": {**data, "base_names": dataset.split.base},

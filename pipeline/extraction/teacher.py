@@ -36,6 +36,7 @@ def configured_teacher(config: TeacherConfig, device: str) -> Teacher:
         config.name,
         config.weights,
         template=config.template,
+        descriptions=config.descriptions,
         names=config.names,
         activation=config.activation,
         normalisation=config.normalisation,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ezsd.adapt import restore
 from ezsd.cache import PER_IMAGE, Block, RaggedRows, forget_block, journaled_bad_images, write_block
+from ezsd.crops import with_least_side
 from ezsd.data.annotations import Annotations
 from ezsd.detector.proposer import Proposer
 from ezsd.pipeline.config.schema import Config, ProposalConfig
@@ -370,11 +371,12 @@ def _encoded(view: _View, boxes: Tensor) -> dict[bytes, KnownRegion]:
 
 
 def _ground_truth(view: _View, annotations: Annotations, rows: slice) -> Columns:
+    cropped = with_least_side(torch.from_numpy(annotations.box[rows]), view.worker.config.adapt.min_crop_size)
     return {
         "box": annotations.box[rows],
         "class_index": annotations.class_index[rows],
         "annotation_id": annotations.annotation_id[rows],
-        "embedding": view.encode(torch.from_numpy(annotations.box[rows])).half().numpy(),
+        "embedding": view.encode(cropped).half().numpy(),
     }
 
 

@@ -121,8 +121,9 @@ def dataset_label(main: RunData) -> str:
 
 
 def flat_settings(tables: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
-    """All settings as section.key."""
-    return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+    """All settings as section.key; of sentences that came from a file, a word for that file."""
+    flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+    return flat | ({"teacher.descriptions": "FILE"} if flat.get("teacher.descriptions") else {})
 
 
 def run_store(main: RunData) -> Store:

@@ -65,6 +65,14 @@ def test_gradients_are_limited(small_teacher):
     assert moved < 0.1 * OPTIONS["learning_rate"]
 
 
+@pytest.mark.parametrize(("vision_only", "encoded"), [(True, 1), (False, 4)])
+def test_names_are_embedded_again_only_where_that_changes_something(small_teacher, monkeypatch, vision_only, encoded):
+    seen, real = [], small_teacher.encode_text
+    monkeypatch.setattr(small_teacher, "encode_text", lambda names: seen.append(names) or real(names))
+    tune(small_teacher, [toy_batch()] * 4, vision_only=vision_only)
+    assert seen == [NAMES] * encoded
+
+
 def test_parameters_are_frozen_again_afterwards(small_teacher):
     tune(small_teacher, [toy_batch()])
     assert not any(p.requires_grad for p in small_teacher.model.parameters())

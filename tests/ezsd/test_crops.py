@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ezsd.crops import crop_boxes, crop_windows, distinct_crops
+from ezsd.crops import crop_boxes, crop_windows, distinct_crops, with_least_side
 from ezsd.proposals.select import faithful_anchors
 
 WIDTH, HEIGHT = 90, 70
@@ -172,3 +172,10 @@ def test_boxes_share_a_crop_where_their_crops_are_the_same_pixels(image, surroun
 def test_without_boxes_there_are_no_crops():
     first, crop = distinct_crops(torch.zeros(0, 4), ratio=1.0, surround="black", width=WIDTH, height=HEIGHT)
     assert len(first) == len(crop) == 0
+
+
+def test_a_least_side_widens_about_the_centre_what_is_shorter():
+    boxes = torch.tensor([[4.0, 4, 6, 20], [4, 4, 14, 14], [0, 0, 1, 1]])
+    wide = with_least_side(boxes, 10)
+    assert wide.tolist() == [[0, 4, 10, 20], [4, 4, 14, 14], [-4.5, -4.5, 5.5, 5.5]]
+    assert torch.equal(with_least_side(boxes, 0), boxes)

@@ -75,6 +75,59 @@ def test_names_are_put_into_the_template(small_teacher):
     assert not torch.allclose(expected[0], expected[1])
 
 
+def loaded(small_clip, template, **options):
+    return load_teacher(small_clip.name, str(small_clip.file), template=template, activation="gelu", **options)
+
+
+def mean_of(rows):
+    return torch.nn.functional.normalize(rows.mean(0), dim=0)
+
+
+def test_of_several_templates_a_name_is_the_mean_of_its_prompts(small_teacher, small_clip):
+    """As in CLIP's code: unit rows, their mean, a unit row."""
+    several = loaded(small_clip, [TEMPLATE, "a drawing of a {}"])
+    single = [loaded(small_clip, template).encode_text(["circle", "bar"]) for template in several.templates]
+    for place, row in enumerate(several.encode_text(["circle", "bar"])):
+        torch.testing.assert_close(row, mean_of(torch.stack([rows[place] for rows in single])))
+    assert torch.equal(loaded(small_clip, [TEMPLATE]).encode_text(["bar"]), small_teacher.encode_text(["bar"]))
+
+
+def test_many_prompts_are_embedded_a_part_at_a_time(small_clip, monkeypatch):
+    several = loaded(small_clip, [TEMPLATE, "a drawing of a {}"])
+    whole = several.encode_text(["circle", "bar"])
+    monkeypatch.setattr("ezsd.teacher.open_clip._ROWS", 3)
+    torch.testing.assert_close(several.encode_text(["circle", "bar"]), whole)
+
+
+def test_descriptions_take_the_place_of_a_names_prompts(small_teacher, small_clip):
+    sentences = ("a round thing", "a ring that is filled")
+    # The same letter in one character and in two.
+    described = loaded(small_clip, TEMPLATE, descriptions=[("circl\u00e9", *sentences)])
+    rows = described.encode_text(["bar", "circle\u0301"])
+    expected = small_teacher.encode_text_tokens(open_clip.get_tokenizer(small_teacher.name)(list(sentences)))
+    torch.testing.assert_close(rows[1], mean_of(expected))
+    torch.testing.assert_close(rows[0], small_teacher.encode_text(["bar"])[0])
+
+
+def test_imagenet_stands_for_the_templates_of_clip(small_clip):
+    teacher = loaded(small_clip, "imagenet")
+    assert len(teacher.fingerprint()["template"]) == 80
+    tokens, counts = teacher.tokens(["bar"])
+    assert torch.equal(tokens[:1], open_clip.get_tokenizer(small_clip.name)(["a bad photo of a bar."]))
+    assert counts == [80]
+
+
+def test_the_fingerprint_tells_lists_and_descriptions_apart_by_what_they_say(small_teacher, small_clip):
+    own = small_teacher.fingerprint()
+    assert loaded(small_clip, [TEMPLATE]).fingerprint() == own
+    assert loaded(small_clip, [TEMPLATE, "a {}"]).fingerprint() == own | {"template": [TEMPLATE, "a {}"]}
+    cat, dog = ("cat", "it purrs", "it has paws"), ("dog", "it barks")
+    described = loaded(small_clip, TEMPLATE, descriptions=[cat, dog]).fingerprint()
+    assert described.keys() - own.keys() == {"descriptions_sha256"}
+    assert loaded(small_clip, TEMPLATE, descriptions=[dog, cat]).fingerprint() == described
+    assert loaded(small_clip, TEMPLATE, descriptions=[dog]).fingerprint() != described
+
+
 def test_a_teacher_says_what_it_is(small_teacher, small_clip):
     assert isinstance(small_teacher, Teacher)
     assert small_teacher.name == small_clip.name

@@ -237,7 +237,7 @@ class Wordlist:
 def shapes_words(*names: str) -> object:
     settings = load_preset("shapes").teacher
     teacher = load_teacher("tiny-shapes", None, template=settings.template, names=settings.names)
-    return require_words(teacher, names, None)
+    return require_words(teacher, names, ())
 
 
 def launched(**variables: str) -> int:
@@ -267,8 +267,8 @@ CALLS: Calls = {
         lambda _: build_backbone("tiny", channels=8, weights=None),
     ),
     r"has no embedding for 'cow'; rename the class": (
-        lambda _: require_words(Wordlist(), ["cat", "cow"], None),
-        lambda _: require_words(Wordlist(), ["cat", "ox"], None),
+        lambda _: require_words(Wordlist(), ["cat", "cow"], ()),
+        lambda _: require_words(Wordlist(), ["cat", "ox"], ()),
     ),
     r"it ships with the words of the shapes benchmark only; use those names": (
         lambda _: shapes_words("ring", "zebra"),

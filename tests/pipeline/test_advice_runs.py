@@ -241,7 +241,7 @@ def plugin(folder: Path, **options: object) -> None:
     (folder / "plugin_of_advice.py").write_text(WORKING)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        load_teacher("plugin:plugin_of_advice:factory", None, template="a {}", **options)
+        load_teacher("plugin:plugin_of_advice:factory", None, **({"template": "a {}"} | options))
 
 
 def own_card(**changed: object) -> dict[str, object]:
@@ -290,6 +290,14 @@ CALLS: Calls = {
     ),
     "a plug-in chooses its own precision; leave teacher.precision out": (
         lambda root: plugin(root, precision="bf16"),
+        lambda root: plugin(root),
+    ),
+    "a plug-in makes its own prompts; leave teacher.descriptions out": (
+        lambda root: plugin(root, descriptions=[("cat", "a cat")]),
+        lambda root: plugin(root),
+    ),
+    "a plug-in makes its own prompts; leave the list of teacher.template out": (
+        lambda root: plugin(root, template=["a {}", "the {}"]),
         lambda root: plugin(root),
     ),
     "for a local file of an open_clip model; leave it out": (

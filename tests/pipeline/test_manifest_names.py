@@ -17,6 +17,8 @@ LINES = {
     "adapt.steps=7": "adapt.steps: store has 80, wanted 7",
     "adapt.batch_size=7": "adapt.batch_size: store has 128, wanted 7",
     "adapt.max_grad_norm=0.5": "adapt.max_grad_norm: store has 0.1, wanted 0.5",
+    "adapt.flip=0.5": "adapt.flip: store has 0.0, wanted 0.5",
+    "adapt.min_crop_size=6": "adapt.min_crop_size: store has 0.0, wanted 6.0",
     "build.seed=9": "build.seed: store has 0, wanted 9",
     "build.batch_size=7": "build.batch_size: store has 64, wanted 7",
     'build.embedding="int8"': 'build.embedding: store has "float16", wanted "int8"',
@@ -87,8 +89,8 @@ def test_the_teachers_settings_are_told_from_its_weights(shapes_dataset):
 
 
 def test_every_value_of_a_manifest_is_a_setting_or_known_to_be_none(shapes_dataset):
-    overrides = ('proposals.search="coarse-to-fine"', "proposals.drop_background=false", "proposals.refine=vote")
-    config = load_preset("shapes", (*PAPER, *overrides))
+    unusual = ("proposals.drop_background=false", "proposals.refine=vote", "adapt.flip=0.5", "adapt.min_crop_size=6")
+    config = load_preset("shapes", (*PAPER, 'proposals.search="coarse-to-fine"', *unusual))
     annotations = read_annotations(BuildRequest(dataset=shapes_dataset, config=config, out=shapes_dataset.root))
     inputs = {
         name: origin.inputs
