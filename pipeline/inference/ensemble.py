@@ -24,7 +24,7 @@ class TeacherEnsemble:
     encoder: CropEncoder
     """Crops boxes as the store did and shows them to the teacher."""
     background: Tensor | None
-    """Unit row of the store's background prompt, (D,), on the CPU; None without one."""
+    """Unit rows of the store's background prompts, (B, D), on the CPU; None without one."""
     weight_base: float
     """Weight of the teacher in scores of base classes, in [0, 1]."""
     weight_novel: float

@@ -199,6 +199,7 @@ def load_trained(
 def _load_ensemble(run: Run, settings: EvalConfig, device: str, weights: Path | None) -> TeacherEnsemble:
     teacher = run_teacher(run, device, adapted=True, weights=weights)
     background = run_manifest(run).products["proposals"].inputs["background"]
+    prompts = background if isinstance(background, list) else [background]
     log.info(
         "teacher %s takes part in scores with weight %g for base and %g for novel classes: it is shown a crop of each "
         "detection whose weight is above 0",
@@ -208,7 +209,7 @@ def _load_ensemble(run: Run, settings: EvalConfig, device: str, weights: Path | 
     )
     return TeacherEnsemble(
         encoder=CropEncoder(teacher, crop_settings(run)),
-        background=None if background is None else teacher.encode_text([str(background)])[0].cpu(),
+        background=None if background is None else teacher.encode_text([str(one) for one in prompts]).cpu(),
         weight_base=settings.teacher_weight_base,
         weight_novel=settings.teacher_weight_novel,
         device=torch.device(device),
