@@ -57,7 +57,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Image folder, if it has moved.")]
 MovedWeights = Annotated[Path | None, typer.Option("--weights", help="The teacher's weights, if they have moved.")]
 RunFolder = Annotated[Path, typer.Option("--run", help="A run folder made by `ezsd train`.")]
-DatasetName = Annotated[str, typer.Option(help="shapes, coco, lvis, lvis-frequent, or your own FILE.toml.")]
+DatasetName = Annotated[str, typer.Option(help="shapes, clutter, coco, lvis, lvis-frequent, or your own FILE.toml.")]
 DatasetRoot = Annotated[
     Path | None,
     typer.Option(help="Folder of images and annotations; data/NAME or the TOML file's folder by default."),
@@ -94,18 +94,31 @@ def _options(
     pass
 
 
+Benchmark = Literal["shapes", "clutter"]
+DrawnFolder = Annotated[Path, typer.Option(help="Output folder.")]
+TrainImages = Annotated[int, typer.Option(min=1, help="Number of training images.")]
+ValImages = Annotated[int, typer.Option(min=1, help="Number of validation images.")]
+DrawnSeed = Annotated[int, typer.Option(min=0, help="Use 0 to choose settings, 4 to 8 to report results.")]
+
+
 @data_app.command("shapes", epilog="Example:  ezsd data shapes --out data/shapes")
 @keeping("the folder appears when it is whole; run the same command again")
-def data_shapes(
-    out: Annotated[Path, typer.Option(help="Output folder.")],
-    train: Annotated[int, typer.Option(min=1, help="Number of training images.")] = 500,
-    val: Annotated[int, typer.Option(min=1, help="Number of validation images.")] = 250,
-    seed: Annotated[int, typer.Option(min=0, help="Use 0 to choose settings, 1 to 3 to report results.")] = 0,
-) -> None:
+def data_shapes(out: DrawnFolder, train: TrainImages = 500, val: ValImages = 250, seed: DrawnSeed = 0) -> None:
     """Draw the embedded benchmark as a COCO-format folder."""
+    _draw("shapes", out, train, val, seed)
+
+
+@data_app.command("clutter", epilog="Example:  ezsd data clutter --out data/clutter")
+@keeping("the folder appears when it is whole; run the same command again")
+def data_clutter(out: DrawnFolder, train: TrainImages = 500, val: ValImages = 250, seed: DrawnSeed = 0) -> None:
+    """Draw the embedded benchmark with 3 to 6 nameless shapes in each scene, as a COCO-format folder."""
+    _draw("clutter", out, train, val, seed)
+
+
+def _draw(benchmark: Benchmark, out: Path, train: int, val: int, seed: int) -> None:
     from ezsd.pipeline.data.shapes import write_shapes
 
-    write_shapes(out, train=train, val=val, seed=seed)
+    write_shapes(out, train=train, val=val, seed=seed, benchmark=benchmark)
     typer.echo(f"{out}: {train} training and {val} validation images, seed {seed}")
 
 
@@ -656,6 +669,7 @@ def report(
 def demo(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of data and training; 0 is the dev seed.")] = 0,
+    dataset: Annotated[Benchmark, typer.Option(help="Embedded benchmark.")] = "shapes",
     device: Device = "auto",
     set_: Set = None,
 ) -> None:
@@ -664,7 +678,7 @@ def demo(
     from ezsd.pipeline.demo import run_demo
     from ezsd.pipeline.devices import resolve_device
 
-    result = run_demo(out, seed=seed, device=resolve_device(device), overrides=tuple(set_ or []))
+    result = run_demo(out, seed=seed, device=resolve_device(device), overrides=tuple(set_ or []), benchmark=dataset)
     typer.echo(score_table(result.scores))
     typer.echo(seconds_table(result.seconds))
     typer.echo(f"report: {result.report}")

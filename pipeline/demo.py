@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ezsd.data.shapes import Benchmark
 from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import STAGE_ONE, setting_of
 from ezsd.pipeline.data.datasets import find_dataset
@@ -42,8 +43,10 @@ class DemoResult:
     report: Path
 
 
-def run_demo(out: Path, *, seed: int, device: str, overrides: tuple[str, ...] = ()) -> DemoResult:
-    """Make `shapes`, build the cache, train with and without distillation, evaluate, report.
+def run_demo(
+    out: Path, *, seed: int, device: str, overrides: tuple[str, ...] = (), benchmark: Benchmark = "shapes"
+) -> DemoResult:
+    """Draw `shapes` or `clutter`, build the cache, train with and without distillation, evaluate, report.
 
     Everything lands below `out`; a second call goes on where the first was stopped.
     """
@@ -51,10 +54,10 @@ def run_demo(out: Path, *, seed: int, device: str, overrides: tuple[str, ...] = 
     clock = _Clock(seconds)
     data, store = out / "data", out / "cache"
     config = load_settings("shapes", overrides)
-    write_shapes(data, seed=seed)
-    clock.lap("shapes")
+    write_shapes(data, seed=seed, benchmark=benchmark)
+    clock.lap(benchmark)
     built = build_cache(
-        BuildRequest(dataset=find_dataset("shapes", data), config=config, out=store, preset="shapes", device=device)
+        BuildRequest(dataset=find_dataset(benchmark, data), config=config, out=store, preset="shapes", device=device)
     )
     seconds |= {f"cache: {stage}": spent for stage, spent in built.seconds.items()}
     clock.restart()

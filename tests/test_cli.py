@@ -216,6 +216,16 @@ def test_data_shapes_refuses_a_folder_that_is_something_else(tmp_path):
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 
 
+def test_clutter_is_drawn_checked_and_not_taken_for_shapes(tmp_path):
+    words = ["--out", "data/clutter", "--train", 40, "--val", 40]
+    assert ezsd("data", "clutter", *words, cwd=tmp_path).stdout.startswith("data/clutter: 40 training and 40 val")
+    for name in ("clutter", "clutter-split3"):
+        checked = ezsd("data", "check", "--dataset", name, cwd=tmp_path)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+        assert checked.stdout.startswith(name)
+    assert_one_clear_line(ezsd("data", "shapes", *words, cwd=tmp_path), "data/clutter", "choose another")
+
+
 def test_cache_info_tells_rows_and_teacher(shapes_store):
     result = ezsd("cache", "info", shapes_store)
     assert result.returncode == 0, result.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import STAGE_ONE, Config, setting_of
-from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.data.datasets import DRAWN, Dataset
 from ezsd.pipeline.errors import ArgumentError, ConfigError
 from ezsd.pipeline.inference.evaluation_tables import headline_columns, percent
 
@@ -113,11 +113,11 @@ def _refuse_stage_one(cache: Path, overrides: Sequence[str]) -> None:
 
 
 def drawn(dataset: Dataset, root: Path | None) -> Dataset:
-    """Check that a dataset's files are there; `shapes` is drawn when no folder is given and none is there."""
-    if dataset.name == "shapes" and root is None and not dataset.root.exists():
+    """Check that a dataset's files are there; an embedded one is drawn when no folder is given and none is there."""
+    if dataset.name in DRAWN and root is None and not dataset.root.exists():
         from ezsd.pipeline.data.shapes import write_shapes
 
-        write_shapes(dataset.root)
+        write_shapes(dataset.root, benchmark=DRAWN[dataset.name][0])
     return dataset.require()
 
 

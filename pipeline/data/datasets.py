@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ezsd.data.shapes import SHAPES_SPLIT
+from ezsd.data.shapes import BENCHMARKS, SPLITS, Benchmark
 from ezsd.errors import VocabularyError
 from ezsd.pipeline.config.descriptions import read_descriptions
 from ezsd.pipeline.config.schema import TeacherConfig
@@ -32,7 +32,7 @@ class Dataset:
     """A dataset: its place on disk, the split of its classes, and the rule for reading its images."""
 
     name: str
-    """"shapes", "coco", "lvis", "lvis-frequent" or what a TOML file says."""
+    """One of `DATASETS`, or what a TOML file says."""
     root: Path
     """Folder that holds images and annotations."""
     split: Split
@@ -132,7 +132,13 @@ def recorded_dataset(definition: object, name: str, root: Path) -> Dataset:
     return dataclasses.replace(find_dataset(name, root), exif="legacy")
 
 
-DATASETS = ("shapes", "coco", "lvis", "lvis-frequent")
+DRAWN: dict[str, tuple[Benchmark, Split]] = {
+    benchmark + suffix: (benchmark, split)
+    for benchmark in BENCHMARKS
+    for suffix, split in zip(("", "-split2", "-split3", "-split4"), SPLITS, strict=True)
+}
+"""The embedded benchmarks by name of dataset: which scenes, and which of their names are novel."""
+DATASETS = (*DRAWN, "coco", "lvis", "lvis-frequent")
 """Names that `find_dataset` knows; anything that ends in .toml is a file."""
 
 
@@ -144,7 +150,8 @@ def find_dataset(name: str, root: Path | None = None, *, strict: bool = True) ->
 
     Args:
         name: one of `DATASETS`, or the path of a TOML file.
-        root: folder with images and annotations; data/NAME or the TOML file's own by default.
+        root: folder with images and annotations; data/NAME (of "shapes-split2" data/shapes, and so on) or the TOML
+            file's own by default.
         strict: False takes what is sound of class tables and prompts that are faulty: `ezsd.pipeline.data.check` lists
             the rest.
 
@@ -156,9 +163,10 @@ def find_dataset(name: str, root: Path | None = None, *, strict: bool = True) ->
     require_known(name)
     if name.endswith(".toml"):
         return _from_toml(Path(name), root, strict)
+    if name in DRAWN:
+        benchmark, split = DRAWN[name]
+        return _standard(name, root or Path("data") / benchmark, split, "train", "val", preset="shapes")
     folder = root or Path("data") / name
-    if name == "shapes":
-        return _standard(name, folder, SHAPES_SPLIT, "train", "val", preset="shapes")
     if name == "coco":
         return _standard(name, folder, COCO_SPLIT, "train2017", "val2017")
     return _lvis(name, folder)

@@ -1,4 +1,4 @@
-"""Write the `shapes` benchmark as a COCO-format folder."""
+"""Write `shapes` or `clutter` as a COCO-format folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ezsd.data.shapes import IMAGE_SIZE, SHAPES_SPLIT, Scene, SceneSplit, scene
+from ezsd.data.shapes import IMAGE_SIZE, SHAPES_SPLIT, Benchmark, Scene, SceneSplit, scene
 from ezsd.pipeline.errors import DatasetError
 from ezsd.pipeline.files import read_object
 from ezsd.pipeline.interrupts import shielded
@@ -23,7 +23,13 @@ VAL_IMAGES = 250
 
 
 def write_shapes(
-    out: Path, *, train: int = TRAIN_IMAGES, val: int = VAL_IMAGES, seed: int = 0, workers: int = 0
+    out: Path,
+    *,
+    train: int = TRAIN_IMAGES,
+    val: int = VAL_IMAGES,
+    seed: int = 0,
+    workers: int = 0,
+    benchmark: Benchmark = "shapes",
 ) -> None:
     """Draw both splits and write images and annotations; the same bytes for the same seed.
 
@@ -33,16 +39,17 @@ def write_shapes(
         out: the folder to make.
         train: training images.
         val: validation images.
-        seed: of the benchmark; 0 is for choosing, 1, 2 and 3 for reporting.
+        seed: of the benchmark; 0 is for choosing, `ezsd.data.shapes.TEST_SEEDS` for reporting.
         workers: processes that draw; 0 takes one per core.
+        benchmark: scenes without or with distractors. All splits of base and novel names have the same files.
 
     Raises:
         DatasetError: `out` is something else already.
-        DamagedFile: it was one, and its shapes.json is not valid JSON.
+        DamagedFile: it was one, and its shapes.json or clutter.json is not valid JSON.
     """
-    options = {"dataset": "shapes", "version": 1, "train": train, "val": val, "seed": seed}
+    options = {"dataset": benchmark, "version": 1, "train": train, "val": val, "seed": seed}
     if out.exists():
-        found = out / "shapes.json"
+        found = out / f"{benchmark}.json"
         if found.is_file() and read_object(found) == options:
             return
         raise DatasetError(f"`out={out}`: exists and is not this very dataset; choose another folder or remove it")
@@ -51,7 +58,7 @@ def write_shapes(
     (partial_folder / "annotations").mkdir(parents=True)
     splits: tuple[tuple[SceneSplit, int], ...] = (("train", train), ("val", val))
     with (
-        Progress("shapes", train + val, unit="image") as progress,
+        Progress(benchmark, train + val, unit="image") as progress,
         ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool,
     ):
         for split, count in splits:
@@ -59,7 +66,7 @@ def write_shapes(
             folder.mkdir()
             records = []
             with shielded():
-                drawn = pool.map(partial(_write_scene, folder, seed, split), range(count), chunksize=16)
+                drawn = pool.map(partial(_write_scene, folder, benchmark, seed, split), range(count), chunksize=16)
             try:
                 for record in drawn:
                     records.append(record)
@@ -70,12 +77,14 @@ def write_shapes(
                 raise
             document = _document(records)
             (partial_folder / f"annotations/instances_{split}.json").write_text(json.dumps(document, indent=1))
-    (partial_folder / "shapes.json").write_text(json.dumps(options, indent=1) + "\n")
+    (partial_folder / f"{benchmark}.json").write_text(json.dumps(options, indent=1) + "\n")
     partial_folder.rename(out)
 
 
-def _write_scene(folder: Path, seed: int, split: SceneSplit, index: int) -> tuple[list[list[float]], list[str]]:
-    drawn: Scene = scene(seed=seed, split=split, index=index)
+def _write_scene(
+    folder: Path, benchmark: Benchmark, seed: int, split: SceneSplit, index: int
+) -> tuple[list[list[float]], list[str]]:
+    drawn: Scene = scene(seed=seed, split=split, index=index, benchmark=benchmark)
     Image.fromarray(drawn.pixels).save(folder / f"{index + 1:06d}.png", compress_level=1)
     return [[round(float(v), 2) for v in box] for box in drawn.boxes], list(drawn.names)
 

@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ezsd.cache import Store, StoreMismatch, read_environment
+from ezsd.pipeline.data.datasets import DRAWN
 from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.files import read_object
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.runs.store_digests import read_stores
-
-_LABELS = {
-    "shapes": "shapes benchmark, synthetic; not COCO",
-    "coco": "a folder in COCO's layout, 48 base and 17 novel classes",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +113,9 @@ def shell_command(*words: str) -> str:
 def dataset_label(main: RunData) -> str:
     """Description of the dataset."""
     name = str(main.spec["dataset"])
-    return _LABELS.get(name, name)
+    if name in DRAWN:
+        return f"{name} benchmark, synthetic; not COCO"
+    return "a folder in COCO's layout, 48 base and 17 novel classes" if name == "coco" else name
 
 
 def flat_settings(tables: Mapping[str, Mapping[str, object]]) -> dict[str, object]:

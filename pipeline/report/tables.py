@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset, preset_names, to_tables
-from ezsd.pipeline.data.datasets import DATASETS
+from ezsd.pipeline.data.datasets import DATASETS, DRAWN
 from ezsd.pipeline.extraction.provenance import built_settings
 from ezsd.pipeline.inference import evaluation_tables as evaluations
 from ezsd.pipeline.inference.evaluation_tables import COLUMNS, GROUPS, SHAPES, at_limit, evaluated
@@ -141,7 +141,7 @@ def provenance(main: RunData, data_root: Path | None) -> dict[str, str]:
     """Digests, seeds and versions of a run, by what they are called."""
     config, environment = main.spec["config"], main.environment
     stores = [f"{entry['sha256']} from step {entry['step']}" for entry in read_stores(main.run)]
-    data_seed = _shapes_options(main, data_root).get("seed", "not recorded")
+    data_seed = _drawn_options(main, data_root).get("seed", "not recorded")
     store_seed = built_settings(run_manifest(main.run))["build"]["seed"]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(environment.get("versions", {}).items()))
     teacher = environment.get("teacher") or {}
@@ -157,10 +157,11 @@ def provenance(main: RunData, data_root: Path | None) -> dict[str, str]:
     }
 
 
-def _shapes_options(main: RunData, data_root: Path | None) -> dict[str, Any]:
-    """Options that `shapes` images were drawn with; empty for other datasets, and where the images are gone."""
+def _drawn_options(main: RunData, data_root: Path | None) -> dict[str, Any]:
+    """Options that embedded images were drawn with; empty for other datasets, and where the images are gone."""
     root = Path(str(main.environment["data_root"])) if data_root is None else data_root
-    return (read_table(root / "shapes.json") or {}) if main.spec["dataset"] == "shapes" else {}
+    name = main.spec["dataset"]
+    return (read_table(root / f"{DRAWN[name][0]}.json") or {}) if name in DRAWN else {}
 
 
 def commands(runs: Sequence[RunData], data_root: Path | None) -> list[str]:
@@ -168,10 +169,10 @@ def commands(runs: Sequence[RunData], data_root: Path | None) -> list[str]:
     main = runs[0]
     store, root = _recorded_path(main, "cache"), _recorded_path(main, "data_root")
     lines = []
-    shapes = _shapes_options(main, data_root)
-    if shapes:
-        options = [word for key in ("train", "val", "seed") if key in shapes for word in (f"--{key}", str(shapes[key]))]
-        lines.append(shell_command("ezsd", "data", "shapes", "--out", root, *options))
+    drawn = _drawn_options(main, data_root)
+    if drawn:
+        options = [word for key in ("train", "val", "seed") if key in drawn for word in (f"--{key}", str(drawn[key]))]
+        lines.append(shell_command("ezsd", "data", str(drawn["dataset"]), "--out", root, *options))
     built: dict[str, Mapping[str, object]] = {**built_settings(run_manifest(main.run))}
     if isinstance(main.environment.get("teacher"), dict):
         built["teacher"] = main.environment["teacher"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ezsd.data.shapes import SPLITS
 from ezsd.errors import VocabularyError
 from ezsd.pipeline.data.datasets import find_dataset, from_definition, recorded_dataset
 from ezsd.pipeline.errors import DatasetError
@@ -176,3 +177,12 @@ def test_two_names_that_are_said_alike_are_refused_at_once(own):
 def test_an_unknown_dataset_is_refused(name):
     with pytest.raises(DatasetError, match=name):
         find_dataset(name)
+
+
+@pytest.mark.parametrize("benchmark", ["shapes", "clutter"])
+def test_splits_of_a_drawn_benchmark_share_its_folder_and_preset(benchmark):
+    for suffix, split in zip(("", "-split2", "-split3", "-split4"), SPLITS, strict=True):
+        dataset = find_dataset(benchmark + suffix)
+        assert (dataset.name, dataset.root, dataset.preset) == (benchmark + suffix, Path("data", benchmark), "shapes")
+        assert dataset.split == split
+        assert find_dataset(dataset.name, Path("elsewhere")).root == Path("elsewhere")

@@ -28,6 +28,8 @@ from ezsd.pipeline.files import write_json
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
 from ezsd.pipeline.report import write_report
 from ezsd.pipeline.report.galleries import readable_gallery
+from ezsd.pipeline.report.run_data import dataset_label
+from ezsd.pipeline.report.tables import _drawn_options
 from ezsd.pipeline.runs.run import Run
 
 NASTY = """</td><script>alert("x&y")</script><img src=http://evil.example/'>"""
@@ -506,6 +508,14 @@ def test_the_commands_make_the_same_settings(untouched, page):
     assert lines[0][-2:] == ["--seed", "9"]
     assert after(lines[1], "--dataset") == "shapes"
     assert after(lines[1], "--preset") == "shapes"
+
+
+def test_a_run_on_clutter_is_drawn_again_by_its_own_command(tmp_path):
+    options = {"dataset": "clutter", "version": 1, "train": 4, "val": 4, "seed": 9}
+    write_json(tmp_path / "clutter.json", options)
+    run = SimpleNamespace(spec={"dataset": "clutter-split2"}, environment={"data_root": str(tmp_path)})
+    assert _drawn_options(run, None) == options
+    assert dataset_label(run) == "clutter-split2 benchmark, synthetic; not COCO"
 
 
 def after(line, option):
