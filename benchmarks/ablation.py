@@ -1,16 +1,18 @@
-"""What does each idea bring? `python benchmarks/ablation.py --work DIR [--arms NAME ...] [--seeds 1 2 3] [--jobs 2]`.
+"""What does each idea bring? `python benchmarks/ablation.py --work DIR [--datasets NAME ...] [--arms NAME ...]`.
 
-Trains the arms of `ablation_arms.py` on `shapes`, each of which differs from the preset in the named thing alone, and
-appends one row per arm and seed to results/ablation.jsonl. A row that is there is not made again, and work left in DIR
-by a kill is taken up where it was: run the same command. Settings are chosen on the dev seed (0, the default); the test
-seeds 1, 2 and 3 are reported.
+Trains the arms of `ablation_arms.py` on the embedded benchmarks (`shapes`, `clutter`, and the other splits of their
+names: `shapes-split2`, ...) and appends one row per dataset, seed and arm to results/ablation.jsonl. A row that is
+there is not made again, and work left in DIR by a kill is taken up where it was: run the same command. Settings are
+chosen on the dev seed (0, the default); the test seeds (4 to 8) are reported.
 
-First, per seed, a gate: `ezsd cache build` must know the baseline's store as its own, and `ezsd train` must have the
-baseline's losses for some steps, digit for digit. `--table` prints the rows as tables and does nothing else.
+First, per dataset and seed, a gate: `ezsd cache build` must know the store of the arm "ours" as its own, and
+`ezsd train` must have that arm's losses for some steps, digit for digit. `--table` prints the rows as tables and does
+nothing else.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,30 +21,35 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import driver
+import numpy as np
 import torch
-from ablation_arms import ARMS, STORES, Arm, chosen
-from ablation_boxes import network_proposals, random_anchors, store_proposals, write_boxes
+from ablation_arms import ARMS, LEARNED, STORES, Arm, chosen
+from ablation_boxes import network_proposals, random_anchors, write_boxes
 from ablation_table import tables
-from shapes import permuted
+from torchvision.ops import box_convert, box_iou
 
 from ezsd.cache import Store
-from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.metrics import evaluate
+from ezsd.metrics.ground_truth import Truth, read_truth
+from ezsd.metrics.results import Results
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
-from ezsd.pipeline.data.datasets import Dataset, find_dataset
+from ezsd.pipeline.data.datasets import DRAWN, Dataset, find_dataset
 from ezsd.pipeline.data.shapes import TRAIN_IMAGES, VAL_IMAGES, write_shapes
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.files import write_text
-from ezsd.pipeline.inference.evaluate import detect_split
+from ezsd.pipeline.inference.evaluate import detect_split, evaluate_crops
 from ezsd.pipeline.inference.predictor import TrainedDetector, load_trained
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.train import TrainRequest, train
 
 GATE_STEPS = 6
+LEAST_IOU = 0.1
+"""Of a detection with the object that it may have found; below, it is on the background."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +59,8 @@ class Plan:
     work: Path
     results: Path
     tag: str
+    name: str
+    """One of `DRAWN`: a benchmark with one of its splits."""
     seed: int
     steps: int
     """Of an arm of length one."""
@@ -62,27 +71,33 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Everything of this seed."""
-        return self.work / f"seed-{self.seed}"
+        """Everything of this dataset and seed but the images."""
+        return self.work / self.name / f"seed-{self.seed}"
+
+    @property
+    def data(self) -> Path:
+        """Images and annotations, which all splits share."""
+        return self.work / "data" / f"{DRAWN[self.name][0]}-{self.seed}"
 
     def dataset(self, *, oracle: bool = False) -> Dataset:
         """The benchmark; for the oracle the same files with all names as base names."""
-        if not oracle:
-            return find_dataset("shapes", self.folder / "data")
-        return find_dataset(str(self.folder / "oracle.toml"), self.folder / "data")
+        return find_dataset(str(self.folder / "oracle.toml") if oracle else self.name, self.data)
 
 
 def prepare_data(plan: Plan) -> None:
     """Draw the scenes, and write down the oracle's split of them."""
-    write_shapes(plan.folder / "data", train=plan.images[0], val=plan.images[1], seed=plan.seed)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    plan.data.parent.mkdir(parents=True, exist_ok=True)
+    benchmark, names = DRAWN[plan.name][0], DRAWN[plan.name][1].names
+    write_shapes(plan.data, train=plan.images[0], val=plan.images[1], seed=plan.seed, benchmark=benchmark)
     split = plan.folder / "oracle.toml"
     if split.is_file():
         return
-    lines = ['name = "shapes-oracle"']
+    lines = [f'name = "{plan.name}-oracle"']
     for part in ("train", "val"):
         lines += [f"[{part}]", f'images = "{part}"', f'annotations = "annotations/instances_{part}.json"']
     # The order of the split: rows of the text table mean the same names as everywhere else.
-    lines += ["[classes]", f"base = {json.dumps(SHAPES_SPLIT.names)}", "novel = []"]
+    lines += ["[classes]", f"base = {json.dumps(names)}", "novel = []"]
     write_text(split, "\n".join(lines) + "\n")
 
 
@@ -96,9 +111,12 @@ def prepared_store(plan: Plan, name: str) -> Path:
         if not boxes.is_file():
             _write_given(plan, name, boxes)
         overrides.append(f"proposals.boxes={json.dumps(str(boxes))}")
+    config = load_preset("shapes", overrides)
+    if not spec.background:
+        config = replace(config, teacher=replace(config.teacher, background=None))
     request = BuildRequest(
         dataset=plan.dataset(oracle=spec.oracle),
-        config=load_preset("shapes", overrides),
+        config=config,
         out=out,
         preset="shapes",
         workers=plan.jobs,
@@ -109,23 +127,20 @@ def prepared_store(plan: Plan, name: str) -> Path:
 
 
 def _write_given(plan: Plan, name: str, out: Path) -> None:
-    spec = STORES[name]
-    if spec.boxes in ("raw", "baseline"):
-        write_boxes(out, store_proposals(Store(prepared_store(plan, spec.boxes))))
-        return
-    store, dataset, as_many = Store(prepared_store(plan, "baseline")), plan.dataset(), "filtered" not in str(spec.boxes)
+    spec, dataset = STORES[name], plan.dataset()
     if spec.after is not None:
-        run = trained_run(plan, ARMS[spec.after])
-        write_boxes(out, network_proposals(run, store, dataset, as_many=as_many))
+        write_boxes(out, network_proposals(trained_run(plan, ARMS[spec.after]), dataset))
         return
-    grid = load_preset("shapes", plan.overrides).proposals
-    write_boxes(out, random_anchors(store, dataset, grid, seed=plan.seed, as_many=as_many))
+    grid = load_preset("shapes", [*plan.overrides, *spec.overrides]).proposals
+    write_boxes(out, random_anchors(Store(prepared_store(plan, "ours")), dataset, grid, seed=plan.seed))
 
 
 def trained_run(plan: Plan, arm: Arm) -> Run:
     """The finished run of an arm, trained or gone on with unless it is there."""
     steps = max(1, round(plan.steps * arm.length))
-    overrides = [*plan.overrides, *arm.train, f"train.seed={plan.seed}", f"train.steps={steps}"]
+    # Other random numbers than those of any seed of the data.
+    seed = plan.seed + 1000 * arm.again
+    overrides = [*plan.overrides, *arm.train, f"train.seed={seed}", f"train.steps={steps}"]
     folder = plan.folder / "runs" / f"{arm.name} of {steps} steps".replace(", ", "-")
     config = load_preset("shapes", overrides)
     return train(TrainRequest(cache=prepared_store(plan, arm.store), run=folder, config=config))
@@ -133,53 +148,80 @@ def trained_run(plan: Plan, arm: Arm) -> Run:
 
 def measure(plan: Plan, arm: Arm) -> driver.Row:
     """The row of an arm, but for what names it."""
-    run = trained_run(plan, ARMS["baseline"] if arm.evaluation else arm)
+    run = trained_run(plan, ARMS["ours"] if arm.permuted else arm)
     trained = load_trained(run, "cpu")
-    if arm.evaluation == "permuted":
-        trained = permuted(trained)
-    if arm.evaluation == "reference box class":
-        trained.detector.settings = replace(trained.detector.settings, box_class="reference")
     store = Store(prepared_store(plan, arm.store))
     counts = [len(store.regions[i].box) for i in store.image_ids.tolist()]
-    curve = run.folder / "validation.jsonl"
     return {
-        **score(trained, plan.dataset()),
-        "curve": [json.loads(line) for line in curve.read_text().splitlines()] if curve.is_file() else [],
+        **score(permuted(trained) if arm.permuted else trained, plan.dataset()),
         "regions_per_image": round(sum(counts) / len(counts), 2),
+        "crops": evaluate_crops(run, data_root=plan.data, device="cpu") if arm.name == "ours" else None,
         "store": store.manifest.digest,
         "seconds": run.seconds(),
     }
 
 
+def permuted(trained: TrainedDetector) -> TrainedDetector:
+    """The detector with each novel name's text row given to the next novel name."""
+    base, novel = trained.text[: trained.base_count], trained.text[trained.base_count :]
+    return replace(trained, text=torch.cat([base, novel.roll(1, 0)]))
+
+
 def score(trained: TrainedDetector, dataset: Dataset) -> driver.Row:
-    """AP50 of base, novel and all names at once and of novel names alone ("novel_only"); AP and AP75 likewise.
+    """AP50, AP75, AP and mean IoU of base, novel and all names, which are detected at once.
 
     The split is always that of the benchmark, whatever a run was trained on. A run whose text rows have the order of
-    `SHAPES_SPLIT.names` is all that is asked for.
+    its names is all that is asked for.
     """
-    if trained.names != SHAPES_SPLIT.names:
-        raise ValueError(f"expected text rows of {SHAPES_SPLIT.names}, found {trained.names}")
-    path, images = dataset.annotations("val"), dataset.images("val")
-    annotations, first = evaluation_annotations(path, dataset.split), len(dataset.split.base)
-    every = evaluate(path, detect_split(trained, annotations, images, trained.text, "detect"), dataset.split)
-    found = detect_split(trained, annotations, images, trained.text[first:], "detect novel alone", alone=True)
-    alone = replace(found, class_index=found.class_index + first)
-    novel = evaluate(path, alone, dataset.split, names=dataset.split.novel)["novel"]
-    groups = {"base": every["base"], "novel": every["novel"], "all": every["all"], "novel_only": novel}
+    split = dataset.split
+    if trained.names != split.names:
+        raise ValueError(f"expected text rows of {split.names}, found {trained.names}")
+    path = dataset.annotations("val")
+    found = detect_split(trained, evaluation_annotations(path, split), dataset.images("val"), trained.text, "detect")
+    scores, truth = evaluate(path, found, split), read_truth(path, split)
+    ious = placing(truth, found)
+    base = truth.class_index < len(split.base)
+    groups = {"base": base, "novel": ~base, "all": np.ones_like(base)}
+    figures: driver.Row = {
+        metric: {group: scores[group][metric] for group in groups} for metric in ("AP50", "AP75", "AP")
+    }
+    matched = ~np.isnan(ious)
     return {
-        **{group: scores["AP50"] for group, scores in groups.items()},
-        "AP": {group: scores["AP"] for group, scores in groups.items()},
-        "AP75": {group: scores["AP75"] for group, scores in groups.items()},
+        **figures,
+        "IoU": {group: _mean(ious[members & matched]) for group, members in groups.items()},
+        "matched": {group: _mean(matched[members]) for group, members in groups.items()},
     }
 
 
+def placing(truth: Truth, found: Results) -> np.ndarray:
+    """IoU of each object (N,) with the best-scored detection of its name, NaN without one.
+
+    A detection is of the object of its image and name that it overlaps most, if by at least `LEAST_IOU`.
+    """
+    ious, best = np.full(len(truth.image_id), np.nan), np.full(len(truth.image_id), -np.inf)
+    corners = [box_convert(torch.from_numpy(boxes), "xywh", "xyxy") for boxes in (truth.xywh, found.xywh)]
+    for image, name in {*zip(truth.image_id.tolist(), truth.class_index.tolist(), strict=True)}:
+        objects = np.flatnonzero((truth.image_id == image) & (truth.class_index == name))
+        for row in np.flatnonzero((found.image_id == image) & (found.class_index == name)):
+            overlaps = box_iou(corners[0][objects], corners[1][[row]])[:, 0].numpy()
+            nearest = objects[overlaps.argmax()]
+            if overlaps.max() >= LEAST_IOU and found.score[row] > best[nearest]:
+                ious[nearest], best[nearest] = overlaps.max(), found.score[row]
+    return ious
+
+
+def _mean(numbers: np.ndarray[Any, Any]) -> float | None:
+    return float(numbers.mean()) if len(numbers) else None
+
+
 def gate(plan: Plan) -> None:
-    """Stop unless the command line's own baseline is this baseline: the same store, the same losses."""
+    """Stop unless the command line has the store and the losses of "ours"."""
     passed = plan.folder / "gate.json"
     if passed.is_file():
         return
-    store, data = prepared_store(plan, "baseline"), plan.folder / "data"
-    built = _ezsd("cache", "build", "--dataset", "shapes", "--data-root", str(data), "--out", str(store), plan=plan)
+    store = prepared_store(plan, "ours")
+    words = ["cache", "build", "--dataset", plan.name, "--data-root", str(plan.data), "--out", str(store)]
+    built = _ezsd(*words, plan=replace(plan, overrides=(*plan.overrides, *LEARNED)))
     if "complete already" not in built:
         raise SystemExit(f"gate: `ezsd cache build` did not take {store} for its own: {built}")
     # Those of stage one are the store's, and `ezsd train` refuses them.
@@ -188,9 +230,9 @@ def gate(plan: Plan) -> None:
     folder = plan.folder / "gate"
     _ezsd("train", "--cache", str(store), "--run", str(folder), "--device", "cpu", plan=short)
     theirs = _losses(Run.open(folder))
-    ours = _losses(trained_run(replace(plan, steps=GATE_STEPS), ARMS["baseline"]))
+    ours = _losses(trained_run(replace(plan, steps=GATE_STEPS), ARMS["ours"]))
     if ours != theirs or len(ours) != GATE_STEPS:
-        raise SystemExit(f"gate: `ezsd train` has other losses than this baseline: {theirs} and {ours}")
+        raise SystemExit(f"gate: `ezsd train` has other losses than this arm: {theirs} and {ours}")
     passed.write_text(json.dumps({"store": Store(store).manifest.digest, "losses": ours}, indent=1) + "\n")
 
 
@@ -214,13 +256,14 @@ def name_of(plan: Plan, arm: Arm) -> driver.Row:
     return {
         "tag": plan.tag,
         "arm": arm.name,
-        "group": arm.group,
         "against": arm.against,
+        "dataset": plan.name,
         "seed": plan.seed,
         "steps": max(1, round(plan.steps * arm.length)),
         "images": list(plan.images),
         "settings": list(arm.train),
-        "regions_of": {"store": arm.store, "settings": list(spec.overrides), "boxes": spec.boxes},
+        "again": arm.again,
+        "built": {"settings": list(spec.overrides), "boxes": spec.boxes, "background": spec.background},
         "overrides": list(plan.overrides),
     }
 
@@ -238,7 +281,7 @@ def run_here(plan: Plan, arms: Sequence[Arm]) -> None:
         # What a killed start left running may have been quicker.
         if not is_done(plan, arm):
             driver.append("ablation", row, plan.results)
-        print(f"seed {plan.seed}, {arm.name}: done", flush=True)
+        print(f"{plan.name}, seed {plan.seed}, {arm.name}: done", flush=True)
 
 
 def run_beside(plan: Plan, arms: Sequence[Arm], own: Sequence[str]) -> list[str]:
@@ -247,13 +290,14 @@ def run_beside(plan: Plan, arms: Sequence[Arm], own: Sequence[str]) -> list[str]
     logs.mkdir(exist_ok=True)
 
     def one(arm: Arm) -> str | None:
-        command = [sys.executable, __file__, *own, "--arms", arm.name, "--seeds", str(plan.seed), "--jobs", "1"]
+        command = [sys.executable, __file__, *own, "--arms", arm.name, "--jobs", "1"]
+        command += ["--datasets", plan.name, "--seeds", str(plan.seed)]
         log = logs / f"{arm.name}.log"
         with log.open("a") as file:
             code = subprocess.run(
                 command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
             ).returncode
-        print(f"seed {plan.seed}, {arm.name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
+        print(f"{plan.name}, seed {plan.seed}, {arm.name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
         return None if code == 0 else arm.name
 
     with ThreadPoolExecutor(plan.jobs) as pool:
@@ -261,7 +305,7 @@ def run_beside(plan: Plan, arms: Sequence[Arm], own: Sequence[str]) -> list[str]
 
 
 def run_seed(plan: Plan, arms: Sequence[Arm], own: Sequence[str]) -> list[str]:
-    """All wanted rows of one seed; returns the arms that failed."""
+    """All wanted rows of one dataset and seed; returns the arms that failed."""
     waiting = [arm for arm in arms if not is_done(plan, arm)]
     if not waiting:
         return []
@@ -271,15 +315,15 @@ def run_seed(plan: Plan, arms: Sequence[Arm], own: Sequence[str]) -> list[str]:
         run_here(plan, waiting)
         return []
     # What needs another arm's run comes after it, and stores are made before two processes may want the same one.
-    trained = [arm for arm in waiting if not arm.evaluation]
+    trained = [arm for arm in waiting if not arm.permuted]
     after = [arm for arm in trained if STORES[arm.store].after]
     failed = []
     for wave in ([arm for arm in trained if arm not in after], after):
         for name in dict.fromkeys(arm.store for arm in wave):
             prepared_store(plan, name)
         failed += run_beside(plan, wave, own)
-    # All of these share the baseline's run, which is locked while it is looked at.
-    run_here(plan, [arm for arm in waiting if arm.evaluation])
+    # It takes the run of another arm, which is locked while it is looked at.
+    run_here(plan, [arm for arm in waiting if arm.permuted])
     return failed
 
 
@@ -288,15 +332,16 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = driver.parser(
         __doc__,
         driver.option("--work", required=False),
-        driver.option("--arms", nargs="*", default=[], help="names or groups; all by default"),
+        driver.option("--datasets", nargs="*", choices=[*DRAWN], default=["shapes"], metavar="NAME"),
+        driver.option("--arms", nargs="*", default=[], help="names; all by default"),
         "--seeds",
         driver.option("--steps", type=int, default=load_preset("shapes").train.steps, help="of an arm of length one"),
         "--jobs",
         driver.option("--images", nargs=2, default=[TRAIN_IMAGES, VAL_IMAGES], metavar=("TRAIN", "VAL")),
         "--set",
-        driver.option("--tag", default="preset"),
+        driver.option("--tag", default="arms"),
         driver.option("--list", action="store_true", help="name the arms and stop"),
-        driver.option("--table", action="store_true", help="print the rows of --tag and --seeds as tables and stop"),
+        driver.option("--table", action="store_true", help="print the rows of the tag, datasets and seeds and stop"),
     )
     asked = parser.parse_args(words)
     try:
@@ -304,11 +349,11 @@ def main(words: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     if asked.list:
-        print("\n".join(f"{arm.group}: {arm.name}" for arm in arms))
+        print("\n".join(arm.name for arm in arms))
         return
     if asked.table:
         found = [row for row in driver.read("ablation", asked.results) if row["tag"] == asked.tag]
-        print(tables([row for row in found if row["seed"] in asked.seeds], arms))
+        print(tables([row for row in found if row["seed"] in asked.seeds and row["dataset"] in asked.datasets], arms))
         return
     if asked.work is None:
         parser.error("--work DIR is needed")
@@ -317,18 +362,19 @@ def main(words: Sequence[str] | None = None) -> None:
     own += ["--tag", asked.tag, "--results", str(asked.results)]
     own += [word for override in asked.overrides for word in ("--set", override)]
     failed = []
-    for seed in asked.seeds:
+    for name, seed in itertools.product(asked.datasets, asked.seeds):
         plan = Plan(
             work=asked.work.absolute(),
             results=asked.results,
             tag=asked.tag,
+            name=name,
             seed=seed,
             steps=asked.steps,
             images=(asked.images[0], asked.images[1]),
             overrides=tuple(asked.overrides),
             jobs=asked.jobs,
         )
-        failed += [f"{name} (seed {seed})" for name in run_seed(plan, arms, own)]
+        failed += [f"{arm} ({name}, seed {seed})" for arm in run_seed(plan, arms, own)]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; the same command goes on with them")
 

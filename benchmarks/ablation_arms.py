@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from ezsd.losses import distillation_scale
+from ezsd.pipeline.config.schema import ProposalConfig
 
-Boxes = Literal["random", "random, filtered", "rpn", "rpn, filtered", "raw", "baseline"]
-"""Where given boxes come from: as many random anchors as the baseline has regions in an image, or all anchors in random
-order; likewise the proposal network of a run without distillation; the CLIP proposals of another store."""
-
+LEARNED = ("proposals.search=learned", "proposals.max_proposals=100")
+"""Proposals of a network that the build trains on base boxes."""
+GRID = ("proposals.search=exhaustive", "proposals.max_proposals=1000")
+"""All windows of the preset's grid."""
+AUTHORS_GRID = (
+    "proposals.grid=paper",
+    "proposals.sizes=[32, 64, 128, 256, 512]",
+    "proposals.ratios=[0.5, 1.0, 2.0]",
+    "proposals.stride=32",
+    # All of the grid, 9,375 anchors of a scene, covers no more objects than this tenth ("proposals" in README.md).
+    "proposals.search=coarse-to-fine",
+    "proposals.max_proposals=1000",
+)
 UNFILTERED = ("proposals.base_iou=1.1", "proposals.drop_base_guesses=false", "proposals.drop_background=false")
+NONE, UNSPARED = "loss.distillation=0", "model.ignore_confidence=2.0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSpec:
-    """How a store differs from the baseline's."""
+    """How a store is built."""
 
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = LEARNED
     """Settings of the build."""
-    boxes: Boxes | None = None
-    """Given boxes in place of scored anchors."""
+    boxes: Literal["random", "run"] | None = None
+    """Given boxes: as many random anchors as the store "ours" has regions in an image, or what the proposal network of
+    a run without CLIP and novel boxes finds."""
+    background: bool = True
+    """Whether the teacher has a background prompt."""
     reuse: str | None = None
     """A store to take over what is the same."""
     oracle: bool = False
@@ -30,130 +43,85 @@ class StoreSpec:
     @property
     def after(self) -> str | None:
         """The arm whose run has to be there first."""
-        return "none, unspared" if self.boxes in ("rpn", "rpn, filtered") else None
+        return "plain" if self.boxes == "run" else None
 
 
 STORES = {
-    "baseline": StoreSpec(),
-    "raw": StoreSpec(overrides=("adapt.steps=0",)),
-    "raw proposals": StoreSpec(boxes="raw", reuse="baseline"),
-    "raw features": StoreSpec(overrides=("adapt.steps=0",), boxes="baseline", reuse="raw"),
-    "random": StoreSpec(overrides=UNFILTERED, boxes="random", reuse="baseline"),
-    "random, filtered": StoreSpec(boxes="random, filtered", reuse="baseline"),
-    "rpn": StoreSpec(overrides=UNFILTERED, boxes="rpn", reuse="baseline"),
-    "rpn, filtered": StoreSpec(boxes="rpn, filtered", reuse="baseline"),
-    "5 regions": StoreSpec(overrides=("proposals.max_regions=5",), reuse="baseline"),
-    "20 regions": StoreSpec(overrides=("proposals.max_regions=20",), reuse="baseline"),
-    "all regions": StoreSpec(overrides=("proposals.max_regions=1000",), reuse="baseline"),
-    "novel score": StoreSpec(overrides=("proposals.score=novel",), reuse="baseline"),
+    "ours": StoreSpec(),
+    "again": StoreSpec(overrides=(*LEARNED, "build.seed=1")),
+    "authors": StoreSpec(
+        overrides=(*AUTHORS_GRID, "proposals.padding=black", "adapt.loss=bce"),
+        background=False,
+    ),
+    "grid": StoreSpec(overrides=GRID, reuse="ours"),
+    "refined grid": StoreSpec(overrides=(*GRID, "proposals.refine=vote"), reuse="grid"),
+    "run": StoreSpec(overrides=GRID, boxes="run", reuse="ours"),
+    "raw": StoreSpec(overrides=(*LEARNED, "adapt.steps=0")),
+    "random": StoreSpec(overrides=(*GRID, *UNFILTERED), boxes="random", reuse="ours"),
+    "unfiltered": StoreSpec(overrides=(*LEARNED, *UNFILTERED), reuse="ours"),
     # No region is kept where every name is a base name: one anchor per image spares the time of looking.
-    "oracle": StoreSpec(overrides=("proposals.sizes=[128]", "proposals.stride=1.0"), oracle=True),
+    "oracle": StoreSpec(overrides=(*GRID, "proposals.sizes=[128]", "proposals.stride=1.0"), oracle=True),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One row per seed. Arms differ from what they are compared with in the named thing alone."""
+    """One row per dataset and seed. Arms differ from what they are compared with in the named thing alone."""
 
     name: str
-    group: str
+    store: str = "ours"
+    """One of `STORES`."""
     train: tuple[str, ...] = ()
     """Settings of the training."""
-    store: str = "baseline"
-    """One of `STORES`."""
     length: float = 1.0
     """Steps, as a multiple of the preset's; the rate falls to zero over just as many."""
-    against: str = "baseline"
+    again: bool = False
+    """Whether other random numbers are drawn."""
+    against: str = "ours"
     """The arm it is compared with."""
-    evaluation: Literal["permuted", "reference box class"] | None = None
-    """Another evaluation of the baseline's run; nothing is trained."""
+    permuted: bool = False
+    """Evaluate the run "ours" with each novel name's text row given to the next; nothing is trained."""
 
 
-NONE, UNSPARED = "loss.distillation=0", "model.ignore_confidence=2.0"
-PAPER_HEAD = ("model.head=paper", "model.tower_depth=3", "model.box_hidden=1024")
-EMBED_DIM = 128
-"""Of the teacher `tiny-shapes`. The cosine arms are named by what multiplies the distance, which was the weight once;
-in weights of now 0.13, 0.27 and 0.53."""
-IDEAS = {
-    "baseline": Arm(name="baseline", group="main"),
-    "none": Arm(name="none", group="main", train=(NONE,)),
-    "raw": Arm(name="raw", group="teacher", store="raw"),
-    "rpn": Arm(name="rpn", group="regions", store="rpn"),
-    "no class in box regression": Arm(
-        name="no class in box regression", group="box regression", train=("model.semantic_boxes=false",)
-    ),
-}
-"""Distillation with everything, not at all, and without each of the three ideas: re-normalisation, CLIP proposals,
-semantic regression."""
-LENGTHS = (0.25, 0.5, 2.0)
-
-_ARMS = (
-    *IDEAS.values(),
-    Arm(name="ground truth", group="regions", train=("train.regions_per_image=0",)),
-    Arm(name="random", group="regions", store="random"),
-    Arm(name="random, filtered", group="regions", store="random, filtered"),
-    Arm(name="rpn, filtered", group="regions", store="rpn, filtered"),
-    Arm(name="novel score", group="regions", store="novel score"),
-    Arm(name="raw proposals", group="teacher", store="raw proposals"),
-    Arm(name="raw features", group="teacher", store="raw features"),
-    Arm(name="reference box class", group="box regression", evaluation="reference box class"),
-    Arm(name="paper head", group="head", train=PAPER_HEAD),
-    Arm(name="paper head, as narrow", group="head", train=("model.head=paper",)),
-    *(
-        Arm(
-            name=f"cosine, weight {factor}",
-            group="loss",
-            train=("loss.metric=cosine", f"loss.distillation={factor / distillation_scale('cosine', EMBED_DIM)!r}"),
-        )
-        for factor in (2.0, 4.0, 8.0)
-    ),
-    Arm(name="half weight", group="loss", train=("loss.distillation=0.225",)),
-    Arm(name="double weight", group="loss", train=("loss.distillation=0.9",)),
-    Arm(name="base names alone", group="loss", train=("loss.novel_names=false",)),
-    Arm(name="5 regions", group="number of regions", store="5 regions", train=("train.regions_per_image=5",)),
-    Arm(name="20 regions", group="number of regions", store="20 regions", train=("train.regions_per_image=20",)),
-    Arm(name="all regions", group="number of regions", store="all regions", train=("train.regions_per_image=1000",)),
-    Arm(name="unspared", group="background", train=(UNSPARED,)),
-    Arm(name="none, unspared", group="background", train=(NONE, UNSPARED), against="unspared"),
-    Arm(
-        name="ground truth, unspared",
-        group="background",
-        train=("train.regions_per_image=0", UNSPARED),
-        against="unspared",
-    ),
-    Arm(name="spared by the rpn too", group="background", train=("model.ignore_rpn=true",)),
-    Arm(name="permuted novel names", group="control", evaluation="permuted"),
-    Arm(name="oracle", group="novel boxes", store="oracle", train=(NONE,)),
-    Arm(name="oracle, distilled", group="novel boxes", store="oracle"),
+AUTHORS = (
+    "model.head=paper",
+    "model.tower_depth=3",
+    "model.box_hidden=1024",
+    "model.semantic_boxes=true",
+    "loss.metric=l1",
+    "loss.novel_names=false",
+    UNSPARED,
 )
+"""The authors' choices where the preset has others; steps, rates and the number of regions are the preset's."""
 
-
-def named(name: str, length: float) -> str:
-    """What an arm is called at another length."""
-    return name if length == 1 else f"{name} x {length:g}"
-
-
-def at_length(arm: Arm, length: float) -> Arm:
-    """The same arm on a shorter or longer schedule; the longest is evaluated on its way too."""
-    looks = ("train.validate_every=2",) if length == max(LENGTHS) else ()
-    return replace(
-        arm,
-        name=named(arm.name, length),
-        group="schedule",
-        train=(*arm.train, *looks),
-        length=length,
-        against=named("baseline", length),
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(name="ours"),
+        Arm(name="none", train=(NONE,)),
+        Arm(name="plain", train=(NONE, UNSPARED)),
+        Arm(name="as the authors", store="authors", train=AUTHORS),
+        Arm(name="grid", store="grid"),
+        Arm(name="refined grid", store="refined grid", against="grid"),
+        Arm(name="boxes from a run", store="run"),
+        Arm(name="no re-normalisation", store="raw"),
+        Arm(name="random boxes", store="random"),
+        Arm(name="unfiltered boxes", store="unfiltered"),
+        Arm(name="no semantic regression", train=("model.semantic_boxes=false",)),
+        Arm(name="half the steps", length=0.5, against="none"),
+        Arm(name="oracle", store="oracle", train=(NONE,)),
+        Arm(name="oracle, distilled", store="oracle", against="oracle"),
+        Arm(name="permuted novel names", permuted=True),
+        Arm(name="ours, again", store="again", again=True),
     )
-
-
-ARMS = {arm.name: arm for arm in (*_ARMS, *(at_length(arm, length) for arm in IDEAS.values() for length in LENGTHS))}
+    if arm.store != "refined grid" or "refine" in ProposalConfig.__dataclass_fields__
+}
 """All arms by name."""
 
 
 def chosen(words: list[str]) -> list[Arm]:
-    """Arms by name or group, in the order of `ARMS`; all without words. ValueError for a word that is neither."""
-    known = ARMS.keys() | {arm.group for arm in ARMS.values()}
+    """Arms by name, in the order of `ARMS`; all without words. ValueError for an unknown word."""
     for word in words:
-        if word not in known:
-            raise ValueError(f"--arms {word!r}: expected one of {', '.join(sorted(known))}")
-    return [arm for arm in ARMS.values() if not words or arm.name in words or arm.group in words]
+        if word not in ARMS:
+            raise ValueError(f"--arms {word!r}: expected one of {', '.join(ARMS)}")
+    return [arm for arm in ARMS.values() if not words or arm.name in words]

@@ -39,27 +39,19 @@ def write_boxes(path: Path, found: Found) -> None:
     write_text(path, "[\n" + ",\n".join(entries) + "\n]\n")
 
 
-def store_proposals(store: Store) -> Found:
-    """The CLIP proposals of a store."""
-    for image_id in store.image_ids.tolist():
-        rows = store.proposals[image_id]
-        yield image_id, rows.box, rows.score
-
-
-def random_anchors(store: Store, dataset: Dataset, grid: ProposalConfig, *, seed: int, as_many: bool) -> Found:
-    """Anchors in random order: as many as an image has regions in the store, or all."""
+def random_anchors(store: Store, dataset: Dataset, grid: ProposalConfig, *, seed: int) -> Found:
+    """Anchors in random order, as many as an image has regions in the store."""
     for image in _images(dataset):
         anchors = image_anchors(grid, image.width, image.height).numpy()
         order = np.random.default_rng([seed, image.id]).permutation(len(anchors))
-        yield _ranked(image.id, anchors[order], store if as_many else None)
+        yield _ranked(image.id, anchors[order[: len(store.regions[image.id].box)]])
 
 
-def network_proposals(run: Run, store: Store, dataset: Dataset, *, as_many: bool) -> Found:
-    """What a run's proposal network hands on, best first: as many as an image has regions in the store, or all."""
+def network_proposals(run: Run, dataset: Dataset) -> Found:
+    """What a run's proposal network hands on, best first."""
     detector, images = load_trained(run, "cpu").detector, dataset.images("train")
     for image in _images(dataset):
-        boxes = network_boxes(detector, images.read(image))
-        yield _ranked(image.id, boxes.numpy(), store if as_many else None)
+        yield _ranked(image.id, network_boxes(detector, images.read(image)).numpy())
 
 
 @torch.no_grad()
@@ -71,8 +63,7 @@ def network_boxes(detector: Detector, pixels: Tensor) -> Tensor:
     return boxes
 
 
-def _ranked(image_id: int, boxes: np.ndarray, store: Store | None) -> tuple[int, np.ndarray, np.ndarray]:
-    boxes = boxes if store is None else boxes[: len(store.regions[image_id].box)]
+def _ranked(image_id: int, boxes: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     return image_id, boxes, -np.arange(len(boxes), dtype=np.float64)
 
 

@@ -2,102 +2,159 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ablation_arms import IDEAS, LENGTHS, Arm, named
-from driver import difference, spread
+from ablation_arms import ARMS, Arm
+from driver import Difference, difference, holm, spread
+
+from ezsd.data.shapes import BENCHMARKS
 
 Row = Mapping[str, Any]
-COLUMNS = ("base", "novel", "all", "novel_only")
+Pair = tuple[str, int]
+"""Dataset, which is a benchmark with one of its splits, and seed."""
+GROUPS = ("base", "novel", "all")
+FIGURES = (*((metric, group) for group in GROUPS for metric in ("AP50", "AP75", "AP")), ("IoU", "novel"))
+COMPARED = (("AP50", "base"), ("AP50", "novel"), ("AP75", "novel"), ("IoU", "novel"))
+LEVEL = 0.05
 MEANING = (
-    "AP50 in percent: mean (range) over the seeds. Differences are arm minus what it is compared with, paired over "
-    "seeds, in points: mean [bootstrap interval over seeds]. **Bold**: the interval leaves out zero, which with three "
-    "seeds means that all of them agree in sign (by chance one time in four); it is no 95 % interval of a wider "
-    "population. One seed has no interval."
+    "Figures in percent: mean (range) over splits and seeds. IoU, novel: of each novel object with the best-scored "
+    "detection of its name, among those that overlap it by at least 0.1 and no other object of that name more; mean "
+    "over the objects that have one. Differences are arm minus what it is compared with, in points, paired over splits "
+    "and seeds: mean [95 % t interval], which takes the pairs for independent, and how many have the sign of the mean. "
+    "**Bold**: p < 0.05 in a paired t test after Holm's correction for all differences of the benchmark; one pair has "
+    "neither interval nor test. The difference of a run and itself with other random numbers is in no family; it says "
+    "what chance alone does."
 )
 
 
 def tables(found: Sequence[Row], arms: Sequence[Arm]) -> str:
-    """One table per group of arms, the share of the oracle, and AP50 over the length of training."""
-    seeds = sorted({row["seed"] for row in found})
-    parts = [f"Seeds {', '.join(map(str, seeds)) or 'none'}. {MEANING}"]
-    for group in dict.fromkeys(arm.group for arm in arms):
-        members = [arm for arm in arms if arm.group == group]
-        parts.append(_table(found, members, "AP50", group))
-        if group == "box regression":
-            parts.append(_table(found, members, "AP75", f"{group}, AP75"))
-    return "\n\n".join(part for part in (*parts, _of_oracle(found), _lengths(found), _on_the_way(found)) if part)
+    """The tables of each benchmark that has rows."""
+    parts = [MEANING]
+    for benchmark in BENCHMARKS:
+        rows = [row for row in found if row["dataset"].partition("-")[0] == benchmark]
+        if rows:
+            parts += _of_benchmark(benchmark, rows, [arm for arm in arms if values(rows, arm.name, *FIGURES[0])])
+    return "\n\n".join(part for part in parts if part)
 
 
-def values(found: Sequence[Row], arm: str, column: str, metric: str = "AP50") -> dict[int, float]:
-    """A figure by seed, in percent."""
-    figures = {row["seed"]: (row if metric == "AP50" else row[metric])[column] for row in found if row["arm"] == arm}
-    return {seed: 100 * figure for seed, figure in figures.items() if figure is not None}
+def values(found: Sequence[Row], arm: str, metric: str, group: str) -> dict[Pair, float]:
+    """A figure by dataset and seed, in percent."""
+    figures = {(row["dataset"], row["seed"]): row[metric][group] for row in found if row["arm"] == arm}
+    return {pair: 100 * figure for pair, figure in figures.items() if figure is not None}
 
 
-def _table(found: Sequence[Row], arms: Sequence[Arm], metric: str, title: str) -> str:
-    lines = [_line(found, arm, metric) for arm in arms if any(row["arm"] == arm.name for row in found)]
-    names = ["arm", "base", "novel", "all", "novel, alone", "compared with", "base, difference", "novel, difference"]
-    head = [f"### {title}", "", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join([*head, *lines]) if lines else ""
+def _of_benchmark(benchmark: str, rows: Sequence[Row], arms: Sequence[Arm]) -> list[str]:
+    seeds: dict[str, set[int]] = {}
+    for row in rows:
+        seeds.setdefault(row["dataset"], set()).add(row["seed"])
+    told = "; ".join(f"`{name}` with seeds {', '.join(map(str, sorted(of)))}" for name, of in sorted(seeds.items()))
+    differences = _differences(rows, arms)
+    return [
+        f"### {benchmark}",
+        f"Runs on {told}.",
+        _table(
+            ["arm", *(f"{metric}, {group}" for metric, group in FIGURES)],
+            [[arm.name, *(spread(values(rows, arm.name, *figure).values()) for figure in FIGURES)] for arm in arms],
+        ),
+        _compared(arms, differences),
+        _by_split(arms, sorted(seeds), differences),
+        _of_itself(rows),
+        _of_oracle(rows),
+        _of_teacher(rows),
+    ]
 
 
-def _line(found: Sequence[Row], arm: Arm, metric: str) -> str:
-    cells = [spread(values(found, arm.name, column, metric).values()) for column in COLUMNS]
-    differences = ["", ""]
-    if arm.against != arm.name:
-        differences = [_difference(found, arm, column, metric) for column in ("base", "novel")]
-    return "| " + " | ".join([arm.name, *cells, arm.against if any(differences) else "", *differences]) + " |"
+def _differences(rows: Sequence[Row], arms: Sequence[Arm]) -> dict[tuple[str, str, str], dict[str, Difference]]:
+    """Of each arm and figure, by dataset and of all ("")."""
+    found: dict[tuple[str, str, str], dict[str, Difference]] = {}
+    for arm in arms:
+        for metric, group in COMPARED if arm.against != arm.name else ():
+            ours, theirs = values(rows, arm.name, metric, group), values(rows, arm.against, metric, group)
+            for part in ("", *sorted({dataset for dataset, _ in ours})):
+                one = difference({pair: figure for pair, figure in ours.items() if part in ("", pair[0])}, theirs)
+                if one is not None:
+                    found.setdefault((arm.name, metric, group), {})[part] = one
+    return found
 
 
-def _difference(found: Sequence[Row], arm: Arm, column: str, metric: str) -> str:
-    seen = difference(values(found, arm.name, column, metric), values(found, arm.against, column, metric))
-    if seen is None:
-        return ""
-    if len(seen.values) == 1:
+def _compared(arms: Sequence[Arm], differences: Mapping[tuple[str, str, str], Mapping[str, Difference]]) -> str:
+    tested = {key: of[""].p for key, of in differences.items() if not ARMS[key[0]].again and len(of[""].values) > 1}
+    corrected = holm(tested)
+    lines = []
+    for arm in arms:
+        seen = {figure: differences[arm.name, *figure][""] for figure in COMPARED if (arm.name, *figure) in differences}
+        if seen:
+            pairs = len(next(iter(seen.values())).values)
+            cells = [
+                _cell(seen[figure], bold=corrected.get((arm.name, *figure), 1) < LEVEL) if figure in seen else ""
+                for figure in COMPARED
+            ]
+            lines.append([arm.name, arm.against, str(pairs), *cells])
+    family = f"Differences; {len(tested)} of them tested." if tested else "Differences."
+    heads = ["arm", "compared with", "pairs", *(f"{metric}, {group}" for metric, group in COMPARED)]
+    return f"{family}\n\n{_table(heads, lines)}" if lines else ""
+
+
+def _cell(seen: Difference, *, bold: bool) -> str:
+    if math.isinf(seen.half_width):
         return f"{seen.mean:+.1f}"
-    text = f"{seen.mean:+.1f} [{seen.low:+.1f}, {seen.high:+.1f}]"
-    return f"**{text}**" if seen.excluded else text
+    low, high = seen.mean - seen.half_width, seen.mean + seen.half_width
+    alike = sum(value * seen.mean > 0 for value in seen.values)
+    text = f"{seen.mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"{f'**{text}**' if bold else text}, {alike} of {len(seen.values)} so"
 
 
-def _of_oracle(found: Sequence[Row]) -> str:
-    ours, oracle = values(found, "baseline", "novel"), values(found, "oracle", "novel")
-    shares = {seed: 100 * ours[seed] / oracle[seed] for seed in ours.keys() & oracle.keys() if oracle[seed]}
-    share = f"Novel AP50 of the baseline as a share of the oracle's, percent: {spread(shares.values())}."
-    return share if shares else ""
-
-
-def _lengths(found: Sequence[Row]) -> str:
-    """Novel AP50 by steps: each length is a run of its own, whose rate falls to zero."""
-    steps = {
-        length: {row["steps"] for row in found for idea in IDEAS if row["arm"] == named(idea, length)}
-        for length in sorted({1.0, *LENGTHS})
-    }
-    if not any(steps[length] for length in LENGTHS):
+def _by_split(
+    arms: Sequence[Arm],
+    datasets: Sequence[str],
+    differences: Mapping[tuple[str, str, str], Mapping[str, Difference]],
+) -> str:
+    if len(datasets) < 2:
         return ""
-    lines = ["### novel AP50 over the length of training, a run for each", ""]
-    lines += ["| steps | " + " | ".join(IDEAS) + " |", "|" + "---|" * (1 + len(IDEAS))]
-    for length, seen in steps.items():
-        cells = [spread(values(found, named(idea, length), "novel").values()) for idea in IDEAS]
-        lines.append("| " + " | ".join([", ".join(map(str, sorted(seen))) or "-", *cells]) + " |")
-    return "\n".join(lines)
+    lines = [
+        [arm.name, arm.against, *(f"{of[name].mean:+.1f}" if name in of else "" for name in datasets)]
+        for arm in arms
+        if (of := differences.get((arm.name, "AP50", "novel")))
+    ]
+    return f"Difference in novel AP50 by split.\n\n{_table(['arm', 'compared with', *datasets], lines)}"
 
 
-def _on_the_way(found: Sequence[Row]) -> str:
-    """Novel AP50 of the longest runs before they end: the rate is still high there."""
-    longest = max(LENGTHS)
-    curves = {idea: [row["curve"] for row in found if row["arm"] == named(idea, longest)] for idea in IDEAS}
-    steps = sorted({point["step"] for rows in curves.values() for curve in rows for point in curve})
-    if not steps:
-        return ""
-    lines = [f"### novel AP50 on the way of the runs x {longest:g}", ""]
-    lines += ["| step | " + " | ".join(IDEAS) + " |", "|" + "---|" * (1 + len(IDEAS))]
-    for step in steps:
-        seen = {
-            idea: [100 * point["novel"] for curve in rows for point in curve if point["step"] == step]
-            for idea, rows in curves.items()
-        }
-        cells = [spread(points) for points in seen.values()]
-        lines.append("| " + " | ".join([str(step), *cells]) + " |")
-    return "\n".join(lines)
+def _of_itself(rows: Sequence[Row]) -> str:
+    """Spread of a run: two runs differ by the square root of two times it."""
+    cells = []
+    for metric, group in COMPARED:
+        seen = difference(values(rows, "ours, again", metric, group), values(rows, "ours", metric, group))
+        if seen is not None and len(seen.values) > 1:
+            deviation = math.sqrt(statistics.mean(value * value for value in seen.values) / 2)
+            cells.append(f"{metric}, {group} {deviation:.1f}")
+    return f"Standard deviation of one run, from runs with other random numbers, points: {'; '.join(cells)}." * bool(
+        cells
+    )
+
+
+def _of_oracle(rows: Sequence[Row]) -> str:
+    cells = []
+    for oracle in ("oracle", "oracle, distilled"):
+        for metric in ("AP50", "AP75"):
+            ours, theirs = (values(rows, arm, metric, "novel") for arm in ("ours", oracle))
+            shares = [100 * ours[pair] / theirs[pair] for pair in ours.keys() & theirs.keys() if theirs[pair]]
+            cells += [f"{metric} of *{oracle}* {spread(shares)}"] * bool(shares)
+    return f"Share that *ours* reaches of the novel figures of an oracle, percent: {'; '.join(cells)}." * bool(cells)
+
+
+def _of_teacher(rows: Sequence[Row]) -> str:
+    crops = [row["crops"] for row in rows if row.get("crops")]
+    cells = [
+        f"{group} {spread([100 * one['raw'][group] for one in crops])} and "
+        f"{spread([100 * one['re_normalised'][group] for one in crops])}"
+        for group in ("base", "novel")
+    ]
+    told = f"Crop accuracy of the teacher on validation objects, raw and re-normalised, percent: {'; '.join(cells)}."
+    return told * bool(crops)
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))

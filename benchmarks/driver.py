@@ -6,6 +6,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -16,18 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import mpmath
 import numpy as np
 
 from ezsd.data.shapes import DEV_SEED
 
 T = TypeVar("T")
+Key = TypeVar("Key")
 Row = dict[str, Any]
 Option = tuple[str, dict[str, Any]]
 """A flag or position of the command line, and the keywords of `add_argument`."""
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
-RESAMPLES = 10_000
 OPTIONS: dict[str, dict[str, Any]] = {
     "--work": {"type": Path, "required": True, "help": "folder of data, stores and runs; a second call resumes there"},
     "--cache": {"type": Path, "required": True, "help": "a finished store"},
@@ -179,36 +181,54 @@ def spread(values: Collection[float]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Difference of two arms on the seeds that both have."""
+    """Difference of two arms on what both were run on."""
 
     values: tuple[float, ...]
-    """By seed."""
     mean: float
-    low: float
-    """2.5 % percentile of the resampled means."""
-    high: float
-    """97.5 % percentile."""
-
-    @property
-    def excluded(self) -> bool:
-        """Whether the interval leaves out zero; one seed has no interval."""
-        return len(self.values) > 1 and (self.low > 0 or self.high < 0)
+    half_width: float
+    """Of the 95 % t interval around the mean; infinite for a single value."""
+    p: float
+    """Of the paired t test, two-sided; 1 for a single value."""
 
 
-def difference(arm: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
-    """Mean over common seeds of arm - other, and the percentile interval of `RESAMPLES` resamples of the seeds.
-
-    With three seeds there are ten different resamples, and one in 27 holds the worst seed alone: the 95 % interval is
-    the range of the three differences. It leaves out zero when all seeds agree in sign, which chance does one time in
-    four where there is no difference. It says nothing of a wider population; only more seeds do.
-    """
-    seeds = sorted(arm.keys() & other.keys())
-    if not seeds:
+def difference(arm: Mapping[Key, float], other: Mapping[Key, float]) -> Difference | None:
+    """Mean of arm - other over the keys that both have, with Student's t; None without a common key."""
+    keys = arm.keys() & other.keys()
+    if not keys:
         return None
-    values = np.array([arm[seed] - other[seed] for seed in seeds])
-    rows = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.percentile(values[rows].mean(1), (2.5, 97.5))
-    return Difference(tuple(values.tolist()), float(values.mean()), float(low), float(high))
+    values = [arm[key] - other[key] for key in sorted(keys)]
+    mean, degrees = statistics.mean(values), len(values) - 1
+    if not degrees:
+        return Difference(tuple(values), mean, math.inf, 1.0)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    p = t_tail(abs(mean) / error, degrees) if error else float(mean == 0)
+    return Difference(tuple(values), mean, t_quantile(0.05, degrees) * error, p)
+
+
+def t_tail(t: float, degrees: int) -> float:
+    """Probability that Student's t is at least this far from zero, on either side."""
+    # torch brings mpmath with it; scipy would be one more package.
+    return float(mpmath.betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True))
+
+
+def t_quantile(p: float, degrees: int) -> float:
+    """The inverse of `t_tail`."""
+    low, high = 0.0, 1.0
+    while t_tail(high, degrees) > p:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, degrees) > p else (low, middle)
+    return high
+
+
+def holm(found: Mapping[Key, float]) -> dict[Key, float]:
+    """Probabilities of a family of tests, corrected for their number by Holm's step-down procedure."""
+    corrected, least = {}, 0.0
+    for rank, key in enumerate(sorted(found, key=lambda key: found[key])):
+        least = max(least, min(1.0, (len(found) - rank) * found[key]))
+        corrected[key] = least
+    return corrected
 
 
 def _of_cpu(field: str) -> str:
