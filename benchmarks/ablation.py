@@ -27,7 +27,7 @@ import driver
 import numpy as np
 import torch
 from ablation_arms import ARMS, LEARNED, STORES, Arm, chosen
-from ablation_boxes import network_proposals, random_anchors, write_boxes
+from ablation_boxes import network_proposals, random_anchors, store_regions, write_boxes
 from ablation_table import tables
 from torchvision.ops import box_convert, box_iou
 
@@ -131,8 +131,12 @@ def _write_given(plan: Plan, name: str, out: Path) -> None:
     if spec.after is not None:
         write_boxes(out, network_proposals(trained_run(plan, ARMS[spec.after]), dataset))
         return
+    ours = Store(prepared_store(plan, "ours"))
+    if spec.boxes == "ours":
+        write_boxes(out, store_regions(ours))
+        return
     grid = load_preset("shapes", [*plan.overrides, *spec.overrides]).proposals
-    write_boxes(out, random_anchors(Store(prepared_store(plan, "ours")), dataset, grid, seed=plan.seed))
+    write_boxes(out, random_anchors(ours, dataset, grid, seed=plan.seed))
 
 
 def trained_run(plan: Plan, arm: Arm) -> Run:

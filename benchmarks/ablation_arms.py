@@ -30,9 +30,9 @@ class StoreSpec:
 
     overrides: tuple[str, ...] = LEARNED
     """Settings of the build."""
-    boxes: Literal["random", "run"] | None = None
-    """Given boxes: as many random anchors as the store "ours" has regions in an image, or what the proposal network of
-    a run without CLIP and novel boxes finds."""
+    boxes: Literal["ours", "random", "run"] | None = None
+    """Given boxes: the regions of the store "ours", as many random anchors, or what the proposal network of a run
+    without CLIP and novel boxes finds."""
     background: bool = True
     """Whether the teacher has a background prompt."""
     reuse: str | None = None
@@ -61,6 +61,7 @@ STORES = {
     "unfiltered": StoreSpec(overrides=(*LEARNED, *UNFILTERED), reuse="ours"),
     # No region is kept where every name is a base name: one anchor per image spares the time of looking.
     "oracle": StoreSpec(overrides=(*GRID, "proposals.sizes=[128]", "proposals.stride=1.0"), oracle=True),
+    "oracle, distilled": StoreSpec(overrides=(*GRID, *UNFILTERED), boxes="ours", reuse="oracle", oracle=True),
 }
 
 
@@ -110,7 +111,7 @@ ARMS = {
         Arm(name="no semantic regression", train=("model.semantic_boxes=false",)),
         Arm(name="half the steps", length=0.5, against="none"),
         Arm(name="oracle", store="oracle", train=(NONE,)),
-        Arm(name="oracle, distilled", store="oracle", against="oracle"),
+        Arm(name="oracle, distilled", store="oracle, distilled", against="oracle"),
         Arm(name="permuted novel names", permuted=True),
         Arm(name="ours, again", store="again", again=True),
     )

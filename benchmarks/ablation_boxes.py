@@ -39,6 +39,12 @@ def write_boxes(path: Path, found: Found) -> None:
     write_text(path, "[\n" + ",\n".join(entries) + "\n]\n")
 
 
+def store_regions(store: Store) -> Found:
+    """The regions of a store, in its order."""
+    for image_id in store.image_ids.tolist():
+        yield _ranked(image_id, store.regions[image_id].box)
+
+
 def random_anchors(store: Store, dataset: Dataset, grid: ProposalConfig, *, seed: int) -> Found:
     """Anchors in random order, as many as an image has regions in the store."""
     for image in _images(dataset):

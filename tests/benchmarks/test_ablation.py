@@ -32,6 +32,7 @@ FEW = (
     "random boxes",
     "half the steps",
     "oracle",
+    "oracle, distilled",
     "permuted novel names",
     "ours, again",
 )
@@ -123,6 +124,12 @@ def test_random_boxes_are_as_many_as_the_regions_of_ours(seed):
     assert random.manifest.fingerprints["teacher"] == ours.manifest.fingerprints["teacher"]
 
 
+def test_the_distilled_oracle_has_the_regions_of_ours(seed):
+    ours, oracle = (Store(seed / "stores" / name) for name in ("ours", "oracle-distilled"))
+    for i in ours.image_ids.tolist():
+        np.testing.assert_array_equal(oracle.regions[i].box, ours.regions[i].box)
+
+
 def test_boxes_from_a_run_are_filtered(seed):
     store = Store(seed / "stores/run of 2 steps")
     classes = np.concatenate([store.regions[i].class_index for i in store.image_ids.tolist()])
@@ -140,7 +147,7 @@ def test_ours_again_has_other_random_numbers_in_the_build_and_in_the_training(se
 def test_only_the_oracle_trains_on_novel_boxes(seed):
     base = len(SPLIT.base)
     for folder in (seed / "stores").iterdir():
-        store, oracle = Store(folder), folder.name == "oracle"
+        store, oracle = Store(folder), folder.name.startswith("oracle")
         seen = np.concatenate([store.ground_truth[i].class_index for i in store.image_ids.tolist()])
         assert store.text[0] == SPLIT.names
         assert bool((seen >= base).any()) == oracle
