@@ -108,7 +108,7 @@ ARMS = {
         Arm(name="no re-normalisation", store="raw"),
         Arm(name="random boxes", store="random"),
         Arm(name="unfiltered boxes", store="unfiltered"),
-        Arm(name="no semantic regression", train=("model.semantic_boxes=false",)),
+        Arm(name="semantic regression", train=("model.semantic_boxes=true",)),
         Arm(name="half the steps", length=0.5, against="none"),
         Arm(name="oracle", store="oracle", train=(NONE,)),
         Arm(name="oracle, distilled", store="oracle, distilled", against="oracle"),

@@ -28,6 +28,7 @@ QUICK = (
     "proposals.sizes=[40]",
     "proposals.stride=0.5",
     "build.block_images=5",
+    "model.semantic_boxes=true",
     "train.steps=6",
     "train.batch_size=4",
     "train.reference_batch_size=4",
