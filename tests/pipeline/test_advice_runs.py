@@ -260,7 +260,7 @@ def begin(folder: Path, **changed: object) -> None:
 EFFECT = {"distillation_weight": 2.0, "peak_rate": 0.2}
 RESULTS = {"images": IMAGES, "categories": CATEGORIES, "annotations": BOXES}
 CALLS: Calls = {
-    "--dataset cocoo: unknown; choose one of shapes, coco": (
+    "--dataset cocoo: unknown; choose one of shapes, .*, coco": (
         lambda root: find_dataset("cocoo", root),
         lambda root: find_dataset("coco", root),
     ),
