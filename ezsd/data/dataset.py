@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.ops import nms
 
 from ezsd.boxes import flip_horizontal, scale
 from ezsd.data.transforms import SEEN_SHARE, Augmentation, boxes_in_window, draw_limits, draw_window
@@ -20,6 +21,10 @@ from ezsd.detector.model import Batch
 
 PAD_MULTIPLE = 32
 """Batches are padded to a multiple of this: levels up to stride 32 then have whole cells."""
+
+
+NMS_IOU = 0.5
+"""IoU of two pseudo-labels of one image above which the less believed one is dropped."""
 
 
 class Key(NamedTuple):
@@ -66,6 +71,16 @@ class Regions(Protocol):
         ...
 
     @property
+    def score(self) -> NDArray[np.float32]:
+        """Score of the proposal that a region was, (K,): objectness in [0, 1] of a learned proposer's."""
+        ...
+
+    @property
+    def class_index(self) -> NDArray[np.int32]:
+        """Class that the teacher gives each, (K,)."""
+        ...
+
+    @property
     def embedding(self) -> NDArray[np.float16]:
         """Unit teacher embeddings, (K, D)."""
         ...
@@ -96,7 +111,7 @@ class Sample:
     image: Tensor
     """(3, H, W) uint8."""
     boxes: Tensor
-    """Base ground truth (N, 4)."""
+    """Base ground truth, then pseudo-labels, (N, 4)."""
     labels: Tensor
     """(N,) int64."""
     region_boxes: Tensor
@@ -134,6 +149,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         seeded: whether batches carry a seed per image, see `Batch.seeds`.
         masks: masks by image id, in original pixels; None for none.
         repeats: times that each image comes in an epoch, see `epoch_order`.
+        pseudo_labels: which regions become pseudo-labels; None for none.
     """
 
     def __init__(
@@ -152,6 +168,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         seeded: bool = False,
         masks: MaskSource | None = None,
         repeats: NDArray[np.float64] | None = None,
+        pseudo_labels: PseudoLabels | None = None,
     ) -> None:
         self.image_ids = image_ids
         self.read_image = read_image
@@ -166,6 +183,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         self.seeded = seeded
         self.masks = masks
         self.repeats = repeats
+        self.pseudo_labels = pseudo_labels
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -194,15 +212,17 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         flipped = rng.random() < 0.5
         short_side, long_side = self._limits(epoch, position)
         image, sx, sy = resize(self.read_image(image_id), short_side=short_side, long_side=long_side)
-        boxes = scale(torch.from_numpy(truth.box.copy()), sx, sy)
+        cached = scale(torch.from_numpy(np.concatenate([truth.box, regions.box])), sx, sy)
         masks = None if self.masks is None else self.masks[image_id].scaled(sx, sy)
-        assert masks is None or len(masks) == len(boxes)
-        cached = torch.cat([boxes, scale(torch.from_numpy(regions.box.copy()), sx, sy)])
-        known, seen = torch.ones(objects, dtype=torch.bool), torch.ones(len(cached), dtype=torch.bool)
+        assert masks is None or len(masks) == objects
+        believed = np.zeros(0, np.int64) if self.pseudo_labels is None else self.pseudo_labels.select(regions)
+        boxes = torch.cat([cached[:objects], cached[objects:][believed]])
+        labels = torch.from_numpy(np.concatenate([truth.class_index, regions.class_index[believed]]).astype(np.int64))
+        known, seen = torch.ones(len(boxes), dtype=torch.bool), torch.ones(len(cached), dtype=torch.bool)
         if self.augmentation.jitter is not None:
             window = draw_window(rng, image, self.long_side)
             image, boxes, cached, known, seen = crop(image, boxes, cached, window)
-            masks = None if masks is None else masks.in_window(*window[:2])[known]
+            masks = None if masks is None else masks.in_window(*window[:2])[known[:objects]]
         # The target stays that of the unflipped crop: CLIP hardly notices a mirror.
         if flipped:
             image = image.flip(2)
@@ -216,7 +236,7 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
         return Sample(
             image=image,
             boxes=boxes,
-            labels=torch.from_numpy(truth.class_index.astype(np.int64))[known],
+            labels=labels[known],
             region_boxes=cached[chosen],
             region_target=target,
             region_confidence=confidence[chosen],
@@ -226,6 +246,25 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
             seed=int(rng.integers(2**62)) if self.seeded else None,
             masks=masks,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PseudoLabels:
+    """Cached regions that are taken for objects: the teacher is sure of their name, a proposal network of their box."""
+
+    confidence: float
+    """Least confidence of the teacher."""
+    objectness: float
+    """Least objectness of the proposal network."""
+    base_count: int
+    """Number of base classes, whose objects all have a label."""
+
+    def select(self, regions: Regions) -> NDArray[np.int64]:
+        """Positions of an image's pseudo-labels among its regions, best objectness first, (P,)."""
+        sure = (regions.confidence >= self.confidence) & (regions.class_index >= self.base_count)
+        rows = np.flatnonzero(sure & (regions.score >= self.objectness))
+        kept = nms(torch.from_numpy(regions.box[rows]), torch.from_numpy(regions.score[rows]), NMS_IOU)
+        return rows[kept.numpy()]
 
 
 def crop(

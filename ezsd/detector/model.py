@@ -40,7 +40,7 @@ class Batch:
     sizes: list[tuple[int, int]]
     """(height, width) of each image without padding."""
     boxes: list[Tensor]
-    """Base ground truth of each image, (N, 4)."""
+    """Base ground truth of each image, then its pseudo-labels, (N, 4)."""
     labels: list[Tensor]
     """Classes of the boxes, (N,) int64, as positions in the text rows given beside the batch."""
     region_boxes: Tensor
@@ -184,7 +184,7 @@ class Detector(nn.Module):
             "rpn_box": anchors,
             "classification": regions,
             "box": regions,
-            "mask": torch.cat([s.objects >= 0 for s in sampled]).sum() / (totals.images * most),
+            "mask": torch.cat(_on_masks(sampled, batch)).sum() / (totals.images * most),
             "distillation": len(batch.region_boxes) / max(totals.regions, 1),
         }
 
@@ -334,11 +334,17 @@ class Detector(nn.Module):
 
     def _mask_loss(self, head: MaskHead, maps: list[Tensor], sampled: Sequence[SampledRegions], batch: Batch) -> Tensor:
         assert batch.masks is not None
-        known = [s.objects >= 0 for s in sampled]
+        known = _on_masks(sampled, batch)
         boxes = [s.boxes[k] for s, k in zip(sampled, known, strict=True)]
         logits = head(maps, torch.cat(boxes), _image_index(boxes))
         objects = [s.objects[k] for s, k in zip(sampled, known, strict=True)]
         return mask_loss(logits, mask_targets(batch.masks, boxes, objects, logits.shape[-1]))
+
+
+def _on_masks(sampled: Sequence[SampledRegions], batch: Batch) -> list[Tensor]:
+    """Mark the regions of each image that are on an object with a mask; pseudo-labels, the last objects, have none."""
+    counts = [len(b) for b in batch.boxes] if batch.masks is None else [len(m) for m in batch.masks]
+    return [(s.objects >= 0) & (s.objects < n) for s, n in zip(sampled, counts, strict=True)]
 
 
 def _suppress(

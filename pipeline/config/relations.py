@@ -125,6 +125,19 @@ RELATIONS = (
         "drawn per step from the regions that the store keeps for an image; all of them if it has fewer",
     ),
     Relation(
+        "train.pseudo_confidence",
+        ("loss.novel_names", "train.pseudo_objectness", "teacher.background", "adapt.steps"),
+        "refused",
+        "pseudo-labels are of novel classes, which only `novel_names` puts into the cross-entropy; the confidence is a "
+        "probability of the teacher's, like `model.ignore_confidence`",
+    ),
+    Relation(
+        "train.pseudo_objectness",
+        ("train.pseudo_confidence", "proposals.search"),
+        "refused",
+        "has no effect without pseudo-labels; the score of the store's learned proposer",
+    ),
+    Relation(
         "train.min_size",
         ("train.max_size", "model.rpn_sizes", "model.canonical_size"),
         "warned",
@@ -444,6 +457,7 @@ ALONE = frozenset(
 _PROPOSER = [entry.name for entry in fields(ProposerConfig)]
 _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
     "train.validate_images": ("train.validate_every above 0", lambda c: c.train.validate_every > 0),
+    "train.pseudo_objectness": ("train.pseudo_confidence above 0", lambda c: c.train.pseudo_confidence > 0),
     "train.decay_at": ("train.schedule=step", lambda c: c.train.schedule == "step"),
     "model.ignore_rpn": (
         "model.ignore_confidence of at most 1",
@@ -539,6 +553,11 @@ def require_fit(config: Config) -> None:
         not 0 < train.max_size < min(model.rpn_sizes),
         f"model.rpn_sizes={list(model.rpn_sizes)} are all above train.max_size={train.max_size}: no anchor fits into "
         "an image; both are pixels of the resized image",
+    )
+    _require(
+        not train.pseudo_confidence or config.loss.novel_names,
+        f"train.pseudo_confidence={train.pseudo_confidence:g} makes pseudo-labels of novel classes, which need "
+        "loss.novel_names=true; set it, or leave the pseudo-labels out",
     )
     _require(
         not 0 < config.proposer.max_size < min(config.proposer.rpn_sizes),

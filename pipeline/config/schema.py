@@ -322,6 +322,11 @@ class TrainConfig:
     sqrt(repeat_threshold / fraction) of their scarcest class (arXiv 1908.03195); 0 takes each once per epoch."""
     regions_per_image: Annotated[int, Interval(ge=0)] = 200
     """Cached regions drawn per image and step, without replacement; base ground truth comes on top."""
+    pseudo_confidence: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """Least confidence of a cached region of a novel class that becomes a pseudo-label, treated as an object by all
+    losses but the mask's; 0 makes none. For stores of proposals.search = "learned"."""
+    pseudo_objectness: Annotated[float, Interval(ge=0, le=1)] = 0.5
+    """Least objectness of a pseudo-label by the store's proposer."""
     multiscale_min_size: int = 0
     """The shorter side is drawn between this and min_size for each image; 0 fixes it."""
     scale_jitter: tuple[float, ...] = ()

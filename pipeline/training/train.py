@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ezsd.cache import Store, Verify, info
 from ezsd.data.annotations import Annotations, ImageRecord, ImageTable
-from ezsd.data.dataset import DetectionDataset, MaskSource, repeat_factors
+from ezsd.data.dataset import DetectionDataset, MaskSource, PseudoLabels, repeat_factors
 from ezsd.data.transforms import Augmentation
 from ezsd.detector.model import Batch, Detector
 from ezsd.kernels import require_backend
@@ -93,6 +93,7 @@ def train(request: TrainRequest) -> Run:
         _check_distributed(request.config.train, distributed)
         store = Store(request.cache, verify=request.verify)
         _require_regions(store, request.config)
+        _require_objectness(store, request.config.train)
         dataset = store_dataset(store, request.data_root)
         if distributed.is_main:
             require_validation(dataset, request.config)
@@ -138,6 +139,16 @@ def _require_regions(store: Store, config: Config) -> None:
             f"{store.path}: has no region to distil from, so that loss.distillation={config.loss.distillation:g} would "
             f"do nothing; build another store (`ezsd cache build` says which filter dropped them), or train without: "
             f"`loss.distillation=0`"
+        )
+
+
+def _require_objectness(store: Store, config: TrainConfig) -> None:
+    """Raise ConfigError for pseudo-labels from a store whose regions have no objectness."""
+    if config.pseudo_confidence and "proposer" not in store.manifest.products:
+        raise ConfigError(
+            f"{store.path}: train.pseudo_confidence={config.pseudo_confidence:g} needs the objectness of a learned "
+            "proposer, and the scores of this store are the teacher's; build one with `proposals.search=learned`, or "
+            "leave the setting out"
         )
 
 
@@ -208,6 +219,13 @@ def training_samples(
         seeded=config.rng == "image",
         masks=masks,
         repeats=_repeats(annotations, image_ids, config.repeat_threshold) if config.repeat_threshold else None,
+        pseudo_labels=PseudoLabels(
+            confidence=config.pseudo_confidence,
+            objectness=config.pseudo_objectness,
+            base_count=len(dataset.split.base),
+        )
+        if config.pseudo_confidence
+        else None,
     )
 
 

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ezsd.boxes import flip_horizontal
-from ezsd.data.dataset import DetectionDataset, Key, collate, epoch_order, pad_images, repeat_factors, resize
+from ezsd.data.dataset import (
+    DetectionDataset,
+    Key,
+    PseudoLabels,
+    collate,
+    epoch_order,
+    pad_images,
+    repeat_factors,
+    resize,
+)
 from ezsd.data.transforms import Augmentation, boxes_in_window
 
 DIM = 6
@@ -27,6 +36,7 @@ class Record:
     class_index: np.ndarray
     confidence: np.ndarray
     embedding: np.ndarray
+    score: np.ndarray | None = None
 
 
 def record(image_id, count, *, salt):
@@ -390,3 +400,59 @@ def test_a_loader_serves_the_order_it_is_given():
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=order(3, 2, steps=4), collate_fn=collate)
     for batch, keys in zip(loader, order(3, 2, steps=4), strict=True):
         assert torch.equal(batch.region_boxes, collate([dataset[key] for key in keys]).region_boxes)
+
+
+def believed(**changes):
+    """Two regions of one image that are apart, of novel classes 5 and 6; both are sure of name and box."""
+    fields = {
+        "box": np.array([[2, 2, 22, 22], [30, 10, 55, 35]], np.float32),
+        "class_index": np.array([5, 6], np.int32),
+        "confidence": np.array([0.9, 0.8], np.float32),
+        "score": np.array([0.6, 0.7], np.float32),
+        "embedding": np.zeros((2, DIM), np.float16),
+    }
+    return Record(**fields | {key: np.array(value, fields[key].dtype) for key, value in changes.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, [1, 0]),
+        ({"confidence": [0.7, 0.69]}, [0]),
+        ({"score": [0.49, 0.5]}, [1]),
+        ({"class_index": [4, 5]}, [1]),
+        ({"box": [[2, 2, 22, 22], [2, 2, 22, 20]]}, [1]),
+        ({"box": [[2, 2, 22, 22], [12, 2, 32, 22]]}, [1, 0]),
+    ],
+    ids=["both", "confidence", "objectness", "base", "duplicate", "neighbour"],
+)
+def test_pseudo_labels_are_sure_novel_regions_without_duplicates_most_believed_first(changes, chosen):
+    labels = PseudoLabels(confidence=0.7, objectness=0.5, base_count=5)
+    assert labels.select(believed(**changes)).tolist() == chosen
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"short_side": 60, "long_side": 90}, {"augmentation": Augmentation(jitter=(0.6, 1.8))}]
+)
+def test_pseudo_labels_follow_the_base_objects_and_their_own_regions(how):
+    truth = {4: record(4, 2, salt=1)}
+    options = {"regions_per_image": 2, "short_side": 70, "long_side": 70, "seed": 0} | how
+    found = PseudoLabels(confidence=0.7, objectness=0.5, base_count=5)
+    plain, dataset = (
+        DetectionDataset([4], paint, SIZES.__getitem__, truth, {4: believed()}, pseudo_labels=labels, **options)
+        for labels in (None, found)
+    )
+    seen = 0
+    for epoch in range(20):
+        one, other = dataset[epoch, 0], plain[epoch, 0]
+        objects = len(other.boxes)
+        assert torch.equal(one.image, other.image)
+        assert torch.equal(one.region_boxes, other.region_boxes)
+        assert torch.equal(one.cached_confidence, other.cached_confidence)
+        assert torch.equal(one.boxes[:objects], other.boxes)
+        assert torch.equal(one.labels[:objects], other.labels)
+        if len(one.labels) == objects + 2 and len(other.cached_boxes) == 4:
+            assert one.labels[objects:].tolist() == [6, 5]
+            assert torch.equal(one.boxes[objects:], other.cached_boxes[[3, 2]])
+            seen += 1
+    assert seen > 2

@@ -14,7 +14,9 @@ from ezsd.boxes import iou
 from ezsd.cache import Store, verify
 from ezsd.data.annotations import load_training
 from ezsd.data.dataset import resize
+from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.detector.proposer import Proposer
+from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.errors import ConfigError, ImageError
@@ -336,3 +338,57 @@ def test_a_resnet_with_weights_is_trained_and_made_again_without_their_file(shap
     proposer = load_proposer(settings, proposer_weights({"values": values}, attributes), proposals=5, device="cpu")
     assert np.array_equal(flatten(proposer_state(proposer))[0], values)
     assert len(propose(proposer, images.read(0), settings)["box"])
+
+
+def curve(run):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in run.read_metrics()]
+
+
+PSEUDO = ("train.pseudo_confidence=0.02", "train.pseudo_objectness=0.01")
+
+
+@pytest.fixture(scope="module")
+def pseudo_config():
+    return load_preset("shapes", (*LEARNED, *PSEUDO))
+
+
+@pytest.fixture(scope="module")
+def pseudo_run(learned_store, pseudo_config, tmp_path_factory):
+    return train(TrainRequest(cache=learned_store, run=tmp_path_factory.mktemp("pseudo") / "run", config=pseudo_config))
+
+
+def test_pseudo_labels_change_the_training_from_the_first_step(pseudo_run, learned_store, config, tmp_path):
+    plain = train(TrainRequest(cache=learned_store, run=tmp_path / "plain", config=config))
+    assert curve(pseudo_run)[0]["classification"] != curve(plain)[0]["classification"]
+    assert curve(pseudo_run)[0]["rpn_objectness"] != curve(plain)[0]["rpn_objectness"]
+
+
+def test_a_run_with_pseudo_labels_resumes_bit_for_bit(pseudo_run, learned_store, pseudo_config, tmp_path):
+    shutil.copytree(pseudo_run.folder, tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped/checkpoints/step-00000006")
+    resumed = train(TrainRequest(cache=learned_store, run=tmp_path / "stopped", config=pseudo_config))
+    assert curve(resumed) == curve(pseudo_run)
+    for name, value in resumed.finished().model().items():
+        assert torch.equal(value, pseudo_run.finished().model()[name]), name
+
+
+def test_pseudo_labels_come_from_the_store_alone(pseudo_run, learned_store, shapes_root, pseudo_config, tmp_path):
+    """The same curve from annotations without boxes of novel classes."""
+    blind = shutil.copytree(shapes_root, tmp_path / "blind")
+    for path in (blind / "annotations").iterdir():
+        document = json.loads(path.read_text())
+        novel = {c["id"] for c in document["categories"] if c["name"] in SHAPES_SPLIT.novel}
+        document["annotations"] = [a for a in document["annotations"] if a["category_id"] not in novel]
+        path.write_text(json.dumps(document))
+    request = TrainRequest(cache=learned_store, run=tmp_path / "run", config=pseudo_config, data_root=blind)
+    assert curve(train(request)) == curve(pseudo_run)
+
+
+def test_pseudo_labels_need_the_objectness_of_a_learned_proposer(shapes_store, pseudo_config, tmp_path):
+    with pytest.raises(ConfigError, match=r"pseudo_confidence=0\.02 needs the objectness of a learned proposer"):
+        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=pseudo_config))
+
+
+def test_pseudo_labels_without_novel_names_in_the_loss_are_refused():
+    with pytest.raises(ConfigError, match=r"pseudo_confidence=0\.7 .* need loss\.novel_names=true"):
+        load_settings("shapes", ["train.pseudo_confidence=0.7", "loss.novel_names=false"])
