@@ -264,7 +264,8 @@ class PseudoLabels:
         sure = (regions.confidence >= self.confidence) & (regions.class_index >= self.base_count)
         rows = np.flatnonzero(sure & (regions.score >= self.objectness))
         kept = nms(torch.from_numpy(regions.box[rows]), torch.from_numpy(regions.score[rows]), NMS_IOU)
-        return rows[kept.numpy()]
+        chosen: NDArray[np.int64] = rows[kept.numpy()]
+        return chosen
 
 
 def crop(
