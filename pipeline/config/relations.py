@@ -133,9 +133,9 @@ RELATIONS = (
     ),
     Relation(
         "train.pseudo_objectness",
-        ("train.pseudo_confidence", "proposals.search"),
+        ("train.pseudo_confidence", "proposals.search", "proposals.objectness_weight"),
         "refused",
-        "has no effect without pseudo-labels; the score of the store's learned proposer",
+        "has no effect without pseudo-labels; the score that a proposal network gave to the region's box",
     ),
     Relation(
         "train.min_size",
@@ -556,8 +556,8 @@ def require_fit(config: Config) -> None:
     )
     _require(
         not train.pseudo_confidence or config.loss.novel_names,
-        f"train.pseudo_confidence={train.pseudo_confidence:g} makes pseudo-labels of novel classes, which need "
-        "loss.novel_names=true; set it, or leave the pseudo-labels out",
+        f"train.pseudo_confidence={train.pseudo_confidence:g} makes pseudo-labels of novel classes, and the "
+        "classification has base classes alone; set loss.novel_names=true, or leave the setting out",
     )
     _require(
         not 0 < config.proposer.max_size < min(config.proposer.rpn_sizes),

@@ -520,6 +520,31 @@ def test_the_mask_loss_is_a_mean_over_regions_on_objects(objects):
     assert 1 <= round(asked["mask"].item() / math.log(2) * 8) <= 8
 
 
+def with_pseudo_labels(batch):
+    """The batch with one more object in each image, in a corner of it, of a novel class and without a mask."""
+    corner = torch.tensor([[0.0, 50.0, 14.0, 64.0]])
+    return replaced(
+        batch,
+        boxes=[torch.cat([boxes, corner]) for boxes in batch.boxes],
+        labels=[torch.cat([labels, torch.tensor([NAMES])]) for labels in batch.labels],
+    )
+
+
+@pytest.mark.parametrize("totals", [None, Totals(images=2, regions=7)])
+@pytest.mark.parametrize("objects", [(2, 1), (0, 2), (0, 0)])
+def test_pseudo_labels_are_classified_and_have_a_box_but_no_mask(objects, totals):
+    # All regions on objects are drawn.
+    detector = make_detector(masks=True, box_batch_size_per_image=1000, box_positive_fraction=1.0)
+    plain = with_masks(make_batch(objects=objects))
+    without, _ = losses_and_gradients(detector, plain, distill=None, novel=1, totals=totals)
+    parts, gradients = losses_and_gradients(detector, with_pseudo_labels(plain), distill=None, novel=1, totals=totals)
+    torch.testing.assert_close(parts["mask"], without["mask"])
+    assert (parts["mask"] > 0) == (sum(objects) > 0)
+    assert all(g.isfinite().all() for g in gradients.values() if g is not None)
+    assert parts["box"] > without["box"]
+    assert parts["classification"] != without["classification"]
+
+
 def test_the_mask_head_learns_the_shape_of_an_object_and_no_other_image_is_asked():
     detector = make_detector(masks=True).train()
     batch = with_masks(make_batch(objects=(1, 1)))

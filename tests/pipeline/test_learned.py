@@ -384,11 +384,36 @@ def test_pseudo_labels_come_from_the_store_alone(pseudo_run, learned_store, shap
     assert curve(train(request)) == curve(pseudo_run)
 
 
-def test_pseudo_labels_need_the_objectness_of_a_learned_proposer(shapes_store, pseudo_config, tmp_path):
-    with pytest.raises(ConfigError, match=r"pseudo_confidence=0\.02 needs the objectness of a learned proposer"):
-        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=pseudo_config))
+def test_pseudo_labels_need_objectness(shapes_store, learned_store, shapes_dataset, pseudo_config, tmp_path):
+    """A grid's scores are the teacher's, and so is a part of those of a ranking that weighs both."""
+    ranked = load_preset("shapes", (*LEARNED, "proposals.objectness_weight=0.5"))
+    build_cache(
+        BuildRequest(dataset=shapes_dataset, config=ranked, out=tmp_path / "ranked", workers=1, reuse=learned_store)
+    )
+    for store in (shapes_store, tmp_path / "ranked"):
+        with pytest.raises(
+            ConfigError, match=r"pseudo_confidence=0\.02 .* build one with `proposals\.search=learned` and"
+        ):
+            train(TrainRequest(cache=store, run=tmp_path / "run", config=pseudo_config))
+    # As advised: the other store, or no such setting.
+    train(TrainRequest(cache=learned_store, run=tmp_path / "run", config=pseudo_config))
+    train(TrainRequest(cache=tmp_path / "ranked", run=tmp_path / "plain", config=ranked))
 
 
 def test_pseudo_labels_without_novel_names_in_the_loss_are_refused():
-    with pytest.raises(ConfigError, match=r"pseudo_confidence=0\.7 .* need loss\.novel_names=true"):
-        load_settings("shapes", ["train.pseudo_confidence=0.7", "loss.novel_names=false"])
+    without = ["loss.novel_names=false"]
+    with pytest.raises(ConfigError, match=r"pseudo_confidence=0\.7 .* set loss\.novel_names=true, or leave"):
+        load_settings("shapes", ["train.pseudo_confidence=0.7", *without])
+    assert load_settings("shapes", without).train.pseudo_confidence == 0
+    assert load_settings("shapes", ["train.pseudo_confidence=0.7"]).loss.novel_names
+
+
+def test_seesaw_counts_and_repeat_factors_know_no_pseudo_label(learned_store, tmp_path):
+    seesaw = ("loss.classification_loss=seesaw", "train.repeat_threshold=0.5")
+    counts = []
+    for name, settings in (("plain", ()), ("pseudo", PSEUDO)):
+        config = load_preset("shapes", (*LEARNED, *seesaw, *settings))
+        run = train(TrainRequest(cache=learned_store, run=tmp_path / name, config=config))
+        counts.append(run.finished().class_counts())
+    assert counts[0].any()
+    assert torch.equal(*counts)
