@@ -22,6 +22,7 @@ from ezsd.data.dataset import (
     resize,
 )
 from ezsd.data.transforms import Augmentation, boxes_in_window
+from ezsd.detector.masks import GRID, ObjectMasks
 
 DIM = 6
 SIZES = {4: (40, 60), 9: (64, 48), 30: (33, 90)}
@@ -436,7 +437,8 @@ def test_pseudo_labels_are_sure_novel_regions_without_duplicates_most_believed_f
 )
 def test_pseudo_labels_follow_the_base_objects_and_their_own_regions(how):
     truth = {4: record(4, 2, salt=1)}
-    options = {"regions_per_image": 2, "short_side": 70, "long_side": 70, "seed": 0} | how
+    masks = {4: ObjectMasks(torch.from_numpy(truth[4].box), torch.ones(2, GRID, GRID, dtype=torch.bool))}
+    options = {"regions_per_image": 2, "short_side": 70, "long_side": 70, "seed": 0, "masks": masks} | how
     found = PseudoLabels(confidence=0.7, objectness=0.5, base_count=5)
     plain, dataset = (
         DetectionDataset([4], paint, SIZES.__getitem__, truth, {4: believed()}, pseudo_labels=labels, **options)
@@ -451,6 +453,8 @@ def test_pseudo_labels_follow_the_base_objects_and_their_own_regions(how):
         assert torch.equal(one.cached_confidence, other.cached_confidence)
         assert torch.equal(one.boxes[:objects], other.boxes)
         assert torch.equal(one.labels[:objects], other.labels)
+        assert len(one.masks) == objects
+        assert torch.equal(one.masks.frame, other.masks.frame)
         if len(one.labels) == objects + 2 and len(other.cached_boxes) == 4:
             assert one.labels[objects:].tolist() == [6, 5]
             assert torch.equal(one.boxes[objects:], other.cached_boxes[[3, 2]])
