@@ -326,7 +326,7 @@ class TrainConfig:
     """Least confidence of a cached region of a novel class that becomes a pseudo-label, treated as an object by all
     losses but the mask's; 0 makes none. For stores of proposals.search = "learned"."""
     pseudo_objectness: Annotated[float, Interval(ge=0, le=1)] = 0.5
-    """Least objectness of a pseudo-label by the store's proposer."""
+    """Least objectness of a pseudo-label, by the network that proposed it."""
     multiscale_min_size: int = 0
     """The shorter side is drawn between this and min_size for each image; 0 fixes it."""
     scale_jitter: tuple[float, ...] = ()
