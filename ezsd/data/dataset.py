@@ -188,6 +188,11 @@ class DetectionDataset(torch.utils.data.Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @property
+    def epoch_images(self) -> int:
+        """Images of an epoch; with repeats, on average."""
+        return len(self) if self.repeats is None else round(float(self.repeats.sum()))
+
     def size(self, epoch: int, position: int) -> tuple[int, int]:
         """Height and width that a sample's image will have; nothing is read for it."""
         short_side, long_side = self._limits(epoch, position)

@@ -112,7 +112,7 @@ def train(request: TrainRequest) -> Run:
         run.began_at = step = _resume(run, trainer)
         if distributed.is_main and step < request.config.train.steps:
             record_store(run, store, step)
-        validation = Validation.of_run(run, trainer, dataset, request.config, len(samples))
+        validation = Validation.of_run(run, trainer, dataset, request.config, samples.epoch_images)
         if step == request.config.train.steps and not validation.missing(step):
             return run
         if distributed.is_main:

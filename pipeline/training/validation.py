@@ -36,7 +36,7 @@ class Validation:
     dataset: Dataset
     config: Config
     images: int
-    """Number of training images, which is the length of an epoch."""
+    """Images of an epoch, on average."""
 
     @classmethod
     def of_run(cls, run: Run, trainer: Trainer, dataset: Dataset, config: Config, images: int) -> Validation:

@@ -357,6 +357,14 @@ def test_images_come_as_often_as_their_factors_say():
     assert (first <= [1, 2, 2, 4, 1]).all()
 
 
+def test_an_epoch_has_as_many_images_as_all_their_factors():
+    ids = list(range(5))
+    data = DetectionDataset(ids, *[None] * 4, regions_per_image=0, short_side=0, long_side=0, seed=0)
+    assert data.epoch_images == 5
+    data.repeats = FACTORS
+    assert data.epoch_images == 9
+
+
 def test_an_image_that_comes_again_is_drawn_anew():
     flat = [key for batch in order(5, 2, steps=200, repeats=FACTORS) for key in batch]
     for position in range(5):

@@ -143,6 +143,15 @@ def test_objects_are_counted_as_often_as_they_are_shown(run, store, config, root
     assert torch.equal(run.finished().class_counts(), shown)
 
 
+def test_a_validation_waits_for_an_epoch_with_its_repeats(store, config, root, tmp_path):
+    looking = dataclasses.replace(config.train, validate_every=1, validate_images=2, repeat_threshold=1.0, steps=8)
+    images = training_samples(Store(store), find_dataset("lvis", root), looking).epoch_images
+    assert images > 16
+    settings = dataclasses.replace(config, train=looking)
+    run = train(TrainRequest(cache=store, run=tmp_path / "run", config=settings))
+    assert [line["step"] for line in run.read_validation()] == [-(-images // 4)]
+
+
 def test_a_run_that_counts_resumes_bit_for_bit(run, store, config, tmp_path):
     folder = tmp_path / "stopped"
     shutil.copytree(run.folder, folder)
