@@ -216,7 +216,9 @@ def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
         "batch": manifest.products["proposals"].inputs["batch"],
         "embedding": manifest.embedding,
     }
-    tables = {"adapt": adapt, "proposals": proposal_settings(manifest), "build": build}
+    # Some preset may have another value than the one that is not named.
+    unnamed = {name.removeprefix("adapt."): value for name, value in UNSAID.items() if name.startswith("adapt.")}
+    tables = {"adapt": {**unnamed, **adapt}, "proposals": proposal_settings(manifest), "build": build}
     if "proposer" in manifest.products:
         network = manifest.products["proposer"].inputs["network"]
         assert isinstance(network, dict)

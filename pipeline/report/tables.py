@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ezsd.cache import Manifest
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset, preset_names, to_tables
 from ezsd.pipeline.data.datasets import DATASETS, DRAWN
 from ezsd.pipeline.extraction.provenance import built_settings
@@ -173,17 +174,10 @@ def commands(runs: Sequence[RunData], data_root: Path | None) -> list[str]:
     if drawn:
         options = [word for key in ("train", "val", "seed") if key in drawn for word in (f"--{key}", str(drawn[key]))]
         lines.append(shell_command("ezsd", "data", str(drawn["dataset"]), "--out", root, *options))
-    built: dict[str, Mapping[str, object]] = {**built_settings(run_manifest(main.run))}
+    environment = store_environment(main)
+    built = settings_to_build(run_manifest(main.run), environment)
     if isinstance(main.environment.get("teacher"), dict):
         built["teacher"] = main.environment["teacher"]
-    environment = store_environment(main)
-    recorded = environment.get("config", {})
-    # The manifest has the digests of these.
-    for section, key in (("proposals", "boxes"), ("proposer", "weights"), ("proposer", "run")):
-        place = recorded.get(section, {}).get(key)
-        if place and section in built:
-            # A run decides the rest of [proposer].
-            built[section] = {**({} if key == "run" else built[section]), key: shown_path(Path(place))}
     # Of a dataset file the place is not recorded.
     dataset = str(main.spec["dataset"]) if main.spec["dataset"] in DATASETS else f"{main.spec['dataset']}.toml"
     build = ["ezsd", "cache", "build", "--dataset", dataset, "--data-root", root, "--out", store]
@@ -198,6 +192,19 @@ def commands(runs: Sequence[RunData], data_root: Path | None) -> list[str]:
         lines.append(run.command("eval", *(["--crops"] if run is main else [])))
     compared = [word for run in runs[1:] for word in ("--compare", shown_path(run.run.folder))]
     return [*lines, main.command("report", *compared)]
+
+
+def settings_to_build(manifest: Manifest, environment: Mapping[str, Any]) -> dict[str, Mapping[str, object]]:
+    """Settings that make a store again, by table: those of its manifest, with places of files from environment.json."""
+    built: dict[str, Mapping[str, object]] = {**built_settings(manifest)}
+    # The manifest has the digests of these.
+    for section, key in (("proposals", "boxes"), ("proposer", "weights"), ("proposer", "run")):
+        place = environment.get("config", {}).get(section, {}).get(key)
+        if place and section in built:
+            # A run decides the rest of its network.
+            kept = {"max_proposals": built[section]["max_proposals"]} if key == "run" else built[section]
+            built[section] = {**kept, key: shown_path(Path(place))}
+    return built
 
 
 def _recorded_path(run: RunData, key: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 from ezsd.cache import Difference, differences
 from ezsd.pipeline.config.schema import AdaptConfig, ProposalConfig, load_preset, to_tables
 from ezsd.pipeline.extraction.manifest_names import as_setting, as_settings, setting_name
-from ezsd.pipeline.extraction.provenance import describe
+from ezsd.pipeline.extraction.provenance import built_settings, describe
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 
 MODEL = {"name": "teacher", "template": "a {}", "names": "all", "precision": "fp32"}
@@ -53,6 +53,14 @@ def test_a_search_is_named_by_todays_words_also_where_a_manifest_says_nothing(sh
     found = lines(shapes_dataset, before, after)
     assert 'proposals.search: store has "exhaustive", wanted "coarse-to-fine"' in found
     assert any(line.startswith("proposals.anchor_fraction: store has no such entry") for line in found)
+
+
+def test_a_store_says_also_of_settings_that_its_manifest_does_not_name_what_it_was_built_with(shapes_dataset):
+    config = load_preset("shapes")
+    request = BuildRequest(dataset=shapes_dataset, config=config, out=shapes_dataset.root)
+    manifest = describe(shapes_dataset, read_annotations(request), config, MODEL)
+    assert "flip" not in manifest.products["teacher"].inputs["adapt"]
+    assert built_settings(manifest)["adapt"] == to_tables(config)["adapt"]
 
 
 def test_box_voting_is_listed_with_its_overlap(shapes_dataset):

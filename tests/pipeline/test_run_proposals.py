@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ezsd.boxes import iou
-from ezsd.cache import Store, verify
+from ezsd.cache import Store, read_environment, verify
 from ezsd.data.dataset import pad_images
 from ezsd.detector.backbone import normalise
 from ezsd.pipeline.config.relations import load_settings
@@ -27,6 +27,7 @@ from ezsd.pipeline.extraction.repair import repair_store
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.run_proposer import run_proposer, with_run_network
 from ezsd.pipeline.inference.predictor import load_trained
+from ezsd.pipeline.report.tables import settings_to_build
 from ezsd.pipeline.scheduling.job_array import Share
 from ezsd.pipeline.scheduling.pool import Schedule
 from ezsd.vocabulary import Split
@@ -91,6 +92,11 @@ def test_proposals_are_the_best_boxes_of_the_runs_proposal_network(shapes_run, r
         (boxes,), _ = detector.rpn.propose(padded, sizes, detector.backbone(normalise(padded, sizes)))
     np.testing.assert_allclose(store.proposals[record.id].box, boxes.numpy(), atol=1e-4)
     np.testing.assert_allclose(store.proposals[record.id].score, detector.rpn.scores[0].numpy(), atol=1e-6)
+
+
+def test_a_report_asks_for_as_many_proposals_of_the_run_as_the_store_has(run, run_store):
+    built = settings_to_build(Store(run_store).manifest, read_environment(run_store))
+    assert built["proposer"] == {"run": str(run), "max_proposals": 12}
 
 
 def test_a_store_knows_the_network_and_no_place(run, run_store):
