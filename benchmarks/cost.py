@@ -199,10 +199,12 @@ def hours(gflop: float, utilisation: float) -> list[str]:
 
 
 def tuning_table(row: Row, utilisation: float) -> list[list[str]]:
-    """Re-normalisation: all steps of the preset `coco`, the table of names embedded at each; memory in float32."""
-    settings, lines = load_preset("coco").adapt, []
+    """Re-normalisation: all steps of the data's own preset, the names embedded at each that tunes their tower; float32."""
+    lines = []
     for name, counted in row["teachers"].items():
-        for data, names in BASE_NAMES.items():
+        for data, of_data in BASE_NAMES.items():
+            settings = load_preset(data.lower()).adapt
+            names = 0 if settings.towers == "vision" else of_data
             step = settings.batch_size * counted["tuned_crop_gflop"] + names * counted["tuned_name_gflop"]
             kept = settings.batch_size * counted["tuned_crop_gb"] + names * counted["tuned_name_gb"]
             total = settings.steps * step
@@ -226,9 +228,10 @@ def looking_table(row: Row, utilisation: float) -> list[list[str]]:
 
 
 def store_table(row: Row) -> list[list[str]]:
-    """Disk of a store, with as many proposals and regions as are kept at most."""
-    config, lines = load_preset("coco"), []
+    """Disk of a store of the data's own preset, with as many proposals and regions as are kept at most."""
+    lines = []
     for data, images in IMAGES.items():
+        config = load_preset(data.lower())
         counts = {
             "proposals": images * config.max_proposals,
             "regions": images * min(config.max_proposals, config.proposals.max_regions),
