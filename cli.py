@@ -74,7 +74,9 @@ TestTimeSet = Annotated[
         help="Change one setting of inference, such as eval.class_agnostic_nms=true or eval.teacher_weight_novel=0.3.",
     ),
 ]
-Preset = Annotated[str | None, typer.Option(help="Settings to start from: shapes, coco (or fast), paper or photos.")]
+Preset = Annotated[
+    str | None, typer.Option(help="Settings to start from: shapes, coco (or fast), lvis, paper or photos.")
+]
 
 
 def _say_version(asked: bool) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ezsd.pipeline.config.schema import ProposalConfig
-
 LEARNED = ("proposals.search=learned", "proposals.max_proposals=100")
 """Proposals of a network that the build trains on base boxes."""
 GRID = ("proposals.search=exhaustive", "proposals.max_proposals=1000")
@@ -93,7 +91,9 @@ AUTHORS = (
     "loss.novel_names=false",
     UNSPARED,
 )
-"""The authors' choices where the preset has others; steps, rates and the number of regions are the preset's."""
+"""The authors' choices of method where the preset has others. What is tuned to the size of the data stays the preset's:
+steps, rates, widths, loss weights, the logit scale, the number of regions, and crops that are neither mirrored nor
+widened."""
 
 ARMS = {
     arm.name: arm
@@ -115,7 +115,6 @@ ARMS = {
         Arm(name="permuted novel names", permuted=True),
         Arm(name="ours, again", store="again", again=True),
     )
-    if arm.store != "refined grid" or "refine" in ProposalConfig.__dataclass_fields__
 }
 """All arms by name."""
 

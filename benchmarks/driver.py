@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--cache": {"type": Path, "required": True, "help": "a finished store"},
     "--data-root": {"type": Path, "help": "folder of the images, if they have moved"},
     "--photos": {"type": Path, "help": "folder in COCO's layout"},
-    "--seeds": {"type": int, "nargs": "*", "default": [DEV_SEED], "help": "of shapes; 0 is for choosing"},
+    "--seeds": {"type": int, "nargs": "*", "default": [DEV_SEED], "help": "of the drawn data; 0 is for choosing"},
     "--images": {"type": int},
     "--rounds": {"type": int},
     "--jobs": {"type": int, "default": 1, "help": "processes"},
