@@ -43,7 +43,7 @@ IMAGES = {"COCO": 118_287, "LVIS": 100_170}
 BASE_NAMES = {"COCO": 48, "LVIS": 866}
 TEACHERS = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "RN50-quickgelu")
 PRESETS = ("coco", "paper")
-"""Their stores differ in the mode of the proposals, their detectors in the head."""
+"""Their detectors differ in the head."""
 EMBED_DIM = 512
 """Of ViT-B/32 and ViT-B/16."""
 IMAGE = (800, 1344)
@@ -199,7 +199,7 @@ def hours(gflop: float, utilisation: float) -> list[str]:
 
 
 def tuning_table(row: Row, utilisation: float) -> list[list[str]]:
-    """Re-normalisation: all steps of the data's own preset, the names embedded at each that tunes their tower; float32."""
+    """Re-normalisation by the data's own preset; names count only where their tower is tuned; memory in float32."""
     lines = []
     for name, counted in row["teachers"].items():
         for data, of_data in BASE_NAMES.items():
