@@ -3,7 +3,7 @@
 Draws an LVIS-like set per seed, builds its store with the preset `shapes` and `SETTINGS`, and trains an arm for each
 combination of repeat-factor sampling and Seesaw loss, which alone differ. One row per arm and seed goes to
 results/long_tail.jsonl: AP and AP50 of frequent, common and scarce base classes (those of 10 images or fewer) and of
-novel classes, by LVIS's rules. A row that is there is not made again.
+novel classes, by LVIS's rules. A row of the tag with the same settings is not made again.
 """
 
 from __future__ import annotations
@@ -135,10 +135,9 @@ def _object(box: list[float]) -> dict[str, object]:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
-    """The rows of every seed; then print the summary of all rows of the tag."""
+    """The rows of every seed; then print the summary of all rows of the tag with these settings."""
     overrides = [*SETTINGS, *arguments.overrides]
-    rows = driver.read("long_tail", arguments.results)
-    known = {(row["arm"], row["seed"]) for row in rows if row["tag"] == arguments.tag}
+    known = {(row["arm"], row["seed"]) for row in _kept(arguments, overrides)}
     for seed in arguments.seeds:
         work = arguments.work / f"seed-{seed}"
         work.mkdir(parents=True, exist_ok=True)
@@ -162,7 +161,12 @@ def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
                 "all": _mean(found, SHAPES_SPLIT.names),
                 "seconds": run.seconds(),
             }
-    print(summary([row for row in driver.read("long_tail", arguments.results) if row["tag"] == arguments.tag]))
+    print(summary(_kept(arguments, overrides)))
+
+
+def _kept(arguments: argparse.Namespace, overrides: Sequence[str]) -> list[driver.Row]:
+    rows = driver.read("long_tail", arguments.results)
+    return [row for row in rows if row["tag"] == arguments.tag and row["overrides"] == list(overrides)]
 
 
 def _mean(found: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
