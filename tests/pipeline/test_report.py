@@ -109,7 +109,7 @@ def write_split(root, split, files):
 
 def manifest_of(root, **changes):
     annotations = load_training(root / "annotations/instances_train.json", SHAPES_SPLIT)
-    config = load_preset("shapes", ["proposals.max_regions=7"])
+    config = load_preset("shapes", ["proposals.search=exhaustive", "proposals.max_regions=7"])
     dataset = find_dataset("shapes", root)
     return describe(dataset, annotations, config, {"name": "stand-in", **changes})
 
