@@ -107,7 +107,9 @@ def guesses(embedding: Tensor, text: Tensor, background: Tensor | None, *, logit
     if background is None:
         return names, torch.ones(len(embedding))
     table = torch.cat([text, background])
-    return names, 1 - name_probabilities(embedding, table, logit_scale=logit_scale)[:, len(text) :].sum(1)
+    nothing = name_probabilities(embedding, table, logit_scale=logit_scale)[:, len(text) :].sum(1)
+    # A sum of several can come out above 1 by rounding.
+    return names, (1 - nothing).clamp(min=0)
 
 
 def entropy_score(probability: Tensor) -> Tensor:

@@ -333,8 +333,9 @@ RELATIONS = (
     Relation(
         "proposer.max_proposals",
         ("proposals.max_proposals", "proposals.max_regions"),
-        "listed",
-        "a learned proposer gives the smaller of both numbers; regions are selected from these boxes",
+        "refused",
+        "a learned proposer gives the smaller of both numbers, so the larger one has no effect; regions are selected "
+        "from these boxes",
     ),
     Relation(
         "proposals.objectness_weight",
@@ -481,10 +482,15 @@ _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
         )
         for key in _PROPOSER
     },
-    **{
-        f"proposer.{key}": ("proposals.search=learned (and without proposals.boxes)", lambda c: c.proposals.learned)
-        for key in ("run", "max_proposals")
-    },
+    "proposer.run": ("proposals.search=learned (and without proposals.boxes)", lambda c: c.proposals.learned),
+    "proposer.max_proposals": (
+        "proposals.search=learned (and without proposals.boxes), and at least as many proposals.max_proposals",
+        lambda c: c.proposals.learned and c.proposer.max_proposals <= c.proposals.max_proposals,
+    ),
+    "proposals.max_proposals": (
+        "a search of the grid, or as many proposer.max_proposals",
+        lambda c: not c.proposals.learned or c.proposals.max_proposals <= c.proposer.max_proposals,
+    ),
     **{
         f"proposals.{key}": (
             "a search of the grid, as proposals.search=exhaustive is",

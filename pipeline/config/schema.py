@@ -127,7 +127,7 @@ class ProposalConfig:
     padding: Surround = "black"
     """Pixels that the teacher sees beside a box that is not square: "black" (the method's) or the image's "context"."""
     nms_iou: Annotated[float, Interval(gt=0, le=1)] = 0.7
-    """IoU threshold of NMS, all classes together."""
+    """IoU threshold of NMS, all classes together; of a network's boxes within a level of its pyramid."""
     max_proposals: Annotated[int, Interval(ge=1)] = 1000
     """Proposals kept per image after NMS; of a learned proposer at most `proposer.max_proposals`."""
     base_iou: Annotated[float, Interval(gt=0)] = 0.3
@@ -544,7 +544,9 @@ def apply_override(tables: dict[str, dict[str, object]], override: str) -> None:
     except tomllib.TOMLDecodeError:
         # A bare word is a string: `--set model.backbone=tiny` needs no quotes.
         value = text.strip()
-    if (section, key) == ("teacher", "descriptions") and isinstance(value, str):
+    if (section, key) == ("teacher", "descriptions"):
+        if not isinstance(value, str):
+            raise ConfigError(f"`teacher.descriptions`: expected the path of a JSON file, found {value!r}")
         value = read_descriptions(Path(value))
     # The one word that has two spellings.
     tables.setdefault(section, {})["optimizer" if key == "optimiser" else key] = value

@@ -29,23 +29,28 @@ def build_config(
 
     Raises:
         ArgumentError: `proposals_from` is neither a run nor a file.
-        ConfigError: a setting is said twice, or a value does not fit.
+        ConfigError: `--set` says otherwise where proposals come from, or a value does not fit.
     """
     of_proposals = [] if proposals_from is None else _proposal_overrides(proposals_from, overrides)
-    of_dataset = [f"teacher.{key}={json.dumps(value)}" for key, value in (prompts or {}).items()]
+    of_dataset = [_override(f"teacher.{key}", value) for key, value in (prompts or {}).items()]
     of_teacher = []
     if teacher is not None:
-        of_teacher.append(f"teacher.name={json.dumps(teacher)}")
+        of_teacher.append(_override("teacher.name", teacher))
     if weights is not None:
-        of_teacher.append(f"teacher.weights={json.dumps(weights)}")
+        of_teacher.append(_override("teacher.weights", weights))
     if activation is not None:
-        of_teacher.append(f"teacher.activation={json.dumps(activation)}")
-    of_proposer = [] if backbone_weights is None else [f"proposer.weights={json.dumps(str(backbone_weights))}"]
+        of_teacher.append(_override("teacher.activation", activation))
+    of_proposer = [] if backbone_weights is None else [_override("proposer.weights", str(backbone_weights))]
     config = load_settings(preset, [*of_dataset, *overrides, *of_teacher, *of_proposer, *of_proposals])
     if teacher is not None and weights is None:
         # Another teacher's weights would never fit.
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=None))
     return config
+
+
+def _override(setting: str, value: object) -> str:
+    """An override with a text or a list of texts as TOML has them: it does not know JSON's pairs of surrogates."""
+    return f"{setting}={json.dumps(value, ensure_ascii=False)}"
 
 
 def _proposal_overrides(place: Path, overrides: Sequence[str]) -> list[str]:
@@ -57,9 +62,9 @@ def _proposal_overrides(place: Path, overrides: Sequence[str]) -> list[str]:
                 "out"
             )
     if place.is_file():
-        return [f"proposals.boxes={json.dumps(str(place))}"]
+        return [_override("proposals.boxes", str(place))]
     if (place / "run.json").is_file():
-        return ["proposals.search=learned", f"proposer.run={json.dumps(str(place))}"]
+        return ["proposals.search=learned", _override("proposer.run", str(place))]
     raise ArgumentError(
         f"--proposals-from {place}: neither a run nor a file; give the folder of a finished `ezsd train`, or a results "
         "file in COCO's format"

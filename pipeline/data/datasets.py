@@ -279,9 +279,12 @@ def require_prompts(split: Split, teacher: TeacherConfig) -> None:
     words = clean_names(split.names) if teacher.names == "clean" else split.names
     for template in templates(teacher.template):
         make_prompts(words, template)
-    known = (*split.names, *teacher.backgrounds)
+    if not teacher.descriptions:
+        return
+    # A class may have the background's name.
+    known = {canonical(name): name for name in (*teacher.backgrounds, *split.names)}
     try:
-        resolve([name for name, *_ in teacher.descriptions], known)
+        resolve([name for name, *_ in teacher.descriptions], list(known.values()))
     except VocabularyError as error:
         raise VocabularyError(f"`teacher.descriptions`: {error}") from error
 

@@ -304,7 +304,7 @@ def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
         return False
     asked = as_json(dataclasses.asdict(request.config.teacher)) | {"weights": None}
     # What an earlier version did not record was as it is by default.
-    defaults = dataclasses.asdict(TeacherConfig(name=""))
+    defaults = as_json(dataclasses.asdict(TeacherConfig(name="")))
     if {**defaults, **recorded.get("teacher", {}), "weights": None} != asked:
         return False
     model = model_inputs(found.manifest)

@@ -45,8 +45,8 @@ def as_settings(found: Sequence[Difference]) -> list[Difference]:
     """Differences of two manifests, named and worded by `as_setting`.
 
     Between a grid and a learned proposer the search alone is listed, without what follows from it: the settings that
-    only one of them has, and the number of proposals. Between a proposer that a build trains and one of a run, the
-    weights of the run alone.
+    only one of them has, and the number of proposals; between one of them and boxes of a file, the file alone. Between
+    a proposer that a build trains and one of a run, the weights of the run alone.
     """
     if any(one.name == "proposer.run_sha256" and one.absent is not None for one in found):
         proposer = ("proposer.network", "proposer.seed", "proposer.held_out", "proposer.dataset", "proposer.images")
@@ -56,11 +56,12 @@ def as_settings(found: Sequence[Difference]) -> list[Difference]:
     search = next((one for one in named if one.name == "proposals.search"), None)
     if search is None or "learned" not in (search.stored, search.wanted):
         return named
-    return [
+    boxes = [one for one in named if one.name == "proposals.boxes_sha256"]
+    follows = ("proposals.needs", "proposals.max_proposals", *(("proposals.search",) if boxes else ()))
+    return boxes + [
         one
         for one in named
-        if one.name not in ("proposals.needs", "proposals.max_proposals")
-        and (one.absent is None or not one.name.startswith(("proposals.", "proposer")))
+        if one.name not in follows and (one.absent is None or not one.name.startswith(("proposals.", "proposer")))
     ]
 
 

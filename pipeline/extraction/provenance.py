@@ -28,7 +28,7 @@ from ezsd.pipeline.data.images import look, reads_as_before
 from ezsd.pipeline.errors import ConfigError, ImageError
 from ezsd.pipeline.extraction.external_proposals import boxes_digest
 from ezsd.pipeline.extraction.manifest_names import UNSAID
-from ezsd.pipeline.extraction.run_proposer import NETWORK, run_digest
+from ezsd.pipeline.extraction.run_proposer import DIGEST, NETWORK, run_digest
 from ezsd.pipeline.files import as_json
 
 VERSIONS = {"teacher": 1, "text": 1, "proposer": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
@@ -47,9 +47,6 @@ _LEARNED = ("mode", "keep")
 _FILTERS = ("base_iou", "drop_base_guesses", "regions")
 _UNNAMED: Mapping[str, object] = {"drop_background": True, "objectness_weight": 1.0, "refine": "none"}
 """Values that manifests do not name: stores made before there was such a setting stay what they are."""
-
-_DIGEST = "sha256:"
-"""Beginning of a setting that has the digest of a file instead of its place."""
 
 _READERS = 8
 _LOOKED_AT_ONCE = 256
@@ -127,15 +124,15 @@ def _proposer_inputs(config: Config, images: Mapping[str, object]) -> dict[str, 
     del network["max_proposals"]
     run = network.pop("run")
     if run is not None:
-        digest = run.removeprefix(_DIGEST) if run.startswith(_DIGEST) else run_digest(config.proposer)
+        digest = run.removeprefix(DIGEST) if run.startswith(DIGEST) else run_digest(config.proposer)
         return {"run_sha256": digest, "network": {key: network[key] for key in NETWORK}}
     return {"network": network, "seed": config.build.seed, "held_out": config.adapt.held_out, **images}
 
 
 def _weights_digest(proposer: ProposerConfig) -> str | None:
     """Sha256 of the file of a backbone's weights; ConfigError where it is gone."""
-    if proposer.weights is None or proposer.weights.startswith(_DIGEST):
-        return proposer.weights and proposer.weights.removeprefix(_DIGEST)
+    if proposer.weights is None or proposer.weights.startswith(DIGEST):
+        return proposer.weights and proposer.weights.removeprefix(DIGEST)
     if not Path(proposer.weights).is_file():
         raise ConfigError(f"`proposer.weights={proposer.weights}`: no such file")
     return file_digest(Path(proposer.weights)).sha256
@@ -223,13 +220,13 @@ def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
         network = manifest.products["proposer"].inputs["network"]
         assert isinstance(network, dict)
         # The place of the file is in environment.json.
-        weights = network["weights"] and f"{_DIGEST}{network['weights']}"
+        weights = network["weights"] and f"{DIGEST}{network['weights']}"
         kept = tables["proposals"].pop("max_proposals")
         run = manifest.products["proposer"].inputs.get("run_sha256")
         tables["proposer"] = {
             **network,
             "weights": weights,
-            "run": run and f"{_DIGEST}{run}",
+            "run": run and f"{DIGEST}{run}",
             "max_proposals": kept,
         }
     return with_todays_names(tables)

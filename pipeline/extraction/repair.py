@@ -23,10 +23,11 @@ from ezsd.cache import (
     read_environment,
     repair,
 )
+from ezsd.errors import EzsdError
 from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import ProposerConfig, from_tables
 from ezsd.pipeline.data.datasets import from_definition
-from ezsd.pipeline.errors import ConfigError, RunError
+from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.extraction.build import adapted, embed_names, extract_job, trained_proposer
 from ezsd.pipeline.extraction.proposer import proposer_weights
 from ezsd.pipeline.extraction.provenance import built_settings, describe, model_inputs
@@ -70,7 +71,7 @@ def _as_recorded(proposer: ProposerConfig, manifest: Manifest) -> ProposerConfig
     if proposer.weights and not Path(proposer.weights).is_file():
         proposer = dataclasses.replace(proposer, weights=str(built["weights"]))
     if proposer.run:
-        with contextlib.suppress(ConfigError, RunError):
+        with contextlib.suppress(EzsdError):
             if str(built["run"]).endswith(run_digest(proposer)):
                 return proposer
         proposer = dataclasses.replace(proposer, run=str(built["run"]))

@@ -21,6 +21,8 @@ log = logging.getLogger("ezsd")
 
 NETWORK = ("backbone", "weights", "fpn_channels", "rpn_sizes", "min_size", "max_size")
 """Settings of [proposer] that a run decides."""
+DIGEST = "sha256:"
+"""Beginning of a setting that has the digest of a file, or of a run's network, instead of its place."""
 _NAMED = 5
 """Most class names in one line."""
 
@@ -45,7 +47,7 @@ def with_run_network(request: BuildRequest) -> BuildRequest:
         config.proposer,
         backbone=own.model.backbone,
         # Its presence alone matters: normalisation is frozen then.
-        weights=None if weights is None else f"sha256:{weights}",
+        weights=None if weights is None else f"{DIGEST}{weights}",
         fpn_channels=own.model.fpn_channels,
         rpn_sizes=own.model.rpn_sizes,
         min_size=own.train.min_size,
@@ -88,6 +90,11 @@ def run_digest(config: ProposerConfig) -> str:
 
 
 def _open(folder: str) -> Run:
+    if folder.startswith(DIGEST):
+        raise ConfigError(
+            "the run whose proposal network the store has lost is gone, or has another one now; put it back where the "
+            "store's environment.json says, or build the store anew in another folder"
+        )
     if not (Path(folder) / "run.json").is_file():
         raise ConfigError(
             f"`proposer.run={folder}`: no run here (run.json is missing); give the folder of a finished `ezsd train`"

@@ -276,6 +276,10 @@ def test_the_probability_of_background_is_that_of_all_background_prompts_togethe
     expected = 1 - (10 * cosines).softmax(0)[-2:].sum()
     _, foreground = guesses(between[None], TEXT, torch.eye(6)[4:], logit_scale=10.0)
     torch.testing.assert_close(foreground, expected[None])
+    generator = torch.Generator().manual_seed(0)
+    many = F.normalize(torch.eye(6)[5] + 0.02 * torch.randn(30, 6, generator=generator), dim=1)
+    _, foreground = guesses(many, TEXT, many, logit_scale=100.0)
+    assert foreground.min() >= 0
 
 
 def test_permuted_text_rows_change_numbers_and_not_names():

@@ -79,6 +79,14 @@ def test_between_a_grid_and_a_network_the_search_alone_is_listed(shapes_dataset)
     assert lines(shapes_dataset, after, before)[0] == 'proposals.search: store has "learned", wanted "exhaustive"'
 
 
+def test_between_anchors_or_a_network_and_a_file_the_file_alone_is_listed(shapes_dataset, tmp_path):
+    (tmp_path / "boxes.json").write_text("[]")
+    after = load_preset("shapes", (f"proposals.boxes={tmp_path}/boxes.json",))
+    for before in (load_preset("shapes"), load_preset("shapes", (GRID,))):
+        (found,) = lines(shapes_dataset, before, after)
+        assert found.startswith("proposals.boxes_sha256: store has no such entry")
+
+
 @pytest.mark.parametrize("setting", ["proposer.max_proposals", "proposals.max_proposals"])
 def test_of_a_network_the_number_of_boxes_that_are_kept_is_listed(setting, shapes_dataset):
     found = lines(shapes_dataset, load_preset("shapes"), load_preset("shapes", (f"{setting}=50",)))

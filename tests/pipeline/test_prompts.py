@@ -14,6 +14,7 @@ from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.errors import VocabularyError
 from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import load_preset
+from ezsd.pipeline.console.defaults import build_config
 from ezsd.pipeline.data.datasets import find_dataset, require_prompts
 from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.extraction.adapt import CropSource
@@ -87,6 +88,24 @@ def test_prompts_that_cannot_be_made_are_refused():
         with pytest.raises(VocabularyError, match=re.escape(message)):
             require_prompts(SHAPES_SPLIT, dataclasses.replace(teacher, **changes))
     require_prompts(SHAPES_SPLIT, dataclasses.replace(teacher, descriptions=(("background", "a white"),)))
+
+
+def test_a_class_may_have_the_name_of_the_background():
+    teacher = dataclasses.replace(load_preset("shapes").teacher, background="ring")
+    require_prompts(SHAPES_SPLIT, teacher)
+    require_prompts(SHAPES_SPLIT, dataclasses.replace(teacher, descriptions=(("ring", "a ring"),)))
+
+
+def test_descriptions_are_given_by_their_file_alone():
+    for value in ('[["ring"]]', "[[]]", "3"):
+        with pytest.raises(ConfigError, match=r"`teacher.descriptions`: expected the path of a JSON file, found"):
+            load_preset("shapes", [f"teacher.descriptions={value}"])
+
+
+def test_prompts_of_a_dataset_keep_every_character():
+    prompts = {"template": ["a \U0001f600 {}", 'a "{}" é'], "background": "\U0001f4a8"}
+    found = build_config("shapes", [], teacher=None, weights=None, prompts=prompts).teacher
+    assert (list(found.template), found.background) == (prompts["template"], prompts["background"])
 
 
 def test_a_dataset_of_ones_own_has_descriptions_beside_it(file, shapes_root):

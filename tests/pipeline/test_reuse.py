@@ -142,6 +142,12 @@ def test_a_complete_store_is_recognised_before_the_teacher_is_loaded(
     monkeypatch.setattr(ezsd.pipeline.extraction.build, "configured_teacher", refuse)
     request = BuildRequest(dataset=shapes_dataset, config=quick_config, out=shapes_store, workers=1)
     assert build_cache(request).already_complete
+    # Earlier versions did not record all settings of the teacher.
+    recorded = ezsd.pipeline.extraction.build.info(shapes_store)
+    teacher = {key: value for key, value in recorded.environment["teacher"].items() if key != "descriptions"}
+    earlier = dataclasses.replace(recorded, environment={**recorded.environment, "teacher": teacher})
+    monkeypatch.setattr(ezsd.pipeline.extraction.build, "info", lambda _: earlier)
+    assert build_cache(request).already_complete
 
 
 def test_training_settings_do_not_make_another_store(shapes_dataset, shapes_store, with_settings):

@@ -126,9 +126,18 @@ def test_parts_of_two_workers_make_the_same_bytes_and_need_no_run_to_be_repaired
     assert committed(out) == committed(run_store)
 
 
-def test_lost_weights_are_read_from_the_run_again(run_store, shapes_root, tmp_path):
+def test_lost_weights_are_read_from_the_run_again(run, run_store, shapes_root, tmp_path):
     store = shutil.copytree(run_store, tmp_path / "store")
     next(path for path in (store / "proposer/values/c").rglob("*") if path.is_file()).unlink()
+    record = run / "run.json"
+    text = record.read_text()
+    try:
+        # What is damaged is gone.
+        record.write_text("{")
+        with pytest.raises(ConfigError, match=r"the run .* is gone, or has another one now; put it back where"):
+            repair_store(store, shapes_root, weights=None, device="cpu")
+    finally:
+        record.write_text(text)
     assert not repair_store(store, shapes_root, weights=None, device="cpu").left
     assert committed(store) == committed(run_store)
 
@@ -251,11 +260,20 @@ def test_voted_proposals_are_suppressed_filtered_and_embedded(
         (["proposals.refine_iou=0.5"], "without proposals.refine=vote"),
         (["proposer.run=somewhere"], "without proposals.search=learned"),
         (["proposals.search=learned", "proposer.run=somewhere", "proposer.steps=3"], "and proposer.run"),
+        (["proposals.search=learned", "proposals.max_proposals=500"], "or as many proposer.max_proposals"),
+        (["proposals.search=learned", "proposer.max_proposals=2000"], "and at least as many proposals.max_proposals"),
     ],
 )
 def test_a_setting_without_an_effect_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_settings("photos", overrides)
+
+
+def test_the_number_of_a_networks_boxes_is_the_smaller_of_two():
+    for key in ("proposals", "proposer"):
+        assert load_settings("shapes", [f"{key}.max_proposals=50"]).max_proposals == 50
+    both = ["proposals.max_proposals=2000", "proposer.max_proposals=2000"]
+    assert load_settings("shapes", both).max_proposals == 2000
 
 
 def test_proposals_from_is_a_run_or_a_file(run, tmp_path):
