@@ -109,6 +109,7 @@ ARMS = {
         Arm(name="random boxes", store="random"),
         Arm(name="unfiltered boxes", store="unfiltered"),
         Arm(name="semantic regression", train=("model.semantic_boxes=true",)),
+        Arm(name="pseudo-labels", train=("train.pseudo_confidence=0.7",)),
         Arm(name="half the steps", length=0.5, against="none"),
         Arm(name="oracle", store="oracle", train=(NONE,)),
         Arm(name="oracle, distilled", store="oracle, distilled", against="oracle"),
