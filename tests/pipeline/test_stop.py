@@ -42,8 +42,8 @@ QUICK = (
     "proposals.stride=0.5",
     "build.block_images=1",
 )
-OF_RUN = [one for one in OF_SHAPES if one.startswith("train.")]
-OF_STORE = [one for one in OF_SHAPES if not one.startswith("train.")]
+OF_RUN = [one for one in OF_SHAPES if one.startswith(("model.", "train."))]
+OF_STORE = [one for one in OF_SHAPES if one not in OF_RUN]
 ENDLESS = ("train.steps=100000", "train.batch_size=2", "train.checkpoint_every=100000")
 
 
