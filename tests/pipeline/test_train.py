@@ -509,6 +509,7 @@ class Hungry(torch.utils.data.Dataset):
 
     def __init__(self, samples):
         self.samples, self.image_ids, self.size = samples, samples.image_ids, samples.size
+        self.repeats, self.epoch_images = samples.repeats, samples.epoch_images
 
     def __len__(self):
         return len(self.samples)
