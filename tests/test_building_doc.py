@@ -17,7 +17,7 @@ TEXT = (ROOT / "docs/building.md").read_text(encoding="utf-8")
 
 def commands(language):
     blocks = re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [words[1:] for words in lines if words[:1] == ["ezsd"]]
 
 
