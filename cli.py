@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
+from ezsd.choices import Benchmark
 from ezsd.errors import EzsdError
 from ezsd.pipeline.console.options import OptionFormatter, as_options
 from ezsd.pipeline.errors import is_of_a_place
@@ -96,7 +97,6 @@ def _options(
     pass
 
 
-Benchmark = Literal["shapes", "clutter"]
 DrawnFolder = Annotated[Path, typer.Option(help="Output folder.")]
 TrainImages = Annotated[int, typer.Option(min=1, help="Number of training images.")]
 ValImages = Annotated[int, typer.Option(min=1, help="Number of validation images.")]

@@ -27,7 +27,7 @@ import driver
 import numpy as np
 import torch
 from ablation_arms import ARMS, LEARNED, STORES, Arm, chosen
-from ablation_boxes import network_proposals, random_anchors, store_regions, write_boxes
+from ablation_boxes import random_anchors, store_regions, write_boxes
 from ablation_table import tables
 from torchvision.ops import box_convert, box_iou
 
@@ -106,7 +106,9 @@ def prepared_store(plan: Plan, name: str) -> Path:
     spec = STORES[name]
     out = plan.folder / "stores" / (name if spec.after is None else f"{name} of {plan.steps} steps").replace(", ", "-")
     overrides = [*plan.overrides, *spec.overrides]
-    if spec.boxes is not None:
+    if spec.after is not None:
+        overrides.append(f"proposer.run={json.dumps(str(trained_run(plan, ARMS[spec.after]).folder))}")
+    elif spec.boxes is not None:
         boxes = plan.folder / "boxes" / f"{out.name}.json"
         if not boxes.is_file():
             _write_given(plan, name, boxes)
@@ -128,9 +130,6 @@ def prepared_store(plan: Plan, name: str) -> Path:
 
 def _write_given(plan: Plan, name: str, out: Path) -> None:
     spec, dataset = STORES[name], plan.dataset()
-    if spec.after is not None:
-        write_boxes(out, network_proposals(trained_run(plan, ARMS[spec.after]), dataset))
-        return
     ours = Store(prepared_store(plan, "ours"))
     if spec.boxes == "ours":
         write_boxes(out, store_regions(ours))

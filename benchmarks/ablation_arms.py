@@ -53,7 +53,7 @@ STORES = {
     ),
     "grid": StoreSpec(overrides=GRID, reuse="ours"),
     "refined grid": StoreSpec(overrides=(*GRID, "proposals.refine=vote"), reuse="grid"),
-    "run": StoreSpec(overrides=GRID, boxes="run", reuse="ours"),
+    "run": StoreSpec(boxes="run", reuse="ours"),
     "raw": StoreSpec(overrides=(*LEARNED, "adapt.steps=0")),
     "random": StoreSpec(overrides=(*GRID, *UNFILTERED), boxes="random", reuse="ours"),
     "unfiltered": StoreSpec(overrides=(*LEARNED, *UNFILTERED), reuse="ours"),

@@ -7,22 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
-from torchvision.models.detection.image_list import ImageList
 
 from ezsd.cache import Store
 from ezsd.data.annotations import ImageRecord
-from ezsd.data.dataset import pad_images
-from ezsd.detector.backbone import normalise
-from ezsd.detector.model import Detector
 from ezsd.pipeline.config.schema import ProposalConfig
 from ezsd.pipeline.data.annotation_cache import training_annotations
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.extraction.anchors import image_anchors
 from ezsd.pipeline.files import write_text
-from ezsd.pipeline.inference.predictor import load_trained
-from ezsd.pipeline.runs.run import Run
 
 Found = Iterator[tuple[int, np.ndarray, np.ndarray]]
 """Image id, boxes (K, 4) xyxy float32, scores (K,)."""
@@ -51,22 +43,6 @@ def random_anchors(store: Store, dataset: Dataset, grid: ProposalConfig, *, seed
         anchors = image_anchors(grid, image.width, image.height).numpy()
         order = np.random.default_rng([seed, image.id]).permutation(len(anchors))
         yield _ranked(image.id, anchors[order[: len(store.regions[image.id].box)]])
-
-
-def network_proposals(run: Run, dataset: Dataset) -> Found:
-    """What a run's proposal network hands on, best first."""
-    detector, images = load_trained(run, "cpu").detector, dataset.images("train")
-    for image in _images(dataset):
-        yield _ranked(image.id, network_boxes(detector, images.read(image)).numpy())
-
-
-@torch.no_grad()
-def network_boxes(detector: Detector, pixels: Tensor) -> Tensor:
-    """What the proposal network hands on of one image (3, H, W) uint8: boxes (K, 4) in its pixels, best first."""
-    batch, sizes = pad_images([pixels])
-    levels = {str(i): m for i, m in enumerate(detector.backbone(normalise(batch, sizes)))}
-    (boxes,), _ = detector.rpn(ImageList(batch, sizes), levels)
-    return boxes
 
 
 def _ranked(image_id: int, boxes: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:

@@ -24,13 +24,15 @@ from pathlib import Path
 import driver
 import numpy as np
 import torch
-from ablation_boxes import network_boxes
 from torch import Tensor
 
 from ezsd.adapt import restore
 from ezsd.cache import Store, info
 from ezsd.crops import distinct_crops
 from ezsd.data.annotations import Annotations, load_evaluation
+from ezsd.data.dataset import pad_images
+from ezsd.detector.backbone import normalise
+from ezsd.detector.model import Detector
 from ezsd.metrics.recall import recall_at
 from ezsd.pipeline.config.schema import Config, load_preset
 from ezsd.pipeline.data.datasets import Dataset, find_dataset
@@ -297,6 +299,14 @@ def train_modes(work: Path, seed: int, images: int, arms: list[str], *, train_se
             "encoded": encoded,
             "AP50": headline(evaluate_run(run, data_root=None, device="cpu")),
         }
+
+
+@torch.no_grad()
+def network_boxes(detector: Detector, pixels: Tensor) -> Tensor:
+    """What the proposal network hands on of one image (3, H, W) uint8: boxes (K, 4) in its pixels, best first."""
+    batch, sizes = pad_images([pixels])
+    (boxes,), _ = detector.rpn.propose(batch, sizes, detector.backbone(normalise(batch, sizes)))
+    return boxes
 
 
 def network_row(work: Path, seed: int, images: int) -> driver.Row:

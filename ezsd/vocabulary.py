@@ -102,7 +102,12 @@ def templates(template: str | Sequence[str]) -> tuple[str, ...]:
         from open_clip import OPENAI_IMAGENET_TEMPLATES
 
         return tuple(phrase("{}") for phrase in OPENAI_IMAGENET_TEMPLATES)
-    return (template,) if isinstance(template, str) else tuple(template)
+    return texts(template)
+
+
+def texts(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One text or several as a tuple; empty for None."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def clean_names(names: Sequence[str]) -> tuple[str, ...]:

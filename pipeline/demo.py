@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ezsd.data.shapes import Benchmark
+from ezsd.choices import Benchmark
 from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import STAGE_ONE, setting_of
 from ezsd.pipeline.data.datasets import find_dataset

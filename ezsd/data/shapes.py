@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from ezsd.choices import Benchmark
 from ezsd.vocabulary import Split
 
 _DRAWN = (
@@ -113,8 +114,7 @@ _CODES = {
 }
 _DISTRACTOR = "distractor"
 
-Benchmark = Literal["shapes", "clutter"]
-BENCHMARKS: tuple[Benchmark, ...] = ("shapes", "clutter")
+BENCHMARKS: tuple[Benchmark, ...] = get_args(Benchmark)
 SceneSplit = Literal["train", "val"]
 Points = NDArray[np.float64]
 Pixels = NDArray[np.uint8]

@@ -35,6 +35,7 @@ from ezsd.detector.settings import DetectorSettings
 from ezsd.pipeline.config.descriptions import Descriptions, read_descriptions
 from ezsd.pipeline.config.names import FORMER_VALUES, hint
 from ezsd.pipeline.errors import ConfigError
+from ezsd.vocabulary import texts
 
 LEAST_SIDE = 32
 """Pixels that images may be resized to: the coarsest level of a pyramid then has a cell."""
@@ -76,7 +77,7 @@ class TeacherConfig:
     @property
     def backgrounds(self) -> tuple[str, ...]:
         """All names for a crop of nothing."""
-        return _texts(self.background)
+        return texts(self.background)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -636,20 +637,15 @@ def _convert(value: object, wanted: object, where: str) -> object:
     return value
 
 
-def _texts(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """A text, or several, as a tuple; empty for None."""
-    return (value,) if isinstance(value, str) else tuple(value or ())
-
-
 def _text_or_texts(where: str, value: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
     """A list of one text as that text, so that both are the same setting. ConfigError for no text or a double one."""
     if value is None or isinstance(value, str):
         return value
-    texts = tuple(value)
-    _require(bool(texts), f"{where}: expected a text or a list of texts, found an empty list")
-    doubles = [text for place, text in enumerate(texts) if text in texts[:place]]
+    found = tuple(value)
+    _require(bool(found), f"{where}: expected a text or a list of texts, found an empty list")
+    doubles = [text for place, text in enumerate(found) if text in found[:place]]
     _require(not doubles, f"{where}: {doubles and doubles[0]!r} is in the list twice; leave one of them out")
-    return texts[0] if len(texts) == 1 else texts
+    return found[0] if len(found) == 1 else found
 
 
 def _require_bounds(section: str, settings: object) -> None:

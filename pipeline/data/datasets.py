@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ezsd.data.shapes import BENCHMARKS, SPLITS, Benchmark
+from ezsd.choices import Benchmark
+from ezsd.data.shapes import BENCHMARKS, SPLITS
 from ezsd.errors import VocabularyError
 from ezsd.pipeline.config.descriptions import read_descriptions
 from ezsd.pipeline.config.schema import TeacherConfig

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ezsd.data.shapes import IMAGE_SIZE, SHAPES_SPLIT, Benchmark, Scene, SceneSplit, scene
+from ezsd.choices import Benchmark
+from ezsd.data.shapes import IMAGE_SIZE, SHAPES_SPLIT, Scene, SceneSplit, scene
 from ezsd.pipeline.errors import DatasetError
 from ezsd.pipeline.files import read_object
 from ezsd.pipeline.interrupts import shielded

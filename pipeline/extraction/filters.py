@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from ezsd.cache import Store
-from ezsd.detector.rpn import NMS_IOU
 from ezsd.pipeline.extraction.provenance import proposal_settings
 from ezsd.proposals.refine import vote
 from ezsd.proposals.select import clear_of_base
@@ -23,9 +22,9 @@ def why_no_regions(path: Path) -> str:
     proposals = clear = 0
     for image in store.image_ids.tolist():
         boxes = torch.from_numpy(store.proposals[image].box)
-        if "refine" in settings:
+        if settings["refine"] != "none":
             score = torch.from_numpy(store.proposals[image].score)
-            refine_iou, nms_iou = float(str(settings["refine_iou"])), float(str(settings.get("nms_iou", NMS_IOU)))
+            refine_iou, nms_iou = (float(str(settings[key])) for key in ("refine_iou", "nms_iou"))
             boxes, _ = vote(boxes, score, refine_iou=refine_iou, nms_iou=nms_iou)
         base = torch.from_numpy(store.ground_truth[image].box)
         proposals += len(boxes)

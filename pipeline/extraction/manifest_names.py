@@ -41,6 +41,11 @@ UNSAID: Mapping[str, JSON] = {
 _PROPOSALS = frozenset(field.name for field in dataclasses.fields(ProposalConfig))
 
 
+def unsaid(section: str) -> dict[str, JSON]:
+    """Settings of a section, by today's names, with the values that a manifest without them was made with."""
+    return {name.removeprefix(f"{section}."): value for name, value in UNSAID.items() if name.startswith(f"{section}.")}
+
+
 def as_settings(found: Sequence[Difference]) -> list[Difference]:
     """Differences of two manifests, named and worded by `as_setting`.
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from ezsd.cache import JSON, Manifest, Origin, file_digest, images_digest
 from ezsd.data.annotations import Annotations, ImageRecord
-from ezsd.detector.rpn import NMS_IOU
 from ezsd.errors import AnnotationError
 from ezsd.pipeline.config.names import with_former_names, with_todays_names
 from ezsd.pipeline.config.schema import (
@@ -27,7 +26,7 @@ from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.images import look, reads_as_before
 from ezsd.pipeline.errors import ConfigError, ImageError
 from ezsd.pipeline.extraction.external_proposals import boxes_digest
-from ezsd.pipeline.extraction.manifest_names import UNSAID
+from ezsd.pipeline.extraction.manifest_names import unsaid
 from ezsd.pipeline.extraction.run_proposer import DIGEST, NETWORK, run_digest
 from ezsd.pipeline.files import as_json
 
@@ -45,8 +44,9 @@ _MODES = {
 _LEARNED = ("mode", "keep")
 """Settings of [proposals] that the boxes of a learned proposer depend on: no grid, no score."""
 _FILTERS = ("base_iou", "drop_base_guesses", "regions")
-_UNNAMED: Mapping[str, object] = {"drop_background": True, "objectness_weight": 1.0, "refine": "none"}
-"""Values that manifests do not name: stores made before there was such a setting stay what they are."""
+_NAMED_IF_CHANGED = ("drop_background", "objectness_weight", "refine")
+"""Settings that regions depend on and that manifests name only where they are not `unsaid`: stores made before there
+was such a setting stay what they are."""
 
 _READERS = 8
 _LOOKED_AT_ONCE = 256
@@ -62,7 +62,10 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
     asked = to_tables(config)["proposals"] | {"max_proposals": config.max_proposals}
     digests, proposals = annotations.digest(), with_former_names("proposals", asked)
     # Named only where they are not as ever: stores made before they were settings stay what they are.
-    adapt = {k: v for k, v in dataclasses.asdict(config.adapt).items() if UNSAID.get(f"adapt.{k}") != v}
+    adapt = {key: value for key, value in dataclasses.asdict(config.adapt).items() if unsaid("adapt").get(key) != value}
+    nms_iou = (
+        {"nms_iou": config.proposals.nms_iou} if config.proposals.nms_iou != unsaid("proposals")["nms_iou"] else {}
+    )
     data = {"image_list_sha256": digests["images"], "base_boxes_sha256": digests["boxes"]}
     crop = {"ratio": config.proposals.crop_ratio, "surround": config.proposals.padding}
     read = images_read(dataset, annotations)
@@ -79,7 +82,7 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
         "text": {"base_names": dataset.split.base, "novel_names": dataset.split.novel},
         "proposals": {
             **{key: proposals[key] for key in (_LEARNED if learned else (*_ANCHORS, *_MODES[str(proposals["mode"])]))},
-            **({"nms_iou": config.proposals.nms_iou} if learned and config.proposals.nms_iou != NMS_IOU else {}),
+            **(nms_iou if learned else {}),
             **({"boxes_sha256": boxes_digest(config.proposals.boxes)} if config.proposals.boxes else {}),
             "background": config.teacher.background,
             "batch": config.build.batch_size,
@@ -111,7 +114,8 @@ def describe(dataset: Dataset, annotations: Annotations, config: Config, model: 
 
 def _named(proposals: ProposalConfig) -> dict[str, object]:
     """Settings of regions that are not as stores without them have them, as far as they have an effect."""
-    values = {key: getattr(proposals, key) for key, value in _UNNAMED.items() if getattr(proposals, key) != value}
+    found = {key: getattr(proposals, key) for key in _NAMED_IF_CHANGED}
+    values = {key: value for key, value in found.items() if value != unsaid("proposals")[key]}
     if not proposals.has_objectness:
         values.pop("objectness_weight", None)
     return values | ({"refine_iou": proposals.refine_iou} if "refine" in values else {})
@@ -191,16 +195,12 @@ def proposal_settings(manifest: Manifest) -> dict[str, JSON]:
     assert isinstance(crop, dict)
     table = {
         **{key: anchors[key] for key in _ANCHORS if key in anchors},
-        "mode": "faithful",
         **{key: anchors[key] for key in ("mode", "growth", "passes") if key in anchors},
-        **{key: filters[key] for key in _FILTERS},
-        "drop_background": filters.get("drop_background", True),
-        **{key: filters[key] for key in ("objectness_weight", "refine", "refine_iou") if key in filters},
+        **{key: filters[key] for key in (*_FILTERS, *_NAMED_IF_CHANGED, "refine_iou") if key in filters},
         "crop_ratio": crop["ratio"],
         "surround": crop["surround"],
     }
-    found: dict[str, JSON] = with_todays_names({"proposals": table})["proposals"]
-    return found
+    return {**unsaid("proposals"), **with_todays_names({"proposals": table})["proposals"]}
 
 
 def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
@@ -213,9 +213,7 @@ def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
         "batch": manifest.products["proposals"].inputs["batch"],
         "embedding": manifest.embedding,
     }
-    # Some preset may have another value than the one that is not named.
-    unnamed = {name.removeprefix("adapt."): value for name, value in UNSAID.items() if name.startswith("adapt.")}
-    tables = {"adapt": {**unnamed, **adapt}, "proposals": proposal_settings(manifest), "build": build}
+    tables = {"adapt": {**unsaid("adapt"), **adapt}, "proposals": proposal_settings(manifest), "build": build}
     if "proposer" in manifest.products:
         network = manifest.products["proposer"].inputs["network"]
         assert isinstance(network, dict)

@@ -30,6 +30,7 @@ from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.open_clip import Teacher
 from ezsd.teacher.requirements import names_file
+from ezsd.vocabulary import texts
 
 log = logging.getLogger("ezsd")
 
@@ -199,7 +200,7 @@ def load_trained(
 def _load_ensemble(run: Run, settings: EvalConfig, device: str, weights: Path | None) -> TeacherEnsemble:
     teacher = run_teacher(run, device, adapted=True, weights=weights)
     background = run_manifest(run).products["proposals"].inputs["background"]
-    prompts = background if isinstance(background, list) else [background]
+    assert background is None or isinstance(background, str | list)
     log.info(
         "teacher %s takes part in scores with weight %g for base and %g for novel classes: it is shown a crop of each "
         "detection whose weight is above 0",
@@ -209,7 +210,7 @@ def _load_ensemble(run: Run, settings: EvalConfig, device: str, weights: Path | 
     )
     return TeacherEnsemble(
         encoder=CropEncoder(teacher, crop_settings(run)),
-        background=None if background is None else teacher.encode_text([str(one) for one in prompts]).cpu(),
+        background=None if background is None else teacher.encode_text(texts(background)).cpu(),
         weight_base=settings.teacher_weight_base,
         weight_novel=settings.teacher_weight_novel,
         device=torch.device(device),

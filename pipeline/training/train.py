@@ -144,7 +144,7 @@ def _require_regions(store: Store, config: Config) -> None:
 
 def _require_objectness(store: Store, config: TrainConfig) -> None:
     """Raise ConfigError for pseudo-labels from a store whose regions are not scored by objectness alone."""
-    weight = proposal_settings(store.manifest).get("objectness_weight", 1)
+    weight = proposal_settings(store.manifest)["objectness_weight"]
     if config.pseudo_confidence and ("proposer" not in store.manifest.products or weight != 1):
         raise ConfigError(
             f"{store.path}: train.pseudo_confidence={config.pseudo_confidence:g} needs regions with the objectness of "

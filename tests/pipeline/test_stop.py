@@ -34,16 +34,9 @@ from tests.pipeline.stopkit import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = (
-    "adapt.steps=4",
-    "adapt.batch_size=32",
-    "proposals.search=exhaustive",
-    "proposals.sizes=[40]",
-    "proposals.stride=0.5",
-    "build.block_images=1",
-)
 OF_RUN = [one for one in OF_SHAPES if one.startswith(("model.", "train."))]
 OF_STORE = [one for one in OF_SHAPES if one not in OF_RUN]
+QUICK = (*OF_STORE, "build.block_images=1")
 ENDLESS = ("train.steps=100000", "train.batch_size=2", "train.checkpoint_every=100000")
 
 
