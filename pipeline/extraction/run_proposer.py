@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.adapt import flatten
-from ezsd.pipeline.config.schema import ProposerConfig, from_tables
+from ezsd.pipeline.config.schema import ProposerConfig
 from ezsd.pipeline.errors import ConfigError, RunError
 from ezsd.pipeline.extraction.proposer import make_proposer, proposer_state, values_digest
 from ezsd.pipeline.extraction.request import BuildRequest
@@ -40,9 +40,7 @@ def with_run_network(request: BuildRequest) -> BuildRequest:
     run = _open(config.proposer.run)
     run.finished()
     _require_base_boxes(run, request.dataset.split)
-    spec = run.spec
-    own = from_tables(spec["config"], where=str(run.folder / "run.json"))  # type: ignore[arg-type]
-    weights = spec["backbone_weights"]
+    own, weights = run.config, run.spec["backbone_weights"]
     network = dataclasses.replace(
         config.proposer,
         backbone=own.model.backbone,

@@ -170,7 +170,7 @@ def load_trained(
         TeacherError: see `run_teacher`.
     """
     checkpoint, spec, tables = run.finished(), run.spec, run.embeddings()
-    own = run_config(run)
+    own = run.config
     config = at_test_time(own, overrides)
     if config.model.masks and not own.model.masks:
         raise RunError(f"`run={run.folder}`: was trained without masks; train another one with `model.masks=true`")
@@ -268,24 +268,15 @@ def adapt_back(run: Run, teacher: Teacher) -> None:
     restore(teacher.layer_norms(), run.embeddings()["layer_norms"].numpy(), table)
 
 
-def run_config(run: Run) -> Config:
-    """Configuration that a run was trained with."""
-    return from_tables(_table(run.spec, "config"), where=str(run.folder / "run.json"))
-
-
 def crop_settings(run: Run) -> Config:
     """Configuration of a run with the crop rule of its store, which runs of earlier versions do not record."""
-    tables, made_with = to_tables(run_config(run)), proposal_settings(run_manifest(run))
+    tables, made_with = to_tables(run.config), proposal_settings(run_manifest(run))
     rule = {key: made_with[key] for key in ("crop_ratio", "padding")}
     return from_tables(tables | {"proposals": tables["proposals"] | rule}, where="store")
 
 
 def run_manifest(run: Run) -> Manifest:
     """Manifest of the store that a run was trained from."""
-    return Manifest.from_fields(_table(run.spec, "store")["manifest"], str(run.folder))
-
-
-def _table(spec: Mapping[str, object], key: str) -> dict[str, dict[str, object]]:
-    value = spec[key]
-    assert isinstance(value, dict)
-    return value
+    store = run.spec["store"]
+    assert isinstance(store, dict)
+    return Manifest.from_fields(store["manifest"], str(run.folder))

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from ezsd.cache import Difference, FileLock, differences, file_digest, rename, short_json, sync, write_atomic
 from ezsd.pipeline.config.names import with_todays_names
-from ezsd.pipeline.config.schema import STAGE_ONE, with_defaults
+from ezsd.pipeline.config.schema import STAGE_ONE, Config, from_tables, with_defaults
 from ezsd.pipeline.errors import DamagedFile, RunError
 from ezsd.pipeline.files import as_json, parse_object, read_object, write_json, write_text
 from ezsd.pipeline.runs.folder import require_run
@@ -204,6 +204,13 @@ class Run:
         if isinstance(found.get("config"), dict):
             found["config"] = with_todays_names(found["config"])
         return found
+
+    @property
+    def config(self) -> Config:
+        """Configuration that the run is trained with."""
+        tables = self.spec["config"]
+        assert isinstance(tables, dict)
+        return from_tables(tables, where=str(self.folder / "run.json"))
 
     @property
     def environment(self) -> dict[str, object]:
