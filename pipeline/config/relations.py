@@ -563,7 +563,7 @@ def require_fit(config: Config) -> None:
     _require(
         not train.pseudo_confidence or config.loss.novel_names,
         f"train.pseudo_confidence={train.pseudo_confidence:g} makes pseudo-labels of novel classes, and the "
-        "classification has base classes alone; set loss.novel_names=true, or leave the setting out",
+        "classification has base classes alone; set loss.novel_names=true, or train.pseudo_confidence=0",
     )
     _require(
         not 0 < config.proposer.max_size < min(config.proposer.rpn_sizes),

@@ -149,7 +149,7 @@ def _require_objectness(store: Store, config: TrainConfig) -> None:
         raise ConfigError(
             f"{store.path}: train.pseudo_confidence={config.pseudo_confidence:g} needs regions with the objectness of "
             "a proposal network, and the teacher has a part in the scores of this store; build one with "
-            "`proposals.search=learned` and `proposals.objectness_weight=1`, or leave the setting out"
+            "`proposals.search=learned` and `proposals.objectness_weight=1`, or train with `train.pseudo_confidence=0`"
         )
 
 
