@@ -30,7 +30,13 @@ from ezsd.pipeline.inference.evaluation_tables import at_limit
 from ezsd.pipeline.training.train import TrainRequest, train
 
 TRAIN_IMAGES, VAL_IMAGES = 500, 250
-SETTINGS = ("proposals.search=exhaustive", "proposals.sizes=[36]", "proposals.stride=0.5", "train.steps=400")
+SETTINGS = (
+    "proposals.search=exhaustive",
+    "proposals.sizes=[36]",
+    "proposals.stride=0.5",
+    "train.pseudo_confidence=0",
+    "train.steps=400",
+)
 """Of all arms: a grid of 36 anchors and half the preset's steps, for the question is about base classes."""
 FREQUENT = 4
 """Base classes in as many images as come."""

@@ -284,7 +284,7 @@ def train_modes(work: Path, seed: int, images: int, arms: list[str], *, train_se
     """AP50 of a detector per arm, trained on the first training images alone."""
     dataset = find_dataset("shapes", work / f"data-{seed}")
     for name in arms:
-        config = with_arm(on_grid(load_preset("shapes")), ARMS[name])
+        config = with_arm(on_grid(load_preset("shapes", ["train.pseudo_confidence=0"])), ARMS[name])
         store = work / f"train-{seed}-{name.replace(' ', '-').replace(',', '')}"
         reuse = work / f"cache-{seed}"
         build_cache(BuildRequest(dataset=dataset, config=config, out=store, limit=images, workers=1, reuse=reuse))
@@ -312,7 +312,7 @@ def network_boxes(detector: Detector, pixels: Tensor) -> Tensor:
 def network_row(work: Path, seed: int, images: int) -> driver.Row:
     """Recall of the proposal network of a detector that learned from all training scenes' base boxes and no CLIP."""
     _, pictures = shapes_bench("scenes", work, seed, images)
-    config = load_preset("shapes", ["loss.distillation=0", "model.ignore_confidence=2.0"])
+    config = load_preset("shapes", ["loss.distillation=0", "model.ignore_confidence=2.0", "train.pseudo_confidence=0"])
     run = train(TrainRequest(cache=work / f"cache-{seed}", run=work / f"network-{seed}", config=config))
     detector = load_trained(run, "cpu").detector
     found = [network_boxes(detector, picture.pixels) for picture in pictures]

@@ -86,6 +86,7 @@ FAST = (
     "proposals.sizes=[60]",
     "proposals.stride=1.0",
     "build.block_images=6",
+    "train.pseudo_confidence=0",
 )
 """Settings of a build of seconds."""
 

@@ -402,10 +402,12 @@ def test_pseudo_labels_need_objectness(shapes_store, learned_store, shapes_datas
 
 def test_pseudo_labels_without_novel_names_in_the_loss_are_refused():
     without = ["loss.novel_names=false"]
-    with pytest.raises(ConfigError, match=r"pseudo_confidence=0\.7 .* set loss\.novel_names=true, or leave"):
+    with pytest.raises(ConfigError, match=r"or train\.pseudo_confidence=0$"):
+        load_settings("shapes", without)
+    with pytest.raises(ConfigError, match=r"pseudo_confidence=0\.7 .* set loss\.novel_names=true, or train\.pseudo"):
         load_settings("shapes", ["train.pseudo_confidence=0.7", *without])
-    assert load_settings("shapes", without).train.pseudo_confidence == 0
-    assert load_settings("shapes", ["train.pseudo_confidence=0.7"]).loss.novel_names
+    assert not load_settings("shapes", [*without, "train.pseudo_confidence=0"]).loss.novel_names
+    assert load_settings("shapes", ["train.pseudo_confidence=0.9"]).loss.novel_names
 
 
 def test_seesaw_counts_and_repeat_factors_know_no_pseudo_label(learned_store, tmp_path):

@@ -27,6 +27,7 @@ SETTINGS = (
     "proposals.sizes=[60]",
     "proposals.stride=1.0",
     "build.block_images=8",
+    "train.pseudo_confidence=0",
     "train.steps=1",
     "train.batch_size=2",
     "train.warmup_steps=0",
