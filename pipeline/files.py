@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ezsd.cache import write_atomic
-from ezsd.pipeline.errors import DamagedFile
+from ezsd.cache import rename, write_atomic
+from ezsd.pipeline.errors import ArgumentError, DamagedFile
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -53,3 +55,25 @@ def write_json(path: Path, value: object) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file: all of it or nothing."""
     write_atomic(path, text.encode())
+
+
+def require_new_folder(out: Path) -> None:
+    """ArgumentError for a place where there is something already; an empty folder is nothing."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ArgumentError(f"`out={out}`: is not empty; choose a new folder, or empty it")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which appears at `out` when it is whole, or not at all.
+
+    What a killed process leaves is beside it, as `.NAME.partial`, and goes with the next start.
+    """
+    draft = out.absolute().with_name(f".{out.absolute().name}.partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        rename(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

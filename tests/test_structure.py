@@ -39,8 +39,8 @@ ONCE = {
     "os.fsync": {"cache/files.py"},
     "fcntl.lockf": {"cache/files.py"},
     "fcntl.flock": set(),
-    # The folders of these two can be made again: nothing is flushed.
-    ".rename": {"cache/files.py", "pipeline/data/annotation_cache.py", "pipeline/data/shapes.py"},
+    # What the second one keeps can be made again: nothing is flushed.
+    ".rename": {"cache/files.py", "pipeline/data/annotation_cache.py"},
     "os.replace": set(),
     # ezsd/ imports no other part.
     "hashlib.file_digest": {"cache/files.py", "ezsd/teacher/weights.py"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -13,9 +12,10 @@ from pathlib import Path
 from PIL import Image
 
 from ezsd.choices import Benchmark
+from ezsd.data.coco_document import LabelledBox, LabelledImage, coco_document
 from ezsd.data.shapes import IMAGE_SIZE, SHAPES_SPLIT, Scene, SceneSplit, scene
 from ezsd.pipeline.errors import DatasetError
-from ezsd.pipeline.files import read_object
+from ezsd.pipeline.files import new_folder, read_object
 from ezsd.pipeline.interrupts import shielded
 from ezsd.pipeline.progress import Progress
 
@@ -54,16 +54,15 @@ def write_shapes(
         if found.is_file() and read_object(found) == options:
             return
         raise DatasetError(f"`out={out}`: exists and is not this very dataset; choose another folder or remove it")
-    partial_folder = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    (partial_folder / "annotations").mkdir(parents=True)
     splits: tuple[tuple[SceneSplit, int], ...] = (("train", train), ("val", val))
     with (
+        new_folder(out) as draft,
         Progress(benchmark, train + val, unit="image") as progress,
         ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool,
     ):
+        (draft / "annotations").mkdir()
         for split, count in splits:
-            folder = partial_folder / split
+            folder = draft / split
             folder.mkdir()
             records = []
             with shielded():
@@ -77,9 +76,8 @@ def write_shapes(
                 pool.shutdown(cancel_futures=True)
                 raise
             document = _document(records)
-            (partial_folder / f"annotations/instances_{split}.json").write_text(json.dumps(document, indent=1))
-    (partial_folder / f"{benchmark}.json").write_text(json.dumps(options, indent=1) + "\n")
-    partial_folder.rename(out)
+            (draft / f"annotations/instances_{split}.json").write_text(json.dumps(document, indent=1))
+        (draft / f"{benchmark}.json").write_text(json.dumps(options, indent=1) + "\n")
 
 
 def _write_scene(
@@ -92,19 +90,18 @@ def _write_scene(
 
 def _document(records: list[tuple[list[list[float]], list[str]]]) -> dict[str, object]:
     """The COCO tables. Category ids have gaps and another order than the split, as COCO's do."""
-    names = sorted(SHAPES_SPLIT.names)
-    category = {name: 3 * i + 2 for i, name in enumerate(names)}
-    images: list[dict[str, object]] = []
-    annotations: list[dict[str, object]] = []
-    for index, (boxes, labels) in enumerate(records):
-        image_id = index + 1
-        size = {"width": IMAGE_SIZE, "height": IMAGE_SIZE}
-        images.append({"id": image_id, "file_name": f"{image_id:06d}.png", **size})
-        for (x1, y1, x2, y2), name in zip(boxes, labels, strict=True):
-            bbox = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
-            number = len(annotations) + 1
-            area = round(bbox[2] * bbox[3], 2)
-            entry = {"id": number, "image_id": image_id, "category_id": category[name], "bbox": bbox}
-            annotations.append({**entry, "area": area, "iscrowd": 0})
-    categories = [{"id": number, "name": name} for name, number in category.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    category = {name: 3 * i + 2 for i, name in enumerate(sorted(SHAPES_SPLIT.names))}
+    images = [
+        LabelledImage(
+            id=number,
+            file_name=f"{number:06d}.png",
+            width=IMAGE_SIZE,
+            height=IMAGE_SIZE,
+            boxes=[
+                LabelledBox(name=name, xywh=(x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)))
+                for (x1, y1, x2, y2), name in zip(boxes, names, strict=True)
+            ],
+        )
+        for number, (boxes, names) in enumerate(records, start=1)
+    ]
+    return coco_document(images, category)
