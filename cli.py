@@ -58,10 +58,23 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DataRoot = Annotated[Path | None, typer.Option(help="Image folder, if it has moved.")]
 MovedWeights = Annotated[Path | None, typer.Option("--weights", help="The teacher's weights, if they have moved.")]
 RunFolder = Annotated[Path, typer.Option("--run", help="A run folder made by `ezsd train`.")]
-DatasetName = Annotated[str, typer.Option(help="shapes, clutter, coco, lvis, lvis-frequent, or your own FILE.toml.")]
+DatasetName = Annotated[
+    str,
+    typer.Option(
+        help="shapes, clutter, coco, lvis, lvis-frequent, voc-16-4, voc-15-5, your own FILE.toml, or a COCO FILE.json."
+    ),
+]
 DatasetRoot = Annotated[
     Path | None,
-    typer.Option(help="Folder of images and annotations; data/NAME or the TOML file's folder by default."),
+    typer.Option(help="Folder of images and annotations; data/NAME or the file's folder by default."),
+]
+NovelOfJson = Annotated[
+    list[str] | None,
+    typer.Option("--novel", help="With FILE.json: novel classes, as CSV; all others are base."),
+]
+NovelFileOfJson = Annotated[
+    list[Path] | None,
+    typer.Option("--novel-file", help="With FILE.json: file of novel classes, one name per line."),
 ]
 Verify = Annotated[
     Literal["full", "quick"],
@@ -124,21 +137,124 @@ def _draw(benchmark: Benchmark, out: Path, train: int, val: int, seed: int) -> N
     typer.echo(f"{out}: {train} training and {val} validation images, seed {seed}")
 
 
+ConvertedFolder = Annotated[Path, typer.Option(help="Output folder.")]
+BaseNames = Annotated[list[str] | None, typer.Option("--base", help="Base classes, as CSV; all others are novel.")]
+BaseFiles = Annotated[list[Path] | None, typer.Option(help="File of base classes, one name per line.")]
+NovelNames = Annotated[list[str] | None, typer.Option("--novel", help="Novel classes, as CSV; all others are base.")]
+NovelFiles = Annotated[list[Path] | None, typer.Option(help="File of novel classes, one name per line.")]
+CopyImages = Annotated[bool, typer.Option("--copy", help="Copy the images instead of linking to their folder.")]
+
+
+@data_app.command("voc", epilog="Example:  ezsd data voc --root VOCdevkit --out data/voc")
+@keeping("the folder appears when it is whole; run the same command again")
+def data_voc(
+    root: Annotated[Path, typer.Option(help="VOCdevkit, or its folder VOC2007 or VOC2012.")],
+    out: ConvertedFolder,
+    year: Annotated[Literal["2007", "2012"], typer.Option(help="Edition.")] = "2007",
+    copy: CopyImages = False,
+) -> None:
+    """Convert Pascal VOC to a COCO-format folder, for --dataset voc-16-4 and voc-15-5."""
+    from ezsd.pipeline.console.data_messages import conversion_lines
+    from ezsd.pipeline.data.voc import convert_voc
+
+    typer.echo("\n".join(conversion_lines(convert_voc(root, year, out, copy=copy), copied=copy)))
+
+
+@data_app.command("convert", epilog="Example:  ezsd data convert farm --out data/farm --novel 'goat,sheep'")
+@keeping("the folder appears when it is whole; run the same command again")
+def data_convert(
+    folder: Annotated[Path, typer.Argument(help="Folder of images with Pascal-VOC XML or YOLO text files.")],
+    out: ConvertedFolder,
+    format_: Annotated[
+        Literal["voc", "yolo"] | None, typer.Option("--format", help="Format of the labels; found by default.")
+    ] = None,
+    corners: Annotated[
+        Literal["inclusive", "edges"],
+        typer.Option(help="XML: corners are pixels counted from 1, as in VOC, or distances from the image's edges."),
+    ] = "inclusive",
+    names: Annotated[
+        Path | None, typer.Option(help="YOLO: data.yaml or classes.txt with the class names; looked for by default.")
+    ] = None,
+    base: BaseNames = None,
+    base_file: BaseFiles = None,
+    novel: NovelNames = None,
+    novel_file: NovelFiles = None,
+    copy: CopyImages = False,
+) -> None:
+    """Convert images with Pascal-VOC or YOLO labels to a COCO-format folder with its FILE.toml."""
+    from ezsd.pipeline.console.arguments import class_names
+    from ezsd.pipeline.console.data_messages import conversion_lines
+    from ezsd.pipeline.data.convert import convert_folder
+
+    made = convert_folder(
+        folder,
+        out,
+        format=format_,
+        corners=corners,
+        names=names,
+        base=class_names("--base", lists=base or (), files=base_file or ()),
+        novel=class_names("--novel", lists=novel or (), files=novel_file or ()),
+        copy=copy,
+    )
+    typer.echo("\n".join(conversion_lines(made, copied=copy)))
+
+
+@data_app.command("split", epilog="Example:  ezsd data split all.json --out data/farm --val 0.2 --novel goat")
+@keeping("the folder appears when it is whole; run the same command again")
+def data_split(
+    annotations: Annotated[Path, typer.Argument(help="A COCO-format JSON file.")],
+    out: ConvertedFolder,
+    data_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the images; looked for around the JSON file by default."),
+    ] = None,
+    val: Annotated[
+        str | None, typer.Option(metavar="N|FRACTION", help="Validation images: 500, 0.2 or 20%; none by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of validation images.")] = 0,
+    base: BaseNames = None,
+    base_file: BaseFiles = None,
+    novel: NovelNames = None,
+    novel_file: NovelFiles = None,
+) -> None:
+    """Split one COCO JSON into training and validation images, base and novel classes; write FILE.toml."""
+    from ezsd.pipeline.console.arguments import class_names
+    from ezsd.pipeline.console.data_messages import conversion_lines, parse_val
+    from ezsd.pipeline.data.split_images import split_images
+
+    made = split_images(
+        annotations,
+        out,
+        data_root=data_root,
+        val=None if val is None else parse_val(val),
+        seed=seed,
+        base=class_names("--base", lists=base or (), files=base_file or ()),
+        novel=class_names("--novel", lists=novel or (), files=novel_file or ()),
+    )
+    typer.echo("\n".join(conversion_lines(made)))
+
+
 @data_app.command("check", epilog="Example:  ezsd data check --dataset coco --data-root DIR")
 @keeping("a check leaves nothing behind; run the same command again")
 def data_check(
     dataset: DatasetName,
     data_root: DatasetRoot = None,
+    novel: NovelOfJson = None,
+    novel_file: NovelFileOfJson = None,
     decode: Annotated[bool, typer.Option("--decode", help="Decode whole images, not only their headers.")] = False,
     masks: Annotated[
         bool, typer.Option("--masks", help="Check segmentations too; model.masks=true needs them.")
     ] = False,
 ) -> None:
     """List all problems of a dataset with their places; exit code 2 if there are any."""
+    from ezsd.pipeline.console.arguments import class_names
+
+    names = class_names("--novel", lists=novel or (), files=novel_file or ())
     from ezsd.pipeline.data.check import check_dataset, check_table
     from ezsd.pipeline.data.datasets import find_dataset
 
-    found = check_dataset(find_dataset(dataset, data_root, strict=False), decode=decode, masks=masks)
+    named = find_dataset(dataset, data_root, strict=False, novel=names)
+    found = check_dataset(named, decode=decode, masks=masks)
     for warning in found.warnings:
         typer.echo(f"warning: {as_options(warning)}")
     for line in (*found.problems, *found.notes):
@@ -165,6 +281,8 @@ Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve the Dask das
 def cache_build(
     dataset: DatasetName,
     data_root: DatasetRoot = None,
+    novel: NovelOfJson = None,
+    novel_file: NovelFileOfJson = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the store; cache/NAME by default.")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="An open_clip model, tiny-shapes, or plugin:package.module:factory.")
@@ -203,8 +321,10 @@ def cache_build(
     set_: Set = None,
 ) -> None:
     """Re-normalise the teacher, find CLIP proposals and embed them; once per dataset and teacher."""
-    from ezsd.pipeline.console.arguments import parse_share, require_scheduler
+    from ezsd.pipeline.console.arguments import class_names, parse_share, require_novel, require_scheduler
 
+    names = class_names("--novel", lists=novel or (), files=novel_file or ())
+    require_novel(dataset, names)
     share = None if blocks is None else parse_share(blocks)
     require_scheduler(scheduler, workers=workers, dashboard=dashboard, share=share)
     from ezsd.pipeline.console.defaults import build_config, drawn, require_known_teacher
@@ -213,7 +333,7 @@ def cache_build(
 
     # What can be refused is, before anything heavy is loaded and before the benchmark is drawn.
     require_device_name(device)
-    named = find_dataset(dataset, data_root)
+    named = find_dataset(dataset, data_root, novel=names)
     start = preset or named.preset
     config = build_config(
         start,

@@ -150,6 +150,14 @@ def photos() -> Path:
 
 
 @pytest.fixture(scope="session")
+def voc_photos() -> Path:
+    folder = os.environ.get("EZSD_VOC")
+    if not folder:
+        pytest.skip("EZSD_VOC names no folder of photos of Pascal VOC 2007")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def conse_tools() -> Path:
     folder = os.environ.get("EZSD_CONSE")
     if not folder:

@@ -9,9 +9,9 @@ from functools import cache
 OPTIONS = frozenset(
     [
         *("accept_store", "activation", "annotations", "backbone_weights", "base", "blocks", "cache", "classes"),
-        *("compare", "dashboard", "data_root", "dataset", "detections", "device", "format", "limit"),
-        *("max_detections", "novel", "out", "reuse", "run", "scheduler", "split", "split_file", "teacher"),
-        *("weights", "workers"),
+        *("compare", "copy", "corners", "dashboard", "data_root", "dataset", "detections", "device", "format", "limit"),
+        *("max_detections", "names", "novel", "out", "reuse", "root", "run", "scheduler", "split", "split_file"),
+        *("teacher", "val", "weights", "workers"),
     ]
 )
 """Parameters whose options have their names."""

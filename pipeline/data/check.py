@@ -89,7 +89,7 @@ def check_dataset(dataset: Dataset, *, decode: bool = False, masks: bool = False
         require_prompts(dataset.split, dataset.prompt_settings())
     except (ConfigError, VocabularyError) as error:
         problems.append(f"{dataset.name}: {error}")
-    for name in ("train", "val"):
+    for name in dataset.parts:
         path, source = dataset.annotations(name), dataset.images(name)
         if not path.exists():
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ezsd.choices import Benchmark
+from ezsd.data.pascal_voc import VOC_SPLITS
 from ezsd.data.shapes import BENCHMARKS, SPLITS
 from ezsd.errors import VocabularyError
 from ezsd.pipeline.config.descriptions import read_descriptions
@@ -19,8 +21,9 @@ from ezsd.pipeline.config.schema import TeacherConfig
 from ezsd.pipeline.data.annotation_cache import Category, read_categories, sound_categories
 from ezsd.pipeline.data.image_source import ImageSource, image_source, needed_files
 from ezsd.pipeline.data.images import Exif
-from ezsd.pipeline.data.split import frequency_split, is_names
-from ezsd.pipeline.errors import DatasetError
+from ezsd.pipeline.data.single_json import find_images
+from ezsd.pipeline.data.split import frequency_split, is_names, named_split
+from ezsd.pipeline.errors import ArgumentError, DatasetError
 from ezsd.pipeline.files import as_json
 from ezsd.vocabulary import COCO_SPLIT, Split, canonical, clean_names, resolve, suggest, templates
 from ezsd.vocabulary import prompts as make_prompts
@@ -33,7 +36,7 @@ class Dataset:
     """A dataset: its place on disk, the split of its classes, and the rule for reading its images."""
 
     name: str
-    """One of `DATASETS`, or what a TOML file says."""
+    """One of `DATASETS`, what a TOML file says, or the name of a JSON file."""
     root: Path
     """Folder that holds images and annotations."""
     split: Split
@@ -42,10 +45,10 @@ class Dataset:
     """Folder or tar files below root, see `image_source`."""
     train_annotations: str
     """COCO-format JSON below root."""
-    val_images: str
-    """Folder or tar files below root, see `image_source`."""
-    val_annotations: str
-    """COCO-format JSON below root."""
+    val_images: str | None
+    """Folder or tar files below root, see `image_source`; None without a validation part."""
+    val_annotations: str | None
+    """COCO-format JSON below root; None without a validation part."""
     preset: str = "coco"
     """Settings to start from, unless others are asked for."""
     prompts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -54,13 +57,30 @@ class Dataset:
     exif: Exif = "turn"
     """Rule for the EXIF orientation of its images."""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts: "train", and "val" if there is a validation part."""
+        return ("train",) if self.val_annotations is None else ("train", "val")
+
     def annotations(self, part: str) -> Path:
-        """The annotation file of "train" or "val"."""
-        return self.root / str(getattr(self, f"{part}_annotations"))
+        """The annotation file of "train" or "val". DatasetError for a part that the dataset does not have."""
+        return self.root / self._place(part, "annotations")
 
     def images(self, part: str) -> ImageSource:
-        """The images of "train" or "val"."""
-        return image_source(self.root, getattr(self, f"{part}_images"), self.exif)
+        """The images of "train" or "val". DatasetError for a part that the dataset does not have."""
+        return image_source(self.root, self._place(part, "images"), self.exif)
+
+    def _place(self, part: str, key: str) -> str:
+        self.require_part(part)
+        return str(getattr(self, f"{part}_{key}"))
+
+    def require_part(self, part: str) -> None:
+        """DatasetError unless the dataset has a part."""
+        if part not in self.parts:
+            raise DatasetError(
+                f"dataset {self.name} has no validation part to evaluate on; take `split=train`, or give `detections` "
+                "(the output of `ezsd detect --json`) and the `annotations` of other images"
+            )
 
     def prompt_settings(self) -> TeacherConfig:
         """Settings of a teacher with the dataset's own prompts. ConfigError if its descriptions are not sound."""
@@ -69,19 +89,24 @@ class Dataset:
         return TeacherConfig(name="", **{**self.prompts, **descriptions})
 
     def require(self, *parts: str) -> Dataset:
-        """Self, once annotations and images of "train" and "val", or of some part, exist.
+        """Self, once annotations and images of all of its parts, or of some, exist.
 
         Raises:
             DatasetError: names all places that do not exist, and what is there instead.
         """
+        for part in parts:
+            self.require_part(part)
         missing = self.missing(*parts)
         if missing:
             raise DatasetError(f"`data_root={self.root}`: {'; '.join(missing)}")
         return self
 
     def missing(self, *parts: str) -> list[str]:
-        """A phrase for each place that does not exist."""
-        wanted = [(part, key) for part in parts or ("train", "val") for key in ("annotations", "images")]
+        """A phrase for each place that does not exist; of all parts, or of some."""
+        lacking = [part for part in parts if part not in self.parts]
+        if lacking:
+            return ["no validation part"]
+        wanted = [(part, key) for part in parts or self.parts for key in ("annotations", "images")]
         named: dict[str, list[str]] = {}
         for part, key in wanted:
             named.setdefault(getattr(self, f"{part}_{key}"), []).append(f"[{part}] {key}")
@@ -139,34 +164,45 @@ DRAWN: dict[str, tuple[Benchmark, Split]] = {
     for suffix, split in zip(("", "-split2", "-split3", "-split4"), SPLITS, strict=True)
 }
 """The embedded benchmarks by name of dataset: which scenes, and which of their names are novel."""
-DATASETS = (*DRAWN, "coco", "lvis", "lvis-frequent")
-"""Names that `find_dataset` knows; anything that ends in .toml is a file."""
+DATASETS = (*DRAWN, "coco", "lvis", "lvis-frequent", *VOC_SPLITS)
+"""Names that `find_dataset` knows; anything that ends in .toml or .json is a file."""
 
 
-def find_dataset(name: str, root: Path | None = None, *, strict: bool = True) -> Dataset:
-    """A dataset by name or by a TOML file.
+def find_dataset(
+    name: str, root: Path | None = None, *, strict: bool = True, novel: Sequence[str] | None = None
+) -> Dataset:
+    """A dataset by name, by a TOML file or by one annotation file.
 
-    Only what decides the split is read: of "lvis" and of a file whose novel names are "others" the categories of the
-    training annotations.
+    Only what decides the split is read: of "lvis", of a JSON file and of a TOML file whose novel names are "others" the
+    categories of the training annotations.
 
     Args:
-        name: one of `DATASETS`, or the path of a TOML file.
-        root: folder with images and annotations; data/NAME (of "shapes-split2" data/shapes, and so on) or the TOML
-            file's own by default.
+        name: one of `DATASETS`, or the path of a TOML file, or of a COCO-format JSON file: a dataset without validation
+            part whose classes are all base ones but for `novel`.
+        root: folder with images and annotations; data/NAME (of "shapes-split2" data/shapes, of VOC's splits data/voc,
+            and so on) or the file's own by default. Of a JSON file see `find_images`.
         strict: False takes what is sound of class tables and prompts that are faulty: `ezsd.pipeline.data.check` lists
             the rest.
+        novel: novel classes of a JSON file, which it need not know.
 
     Raises:
+        ArgumentError: `novel` for anything but a JSON file.
         DatasetError: an unknown name, or a TOML file that is not as it must be.
         AnnotationError: the categories cannot be read.
         VocabularyError: a name is empty or doubled, or prompts cannot be made of the names.
     """
     require_known(name)
+    if name.endswith(".json"):
+        return _from_json(Path(name), root, strict, novel)
+    if novel is not None:
+        raise ArgumentError(f"`novel` goes with a JSON file as `dataset`; {name} says itself which classes are novel")
     if name.endswith(".toml"):
         return _from_toml(Path(name), root, strict)
     if name in DRAWN:
         benchmark, split = DRAWN[name]
         return _standard(name, root or Path("data") / benchmark, split, "train", "val", preset="shapes")
+    if name in VOC_SPLITS:
+        return _voc(name, root or Path("data/voc"))
     folder = root or Path("data") / name
     if name == "coco":
         return _standard(name, folder, COCO_SPLIT, "train2017", "val2017")
@@ -174,13 +210,13 @@ def find_dataset(name: str, root: Path | None = None, *, strict: bool = True) ->
 
 
 def require_known(name: str) -> None:
-    """DatasetError for a name that is not a dataset's, or a TOML file that is not there."""
-    if name.endswith(".toml"):
+    """DatasetError for a name that is not a dataset's, or a file that is not there."""
+    if name.endswith((".toml", ".json")):
         if not Path(name).is_file():
             raise DatasetError(f"`dataset={name}`: no such file")
     elif name not in DATASETS:
         choice = ", ".join(DATASETS)
-        raise DatasetError(f"`dataset={name}`: unknown; choose one of {choice}, or a file that ends in .toml")
+        raise DatasetError(f"`dataset={name}`: unknown; choose one of {choice}, or a file that ends in .toml or .json")
 
 
 def _standard(name: str, root: Path, split: Split, train: str, val: str, *, preset: str = "coco") -> Dataset:
@@ -195,6 +231,42 @@ def _standard(name: str, root: Path, split: Split, train: str, val: str, *, pres
         val_annotations=f"annotations/instances_{val}.json",
         preset=preset,
     )
+
+
+def _voc(name: str, root: Path) -> Dataset:
+    """Pascal VOC as `ezsd data voc` lays it out."""
+    return Dataset(
+        name=name,
+        root=root,
+        split=VOC_SPLITS[name],
+        train_images="train",
+        train_annotations="train.json",
+        val_images="val",
+        val_annotations="val.json",
+    )
+
+
+def _from_json(path: Path, root: Path | None, strict: bool, novel: Sequence[str] | None) -> Dataset:
+    """The images and categories of one file, none of them for validation."""
+    categories = (read_categories if strict else sound_categories)(path)
+    left_out = _only_supercategories(categories)
+    names = {canonical(one.name): one.name for one in categories if canonical(one.name) not in left_out}
+    folder, images = find_images(path, root)
+    return Dataset(
+        name=dataset_name(path.stem),
+        root=folder,
+        split=named_split(tuple(names.values()), where=path, base=None, novel=novel),
+        train_images=images,
+        train_annotations=os.path.relpath(path, folder),
+        val_images=None,
+        val_annotations=None,
+    )
+
+
+def dataset_name(words: str) -> str:
+    """The name of a dataset made of a folder's or file's: letters, digits, '-', '_' and '.', and no built-in's."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", words).strip("-_.") or "dataset"
+    return f"own-{name}" if name in DATASETS else name
 
 
 def _lvis(name: str, root: Path) -> Dataset:
@@ -260,11 +332,14 @@ def _from_toml(path: Path, root: Path | None, strict: bool) -> Dataset:
         split=_toml_split(tables, folder, path, strict),
         train_images=tables["train"]["images"],
         train_annotations=tables["train"]["annotations"],
-        val_images=tables["val"]["images"],
-        val_annotations=tables["val"]["annotations"],
+        val_images=tables["val"]["images"] if "val" in tables else None,
+        val_annotations=tables["val"]["annotations"] if "val" in tables else None,
         prompts=prompts,
         exif=tables.get("exif", "turn"),
     )
+    # Files of VOC's splits are what `ezsd data voc` writes beside the data.
+    if dataset.name in DATASETS and dataset.split != VOC_SPLITS.get(dataset.name):
+        raise DatasetError(f"{path}: name: {dataset.name!r} is a built-in dataset; choose another")
     if strict:
         require_prompts(dataset.split, dataset.prompt_settings())
     return dataset
@@ -298,13 +373,15 @@ def _listed(key: str, value: object) -> bool:
 def _check_toml(tables: dict[str, object], path: Path) -> None:
     """Known keys alone, none missing, texts where texts belong."""
     for section, keys in _TOML_KEYS.items():
+        if section == "val" and section not in tables:
+            continue
         table = tables.get(section, {}) if section else tables
         where = f"{path}: [{section}]" if section else f"{path}:"
         if not isinstance(table, dict):
             raise DatasetError(f"{where} expected a table, found {table!r}")
         for key in table.keys() - set(keys):
             raise DatasetError(f"{where} unknown key {key!r}; {suggest(key, keys)}")
-        optional = ("prompts", "exif") if not section else keys if section == "prompts" else ()
+        optional = ("val", "prompts", "exif") if not section else keys if section == "prompts" else ()
         for key in keys:
             if key not in table and key not in optional:
                 raise DatasetError(f"{where} {key} is missing; docs/datasets.md shows a whole file")
@@ -318,8 +395,6 @@ def _check_toml(tables: dict[str, object], path: Path) -> None:
         raise DatasetError(f"{path}: name: expected letters, digits, '-', '_' and '.', found {tables['name']!r}")
     if tables.get("exif", "turn") not in ("turn", "ignore"):
         raise DatasetError(f'{path}: exif: expected "turn" or "ignore", found {tables["exif"]!r}')
-    if tables["name"] in DATASETS:
-        raise DatasetError(f"{path}: name: {tables['name']!r} is a built-in dataset; choose another")
 
 
 def _toml_split(tables: dict[str, Mapping[str, object]], root: Path, path: Path, strict: bool) -> Split:
@@ -335,15 +410,17 @@ def _toml_split(tables: dict[str, Mapping[str, object]], root: Path, path: Path,
     if novel != "others":
         raise DatasetError(f'{path}: [classes] novel: expected a list of names or "others", found {novel!r}')
     known = {canonical(name) for name in cast("list[str]", base)}
-    train, val = (
-        _categories(root, str(tables[part]["annotations"]), path.name, strict=strict) for part in ("train", "val")
+    train, *others = (
+        _categories(root, str(tables[part]["annotations"]), path.name, strict=strict)
+        for part in ("train", "val")
+        if part in tables
     )
-    roots = _only_supercategories(train, val) - known
+    roots = _only_supercategories(train, *others) - known
     if roots:
         named = ", ".join(repr(name) for name in sorted(roots))
         log.info('%s: novel = "others" leaves out %s: only the supercategory of others, without a box', path, named)
-    others = {canonical(one.name): one.name for one in train if canonical(one.name) not in known | roots}
-    return Split(base=tuple(cast("list[str]", base)), novel=tuple(sorted(others.values())))
+    rest = {canonical(one.name): one.name for one in train if canonical(one.name) not in known | roots}
+    return Split(base=tuple(cast("list[str]", base)), novel=tuple(sorted(rest.values())))
 
 
 def _only_supercategories(*parts: Sequence[Category]) -> set[str]:

@@ -61,6 +61,13 @@ def chosen_split(
     raise ArgumentError(f"{where}: which of its {len(names)} classes are novel? Give `novel`, `base` or `split_file`")
 
 
+def named_split(names: Sequence[str], *, where: Path, base: Sequence[str] | None, novel: Sequence[str] | None) -> Split:
+    """Choose the base and novel classes as `chosen_split` does; without a choice all are base classes."""
+    if base is None and novel is None:
+        return Split(base=tuple(names), novel=())
+    return chosen_split(names, {}, where=where, base=base, novel=novel, split_file=None)
+
+
 def frequency_split(frequency: Mapping[str, str], base: str = "fc") -> Split:
     """LVIS's split: names of the letters in `base` are base ones, the others novel; both in alphabetical order.
 

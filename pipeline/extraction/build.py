@@ -235,7 +235,8 @@ def require_buildable(request: BuildRequest, annotations: Annotations) -> None:
             f"{with_boxes}; {cure}"
         )
     require_image_files(dataset, "train", annotations, all_there=False)
-    require_evaluation(dataset, masks=config.model.masks)
+    if "val" in dataset.parts:
+        require_evaluation(dataset, masks=config.model.masks)
 
 
 def _tell_of_undescribed(request: BuildRequest) -> None:

@@ -211,7 +211,7 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Pa
         ValueError: (of many kinds) the teacher is gone or another one, images or annotations are not in order.
     """
     dataset = run_dataset(run, data_root)
-    annotations = evaluation_annotations(dataset.root / dataset.val_annotations, dataset.split)
+    annotations = evaluation_annotations(dataset.annotations("val"), dataset.split)
     config = crop_settings(run)
     teacher = run_teacher(run, device, adapted=False, weights=weights)
     images = BaseImages(annotations=annotations, source=dataset.images("val"), reader="the crop accuracy")

@@ -15,6 +15,7 @@ from ezsd.pipeline.config.schema import Config
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.requirements import require_evaluation
+from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.files import read_object, write_text
 from ezsd.pipeline.inference.evaluate import detect_split
 from ezsd.pipeline.inference.evaluation_tables import percent
@@ -43,7 +44,7 @@ class Validation:
         """Prepare the validation of a run whose dataset has passed `require_validation`."""
         made = cls(run, trainer, dataset, config, images)
         if config.train.validate_every and trainer.distributed.is_main:
-            cut_slice(dataset.root / dataset.val_annotations, run.folder / SLICE, config.train.validate_images)
+            cut_slice(dataset.annotations("val"), run.folder / SLICE, config.train.validate_images)
         return made
 
     def due(self, step: int) -> bool:
@@ -94,8 +95,14 @@ def require_validation(dataset: Dataset, config: Config) -> None:
     A training that does not validate also runs without validation files.
 
     Raises:
+        ConfigError: it validates, and the dataset has no validation part.
         ValueError: the validation files are not valid, see `require_evaluation`.
     """
+    if config.train.validate_every and "val" not in dataset.parts:
+        raise ConfigError(
+            f"train.validate_every={config.train.validate_every}: dataset {dataset.name} has no validation part; take "
+            "`train.validate_every=0`, or build a store of a dataset with one (`ezsd data split`)"
+        )
     missing = dataset.missing("val")
     if missing and not config.train.validate_every:
         log.warning("%s: %s; `ezsd eval` will need it", dataset.root, "; ".join(missing))

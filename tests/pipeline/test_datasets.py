@@ -117,6 +117,7 @@ def test_a_dataset_is_found_again_from_its_record(own):
         (('name = "farm"', ""), "name is missing"),
         (('name = "farm"', 'name = "../farm"'), "name: expected letters"),
         (('name = "farm"', 'name = "coco"'), "built-in dataset"),
+        (('name = "farm"', 'name = "voc-16-4"'), "built-in dataset"),
         (("[val]", "[vall]"), "unknown key 'vall'; did you mean 'val'"),
         (('images = "photos"', "images = 3"), r"\[train\] expected texts"),
         (("novel =", "nowel ="), r"\[classes\] unknown key 'nowel'; did you mean 'novel'"),
