@@ -239,6 +239,29 @@ def test_clutter_is_drawn_checked_and_not_taken_for_shapes(tmp_path):
     assert_one_clear_line(ezsd("data", "shapes", *words, cwd=tmp_path), "data/clutter", "choose another")
 
 
+def test_labels_of_others_are_converted_split_and_checked(tmp_path):
+    (tmp_path / "in").mkdir()
+    for stem, name in (("a", "cow"), ("b", "cow"), ("c", "goat"), ("d", "cow")):
+        Image.new("RGB", (60, 40)).save(tmp_path / f"in/{stem}.png")
+        corners = "<xmin>1</xmin><ymin>1</ymin><xmax>30</xmax><ymax>40</ymax>"
+        words = f"<annotation><object><name>{name}</name><bndbox>{corners}</bndbox></object></annotation>"
+        (tmp_path / f"in/{stem}.xml").write_text(words)
+    made = ezsd("data", "convert", "in", "--out", "data/farm", "--novel", "goat", "--corners", "edges", cwd=tmp_path)
+    assert (made.returncode, made.stdout.splitlines()[-1]) == (0, "next: ezsd data check --dataset data/farm/farm.toml")
+    assert "train: 4 images, 4 boxes" in made.stdout
+    divided = ezsd("data", "split", "data/farm/train.json", "--out", "two", "--val", "25%", cwd=tmp_path)
+    assert (divided.returncode, "val: 1 images, 1 boxes" in divided.stdout) == (0, True), divided.stderr
+    for dataset in (["data/farm/farm.toml"], ["two/two.toml"], ["data/farm/train.json", "--novel", "goat"]):
+        checked = ezsd("data", "check", "--dataset", *dataset, cwd=tmp_path)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+    (tmp_path / "in/b.xml").write_text("<annotation>")
+    again = ezsd("data", "convert", "in", "--out", "again", cwd=tmp_path)
+    *progress, said = again.stderr.splitlines()
+    assert (again.returncode, [line.partition(":")[0] for line in progress]) == (2, ["read train"])
+    assert said.startswith("ezsd: in/b.xml: the file: expected XML, found something else")
+    assert not (tmp_path / "again").exists()
+
+
 def test_cache_info_tells_rows_and_teacher(shapes_store):
     result = ezsd("cache", "info", shapes_store)
     assert result.returncode == 0, result.stderr

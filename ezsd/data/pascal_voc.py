@@ -57,6 +57,8 @@ VOC_SPLITS: Mapping[str, Split] = {
 }
 """Splits by name of dataset: zero-shot detection's own (Demirel et al., 2018), and split 1 of few-shot detection."""
 
+_MOST_PIXELS = 2**24
+"""Size of the largest image side."""
 _OBJECT_CURE = "Correct or remove the object."
 _DECLARED = re.compile(rb"""\s*<\?xml[^>]*?encoding\s*=\s*["']([\w.-]+)["']""")
 
@@ -67,7 +69,7 @@ class VocObject:
 
     name: str
     corners: tuple[float, float, float, float]
-    """xmin, ymin, xmax, ymax as the file has them, finite; their meaning is that of `Corners`."""
+    """xmin, ymin, xmax, ymax as the file has them; their meaning is that of `Corners`."""
     difficult: bool
 
     def xywh(self, corners: Corners) -> tuple[float, float, float, float]:
@@ -164,7 +166,8 @@ def _number(path: Path, where: str, one: ET.Element, key: str) -> float:
         value = float(text or "")
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    # A comparison that a NaN fails.
+    if not abs(value) <= _MOST_PIXELS:
         found = "nothing" if text is None else reprlib.repr(text.strip())
-        raise unfit(path, f"{where}/bndbox/{key}", "a finite number", found, _OBJECT_CURE)
+        raise unfit(path, f"{where}/bndbox/{key}", "a number of pixels", found, _OBJECT_CURE)
     return value

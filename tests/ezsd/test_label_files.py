@@ -65,9 +65,10 @@ def test_a_file_need_not_know_the_size_of_its_image(file, size):
 
 BOMB = '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;&b;">]>'
 WRONG_XML = {
-    "number": (("<xmin>48", "<xmin>4x8"), r"object\[1\]/bndbox/xmin: expected a finite number, found '4x8'"),
-    "infinity": (("<xmax>195", "<xmax>inf"), r"object\[1\]/bndbox/xmax: expected a finite number"),
-    "corner": (("<ymax>375</ymax>", ""), r"object\[2\]/bndbox/ymax: expected a finite number, found nothing"),
+    "number": (("<xmin>48", "<xmin>4x8"), r"object\[1\]/bndbox/xmin: expected a number of pixels, found '4x8'"),
+    "absurd number": (("<xmax>195", "<xmax>1e300"), r"object\[1\]/bndbox/xmax: expected a number of pixels"),
+    "infinity": (("<xmax>195", "<xmax>inf"), r"object\[1\]/bndbox/xmax: expected a number of pixels"),
+    "corner": (("<ymax>375</ymax>", ""), r"object\[2\]/bndbox/ymax: expected a number of pixels, found nothing"),
     "name": (("sofa", " "), r"object\[2\]/name: expected the name of a class"),
     "difficult": (("<difficult>1", "<difficult>hard"), r"object\[2\]/difficult: expected 0 or 1, found 'hard'"),
     "size": (("<width>500", "<width>-5"), r"size/width: expected a number of pixels, found '-5'"),
