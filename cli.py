@@ -454,6 +454,49 @@ def cache_repair(
         raise typer.Exit(1)
 
 
+@cache_app.command("look", epilog="Example:  ezsd cache look cache/shapes")
+@keeping("no page is written; run the same command again")
+def cache_look(
+    store: Annotated[Path, typer.Argument(help="A complete store.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the page; look/STORE by default.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Number of images to measure on; up to 40 are drawn.")] = 40,
+    top: Annotated[int, typer.Option(min=1, help="Best regions drawn per image.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of images and held-out names.")] = 0,
+    no_teacher: Annotated[
+        bool, typer.Option("--no-teacher", help="Do not load the teacher: measure proposals before the filters only.")
+    ] = False,
+    evaluate: Annotated[
+        bool,
+        typer.Option("--evaluate", help="Read novel boxes too: draw and measure them, to report, not to choose by."),
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    weights: MovedWeights = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+) -> None:
+    """Draw a store's regions over its images, and measure what they find of base objects held out of the filters."""
+    from ezsd.pipeline.devices import require_device_name, resolve_device
+
+    require_device_name(device)
+    from ezsd.pipeline.look import LookRequest, look_at_store
+    from ezsd.pipeline.look.verdict import as_json, summary
+
+    request = LookRequest(
+        store=store,
+        out=out or Path("look") / store.absolute().name,
+        images=images,
+        top=top,
+        seed=seed,
+        teacher=not no_teacher,
+        evaluate=evaluate,
+        weights=weights,
+        data_root=data_root,
+        device=resolve_device(device),
+    )
+    document, page = look_at_store(request)
+    typer.echo(as_json(document) if json_ else summary(document, page))
+
+
 @cache_app.command("gc", epilog="Example:  ezsd cache gc cache/shapes")
 def cache_gc(
     store: Annotated[Path, typer.Argument(help="A store.")],

@@ -30,6 +30,7 @@ LOADED = (
     "ezsd.pipeline.extraction.forecast",
     "ezsd.pipeline.extraction.repair",
     "ezsd.pipeline.report",
+    "ezsd.pipeline.look",
     "ezsd.pipeline.console.store_messages",
     "ezsd.pipeline.training.train",
     "distributed",

@@ -24,13 +24,13 @@ BEFORE = {
     "cache": ("errors", "files", "format", "journal", "storage", "reader", "writer", "tools"),
     "pipeline": (
         *("errors", "progress", "process_environment", "interrupts", "devices", "files", "config", "data"),
-        *("scheduling", "runs", "extraction", "inference", "training", "console", "report", "demo"),
+        *("scheduling", "runs", "extraction", "inference", "training", "console", "report", "look", "demo"),
     ),
 }
 """The rooms of each part in their order: a room imports only what stands before it."""
 ALLOWED = {"cli": {"pipeline", "cache", "ezsd"}, "pipeline": {"ezsd", "cache"}, "cache": {"ezsd.errors"}, "ezsd": set()}
 """What modules of a part may import of others."""
-SAY_OPTIONS = ("cli.py", "pipeline/console/", "pipeline/report/", "pipeline/demo.py")
+SAY_OPTIONS = ("cli.py", "pipeline/console/", "pipeline/report/", "pipeline/look/", "pipeline/demo.py")
 """What speaks to the command line's users, and writes its commands."""
 PROGRAMS = {"torchrun", "with"}
 FACES = {"ezsd", "ezsd.__main__"}

@@ -1,4 +1,4 @@
-"""Recall of proposals."""
+"""Recall of proposals, and boxes at random as its chance level."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ezsd.boxes import iou as box_iou
+from ezsd.boxes import overlaps_any
 
 
 def recall_at(
@@ -45,6 +46,59 @@ def recall_at(
         for k in covered:
             covered[k] += int(overlap[:, :k].any(dim=1).sum())
     return {k: count / total if total else None for k, count in covered.items()}
+
+
+def first_overlaps(overlap: Tensor, top: Sequence[int | None]) -> Tensor:
+    """Largest IoU of each object with one of the first k boxes.
+
+    Args:
+        overlap: IoU of G objects with R boxes, best first, (..., G, R).
+        top: the values of k, each >= 1; None for all boxes.
+
+    Returns:
+        (..., G, len(top)); 0 where there is no box.
+    """
+    if not overlap.shape[-1]:
+        return overlap.new_zeros(*overlap.shape[:-1], len(top))
+    rising = overlap.cummax(-1).values
+    last = overlap.shape[-1]
+    return rising[..., [min(k or last, last) - 1 for k in top]]
+
+
+def random_boxes(
+    like: Tensor,
+    *,
+    width: int,
+    height: int,
+    avoid: Tensor,
+    avoid_iou: float,
+    draws: int,
+    rng: np.random.Generator,
+    tries: int = 8,
+) -> Tensor:
+    """Boxes of the sizes of given ones at random places of the image, away from some boxes where that is possible.
+
+    Args:
+        like: xyxy, (R, 4), whose widths and heights are taken in their order.
+        width: of the image, pixels.
+        height: likewise.
+        avoid: xyxy, (N, 4); a place with this IoU or more with one of them is drawn again.
+        avoid_iou: in (0, 1].
+        draws: number of times that all are drawn.
+        rng: source of the places.
+        tries: most places drawn for a box; the first is taken where all overlap.
+
+    Returns:
+        (draws, R, 4) float32.
+    """
+    extent = (like[:, 2:] - like[:, :2]).double()
+    room = (torch.tensor([width, height], dtype=torch.float64) - extent).clamp(min=0)
+    corner = torch.from_numpy(rng.random((draws, tries, len(like), 2))) * room
+    boxes = torch.cat([corner, corner + extent], -1).float()
+    clear = ~overlaps_any(boxes.reshape(-1, 4), avoid, iou_floor=avoid_iou).reshape(boxes.shape[:-1])
+    # The first place that is clear; the first of all where none is.
+    first = clear.int().argmax(1)
+    return boxes.gather(1, first[:, None, :, None].expand(-1, 1, -1, 4))[:, 0]
 
 
 def _host(boxes: Tensor | npt.NDArray[np.float32]) -> Tensor:

@@ -57,21 +57,29 @@ class BaseImages:
         return torch.from_numpy(self.annotations.box[self.annotations.rows(position)])
 
     def split(self, fraction: float, *, seed: int, most: int | None = None) -> tuple[list[int], list[int]]:
-        """Split the images that have base boxes, at random, into those to train on and those to measure on.
+        """Split the images that have base boxes into those to train on and those to measure on, see `hold_out`."""
+        return hold_out(self.annotations, fraction, seed=seed, most=most)
 
-        Args:
-            fraction: fraction to measure on, at least one image.
-            seed: seed of the choice.
-            most: limit of the number to measure on.
 
-        Returns:
-            Positions of both, ascending.
-        """
-        with_boxes = np.unique(self.annotations.image_index)
-        held = held_out_images(len(with_boxes), fraction)
-        held = held if most is None else min(held, most)
-        order = np.random.default_rng([seed, 0]).permutation(with_boxes)
-        return np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
+def hold_out(
+    annotations: Annotations, fraction: float, *, seed: int, most: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Split the images that have base boxes, at random, into those to train on and those to measure on.
+
+    Args:
+        annotations: images with their BASE boxes.
+        fraction: fraction to measure on, at least one image.
+        seed: seed of the choice.
+        most: limit of the number to measure on.
+
+    Returns:
+        Positions of both, ascending.
+    """
+    with_boxes = np.unique(annotations.image_index)
+    held = held_out_images(len(with_boxes), fraction)
+    held = held if most is None else min(held, most)
+    order = np.random.default_rng([seed, 0]).permutation(with_boxes)
+    return np.sort(order[held:]).tolist(), np.sort(order[:held]).tolist()
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from ezsd.pipeline.runs.model import configured_backbone, read_backbone
 _WARMUP = 0.06
 """Fraction of the steps in which the learning rate rises."""
 _MAX_GRAD_NORM = 1.0
-_HELD_OUT = 500
+HELD_OUT_IMAGES = 500
 """Most held-out images: enough to measure recall."""
 _RECALL_BOXES = 100
 """Boxes per image that recall is measured with, whatever proposer.max_proposals is: it is no input of the network."""
@@ -110,7 +110,7 @@ def train_proposer(
             in memory.
         ImageError: more images than may be left out cannot be read.
     """
-    trained_on, held = images.split(held_out, seed=seed, most=_HELD_OUT)
+    trained_on, held = images.split(held_out, seed=seed, most=HELD_OUT_IMAGES)
     if all(images.read(position) is None for position in held):
         raise ConfigError("the proposer needs base boxes in images that can be read, found none to hold out")
     torch.manual_seed(seed)

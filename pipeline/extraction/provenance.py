@@ -230,6 +230,17 @@ def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
     return with_todays_names(tables)
 
 
+def recorded_config(store: Path, record: Mapping[str, Any]) -> Config:
+    """The configuration that a build recorded of itself (environment.json).
+
+    Raises:
+        ConfigError: the record has none, or one with a setting that is none.
+    """
+    if "config" not in record:
+        raise ConfigError(f"{store}: environment.json does not say how it was built; build it anew in another folder")
+    return from_tables(with_todays_names(record["config"]), where=f"{store}/environment.json")
+
+
 def as_built(config: Config, manifest: Manifest, record: Mapping[str, Any]) -> Config:
     """A configuration with the tables of `STAGE_ONE` as a store was built with them.
 

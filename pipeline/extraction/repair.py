@@ -24,13 +24,11 @@ from ezsd.cache import (
     repair,
 )
 from ezsd.errors import EzsdError
-from ezsd.pipeline.config.names import with_todays_names
-from ezsd.pipeline.config.schema import ProposerConfig, from_tables
+from ezsd.pipeline.config.schema import ProposerConfig
 from ezsd.pipeline.data.datasets import from_definition
-from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.extraction.build import adapted, embed_names, extract_job, trained_proposer
 from ezsd.pipeline.extraction.proposer import proposer_weights
-from ezsd.pipeline.extraction.provenance import built_settings, describe, model_inputs
+from ezsd.pipeline.extraction.provenance import built_settings, describe, model_inputs, recorded_config
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.run_proposer import run_digest
 from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
@@ -49,9 +47,7 @@ def repair_store(path: Path, data_root: Path, *, weights: str | None, device: st
 
 def _source(path: Path, data_root: Path, *, weights: str | None, device: str) -> _Images:
     recorded = read_environment(path)
-    if "config" not in recorded:
-        raise ConfigError(f"{path}: environment.json does not say how it was built; build it anew in another folder")
-    config = from_tables(with_todays_names(recorded["config"]), where=f"{path}/environment.json")
+    config = recorded_config(path, recorded)
     if weights is not None:
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=weights))
     # Where the manifest is what has to be repaired, only the settings can say it.

@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ezsd.adapt import restore
-from ezsd.cache import JSON
+from ezsd.cache import JSON, differences
 from ezsd.crops import crop_boxes
 from ezsd.data.annotations import Annotations
 from ezsd.errors import TeacherError
 from ezsd.pipeline.config.schema import Config, TeacherConfig
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.files import as_json
 from ezsd.teacher.open_clip import NORMALISATIONS, OpenClipTeacher, Teacher, load_teacher
-from ezsd.teacher.requirements import TINY_SHAPES
+from ezsd.teacher.requirements import TINY_SHAPES, names_file
 
 log = logging.getLogger("ezsd")
 
@@ -59,6 +60,34 @@ def with_recorded_normalisation(config: TeacherConfig, model: Mapping[str, JSON]
         if (model.get("mean"), model.get("std")) == (list(mean), list(std)):
             return dataclasses.replace(config, normalisation=name)
     return config
+
+
+def recorded_teacher(
+    config: TeacherConfig, model: Mapping[str, JSON], *, where: str, weights: Path | None, device: str
+) -> Teacher:
+    """Load a teacher that a store or a run recorded, as published.
+
+    Args:
+        config: as recorded.
+        model: its fingerprint, as the store's manifest has it.
+        where: name of the store or the run in messages.
+        weights: the file with its weights, if it has moved.
+        device: where it runs.
+
+    Raises:
+        TeacherError: its weights are gone, or it is another one now.
+    """
+    if weights is not None:
+        config = dataclasses.replace(config, weights=str(weights))
+    elif config.weights is not None and names_file(config.weights) and not Path(config.weights).is_file():
+        raise TeacherError(
+            f"{where}: the weights of its teacher were {config.weights}, which is gone; give `weights=FILE`"
+        )
+    teacher = configured_teacher(with_recorded_normalisation(config, model), device)
+    changed = differences(model, as_json(teacher.fingerprint()))
+    if changed:
+        raise TeacherError(f"{where}: the teacher is another now: {'; '.join(map(str, changed))}")
+    return teacher
 
 
 @torch.no_grad()

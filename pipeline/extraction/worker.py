@@ -70,28 +70,30 @@ class ExtractJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Worker:
+class Worker:
     """State that a process keeps between blocks."""
 
     config: Config
-    dataset: Dataset
     images: ImageSource
     annotations: Annotations
     teacher: Teacher
     encoder: CropEncoder
     text: Tensor
+    """Unit text rows of base + novel classes, (C, D)."""
+    base_count: int
+    """Number of base classes, the first in `text`."""
     background: Tensor | None
     """Unit text rows of the background prompts, (B, D)."""
-    reused: ReusedRows | None
-    most_bad: int
+    reused: ReusedRows | None = None
+    most_bad: int = 0
     """Images that may be left out because they cannot be read."""
-    proposer: Proposer | None
-    given: Mapping[int, Columns] | None
+    proposer: Proposer | None = None
+    given: Mapping[int, Columns] | None = None
     """Proposals by image, where a file has them."""
 
 
 @lru_cache(maxsize=1)
-def _worker(job: ExtractJob) -> _Worker:
+def _worker(job: ExtractJob) -> Worker:
     config, dataset = job.config, job.dataset
     teacher = configured_teacher(config.teacher, job.device)
     restore(teacher.layer_norms(), job.values, job.parameters)
@@ -101,14 +103,14 @@ def _worker(job: ExtractJob) -> _Worker:
             background = teacher.encode_text(config.teacher.backgrounds).cpu()
     annotations = training_annotations(dataset.root / dataset.train_annotations, dataset.split)
     images = min(job.limit or len(annotations.images), len(annotations.images))
-    return _Worker(
+    return Worker(
         config=config,
-        dataset=dataset,
         images=dataset.images("train"),
         annotations=annotations,
         teacher=teacher,
         encoder=CropEncoder(teacher, config),
         text=torch.from_numpy(np.array(job.text, np.float32)),
+        base_count=len(dataset.split.base),
         background=background,
         most_bad=most_bad_images(config.build.max_bad_images, images),
         reused=None if job.reuse is None else ReusedRows(job.reuse),
@@ -191,22 +193,22 @@ def _extract(job: ExtractJob, block: Block, left_out: Collection[int] | None = N
     return _Extracted(_collate(images), passes, bad)
 
 
-def _views(worker: _Worker, block: Block) -> Generator[_View, None, None]:
+def _views(worker: Worker, block: Block) -> Generator[View, None, None]:
     """The images of a block in order. The next ones are read while one is encoded, unless they may not be needed."""
     positions = range(block.start, block.stop)
     if worker.reused is not None:
-        yield from (_View(worker, position, partial(_read, worker, position)) for position in positions)
+        yield from (View(worker, position, partial(_read, worker, position)) for position in positions)
         return
-    ahead: deque[_View] = deque()
+    ahead: deque[View] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
         for position in positions:
-            ahead.append(_View(worker, position, reader.submit(_read, worker, position).result))
+            ahead.append(View(worker, position, reader.submit(_read, worker, position).result))
             if len(ahead) > _READ_AHEAD:
                 yield ahead.popleft()
         yield from ahead
 
 
-def _read(worker: _Worker, position: int) -> Tensor:
+def _read(worker: Worker, position: int) -> Tensor:
     """(3, H, W) uint8."""
     return worker.images.read(worker.annotations.images[position])
 
@@ -220,7 +222,7 @@ def _no_rows(embed_dim: int) -> dict[str, Columns]:
 
 
 @torch.no_grad()
-def _extract_image(view: _View) -> dict[str, Columns]:
+def _extract_image(view: View) -> dict[str, Columns]:
     worker, record, position = view.worker, view.record, view.position
     rows = {} if worker.reused is None else worker.reused.taken(record.id)
     if "ground_truth" not in rows:
@@ -234,14 +236,14 @@ def _extract_image(view: _View) -> dict[str, Columns]:
         if "proposals" not in rows:
             rows |= _proposed(view, base_boxes)
         if "regions" not in rows:
-            rows["regions"] = _filtered(view, rows["proposals"], base_boxes)
+            rows["regions"] = filtered(view, rows["proposals"], base_boxes)
     return rows
 
 
-class _View:
+class View:
     """An image as the teacher sees it."""
 
-    def __init__(self, worker: _Worker, position: int, read: Callable[[], Tensor]) -> None:
+    def __init__(self, worker: Worker, position: int, read: Callable[[], Tensor]) -> None:
         self.worker, self.position, self._read = worker, position, read
         self.record = worker.annotations.images[position]
         self.passes = 0
@@ -259,8 +261,8 @@ class _View:
         """Scores (R,) of embeddings (R, D); see `select_regions`."""
         worker = self.worker
         names, foreground = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
-        base_count = len(worker.dataset.split.base)
-        return anchor_scores(names, foreground, base_count=base_count, score=worker.config.proposals.score)
+        score = worker.config.proposals.score
+        return anchor_scores(names, foreground, base_count=worker.base_count, score=score)
 
     def require_readable(self) -> None:
         """ImageError when the image cannot be read."""
@@ -272,7 +274,7 @@ class _View:
         return self._read().to(getattr(self.worker.teacher, "device", "cpu"))
 
 
-def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:
+def _proposed(view: View, base_boxes: Tensor) -> dict[str, Columns]:
     """Proposals from the anchors, and the regions among them unless they are refined first."""
     worker, record = view.worker, view.record
     settings = worker.config.proposals
@@ -282,7 +284,7 @@ def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:
         embedding,
         worker.text,
         base_boxes,
-        base_count=len(worker.dataset.split.base),
+        base_count=worker.base_count,
         background=worker.background,
         logit_scale=worker.teacher.logit_scale,
         score=settings.score,
@@ -308,10 +310,10 @@ def _proposed(view: _View, base_boxes: Tensor) -> dict[str, Columns]:
     }
 
 
-def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
+def filtered(view: View, proposals: Columns, base_boxes: Tensor) -> Columns:
     """Regions from kept proposals, best first, encoding only as many as filters and ranking make necessary."""
     worker, settings = view.worker, view.worker.config.proposals
-    box, score = _refined(settings, proposals)
+    box, score = refined(settings, proposals)
     passing = torch.nonzero(clear_of_base(box, base_boxes, base_iou=settings.base_iou))[:, 0]
     known = {} if worker.reused is None else worker.reused.known(view.record.id)
     found: list[tuple[int, np.float32, int, np.ndarray]] = []
@@ -326,7 +328,7 @@ def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
             if may_be_unseen(
                 foreground,
                 guess,
-                base_count=len(worker.dataset.split.base),
+                base_count=worker.base_count,
                 drop_base_guesses=settings.drop_base_guesses,
                 drop_background=settings.drop_background,
             ):
@@ -350,7 +352,7 @@ def _filtered(view: _View, proposals: Columns, base_boxes: Tensor) -> Columns:
     }
 
 
-def _refined(config: ProposalConfig, proposals: Columns) -> tuple[Tensor, Tensor]:
+def refined(config: ProposalConfig, proposals: Columns) -> tuple[Tensor, Tensor]:
     """Boxes (P, 4) and scores (P,) of an image's proposals that regions are chosen among, best first."""
     box, score = torch.from_numpy(proposals["box"]), torch.from_numpy(proposals["score"])
     if config.refine == "none":
@@ -358,7 +360,7 @@ def _refined(config: ProposalConfig, proposals: Columns) -> tuple[Tensor, Tensor
     return vote(box, score, refine_iou=config.refine_iou, nms_iou=config.nms_iou)
 
 
-def _encoded(view: _View, boxes: Tensor) -> dict[bytes, KnownRegion]:
+def _encoded(view: View, boxes: Tensor) -> dict[bytes, KnownRegion]:
     """Encode boxes with the teacher; returns regions by the bytes of their boxes."""
     worker, embedding = view.worker, view.encode(boxes)
     names, foreground = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
@@ -370,7 +372,7 @@ def _encoded(view: _View, boxes: Tensor) -> dict[bytes, KnownRegion]:
     }
 
 
-def _ground_truth(view: _View, annotations: Annotations, rows: slice) -> Columns:
+def _ground_truth(view: View, annotations: Annotations, rows: slice) -> Columns:
     cropped = with_least_side(torch.from_numpy(annotations.box[rows]), view.worker.config.adapt.min_crop_size)
     return {
         "box": annotations.box[rows],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ezsd.adapt import restore
-from ezsd.cache import Manifest, differences
+from ezsd.cache import Manifest
 from ezsd.competitors import among, competition
 from ezsd.data.dataset import pad_images, padded_size, resize
 from ezsd.data.masks import encode
@@ -23,13 +23,11 @@ from ezsd.pipeline.config.schema import Config, EvalConfig, TeacherConfig, at_te
 from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.extraction.encoder import CropEncoder
 from ezsd.pipeline.extraction.provenance import model_inputs, proposal_settings
-from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
-from ezsd.pipeline.files import as_json
+from ezsd.pipeline.extraction.teacher import recorded_teacher
 from ezsd.pipeline.inference.ensemble import TeacherEnsemble
 from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.open_clip import Teacher
-from ezsd.teacher.requirements import names_file
 from ezsd.vocabulary import texts
 
 log = logging.getLogger("ezsd")
@@ -244,18 +242,13 @@ def run_teacher(run: Run, device: str, *, adapted: bool, weights: Path | None = 
     recorded = run.environment["teacher"]
     if not isinstance(recorded, dict):
         raise TeacherError(f"`run={run.folder}`: its store did not say which teacher made it")
-    config = TeacherConfig(**recorded)
-    if weights is not None:
-        config = dataclasses.replace(config, weights=str(weights))
-    elif config.weights is not None and names_file(config.weights) and not Path(config.weights).is_file():
-        raise TeacherError(
-            f"`run={run.folder}`: the weights of its teacher were {config.weights}, which is gone; give `weights=FILE`"
-        )
-    model = model_inputs(run_manifest(run))
-    teacher = configured_teacher(with_recorded_normalisation(config, model), device)
-    changed = differences(model, as_json(teacher.fingerprint()))
-    if changed:
-        raise TeacherError(f"`run={run.folder}`: the teacher is another now: {'; '.join(map(str, changed))}")
+    teacher = recorded_teacher(
+        TeacherConfig(**recorded),
+        model_inputs(run_manifest(run)),
+        where=f"`run={run.folder}`",
+        weights=weights,
+        device=device,
+    )
     if adapted:
         adapt_back(run, teacher)
     return teacher

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 
 from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.files import write_text
@@ -51,11 +51,10 @@ def write_report(run: Run, *, data_root: Path | None, compare: Sequence[Run] = (
     return path
 
 
-def _page(runs: Sequence[RunData], data_root: Path | None, images: int) -> str:
-    main = runs[0]
-    assert main.evaluation is not None
+def template(package: str, name: str) -> Template:
+    """Template of a page that lies in a package; it may include those of the report."""
     environment = Environment(
-        loader=PackageLoader("ezsd.pipeline.report", ""),
+        loader=ChoiceLoader([PackageLoader(package, ""), PackageLoader("ezsd.pipeline.report", "")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -63,7 +62,13 @@ def _page(runs: Sequence[RunData], data_root: Path | None, images: int) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["percent"] = tables.percent
-    return environment.get_template("page.html.j2").render(
+    return environment.get_template(name)
+
+
+def _page(runs: Sequence[RunData], data_root: Path | None, images: int) -> str:
+    main = runs[0]
+    assert main.evaluation is not None
+    return template("ezsd.pipeline.report", "page.html.j2").render(
         base_colour=BASE_COLOUR,
         novel_colour=NOVEL_COLOUR,
         run_colours=RUN_COLOURS,

@@ -18,6 +18,7 @@ from ezsd.pipeline.extraction.provenance import model_inputs
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import headline
+from ezsd.pipeline.look import LookRequest, look_at_store
 from ezsd.pipeline.training.train import TrainRequest, train
 from ezsd.vocabulary import COCO_SPLIT
 
@@ -66,6 +67,14 @@ def test_a_detector_trains_and_is_evaluated_on_photos(photo_store, photos, tmp_p
     scores = headline(evaluate_run(run, data_root=photos, device="cpu"))
     assert scores["base"] is not None
     assert scores["novel"] is not None
+
+
+def test_regions_of_photos_are_looked_at(photo_store, photos, tmp_path):
+    document, page = look_at_store(LookRequest(store=photo_store, out=tmp_path / "out", images=2, data_root=photos))
+    assert document["images"]["unseen"] == document["images"]["looked_at"] == 2, "nothing was trained on them"
+    assert document["held_out"]["objects"]["all"] > 0
+    assert set(document["held_out"]["recall"]) == {"regions", "named_regions", "proposals", "random_boxes"}
+    assert page.read_text().count("<img ") == 2
 
 
 def test_clip_at_full_size_from_a_local_file(photos, tmp_path):
