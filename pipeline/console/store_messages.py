@@ -50,7 +50,7 @@ def build_lines(store: Path, report: BuildReport) -> list[str]:
     lines += _no_regions(store, regions)
     if report.reused:
         lines.append(f"reused: {', '.join(report.reused)}; computed: {', '.join(report.computed) or 'nothing'}")
-    return [*lines, f"next: ezsd train --cache {store}"]
+    return [*lines, f"next: ezsd cache look {store} to see its regions, or ezsd train --cache {store}"]
 
 
 def _no_regions(store: Path, regions: int | None) -> list[str]:
