@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ezsd.pipeline.config.relations import load_settings
-from ezsd.pipeline.config.schema import STAGE_ONE, Config, setting_of
+from ezsd.pipeline.config.schema import STAGE_ONE, Config, load_preset, setting_of
 from ezsd.pipeline.data.datasets import DRAWN, Dataset
 from ezsd.pipeline.errors import ArgumentError, ConfigError
 from ezsd.pipeline.inference.evaluation_tables import headline_columns, percent
+
+if TYPE_CHECKING:
+    from ezsd.cache import Store
+
+log = logging.getLogger("ezsd")
 
 
 def build_config(
@@ -81,6 +88,8 @@ def require_known_teacher(config: Config) -> None:
 def train_config(cache: Path, preset: str | None, overrides: Sequence[str], *, seed: int | None = None) -> Config:
     """Configuration of a training: by default the preset that the store was built with.
 
+    Pseudo-labels that the preset alone asks for are left out, saying so, where the store's regions have no objectness.
+
     Raises:
         ConfigError: a setting that the store was built with, a seed that is said twice, or a value that does not fit.
     """
@@ -97,7 +106,17 @@ def train_config(cache: Path, preset: str | None, overrides: Sequence[str], *, s
         from ezsd.pipeline.extraction.provenance import dataset_inputs
 
         preset = str(dataset_inputs(store.manifest)["name"])
-    return load_settings(preset, overrides)
+    return load_settings(preset, [*overrides, *_without_objectness(store, preset, overrides)])
+
+
+def _without_objectness(store: Store, preset: str, overrides: Sequence[str]) -> list[str]:
+    from ezsd.pipeline.extraction.provenance import scored_by_objectness
+
+    asked = any(setting_of(override) == "train.pseudo_confidence" for override in overrides)
+    if asked or not load_preset(preset).train.pseudo_confidence or scored_by_objectness(store.manifest):
+        return []
+    log.info("no pseudo-labels: the regions of %s have no objectness of a proposal network", store.path)
+    return ["train.pseudo_confidence=0"]
 
 
 def _seed_override(seed: int, overrides: Sequence[str]) -> str:

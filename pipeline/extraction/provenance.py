@@ -203,6 +203,11 @@ def proposal_settings(manifest: Manifest) -> dict[str, JSON]:
     return {**unsaid("proposals"), **with_todays_names({"proposals": table})["proposals"]}
 
 
+def scored_by_objectness(manifest: Manifest) -> bool:
+    """Whether the scores of a store's regions are a proposal network's objectness alone."""
+    return "proposer" in manifest.products and proposal_settings(manifest)["objectness_weight"] == 1
+
+
 def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
     """Tables [adapt], [proposer], [proposals] and [build] of a store's build, but for the size of its blocks."""
     teacher = manifest.products["teacher"].inputs

@@ -30,7 +30,7 @@ from ezsd.pipeline.data.mask_cache import training_masks
 from ezsd.pipeline.devices import is_out_of_memory
 from ezsd.pipeline.errors import ConfigError, DatasetError, NonFiniteLoss, RunError
 from ezsd.pipeline.extraction.annotation_check import checked_annotations
-from ezsd.pipeline.extraction.provenance import as_built, dataset_inputs, proposal_settings
+from ezsd.pipeline.extraction.provenance import as_built, dataset_inputs, scored_by_objectness
 from ezsd.pipeline.inference.predictor import load_weights
 from ezsd.pipeline.interrupts import Request, Stopped, finishing
 from ezsd.pipeline.progress import Progress
@@ -144,8 +144,7 @@ def _require_regions(store: Store, config: Config) -> None:
 
 def _require_objectness(store: Store, config: TrainConfig) -> None:
     """Raise ConfigError for pseudo-labels from a store whose regions are not scored by objectness alone."""
-    weight = proposal_settings(store.manifest)["objectness_weight"]
-    if config.pseudo_confidence and ("proposer" not in store.manifest.products or weight != 1):
+    if config.pseudo_confidence and not scored_by_objectness(store.manifest):
         raise ConfigError(
             f"{store.path}: train.pseudo_confidence={config.pseudo_confidence:g} needs regions with the objectness of "
             "a proposal network, and the teacher has a part in the scores of this store; build one with "

@@ -18,6 +18,7 @@ from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.detector.proposer import Proposer
 from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import load_preset
+from ezsd.pipeline.console.defaults import train_config
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.errors import ConfigError, ImageError
 from ezsd.pipeline.extraction import build as build_module
@@ -398,6 +399,16 @@ def test_pseudo_labels_need_objectness(shapes_store, learned_store, shapes_datas
     # As advised: the other store, or no such setting.
     train(TrainRequest(cache=learned_store, run=tmp_path / "run", config=pseudo_config))
     train(TrainRequest(cache=tmp_path / "ranked", run=tmp_path / "plain", config=ranked))
+
+
+def test_pseudo_labels_of_a_preset_are_left_out_where_regions_have_no_objectness(shapes_store, learned_store, caplog):
+    caplog.set_level("INFO", logger="ezsd")
+    assert train_config(learned_store, "shapes", []).train.pseudo_confidence == 0.7
+    assert "pseudo" not in caplog.text
+    assert train_config(shapes_store, "shapes", []).train.pseudo_confidence == 0
+    assert f"no pseudo-labels: the regions of {shapes_store} have no objectness" in caplog.text
+    # What is asked for is not left out: training refuses it.
+    assert train_config(shapes_store, "shapes", ["train.pseudo_confidence=0.5"]).train.pseudo_confidence == 0.5
 
 
 def test_pseudo_labels_without_novel_names_in_the_loss_are_refused():
