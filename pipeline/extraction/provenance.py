@@ -204,7 +204,7 @@ def proposal_settings(manifest: Manifest) -> dict[str, JSON]:
 
 
 def scored_by_objectness(manifest: Manifest) -> bool:
-    """Whether the scores of a store's regions are a proposal network's objectness alone."""
+    """True if the scores of a store's regions are a proposal network's objectness alone."""
     return "proposer" in manifest.products and proposal_settings(manifest)["objectness_weight"] == 1
 
 
