@@ -15,12 +15,14 @@ demo: $(STAMP)
 test: lint
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# On a machine with a GPU: the kernels against float64, then the table of benchmarks/kernel.py with its own gates.
+# On a machine with a GPU: the kernels against float64, then the table of benchmarks/kernel.py with its own gates. The table
+# comes after a failed test too, but not without a GPU, which is 2.
 # cuBLAS is deterministic only with a workspace of its own.
 gpu-check: export CUBLAS_WORKSPACE_CONFIG = :4096:8
 gpu-check: $(STAMP)
-	$(BIN)/pytest tests/kernels/gpu_cases.py
-	PYTHONPATH=. $(BIN)/python benchmarks/kernel.py
+	$(BIN)/pytest tests/kernels/gpu_cases.py; tests=$$?; \
+	[ $$tests -ne 2 ] || exit 2; \
+	PYTHONPATH=. $(BIN)/python benchmarks/kernel.py && exit $$tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -139,15 +139,20 @@ def worst_error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def gated(case: Case, problem: Problem, variants: dict[str, Variant]) -> tuple[dict[str, Variant], list[dict]]:
-    """The variants that agree with float64, and a row for each that does not."""
+    """The variants that agree with float64, and a row for each that does not, or does not fit in memory."""
     expected = gradients(torchvision_eager, problem.double())
     passed, failed = {}, []
     for name, variant in variants.items():
-        error = worst_error(gradients(variant, problem), expected)
+        row = {**case.row(), "variant": name}
+        try:
+            error = worst_error(gradients(variant, problem), expected)
+        except torch.OutOfMemoryError:
+            failed.append({**row, "gate": "out of memory"})
+            continue
         if error <= GATE[case.dtype]:
             passed[name] = variant
         else:
-            failed.append({**case.row(), "variant": name, "gate": "failed", "error": error})
+            failed.append({**row, "gate": "failed", "error": error})
     return passed, failed
 
 
@@ -311,15 +316,17 @@ class Work:
 def show(row: driver.Row) -> str:
     """One line per row."""
     size = f"{row['case']:<17} {row['dtype']} {row['boxes_per_image']:>5} boxes P={row['P']} {row['variant']:<5}"
-    if "gate" in row:
+    if "error" in row:
         return f"{size} GATE FAILED: relative error {row['error']:.1e}"
+    if "gate" in row:
+        return f"{size} {row['gate']}"
     if "ratio_p50" in row:
         return f"{size} {row['pass']:<17} {row['ratio_p50']:7.3f} of A ({row['ratio_p20']} to {row['ratio_p80']})"
     return f"{size} {row['pass']:<17} {row['ms_p50']:8.3f} ms  {row['times_floor']:6.2f} x floor  {row['peak_mib']} MiB"
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
-    """Rows of all cases; SystemExit at the end if a variant has failed its gate."""
+    """Rows of all cases; SystemExit at the end if the operator has failed a gate."""
     # What torch says of the sparse matrices of variant C.
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
@@ -335,9 +342,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
     failures = 0
     for row in found:
         yield {"tag": arguments.tag, "triton": triton, **row}
-        failures += "gate" in row
+        failures += "gate" in row and row["variant"] == "ours"
     if failures:
-        raise SystemExit(f"{failures} variants failed their gate and were not timed")
+        raise SystemExit(f"the operator failed {failures} gates and was not timed there")
 
 
 if __name__ == "__main__":

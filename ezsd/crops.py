@@ -12,6 +12,8 @@ from ezsd.choices import Surround
 
 _AT_ONCE = 16
 """Most windows of one size that are resampled together; for large windows, the memory of so many crops."""
+_WIDEST = 47
+"""Widest window that torch resamples on a GPU, in sides of the crop: the shared memory holds no longer filter."""
 
 
 def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surround: Surround) -> Tensor:
@@ -131,6 +133,8 @@ def _resample(squares: Tensor, size: int) -> Tensor:
         return squares
     if squares.device.type == "cpu":
         return F.interpolate(squares, (size, size), mode="bicubic", antialias=True)
+    if squares.shape[-1] > _WIDEST * size:
+        return _resample(squares.cpu(), size).to(squares.device)
     # Only the CPU resamples bytes; bicubic overshoot has to be cut off by hand elsewhere.
     smooth = F.interpolate(squares.float(), (size, size), mode="bicubic", antialias=True)
     return smooth.round().clamp(0, 255).to(torch.uint8)

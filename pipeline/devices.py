@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
-from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.errors import ArgumentError, OutOfMemory
 
 _WORDS = re.compile(
-    # The last is oneDNN's, which has no other word for it.
-    r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|bad_alloc|could not create a primitive",
+    # The last two are oneDNN's and cuBLAS's, which have no other words for it.
+    r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|bad_alloc|could not create a primitive|"
+    r"CUBLAS_STATUS_NOT_INITIALIZED",
     re.IGNORECASE,
 )
 
@@ -42,6 +43,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Test whether memory was short: torch has a type for its own GPU allocator only, and messages for all others."""
     import torch
 
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None

@@ -33,6 +33,10 @@ class RunError(EzsdError, ValueError):
     """A run folder is missing, unfinished or another run's."""
 
 
+class OutOfMemory(RunError):
+    """A training step, or one image to detect in, does not fit in memory."""
+
+
 class NonFiniteLoss(RunError, FloatingPointError):
     """A loss or a gradient of a training is infinite or no number."""
 

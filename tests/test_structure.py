@@ -18,8 +18,19 @@ PARTS = ("cli", "pipeline", "ezsd", "cache")
 """What lies at the top level; below the one name ezsd for whoever imports it."""
 BEFORE = {
     "ezsd": (
-        *("errors", "choices", "weights", "boxes", "vocabulary", "proposals", "kernels", "losses", "teacher", "crops"),
-        *("competitors", "detector", "data", "adapt", "metrics"),
+        *(
+            "errors",
+            "choices",
+            "weights",
+            "precision",
+            "boxes",
+            "vocabulary",
+            "proposals",
+            "kernels",
+            "losses",
+            "teacher",
+        ),
+        *("crops", "competitors", "detector", "data", "adapt", "metrics"),
     ),
     "cache": ("errors", "files", "format", "journal", "storage", "reader", "writer", "tools"),
     "pipeline": (

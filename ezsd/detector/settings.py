@@ -22,8 +22,8 @@ class DetectorSettings:
     """Proposal network's anchor size per level, input pixels; ratios 1/2, 1, 2."""
     rpn_proposals: Annotated[int, Interval(gt=0)]
     """Boxes per image that the proposal network hands on."""
-    pool_size: Annotated[int, Interval(gt=0)]
-    """Bins per side of RoI-align."""
+    pool_size: Annotated[int, Interval(gt=0, le=16)]
+    """Bins per side of RoI-align, at most as many as the GPU's kernels take."""
     canonical_size: Annotated[int, Interval(gt=0)]
     """Side of a box, input pixels, that belongs on the level of stride 2 ** canonical_level."""
     canonical_level: Annotated[int, Interval(ge=0)]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ezsd.choices import Backend
 from ezsd.errors import BackendError
+from ezsd.precision import has_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +22,18 @@ Resolved = Literal["eager", "triton"]
 
 MAX_LEVELS = 5
 """Pyramid levels one Triton launch can address."""
+MAX_BINS = 16
+"""Bins per box side of the Triton kernels: twice as many would need more shared memory than any GPU has."""
 
 
-def resolve_backend(backend: Backend, maps: tuple[Tensor, ...]) -> Resolved:
+def resolve_backend(backend: Backend, maps: tuple[Tensor, ...], *, bins: int) -> Resolved:
     """Turn a wish into a backend that can serve these maps.
 
     Args:
-        backend: "auto" takes Triton wherever it can run and says once in the log (INFO) what it took and why;
-            "eager" and "triton" are taken at their word.
+        backend: "auto" takes Triton wherever it can run and says once in the log what it took and why; "eager" and
+            "triton" are taken at their word.
         maps: the feature maps, all of one dtype and device.
+        bins: P, bins per box side.
 
     Raises:
         BackendError: "triton" was asked for and cannot run here.
@@ -41,7 +45,7 @@ def resolve_backend(backend: Backend, maps: tuple[Tensor, ...]) -> Resolved:
         return "eager"
     # Tests interpret the kernels on CPU tensors; that is far too slow to be anybody's automatic choice.
     on_cpu = maps[0].device.type == "cpu"
-    obstacle = "the maps are on the CPU" if backend == "auto" and on_cpu else triton_obstacle(maps)
+    obstacle = "the maps are on the CPU" if backend == "auto" and on_cpu else triton_obstacle(maps, bins=bins)
     if backend == "triton":
         if obstacle is not None:
             raise BackendError(_refusal(obstacle))
@@ -51,41 +55,81 @@ def resolve_backend(backend: Backend, maps: tuple[Tensor, ...]) -> Resolved:
     return "triton" if obstacle is None else "eager"
 
 
-def triton_obstacle(maps: tuple[Tensor, ...]) -> str | None:
+def triton_obstacle(maps: tuple[Tensor, ...], *, bins: int) -> str | None:
     """Say why Triton cannot serve these maps, or None if it can."""
-    obstacle = _device_obstacle(maps[0].device.type)
+    obstacle = _device_obstacle(maps[0].device)
     if obstacle is not None:
         return obstacle
     if maps[0].dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the maps are {maps[0].dtype}, not float32, float16 or bfloat16"
     if len(maps) > MAX_LEVELS:
         return f"there are {len(maps)} levels, a launch takes {MAX_LEVELS}"
+    if bins > MAX_BINS:
+        return f"there are {bins} bins per side, the kernels take {MAX_BINS}"
     return None
 
 
 def require_backend(backend: Backend, device: torch.device) -> None:
-    """Refuse a backend that no maps on this device can be served by, before any work. BackendError says why."""
-    obstacle = _device_obstacle(device.type) if backend == "triton" else None
-    if obstacle is not None:
+    """Refuse a backend that no maps on this device can be served by, before any work. BackendError says why.
+
+    With "auto", a GPU on which Triton cannot run is logged now.
+    """
+    if backend == "eager" or (backend == "auto" and device.type == "cpu"):
+        return
+    obstacle = _device_obstacle(device)
+    if obstacle is not None and backend == "triton":
         raise BackendError(_refusal(obstacle))
+    if obstacle is not None:
+        _announce(obstacle)
 
 
 def _refusal(obstacle: str) -> str:
     return f'backend="triton" cannot run here: {obstacle}. Use backend="auto" or "eager".'
 
 
-def _device_obstacle(device: str) -> str | None:
+def _device_obstacle(device: torch.device) -> str | None:
     if not _installed():
         return "the package triton is not installed"
-    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"the maps are on {device}, not on a GPU (and TRITON_INTERPRET is not 1)"
+    if device.type == "cuda":
+        obstacle: str | None = _gpu_obstacle(device.index)
+        return obstacle
+    if device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the maps are on {device.type}, not on a GPU (and TRITON_INTERPRET is not 1)"
     return None
 
 
+# torch.compile cannot look into these, and need not: their answers do not change.
 @torch.compiler.assume_constant_result
 def _installed() -> bool:
-    # torch.compile cannot look into this search, and need not: the answer does not change.
     return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _gpu_obstacle(index: int | None) -> str | None:
+    return _tried_on(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _tried_on(index: int) -> str | None:
+    """Launch a kernel of one row on a GPU, once per process: what Triton lacks there shows in no other way."""
+    device = torch.device("cuda", index)
+    if not has_bfloat16(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the GPU has compute capability {major}.{minor}, and the kernels are for 8.0 and above"
+    from ezsd.kernels import triton_distance
+
+    try:
+        row = torch.ones(1, 16, device=device)
+        with torch.cuda.device(device):
+            distance = float(triton_distance.distance_forward(row, row, "cosine"))
+    except Exception as error:
+        # Compiler, headers, the driver's library, a folder to write to: each has its own error where it is missing.
+        reason = (str(error).splitlines() or [""])[0][:200]
+        return (
+            f"Triton cannot launch a kernel ({type(error).__name__}: {reason}); it needs a C compiler, Python's "
+            "headers, and a folder to write to, TRITON_CACHE_DIR or ~/.triton/cache"
+        )
+    return None if abs(distance) < 1e-5 else f"a first kernel of Triton's returned {distance} instead of 0"
 
 
 @functools.cache

@@ -133,7 +133,7 @@ def _bind(
     maps = [features] if isinstance(features, Tensor) else features
     bound = pooling.bind([_as_cast(feature) for feature in maps])
     check_boxes(bound, boxes, image_index)
-    return bound, resolve_backend(pooling.backend, bound.maps)
+    return bound, resolve_backend(pooling.backend, bound.maps, bins=bound.bins)
 
 
 def _as_cast(operand: _Operand) -> _Operand:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ezsd.choices import Activation, Names, Normalisation, Precision
 from ezsd.errors import TeacherError, VocabularyError
+from ezsd.precision import has_bfloat16
 from ezsd.teacher.requirements import TINY_SHAPES, require_teacher
 from ezsd.teacher.weights import (
     activation_mismatch,
@@ -367,7 +368,7 @@ def _prefers_bf16(precision: Precision, device: str | torch.device) -> bool:
     if precision != "auto":
         return False
     if torch.device(device).type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return has_bfloat16(torch.device(device))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

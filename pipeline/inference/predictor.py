@@ -20,13 +20,15 @@ from ezsd.detector.masks import paste
 from ezsd.detector.model import Detections, Detector
 from ezsd.errors import TeacherError
 from ezsd.pipeline.config.schema import Config, EvalConfig, TeacherConfig, at_test_time, from_tables, to_tables
-from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.devices import is_out_of_memory
+from ezsd.pipeline.errors import OutOfMemory, RunError
 from ezsd.pipeline.extraction.encoder import CropEncoder
 from ezsd.pipeline.extraction.provenance import model_inputs, proposal_settings
 from ezsd.pipeline.extraction.teacher import recorded_teacher
 from ezsd.pipeline.inference.ensemble import TeacherEnsemble
 from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.runs.run import Run
+from ezsd.precision import autocast
 from ezsd.teacher.open_clip import Teacher
 from ezsd.vocabulary import texts
 
@@ -119,20 +121,42 @@ class TrainedDetector:
         self, images: Sequence[Tensor], search: Search, *, keep: int | None, masks: bool
     ) -> list[Detections]:
         """Detections in the pixels of resized images."""
-        text, competing = search.text.to(self.device), search.competing.to(self.device)
+        search = dataclasses.replace(
+            search, text=search.text.to(self.device), competing=search.competing.to(self.device)
+        )
         # A map's border shows in what is found beside it: no image is padded otherwise than it would be alone.
         alike: dict[tuple[int, int], list[int]] = {}
         for place, image in enumerate(images):
             alike.setdefault(padded_size([(image.shape[1], image.shape[2])]), []).append(place)
         found: dict[int, Detections] = {}
         for places in alike.values():
-            batch, sizes = pad_images([images[place] for place in places])
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-                ones: list[Detections] = self.detector(
+            waiting = [places]
+            while waiting:
+                some = waiting.pop()
+                ones = self._detect_batch([images[place] for place in some], search, keep=keep, masks=masks)
+                if ones is None:
+                    torch.cuda.empty_cache()
+                    waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
+                    continue
+                found.update(zip(some, ones, strict=True))
+        return [found[place] for place in range(len(images))]
+
+    def _detect_batch(
+        self, images: Sequence[Tensor], search: Search, *, keep: int | None, masks: bool
+    ) -> list[Detections] | None:
+        """Detections in resized images of one padded size; None where the memory is too small for so many.
+
+        Raises:
+            OutOfMemory: it is too small for one image.
+        """
+        batch, sizes = pad_images(images)
+        try:
+            with autocast(self.device, training=False):
+                found: list[Detections] = self.detector(
                     batch.to(self.device),
                     sizes,
-                    text,
-                    competing=competing,
+                    search.text,
+                    competing=search.competing,
                     score_floor=self.config.eval.score_threshold,
                     nms_iou=self.config.eval.nms_iou,
                     keep=self.config.eval.max_detections if keep is None else keep,
@@ -140,8 +164,16 @@ class TrainedDetector:
                     objectness=self.config.eval.objectness,
                     masks=masks and self.config.model.masks,
                 )
-            found.update(zip(places, ones, strict=True))
-        return [found[place] for place in range(len(images))]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(images) == 1:
+                height, width = sizes[0]
+                raise OutOfMemory(
+                    f"out of memory with one image of {width} x {height}; use a GPU with more memory, or `device=cpu`"
+                ) from error
+            return None
+        return found
 
 
 def encode_masks(detections: Detections, height: int, width: int) -> list[bytes] | None:

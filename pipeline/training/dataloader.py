@@ -27,10 +27,9 @@ from ezsd.detector.model import Batch
 from ezsd.errors import AnnotationError
 from ezsd.pipeline.config.schema import TrainConfig
 from ezsd.pipeline.devices import is_out_of_memory
-from ezsd.pipeline.errors import ConfigError, ImageError, RunError
+from ezsd.pipeline.errors import ConfigError, ImageError, OutOfMemory, RunError
 from ezsd.pipeline.interrupts import shielded
 from ezsd.pipeline.training.distributed import Distributed
-from ezsd.pipeline.training.out_of_memory import OutOfMemory
 
 log = logging.getLogger("ezsd")
 

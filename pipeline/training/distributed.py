@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.errors import ArgumentError, RunError
 from ezsd.pipeline.process_environment import require_launcher
 
 
@@ -77,10 +77,11 @@ def join_process_group(device: torch.device) -> Iterator[Distributed]:
     mine = not dist.is_initialized()
     if mine:
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            _meet(device)
         except dist.DistError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise RunError(f"the {os.environ['WORLD_SIZE']} processes did not meet at {where}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise RunError(f"the {os.environ['WORLD_SIZE']} processes did not meet at {where}: {reason}") from error
     try:
         # Another launcher than torchrun need not say how many are here.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -90,8 +91,30 @@ def join_process_group(device: torch.device) -> Iterator[Distributed]:
             dist.destroy_process_group()
 
 
+def _meet(device: torch.device) -> None:
+    if device.type != "cuda":
+        dist.init_process_group("gloo")
+        return
+    # Otherwise the first collective guesses which GPU is meant, and processes take memory of each other's.
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+
+
 def local_device(name: str) -> torch.device:
-    """The device of this process: with several processes and "cuda", each has its own GPU."""
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    return torch.device(name)
+    """The device of this process: with several processes and "cuda", each has its own GPU.
+
+    Raises:
+        ArgumentError: this machine has fewer GPUs than processes.
+    """
+    if name != "cuda" or "LOCAL_RANK" not in os.environ:
+        return torch.device(name)
+    rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if count == 1:
+        # Some launchers show each process its own GPU alone.
+        return torch.device("cuda", 0)
+    if rank >= count:
+        raise ArgumentError(
+            f"process {rank} of this machine has no GPU of its own, for there are {count}; start the training with "
+            f"`torchrun` and at most {count} processes on a machine"
+        )
+    return torch.device("cuda", rank)

@@ -6,12 +6,8 @@ from collections.abc import Sequence
 
 from ezsd.detector.model import Batch
 from ezsd.pipeline.config.schema import TrainConfig
-from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.errors import OutOfMemory
 from ezsd.pipeline.runs.run import learns_the_same_in_parts
-
-
-class OutOfMemory(RunError):
-    """A training step does not fit in memory."""
 
 
 def step_does_not_fit(

@@ -28,7 +28,7 @@ from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
 from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.mask_cache import training_masks
 from ezsd.pipeline.devices import is_out_of_memory
-from ezsd.pipeline.errors import ConfigError, DatasetError, NonFiniteLoss, RunError
+from ezsd.pipeline.errors import ConfigError, DatasetError, NonFiniteLoss, OutOfMemory, RunError
 from ezsd.pipeline.extraction.annotation_check import checked_annotations
 from ezsd.pipeline.extraction.provenance import as_built, dataset_inputs, scored_by_objectness
 from ezsd.pipeline.inference.predictor import load_weights
@@ -40,7 +40,7 @@ from ezsd.pipeline.runs.run import CHANGEABLE, Run, restore_optimiser, rows_dige
 from ezsd.pipeline.runs.store_digests import record_store, require_same_bytes
 from ezsd.pipeline.training.dataloader import load_batches
 from ezsd.pipeline.training.distributed import Distributed, join_process_group, local_device
-from ezsd.pipeline.training.out_of_memory import OutOfMemory, step_does_not_fit
+from ezsd.pipeline.training.out_of_memory import step_does_not_fit
 from ezsd.pipeline.training.trainer import (
     AverageWeights,
     Objective,
@@ -387,7 +387,7 @@ class _Training:
             # It is made up for where it is left. Other processes wait for this one: there it is finished.
             with self.request.ending_anywhere() if self._distributed.world_size == 1 else nullcontext():
                 self.validation.look(self.step, metrics)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OutOfMemory) as error:
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(

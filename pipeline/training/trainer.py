@@ -16,6 +16,7 @@ from ezsd.losses import loss_weights, weighted_sum
 from ezsd.pipeline.config.schema import Config, LossConfig, TrainConfig
 from ezsd.pipeline.errors import NonFiniteLoss
 from ezsd.pipeline.training.distributed import Distributed
+from ezsd.precision import autocast
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class Trainer:
         return {**record, "learning_rate": rate}
 
     def _backward(self, batch: Batch, totals: Totals | None) -> tuple[list[str], Tensor]:
-        with torch.autocast(batch.images.device.type, dtype=torch.bfloat16, enabled=batch.images.is_cuda):
+        with autocast(batch.images.device, training=True):
             parts: dict[str, Tensor] = self._model(
                 batch,
                 self.objective.text,

@@ -11,6 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ezsd.detector.masks import POOL_SIZE
 from ezsd.kernels import triton_distance, triton_pool
 from ezsd.kernels.pooling import BoundPooling
 
@@ -19,6 +20,8 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POINTERS = {"boxes": "*fp32", "image_index": "*i64", "order": "*i64", "begins": "*i64", "keys": "*i32"}
 POINTERS |= {"distance": "*fp32", "distance_grad": "*fp32", "target": "*fp16"}
 INTEGERS = re.compile(r"(height|width|first)\d|images|regions|size")
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+"""Shared memory that a program may use, by compute capability."""
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 pytestmark = pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton ships no cuobjdump")
@@ -101,6 +104,21 @@ def test_pooling_fits_the_machine(direction, dtype, bins, capability, tmp_path):
     assert compiled.metadata.shared <= launch.max_shared
     if dtype != torch.float32:
         assert re.search(r"wgmma\.mma_async|mma\.sync", compiled.asm["ptx"]), "the product must use tensor cores"
+
+
+@pytest.mark.parametrize(
+    ("direction", "capability"),
+    [("forward", 86), ("forward", 90), *(("backward", capability) for capability in SHARED_KIB)],
+)
+def test_the_mask_heads_pooling_fits_every_card(direction, capability, tmp_path):
+    pooling = make_pooling(torch.bfloat16, POOL_SIZE)
+    settings = getattr(triton_pool, f"{direction}_settings")(pooling)
+    kernel = getattr(triton_pool, f"pool_{direction}_kernel")
+    compiled = compile_kernel(kernel, settings, dtype=torch.bfloat16, capability=capability)
+    _, stack, spills_in_loops = inspect(compiled, tmp_path)
+    assert stack == 0
+    assert spills_in_loops == []
+    assert compiled.metadata.shared <= SHARED_KIB[capability] * 1024
 
 
 @pytest.mark.parametrize(("l1", "capability"), [(False, 80), (False, 90), (True, 90)])

@@ -3,21 +3,21 @@
 Real sizes are compared by the gates of benchmarks/kernel.py.
 """
 
-from dataclasses import replace
+import os
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from ezsd import kernels
-from ezsd.kernels import Pooling, reference
+from ezsd.kernels import Pooling
+from tests.kernels.gates import errors, placed, tolerance
 from tests.kernels.kernel_problems import make_problem, run_align, run_embed, run_loss
 
-# Norm of the difference over the norm of the expected tensor. Float32: positions are rounded at 1e-7 of some tens of
-# cells, sums have up to 12,544 terms. 16 bits: a value is rounded (at 5e-4 for float16, 4e-3 for bfloat16) at each of
-# four stages: bin weights, pooled values, embeddings, and their gradients.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# cuBLAS is deterministic only with a workspace of its own; it reads this when it is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 POOLING = Pooling(spatial_scale=(1.0,), backend="triton")
 
 
@@ -36,31 +36,22 @@ def _outputs_begin_as_nan():
 
 
 def on_gpu(problem, dtype):
-    """The problem on the GPU, its maps and head in `dtype`, everything else in float32."""
-    problem = problem.to(torch.float32)
-
-    def move(tensor, dtype=None):
-        return None if tensor is None else tensor.to("cuda", dtype)
-
-    return replace(
-        problem,
-        maps=tuple(move(feature, dtype).contiguous(memory_format=torch.channels_last) for feature in problem.maps),
-        projection=move(problem.projection, dtype),
-        bias=move(problem.bias, dtype),
-        **{name: move(getattr(problem, name)) for name in ("boxes", "image_index", "target", "weight")},
-    )
+    return placed(problem, dtype, "cuda")
 
 
 def check(run, name, problem, dtype, **options):
-    problem = on_gpu(problem, dtype)
-    expected = run(getattr(reference, name), problem.to(torch.float64), **options)
-    found = run(getattr(kernels, name), problem, backend="triton", **options)
-    for value, right in zip(found, expected, strict=True):
-        error = (value.double() - right).norm()
-        assert error <= TOLERANCE[dtype] * right.norm(), f"relative error {error / right.norm():.1e}"
+    worst = max(errors(run, name, problem, dtype, device="cuda", **options))
+    assert worst <= tolerance(dtype), f"relative error {worst:.1e}, {tolerance(dtype):.1e} allowed"
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+def require_free(gib):
+    """Skip a test on a card that has less memory to give."""
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of GPU memory, {free:.1f} are free")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("regions", [0, 1, 7, 1000])
 @pytest.mark.parametrize(("bins", "channels", "dim"), [(1, 63, 512), (5, 256, 63), (7, 63, 63), (7, 256, 512)])
 @pytest.mark.parametrize("levels", [1, 4])
@@ -69,12 +60,17 @@ def test_loss_equals_float64(dtype, regions, bins, channels, dim, levels):
     check(run_loss, "roi_align_cosine", problem, dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_other_operators_equal_float64(dtype):
     problem = make_problem(regions=100, channels=63, levels=4)
     check(run_align, "roi_align", problem, dtype)
     check(run_embed, "roi_embed", problem, dtype)
     check(run_loss, "roi_align_cosine", make_problem(regions=100, bins=1, head=False), dtype)
+
+
+def test_the_mask_heads_pooling_equals_float64():
+    problem = make_problem(regions=100, bins=14, channels=256, levels=4, head=False)
+    check(run_align, "roi_align", problem, torch.bfloat16)
 
 
 def test_l1_equals_float64():
@@ -87,7 +83,7 @@ def test_twenty_thousand_boxes():
     check(run_loss, "roi_align_cosine", problem, torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_ten_runs_are_bit_equal(dtype):
     problem = on_gpu(make_problem(regions=1000, channels=256, dim=512, levels=4), dtype)
     first = run_loss(kernels.roi_align_cosine, problem, backend="triton")
@@ -96,6 +92,7 @@ def test_ten_runs_are_bit_equal(dtype):
 
 
 def test_maps_beyond_two_to_the_31_elements():
+    require_free(15)
     images, channels, size = 9, 256, 1024
     whole = torch.zeros(images, channels, size, size, dtype=torch.bfloat16, device="cuda")
     whole = whole.contiguous(memory_format=torch.channels_last)
@@ -118,6 +115,7 @@ def align_one(feature, boxes, image):
 
 
 def test_pooled_boxes_beyond_two_to_the_31_elements():
+    require_free(6)
     feature = torch.randn(1, 256, 16, 16, dtype=torch.bfloat16, device="cuda")
     boxes = torch.rand(172_000, 4, device="cuda") * 8
     boxes[:, 2:] += boxes[:, :2]

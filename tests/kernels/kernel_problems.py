@@ -1,6 +1,7 @@
 """Random pooling problems with every kind of box, shared by the kernel tests."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.nn import functional
@@ -89,24 +90,25 @@ def run_align(align, problem, **pooling):
     return [pooled.detach(), *(feature.grad for feature in problem.maps)]
 
 
-def run_embed(embed, problem, **options):
-    """A weighted sum of the unit embeddings, and its gradients with respect to maps, projection and bias."""
-
-    def pulled(*arguments, target, weight):
-        return (embed(*arguments) * target).sum()
-
-    return run_loss(pulled, problem, **options)
+def run_embed(embed, problem, backend="auto"):
+    """The unit embeddings, and the gradients of a weighted sum of them with respect to maps, projection and bias."""
+    return _run(embed, problem, backend, pull=problem.target)
 
 
-def run_loss(loss, problem, backend="auto", **options):
-    """The loss, and its gradients with respect to the maps, the projection and the bias."""
+def run_loss(loss, problem, backend="auto", scale=1.0, **options):
+    """The loss, and the gradients of `scale` times it with respect to the maps, the projection and the bias."""
+    compare = partial(loss, target=problem.target, weight=problem.weight, **options)
+    return _run(compare, problem, backend, pull=torch.tensor(scale))
+
+
+def _run(function, problem, backend, *, pull):
+    """A function's value, and the gradients of the product of it and `pull`."""
     leaves = [leaf.detach().requires_grad_() for leaf in problem.leaves]
     count = len(problem.maps)
     projection, bias = leaves[count:] or (None, None)
     problem = replace(problem, maps=tuple(leaves[:count]), projection=projection, bias=bias)
-    arguments = (*problem.pooled(backend=backend), projection, bias)
-    value = loss(*arguments, target=problem.target, weight=problem.weight, **options)
-    return [value.detach(), *torch.autograd.grad(value, leaves)]
+    value = function(*problem.pooled(backend=backend), projection, bias)
+    return [value.detach(), *torch.autograd.grad(value, leaves, pull.to(value))]
 
 
 def torchvision_align(features, boxes, image_index, pooling):

@@ -189,12 +189,13 @@ def test_everything_but_triton_works_without_triton(monkeypatch):
         call(backend="triton")
 
 
-def test_float64_and_deep_pyramids_are_left_to_eager(monkeypatch):
+def test_float64_deep_pyramids_and_many_bins_are_left_to_eager(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert "float64" in backend_module.triton_obstacle((torch.zeros(1, 1, 1, 1, dtype=torch.float64),))
-    assert "6 levels" in backend_module.triton_obstacle((torch.zeros(1, 1, 1, 1),) * 6)
-    assert backend_module.triton_obstacle((torch.zeros(1, 1, 1, 1),)) is None
+    assert "float64" in backend_module.triton_obstacle((torch.zeros(1, 1, 1, 1, dtype=torch.float64),), bins=7)
+    assert "6 levels" in backend_module.triton_obstacle((torch.zeros(1, 1, 1, 1),) * 6, bins=7)
+    assert "17 bins" in backend_module.triton_obstacle((torch.zeros(1, 1, 1, 1),), bins=17)
+    assert backend_module.triton_obstacle((torch.zeros(1, 1, 1, 1),), bins=16) is None
 
 
 def test_auto_says_once_what_it_took(caplog):

@@ -45,6 +45,45 @@ def test_kernels_compile_for_gpus_within_their_limits(tmp_path):
     run_cases("compiled_cases.py", TRITON_CACHE_DIR=str(tmp_path))
 
 
+# A GPU as far as Triton asks; what it finds missing beside it is really missing.
+MISSING = """
+import os, sys, torch
+from ezsd.errors import BackendError
+from ezsd.kernels import Pooling, backend, require_backend, roi_align, triton_distance
+from tests.pretend_gpu import pretend_gpu
+
+os.environ.pop("CC", None)
+launch, gpu = triton_distance.distance_forward, torch.device("cuda", 0)
+for change in sys.argv[2:]:
+    name, value = change.split("=")
+    os.environ |= {"TRITON_CACHE_DIR": sys.argv[1], "TRITON_LIBCUDA_PATH": sys.argv[1], name: value}
+    with pretend_gpu():
+        triton_distance.distance_forward = launch
+        backend._tried_on.cache_clear()
+        require_backend("auto", gpu)
+        maps, boxes = torch.ones(1, 3, 8, 8, device=gpu), torch.tensor([[0.0, 0.0, 20.0, 20.0]], device=gpu)
+        pooled = roi_align(maps, boxes, torch.zeros(1, dtype=torch.int64, device=gpu), Pooling(spatial_scale=(0.25,)))
+        assert float(pooled.mean()) == 1
+        try:
+            require_backend("triton", gpu)
+        except BackendError as error:
+            print(error)
+"""
+
+
+@needs_triton
+def test_auto_does_without_what_triton_needs_to_launch_and_says_why(tmp_path):
+    missing = {
+        "TRITON_CACHE_DIR=/dev/null/x": "NotADirectoryError: [Errno 20] Not a directory: '/dev/null/",
+        "PATH=/nowhere": "RuntimeError: Failed to find C compiler",
+    }
+    said = run(["-c", MISSING, str(tmp_path), *missing]).splitlines()
+    cure = "a C compiler, Python's headers, and a folder to write to, TRITON_CACHE_DIR or ~/.triton/cache."
+    for line, reason in zip(said, missing.values(), strict=True):
+        assert f"Triton cannot launch a kernel ({reason}" in line
+        assert f"it needs {cure}" in line
+
+
 def test_the_package_works_where_triton_cannot_be_imported():
     script = """
 import sys

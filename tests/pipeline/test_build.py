@@ -16,7 +16,7 @@ import zarr
 
 from ezsd.cache import Store, StoreIncomplete, StoreMismatch
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.errors import VocabularyError
+from ezsd.errors import TeacherError, VocabularyError
 from ezsd.pipeline.config.schema import to_tables
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.extraction.build import build_cache
@@ -54,6 +54,15 @@ def build_command(dataset, config, out, *, workers):
 def test_two_workers_make_the_same_bytes_as_one(shapes_dataset, quick_config, shapes_store, tmp_path):
     build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=tmp_path / "two", workers=2))
     assert files(tmp_path / "two") == files(shapes_store)
+
+
+def test_a_background_word_that_the_teacher_lacks_is_refused_before_re_normalisation(
+    shapes_dataset, with_settings, tmp_path
+):
+    config, out = with_settings(teacher={"background": ("background", "zebra")}), tmp_path / "store"
+    with pytest.raises(TeacherError, match="no weights for a word of 'zebra'"):
+        build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=out))
+    assert not out.exists()
 
 
 def test_names_with_equal_prompts_are_refused_before_re_normalisation(

@@ -74,6 +74,7 @@ def test_an_override_changes_one_value_alone():
         ("train.warmup_steps=-1", "train.warmup_steps must be >= 0"),
         ("train.num_workers=-1", "train.num_workers must be >= 0"),
         ("model.fpn_channels=0", "model.fpn_channels must be > 0"),
+        ("model.pool_size=17", r"model.pool_size must lie in \(0, 16\], got 17"),
         ("model.rpn_sizes=[0]", "model.rpn_sizes must be > 0"),
         ("model.box_positive_fraction=2", r"model.box_positive_fraction must lie in \[0, 1\]"),
         ("model.tower_depth=-1", "model.tower_depth must be >= 0"),

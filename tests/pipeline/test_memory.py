@@ -15,22 +15,26 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ezsd.detector.backbone import Pyramid
 from ezsd.pipeline.config.schema import apply_override, from_tables, to_tables
+from ezsd.pipeline.data.images import read_image
 from ezsd.pipeline.devices import is_out_of_memory
-from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.errors import OutOfMemory, RunError
+from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.training.out_of_memory import OutOfMemory
 from ezsd.pipeline.training.train import TrainRequest, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
-def room_for(images, *, from_step=1, parts=1, error=None):
-    """The backbone runs out of memory with more images at a time, from a step on whose batches are counted."""
+def room_for(images, *, from_step=1, parts=1, error=None, training=True):
+    """The backbone runs out of memory with more images at a time, from a step on whose batches are counted.
+
+    In training, or else in detection.
+    """
     calls = [0]
 
     def refuse(module, inputs):
-        if isinstance(module, Pyramid) and module.training:
+        if isinstance(module, Pyramid) and module.training == training:
             calls[0] += 1
             if len(inputs[0]) > images and calls[0] > (from_step - 1) * parts:
                 raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -116,17 +120,15 @@ def test_one_image_that_does_not_fit_is_told_what_else(shapes_store, with_settin
         train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
 
 
-def test_a_validation_that_does_not_fit_is_left_out(shapes_store, with_settings, tmp_path, monkeypatch):
+def test_a_validation_that_does_not_fit_is_left_out(shapes_store, with_settings, tmp_path):
     config = with_settings(train={"validate_every": 1, "validate_images": 3})
 
-    def refuse(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
     request = {"cache": shapes_store, "run": tmp_path / "run"}
-    with monkeypatch.context() as patch:
-        patch.setattr("ezsd.pipeline.training.validation.detect_split", refuse)
-        with pytest.raises(OutOfMemory, match="validation after step 3, whose checkpoint is saved") as caught:
-            train(TrainRequest(**request, config=config))
+    with (
+        room_for(0, training=False),
+        pytest.raises(OutOfMemory, match="validation after step 3, whose checkpoint is saved") as caught,
+    ):
+        train(TrainRequest(**request, config=config))
     assert train(TrainRequest(**request, config=with_advice(config, str(caught.value)))).began_at == 3
 
 
@@ -134,6 +136,8 @@ def test_a_validation_that_does_not_fit_is_left_out(shapes_store, with_settings,
     "error",
     [
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: not enough memory: you tried to al"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("std::bad_alloc"),
@@ -145,6 +149,20 @@ def test_all_words_for_it_are_known(error, shapes_store, quick_config, tmp_path)
     with room_for(2, error=error), pytest.raises(OutOfMemory):
         train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=quick_config))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+def test_detection_goes_on_with_fewer_images_at_a_time(shapes_run, shapes_root):
+    trained = load_trained(shapes_run, "cpu")
+    images = [read_image(path) for path in sorted((shapes_root / "val").glob("*.png"))[:5]]
+    search = trained.search(trained.text)
+    wanted = trained.detect(images, search)
+    with room_for(2, training=False):
+        found = trained.detect(images, search)
+    for one, right in zip(found, wanted, strict=True):
+        assert torch.equal(one.labels, right.labels)
+        torch.testing.assert_close(one.boxes, right.boxes)
+    with room_for(0, training=False), pytest.raises(OutOfMemory, match=r"one image of 128 x 128; .* `device=cpu`"):
+        trained.detect(images, search)
 
 
 # As little room as a first step finds taken, and some more: enough for 4 images, which need 350 MiB, not for 12.

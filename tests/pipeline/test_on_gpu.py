@@ -1,0 +1,216 @@
+"""Store and run on a pretend GPU: every branch for a GPU is taken, and what the host waits for is bounded."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from torch.nn.modules.module import register_module_forward_hook
+
+from ezsd.crops import crop_boxes
+from ezsd.data.dataset import Sample, collate
+from ezsd.detector.backbone import Pyramid
+from ezsd.pipeline.config.schema import load_preset
+from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.extraction import build, worker
+from ezsd.pipeline.extraction.build import build_cache
+from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.inference.detect import Model
+from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
+from ezsd.pipeline.inference.predictor import TrainedDetector
+from ezsd.pipeline.runs.model import build_detector
+from ezsd.pipeline.training import train as training
+from ezsd.pipeline.training.distributed import Distributed, join_process_group, local_device
+from ezsd.pipeline.training.train import TrainRequest, build_trainer, train
+from tests.pretend_gpu import Counts, pretend_gpu
+
+BOUNDS = {
+    "re-normalisation of 4 steps": (64, 1_621_408),
+    "an image of the store": (7, 70_192),
+    "a step of 4 images": (73, 803_172),
+    "a first step of 16 images, preset coco": (238, 2_041_688),
+    "an evaluated image": (16.5, 206_346),
+    "a detected image": (16.5, 199_077),
+}
+"""Most waits of the host and bytes that cross, as they are today: whoever needs fewer lowers the numbers."""
+
+
+def bounded(what, counts, parts=1):
+    waits, moved = BOUNDS[what]
+    assert counts.waits.total() / parts <= waits, f"{what}:\n{counts}"
+    assert counts.moved.total() / parts <= moved, f"{what}:\n{counts}"
+
+
+def most(counts):
+    return max(counts, key=lambda one: one.waits.total()), max(counts, key=lambda one: one.moved.total())
+
+
+@pytest.fixture(scope="module")
+def store(shapes_dataset, quick_config, tmp_path_factory):
+    """A store that the pretend GPU made, and the counts of its two parts."""
+    out = tmp_path_factory.mktemp("gpu") / "store"
+    with pretend_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
+        adapted, extracted = gpu.calls_of(patch, build, "adapt_teacher"), gpu.calls_of(patch, worker, "_extract_image")
+        build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, device="cuda", scheduler="sync"))
+    return out, adapted, extracted
+
+
+@pytest.fixture(scope="module")
+def request_(store, quick_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu") / "run"
+    return TrainRequest(cache=store[0], run=folder, config=quick_config, device="cuda")
+
+
+@pytest.fixture(scope="module")
+def trained(request_):
+    """A run that the pretend GPU trained, and the counts of its steps."""
+    with pretend_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
+        steps = gpu.calls_of(patch, training._Training, "_make_step")
+        return train(request_), steps
+
+
+def test_a_store_is_built(store):
+    _, adapted, extracted = store
+    bounded("re-normalisation of 4 steps", adapted[0])
+    for counts in most(extracted):
+        bounded("an image of the store", counts)
+
+
+def test_a_run_is_trained(trained):
+    run, steps = trained
+    assert run.finished().step == len(steps) == 6
+    for counts in most(steps):
+        bounded("a step of 4 images", counts)
+
+
+def test_a_run_goes_on_from_a_checkpoint_and_learns_the_same(trained, request_, tmp_path):
+    run, _ = trained
+    again = tmp_path / "run"
+    shutil.copytree(run.folder, again)
+    shutil.rmtree(again / "checkpoints/step-00000006")
+    with pretend_gpu():
+        resumed = train(dataclasses.replace(request_, run=again))
+    assert resumed.began_at == 4
+    wanted, found = run.finished().trained(), resumed.finished().trained()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_a_run_is_evaluated(trained, monkeypatch):
+    run, _ = trained
+    with pretend_gpu() as gpu:
+        found = gpu.calls_of(monkeypatch, TrainedDetector, "detect")
+        evaluate_run(run, data_root=None, device="cuda")
+        evaluate_crops(run, data_root=None, device="cuda")
+    bounded("an evaluated image", sum(found, Counts()), parts=8)
+
+
+def test_any_names_are_detected(trained, shapes_root, monkeypatch):
+    run, _ = trained
+    images = sorted((shapes_root / "val").glob("*.png"))
+    with pretend_gpu() as gpu:
+        model = Model(run, device="cuda")
+        model.search(["red ring", "bar"])
+        found = gpu.calls_of(monkeypatch, TrainedDetector, "detect")
+        detected = model(images, ["red ring", "bar"], threshold=0.0)
+    assert len(detected) == len(images) == 8
+    bounded("a detected image", sum(found, Counts()), parts=len(images))
+
+
+def test_a_step_of_the_preset_for_coco():
+    """All of its sizes but the images', which are small, and whose weights are random."""
+    config, images = load_preset("coco"), 16
+    text = torch.nn.functional.normalize(torch.randn(65, 512), dim=1)
+    torch.manual_seed(0)
+    with pretend_gpu() as gpu:
+        detector = build_detector(config, 512, torchvision.models.resnet50(weights=None).state_dict())
+        trainer = build_trainer(detector.to("cuda").train(), config, text, 48, Distributed())
+        batch = collate([sample(number) for number in range(images)])
+        with gpu.counting() as counts:
+            ready = training._prepare(batch, torch.device("cuda"), channels_last=config.train.channels_last)
+            found = trainer.step([ready], 0)
+    assert {"classification", "box", "distillation"} < found.keys()
+    assert all(one.grad.is_cuda for one in detector.parameters() if one.requires_grad)
+    bounded("a first step of 16 images, preset coco", counts)
+
+
+def sample(number, height=64, width=96):
+    """Noise, boxes anywhere: every third image without objects, every third without regions."""
+    random = torch.Generator().manual_seed(number)
+
+    def boxes(count):
+        corner = torch.rand(count, 2, generator=random) * torch.tensor([width, height]) * 0.6
+        side = 20 + torch.rand(count, 2, generator=random) * torch.tensor([width, height]) * 0.35
+        return torch.cat([corner, torch.minimum(corner + side, torch.tensor([width, height]))], 1)
+
+    objects, regions = boxes((3, 0, 7)[number % 3]), boxes((60, 60, 0)[number % 3])
+    cached = torch.cat([objects, regions])
+    confidence = torch.cat([torch.ones(len(objects)), torch.rand(len(regions), generator=random)])
+    return Sample(
+        image=torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=random),
+        boxes=objects,
+        labels=torch.randint(0, 48, (len(objects),), generator=random),
+        region_boxes=cached,
+        region_target=torch.randn(len(cached), 512, generator=random).half(),
+        region_confidence=confidence,
+        cached_boxes=cached,
+        cached_confidence=confidence,
+        canvas=(0, 0),
+        seed=number,
+    )
+
+
+def test_a_gpu_without_bfloat16_trains_in_float32_and_detects_in_float16(
+    trained, request_, tmp_path, shapes_root, caplog
+):
+    seen = set()
+
+    def look(module, inputs, output):
+        if isinstance(module, Pyramid):
+            seen.add((module.training, output[0].dtype))
+
+    config = dataclasses.replace(request_.config, train=dataclasses.replace(request_.config.train, steps=1))
+    handle = register_module_forward_hook(look)
+    try:
+        with pretend_gpu(capability=(7, 5)), caplog.at_level("INFO"):
+            train(dataclasses.replace(request_, run=tmp_path / "run", config=config))
+            Model(trained[0], device="cuda")(shapes_root / "val/000001.png", "bar")
+    finally:
+        handle.remove()
+    assert seen == {(True, torch.float32), (False, torch.float16)}
+    assert "took eager, because the GPU has compute capability 7.5" in caplog.text
+
+
+def test_a_crop_wider_than_a_gpu_resamples_is_the_same():
+    random = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 40, 800), generator=random, dtype=torch.uint8)
+    boxes, options = torch.tensor([[0.0, 0, 800, 40]]), {"size": 16, "ratio": 1.0, "surround": "black"}
+    with pretend_gpu():
+        found = crop_boxes(image.to("cuda"), boxes.to("cuda"), **options).cpu()
+    assert torch.equal(found, crop_boxes(image, boxes, **options))
+
+
+def test_each_process_joins_with_a_gpu_of_its_own(monkeypatch):
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    joined = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: joined.append((args, options)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    with pretend_gpu() as gpu:
+        # A launcher that shows each process one GPU.
+        assert local_device("cuda") == torch.device("cuda", 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        mine = local_device("cuda")
+        with join_process_group(mine) as distributed:
+            assert (distributed.rank, distributed.world_size, distributed.local_world_size) == (3, 4, 2)
+        assert mine == torch.device("cuda", 1)
+        assert gpu.current == [mine]
+        assert joined == [(("nccl",), {"device_id": mine})]
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        with pytest.raises(ArgumentError, match="process 2 .* has no GPU of its own, for there are 2"):
+            local_device("cuda")

@@ -1,0 +1,97 @@
+"""The pretend GPU keeps apart what a GPU keeps apart, and counts what it makes the host wait for."""
+
+from operator import setitem
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from ezsd import kernels
+from ezsd.kernels import Pooling
+from tests.pretend_gpu import pretend_gpu
+
+
+@pytest.fixture
+def gpu():
+    with pretend_gpu() as gpu:
+        yield gpu
+
+
+def numbers(*shape):
+    return torch.arange(float(torch.Size(shape).numel())).view(shape)
+
+
+def test_a_tensor_says_where_it_is(gpu):
+    there = numbers(3).to("cuda")
+    assert (there.device, there.is_cuda, (there + 1).device) == (torch.device("cuda", 0), True, there.device)
+    assert there.to(there.device) is there
+    assert type(there.cpu()) is torch.Tensor
+    assert there.cpu().device == torch.device("cpu")
+    with pytest.raises(TypeError):
+        there.numpy()
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda there: there + numbers(4),
+        lambda there: torch.cat([numbers(4), there]),
+        lambda there: numbers(4)[there.long()],
+        lambda there: normalize(there[None] @ numbers(4, 4)),
+    ],
+)
+def test_tensors_of_two_places_do_not_mix(gpu, mix):
+    there = numbers(4).to("cuda")
+    with pytest.raises(RuntimeError, match="on the CPU"):
+        mix(there)
+
+
+@pytest.mark.parametrize(
+    ("call", "waits", "moved"),
+    [
+        (lambda x: x + 1, 0, 0),
+        (lambda x: x + torch.tensor(1.0), 0, 0),
+        (lambda x: x[1:].view(-1).to(torch.float64), 0, 0),
+        (lambda x: setitem(x, x > 2, 0), 0, 0),
+        (lambda x: torch.where(x > 2, x, 0).sum(), 0, 0),
+        (lambda x: x[torch.ones(2, dtype=torch.int64, device="cuda")], 0, 0),
+        (lambda x: x.repeat_interleave(torch.ones_like(x).long(), output_size=4), 0, 0),
+        (lambda x: float(x.sum()), 1, 0),
+        (lambda x: bool((x > 2).any()), 1, 0),
+        (lambda x: torch.nonzero(x), 1, 0),
+        (lambda x: x[x > 2], 1, 0),
+        (lambda x: setitem(x, x > 2, x[3:].expand(1).clone()), 0, 0),
+        (lambda x: setitem(x, x > 1, x[:2].clone()), 1, 0),
+        (lambda x: x.repeat_interleave(torch.ones_like(x).long()), 1, 0),
+        (lambda x: torch.cuda.synchronize(), 1, 0),
+        (lambda x: x.cpu(), 1, 16),
+        (lambda x: x.tolist(), 1, 16),
+        (lambda x: numbers(5).to("cuda"), 1, 20),
+        (lambda x: numbers(5).to(x), 1, 20),
+        (lambda x: numbers(5).to("cuda", non_blocking=True), 0, 20),
+        (lambda x: torch.tensor([1, 2], device=x.device), 1, 16),
+        (lambda x: x.new_tensor([1, 2]), 1, 8),
+        (lambda x: x[torch.tensor([0, 1])], 1, 16),
+        (lambda x: x[[0, 1]], 1, 16),
+        (lambda x: x.copy_(numbers(4)), 1, 16),
+    ],
+)
+def test_waits_and_bytes_are_counted(gpu, call, waits, moved):
+    there = numbers(4).to("cuda")
+    with gpu.counting() as counts:
+        call(there)
+    assert (counts.waits.total(), counts.moved.total()) == (waits, moved)
+
+
+def test_counts_say_where_in_our_code(gpu):
+    features = numbers(1, 4, 3, 3).to("cuda").requires_grad_()
+    boxes, image = torch.tensor([[0.0, 0, 2, 2]], device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+    with gpu.counting() as counts:
+        pooled = kernels.roi_align(features, boxes, image, Pooling(spatial_scale=(1.0,), output_size=2))
+        pooled.sum().backward()
+    assert features.grad.device.type == "cuda"
+    assert any(place.startswith("ezsd/kernels/registered.py") for place in counts.launches)
+    assert not counts.waits
+    with gpu.counting() as counts:
+        kernels.roi_align(features, boxes, image, Pooling(spatial_scale=(1.0,), output_size=2, backend="eager"))
+    assert {place.split(":")[0] for place in counts.waits} == {"ezsd/kernels/eager.py"}
