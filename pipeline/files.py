@@ -58,8 +58,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def require_new_folder(out: Path) -> None:
-    """ArgumentError for a place where there is something already; an empty folder is nothing."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    """ArgumentError for a place where there is something already, or no folder can be; an empty folder is nothing."""
+    above = next(place for place in out.absolute().parents if place.exists())
+    wrong = {
+        # Renaming a folder puts it in the place of another folder alone, not of a link to one.
+        "is a link": out.is_symlink(),
+        "is a file": out.is_file(),
+        f"{above} is a file": not above.is_dir(),
+        "is the folder you are in": out.exists() and out.samefile(Path.cwd()),
+    }
+    for what in (what for what, found in wrong.items() if found):
+        raise ArgumentError(f"`out={out}`: {what}; choose another place")
+    if out.exists() and any(out.iterdir()):
         raise ArgumentError(f"`out={out}`: is not empty; choose a new folder, or empty it")
 
 

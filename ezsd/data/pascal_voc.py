@@ -13,7 +13,8 @@ from typing import Literal
 
 from ezsd.data.label_file import BOX_DIGITS, FILE_CURE, read_label_file
 from ezsd.data.records import unfit
-from ezsd.vocabulary import Split, canonical, is_writable
+from ezsd.errors import VocabularyError
+from ezsd.vocabulary import Split, canonical, require_characters
 
 Corners = Literal["inclusive", "edges"]
 """Meaning of xmin, ymin, xmax and ymax.
@@ -151,8 +152,12 @@ def _side(path: Path, root: ET.Element, key: str) -> int:
 def _object(path: Path, number: int, one: ET.Element) -> VocObject:
     where = f"object[{number}]"
     name = canonical((one.findtext("name") or "").strip())
-    if not name or not is_writable(name):
-        raise unfit(path, f"{where}/name", "the name of a class", reprlib.repr(name), _OBJECT_CURE)
+    try:
+        require_characters(name)
+    except VocabularyError as error:
+        raise unfit(path, f"{where}/name", "the name of a class", reprlib.repr(name), _OBJECT_CURE) from error
+    if not name:
+        raise unfit(path, f"{where}/name", "the name of a class", "nothing", _OBJECT_CURE)
     difficult = (one.findtext("difficult") or "0").strip()
     if difficult not in ("0", "1"):
         raise unfit(path, f"{where}/difficult", "0 or 1", reprlib.repr(difficult), _OBJECT_CURE)

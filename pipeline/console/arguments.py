@@ -64,7 +64,7 @@ def require_output(file: Path) -> None:
 
 def require_novel(dataset: str, novel: Sequence[str] | None) -> None:
     """Raise ArgumentError for a store of one annotation file without novel classes: no region would be kept."""
-    if dataset.endswith(".json") and novel is None:
+    if dataset.lower().endswith(".json") and novel is None:
         raise ArgumentError(
             f"--dataset {dataset}: all of its classes are base ones; give --novel NAMES, the classes to find without "
             "boxes, which need not be in the file"

@@ -12,10 +12,18 @@ from ezsd.pipeline.data.coco_folder import Conversion, write_coco_folder
 from ezsd.pipeline.data.datasets import dataset_name
 from ezsd.pipeline.data.findings import Findings
 from ezsd.pipeline.data.label_readers import LabelReader, read_part, read_voc_labels, read_yolo_labels
-from ezsd.pipeline.data.labelled_folder import LabelFormat, Part, find_format, find_parts, voc_pairs, yolo_pairs
+from ezsd.pipeline.data.labelled_folder import (
+    LabelFormat,
+    Part,
+    find_format,
+    find_parts,
+    note_unread,
+    voc_pairs,
+    yolo_pairs,
+)
 from ezsd.pipeline.data.split import named_split
 from ezsd.pipeline.data.yolo_names import find_names, read_names
-from ezsd.pipeline.errors import DatasetError
+from ezsd.pipeline.errors import ArgumentError, DatasetError
 from ezsd.pipeline.files import require_new_folder
 
 
@@ -45,13 +53,17 @@ def convert_folder(
         copy: True copies the images, False links to their folders.
 
     Raises:
-        ArgumentError: `out` holds something.
+        ArgumentError: `out` holds something, or is below `root`.
         DatasetError: images, labels or names are missing, or a file is refused.
         AnnotationError: the file with the names is not in order.
         VocabularyError: the names do not make a split.
     """
     require_new_folder(out)
-    findings, parts = Findings(), find_parts(root)
+    if out.resolve().is_relative_to(root.resolve()):
+        # The next conversion would find its images.
+        raise ArgumentError(f"`out={out}`: is below {root}, which is read; choose a folder outside of it")
+    findings, parts = Findings(), find_parts(root, format)
+    note_unread(parts, root, findings)
     table: tuple[str, ...] = ()
     sources = [f"{part.name}: {part.listed.path}" for part in parts if part.listed is not None]
     reader: LabelReader = partial(read_voc_labels, corners, None)
@@ -67,9 +79,11 @@ def convert_folder(
         read[part.name] = read_part(part, pairs, range(seen + 1, seen + len(pairs) + 1), reader, findings, copied=copy)
         seen += len(pairs)
     findings.require_sound()
-    trained = _require_boxes(parts[0], read["train"])
+    trained = {box.name for image in read["train"] for box in image.boxes if not box.crowd}
+    _require_boxes(parts[0], len(read["train"]), trained, "box")
     table = table or tuple(sorted({box.name for images in read.values() for image in images for box in image.boxes}))
     split = named_split(table, where=root, base=base, novel=novel)
+    _require_boxes(parts[0], len(read["train"]), trained & set(split.base), "box of a base class")
     for name in split.base:
         if name not in trained:
             findings.note("base classes without a training box", repr(name))
@@ -77,9 +91,7 @@ def convert_folder(
     return write_coco_folder(out, parts, read, table, splits, sources=sources, findings=findings, copy=copy)
 
 
-def _require_boxes(part: Part, images: Sequence[LabelledImage]) -> set[str]:
-    """Classes with a box to train on; DatasetError for none."""
-    trained = {box.name for image in images for box in image.boxes if not box.crowd}
-    if not trained:
-        raise DatasetError(f"{part.labels}: {len(images)} images with labels, and not one box in them to train on")
-    return trained
+def _require_boxes(part: Part, images: int, classes: set[str], kind: str) -> None:
+    """DatasetError without a class that has a box to train on."""
+    if not classes:
+        raise DatasetError(f"{part.labels}: {images} images with labels, and not one {kind} in them to train on")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from ezsd.pipeline.config.schema import TeacherConfig
 from ezsd.pipeline.data.annotation_cache import Category, read_categories, sound_categories
 from ezsd.pipeline.data.image_source import ImageSource, image_source, needed_files
 from ezsd.pipeline.data.images import Exif
-from ezsd.pipeline.data.single_json import find_images
+from ezsd.pipeline.data.single_json import find_images, path_from
 from ezsd.pipeline.data.split import frequency_split, is_names, named_split
 from ezsd.pipeline.errors import ArgumentError, DatasetError
 from ezsd.pipeline.files import as_json
@@ -192,11 +191,11 @@ def find_dataset(
         VocabularyError: a name is empty or doubled, or prompts cannot be made of the names.
     """
     require_known(name)
-    if name.endswith(".json"):
+    if name.lower().endswith(".json"):
         return _from_json(Path(name), root, strict, novel)
     if novel is not None:
         raise ArgumentError(f"`novel` goes with a JSON file as `dataset`; {name} says itself which classes are novel")
-    if name.endswith(".toml"):
+    if name.lower().endswith(".toml"):
         return _from_toml(Path(name), root, strict)
     if name in DRAWN:
         benchmark, split = DRAWN[name]
@@ -211,7 +210,7 @@ def find_dataset(
 
 def require_known(name: str) -> None:
     """DatasetError for a name that is not a dataset's, or a file that is not there."""
-    if name.endswith((".toml", ".json")):
+    if name.lower().endswith((".toml", ".json")):
         if not Path(name).is_file():
             raise DatasetError(f"`dataset={name}`: no such file")
     elif name not in DATASETS:
@@ -257,7 +256,7 @@ def _from_json(path: Path, root: Path | None, strict: bool, novel: Sequence[str]
         root=folder,
         split=named_split(tuple(names.values()), where=path, base=None, novel=novel),
         train_images=images,
-        train_annotations=os.path.relpath(path, folder),
+        train_annotations=path_from(folder, path),
         val_images=None,
         val_annotations=None,
     )

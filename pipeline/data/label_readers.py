@@ -15,7 +15,7 @@ from ezsd.data.records import unfit
 from ezsd.data.yolo import read_yolo
 from ezsd.errors import AnnotationError
 from ezsd.pipeline.data.findings import Findings
-from ezsd.pipeline.data.images import look
+from ezsd.pipeline.data.images import Reading, look
 from ezsd.pipeline.data.labelled_folder import Pair, Part
 from ezsd.pipeline.errors import ImageError
 from ezsd.pipeline.progress import Progress
@@ -25,9 +25,9 @@ from ezsd.vocabulary import suggest
 _READERS = 8
 _REACH = 0.5
 """Pixels by which a box may end outside its image unnoticed: less than half a pixel is rounding."""
-_FROM_ZERO = (
-    "corners at 0, where VOC counts pixels from 1: if your tool wrote distances from the edges, take `corners=edges`"
-)
+_TURNED = "images turned by EXIF whose label files have no size, which would say if boxes are of the turned image"
+_BELOW_ONE = "corners below 1, where VOC counts pixels from 1"
+_EDGES = ": if your tool wrote distances from the edges, take `corners=edges`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,10 @@ def read_voc_labels(corners: Corners, classes: Mapping[str, str] | None, image: 
     """
     assert labels is not None
     document = read_voc(labels)
-    found = Labels(_image_size(image, document.size))
+    reading = _read_start(image, document.size)
+    found = Labels(reading.size)
+    if document.size is None and reading.turned:
+        found.oddities.append((_TURNED, str(image)))
     if document.size not in (None, found.size):
         found.oddities.append(("label files that swap width and height, which the image decides", str(labels)))
     for number, one in enumerate(document.objects, start=1):
@@ -133,16 +136,18 @@ def read_voc_labels(corners: Corners, classes: Mapping[str, str] | None, image: 
             expected = f"one of the {len(classes)} classes of VOC"
             raise unfit(labels, f"{where}/name", expected, repr(one.name), suggest(one.name, list(classes)))
         if corners == "inclusive" and min(one.corners) < 1:
-            found.oddities.append((_FROM_ZERO, f"{labels}: {where}"))
+            # VOC's own files have no other meaning.
+            advice = _EDGES if classes is None else ""
+            found.oddities.append((f"{_BELOW_ONE}{advice}", f"{labels}: {where}"))
         name = one.name if classes is None else classes[one.name]
         box = LabelledBox(name=name, xywh=one.xywh(corners), crowd=one.difficult)
         found.add(box, f"{labels}: {where}")
     return found
 
 
-def _image_size(image: Path, stated: tuple[int, int] | None) -> tuple[int, int]:
-    """The size of an image; ImageError if it is not the stated one, nor that with its sides swapped, a known slip."""
+def _read_start(image: Path, stated: tuple[int, int] | None) -> Reading:
+    """How an image is read; ImageError unless it has the stated size, or that with its sides swapped, a known slip."""
     reading = look(image, stated)
     if stated is not None and reading.size != stated[::-1]:
         reading.require_size(image, stated, "turn")
-    return reading.size
+    return reading

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -11,7 +12,9 @@ from typing import Literal
 
 from PIL import Image
 
+from ezsd.data.label_file import FILE_CURE
 from ezsd.data.pascal_voc import read_voc
+from ezsd.data.records import unfit
 from ezsd.errors import AnnotationError
 from ezsd.pipeline.data.findings import Findings
 from ezsd.pipeline.errors import DatasetError
@@ -24,7 +27,8 @@ IMAGE_SETS: tuple[tuple[str, ...], ...] = (("train", "val"), ("trainval", "test"
 
 _IMAGES = ("images", "JPEGImages")
 _LABELS = ("labels", "Annotations", "annotations")
-_PART = re.compile(r"(train|val|test)(?:id|idation)?(?:\d{4})?")
+_ENDINGS: dict[LabelFormat | None, tuple[str, ...]] = {"voc": (".xml",), "yolo": (".txt",), None: (".xml", ".txt")}
+_PART = re.compile(r"(train|val|test)(?:id|idation)?(?:\d{4})?", re.IGNORECASE)
 _NO_LABELS = ("classes.txt",)
 """Text files among labels that are none."""
 
@@ -60,24 +64,28 @@ class Pair:
     """None for an image without one."""
 
 
-def find_parts(root: Path) -> list[Part]:
+def find_parts(root: Path, format: LabelFormat | None) -> list[Part]:
     """The parts of a folder, in the order of `PARTS`; docs/datasets.md shows the layouts.
 
+    Args:
+        root: the folder.
+        format: of the label files; None for one that is not known yet.
+
     Raises:
-        DatasetError: there is no such folder, two folders for one part, or none for training.
+        DatasetError: there is no such folder, two folders for one part, none for training, or label files in two.
     """
     if not root.is_dir():
         raise DatasetError(f"{root}: no such folder")
-    images, labels = _places(root)
+    images, labels = _places(root, format)
     by_name = _named(images)
     listed = image_sets(root, IMAGE_SETS)
     if listed:
         parts = [Part(name=name, images=images, labels=labels, listed=found) for name, found in listed.items()]
     elif by_name and images == root:
-        places = {name: _places(folder) for name, folder in by_name.items()}
+        places = {name: _places(folder, format) for name, folder in by_name.items()}
         parts = [Part(name=name, images=place[0], labels=place[1]) for name, place in places.items()]
     elif by_name:
-        parts = [Part(name=name, images=one, labels=labels / one.name) for name, one in by_name.items()]
+        parts = [Part(name=name, images=one, labels=_twin(labels, name, one)) for name, one in by_name.items()]
     else:
         parts = [Part(name="train", images=images, labels=labels)]
     if parts[0].name != "train":
@@ -85,12 +93,34 @@ def find_parts(root: Path) -> list[Part]:
     return parts
 
 
-def _places(folder: Path) -> tuple[Path, Path]:
+def note_unread(parts: Sequence[Part], root: Path, findings: Findings) -> None:
+    """Count the images beside the folders of the parts, which nobody reads; images that a list leaves out are not."""
+    if any(part.listed is not None for part in parts):
+        return
+    images = next((root / name for name in _IMAGES if (root / name).is_dir()), root)
+    for name in image_names(images):
+        if not any((images / name).is_relative_to(part.images) for part in parts):
+            findings.note("images outside of the folders of the parts, left out", images / name)
+
+
+def _places(folder: Path, format: LabelFormat | None) -> tuple[Path, Path]:
     """Folders of images and of labels; the folder itself where it has none for them."""
-    images, labels = (
-        next((folder / name for name in names if (folder / name).is_dir()), folder) for names in (_IMAGES, _LABELS)
-    )
-    return images, labels
+    # By the names as they are written: where upper and lower case are the same, two of them are one folder.
+    there = {place.name for place in folder.iterdir() if place.is_dir()}
+    images, labels = ([folder / name for name in names if name in there] for names in (_IMAGES, _LABELS))
+    used = [place for place in labels if any(_files(place, _ENDINGS[format]))]
+    if len(used) > 1:
+        both = f"{folder}: {used[0].name} and {used[1].name} both have label files"
+        if format is None:
+            raise DatasetError(f"{both}; say which kind to read: `format=voc` or yolo")
+        raise DatasetError(f"{both}, expected one folder of them")
+    return next(iter(images), folder), next(iter(used or labels), folder)
+
+
+def _twin(labels: Path, name: str, images: Path) -> Path:
+    """The folder of a part's labels: named as that of its images, else after the part."""
+    same = labels / images.name
+    return same if same.is_dir() or not labels.is_dir() else _named(labels).get(name, same)
 
 
 def _named(folder: Path) -> dict[str, Path]:
@@ -99,9 +129,10 @@ def _named(folder: Path) -> dict[str, Path]:
     for place in sorted(folder.iterdir()):
         matched = _PART.fullmatch(place.name)
         if matched and place.is_dir():
-            other = found.setdefault(matched[1], place)
+            part = matched[1].lower()
+            other = found.setdefault(part, place)
             if other != place:
-                raise DatasetError(f"{folder}: has {other.name} and {place.name}, expected one folder for {matched[1]}")
+                raise DatasetError(f"{folder}: has {other.name} and {place.name}, expected one folder for {part}")
     return {name: found[name] for name in PARTS if name in found}
 
 
@@ -128,7 +159,7 @@ def image_sets(folder: Path, choices: Sequence[Sequence[str]]) -> dict[str, Imag
 
 def _read_list(path: Path) -> ImageSet:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DatasetError(f"{path}: is not UTF-8 text: {error}") from error
     first: dict[str, int] = {}
@@ -194,7 +225,7 @@ def _by_stem(part: Part) -> dict[str, str]:
 
 
 def yolo_pairs(part: Part, findings: Findings) -> list[Pair]:
-    """Every image of a part with its text file, by name or in the order of a list.
+    """Every image of a part with its text file, by name of the image.
 
     Raises:
         DatasetError: two images differ in their ending alone.
@@ -208,7 +239,7 @@ def yolo_pairs(part: Part, findings: Findings) -> list[Pair]:
                 )
         images = {stem: images[stem] for stem in part.listed.stems if stem in images}
     pairs = []
-    for name in images.values():
+    for name in sorted(images.values()):
         labels = _label_of(part, name)
         if not labels.is_file():
             findings.note("images without a label file, taken as background", part.images / name)
@@ -252,4 +283,9 @@ def _named_inside(path: Path, part: Part) -> str | None:
     """The image that an XML file names, in the folder in which it would be by its own name; None if it is not there."""
     name = read_voc(path).file_name.replace("\\", "/").rpartition("/")[2]
     below = path.parent.relative_to(part.labels)
-    return (below / name).as_posix() if name and (part.images / below / name).is_file() else None
+    try:
+        found = bool(name) and (part.images / below / name).is_file()
+    except OSError as error:
+        what = f"{reprlib.repr(name)} ({error.strerror})"
+        raise unfit(path, "filename", "the name of an image", what, FILE_CURE) from error
+    return (below / name).as_posix() if found else None

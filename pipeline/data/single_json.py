@@ -44,10 +44,18 @@ def find_images(path: Path, root: Path | None) -> tuple[Path, str]:
             both = f"{found[0]} and {found[1]} both have its first image {name}"
             raise DatasetError(f"{path}: {both}; give the right one as `data_root`")
         if found:
-            return folder, os.path.relpath(found[0], folder)
+            return folder, path_from(folder, found[0])
     raise DatasetError(
         f"{path}: its first image {name} is neither in {folder} nor in a folder of it; give `data_root=DIR`"
     )
+
+
+def path_from(folder: Path, path: Path) -> str:
+    """Path that leads from a folder to a file or folder, also where a link leads to that folder."""
+    if path.is_relative_to(folder):
+        return str(path.relative_to(folder))
+    # The system follows links before it goes up, so that a path of their names alone would lead elsewhere.
+    return os.path.relpath(path.parent.resolve() / path.name, folder.resolve())
 
 
 def _places(folder: Path, *, above: bool) -> Iterator[list[Path]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ezsd.errors import VocabularyError
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.vocabulary import COCO_SPLIT, Split, first_few, nearest, resolve, spelt_as
+
+log = logging.getLogger("ezsd")
 
 NAMED = 5
 """Most names in one line of what cannot be measured."""
@@ -62,10 +66,26 @@ def chosen_split(
 
 
 def named_split(names: Sequence[str], *, where: Path, base: Sequence[str] | None, novel: Sequence[str] | None) -> Split:
-    """Choose the base and novel classes as `chosen_split` does; without a choice all are base classes."""
+    """Choose the base and novel classes as `chosen_split` does; without a choice all are base classes.
+
+    A warning names the novel classes that the file lacks: a misspelt one leaves the class that was meant a base class.
+
+    Raises:
+        VocabularyError: as `chosen_split`, and a novel name that differs from a class of the file by case alone.
+    """
     if base is None and novel is None:
         return Split(base=tuple(names), novel=())
-    return chosen_split(names, {}, where=where, base=base, novel=novel, split_file=None)
+    split = chosen_split(names, {}, where=where, base=base, novel=novel, split_file=None)
+    known = set(names)
+    absent = [name for name in split.novel if name not in known]
+    by_case = {name.casefold(): name for name in names}
+    for name in absent:
+        if name.casefold() in by_case:
+            other = by_case[name.casefold()]
+            raise VocabularyError(f"{where}: has no class {name!r}, but {other!r}; spell the novel name as it does")
+    if absent:
+        log.warning("%s: %s", where, no_ground_truth(absent, names))
+    return split
 
 
 def frequency_split(frequency: Mapping[str, str], base: str = "fc") -> Split:

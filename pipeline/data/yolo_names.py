@@ -67,12 +67,13 @@ def read_names(path: Path) -> tuple[str, ...]:
 def _from_yaml(path: Path, text: str) -> list[str]:
     try:
         document = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    # ValueError: a date that is none.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise unfit(path, "the file", "YAML", f"something else ({reason})", _CURE) from error
     names = document.get("names") if isinstance(document, dict) else None
-    if isinstance(names, dict) and list(names) == list(range(len(names))):
-        names = list(names.values())
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
+        names = [names[number] for number in range(len(names))]
     if not isinstance(names, list):
         expected = "a list of names, or a table of them numbered from 0"
         raise unfit(path, "names", expected, reprlib.repr(names), _CURE)

@@ -70,6 +70,7 @@ WRONG_XML = {
     "infinity": (("<xmax>195", "<xmax>inf"), r"object\[1\]/bndbox/xmax: expected a number of pixels"),
     "corner": (("<ymax>375</ymax>", ""), r"object\[2\]/bndbox/ymax: expected a number of pixels, found nothing"),
     "name": (("sofa", " "), r"object\[2\]/name: expected the name of a class"),
+    "line break": (("sofa", "so\nfa"), r"object\[2\]/name: expected the name of a class, found 'so\\nfa'"),
     "difficult": (("<difficult>1", "<difficult>hard"), r"object\[2\]/difficult: expected 0 or 1, found 'hard'"),
     "size": (("<width>500", "<width>-5"), r"size/width: expected a number of pixels, found '-5'"),
     "root": (("annotation>", "page>"), "expected an element <annotation>, found <page>"),

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from functools import partial
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -188,6 +190,32 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     convert_voc(root, "2007", out)
 
 
+def test_a_place_where_no_folder_can_be_is_refused(tmp_path, monkeypatch):
+    root = devkit(tmp_path)
+    text(tmp_path / "file", "words")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "none")
+    for out, words in (
+        (Path(), "is the folder you are in"),
+        (tmp_path / "link", "is a link"),
+        (tmp_path / "nowhere", "is a link"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file/x", f"{tmp_path}/file is a file"),
+    ):
+        said = refused(partial(convert_voc, root, "2007", out), "; choose another place")
+        assert said == f"--out {out}: {words}; choose another place"
+    convert_voc(root, "2007", tmp_path / "other")
+
+
+def test_what_is_written_is_no_input_of_the_next_conversion(tmp_path):
+    root = tmp_path / "in"
+    in_one_folder(root, label_xml)
+    refused(lambda: convert_folder(root, root / "farm"), "is below .*in, which is read; choose a folder outside of it")
+    convert_folder(root, tmp_path / "farm")
+
+
 # Folders of one's own
 
 
@@ -248,12 +276,53 @@ def test_layouts_of_images_and_labels_are_found(layout, label, tmp_path):
     ]
     names = [one["file_name"] for one in document(tmp_path / "farm", "train")["images"]]
     assert len(names) == 2
-    assert names == sorted(names) or layout is listed
+    assert names == sorted(names)
     ids = [one["id"] for part in parts for one in document(tmp_path / "farm", part)["images"]]
     assert ids == list(range(1, len(ids) + 1))
     dataset = find_dataset(str(tmp_path / "farm/farm.toml"))
     assert dataset.parts == (("train",) if len(parts) == 1 else ("train", "val"))
     assert check_dataset(dataset).problems == []
+
+
+def test_folders_of_parts_are_found_in_upper_case_and_what_is_beside_them_is_counted(tmp_path):
+    root = tmp_path / "in"
+    for part, stem in (("Train", "a"), ("Val", "b"), ("Extra", "c")):
+        image(root / f"images/{part}/{stem}.png")
+        label_text(root / f"labels/{part.lower()}", stem)
+    image(root / "images/loose.png")
+    text(root / "classes.txt", "cow\ngoat\n")
+    made = convert_folder(root, tmp_path / "farm")
+    assert [tuple(part) for part in made.parts] == [("train", 1, 1, 0), ("val", 1, 1, 0)]
+    left = "images outside of the folders of the parts, left out: 2, the first"
+    assert made.oddities == [
+        f"{left} {root}/images/Extra/c.png",
+        "base classes without a training box: 1, the first 'cow'",
+    ]
+
+
+def test_of_two_folders_of_labels_the_one_of_the_format_is_read(tmp_path):
+    root = tmp_path / "in"
+    image(root / "images/a.jpg")
+    text(root / "annotations/instances.json", "{}")
+    label_xml(root / "Annotations", "a")
+    text(root / "labels/classes.txt", "cow\ngoat\n")
+    convert_folder(root, tmp_path / "alone")
+    text(root / "labels/a.txt", "0 0.5 0.5 0.1 0.1\n")
+    refused(
+        lambda: convert_folder(root, tmp_path / "farm"),
+        "labels and Annotations both have label files; say which kind to read: `format=voc` or yolo",
+    )
+    for form, name in (("voc", "goat"), ("yolo", "cow")):
+        convert_folder(root, tmp_path / form, format=form)
+        assert [one[:2] for one in boxes(tmp_path / form)] == [("a.jpg", name)]
+    label_xml(root / "labels", "a")
+    refused(lambda: convert_folder(root, tmp_path / "farm", format="voc"), "both have label files, expected one folder")
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path):
+    root = devkit(tmp_path)
+    text(root / f"VOC2007/{LIST}", "\ufeff000005\n")
+    assert convert_voc(root, "2007", tmp_path / "voc").parts[0].images == 1
 
 
 LAYOUT_PARTS = {
@@ -265,7 +334,7 @@ LAYOUT_PARTS = {
 }
 
 
-def test_classes_of_xml_are_those_that_are_found_and_novel_ones_are_chosen(tmp_path):
+def test_classes_of_xml_are_those_that_are_found_and_novel_ones_are_chosen(tmp_path, caplog):
     root = tmp_path / "in"
     for stem, name in (("a", "goat"), ("b", "cow"), ("c", "aeroplane")):
         image(root / f"{stem}.png")
@@ -273,6 +342,8 @@ def test_classes_of_xml_are_those_that_are_found_and_novel_ones_are_chosen(tmp_p
     made = convert_folder(root, tmp_path / "farm", novel=["goat", "unicorn"])
     (split,) = made.splits.values()
     assert (split.base, split.novel) == (("aeroplane", "cow"), ("goat", "unicorn"))
+    (line,) = caplog.messages
+    assert line.startswith(f"{root}: no entry in categories named 'unicorn': without ground truth")
     assert find_dataset(str(tmp_path / "farm/farm.toml")).split == split
     lines = conversion_lines(convert_folder(root, tmp_path / "all"))
     assert "no class is novel yet" in lines[-2]
@@ -280,6 +351,23 @@ def test_classes_of_xml_are_those_that_are_found_and_novel_ones_are_chosen(tmp_p
     assert lines[-1] == f"next: ezsd data check --dataset {toml}"
     text(toml, toml.read_text().replace(', "goat"]', "]").replace("novel = []", 'novel = ["goat"]'))
     assert find_dataset(str(toml)).split.novel == ("goat",)
+
+
+def test_a_misspelt_novel_class_is_named(tmp_path, caplog):
+    root = tmp_path / "in"
+    in_one_folder(root, label_text)
+    text(root / "classes.txt", "cow\ngoat\n")
+    refused(
+        lambda: convert_folder(root, tmp_path / "farm", novel=["Goat"]),
+        "in: has no class 'Goat', but 'goat'; spell the novel name as it does",
+    )
+    assert not (tmp_path / "farm").exists()
+    assert caplog.messages == []
+    convert_folder(root, tmp_path / "near", novel=["goats"])
+    assert caplog.messages[0].startswith(f"{root}: no entry in categories named 'goats' (did you mean 'goat'?)")
+    text(root / "a.txt", "0 0.15 0.375 0.1 0.25\n")
+    convert_folder(root, tmp_path / "farm", novel=["goat"])
+    assert len(caplog.messages) == 1
 
 
 def test_an_xml_without_a_namesake_names_its_image(tmp_path):
@@ -292,6 +380,10 @@ def test_an_xml_without_a_namesake_names_its_image(tmp_path):
     assert sorted(one[0] for one in boxes(tmp_path / "farm")) == ["b.jpg", "photo 1.jpg"]
     xml(root / "annotations/label2.xml", ("goat", 1, 1, 9, 9), filename="photo 1.jpg")
     refused(lambda: convert_folder(root, tmp_path / "again"), "its image photo 1.jpg is that of .*; remove one of them")
+    xml(root / "annotations/label2.xml", ("goat", 1, 1, 9, 9), filename=f"{'x' * 300}.jpg")
+    refused(
+        lambda: convert_folder(root, tmp_path / "again"), r"label2.xml: filename: expected .*, found 'x.* \(File name"
+    )
     (root / "annotations/label2.xml").unlink()
     convert_folder(root, tmp_path / "again")
 
@@ -332,6 +424,25 @@ def test_corners_at_zero_are_said_to_be_distances(tmp_path):
     assert boxes(tmp_path / "two") == [("a.png", "cow", 0, 10, 50, 70)]
 
 
+def test_corners_of_voc_have_one_meaning(tmp_path):
+    root = devkit(tmp_path)
+    xml(root / "VOC2007/Annotations/000009.xml", ("cat", 0, 1, 20, 20))
+    lines = conversion_lines(convert_voc(root, "2007", tmp_path / "voc"))
+    assert lines[0].startswith("warning: corners below 1, where VOC counts pixels from 1: 1, the first ")
+
+
+def test_an_image_that_is_turned_by_exif_alone_is_counted(tmp_path):
+    root = tmp_path / "in"
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image(root / "a.jpg", (80, 40), exif=turned)
+    xml(root / "a.xml", ("cow", 1, 1, 9, 9), size=None)
+    (line,) = convert_folder(root, tmp_path / "one").oddities
+    assert line.startswith("images turned by EXIF whose label files have no size")
+    xml(root / "a.xml", ("cow", 1, 1, 9, 9), size=(40, 80))
+    assert convert_folder(root, tmp_path / "two").oddities == []
+
+
 def test_yolo_boxes_are_those_of_the_image_as_it_is_shown(tmp_path):
     root = tmp_path / "in"
     turned = Image.Exif()
@@ -362,6 +473,8 @@ NAMES = {
     "names: [cow, cow]": "names: expected different names, found others .*'cow' occurs twice",
     "names: []": "names: expected class names, found none",
     "classes: [cow]": "names: expected a list of names",
+    "names: {1: goat, 0: cow}": ("cow", "goat"),
+    "names: [cow, goat]\ndate: 2024-13-45": "data.yaml: the file: expected YAML, found something else .month must be",
     "names: [cow": "data.yaml: the file: expected YAML, found something else",
     "names: !!python/object/apply:os.system ['touch hacked']": "expected YAML, found something else",
 }
@@ -429,6 +542,12 @@ WRONG_FOLDERS = {
     "a link": (outside, "b.jpg: is a link to an image outside of its folder; take --copy", {"copy": True}),
     "no image": (lambda r: text(r / "a.jpg", "words"), "a.jpg: is not an image", None),
     "no boxes": (lambda r: [text(r / f"{s}.txt", "") for s in "ab"], "2 images with labels, and not one box", None),
+    "no base boxes": (
+        lambda r: None,
+        "2 images with labels, and not one box of a base class in them to train on",
+        {},
+        {"novel": ["goat"]},
+    ),
     "no XML": (
         lambda r: None,
         "0 images with labels, and not one box in them to train on",

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.errors import AnnotationError, EzsdError
+from ezsd.errors import AnnotationError, EzsdError, VocabularyError
 from ezsd.pipeline.console.arguments import require_novel
 from ezsd.pipeline.console.data_messages import parse_val
 from ezsd.pipeline.console.options import as_options
@@ -150,11 +150,40 @@ def test_the_images_of_a_file_are_looked_for_around_it(one, tmp_path):
     assert find_dataset(str(tmp_path / "labels_b.json")).train_images == "b"
 
 
-def test_all_classes_of_a_file_are_base_ones_but_those_named_novel(one):
+def test_a_link_to_the_folder_leads_to_the_files_beside_it(one, tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/link").symlink_to(one / "train")
+    shutil.copyfile(one / JSON, tmp_path / "own.json")
+    # Of names alone, this is where ../own.json would be.
+    (one / "own.json").write_text("{}")
+    dataset = find_dataset(str(tmp_path / "own.json"), tmp_path / "far/link").require()
+    (one / "own.json").unlink()
+    assert dataset.annotations("train").samefile(tmp_path / "own.json")
+    # The folder of the annotations is a link itself, and the images are beside it.
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near/annotations").symlink_to(one / "annotations")
+    shutil.copytree(one / "train", tmp_path / "near/photos")
+    dataset = find_dataset(str(tmp_path / "near" / JSON)).require()
+    assert (dataset.root / dataset.train_images).samefile(tmp_path / "near/photos")
+
+
+def test_the_ending_of_a_file_may_be_in_upper_case(one, tmp_path):
+    shutil.copyfile(one / JSON, tmp_path / "OWN.JSON")
+    assert find_dataset(str(tmp_path / "OWN.JSON"), one, novel=NOVEL).name == "OWN"
+    with pytest.raises(ArgumentError, match="give --novel NAMES"):
+        require_novel("OWN.JSON", None)
+
+
+def test_all_classes_of_a_file_are_base_ones_but_those_named_novel(one, caplog):
     assert set(find_dataset(str(one / JSON)).split.base) == set(SHAPES_SPLIT.names)
     split = find_dataset(str(one / JSON), novel=["ring", "unicorn"]).split
     assert split.novel == ("ring", "unicorn")
     assert set(split.base) == set(SHAPES_SPLIT.names) - {"ring"}
+    assert [line.partition(": without")[0] for line in caplog.messages] == [
+        f"{one / JSON}: no entry in categories named 'unicorn'"
+    ]
+    with pytest.raises(VocabularyError, match="has no class 'Ring', but 'ring'; spell the novel name as it does"):
+        find_dataset(str(one / JSON), novel=["Ring"])
     with pytest.raises(ArgumentError, match="`novel` goes with a JSON file as `dataset`; shapes says itself"):
         find_dataset("shapes", novel=["ring"])
     with pytest.raises(ArgumentError, match="give --novel NAMES, the classes to find without boxes"):
