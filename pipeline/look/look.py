@@ -152,7 +152,7 @@ class _Looked:
             "base_objects": named_objects(self.store, ids),
             "held_out": {
                 "groups": [[split.base[index] for index in group] for group in groups] if request.teacher else [],
-                **measure(cases, base_iou=self.base_iou, seed=request.seed),
+                **self._measured(cases),
             },
             "evaluation": self._evaluation() if request.evaluate else None,
         }
@@ -209,6 +209,12 @@ class _Looked:
                 progress.advance(note=f"{filters.passes / progress.seconds:,.0f} crops/s")
         return cases
 
+    def _measured(self, cases: Sequence[Case]) -> dict[str, Any]:
+        # Boxes of a file are taken as they are; voting suppresses those, too.
+        suppressed = self._search() != "file" or self.settings["refine"] != "none"
+        nms_iou = float(str(self.settings["nms_iou"])) if suppressed else 1.0
+        return measure(cases, base_iou=self.base_iou, nms_iou=nms_iou, seed=self.request.seed)
+
     def _proposal_cases(self) -> Iterator[Case]:
         """A case for each image, with all its base objects and no regions."""
         for position in self.chosen.tolist():
@@ -260,7 +266,7 @@ class _Looked:
             for position in chosen:
                 cases += self._novel_case(position)
                 progress.advance()
-        return {"looked_at": len(chosen), **measure(cases, base_iou=self.base_iou, seed=self.request.seed)}
+        return {"looked_at": len(chosen), **self._measured(cases)}
 
     def _novel_case(self, position: int) -> list[Case]:
         """The case of an image, if it shows a novel object."""

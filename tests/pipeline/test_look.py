@@ -140,7 +140,7 @@ def case(**changes):
 
 
 def test_recall_counts_objects_by_overlap_rank_size_and_name():
-    found = measure([case()], base_iou=0.3, seed=0)
+    found = measure([case()], base_iou=0.3, nms_iou=0.7, seed=0)
     assert (found["images"], found["objects"]) == (1, {"all": 2, "small": 1, "medium": 0, "large": 1})
     regions = found["recall"]["regions"]
     assert regions["all"]["0.5"] == {"10": 0.0, "20": 0.5, "50": 0.5, "all": 0.5}
@@ -155,24 +155,29 @@ def test_recall_counts_objects_by_overlap_rank_size_and_name():
 
 
 def test_an_image_without_regions_and_no_image_are_measured_too():
-    found = measure([case(regions=np.zeros((0, 4), "f4"), guesses=np.zeros(0, "i4"))], base_iou=0.3, seed=0)
+    found = measure(
+        [case(regions=np.zeros((0, 4), "f4"), guesses=np.zeros(0, "i4"))], base_iou=0.3, nms_iou=0.7, seed=0
+    )
     assert found["recall"]["regions"]["all"]["0.3"]["all"] == 0.0
     assert found["recall"]["random_boxes"]["all"]["0.3"]["all"] == 0.0
     assert verdict(found, "objects")
-    assert verdict(measure([], base_iou=0.3, seed=0), "objects") == [
+    assert verdict(measure([], base_iou=0.3, nms_iou=0.7, seed=0), "objects") == [
         "No objects in the images looked at: nothing to measure."
     ]
 
 
 def test_the_verdict_says_whether_regions_beat_chance():
     covering = case(regions=case().objects, guesses=case().classes)
-    assert any("too few to tell" in line for line in verdict(measure([covering], base_iou=0.3, seed=0), "objects"))
     assert any(
-        "more than chance" in line for line in verdict(measure([covering] * 20, base_iou=0.3, seed=0), "objects")
+        "too few to tell" in line for line in verdict(measure([covering], base_iou=0.3, nms_iou=0.7, seed=0), "objects")
+    )
+    assert any(
+        "more than chance" in line
+        for line in verdict(measure([covering] * 20, base_iou=0.3, nms_iou=0.7, seed=0), "objects")
     )
     assert any(
         "do not tell that from chance" in line
-        for line in verdict(measure([case()] * 20, base_iou=0.3, seed=0), "objects")
+        for line in verdict(measure([case()] * 20, base_iou=0.3, nms_iou=0.7, seed=0), "objects")
     )
 
 
@@ -185,7 +190,7 @@ def test_regions_that_find_less_than_random_boxes_are_said_to():
         "classes": np.array([4], "i4"),
     }
     corner = case(**apart, regions=np.array([[0, 0, 80, 80]], "f4"), guesses=np.array([4], "i4"))
-    said = verdict(measure([corner] * 40, base_iou=0.3, seed=0), "objects")
+    said = verdict(measure([corner] * 40, base_iou=0.3, nms_iou=0.7, seed=0), "objects")
     assert any("fewer than random boxes find" in line for line in said)
 
 
@@ -193,7 +198,7 @@ def test_random_boxes_have_the_sizes_lie_inside_and_keep_away():
     like = torch.tensor([[0.0, 0, 30, 10], [5, 5, 25, 65], [0, 0, 100, 80]])
     avoid = torch.tensor([[0.0, 0, 100, 40]])
     rng = np.random.default_rng(0)
-    drawn = random_boxes(like, width=100, height=80, avoid=avoid, avoid_iou=0.05, draws=50, rng=rng)
+    drawn = random_boxes(like, width=100, height=80, avoid=avoid, avoid_iou=0.05, nms_iou=1, draws=50, rng=rng)
     assert drawn.shape == (50, 3, 4)
     torch.testing.assert_close(drawn[..., 2:] - drawn[..., :2], (like[:, 2:] - like[:, :2]).expand(50, 3, 2))
     assert (drawn >= 0).all()
@@ -201,6 +206,40 @@ def test_random_boxes_have_the_sizes_lie_inside_and_keep_away():
     # Half of all places of the small box are away; the last box has one place only.
     assert (iou(drawn[:, 0], avoid) < 0.05).float().mean() > 0.95
     assert len(torch.unique(drawn[:, 0], dim=0)) == 50
+
+
+def test_random_boxes_are_spread_as_boxes_after_nms_are():
+    like = torch.tensor([[0.0, 0, 40, 40]]).expand(12, 4)
+    avoid = torch.tensor([[0.0, 0, 50, 50]])
+    drawn, spread = (
+        random_boxes(
+            like,
+            width=150,
+            height=150,
+            avoid=avoid,
+            avoid_iou=0.3,
+            nms_iou=nms_iou,
+            draws=20,
+            rng=np.random.default_rng(0),
+        )
+        for nms_iou in (1, 0.3)
+    )
+    assert drawn.shape == spread.shape == (20, 12, 4)
+
+    def close(draws):
+        return sum(int((iou(boxes, boxes) > 0.3).tril(-1).any(1).sum()) for boxes in draws)
+
+    assert close(spread) < close(drawn) / 5
+    assert (iou(spread.reshape(-1, 4), avoid) < 0.3).all()
+    torch.testing.assert_close(spread[:, 0], drawn[:, 0])
+
+
+def test_chance_finds_more_with_the_nms_of_the_store():
+    wide = case(regions=np.array([[0, 0, 100, 100]] * 10, "f4"), guesses=np.array([4] * 10, "i4"))
+    free, apart = (measure([wide] * 20, base_iou=0.3, nms_iou=nms_iou, seed=0) for nms_iou in (1, 0.2))
+    assert free["boxes"] == apart["boxes"]
+    found, found_apart = (one["recall"]["random_boxes"]["large"]["0.3"]["10"] for one in (free, apart))
+    assert found_apart > found
 
 
 def test_first_overlaps_are_the_best_among_the_first():
