@@ -72,11 +72,14 @@ def random_boxes(
     height: int,
     avoid: Tensor,
     avoid_iou: float,
+    nms_iou: float,
     draws: int,
     rng: np.random.Generator,
     tries: int = 8,
 ) -> Tensor:
     """Boxes of the sizes of given ones at random places of the image, away from some boxes where that is possible.
+
+    Boxes after NMS are spread over the image, and so find more than as many without: chance is given the same spread.
 
     Args:
         like: xyxy, (R, 4), whose widths and heights are taken in their order.
@@ -84,9 +87,11 @@ def random_boxes(
         height: likewise.
         avoid: xyxy, (N, 4); a place with this IoU or more with one of them is drawn again.
         avoid_iou: in (0, 1].
+        nms_iou: in (0, 1]; a place with a higher IoU with a box before it is drawn again; 1 lets all be.
         draws: number of times that all are drawn.
         rng: source of the places.
-        tries: most places drawn for a box; the first is taken where all overlap.
+        tries: most places drawn for a box; the first is taken where all lie on boxes to avoid, and the last of the
+            others where each lies on a box before it.
 
     Returns:
         (draws, R, 4) float32.
@@ -96,9 +101,24 @@ def random_boxes(
     corner = torch.from_numpy(rng.random((draws, tries, len(like), 2))) * room
     boxes = torch.cat([corner, corner + extent], -1).float()
     clear = ~overlaps_any(boxes.reshape(-1, 4), avoid, iou_floor=avoid_iou).reshape(boxes.shape[:-1])
-    # The first place that is clear; the first of all where none is.
-    first = clear.int().argmax(1)
-    return boxes.gather(1, first[:, None, :, None].expand(-1, 1, -1, 4))[:, 0]
+    return torch.stack([_spread(*one, nms_iou=nms_iou) for one in zip(boxes, clear, strict=True)])
+
+
+def _spread(places: Tensor, clear: Tensor, *, nms_iou: float) -> Tensor:
+    """The boxes (R, 4) at the first of their places (tries, R, 4) that is clear, and not on a box before them."""
+    clear, column = clear.clone(), torch.arange(places.shape[1])
+    # The first of all where none is clear.
+    first = clear.int().argmax(0)
+    for _ in range(len(places) - 1):
+        boxes = places[first, column]
+        again = (box_iou(boxes, boxes) > nms_iou).tril(-1).any(1)
+        if not again.any():
+            break
+        clear[first[again], column[again]] = False
+        # Where no other is clear, the last stays.
+        again &= clear.any(0)
+        first = torch.where(again, clear.int().argmax(0), first)
+    return places[first, column]
 
 
 def _host(boxes: Tensor | npt.NDArray[np.float32]) -> Tensor:

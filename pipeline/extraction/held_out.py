@@ -34,7 +34,7 @@ MOST_FOLDS = 5
 
 
 def folds(base: int, novel: int, *, seed: int) -> list[tuple[int, ...]]:
-    """Groups of base names, about as many in each as there are novel ones: each name is in one of them.
+    """Groups of base names, as near to the number of novel ones as 2 to `MOST_FOLDS` groups allow; each name is in one.
 
     Args:
         base: number of base names, at least 1.

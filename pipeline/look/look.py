@@ -24,7 +24,7 @@ from ezsd.pipeline.extraction.provenance import dataset_inputs, model_inputs, pr
 from ezsd.pipeline.extraction.teacher import recorded_teacher
 from ezsd.pipeline.extraction.worker import refined
 from ezsd.pipeline.files import write_json, write_text
-from ezsd.pipeline.look.page import page
+from ezsd.pipeline.look.page import file_name, page
 from ezsd.pipeline.look.pictures import Box, Picture, guess_colours, region_boxes, thumbnail, truth_boxes
 from ezsd.pipeline.look.recall import Case, measure
 from ezsd.pipeline.look.survey import named_objects, survey
@@ -75,11 +75,12 @@ def look_at_store(request: LookRequest) -> tuple[dict[str, Any], Path]:
         ValueError: (of many kinds) no complete store, other annotations than it was made from, an image that cannot be
             read, or a teacher that cannot be had.
     """
-    if request.out.exists() and not request.out.is_dir():
-        raise ArgumentError(f"`out={request.out}`: is a file; give the name of a folder")
+    for folder in (request.out, *request.out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ArgumentError(f"`out={request.out}`: {folder} is a file; give the name of a folder")
     looked = _Looked(request)
     document = looked.document()
-    name = "look-evaluated" if request.evaluate else "look"
+    name = file_name(document)
     target = request.out / f"{name}.html"
     text = page(document, looked.pictures(), request.top)
     request.out.mkdir(parents=True, exist_ok=True)
@@ -100,7 +101,9 @@ class _Looked:
         self.settings = proposal_settings(self.store.manifest)
         self.base_iou = float(str(self.settings["base_iou"]))
         self.unseen = unseen_images(self.annotations, self.store, by="all")
-        self.chosen = self._choose()
+        order = self._choose()
+        self.drawn = order[:DRAWN]
+        self.chosen = np.sort(order)
 
     @cached_property
     def config(self) -> Config:
@@ -108,14 +111,14 @@ class _Looked:
         return recorded_config(self.store.path, self.store.environment)
 
     def _choose(self) -> NDArray[np.int64]:
-        """Positions of the images to look at, with base boxes and rows: those first that no training has used."""
+        """Positions of readable images with base boxes, at random: those first that no training has used."""
         rng = np.random.default_rng([self.request.seed, 1])
         ids, bad = self.annotations.images.id, list(self.store.bad_images)
         readable = np.unique(self.annotations.image_index)
         readable = readable[~np.isin(ids[readable], bad)]
         unseen = np.isin(readable, self.unseen)
         order = np.concatenate([rng.permutation(readable[unseen]), rng.permutation(readable[~unseen])])
-        return np.sort(order[: self.request.images]).astype(np.int64)
+        return order[: self.request.images].astype(np.int64)
 
     def document(self) -> dict[str, Any]:
         """All figures, as JSON has them."""
@@ -144,14 +147,26 @@ class _Looked:
                 "with_base_boxes": len(np.unique(self.annotations.image_index)),
                 "ids": self.annotations.images.id[self.chosen].tolist(),
             },
-            "options": {"images": request.images, "top": request.top, "seed": request.seed, "teacher": request.teacher},
+            "options": self._options(),
             "survey": survey(self.store),
             "base_objects": named_objects(self.store, ids),
             "held_out": {
                 "groups": [[split.base[index] for index in group] for group in groups] if request.teacher else [],
-                **measure(cases, base_iou=self.base_iou, seed=request.seed),
+                **self._measured(cases),
             },
             "evaluation": self._evaluation() if request.evaluate else None,
+        }
+
+    def _options(self) -> dict[str, Any]:
+        """Options of the command that gives this document again."""
+        request = self.request
+        paths = {"store": request.store, "out": request.out, "weights": request.weights, "data_root": request.data_root}
+        return {
+            "images": request.images,
+            "top": request.top,
+            "seed": request.seed,
+            "teacher": request.teacher,
+            **{name: None if path is None else str(path) for name, path in paths.items()},
         }
 
     def _search(self) -> str:
@@ -193,6 +208,12 @@ class _Looked:
                     cases.append(self._case(position, hidden, regions["box"], regions["class_index"]))
                 progress.advance(note=f"{filters.passes / progress.seconds:,.0f} crops/s")
         return cases
+
+    def _measured(self, cases: Sequence[Case]) -> dict[str, Any]:
+        # Boxes of a file are taken as they are; voting suppresses those, too.
+        suppressed = self._search() != "file" or self.settings["refine"] != "none"
+        nms_iou = float(str(self.settings["nms_iou"])) if suppressed else 1.0
+        return measure(cases, base_iou=self.base_iou, nms_iou=nms_iou, seed=self.request.seed)
 
     def _proposal_cases(self) -> Iterator[Case]:
         """A case for each image, with all its base objects and no regions."""
@@ -245,7 +266,7 @@ class _Looked:
             for position in chosen:
                 cases += self._novel_case(position)
                 progress.advance()
-        return {"looked_at": len(chosen), **measure(cases, base_iou=self.base_iou, seed=self.request.seed)}
+        return {"looked_at": len(chosen), **self._measured(cases)}
 
     def _novel_case(self, position: int) -> list[Case]:
         """The case of an image, if it shows a novel object."""
@@ -273,7 +294,7 @@ class _Looked:
     def pictures(self) -> list[Picture]:
         """The drawn images."""
         names, _ = self.store.text
-        records = [self.annotations.images[position] for position in self.chosen[:DRAWN].tolist()]
+        records = [self.annotations.images[position] for position in self.drawn.tolist()]
         regions = [self.store.regions[record.id] for record in records]
         colours = guess_colours(regions, names, self.request.top)
         source = self.dataset.images("train")
@@ -287,7 +308,7 @@ class _Looked:
                 base=self._base_boxes(position),
                 novel=self._novel_boxes(position) if self.request.evaluate else (),
             )
-            for position, record, rows in zip(self.chosen.tolist(), records, regions, strict=False)
+            for position, record, rows in zip(self.drawn.tolist(), records, regions, strict=True)
         ]
 
     def _base_boxes(self, position: int) -> list[Box]:

@@ -23,6 +23,8 @@ def page(document: Mapping[str, Any], pictures: Sequence[Picture], top: int) -> 
         document=document,
         store=document["store"],
         images=document["images"],
+        looked_at=verdict.looked_at(document),
+        file_name=file_name(document),
         survey=document["survey"],
         evaluated=document["evaluation"] is not None,
         measurements=_measurements(document),
@@ -32,6 +34,11 @@ def page(document: Mapping[str, Any], pictures: Sequence[Picture], top: int) -> 
         names=verdict.name_table(document["base_objects"]),
         command=_command(document),
     )
+
+
+def file_name(document: Mapping[str, Any]) -> str:
+    """Name of the page and of its figures, without suffix: with novel boxes one of its own."""
+    return "look" if document["evaluation"] is None else "look-evaluated"
 
 
 def _measurements(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -55,8 +62,10 @@ def _measurements(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _command(document: Mapping[str, Any]) -> str:
     """The command that makes this page again."""
     options = document["options"]
-    words = ["ezsd", "cache", "look", document["store"]["name"]]
+    words = ["ezsd", "cache", "look", options["store"], "--out", options["out"]]
     words += ["--images", str(options["images"]), "--top", str(options["top"]), "--seed", str(options["seed"])]
     words += [] if options["teacher"] else ["--no-teacher"]
     words += [] if document["evaluation"] is None else ["--evaluate"]
+    for name in ("weights", "data_root"):
+        words += [] if options[name] is None else [f"--{name.replace('_', '-')}", options[name]]
     return shlex.join(words)

@@ -47,15 +47,16 @@ class Case:
     """Positions of the regions' names, (R,)."""
 
 
-def measure(cases: Sequence[Case], *, base_iou: float, seed: int) -> dict[str, Any]:
+def measure(cases: Sequence[Case], *, base_iou: float, nms_iou: float, seed: int) -> dict[str, Any]:
     """Measure recall over all objects of some cases together.
 
     Random boxes have the number and the sizes of the regions, in their order, and stay as far away from known base
-    objects; where nobody has filtered, those of the proposals, anywhere.
+    objects and from each other; where nobody has filtered, those of the proposals, anywhere.
 
     Args:
         cases: what to find by what.
         base_iou: IoU with a base box that regions are dropped from.
+        nms_iou: IoU threshold of the NMS that the proposals have passed; 1 without.
         seed: seed of the random boxes.
 
     Returns:
@@ -63,7 +64,7 @@ def measure(cases: Sequence[Case], *, base_iou: float, seed: int) -> dict[str, A
         by kind of box), `recall` (kind, size, IoU, number of boxes; None without an object of that size), and
         `on_objects`: fraction of the best `HEADLINE_TOP` boxes with IoU `HEADLINE_IOU` or more with an object.
     """
-    overlaps = [_overlaps(case, base_iou=base_iou, seed=seed) for case in cases]
+    overlaps = [_overlaps(case, base_iou=base_iou, nms_iou=nms_iou, seed=seed) for case in cases]
     sides = _concatenated(area(torch.from_numpy(case.objects)).numpy() for case in cases)
     sizes = {size: _of_size(sides, size) for size in AREAS}
     found = {
@@ -93,7 +94,7 @@ def headline(measured: Mapping[str, Any], kind: str, top: str = str(HEADLINE_TOP
     return found
 
 
-def _overlaps(case: Case, *, base_iou: float, seed: int) -> dict[str, Tensor]:
+def _overlaps(case: Case, *, base_iou: float, nms_iou: float, seed: int) -> dict[str, Tensor]:
     """IoU of objects (G, R) by kind of box; of random boxes (DRAWS, G, R)."""
     objects, proposals = torch.from_numpy(case.objects), torch.from_numpy(case.proposals)
     rng = np.random.default_rng([seed, case.image_id])
@@ -105,7 +106,14 @@ def _overlaps(case: Case, *, base_iou: float, seed: int) -> dict[str, Tensor]:
         named = torch.from_numpy(case.guesses[None, :] == case.classes[:, None])
         found = {"regions": overlap, "named_regions": overlap * named, **found}
     drawn = random_boxes(
-        like, width=case.width, height=case.height, avoid=avoid, avoid_iou=base_iou, draws=DRAWS, rng=rng
+        like,
+        width=case.width,
+        height=case.height,
+        avoid=avoid,
+        avoid_iou=base_iou,
+        nms_iou=nms_iou,
+        draws=DRAWS,
+        rng=rng,
     )
     flat = box_iou(objects, drawn.reshape(-1, 4))
     found["random_boxes"] = flat.reshape(len(objects), DRAWS, len(like)).transpose(0, 1)

@@ -51,6 +51,8 @@ def _against_chance(best: float, chance: float, count: int, kind: str) -> str:
         return f"{count} objects are too few to tell more; look at more images (--images)."
     # Of a difference of two shares, as if objects were independent: a rough guide, and the page says so.
     error = math.sqrt((best * (1 - best) + chance * (1 - chance)) / count)
+    if chance - best > 2 * error:
+        return f"That is fewer than random boxes find: these {kind} lie elsewhere than the objects."
     if best - chance <= 2 * error:
         return f"So many objects do not tell that from chance: nothing shows that these {kind} know where objects are."
     times = f", {best / chance:.1f} times as many" if chance else ""
@@ -141,6 +143,10 @@ def caveats(document: Mapping[str, Any]) -> Iterator[str]:
             "Base names are held out of the filters in groups, each name once: neither their boxes nor a guess of them "
             "drops a region then, as if they were novel. Everything else is the store's: its proposals, its teacher."
         )
+        yield (
+            "The names of a group compete with each other and with all novel names of the store: regions guessed as "
+            f"these take places among the best {HEADLINE_TOP}, and among those that are kept of an image."
+        )
     else:
         yield "Without the teacher, only proposals are measured: what the filters keep of them is not known."
     if store["re_normalised"]:
@@ -162,8 +168,8 @@ def caveats(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _of_proposals(search: str) -> Iterator[str]:
     split = (
-        "For a figure without this, build a small store of a dataset file in which some base names are novel, and "
-        "evaluate that."
+        "For a figure without this, build a small store of a dataset file in which some base names are novel and which "
+        "leaves out the true novel names, and evaluate that."
     )
     if search == "learned":
         yield (
@@ -186,16 +192,25 @@ def _of_proposals(search: str) -> Iterator[str]:
 
 def summary(document: Mapping[str, Any], target: Path) -> str:
     """Lines for the terminal: numbers, verdicts and tables."""
-    numbers, images = document["survey"], document["images"]
+    numbers = document["survey"]
     lines = [
-        f"{document['store']['name']}: {numbers['regions']:,} regions of {numbers['images']:,} images; looked at "
-        f"{images['looked_at']} images, {images['unseen']} of them used by no training of the store"
+        f"{document['store']['name']}: {numbers['regions']:,} regions of {numbers['images']:,} images; "
+        f"{looked_at(document)}"
     ]
     lines += ["", *_section(document["held_out"], objects_of(document))]
     if document["evaluation"] is not None:
         lines += ["", "Evaluation, by novel boxes (choose no setting by it):"]
         lines += _section(document["evaluation"], "novel objects")
     return "\n".join([*lines, "", str(target)])
+
+
+def looked_at(document: Mapping[str, Any]) -> str:
+    """Number of images looked at, and of those that no training has used where that is known."""
+    images = document["images"]
+    said = f"{images['looked_at']} images looked at"
+    # What a run has learned from is not recorded.
+    known = document["store"]["search"] != "run"
+    return f"{said}, {images['unseen']} of them used by no training of the store" if known else said
 
 
 def objects_of(document: Mapping[str, Any]) -> str:

@@ -1,7 +1,10 @@
 """`ezsd cache look`: what is measured is what filters without the held-out names keep, and novel boxes stay unread."""
 
+import dataclasses
+import html
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 
@@ -24,7 +27,7 @@ from ezsd.pipeline.look import LookRequest, look_at_store
 from ezsd.pipeline.look.page import page as page_of
 from ezsd.pipeline.look.pictures import Box, Picture
 from ezsd.pipeline.look.recall import Case, measure
-from ezsd.pipeline.look.verdict import verdict
+from ezsd.pipeline.look.verdict import caveats, summary, verdict
 from tests.advicekit import Place
 from tests.commandkit import ezsd
 
@@ -137,7 +140,7 @@ def case(**changes):
 
 
 def test_recall_counts_objects_by_overlap_rank_size_and_name():
-    found = measure([case()], base_iou=0.3, seed=0)
+    found = measure([case()], base_iou=0.3, nms_iou=0.7, seed=0)
     assert (found["images"], found["objects"]) == (1, {"all": 2, "small": 1, "medium": 0, "large": 1})
     regions = found["recall"]["regions"]
     assert regions["all"]["0.5"] == {"10": 0.0, "20": 0.5, "50": 0.5, "all": 0.5}
@@ -152,32 +155,50 @@ def test_recall_counts_objects_by_overlap_rank_size_and_name():
 
 
 def test_an_image_without_regions_and_no_image_are_measured_too():
-    found = measure([case(regions=np.zeros((0, 4), "f4"), guesses=np.zeros(0, "i4"))], base_iou=0.3, seed=0)
+    found = measure(
+        [case(regions=np.zeros((0, 4), "f4"), guesses=np.zeros(0, "i4"))], base_iou=0.3, nms_iou=0.7, seed=0
+    )
     assert found["recall"]["regions"]["all"]["0.3"]["all"] == 0.0
     assert found["recall"]["random_boxes"]["all"]["0.3"]["all"] == 0.0
     assert verdict(found, "objects")
-    assert verdict(measure([], base_iou=0.3, seed=0), "objects") == [
+    assert verdict(measure([], base_iou=0.3, nms_iou=0.7, seed=0), "objects") == [
         "No objects in the images looked at: nothing to measure."
     ]
 
 
 def test_the_verdict_says_whether_regions_beat_chance():
     covering = case(regions=case().objects, guesses=case().classes)
-    assert any("too few to tell" in line for line in verdict(measure([covering], base_iou=0.3, seed=0), "objects"))
     assert any(
-        "more than chance" in line for line in verdict(measure([covering] * 20, base_iou=0.3, seed=0), "objects")
+        "too few to tell" in line for line in verdict(measure([covering], base_iou=0.3, nms_iou=0.7, seed=0), "objects")
+    )
+    assert any(
+        "more than chance" in line
+        for line in verdict(measure([covering] * 20, base_iou=0.3, nms_iou=0.7, seed=0), "objects")
     )
     assert any(
         "do not tell that from chance" in line
-        for line in verdict(measure([case()] * 20, base_iou=0.3, seed=0), "objects")
+        for line in verdict(measure([case()] * 20, base_iou=0.3, nms_iou=0.7, seed=0), "objects")
     )
+
+
+def test_regions_that_find_less_than_random_boxes_are_said_to():
+    # Almost everywhere in so small an image, a box of that size finds the object.
+    apart = {
+        "width": 120,
+        "height": 120,
+        "objects": np.array([[20, 20, 100, 100]], "f4"),
+        "classes": np.array([4], "i4"),
+    }
+    corner = case(**apart, regions=np.array([[0, 0, 80, 80]], "f4"), guesses=np.array([4], "i4"))
+    said = verdict(measure([corner] * 40, base_iou=0.3, nms_iou=0.7, seed=0), "objects")
+    assert any("fewer than random boxes find" in line for line in said)
 
 
 def test_random_boxes_have_the_sizes_lie_inside_and_keep_away():
     like = torch.tensor([[0.0, 0, 30, 10], [5, 5, 25, 65], [0, 0, 100, 80]])
     avoid = torch.tensor([[0.0, 0, 100, 40]])
     rng = np.random.default_rng(0)
-    drawn = random_boxes(like, width=100, height=80, avoid=avoid, avoid_iou=0.05, draws=50, rng=rng)
+    drawn = random_boxes(like, width=100, height=80, avoid=avoid, avoid_iou=0.05, nms_iou=1, draws=50, rng=rng)
     assert drawn.shape == (50, 3, 4)
     torch.testing.assert_close(drawn[..., 2:] - drawn[..., :2], (like[:, 2:] - like[:, :2]).expand(50, 3, 2))
     assert (drawn >= 0).all()
@@ -185,6 +206,40 @@ def test_random_boxes_have_the_sizes_lie_inside_and_keep_away():
     # Half of all places of the small box are away; the last box has one place only.
     assert (iou(drawn[:, 0], avoid) < 0.05).float().mean() > 0.95
     assert len(torch.unique(drawn[:, 0], dim=0)) == 50
+
+
+def test_random_boxes_are_spread_as_boxes_after_nms_are():
+    like = torch.tensor([[0.0, 0, 40, 40]]).expand(12, 4)
+    avoid = torch.tensor([[0.0, 0, 50, 50]])
+    drawn, spread = (
+        random_boxes(
+            like,
+            width=150,
+            height=150,
+            avoid=avoid,
+            avoid_iou=0.3,
+            nms_iou=nms_iou,
+            draws=20,
+            rng=np.random.default_rng(0),
+        )
+        for nms_iou in (1, 0.3)
+    )
+    assert drawn.shape == spread.shape == (20, 12, 4)
+
+    def close(draws):
+        return sum(int((iou(boxes, boxes) > 0.3).tril(-1).any(1).sum()) for boxes in draws)
+
+    assert close(spread) < close(drawn) / 5
+    assert (iou(spread.reshape(-1, 4), avoid) < 0.3).all()
+    torch.testing.assert_close(spread[:, 0], drawn[:, 0])
+
+
+def test_chance_finds_more_with_the_nms_of_the_store():
+    wide = case(regions=np.array([[0, 0, 100, 100]] * 10, "f4"), guesses=np.array([4] * 10, "i4"))
+    free, apart = (measure([wide] * 20, base_iou=0.3, nms_iou=nms_iou, seed=0) for nms_iou in (1, 0.2))
+    assert free["boxes"] == apart["boxes"]
+    found, found_apart = (one["recall"]["random_boxes"]["large"]["0.3"]["10"] for one in (free, apart))
+    assert found_apart > found
 
 
 def test_first_overlaps_are_the_best_among_the_first():
@@ -216,6 +271,13 @@ def test_the_numbers_are_those_of_the_store(looked, shapes_store):
     assert document["survey"]["images_without"] == np.mean([len(rows.box) == 0 for rows in regions])
     middle = np.median(np.concatenate([rows.confidence for rows in regions]))
     assert document["survey"]["confidence"]["0.5"] == pytest.approx(middle)
+
+
+COMMAND = re.compile("<pre><code>(.*?)</code></pre>")
+
+
+def without_command(text):
+    return COMMAND.sub("", text)
 
 
 class Page(HTMLParser):
@@ -256,6 +318,51 @@ def test_the_page_is_whole_and_holds_everything(looked, shapes_store):
     assert json.loads((out / "look.json").read_text()) == document
 
 
+def test_the_command_on_the_page_makes_the_same_page(shapes_store, shapes_root, tmp_path):
+    out = tmp_path / "own folder"
+    done = ezsd("cache", "look", shapes_store, "--out", out, "--images", 2, "--no-teacher", "--data-root", shapes_root)
+    assert done.returncode == 0, done.stderr
+    text = (out / "look.html").read_text()
+    (command,) = COMMAND.findall(text)
+    words = shlex.split(html.unescape(command))
+    shutil.rmtree(out)
+    assert ezsd(*words[1:]).returncode == 0
+    assert (out / "look.html").read_text() == text
+
+
+def test_moved_weights_are_in_the_command_of_the_page(looked):
+    document, _, _ = looked
+    moved = {**document, "options": {**document["options"], "weights": "clip.safetensors"}}
+    assert "--weights clip.safetensors" in COMMAND.findall(page_of(moved, [], 3))[0]
+
+
+def test_a_page_of_many_names_tells_the_file_of_its_own_figures(looked):
+    document, _, _ = looked
+    guesses = {f"name {number}": 1 for number in range(30)}
+    many = {**document, "survey": {**document["survey"], "guesses": guesses}}
+    assert "6 more names in look.json" in page_of(many, [], 3)
+    assert "6 more names in look-evaluated.json" in page_of({**many, "evaluation": document["held_out"]}, [], 3)
+
+
+def test_images_are_not_counted_as_used_where_what_a_run_has_learned_from_is_unknown(looked, tmp_path):
+    document, text, _ = looked
+    run = {**document, "store": {**document["store"], "search": "run"}}
+    for said, unsaid in (
+        (summary(document, tmp_path), summary(run, tmp_path)),
+        (text, page_of(run, [], 3)),
+    ):
+        assert "images looked at" in unsaid
+        assert f"{document['images']['unseen']} of them used by no training" in said
+        assert "used by no training" not in unsaid
+
+
+def test_what_competes_with_held_out_names_is_said_where_any_are(looked):
+    document, _, _ = looked
+    alone = {**document, "options": {**document["options"], "teacher": False}}
+    assert any("with all novel names of the store" in line for line in caveats(document))
+    assert not any("with all novel names of the store" in line for line in caveats(alone))
+
+
 def test_names_of_files_and_classes_are_text(looked):
     document, _, _ = looked
     nasty = """</p><script>alert("x")</script><img src='//evil.example'>"""
@@ -287,11 +394,23 @@ def test_novel_boxes_change_nothing_without_evaluation(
     _, text, _ = looked
     root = without_novel(shapes_root, shapes_dataset, tmp_path / "data", change)
     _, page = look_at_store(LookRequest(store=shapes_store, out=tmp_path / "out", top=3, data_root=root))
-    assert page.read_text() == text
+    assert without_command(page.read_text()) == without_command(text)
 
 
-def test_evaluation_reads_novel_boxes_and_says_so(looked, shapes_store, shapes_root, shapes_dataset, tmp_path):
-    request = LookRequest(store=shapes_store, out=tmp_path, top=3, evaluate=True, teacher=False)
+def test_drawn_images_are_the_first_chosen_whatever_is_measured(shapes_store, tmp_path, monkeypatch):
+    monkeypatch.setattr("ezsd.pipeline.look.look.DRAWN", 3)
+    few, many = (
+        look_at_store(LookRequest(store=shapes_store, out=tmp_path / str(images), images=images, teacher=False))
+        for images in (3, 9)
+    )
+    assert (few[0]["images"]["looked_at"], many[0]["images"]["looked_at"]) == (3, 9)
+    few, many = (re.findall("<figcaption>(.*?)</figcaption>", page.read_text()) for _, page in (few, many))
+    assert few == many
+    assert len(few) == 3
+
+
+def test_evaluation_reads_novel_boxes_and_says_so(shapes_store, shapes_root, shapes_dataset, tmp_path):
+    request = LookRequest(store=shapes_store, out=tmp_path, images=3, top=3, evaluate=True, teacher=False)
     document, page = look_at_store(request)
     assert page.name == "look-evaluated.html"
     text = page.read_text()
@@ -305,7 +424,9 @@ def test_evaluation_reads_novel_boxes_and_says_so(looked, shapes_store, shapes_r
     assert document["evaluation"]["objects"]["all"] == sum(map(len, objects))
     assert document["evaluation"]["recall"]["regions"]["all"]["0.5"]["10"] == pytest.approx(wanted)
     # Images are chosen without regard to what they show of novel names.
-    assert document["images"] == looked[0]["images"]
+    unread = dataclasses.replace(request, out=tmp_path / "unread", evaluate=False)
+    assert document["images"] == look_at_store(unread)[0]["images"]
+    assert document["images"]["looked_at"] == 3
     malformed = without_novel(shapes_root, shapes_dataset, tmp_path / "data", lambda one: {**one, "bbox": "novel"})
     with pytest.raises(AnnotationError, match="novel"):
         look_at_store(
@@ -319,15 +440,15 @@ def test_base_names_that_a_dataset_file_calls_novel_were_seen_by_no_training(sha
     place = Place(shapes_root, tmp_path / "own")
     base, novel = shapes_dataset.split.base, shapes_dataset.split.novel
     place.replace(json.dumps(base), json.dumps(base[4:]))
-    place.replace(json.dumps(novel), json.dumps((*base[:4], *novel)))
+    place.replace(json.dumps(novel), json.dumps(base[:4]))
     place.build_half()
     with pytest.raises(StoreIncomplete, match="not finished"):
         look_at_store(LookRequest(store=place.request().out, out=tmp_path / "out"))
     build_cache(place.request())
     document, _ = look_at_store(LookRequest(store=place.request().out, out=tmp_path / "out", evaluate=True))
     truth = load_evaluation(shapes_root / "annotations/instances_train.json", shapes_dataset.split)
-    moved = np.isin(truth.class_index, [*range(4), *range(len(base), len(base) + len(novel))])
-    assert document["evaluation"]["objects"]["all"] == moved.sum() > 0
+    assert document["evaluation"]["objects"]["all"] == (truth.class_index < 4).sum() > 0
+    assert not set(novel) & set(Store(place.request().out).text[0])
     assert sorted(sum(document["held_out"]["groups"], [])) == sorted(base[4:])
 
 
@@ -380,7 +501,8 @@ def test_what_cannot_be_looked_at_is_one_line(shapes_store, shapes_root, tmp_pat
         ((tmp_path / "empty",), "empty"),
         ((moved,), "give --data-root DIR"),
         ((moved, "--data-root", data, "--no-teacher"), "no such image"),
-        ((shapes_store, "--out", tmp_path / "file"), "is a file; give the name of a folder"),
+        ((shapes_store, "--out", tmp_path / "file"), "file is a file; give the name of a folder"),
+        ((shapes_store, "--out", tmp_path / "file/deep/out"), f"{tmp_path}/file is a file; give the name of a folder"),
     ):
         done = ezsd("cache", "look", "--out", out, *words)
         assert done.returncode == 2, done.stderr
