@@ -37,8 +37,7 @@ class CropEncoder:
 
     On a CPU an embedding depends only on its crop, whatever is encoded beside it: batches never cross an image, and
     short ones are filled up. So images may be encoded in any order and by any number of processes, and a batch may be
-    halved. A GPU's libraries choose kernels by the size of a batch: the last bit may then differ, between equal batches
-    it does not.
+    halved. A GPU's libraries choose kernels by the size of a batch, and the last bit may differ with it.
 
     Args:
         teacher: looks at crops.
