@@ -146,7 +146,11 @@ def read_voc_labels(corners: Corners, classes: Mapping[str, str] | None, image: 
 
 
 def _read_start(image: Path, stated: tuple[int, int] | None) -> Reading:
-    """How an image is read; ImageError unless it has the stated size, or that with its sides swapped, a known slip."""
+    """Read the start of an image.
+
+    Raises:
+        ImageError: it has neither the stated size nor that with its sides swapped, a known slip.
+    """
     reading = look(image, stated)
     if stated is not None and reading.size != stated[::-1]:
         reading.require_size(image, stated, "turn")
