@@ -286,7 +286,7 @@ def _say_what_differs(detector: Detector, config: TrainConfig, distributed: Dist
     parts = config.grad_accumulation * distributed.world_size
     if parts > 1 and _has_batch_norm(detector):
         log.warning(
-            "batch normalisation sees the %d images of one batch, not all %d of a step: with ImageNet weights its "
+            "batch normalisation sees the %d images of one batch, not all %d of a step: with pretrained weights its "
             "statistics are frozen, and nothing depends on how a step is shared out",
             config.batch_size // parts,
             config.batch_size,
