@@ -293,7 +293,7 @@ def cache_build(
         typer.Option(help="gelu or quickgelu: activation of the weights in a local file, if ezsd cannot tell."),
     ] = None,
     backbone_weights: Annotated[
-        Path | None, typer.Option(help="ImageNet weights of the learned proposer's ResNet, .safetensors or .pth.")
+        Path | None, typer.Option(help="Pretrained weights of the learned proposer's backbone, .safetensors or .pth.")
     ] = None,
     preset: Preset = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
@@ -327,7 +327,7 @@ def cache_build(
     require_novel(dataset, names)
     share = None if blocks is None else parse_share(blocks)
     require_scheduler(scheduler, workers=workers, dashboard=dashboard, share=share)
-    from ezsd.pipeline.console.defaults import build_config, drawn, require_known_teacher
+    from ezsd.pipeline.console.defaults import build_config, drawn, require_known_proposer, require_known_teacher
     from ezsd.pipeline.data.datasets import find_dataset
     from ezsd.pipeline.devices import require_device_name, resolve_device
 
@@ -348,6 +348,7 @@ def cache_build(
     if data_root is not None or named.root.exists():
         named.require()
     require_known_teacher(config)
+    require_known_proposer(config)
     where = resolve_device(device)
     from ezsd.pipeline.console.store_messages import build_lines, forecast_lines, share_lines
     from ezsd.pipeline.extraction.build import build_cache, build_share
@@ -567,7 +568,9 @@ def train(
     run: Annotated[Path | None, typer.Option(help="Run folder, resumed if it exists; runs/STORE by default.")] = None,
     preset: Preset = None,
     data_root: DataRoot = None,
-    backbone_weights: Annotated[Path | None, typer.Option(help="ImageNet weights, .safetensors or .pth.")] = None,
+    backbone_weights: Annotated[
+        Path | None, typer.Option(help="Pretrained weights of the backbone, .safetensors or .pth.")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of weights, sampling and augmentation; the preset's by default.")
     ] = None,
@@ -588,7 +591,7 @@ def train(
 
     # What can be refused is, before anything heavy is loaded.
     require_device_name(device)
-    config = train_config(cache, preset, set_ or [], seed=seed)
+    config = train_config(cache, preset, set_ or [], seed=seed, backbone_weights=backbone_weights)
     from ezsd.pipeline.training.train import TrainRequest
     from ezsd.pipeline.training.train import train as start
 

@@ -31,7 +31,6 @@ from ezsd.cache import Store, info
 from ezsd.crops import distinct_crops
 from ezsd.data.annotations import Annotations, load_evaluation
 from ezsd.data.dataset import pad_images
-from ezsd.detector.backbone import normalise
 from ezsd.detector.model import Detector
 from ezsd.metrics.recall import recall_at
 from ezsd.pipeline.config.schema import Config, load_preset
@@ -305,7 +304,7 @@ def train_modes(work: Path, seed: int, images: int, arms: list[str], *, train_se
 def network_boxes(detector: Detector, pixels: Tensor) -> Tensor:
     """What the proposal network hands on of one image (3, H, W) uint8: boxes (K, 4) in its pixels, best first."""
     batch, sizes = pad_images([pixels])
-    (boxes,), _ = detector.rpn.propose(batch, sizes, detector.backbone(normalise(batch, sizes)))
+    (boxes,), _ = detector.rpn.propose(batch, sizes, detector.backbone.maps(batch, sizes))
     return boxes
 
 

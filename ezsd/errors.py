@@ -24,6 +24,10 @@ class TeacherError(EzsdError, ValueError):
     """A teacher cannot be loaded as requested; the message says what to provide."""
 
 
+class BackboneError(EzsdError, ValueError):
+    """A backbone cannot be made as requested; the message says what to provide."""
+
+
 class BackendError(EzsdError, RuntimeError):
     """The Triton backend was requested where it cannot run."""
 

@@ -125,6 +125,7 @@ def test_misuse_is_one_clear_line(arguments, words, tmp_path):
         ["cache", "build", "--dataset", "shapes", "--preset", "shape"],
         ["cache", "build", "--dataset", "shapes", "--set", "train.stepps=3"],
         ["cache", "build", "--dataset", "shapes", "--teacher", "ViT-B-23", "--weights", "openai"],
+        ["cache", "build", "--dataset", "shapes", "--set", "proposer.backbone=timm:resnet10x"],
         ["cache", "build", "--dataset", "shapes", "--device", "tpu"],
         ["cache", "commit", "nowhere"],
         ["cache", "repair", "nowhere"],

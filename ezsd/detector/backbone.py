@@ -1,8 +1,9 @@
-"""Backbones with a feature pyramid: a small one for small images, torchvision's ResNets for photos."""
+"""Backbones with a feature pyramid: a small one for small images, ResNets and other bodies for photos."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 import torchvision
@@ -10,56 +11,151 @@ from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
-from ezsd.choices import BACKBONES, RESNETS
+from ezsd.choices import BACKBONES, MOBILENETS, RESNETS
+from ezsd.detector.bodies import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Body,
+    MobileNetV3,
+    freeze_norms,
+    load_classifier,
+    load_plugin,
+    try_out,
+)
+from ezsd.detector.requirements import PLUGIN, has_form, require_backbone, said
+from ezsd.errors import BackboneError
+
+Stages = Sequence[Iterable[nn.Parameter]]
+"""Parameters of a body's stem, and of each of its stages."""
 
 
 class Pyramid(nn.Module):
     """Images to a list of feature maps, finest first.
 
-    Attributes:
+    Args:
+        network: a body with a pyramid on it; gives the maps by name.
         strides: pixels of input per cell, one per level.
         channels: C, the same for all levels.
+        body: modules of the body, all of them in `network`.
+        extra: coarsest levels that only the proposal network has: no region is pooled from them.
+        mean: of red, green and blue in [0, 1], for `normalise`.
+        std: standard deviation of red, green and blue, likewise.
+        fingerprint: JSON object that tells the body from others, but for its weights; None where its name does.
+
+    Attributes:
+        strides: as given, like channels, extra and fingerprint.
     """
 
-    def __init__(self, body: nn.Module, *, strides: tuple[int, ...], channels: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        strides: tuple[int, ...],
+        channels: int,
+        body: Sequence[nn.Module],
+        extra: int = 0,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        fingerprint: Mapping[str, object] | None = None,
+    ) -> None:
         super().__init__()
-        self.body = body
+        self.body = network
         self.strides = strides
         self.channels = channels
+        self.extra = extra
+        self.fingerprint = fingerprint
+        self._mean, self._std = tuple(mean), tuple(std)
+        # A tuple, which torch does not look into: in a state they have their names below `body` alone.
+        self._below = tuple(body)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W), normalised, to one (B, C, H / stride, W / stride) map per level."""
         return list(self.body(images).values())
 
+    def maps(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Maps of RGB images (B, 3, H, W), float in [0, 1], whose heights and widths without padding are `sizes`."""
+        maps: list[Tensor] = self(normalise(images, sizes, self._mean, self._std))
+        return maps
+
+    def body_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the body, without those of the pyramid."""
+        return [parameter for module in self._below for parameter in module.parameters()]
+
 
 def build_backbone(
-    name: str, *, channels: int, weights: Mapping[str, Tensor] | None, frozen_norms: bool | None = None
+    name: str,
+    *,
+    channels: int,
+    weights: Mapping[str, Tensor] | None,
+    frozen_stages: int = 1,
+    frozen_norms: bool | None = None,
+    section: str = "model",
 ) -> Pyramid:
     """Make a backbone by name.
 
     Args:
-        name: one of `BACKBONES`.
+        name: one of `BACKBONES`, "timm:MODEL", or "plugin:package.module:factory", see `Body`.
         channels: width of the pyramid.
-        weights: ImageNet classification state for a ResNet, or None to start from random values. With weights the
-            normalisation statistics are frozen and the stem and first stage are not trained; without, all is trained.
-        frozen_norms: build a ResNet as if with weights, for a trained state to be loaded; None decides by `weights`.
+        weights: pretrained state for all but "tiny", or None to start from random values. With weights the
+            normalisation statistics are frozen, and the stem and first stages are not trained; without, all is trained.
+        frozen_stages: stages after the stem that are not trained, with weights; 0 is the stem alone, -1 nothing.
+        frozen_norms: build a body as if with weights, for a trained state to be loaded; None decides by `weights`.
+        section: table of the settings, for messages.
 
     Raises:
-        ValueError: unknown name, weights for "tiny", or a state of another network.
+        ValueError: unknown name, weights for "tiny" or of another network, more frozen stages than there are. It is a
+            `BackboneError` where a body cannot be made.
     """
     if name == "tiny":
         if weights is not None:
-            raise ValueError("the tiny backbone has no pretrained weights; choose model.backbone = resnet50 for a file")
-        return Pyramid(_TinyBody(channels), strides=(8, 16), channels=channels)
-    if name not in RESNETS:
-        raise ValueError(f"model.backbone {name!r} is unknown; choose one of {', '.join(BACKBONES)}")
+            raise ValueError(
+                f"the tiny backbone has no pretrained weights; choose {section}.backbone = resnet50 for a file"
+            )
+        tiny = _TinyBody(channels)
+        return Pyramid(tiny, strides=(8, 16), channels=channels, body=(tiny.stem, tiny.middle, tiny.deep))
+    if not has_form(name):
+        raise ValueError(f"{section}.backbone {name!r} is unknown; choose one of {', '.join(BACKBONES)}")
     frozen = weights is not None if frozen_norms is None else frozen_norms
-    norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
+    if name in RESNETS:
+        return _resnet(name, channels, weights, frozen_stages, section, frozen_norms=frozen)
+    body = _load_body(name, weights, section, frozen_norms=frozen)
+    network = cast("nn.Module", body)
+    if frozen:
+        freeze_norms(network, said(name, section))
+    if weights is not None and frozen_stages >= 0:
+        _freeze(body.stages(), frozen_stages, name, section)
+    return Pyramid(
+        _WithPyramid(network, try_out(body, said(name, section)), channels),
+        strides=tuple(body.strides),
+        channels=channels,
+        body=(network,),
+        mean=body.mean,
+        std=body.std,
+        fingerprint=None if name in MOBILENETS else _fingerprint(body, name),
+    )
+
+
+def _resnet(
+    name: str,
+    channels: int,
+    weights: Mapping[str, Tensor] | None,
+    frozen_stages: int,
+    section: str,
+    *,
+    frozen_norms: bool,
+) -> Pyramid:
+    norm = FrozenBatchNorm2d if frozen_norms else nn.BatchNorm2d
     network = getattr(torchvision.models, name)(weights=None, norm_layer=norm)
     if weights is not None:
-        _load_classifier(network, name, weights)
-        for part in (network.conv1, network.bn1, network.layer1):
-            part.requires_grad_(False)
+        load_classifier(network, name, weights, classifier="fc.")
+        parts = [
+            (network.conv1, network.bn1),
+            (network.layer1,),
+            (network.layer2,),
+            (network.layer3,),
+            (network.layer4,),
+        ]
+        _freeze([[p for m in modules for p in m.parameters()] for modules in parts], frozen_stages, name, section)
     width = network.fc.in_features // 8
     body = BackboneWithFPN(
         network,
@@ -67,21 +163,49 @@ def build_backbone(
         in_channels_list=[width * 2**i for i in range(4)],
         out_channels=channels,
     )
-    return Pyramid(body, strides=(4, 8, 16, 32, 64), channels=channels)
+    return Pyramid(body, strides=(4, 8, 16, 32, 64), channels=channels, body=(body.body,), extra=1)
 
 
-def _load_classifier(network: nn.Module, name: str, weights: Mapping[str, Tensor]) -> None:
-    # Frozen normalisation has no step counter, and the classifier is thrown away.
-    state = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked") and not k.startswith("fc.")}
-    try:
-        found = network.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        wrong = str(error).splitlines()[1].strip()
-        raise ValueError(f"backbone weights are not an ImageNet state of {name}: {wrong}") from error
-    missing = [k for k in found.missing_keys if not k.startswith("fc.")]
-    if missing or found.unexpected_keys:
-        wrong = (missing + list(found.unexpected_keys))[0]
-        raise ValueError(f"backbone weights are not an ImageNet state of {name}: {wrong!r} does not match")
+def _load_body(name: str, weights: Mapping[str, Tensor] | None, section: str, *, frozen_norms: bool) -> Body:
+    if name in MOBILENETS:
+        return MobileNetV3(name, weights)
+    if name.startswith(PLUGIN):
+        return load_plugin(name, weights, section)
+    require_backbone(name, section)
+    # For these names alone: timm may be missing.
+    from ezsd.detector.timm_body import TimmBody
+
+    return TimmBody(name, weights, section, frozen_norms=frozen_norms)
+
+
+def _freeze(stages: Stages, count: int, name: str, section: str) -> None:
+    """Train neither the stem nor `count` stages after it. BackboneError where there are fewer."""
+    if count >= len(stages):
+        raise BackboneError(
+            f"`{section}.frozen_stages={count}`: {name} has {len(stages) - 1} stages after its stem, expected at most "
+            "as many"
+        )
+    for stage in stages[: count + 1]:
+        for parameter in stage:
+            parameter.requires_grad_(False)
+
+
+def _fingerprint(body: Body, name: str) -> dict[str, object]:
+    pixels, own = {"mean": list(body.mean), "std": list(body.std)}, body.fingerprint()
+    return {"name": name, "strides": list(body.strides), **pixels, **({"fingerprint": own} if own else {})}
+
+
+class _WithPyramid(nn.Module):
+    """A body, and a pyramid on all of its maps."""
+
+    def __init__(self, body: nn.Module, inputs: list[int], channels: int) -> None:
+        super().__init__()
+        self.body = body
+        self.fpn = FeaturePyramidNetwork(inputs, channels)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps: dict[str, Tensor] = self.fpn({str(level): one for level, one in enumerate(self.body(images))})
+        return maps
 
 
 class _TinyBody(nn.Module):
@@ -108,15 +232,28 @@ def _conv(inputs: int, outputs: int, *, stride: int = 1) -> nn.Sequential:
     )
 
 
-def normalise(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """ImageNet normalisation of RGB images (B, 3, H, W), float in [0, 1]; zeros beyond each (height, width).
+def normalise(
+    images: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
+    """Normalisation of RGB images (B, 3, H, W), float in [0, 1], ImageNet's by default; zeros beyond each size.
 
     A convolution then sees beside an image what it sees at the border of a batch.
+
+    Args:
+        images: padded.
+        sizes: (height, width) of each image without padding.
+        mean: of red, green and blue.
+        std: standard deviation of red, green and blue.
     """
-    mean = torch.tensor((0.485, 0.456, 0.406), device=images.device)[:, None, None]
-    std = torch.tensor((0.229, 0.224, 0.225), device=images.device)[:, None, None]
-    made = (images - mean) / std
+    made = (images - _by_channel(mean, images)) / _by_channel(std, images)
     for image, (height, width) in zip(made, sizes, strict=True):
         image[:, height:] = 0
         image[:, :, width:] = 0
     return made
+
+
+def _by_channel(values: Sequence[float], images: Tensor) -> Tensor:
+    return torch.tensor(values, device=images.device)[:, None, None]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from ezsd.choices import Backend, Metric
-from ezsd.detector.backbone import Pyramid, normalise
+from ezsd.detector.backbone import Pyramid
 from ezsd.detector.heads import FastHead, Head, PaperHead
 from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, mask_targets
 from ezsd.detector.rpn import SAMPLED_ANCHORS, proposal_network
@@ -153,7 +153,7 @@ class Detector(nn.Module):
                 the step. None divides by what was found in this batch.
             class_counts: objects of each base class so far, (B,), for Seesaw loss; None for cross-entropy.
         """
-        maps = self.backbone(normalise(batch.images, batch.sizes))
+        maps = self.backbone.maps(batch.images, batch.sizes)
         proposals, losses = self._propose(batch.images, batch.sizes, maps, batch)
         features = self.head.features(maps[: self.head.pooling.levels])
         sampled = self._sample(proposals, batch, len(text))
@@ -218,7 +218,7 @@ class Detector(nn.Module):
             objectness: weight a in [0, 1) of the proposal network in a score: p(class)^(1 - a) p(object)^a.
             masks: whether to say which part of a box is the object; for a detector that has learned it.
         """
-        maps = self.backbone(normalise(images, sizes))
+        maps = self.backbone.maps(images, sizes)
         proposals, _ = self._propose(images, sizes, maps, None)
         features = self.head.features(maps[: self.head.pooling.levels])
         boxes, index = torch.cat(proposals), _image_index(proposals)
@@ -390,7 +390,7 @@ def _image_index(groups: list[Tensor]) -> Tensor:
 
 def _pooled_levels(backbone: Pyramid) -> int:
     """Levels that regions are pooled from: all but P6 of a ResNet pyramid, which the proposal network alone has."""
-    return len(backbone.strides) - (len(backbone.strides) == 5)
+    return len(backbone.strides) - backbone.extra
 
 
 def _pooling(backbone: Pyramid, settings: DetectorSettings, backend: Backend, size: int) -> Pooling:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ezsd.detector.backbone import Pyramid, normalise
+from ezsd.detector.backbone import Pyramid
 from ezsd.detector.rpn import NMS_IOU, proposal_network
 
 
@@ -36,12 +36,12 @@ class Proposer(nn.Module):
             sizes: (height, width) of each image without padding.
             boxes: objects of each image, (N, 4), input pixels.
         """
-        maps = self.backbone(normalise(images, sizes))
+        maps = self.backbone.maps(images, sizes)
         _, losses = self.rpn.propose(images, sizes, maps, [{"boxes": b} for b in boxes])
         return torch.stack(list(losses.values())).sum()
 
     @torch.no_grad()
     def propose(self, images: Tensor, sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
         """Boxes (P, 4) in input pixels and their objectness (P,) in [0, 1] for each image, best first."""
-        boxes, _ = self.rpn.propose(images, sizes, self.backbone(normalise(images, sizes)))
+        boxes, _ = self.rpn.propose(images, sizes, self.backbone.maps(images, sizes))
         return list(zip(boxes, self.rpn.scores, strict=True))

@@ -15,7 +15,8 @@ class DetectorSettings:
     """Architecture of the detector, what its box head learns from, and whose boxes it gives at inference."""
 
     backbone: str
-    """"tiny" or a torchvision ResNet."""
+    """"tiny", a ResNet or MobileNetV3 of torchvision, "timm:MODEL", or "plugin:package.module:factory"
+    (docs/backbones.md)."""
     fpn_channels: Annotated[int, Interval(gt=0)]
     """Width of the pyramid."""
     rpn_sizes: tuple[Annotated[int, Interval(gt=0)], ...]
@@ -34,6 +35,8 @@ class DetectorSettings:
     """Width of the box regressor's hidden layer ("fast"), or of all fully connected layers ("paper")."""
     logit_scale: Annotated[float, Interval(gt=0)]
     """Initial value of the learned multiplier of cosines, at most 100 (`MAX_TEMPERATURE`) while it learns."""
+    frozen_stages: Annotated[int, Interval(ge=-1)] = 1
+    """Stages after the stem that a backbone with pretrained weights does not train; 0 is the stem alone, -1 nothing."""
     head: HeadName = "fast"
     """"fast" convolves the maps and embeds a region by one operator; "paper" convolves each region, as its authors."""
     semantic_boxes: bool = True

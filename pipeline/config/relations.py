@@ -46,6 +46,13 @@ RELATIONS = (
         "SGD (arXiv 1706.02677), with the square root with AdamW (arXiv 2205.10287)",
     ),
     Relation(
+        "train.backbone_lr_mult",
+        ("train.learning_rate", "model.frozen_stages"),
+        "scaled",
+        "a factor of the rate at every step, warm-up and schedule included; it says nothing of stages that are not "
+        "trained",
+    ),
+    Relation(
         "train.optimizer",
         ("train.learning_rate",),
         "warned",
@@ -154,6 +161,13 @@ RELATIONS = (
         ("model.backbone", "train.max_size"),
         "refused",
         "one size per level of the backbone; an image smaller than the smallest anchor has no matching anchor",
+    ),
+    Relation(
+        "model.frozen_stages",
+        ("model.backbone",),
+        "refused",
+        "counts the backbone's own stages, and must not be more than it has; without pretrained weights all are "
+        "trained, and the setting has no effect",
     ),
     Relation(
         "model.canonical_size",
@@ -382,6 +396,18 @@ RELATIONS = (
         "a file fits one backbone",
     ),
     Relation(
+        "proposer.frozen_stages",
+        ("proposer.backbone", "proposer.weights"),
+        "refused",
+        "as `model.frozen_stages`",
+    ),
+    Relation(
+        "proposer.backbone_lr_mult",
+        ("proposer.learning_rate", "proposer.frozen_stages"),
+        "scaled",
+        "as `train.backbone_lr_mult`",
+    ),
+    Relation(
         "proposer.max_size",
         ("proposer.min_size",),
         "refused",
@@ -482,6 +508,10 @@ _NEEDS: dict[str, tuple[str, Callable[[Config], bool]]] = {
         )
         for key in _PROPOSER
     },
+    "proposer.frozen_stages": (
+        "proposals.search=learned (without proposals.boxes and proposer.run) and proposer.weights",
+        lambda c: c.proposals.learned and c.proposer.run is None and c.proposer.weights is not None,
+    ),
     "proposer.run": ("proposals.search=learned (and without proposals.boxes)", lambda c: c.proposals.learned),
     "proposer.max_proposals": (
         "proposals.search=learned (and without proposals.boxes), and at least as many proposals.max_proposals",

@@ -31,6 +31,7 @@ from ezsd.choices import (
     Score,
     Surround,
 )
+from ezsd.detector.requirements import has_form
 from ezsd.detector.settings import DetectorSettings
 from ezsd.pipeline.config.descriptions import Descriptions, read_descriptions
 from ezsd.pipeline.config.names import FORMER_VALUES, hint
@@ -202,9 +203,13 @@ class ProposerConfig:
     weight_decay: Annotated[float, Interval(ge=0)] = 1e-4
     """Weight decay of AdamW."""
     backbone: str = "resnet50"
-    """"tiny" or a torchvision ResNet."""
+    """Backbone of the proposal network, by a name that model.backbone takes too."""
     weights: str | None = None
-    """A local file with ImageNet weights of the ResNet; none starts from random values."""
+    """A local file with pretrained weights of the backbone; none starts from random values."""
+    frozen_stages: Annotated[int, Interval(ge=-1)] = 1
+    """Stages after the stem that a backbone with pretrained weights does not train; 0 is the stem alone, -1 nothing."""
+    backbone_lr_mult: Annotated[float, Interval(gt=0)] = 1.0
+    """Factor of the learning rate for the backbone's body; its pyramid has the whole rate."""
     fpn_channels: Annotated[int, Interval(ge=1)] = 128
     """Width of the pyramid."""
     rpn_sizes: tuple[Annotated[int, Interval(ge=1)], ...] = (32, 64, 128, 256, 512)
@@ -218,9 +223,7 @@ class ProposerConfig:
 
     def __post_init__(self) -> None:
         _require_bounds("proposer", self)
-        _require(
-            self.backbone in BACKBONES, f"proposer.backbone {self.backbone!r} is not one of {', '.join(BACKBONES)}"
-        )
+        _require_backbone("proposer", self.backbone)
         _require(
             (self.min_size == 0) == (self.max_size == 0) and self.min_size <= self.max_size,
             f"proposer.min_size={self.min_size} and proposer.max_size={self.max_size} must be 0 together, or ascend",
@@ -251,7 +254,7 @@ class ModelConfig(DetectorSettings):
     """The detector's own settings, with their bounds."""
 
     def __post_init__(self) -> None:
-        _require(self.backbone in BACKBONES, f"model.backbone {self.backbone!r} is not one of {', '.join(BACKBONES)}")
+        _require_backbone("model", self.backbone)
         _require_bounds("model", self)
 
 
@@ -295,6 +298,8 @@ class TrainConfig:
     """SGD has momentum 0.9."""
     learning_rate: Annotated[float, Interval(gt=0)]
     """Highest rate of the schedule, for `reference_batch_size` images per step."""
+    backbone_lr_mult: Annotated[float, Interval(gt=0)] = 1.0
+    """Factor of the learning rate, at every step, for the backbone's body; its pyramid has the whole rate."""
     weight_decay: Annotated[float, Interval(ge=0)]
     """Weight decay, on all weights but the temperature, background row, biases and norms."""
     min_size: int
@@ -683,6 +688,13 @@ def _in_words(bounds: Interval) -> str:
     if high is None:
         return f"be {'>=' if bounds.gt is None else '>'} {low}"
     return f"lie in {'[' if bounds.gt is None else '('}{low}, {high}{']' if bounds.lt is None else ')'}"
+
+
+def _require_backbone(section: str, name: str) -> None:
+    _require(
+        has_form(name),
+        f"{section}.backbone {name!r} is not one of {', '.join(BACKBONES)}, timm:MODEL, plugin:package.module:factory",
+    )
 
 
 def _require(condition: bool, message: str) -> None:

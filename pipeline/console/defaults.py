@@ -85,15 +85,34 @@ def require_known_teacher(config: Config) -> None:
     require_teacher(config.teacher.name, config.teacher.weights)
 
 
-def train_config(cache: Path, preset: str | None, overrides: Sequence[str], *, seed: int | None = None) -> Config:
+def require_known_proposer(config: Config) -> None:
+    """Raise BackboneError for a backbone of the learned proposer that is misspelt or missing, where one is trained."""
+    from ezsd.detector.requirements import require_backbone
+
+    if config.proposals.learned and config.proposer.run is None:
+        require_backbone(config.proposer.backbone, "proposer")
+
+
+def train_config(
+    cache: Path,
+    preset: str | None,
+    overrides: Sequence[str],
+    *,
+    seed: int | None = None,
+    backbone_weights: Path | None = None,
+) -> Config:
     """Configuration of a training: by default the preset that the store was built with.
 
     Pseudo-labels that the preset alone asks for are left out, saying so, where the store's regions have no objectness.
 
     Raises:
-        ConfigError: a setting that the store was built with, a seed that is said twice, or a value that does not fit.
+        BackboneError: a backbone that is misspelt or missing.
+        ConfigError: a setting that the store was built with, one that has no effect without weights of the backbone, a
+            seed that is said twice, or a value that does not fit.
     """
     _refuse_stage_one(cache, overrides)
+    if backbone_weights is None:
+        _refuse_frozen(overrides)
     if seed is not None:
         overrides = [*overrides, _seed_override(seed, overrides)]
     from ezsd.cache import Store
@@ -106,7 +125,20 @@ def train_config(cache: Path, preset: str | None, overrides: Sequence[str], *, s
         from ezsd.pipeline.extraction.provenance import dataset_inputs
 
         preset = str(dataset_inputs(store.manifest)["name"])
-    return load_settings(preset, [*overrides, *_without_objectness(store, preset, overrides)])
+    config = load_settings(preset, [*overrides, *_without_objectness(store, preset, overrides)])
+    from ezsd.detector.requirements import require_backbone
+
+    require_backbone(config.model.backbone)
+    return config
+
+
+def _refuse_frozen(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if setting_of(override) == "model.frozen_stages":
+            raise ConfigError(
+                f"--set {override}: without pretrained weights all stages are trained; give --backbone-weights, or "
+                "leave it out"
+            )
 
 
 def _without_objectness(store: Store, preset: str, overrides: Sequence[str]) -> list[str]:

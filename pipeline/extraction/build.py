@@ -366,7 +366,7 @@ def trained_proposer(request: BuildRequest, annotations: Annotations) -> tuple[N
         log.info("proposer: the proposal network of %s after %s steps", config.proposer.run, of_run["steps"])
         return values, of_run
     if config.proposer.backbone != "tiny" and config.proposer.weights is None:
-        warn_of_random_weights(f"the proposer's {config.proposer.backbone}", "proposer.weights")
+        warn_of_random_weights(config.proposer.backbone, "proposer.weights", "the proposer's ")
     values, trained = train_proposer(
         _base_images(request, annotations, "the proposer's training"),
         config.proposer,

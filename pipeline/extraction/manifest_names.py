@@ -36,6 +36,8 @@ UNSAID: Mapping[str, JSON] = {
     "proposals.objectness_weight": 1.0,
     "proposals.refine": "none",
     "proposals.search": "exhaustive",
+    "proposer.backbone_lr_mult": 1.0,
+    "proposer.frozen_stages": 1,
 }
 """Values of settings that a manifest without them was made with."""
 _PROPOSALS = frozenset(field.name for field in dataclasses.fields(ProposalConfig))
@@ -54,7 +56,14 @@ def as_settings(found: Sequence[Difference]) -> list[Difference]:
     a proposer that a build trains and one of a run, the weights of the run alone.
     """
     if any(one.name == "proposer.run_sha256" and one.absent is not None for one in found):
-        proposer = ("proposer.network", "proposer.seed", "proposer.held_out", "proposer.dataset", "proposer.images")
+        proposer = (
+            "proposer.network",
+            "proposer.body",
+            "proposer.seed",
+            "proposer.held_out",
+            "proposer.dataset",
+            "proposer.images",
+        )
         found = [one for one in found if one.absent is None or not one.name.startswith(proposer)]
     # A value that is not there may be what the other one says.
     named = [one for one in map(as_setting, found) if one.absent is not None or one.stored != one.wanted]

@@ -26,7 +26,7 @@ from ezsd.pipeline.extraction.base_images import BaseImages, halving_where_memor
 from ezsd.pipeline.extraction.encoder import single_thread
 from ezsd.pipeline.extraction.reuse import Columns
 from ezsd.pipeline.progress import Progress
-from ezsd.pipeline.runs.model import configured_backbone, read_backbone
+from ezsd.pipeline.runs.model import configured_backbone, rate_groups, read_backbone
 
 _WARMUP = 0.06
 """Fraction of the steps in which the learning rate rises."""
@@ -175,11 +175,13 @@ def _train(
     reader: ThreadPoolExecutor,
 ) -> None:
     """Make all steps, reading one batch ahead."""
+    groups = rate_groups(proposer, config.backbone_lr_mult)
     optimiser = torch.optim.AdamW(
-        [p for p in proposer.parameters() if p.requires_grad], config.learning_rate, weight_decay=config.weight_decay
+        [{"params": group} for group, _ in groups], config.learning_rate, weight_decay=config.weight_decay
     )
+    peaks = [config.learning_rate * factor for _, factor in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, config.learning_rate, total_steps=config.steps, pct_start=_WARMUP, cycle_momentum=False
+        optimiser, peaks, total_steps=config.steps, pct_start=_WARMUP, cycle_momentum=False
     )
     with Progress("proposer", config.steps, unit="step") as progress:
         ahead = reader.submit(next, batches)

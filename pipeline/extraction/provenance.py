@@ -29,6 +29,7 @@ from ezsd.pipeline.extraction.external_proposals import boxes_digest
 from ezsd.pipeline.extraction.manifest_names import unsaid
 from ezsd.pipeline.extraction.run_proposer import DIGEST, NETWORK, run_digest
 from ezsd.pipeline.files import as_json
+from ezsd.pipeline.runs.model import body_fingerprint
 
 VERSIONS = {"teacher": 1, "text": 1, "proposer": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
 """Raised when the way a product is computed changes: stores made the old way are then another product."""
@@ -123,14 +124,18 @@ def _named(proposals: ProposalConfig) -> dict[str, object]:
 
 def _proposer_inputs(config: Config, images: Mapping[str, object]) -> dict[str, object]:
     """Inputs of a proposer's weights: a run's weights themselves, or what they are trained with."""
-    network = dataclasses.asdict(config.proposer) | {"weights": _weights_digest(config.proposer)}
+    settings = dataclasses.asdict(config.proposer) | {"weights": _weights_digest(config.proposer)}
+    # Named only where they are not as ever: stores made before they were settings stay what they are.
+    network = {key: value for key, value in settings.items() if (key, value) not in unsaid("proposer").items()}
     # An input of the proposals that the boxes become; the network does not depend on it.
     del network["max_proposals"]
     run = network.pop("run")
+    body = body_fingerprint("proposer", config.proposer)
+    of_body = {"body": body} if body else {}
     if run is not None:
         digest = run.removeprefix(DIGEST) if run.startswith(DIGEST) else run_digest(config.proposer)
-        return {"run_sha256": digest, "network": {key: network[key] for key in NETWORK}}
-    return {"network": network, "seed": config.build.seed, "held_out": config.adapt.held_out, **images}
+        return {"run_sha256": digest, "network": {key: network[key] for key in NETWORK}, **of_body}
+    return {"network": network, **of_body, "seed": config.build.seed, "held_out": config.adapt.held_out, **images}
 
 
 def _weights_digest(proposer: ProposerConfig) -> str | None:
@@ -227,6 +232,7 @@ def built_settings(manifest: Manifest) -> dict[str, dict[str, JSON]]:
         kept = tables["proposals"].pop("max_proposals")
         run = manifest.products["proposer"].inputs.get("run_sha256")
         tables["proposer"] = {
+            **unsaid("proposer"),
             **network,
             "weights": weights,
             "run": run and f"{DIGEST}{run}",

@@ -14,6 +14,7 @@ from ezsd.pipeline.config.schema import ProposerConfig
 from ezsd.pipeline.errors import ConfigError, RunError
 from ezsd.pipeline.extraction.proposer import make_proposer, proposer_state, values_digest
 from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.runs.model import require_same_body
 from ezsd.pipeline.runs.run import Run
 from ezsd.vocabulary import Split, canonical, first_few
 
@@ -70,6 +71,7 @@ def run_proposer(config: ProposerConfig) -> tuple[NDArray[np.float32], dict[str,
     run = _open(str(config.run))
     checkpoint = run.finished()
     proposer = make_proposer(config, pretrained=False)
+    require_same_body(run, proposer.backbone)
     state = checkpoint.model()
     try:
         proposer.load_state_dict({name: state[name] for name in proposer.state_dict()})

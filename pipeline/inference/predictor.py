@@ -21,12 +21,12 @@ from ezsd.detector.model import Detections, Detector
 from ezsd.errors import TeacherError
 from ezsd.pipeline.config.schema import Config, EvalConfig, TeacherConfig, at_test_time, from_tables, to_tables
 from ezsd.pipeline.devices import is_out_of_memory
-from ezsd.pipeline.errors import OutOfMemory, RunError
+from ezsd.pipeline.errors import ConfigError, OutOfMemory, RunError
 from ezsd.pipeline.extraction.encoder import CropEncoder
 from ezsd.pipeline.extraction.provenance import model_inputs, proposal_settings
 from ezsd.pipeline.extraction.teacher import recorded_teacher
 from ezsd.pipeline.inference.ensemble import TeacherEnsemble
-from ezsd.pipeline.runs.model import build_detector
+from ezsd.pipeline.runs.model import build_detector, require_same_body
 from ezsd.pipeline.runs.run import Run
 from ezsd.precision import autocast
 from ezsd.teacher.open_clip import Teacher
@@ -211,7 +211,11 @@ def load_trained(
     # Frozen normalisation is chosen by the presence of weights; the state replaces them whole.
     frozen = spec["backbone_weights"] is not None
     shaped = dataclasses.replace(config, model=dataclasses.replace(config.model, masks=own.model.masks))
-    detector = build_detector(shaped, embed_dim, None, frozen_norms=frozen)
+    try:
+        detector = build_detector(shaped, embed_dim, None, frozen_norms=frozen)
+    except ConfigError as error:
+        raise RunError(f"`run={run.folder}`: its backbone cannot be made again: {error}") from error
+    require_same_body(run, detector.backbone)
     load_weights(detector, state, run)
     names = spec["names"]
     assert isinstance(names, list)

@@ -145,7 +145,7 @@ def provenance(main: RunData, data_root: Path | None) -> dict[str, str]:
     data_seed = _drawn_options(main, data_root).get("seed", "not recorded")
     store_seed = built_settings(run_manifest(main.run))["build"]["seed"]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(environment.get("versions", {}).items()))
-    teacher = environment.get("teacher") or {}
+    teacher, pretrained = environment.get("teacher") or {}, bool(main.spec.get("backbone_weights"))
     return {
         "dataset": f"{main.spec['dataset']}: {dataset_label(main)}",
         "teacher": " ".join(str(teacher[key]) for key in ("name", "weights") if teacher.get(key)) or "not recorded",
@@ -153,7 +153,7 @@ def provenance(main: RunData, data_root: Path | None) -> dict[str, str]:
         "its bytes": ", ".join(stores) or "not recorded",
         "seeds": f"data {data_seed}, store {store_seed}, training {config['train']['seed']}",
         "steps": f"{config['train']['steps']} of {config['train']['batch_size']} images",
-        "backbone": "ImageNet weights" if main.spec.get("backbone_weights") else "from random weights",
+        "backbone": f"{config['model']['backbone']}, from {'pretrained' if pretrained else 'random'} weights",
         "versions": f"{versions}; {environment.get('device', 'unknown device')}",
     }
 

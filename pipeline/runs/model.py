@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ezsd.cache import differences
+from ezsd.choices import BACKBONES
 from ezsd.detector.backbone import Pyramid, build_backbone
 from ezsd.detector.model import Detector
+from ezsd.detector.proposer import Proposer
+from ezsd.detector.requirements import PLUGIN, TIMM
 from ezsd.pipeline.config.schema import Config, ModelConfig, ProposerConfig
-from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.errors import ConfigError, RunError
+from ezsd.pipeline.files import as_json
+from ezsd.pipeline.runs.run import Run
 
 log = logging.getLogger("ezsd")
 
@@ -35,14 +42,19 @@ def configured_backbone(
     """Backbone of the settings of a section; `build_backbone` explains the last two arguments.
 
     Raises:
-        ConfigError: the weights do not fit the backbone, or the anchor sizes its levels; names the section's settings.
+        ConfigError: there is no such backbone, the weights do not fit it, or the anchor sizes do not fit its levels.
     """
     try:
         backbone = build_backbone(
-            settings.backbone, channels=settings.fpn_channels, weights=weights, frozen_norms=frozen_norms
+            settings.backbone,
+            channels=settings.fpn_channels,
+            weights=weights,
+            frozen_stages=settings.frozen_stages,
+            frozen_norms=frozen_norms,
+            section=section,
         )
     except ValueError as error:
-        raise ConfigError(str(error).replace("model.", f"{section}.")) from error
+        raise ConfigError(str(error)) from error
     if len(settings.rpn_sizes) != len(backbone.strides):
         raise ConfigError(
             f"{section}.rpn_sizes needs one size per level of {settings.backbone} (strides {backbone.strides}), "
@@ -51,17 +63,63 @@ def configured_backbone(
     return backbone
 
 
-def warn_of_random_weights(backbone: str, setting: str) -> None:
-    """Log that a ResNet has no pretrained weights; `setting` is where they are given."""
+def rate_groups(model: Detector | Proposer, backbone_lr_mult: float) -> list[tuple[list[nn.Parameter], float]]:
+    """Parameters that are trained, by the factor of their learning rate; one group where it is 1 for all of them."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if backbone_lr_mult == 1:
+        return [(trained, 1.0)]
+    body = {id(parameter) for parameter in model.backbone.body_parameters()}
+    groups = [
+        ([parameter for parameter in trained if id(parameter) not in body], 1.0),
+        ([parameter for parameter in trained if id(parameter) in body], backbone_lr_mult),
+    ]
+    return [(parameters, factor) for parameters, factor in groups if parameters]
+
+
+def body_fingerprint(section: str, settings: ModelConfig | ProposerConfig) -> dict[str, object]:
+    """JSON object that tells a body from others of its name, see `Pyramid`; empty where the name does."""
+    if settings.backbone in BACKBONES:
+        return {}
+    return dict(configured_backbone(section, settings, None, frozen_norms=None).fingerprint or {})
+
+
+def require_same_body(run: Run, backbone: Pyramid) -> None:
+    """Raise RunError where a run was trained with another body of the same name."""
+    recorded = run.spec.get("backbone") or {}
+    assert isinstance(recorded, Mapping)
+    changed = differences(recorded, as_json(backbone.fingerprint or {}))
+    if changed:
+        raise RunError(
+            f"`run={run.folder}`: the backbone is another one now, and the weights are not for it: "
+            f"{'; '.join(map(str, changed))}"
+        )
+
+
+_WEIGHTS = {TIMM: "the state of the whole model, as timm has it", PLUGIN: "a state that it takes"}
+
+
+def warn_of_random_weights(backbone: str, setting: str, owner: str = "") -> None:
+    """Log that a backbone has no pretrained weights.
+
+    Args:
+        backbone: its name.
+        setting: name of the setting or option by which they are given.
+        owner: whose backbone it is, in words.
+    """
+    kind = next(
+        (kind for start, kind in _WEIGHTS.items() if backbone.startswith(start)), "ImageNet's as torchvision has them"
+    )
     log.warning(
-        "%s starts from random weights and learns much more slowly: give `%s=FILE`, ImageNet's as torchvision has them",
+        "%s%s starts from random weights and learns much more slowly: give `%s=FILE`, %s",
+        owner,
         backbone,
         setting,
+        kind,
     )
 
 
 def read_backbone(path: Path, setting: str = "backbone_weights") -> dict[str, Tensor]:
-    """Read an ImageNet state from .safetensors, or from .pth without running code in it; errors name the setting."""
+    """Read a pretrained state from .safetensors, or from .pth without running code in it; errors name the setting."""
     if not path.is_file():
         raise ConfigError(f"`{setting}={path}`: no such file")
     try:

@@ -68,7 +68,7 @@ class TrainRequest:
     data_root: Path | None = None
     """Image folder; None takes the one that the store was built from."""
     backbone_weights: Path | None = None
-    """File of ImageNet weights for the backbone."""
+    """File of pretrained weights for the backbone."""
     device: str = "cpu"
     verify: Verify = "full"
     """Checks of the store's bytes when they are read, see `Store`."""
@@ -97,9 +97,10 @@ def train(request: TrainRequest) -> Run:
         dataset = store_dataset(store, request.data_root)
         if distributed.is_main:
             require_validation(dataset, request.config)
+        # Before the annotations are read, for a backbone may be refused.
+        detector, spec = _begin(request, store, dataset)
         masks = training_masks(dataset) if request.config.model.masks else None
         samples = training_samples(store, dataset, request.config.train, masks)
-        detector, spec = _begin(request, store, dataset)
         tables = _tables(store)
         if distributed.is_main:
             run = stack.enter_context(Run.claim(request.run, spec, tables))
@@ -168,10 +169,10 @@ def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detec
     """Detector with its initial weights, and the record that identifies the run."""
     config = request.config
     weights = None if request.backbone_weights is None else read_backbone(request.backbone_weights)
-    if weights is None and config.model.backbone != "tiny":
-        warn_of_random_weights(config.model.backbone, "backbone_weights")
     torch.manual_seed(config.train.seed)
     detector = build_detector(config, store.embed_dim, weights)
+    if weights is None and config.model.backbone != "tiny":
+        warn_of_random_weights(config.model.backbone, "backbone_weights")
     names, text = store.text
     attributes = store.teacher[1]
     return detector, {
@@ -186,6 +187,8 @@ def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detec
         "layer_norms": attributes["parameters"],
         "re_normalisation": _accuracy(attributes),
         "backbone_weights": None if weights is None else state_digest(weights),
+        # As good as no entry where the name says it all.
+        "backbone": detector.backbone.fingerprint,
     }
 
 
@@ -282,7 +285,7 @@ def _say_what_differs(detector: Detector, config: TrainConfig, distributed: Dist
     parts = config.grad_accumulation * distributed.world_size
     if parts > 1 and _has_batch_norm(detector):
         log.warning(
-            "batch normalisation sees the %d images of one batch, not all %d of a step: with ImageNet weights its "
+            "batch normalisation sees the %d images of one batch, not all %d of a step: with pretrained weights its "
             "statistics are frozen, and nothing depends on how a step is shared out",
             config.batch_size // parts,
             config.batch_size,

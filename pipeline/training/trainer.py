@@ -15,6 +15,7 @@ from ezsd.detector.model import Batch, Detector, Totals
 from ezsd.losses import loss_weights, weighted_sum
 from ezsd.pipeline.config.schema import Config, LossConfig, TrainConfig
 from ezsd.pipeline.errors import NonFiniteLoss
+from ezsd.pipeline.runs.model import rate_groups
 from ezsd.pipeline.training.distributed import Distributed
 from ezsd.precision import autocast
 
@@ -83,7 +84,7 @@ class Trainer:
         """
         rate = learning_rate(step, self.config)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_mult"]
         totals = self._totals(batches)
         self._count_objects(batches)
         self.optimiser.zero_grad(set_to_none=True)
@@ -169,12 +170,18 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return height * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimiser(detector: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Build AdamW or SGD, without weight decay on vectors (biases, norms, background) and the logit scale."""
-    trained = [p for p in detector.parameters() if p.requires_grad]
+def build_optimiser(detector: Detector, config: TrainConfig) -> torch.optim.Optimizer:
+    """Build AdamW or SGD, without weight decay on vectors (biases, norms, background) and the logit scale.
+
+    Each group has the factor of its rate, `lr_mult`.
+    """
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "lr_mult": factor}
+        for trained, factor in rate_groups(detector, config.backbone_lr_mult)
+        for parameters, decay in (
+            ([p for p in trained if p.ndim > 1], config.weight_decay),
+            ([p for p in trained if p.ndim <= 1], 0.0),
+        )
     ]
     rate = peak_rate(config)
     if config.optimizer == "sgd":

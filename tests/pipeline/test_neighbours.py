@@ -74,6 +74,7 @@ def test_presets_fit_and_say_nothing(name, caplog):
         ("coco", ["loss.mask=2"], "changes nothing without model.masks=true"),
         ("shapes", ["proposals.growth=0.5"], "changes nothing without proposals.search=grown-stride or coarse-to-fine"),
         ("shapes", ["proposals.anchor_fraction=0.5"], "changes nothing without proposals.search=coarse-to-fine"),
+        ("shapes", ["proposer.frozen_stages=2"], "changes nothing without .* and proposer.weights"),
         ("coco", ["proposals.drop_background=false"], "changes nothing without a teacher.background"),
     ],
 )

@@ -1,0 +1,319 @@
+"""Bodies of torchvision, timm and plug-ins: their maps, weights, what of them is trained, and what is refused."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ezsd.detector.backbone import build_backbone, normalise
+from ezsd.detector.requirements import require_backbone, timm_models
+from ezsd.detector.timm_body import TimmBody
+from ezsd.errors import BackboneError
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "docs/backbones.md").read_text(), re.DOTALL)[1]
+SMALL = "timm:test_efficientnet"
+
+
+def state_of(model, **options):
+    torch.manual_seed(0)
+    network = timm.create_model(model, **options)
+    for name, value in network.named_buffers():
+        # As if trained: frozen statistics that are not read would show.
+        if name.endswith("running_mean"):
+            value.normal_()
+    return network.state_dict()
+
+
+def build(name, weights=None, **options):
+    return build_backbone(name, channels=8, weights=weights, **options)
+
+
+def frozen_stages(backbone, prefix):
+    """First components below a prefix of the parameters that are not trained."""
+    names = [name.removeprefix(prefix) for name, p in backbone.named_parameters() if not p.requires_grad]
+    return sorted(
+        {".".join(name.split(".")[:2]) if name.startswith("blocks") else name.split(".")[0] for name in names}
+    )
+
+
+# timm
+
+
+@pytest.mark.parametrize("model", ["test_efficientnet", "test_resnet", "test_convnext", "test_mambaout"])
+def test_a_timm_body_gives_the_maps_of_the_whole_model_with_its_weights(model):
+    state = state_of(model, num_classes=3)
+    backbone = build(f"timm:{model}", state)
+    assert backbone.strides == (8, 16, 32)
+    config = timm.get_pretrained_cfg(model)
+    images = torch.rand(2, 3, 64, 96)
+    whole = timm.create_model(model, num_classes=3)
+    whole.load_state_dict(state)
+    inputs = normalise(images, [(64, 96)] * 2, config.mean, config.std)
+    with torch.no_grad():
+        expected = whole.eval().forward_intermediates(inputs, intermediates_only=True)[-3:]
+        # In training mode too: all statistics are frozen.
+        found = backbone.body.body(inputs)
+        maps = backbone.maps(images, [(64, 96)] * 2)
+    for own, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, theirs)
+    assert [m.shape for m in maps] == [(2, 8, 64 // s, 96 // s) for s in (8, 16, 32)]
+    torch.testing.assert_close(maps[0], list(backbone.body(inputs).values())[0])
+    assert not any(isinstance(module, _BatchNorm) for module in backbone.modules())
+    assert backbone.fingerprint["mean"] == list(config.mean)
+
+
+@pytest.mark.parametrize(
+    ("stages", "frozen"),
+    [
+        (-1, []),
+        (0, ["blocks.0", "bn1", "conv_stem"]),
+        (2, ["blocks.0", "blocks.1", "blocks.2", "bn1", "conv_stem"]),
+        (4, ["blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4", "bn1", "conv_stem"]),
+    ],
+)
+def test_the_first_stages_of_a_timm_body_are_not_trained(stages, frozen):
+    backbone = build(SMALL, state_of("test_efficientnet"), frozen_stages=stages)
+    found = {name for name in frozen_stages(backbone, "body.body.network.")}
+    assert found == {name for name in frozen if name != "bn1"}
+    assert all(p.requires_grad for p in build(SMALL, frozen_stages=stages).parameters())
+    own = {id(parameter) for parameter in backbone.body_parameters()}
+    assert {name.split(".")[1] for name, p in backbone.named_parameters() if id(p) not in own} == {"fpn"}
+
+
+def test_a_trained_state_fits_a_timm_body_that_is_built_without_the_file():
+    trained = build(SMALL, state_of("test_efficientnet"))
+    empty = build(SMALL, frozen_norms=True)
+    empty.load_state_dict(trained.state_dict())
+    image = torch.rand(1, 3, 64, 64)
+    assert torch.equal(empty(image)[2], trained(image)[2])
+
+
+@pytest.mark.parametrize(
+    ("change", "tensor"),
+    [
+        (lambda state: state.pop("blocks.1.0.bn1.weight"), 'Missing key.* "blocks.1.0.bn1.weight"'),
+        (lambda state: state.update({"blob.weight": torch.zeros(1)}), 'Unexpected key.* "blob.weight"'),
+        (lambda state: state.update({"conv_stem.weight": torch.zeros(2)}), "size mismatch for conv_stem.weight"),
+        (lambda state: state.clear(), "it holds no tensors"),
+    ],
+)
+def test_a_state_of_another_timm_model_is_refused_in_one_line(change, tensor):
+    state = state_of("test_efficientnet")
+    change(state)
+    with pytest.raises(BackboneError, match=rf"not a state of {SMALL}: {tensor}") as caught:
+        build(SMALL, state)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm:test_vit", "gives maps of the strides 16, 16, 16, expected 8, 16 and 32 .* such as timm:resnet18"),
+        ("timm:test_maxvit", "fails on an image of 64 x 96 pixels"),
+        ("timm:resnet10t.a9", "no weights of resnet10t are tagged 'a9'; known are c3_in1k"),
+        ("timm:resnet10x", "no such timm model; did you mean 'resnet10t'"),
+    ],
+)
+def test_a_timm_model_that_is_no_body_is_refused_in_one_line(name, message):
+    with pytest.raises(BackboneError, match=rf"^`proposer.backbone={name}`: {message}") as caught:
+        build(name, section="proposer")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_model_that_a_refusal_offers_is_taken():
+    with pytest.raises(BackboneError) as said:
+        build("timm:test_vit")
+    assert build(str(said.value).rpartition(" ")[2]).strides == (8, 16, 32)
+
+
+def test_a_timm_model_without_feature_maps_is_refused(monkeypatch):
+    def entry(**options):
+        raise RuntimeError("features_only not implemented for it")
+
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, "without_maps", entry)
+    with pytest.raises(BackboneError, match=r"gives no feature maps .*: features_only not implemented for it$"):
+        TimmBody("timm:without_maps", None, "model")
+
+
+def test_where_published_weights_differ_in_the_pixels_the_tag_has_to_be_said():
+    state = state_of("mobilenetv3_large_100")
+    with pytest.raises(BackboneError, match="differ in the mean and deviation of pixels; say whose") as caught:
+        build("timm:mobilenetv3_large_100", state)
+    named = re.search(r"such as `model.backbone=(.*)`$", str(caught.value))[1]
+    means = {tuple(build(name, state).fingerprint["mean"]) for name in (named, "timm:mobilenetv3_large_100.ra_in1k")}
+    assert len(means) == 2
+
+
+def test_a_model_whose_stages_timm_does_not_say_is_trained_whole():
+    state = state_of("hrnet_w18_small")
+    with pytest.raises(BackboneError, match=r"which of its stages; set `model.frozen_stages=-1`"):
+        build("timm:hrnet_w18_small", state)
+    assert build("timm:hrnet_w18_small", state, frozen_stages=-1).body.body.network.conv1.weight.requires_grad
+
+
+def test_the_names_of_timms_models_are_known_without_it(monkeypatch):
+    assert set(timm_models()) == set(timm.list_models())
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(BackboneError, match="timm is not installed; pip install timm"):
+        require_backbone("timm:resnet18")
+
+
+# torchvision
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_large", "mobilenet_v3_small"])
+def test_a_mobilenet_takes_torchvisions_state_and_freezes_its_early_part(name):
+    torch.manual_seed(0)
+    network = getattr(torchvision.models, name)(weights=None).eval()
+    backbone = build(name, network.state_dict())
+    assert backbone.fingerprint is None
+    images = torch.rand(1, 3, 64, 96)
+    found = backbone.body.body(images)
+    assert [m.shape[2:] for m in found] == [(64 // s, 96 // s) for s in (8, 16, 32)]
+    torch.testing.assert_close(found[-1], network.features(images))
+    stride, frozen = images.shape[2], 0
+    last = images
+    for layer in network.features:
+        last = layer(last)
+        frozen += last.shape[2] >= stride // 4
+    numbers = {int(name.split(".")[3]) for name, p in backbone.named_parameters() if not p.requires_grad}
+    assert numbers == set(range(frozen))
+    assert not any(isinstance(module, _BatchNorm) for module in backbone.modules())
+    with pytest.raises(ValueError, match=f"not an ImageNet state of {name}: .*does not match"):
+        build(name, network.state_dict() | {"features.99.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("stages", "frozen"), [(-1, set()), (0, {"conv1"}), (3, {"conv1", "layer1", "layer2", "layer3"})]
+)
+def test_as_many_stages_of_a_resnet_are_frozen_as_asked_for(stages, frozen):
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    backbone = build("resnet18", state, frozen_stages=stages)
+    assert {n.split(".")[2] for n, p in backbone.named_parameters() if not p.requires_grad} == frozen
+    with pytest.raises(BackboneError, match="`model.frozen_stages=5`: resnet18 has 4 stages after its stem"):
+        build("resnet18", state, frozen_stages=5)
+
+
+# Plug-ins
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """The name of a plug-in of some code, as in a module of its own."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(code, factory="Net", name="body_for_tests"):
+        (tmp_path / f"{name}.py").write_text(code)
+        importlib.invalidate_caches()
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return f"plugin:{name}:{factory}"
+
+    return write
+
+
+def test_the_documented_plugin_is_a_body(plugin):
+    name = plugin(EXAMPLE)
+    bare = build(name)
+    state = {key.removeprefix("body.body."): v for key, v in bare.state_dict().items() if ".body." in key}
+    state["stem.1.running_mean"] = torch.full((16,), 0.5)
+    backbone = build(name, state, frozen_stages=0)
+    assert backbone.strides == (8, 16)
+    assert backbone.fingerprint == {
+        "name": name,
+        "strides": [8, 16],
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "fingerprint": {"name": "example", "version": 1},
+    }
+    assert {n.split(".")[2] for n, p in backbone.named_parameters() if not p.requires_grad} == {"stem"}
+    assert not any(isinstance(module, _BatchNorm) for module in backbone.modules())
+    assert any(isinstance(module, _BatchNorm) for module in bare.modules())
+    images = torch.rand(1, 3, 32, 64)
+    seen = []
+    backbone.body.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    assert [m.shape for m in backbone.maps(images, [(32, 48)])] == [(1, 8, 4, 8), (1, 8, 2, 4)]
+    torch.testing.assert_close(seen[0][..., :48], (images[..., :48] - 0.5) / 0.25)
+    assert (seen[0][..., 48:] == 0).all()
+
+
+BROKEN = {
+    "lacks fingerprint": ("    def fingerprint", "    def other", "is no Body, it lacks fingerprint"),
+    "strides of no pyramid": ("(8, 16), (0.5", "(8, 32), (0.5", r"its strides are \[8, 32\], expected powers of two"),
+    "coarse strides": ("(8, 16), (0.5", "(32, 64), (0.5", r"its strides are \[32, 64\], expected"),
+    "other strides than its maps": ("(8, 16), (0.5", "(16, 32), (0.5", r"gives maps of \[\(12, 8\), \(6, 4\)\] cells"),
+    "one map": ("return [fine, self.second(fine)]", "return fine", "gives Tensor, expected a list of maps"),
+    "a pass that fails": ("return [fine", "fine = fine @ fine; return [fine", "fails on an image of 64 x 96 pixels"),
+    "no deviation": ("(0.25, 0.25, 0.25)", "(0.25, 0, 0.25)", r"std are .*\(0.25, 0, 0.25\), expected three numbers"),
+    "a forgotten stage": ("(self.stem, self.first, self.second)]", "(self.stem,)]", "first.0.weight is 0 times"),
+    "a stage twice": ("(self.stem, self.first,", "(self.stem, self.stem, self.first,", "stem.0.weight is 2 times"),
+    "no JSON": ('"version": 1', '"version": {1}', "its fingerprint is no JSON object"),
+    "an argument": ("__init__(self)", "__init__(self, size)", "missing 1 required positional argument: 'size'"),
+    "no module": ("class Net(nn.Module)", "def Net(): return 3\nclass Other(nn.Module)", "made 3, expected a torch.nn"),
+    "no factory": ("class Net(nn.Module)", "Net = 3\nclass Other(nn.Module)", "expected a factory, found Net = 3"),
+    "nothing": ("class Net", "class Other", "has no attribute 'Net'; is its folder on PYTHONPATH"),
+    "needs more": ("from torch", "import a_package_that_nobody_has\nfrom torch", "No module named 'a_package_that"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_plugin_that_makes_no_body_is_refused_in_one_line(fault, plugin):
+    old, new, message = BROKEN[fault]
+    assert old in EXAMPLE
+    with pytest.raises(BackboneError, match=rf"^`model.backbone=plugin:body_for_tests:Net`: .*{message}") as caught:
+        build(plugin(EXAMPLE.replace(old, new)))
+    assert "\n" not in str(caught.value)
+
+
+def test_parameters_that_no_map_depends_on_are_not_trained(plugin):
+    """Several processes would wait for their gradients."""
+    name = plugin(
+        EXAMPLE.replace("return [fine, self.second(fine)]", "self.second(fine); return [fine, fine[..., ::2, ::2]]")
+    )
+    trained = {n.split(".")[2] for n, p in build(name).named_parameters() if p.requires_grad and "fpn" not in n}
+    assert trained == {"stem", "first"}
+
+
+def test_a_plugin_refuses_weights_and_norms_that_are_not_its_own(plugin):
+    name = plugin(EXAMPLE)
+    with pytest.raises(BackboneError, match=rf'not a state of {name}: Missing key.* "stem.0.weight"$'):
+        build(name, {})
+    name = plugin(EXAMPLE.replace("nn.BatchNorm2d(outputs)", "nn.BatchNorm2d(outputs, affine=False)"))
+    state = {key.removeprefix("body.body."): v for key, v in build(name).state_dict().items() if ".body." in key}
+    with pytest.raises(BackboneError, match=r"stem.1 is BatchNorm2d, which has no frozen form"):
+        build(name, state)
+
+
+def test_a_plugin_of_a_package_that_is_not_there_is_refused_before_anything_is_loaded():
+    with pytest.raises(BackboneError, match=r"no module named 'nobody_has_it'; is its folder on PYTHONPATH\?"):
+        require_backbone("plugin:nobody_has_it.sub:factory")
+
+
+def test_the_stand_ins_network_is_a_plugin_with_its_weights(conse_tools, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests/plugins"))
+    monkeypatch.syspath_prepend(str(conse_tools))
+    teacher = importlib.import_module("conse_teacher").ConseTeacher()
+    state = load_file(conse_tools.parent / "data/conse/mobilenet_v2_fp16.safetensors")
+    backbone = build("plugin:conse_body:MobileNetV2", state, frozen_stages=3)
+    images = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    inputs = []
+    backbone.body.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.no_grad():
+        backbone.maps(images, [(96, 64)] * 2)
+        last = backbone.body.body(inputs[0])[-1]
+        logits = teacher._conv(nn.functional.relu6(teacher._conv(last, 51)).mean((2, 3), keepdim=True), 52).flatten(1)
+        torch.testing.assert_close(logits, teacher._logits(images), rtol=1e-4, atol=1e-4)
+    numbers = {
+        int(name.split(".")[2]) for name, p in backbone.named_parameters() if p.requires_grad and "fpn" not in name
+    }
+    # Three blocks of 160 channels and one of 320, three convolutions each.
+    assert numbers == set(range(39, 51))
