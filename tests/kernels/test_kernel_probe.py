@@ -1,6 +1,7 @@
 """The first kernel on a GPU: what Triton lacks is remembered and told, what is not Triton's is neither."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_an_error_that_is_not_tritons_is_raised_and_forgotten(error, fails, monk
     with monkeypatch.context() as patch:
         launch = triton_distance.distance_forward
         fails(error)
-        with pytest.raises(type(error), match=str(error).split(":")[0].split(".")[0].replace("[", r"\[")):
+        with pytest.raises(type(error), match=re.escape(str(error))):
             require_backend("triton", GPU)
         patch.setattr(triton_distance, "distance_forward", launch)
         require_backend("triton", GPU)
