@@ -53,12 +53,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def said_instead(error: BaseException) -> str:
-    """First line of an error that means a lack of memory in other words, as " (LINE)"; empty where it says just that.
+    """First line of an error that means a lack of memory in other words, as " (LINE)"; empty where it says "memory".
 
     It may mean something else: cuBLAS has one word for a lack of memory and for a driver that does not work.
     """
     line = (str(error).splitlines() or [""])[0].replace("`", "'")
-    return "" if not line or "out of memory" in line.lower() else f" ({line})"
+    return "" if not line or "memory" in line.lower() else f" ({line})"
 
 
 def more_memory(device: torch.device) -> str:

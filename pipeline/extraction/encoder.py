@@ -72,7 +72,7 @@ class CropEncoder:
             chunk = boxes[first[done : done + self.batch]]
             part = self._embed(pixels, chunk)
             if isinstance(part, str):
-                self._halve(part)
+                self._halve(part, pixels.device)
                 continue
             parts.append(part)
             done += len(chunk)
@@ -90,14 +90,14 @@ class CropEncoder:
                 raise
             return said_instead(error)
 
-    def _halve(self, said: str) -> None:
+    def _halve(self, said: str, device: torch.device) -> None:
         """Called once the failed batch's own memory is free again."""
         if self.batch <= SHORT:
             raise TeacherError(
                 f"teacher {self.teacher.name}: out of memory with {self.batch} crops at once{said}, and fewer are not "
-                f"shown; {more_memory(self.teacher.device)}"
+                f"shown; {more_memory(device)}"
             )
         self.batch = max(SHORT, self.batch // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.warning("out of memory: going on with %d crops at once%s", self.batch, said)
+        log.warning("out of memory: going on with %d crops at once", self.batch)
