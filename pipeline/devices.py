@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from ezsd.pipeline.errors import ArgumentError, OutOfMemory
+
+if TYPE_CHECKING:
+    import torch
 
 _WORDS = re.compile(
     # The last two are oneDNN's and cuBLAS's, which have no other words for it.
@@ -46,3 +50,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None
+
+
+def said_instead(error: BaseException) -> str:
+    """First line of an error that means a lack of memory in other words, as " (LINE)"; empty where it says "memory".
+
+    It may mean something else: cuBLAS has one word for a lack of memory and for a driver that does not work.
+    """
+    line = (str(error).splitlines() or [""])[0].replace("`", "'")
+    return "" if not line or "memory" in line.lower() else f" ({line})"
+
+
+def more_memory(device: torch.device) -> str:
+    """Cure for a lack of memory on a device where nothing can be made smaller."""
+    if device.type == "cpu":
+        return "use a machine with more memory"
+    return "use a GPU with more memory, or `device=cpu`"

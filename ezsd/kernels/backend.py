@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ezsd.choices import Backend
 from ezsd.errors import BackendError
@@ -51,28 +52,27 @@ def resolve_backend(backend: Backend, maps: tuple[Tensor, ...], *, bins: int) ->
             raise BackendError(_refusal(obstacle))
         return "triton"
     if not torch.compiler.is_compiling():
-        _announce(obstacle)
+        _announce(obstacle, _level(obstacle, maps[0].device))
     return "triton" if obstacle is None else "eager"
 
 
 def triton_obstacle(maps: tuple[Tensor, ...], *, bins: int) -> str | None:
     """Say why Triton cannot serve these maps, or None if it can."""
-    obstacle = _device_obstacle(maps[0].device)
-    if obstacle is not None:
-        return obstacle
+    # The device comes last: a GPU is asked by launching a kernel on it.
     if maps[0].dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the maps are {maps[0].dtype}, not float32, float16 or bfloat16"
     if len(maps) > MAX_LEVELS:
         return f"there are {len(maps)} levels, a launch takes {MAX_LEVELS}"
     if bins > MAX_BINS:
         return f"there are {bins} bins per side, the kernels take {MAX_BINS}"
-    return None
+    return _device_obstacle(maps[0].device)
 
 
 def require_backend(backend: Backend, device: torch.device) -> None:
     """Refuse a backend that no maps on this device can be served by, before any work. BackendError says why.
 
-    With "auto", a GPU on which Triton cannot run is logged now.
+    With "auto", a GPU on which Triton cannot run is logged now. A first kernel is launched while the GPU still has
+    memory for it.
     """
     if backend == "eager" or (backend == "auto" and device.type == "cpu"):
         return
@@ -80,7 +80,7 @@ def require_backend(backend: Backend, device: torch.device) -> None:
     if obstacle is not None and backend == "triton":
         raise BackendError(_refusal(obstacle))
     if obstacle is not None:
-        _announce(obstacle)
+        _announce(obstacle, _level(obstacle, device))
 
 
 def _refusal(obstacle: str) -> str:
@@ -106,23 +106,35 @@ def _installed() -> bool:
 
 @torch.compiler.assume_constant_result
 def _gpu_obstacle(index: int | None) -> str | None:
-    return _tried_on(torch.cuda.current_device() if index is None else index)
+    # Under a mode of fake tensors, as in an export, no kernel would be launched.
+    with unset_fake_temporarily():
+        return _tried_on(torch.cuda.current_device() if index is None else index)
 
 
 @functools.cache
 def _tried_on(index: int) -> str | None:
-    """Launch a kernel of one row on a GPU, once per process: what Triton lacks there shows in no other way."""
+    """Launch a kernel of one row on a GPU, once per process: what Triton lacks there shows in no other way.
+
+    What is not Triton's is raised and not remembered: memory that is short now, and errors of earlier kernels.
+    """
     device = torch.device("cuda", index)
     if not has_bfloat16(device):
         major, minor = torch.cuda.get_device_capability(device)
         return f"the GPU has compute capability {major}.{minor}, and the kernels are for 8.0 and above"
     from ezsd.kernels import triton_distance
 
+    # An earlier kernel's error shows here, and not as one of ours.
+    torch.cuda.synchronize(device)
     try:
         row = torch.ones(1, 16, device=device)
         with torch.cuda.device(device):
             distance = float(triton_distance.distance_forward(row, row, "cosine"))
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except Exception as error:
+        # The driver's own words, which Triton passes on.
+        if "out of memory" in str(error):
+            raise
         # Compiler, headers, the driver's library, a folder to write to: each has its own error where it is missing.
         reason = (str(error).splitlines() or [""])[0][:200]
         return (
@@ -132,9 +144,15 @@ def _tried_on(index: int) -> str | None:
     return None if abs(distance) < 1e-5 else f"a first kernel of Triton's returned {distance} instead of 0"
 
 
+def _level(obstacle: str | None, device: torch.device) -> int:
+    """How loudly an obstacle is told: a GPU that the kernels are for is slower than its owner expects."""
+    missed = obstacle is not None and device.type == "cuda" and has_bfloat16(device)
+    return logging.WARNING if missed else logging.INFO
+
+
 @functools.cache
-def _announce(obstacle: str | None) -> None:
+def _announce(obstacle: str | None, level: int) -> None:
     if obstacle is None:
-        logger.info("RoI operators: backend auto took triton")
+        logger.log(level, "RoI operators: backend auto took triton")
     else:
-        logger.info("RoI operators: backend auto took eager, because %s", obstacle)
+        logger.log(level, "RoI operators: backend auto took eager, because %s", obstacle)

@@ -15,7 +15,7 @@ from ezsd.data.annotations import Annotations
 from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.images import require_few_bad
 from ezsd.pipeline.data.requirements import held_out_images
-from ezsd.pipeline.devices import is_out_of_memory
+from ezsd.pipeline.devices import is_out_of_memory, said_instead
 from ezsd.pipeline.errors import ConfigError, ImageError
 
 log = logging.getLogger("ezsd")
@@ -95,5 +95,6 @@ def halving_where_memory_is_short(setting: str, value: int, items: str) -> Itera
         if not is_out_of_memory(error):
             raise
         raise ConfigError(
-            f"{setting}={value}: so many {items} in a step do not fit the memory; use `{setting}={max(1, value // 2)}`"
+            f"{setting}={value}: so many {items} in a step do not fit the memory{said_instead(error)}; use "
+            f"`{setting}={max(1, value // 2)}`"
         ) from error

@@ -12,7 +12,7 @@ from torch import Tensor
 from ezsd.crops import crop_boxes, distinct_crops
 from ezsd.errors import TeacherError
 from ezsd.pipeline.config.schema import Config
-from ezsd.pipeline.devices import is_out_of_memory
+from ezsd.pipeline.devices import is_out_of_memory, more_memory, said_instead
 from ezsd.teacher.open_clip import Teacher
 
 log = logging.getLogger("ezsd")
@@ -70,15 +70,15 @@ class CropEncoder:
         while done < len(first):
             chunk = boxes[first[done : done + self.batch]]
             part = self._embed(pixels, chunk)
-            if part is None:
-                self._halve()
+            if isinstance(part, str):
+                self._halve(part, pixels.device)
                 continue
             parts.append(part)
             done += len(chunk)
         return torch.cat(parts)[crop], len(first)
 
-    def _embed(self, pixels: Tensor, boxes: Tensor) -> Tensor | None:
-        """Embeddings of one batch; None when the memory is too small for it."""
+    def _embed(self, pixels: Tensor, boxes: Tensor) -> Tensor | str:
+        """Embeddings of one batch; `said_instead` when the memory is too small for it."""
         filled = torch.cat([boxes, boxes[:1].expand(max(0, SHORT - len(boxes)), 4)])
         size, ratio, surround = self.teacher.input_size, self._crops.crop_ratio, self._crops.padding
         try:
@@ -87,14 +87,14 @@ class CropEncoder:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return None
+            return said_instead(error)
 
-    def _halve(self) -> None:
+    def _halve(self, said: str, device: torch.device) -> None:
         """Called once the failed batch's own memory is free again."""
         if self.batch <= SHORT:
             raise TeacherError(
-                f"teacher {self.teacher.name}: out of memory with {self.batch} crops at once, and fewer are not shown; "
-                "use a GPU with more memory, or `device=cpu`"
+                f"teacher {self.teacher.name}: out of memory with {self.batch} crops at once{said}, and fewer are not "
+                f"shown; {more_memory(device)}"
             )
         self.batch = max(SHORT, self.batch // 2)
         if torch.cuda.is_available():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,8 +19,9 @@ from ezsd.data.masks import encode
 from ezsd.detector.masks import paste
 from ezsd.detector.model import Detections, Detector
 from ezsd.errors import TeacherError
+from ezsd.kernels import require_backend
 from ezsd.pipeline.config.schema import Config, EvalConfig, TeacherConfig, at_test_time, from_tables, to_tables
-from ezsd.pipeline.devices import is_out_of_memory
+from ezsd.pipeline.devices import is_out_of_memory, more_memory, said_instead
 from ezsd.pipeline.errors import ConfigError, OutOfMemory, RunError
 from ezsd.pipeline.extraction.encoder import CropEncoder
 from ezsd.pipeline.extraction.provenance import model_inputs, proposal_settings
@@ -49,6 +50,21 @@ class Search:
     """Names of the run that do not compete, because they mean nearly what an asked name means."""
 
 
+@dataclass(slots=True)
+class Room:
+    """What the memory was found to hold."""
+
+    images: int | None = None
+    """Most images at a time; None until more did not fit."""
+
+    def halve(self, images: int) -> None:
+        """Called once the memory of so many images, which did not fit, is free again."""
+        self.images = images // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning("out of memory: going on with %d images at once", self.images)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedDetector:
     """Detector of a run with its settings and text embeddings."""
@@ -64,6 +80,8 @@ class TrainedDetector:
     device: torch.device
     ensemble: TeacherEnsemble | None = None
     """The teacher, where it takes part in scores."""
+    room: Room = field(default_factory=Room)
+    """What the device's memory holds; it is halved, for good, where it does not."""
 
     def search(self, text: Tensor, *, alone: bool = False) -> Search:
         """Prepare a search for names, with the names of the run that compete with them.
@@ -130,15 +148,15 @@ class TrainedDetector:
             alike.setdefault(padded_size([(image.shape[1], image.shape[2])]), []).append(place)
         found: dict[int, Detections] = {}
         for places in alike.values():
-            waiting = [places]
-            while waiting:
-                some = waiting.pop()
+            done = 0
+            while done < len(places):
+                some = places[done : done + (self.room.images or len(places))]
                 ones = self._detect_batch([images[place] for place in some], search, keep=keep, masks=masks)
                 if ones is None:
-                    torch.cuda.empty_cache()
-                    waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
+                    self.room.halve(len(some))
                     continue
                 found.update(zip(some, ones, strict=True))
+                done += len(some)
         return [found[place] for place in range(len(images))]
 
     def _detect_batch(
@@ -170,7 +188,8 @@ class TrainedDetector:
             if len(images) == 1:
                 height, width = sizes[0]
                 raise OutOfMemory(
-                    f"out of memory with one image of {width} x {height}; use a GPU with more memory, or `device=cpu`"
+                    f"out of memory with one image of {width} x {height}{said_instead(error)}; "
+                    f"{more_memory(self.device)}"
                 ) from error
             return None
         return found
@@ -197,11 +216,13 @@ def load_trained(
     Raises:
         RunError: training has not ended.
         ConfigError: see `at_test_time`.
+        BackendError: the run's backend cannot run on this device.
         TeacherError: see `run_teacher`.
     """
     checkpoint, spec, tables = run.finished(), run.spec, run.embeddings()
     own = run.config
     config = at_test_time(own, overrides)
+    require_backend(config.train.backend, torch.device(device))
     if config.model.masks and not own.model.masks:
         raise RunError(f"`run={run.folder}`: was trained without masks; train another one with `model.masks=true`")
     embed_dim, base_count = spec["embed_dim"], spec["base_count"]

@@ -104,12 +104,26 @@ def local_device(name: str) -> torch.device:
     """The device of this process: with several processes and "cuda", each has its own GPU.
 
     Raises:
-        ArgumentError: this machine has fewer GPUs than processes.
+        ArgumentError: this machine has fewer GPUs than processes, or the launcher does not number them.
     """
-    if name != "cuda" or "LOCAL_RANK" not in os.environ:
+    if name != "cuda":
         return torch.device(name)
-    rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if count == 1:
+    text = os.environ.get("LOCAL_RANK")
+    if text is None:
+        if require_launcher(os.environ) > 1:
+            raise ArgumentError(
+                f"WORLD_SIZE={os.environ['WORLD_SIZE']} is set in the environment without LOCAL_RANK, by which each "
+                "process takes a GPU of its machine; start the training with `torchrun`"
+            )
+        return torch.device(name)
+    if not (text.isascii() and text.isdigit()):
+        raise ArgumentError(
+            f"LOCAL_RANK={text}: expected the number of this process on its machine; start the training with `torchrun`"
+        )
+    rank, count = int(text), torch.cuda.device_count()
+    if count == 0:
+        raise ArgumentError(f"process {rank} of this machine finds no GPU; use `device=cpu`")
+    if count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
         # Some launchers show each process its own GPU alone.
         return torch.device("cuda", 0)
     if rank >= count:

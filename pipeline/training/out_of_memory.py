@@ -11,7 +11,14 @@ from ezsd.pipeline.runs.run import learns_the_same_in_parts
 
 
 def step_does_not_fit(
-    batches: Sequence[Batch], config: TrainConfig, *, world_size: int, step: int, saved: int, frozen_norms: bool
+    batches: Sequence[Batch],
+    config: TrainConfig,
+    *,
+    world_size: int,
+    step: int,
+    saved: int,
+    frozen_norms: bool,
+    said: str = "",
 ) -> OutOfMemory:
     """Error for a step that does not fit in memory, with its cure.
 
@@ -22,10 +29,11 @@ def step_does_not_fit(
         step: number of finished steps.
         saved: step of the newest checkpoint; 0 if there is none.
         frozen_norms: true if no normalisation depends on the other images of a batch.
+        said: see `said_instead`.
     """
     images, _, height, width = max((batch.images.shape for batch in batches), key=lambda shape: shape.numel())
     number = "1 image" if images == 1 else f"{images} images"
-    what = f"out of memory in step {step + 1}: {number} of {width} x {height} at a time do not fit"
+    what = f"out of memory in step {step + 1}{said}: {number} of {width} x {height} at a time do not fit"
     parts = next_parts(config, world_size)
     if parts is None:
         cure = "use a GPU with more memory, or another `run` with smaller train.min_size and train.max_size"

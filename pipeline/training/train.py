@@ -27,7 +27,7 @@ from ezsd.pipeline.config.schema import Config, TrainConfig, to_tables
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
 from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.mask_cache import training_masks
-from ezsd.pipeline.devices import is_out_of_memory
+from ezsd.pipeline.devices import is_out_of_memory, said_instead
 from ezsd.pipeline.errors import ConfigError, DatasetError, NonFiniteLoss, OutOfMemory, RunError
 from ezsd.pipeline.extraction.annotation_check import checked_annotations
 from ezsd.pipeline.extraction.provenance import as_built, dataset_inputs, scored_by_objectness
@@ -370,6 +370,7 @@ class _Training:
                 step=self.step,
                 saved=self._saved,
                 frozen_norms=not _has_batch_norm(self.trainer.detector),
+                said=said_instead(error),
             ) from error
 
     def _is_time(self) -> bool:
@@ -394,8 +395,8 @@ class _Training:
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(
-                f"out of memory in the validation after step {self.step}, whose checkpoint is saved; add "
-                "`train.validate_every=0` to go on without"
+                f"out of memory in the validation after step {self.step}{said_instead(error)}, whose checkpoint is "
+                "saved; add `train.validate_every=0` to go on without"
             ) from error
         except Stopped as stopped:
             stopped.kept = self._kept()

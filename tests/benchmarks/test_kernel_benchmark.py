@@ -1,3 +1,4 @@
+import argparse
 import importlib
 from pathlib import Path
 
@@ -39,6 +40,51 @@ def test_a_wrong_variant_gets_no_time(kernel, case):
     assert len(wrong) == 1
     assert wrong[0]["gate"] == "failed"
     assert "ratio_p50" not in wrong[0]
+
+
+def no_room(*_):
+    raise torch.OutOfMemoryError
+
+
+def test_nan_is_no_small_error(kernel):
+    found, expected = [torch.ones(2), torch.full((2,), torch.nan), torch.ones(2)], [torch.ones(2).double()] * 3
+    assert not kernel.worst_error(found, expected) <= 1e9
+
+
+def test_without_a_right_a_there_are_no_ratios(kernel, case):
+    variants = kernel.VARIANTS | {"A": lambda problem: kernel.ours(problem) * 1.001}
+    assert [(row["variant"], row["gate"]) for row in kernel.cpu_rows(case, variants, rounds=2)] == [("A", "failed")]
+
+
+def test_what_does_not_fit_in_memory_refuses_no_machine(kernel, case, monkeypatch):
+    monkeypatch.setattr(kernel, "cpu_cases", lambda: [case])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(kernel.VARIANTS, "ours", no_room)
+    arguments = argparse.Namespace(rounds=2, tag=None)
+    rows = list(kernel.measure(arguments))
+    assert [row["gate"] for row in rows if row["variant"] == "ours"] == ["out of memory"]
+    monkeypatch.setattr(kernel, "torchvision_eager", no_room)
+    rows = list(kernel.measure(arguments))
+    assert [row["gate"] for row in rows] == ["not timed: float64 is out of memory"] * 3
+    assert all("out of memory" in kernel.show(row) for row in rows)
+
+
+def test_a_pass_that_does_not_fit_beside_the_timer_leaves_the_others(kernel, case, monkeypatch):
+    def milliseconds(call):
+        return no_room() if "lambda" in call.__qualname__ else 1.0
+
+    make = kernel.Case.make
+    monkeypatch.setattr(kernel.Case, "make", lambda self, device: make(self, "cpu"))
+    monkeypatch.setattr(kernel, "gpu_milliseconds", milliseconds)
+    monkeypatch.setattr(kernel, "peak_mib", lambda call: 1.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    rates = kernel.Rates(copy=1e6, matmul=8e9)
+    found = list(kernel.gpu_rows(case, 2, rates, {"ours": kernel.ours}))
+    assert [(row["pass"], row.get("ms_p50"), row.get("gate")) for row in found] == [
+        ("forward", 1.0, None),
+        ("forward+backward", None, "out of memory"),
+    ]
 
 
 def test_the_floor_is_the_larger_of_traffic_and_products(kernel):

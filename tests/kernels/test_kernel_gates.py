@@ -1,5 +1,6 @@
 """The gates of `make gpu-check` without a GPU: the kernels' arithmetic passes them, a wrong one does not."""
 
+import math
 import subprocess
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from tests.kernels import stand_ins
-from tests.kernels.gates import errors, tolerance
+from tests.kernels.gates import errors, passes, relative_error, tolerance, worst_row
 from tests.kernels.kernel_problems import make_problem, run_align, run_embed, run_loss
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,17 +45,59 @@ MANY = {"regions": 1000, "bins": 1, "channels": 63, "dim": 512}
 def test_right_kernels_pass(dtype, sizes):
     problem = make_problem(**sizes)
     for run, name in ((run_loss, "roi_align_cosine"), (run_embed, "roi_embed"), (run_align, "roi_align")):
-        assert max(errors(run, name, problem, dtype, device="cpu")) < tolerance(dtype) / 3
+        found = torch.tensor(errors(run, name, problem, dtype, device="cpu"))
+        whole, rows = found.chunk(2)
+        assert (whole < tolerance(dtype) / 3).all()
+        assert (rows < tolerance(dtype) / 2).all()
+
+
+def shifted_forward(pooling, boxes, image_index):
+    return stand_ins.pool_forward(pooling, boxes + 0.2, image_index)
+
+
+def shifted_backward(pooling, pooled_grad, boxes, image_index):
+    stand_ins.pool_backward(pooling, pooled_grad, boxes + 0.2, image_index)
+
+
+def nan_backward(pooling, pooled_grad, boxes, image_index):
+    """One that never writes a cell of its last map, which begins as NaN."""
+    stand_ins.pool_backward(pooling, pooled_grad, boxes, image_index)
+    pooling.maps[-1][-1, :, -1, -1] = torch.nan
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_kernel_that_places_its_samples_wrong_does_not(dtype, monkeypatch):
-    def shifted(pooling, boxes, image_index):
-        return stand_ins.pool_forward(pooling, boxes + 0.2, image_index)
+@pytest.mark.parametrize("wrong", [shifted_forward, shifted_backward, nan_backward])
+def test_wrong_kernels_do_not(dtype, wrong, monkeypatch):
+    monkeypatch.setattr(triton_pool, f"pool_{wrong.__name__.split('_')[1]}", wrong)
+    problem = make_problem(regions=20, bins=7, channels=20, levels=2)
+    assert not passes(errors(run_loss, "roi_align_cosine", problem, dtype, device="cpu"), dtype)
 
-    monkeypatch.setattr(triton_pool, "pool_forward", shifted)
-    problem = make_problem(regions=20, bins=7, channels=20)
-    assert max(errors(run_loss, "roi_align_cosine", problem, dtype, device="cpu")) > tolerance(dtype)
+
+def losing_forward(pooling, boxes, image_index):
+    pooled = stand_ins.pool_forward(pooling, boxes, image_index)
+    pooled[len(boxes) // 2] = 0
+    return pooled
+
+
+def losing_backward(pooling, pooled_grad, boxes, image_index):
+    pooled_grad = pooled_grad.clone()
+    pooled_grad[len(boxes) // 2] = 0
+    stand_ins.pool_backward(pooling, pooled_grad, boxes, image_index)
+
+
+@pytest.mark.parametrize("wrong", [losing_forward, losing_backward])
+def test_one_lost_box_of_twenty_thousand_is_seen(wrong, monkeypatch):
+    monkeypatch.setattr(triton_pool, f"pool_{wrong.__name__.split('_')[1]}", wrong)
+    problem, dtype = make_problem(regions=20_000, bins=1, channels=8, levels=4), torch.bfloat16
+    found = errors(run_align, "roi_align", problem, dtype, device="cpu")
+    assert passes(found[: len(found) // 2], dtype)
+    assert not passes(found, dtype)
+
+
+def test_an_error_beside_nothing_is_infinite():
+    value, nothing = torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.float64)
+    assert relative_error(value, nothing) == worst_row(value, nothing) == math.inf
+    assert relative_error(nothing, nothing) == worst_row(nothing, nothing) == 0
 
 
 @pytest.mark.parametrize(

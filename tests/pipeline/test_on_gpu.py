@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from ezsd.crops import crop_boxes
 from ezsd.data.dataset import Sample, collate
 from ezsd.detector.backbone import Pyramid
+from ezsd.kernels import backend
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.extraction import build, worker
@@ -19,7 +20,7 @@ from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.inference.detect import Model
 from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
-from ezsd.pipeline.inference.predictor import TrainedDetector
+from ezsd.pipeline.inference.predictor import TrainedDetector, load_trained
 from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.training import train as training
 from ezsd.pipeline.training.distributed import Distributed, join_process_group, local_device
@@ -95,6 +96,17 @@ def test_a_run_goes_on_from_a_checkpoint_and_learns_the_same(trained, request_, 
     assert resumed.began_at == 4
     wanted, found = run.finished().trained(), resumed.finished().trained()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_a_gpu_without_a_first_kernel_is_said_when_a_run_is_loaded(trained, monkeypatch, caplog):
+    def launch(*_):
+        raise OSError("no compiler")
+
+    with pretend_gpu():
+        monkeypatch.setattr("ezsd.kernels.triton_distance.distance_forward", launch)
+        backend._tried_on.cache_clear()
+        load_trained(trained[0], "cuda")
+    assert [record.levelname for record in caplog.records if "took eager" in record.message] == ["WARNING"]
 
 
 def test_a_run_is_evaluated(trained, monkeypatch):
@@ -191,18 +203,47 @@ def test_a_crop_wider_than_a_gpu_resamples_is_the_same():
     assert torch.equal(found, crop_boxes(image, boxes, **options))
 
 
+def test_a_launcher_that_numbers_no_process_is_refused(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert local_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ArgumentError, match="WORLD_SIZE=2 .* without LOCAL_RANK"):
+        local_device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "one")
+    with pytest.raises(ArgumentError, match="LOCAL_RANK=one: expected the number"):
+        local_device("cuda")
+    # As `torchrun` sets it.
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert local_device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ArgumentError, match="process 1 of this machine finds no GPU; use `device=cpu`"):
+        local_device("cuda")
+    assert local_device("cpu") == torch.device("cpu")
+
+
 def test_each_process_joins_with_a_gpu_of_its_own(monkeypatch):
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     joined = []
-    monkeypatch.setattr(dist, "init_process_group", lambda *args, **options: joined.append((args, options)))
+
+    def join(*args, **options):
+        # The GPU is chosen before the first collective.
+        joined.append((args, options, list(gpu.current)))
+
+    monkeypatch.setattr(dist, "init_process_group", join)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     with pretend_gpu() as gpu:
+        with pytest.raises(ArgumentError, match="process 1 .* has no GPU of its own, for there are 1"):
+            local_device("cuda")
         # A launcher that shows each process one GPU.
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
         assert local_device("cuda") == torch.device("cuda", 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         mine = local_device("cuda")
@@ -210,7 +251,7 @@ def test_each_process_joins_with_a_gpu_of_its_own(monkeypatch):
             assert (distributed.rank, distributed.world_size, distributed.local_world_size) == (3, 4, 2)
         assert mine == torch.device("cuda", 1)
         assert gpu.current == [mine]
-        assert joined == [(("nccl",), {"device_id": mine})]
+        assert joined == [(("nccl",), {"device_id": mine}, [mine])]
         monkeypatch.setenv("LOCAL_RANK", "2")
         with pytest.raises(ArgumentError, match="process 2 .* has no GPU of its own, for there are 2"):
             local_device("cuda")
