@@ -20,7 +20,7 @@ from ezsd.detector.bodies import (
     freeze_norms,
     load_classifier,
     load_plugin,
-    map_channels,
+    try_out,
 )
 from ezsd.detector.requirements import PLUGIN, has_form, require_backbone, said
 from ezsd.errors import BackboneError
@@ -125,7 +125,7 @@ def build_backbone(
     if weights is not None and frozen_stages >= 0:
         _freeze(body.stages(), frozen_stages, name, section)
     return Pyramid(
-        _WithPyramid(network, map_channels(body, said(name, section)), channels),
+        _WithPyramid(network, try_out(body, said(name, section)), channels),
         strides=tuple(body.strides),
         channels=channels,
         body=(network,),

@@ -170,7 +170,7 @@ class MobileNetV3(nn.Module):
         self._ends = self._ENDS[name]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """See `Body.__call__`."""
+        """Maps of normalised images (B, 3, H, W), see `Body`."""
         maps, last = [], images
         for number, layer in enumerate(self.features):
             last = layer(last)
@@ -207,9 +207,10 @@ def load_classifier(network: nn.Module, name: str, weights: Mapping[str, Tensor]
         raise ValueError(f"backbone weights are not an ImageNet state of {name}: {wrong!r} does not match")
 
 
-@torch.no_grad()
-def map_channels(body: Body, what: str) -> list[int]:
-    """Channels of a body's maps, found by trying it out on one image.
+def try_out(body: Body, what: str) -> list[int]:
+    """Channels of a body's maps, found with one image; parameters that no map depends on are not trained from then on.
+
+    Several processes that train together wait for the gradient of every parameter that is trained.
 
     Args:
         body: on the CPU.
@@ -218,22 +219,26 @@ def map_channels(body: Body, what: str) -> list[int]:
     Raises:
         BackboneError: it fails, or its maps are not of the sizes that its strides say.
     """
-    network = cast("nn.Module", body)
-    network.eval()
+    network = cast("nn.Module", body).eval()
     try:
         maps = body(torch.zeros(1, 3, *_TRIAL))
-    except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BackboneError(f"{what}: fails on an image of {_TRIAL[1]} x {_TRIAL[0]} pixels: {reason}") from error
+    except (RuntimeError, TypeError, ValueError, AssertionError, LookupError) as error:
+        size = f"{_TRIAL[1]} x {_TRIAL[0]}"
+        raise BackboneError(f"{what}: fails on an image of {size} pixels: {first_line(error)}") from error
     network.train()
-    wanted = [(_TRIAL[0] // stride, _TRIAL[1] // stride) for stride in body.strides]
     if not isinstance(maps, list | tuple) or not all(isinstance(one, Tensor) and one.ndim == 4 for one in maps):
         raise BackboneError(f"{what}: gives {type(maps).__name__}, expected a list of maps (B, C, H, W)")
+    wanted = [(_TRIAL[0] // stride, _TRIAL[1] // stride) for stride in body.strides]
     found = [tuple(one.shape[2:]) for one in maps]
     if found != wanted:
         raise BackboneError(
             f"{what}: gives maps of {found} cells for an image of {_TRIAL}, expected {wanted} by its strides"
         )
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    sums = [one.sum() for one in maps if one.requires_grad]
+    gradients = torch.autograd.grad(sums, trained, allow_unused=True) if sums else [None] * len(trained)
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
     return [int(one.shape[1]) for one in maps]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,8 +47,16 @@ def require_backbone(name: str, section: str = "model") -> None:
             raise BackboneError(f"{said(name, section)}: no such timm model; {suggest(model, timm_models())}")
     if name.startswith(PLUGIN):
         package = name.split(":")[1].partition(".")[0]
-        if not package or find_spec(package) is None:
+        if not package or not _is_there(package):
             raise BackboneError(f"{said(name, section)}: no module named {package!r}; is its folder on PYTHONPATH?")
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:
+        # A module without a specification, such as a script's own.
+        return package in sys.modules
 
 
 def said(name: str, section: str) -> str:

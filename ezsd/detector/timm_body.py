@@ -61,7 +61,7 @@ class TimmBody(nn.Module):
             freeze_batch_norm_2d(self.network)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """See `Body.__call__`."""
+        """Maps of normalised images (B, 3, H, W), see `Body`."""
         maps = self.network(images)
         taken = [maps[place] for place in self._taken]
         return [one.permute(0, 3, 1, 2) for one in taken] if self._channels_last else taken
@@ -108,7 +108,7 @@ class TimmBody(nn.Module):
         """Stage of a module that stands before the end of the map number `end`, or within it."""
         if end == 0 and not within:
             return 0
-        # What comes after the last map is in no gradient.
+        # What comes after the last map has no gradient.
         stride = self._ends[min(end, len(self._ends) - 1)][1]
         return min(max(int(math.log2(stride)) - 1, 0), _STAGES - 1)
 

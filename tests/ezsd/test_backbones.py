@@ -157,7 +157,7 @@ def test_a_model_whose_stages_timm_does_not_say_is_trained_whole():
     state = state_of("hrnet_w18_small")
     with pytest.raises(BackboneError, match=r"which of its stages; set `model.frozen_stages=-1`"):
         build("timm:hrnet_w18_small", state)
-    assert all(p.requires_grad for p in build("timm:hrnet_w18_small", state, frozen_stages=-1).parameters())
+    assert build("timm:hrnet_w18_small", state, frozen_stages=-1).body.body.network.conv1.weight.requires_grad
 
 
 def test_the_names_of_timms_models_are_known_without_it(monkeypatch):
@@ -210,6 +210,7 @@ def test_as_many_stages_of_a_resnet_are_frozen_as_asked_for(stages, frozen):
 def plugin(tmp_path, monkeypatch):
     """The name of a plug-in of some code, as in a module of its own."""
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
     def write(code, factory="Net", name="body_for_tests"):
         (tmp_path / f"{name}.py").write_text(code)
@@ -271,6 +272,15 @@ def test_a_plugin_that_makes_no_body_is_refused_in_one_line(fault, plugin):
     with pytest.raises(BackboneError, match=rf"^`model.backbone=plugin:body_for_tests:Net`: .*{message}") as caught:
         build(plugin(EXAMPLE.replace(old, new)))
     assert "\n" not in str(caught.value)
+
+
+def test_parameters_that_no_map_depends_on_are_not_trained(plugin):
+    """Several processes would wait for their gradients."""
+    name = plugin(
+        EXAMPLE.replace("return [fine, self.second(fine)]", "self.second(fine); return [fine, fine[..., ::2, ::2]]")
+    )
+    trained = {n.split(".")[2] for n, p in build(name).named_parameters() if p.requires_grad and "fpn" not in n}
+    assert trained == {"stem", "first"}
 
 
 def test_a_plugin_refuses_weights_and_norms_that_are_not_its_own(plugin):

@@ -22,6 +22,7 @@ from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.manifest_names import as_settings
 from ezsd.pipeline.extraction.provenance import built_settings, describe
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
+from ezsd.pipeline.extraction.run_proposer import run_proposer, with_run_network
 from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import headline
 from ezsd.pipeline.inference.predictor import load_trained
@@ -43,6 +44,8 @@ def mynet(tmp_path, monkeypatch):
     folder = tmp_path / "plugins"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
+    # Two versions of one second would have the same.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
     def put(old="", new=""):
         assert old in EXAMPLE
@@ -140,17 +143,25 @@ def test_rates_of_groups(with_settings, mynet):
     assert [factor for _, factor in rate_groups(detector, 0.25)] == [1]
 
 
-def test_a_run_whose_plugin_is_gone_or_changed_says_so(shapes_store, with_settings, weights, mynet, tmp_path):
+def test_a_run_whose_plugin_is_gone_or_changed_says_so(
+    shapes_store, shapes_dataset, with_settings, weights, mynet, tmp_path
+):
     config = with_settings(model=OF_PLUGIN, train={"steps": 2})
     request = TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config, backbone_weights=weights)
     run = train(request)
     assert run.spec["backbone"]["fingerprint"] == {"name": "example", "version": 1}
     weights.unlink()
     load_trained(run, "cpu")
+    # Its proposal network too.
+    of_run = load_preset("shapes", [*QUICK, f"proposer.run={run.folder}"])
+    proposing = with_run_network(BuildRequest(dataset=shapes_dataset, config=of_run, out=tmp_path / "store"))
+    assert len(run_proposer(proposing.config.proposer)[0])
     mynet('"version": 1', '"version": 2')
     changed = r"the backbone is another one now, and the weights are not for it: fingerprint.version: .* 1, wanted 2"
     with pytest.raises(RunError, match=changed):
         load_trained(run, "cpu")
+    with pytest.raises(RunError, match=changed):
+        run_proposer(proposing.config.proposer)
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))
     with pytest.raises(RunError, match="holds another run"):
         train(dataclasses.replace(request, config=longer, backbone_weights=None))
