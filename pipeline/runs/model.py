@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ezsd.cache import differences
+from ezsd.cache import differences, short_json
 from ezsd.choices import BACKBONES
 from ezsd.detector.backbone import Pyramid, build_backbone
 from ezsd.detector.model import Detector
@@ -89,9 +89,9 @@ def require_same_body(run: Run, backbone: Pyramid) -> None:
     assert isinstance(recorded, Mapping)
     changed = differences(recorded, as_json(backbone.fingerprint or {}))
     if changed:
+        listed = [f"{one.name}: {short_json(one.stored)} then, {short_json(one.wanted)} now" for one in changed]
         raise RunError(
-            f"`run={run.folder}`: the backbone is another one now, and the weights are not for it: "
-            f"{'; '.join(map(str, changed))}"
+            f"`run={run.folder}`: the backbone is another one now, and the weights are not for it: {'; '.join(listed)}"
         )
 
 
