@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import importlib
 from pathlib import Path
 
@@ -85,6 +86,16 @@ def test_a_pass_that_does_not_fit_beside_the_timer_leaves_the_others(kernel, cas
         ("forward", 1.0, None),
         ("forward+backward", None, "out of memory"),
     ]
+
+
+@pytest.mark.parametrize("wrong", ["C", "ours"])
+def test_only_the_operators_own_gate_fails_the_benchmark(kernel, case, wrong, monkeypatch):
+    right = kernel.VARIANTS[wrong]
+    monkeypatch.setattr(kernel, "cpu_cases", lambda: [case])
+    monkeypatch.setitem(kernel.VARIANTS, wrong, lambda problem: right(problem) * 1.001)
+    with pytest.raises(SystemExit, match="failed 1 gates") if wrong == "ours" else contextlib.nullcontext():
+        rows = list(kernel.measure(argparse.Namespace(tag=None, rounds=2)))
+        assert [row["variant"] for row in rows if "gate" in row] == ["C"]
 
 
 def test_the_floor_is_the_larger_of_traffic_and_products(kernel):

@@ -15,7 +15,7 @@ from ezsd.detector.backbone import Pyramid
 from ezsd.kernels import backend
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.errors import ArgumentError
-from ezsd.pipeline.extraction import build, worker
+from ezsd.pipeline.extraction import build, proposer, worker
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.inference.detect import Model
@@ -25,11 +25,15 @@ from ezsd.pipeline.runs.model import build_detector
 from ezsd.pipeline.training import train as training
 from ezsd.pipeline.training.distributed import Distributed, join_process_group, local_device
 from ezsd.pipeline.training.train import TrainRequest, build_trainer, train
+from tests.conftest import QUICK
+from tests.pipeline.test_learned import LEARNED
 from tests.pretend_gpu import Counts, pretend_gpu
 
 BOUNDS = {
     "re-normalisation of 4 steps": (64, 1_621_408),
     "an image of the store": (7, 70_192),
+    "3 steps of the proposer, of 2 images": (89, 1_192_448),
+    "an image of the store, learned proposals": (21, 311_720),
     "a step of 4 images": (73, 803_172),
     "a first step of 16 images, preset coco": (238, 2_041_688),
     "an evaluated image": (16.5, 206_346),
@@ -107,6 +111,37 @@ def test_a_gpu_without_a_first_kernel_is_said_when_a_run_is_loaded(trained, monk
         backend._tried_on.cache_clear()
         load_trained(trained[0], "cuda")
     assert [record.levelname for record in caplog.records if "took eager" in record.message] == ["WARNING"]
+
+
+def test_a_store_is_built_with_learned_proposals(shapes_dataset, tmp_path, monkeypatch):
+    config = load_preset("shapes", LEARNED)
+    with pretend_gpu() as gpu:
+        trained = gpu.calls_of(monkeypatch, proposer, "_train")
+        extracted = gpu.calls_of(monkeypatch, worker, "_extract_image")
+        build_cache(
+            BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "store", device="cuda", scheduler="sync")
+        )
+    bounded("3 steps of the proposer, of 2 images", trained[0])
+    for counts in most(extracted):
+        bounded("an image of the store, learned proposals", counts)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("model.masks=true", "train.rng=image", "train.grad_accumulation=2"),
+        ("model.head=paper", "train.channels_last=true", "loss.metric=l1", "model.ignore_confidence=0.5"),
+        ("loss.classification_loss=seesaw", "train.ema_decay=0.9", "train.optimizer=sgd", "train.backend=eager"),
+    ],
+)
+def test_other_settings_train_and_detect_too(store, settings, outlined_root, tmp_path):
+    config = load_preset("shapes", [*QUICK, "train.steps=1", *settings])
+    with pretend_gpu():
+        request = {"cache": store[0], "run": tmp_path / "run", "device": "cuda", "data_root": outlined_root}
+        run = train(TrainRequest(**request, config=config))
+        found = Model(run, device="cuda")(outlined_root / "val/000001.png", "bar", threshold=0.0)
+    assert run.finished().step == 1
+    assert len(found)
 
 
 def test_a_run_is_evaluated(trained, monkeypatch):
