@@ -98,9 +98,12 @@ def load_plugin(name: str, weights: Mapping[str, Tensor] | None, section: str) -
     _check_stages(body, what)
     if weights is not None:
         try:
-            body.load_state_dict(dict(weights))
+            found = body.load_state_dict(dict(weights))
         except (RuntimeError, LookupError) as error:
             raise other_network(name, first_mismatch(error)) from error
+        # A method of its own may take what is missing for granted.
+        if missing := getattr(found, "missing_keys", ()):
+            raise other_network(name, f"it has no {missing[0]}")
     return body
 
 
@@ -113,6 +116,11 @@ def _check_numbers(body: Body, what: str) -> None:
     if len(body.mean) != 3 or len(body.std) != 3 or min(body.std) <= 0 or not all(map(math.isfinite, pixels)):
         raise BackboneError(
             f"{what}: its mean and std are {body.mean} and {body.std}, expected three numbers each, std above 0"
+        )
+    if min(pixels) < 0 or max(pixels) > 1:
+        raise BackboneError(
+            f"{what}: its mean and std are {body.mean} and {body.std}, expected those of pixels in [0, 1]; divide "
+            "those of pixels up to 255 by 255"
         )
     try:
         json.dumps(body.fingerprint())
@@ -221,7 +229,8 @@ def try_out(body: Body, what: str) -> list[int]:
     """
     network = cast("nn.Module", body).eval()
     try:
-        maps = body(torch.zeros(1, 3, *_TRIAL))
+        with torch.enable_grad():
+            maps = body(torch.zeros(1, 3, *_TRIAL))
     except (RuntimeError, TypeError, ValueError, AssertionError, LookupError) as error:
         size = f"{_TRIAL[1]} x {_TRIAL[0]}"
         raise BackboneError(f"{what}: fails on an image of {size} pixels: {first_line(error)}") from error
@@ -252,9 +261,11 @@ def freeze_norms(body: nn.Module, what: str) -> None:
     Raises:
         BackboneError: some of it has no frozen form.
     """
-    for path, module in list(body.named_modules()):
+    replaced: dict[int, FrozenBatchNorm2d] = {}
+    # A module may be reached by several paths: cutting a Sequential into parts leaves both.
+    for path, module in list(body.named_modules(remove_duplicate=False)):
         if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
-            frozen = FrozenBatchNorm2d(module.num_features, eps=module.eps)
+            frozen = replaced.setdefault(id(module), FrozenBatchNorm2d(module.num_features, eps=module.eps))
             frozen.load_state_dict(module.state_dict())
             parent, _, name = path.rpartition(".")
             setattr(body.get_submodule(parent), name, frozen)

@@ -134,7 +134,8 @@ def train_config(
 
 def _refuse_frozen(overrides: Sequence[str]) -> None:
     for override in overrides:
-        if setting_of(override) == "model.frozen_stages":
+        # -1 freezes none.
+        if setting_of(override) == "model.frozen_stages" and override.partition("=")[2].strip() != "-1":
             raise ConfigError(
                 f"--set {override}: without pretrained weights all stages are trained; give --backbone-weights, or "
                 "leave it out"

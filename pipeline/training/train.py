@@ -369,7 +369,7 @@ class _Training:
                 world_size=self._distributed.world_size,
                 step=self.step,
                 saved=self._saved,
-                frozen_norms=not _has_batch_norm(self.trainer.detector),
+                frozen_norms=self.run.spec["backbone_weights"] is not None,
                 said=said_instead(error),
             ) from error
 

@@ -253,6 +253,7 @@ BROKEN = {
     "other strides than its maps": ("(8, 16), (0.5", "(16, 32), (0.5", r"gives maps of \[\(12, 8\), \(6, 4\)\] cells"),
     "one map": ("return [fine, self.second(fine)]", "return fine", "gives Tensor, expected a list of maps"),
     "a pass that fails": ("return [fine", "fine = fine @ fine; return [fine", "fails on an image of 64 x 96 pixels"),
+    "pixels up to 255": ("(0.25, 0.25, 0.25)", "(58.4, 57.1, 57.4)", r"expected those of pixels in \[0, 1\]; divide"),
     "no deviation": ("(0.25, 0.25, 0.25)", "(0.25, 0, 0.25)", r"std are .*\(0.25, 0, 0.25\), expected three numbers"),
     "a forgotten stage": ("(self.stem, self.first, self.second)]", "(self.stem,)]", "first.0.weight is 0 times"),
     "a stage twice": ("(self.stem, self.first,", "(self.stem, self.stem, self.first,", "stem.0.weight is 2 times"),
@@ -291,6 +292,21 @@ def test_a_plugin_refuses_weights_and_norms_that_are_not_its_own(plugin):
     state = {key.removeprefix("body.body."): v for key, v in build(name).state_dict().items() if ".body." in key}
     with pytest.raises(BackboneError, match=r"stem.1 is BatchNorm2d, which has no frozen form"):
         build(name, state)
+
+
+def test_weights_that_a_plugin_takes_though_some_are_missing_are_refused(plugin):
+    lax = "    def load_state_dict(self, state):\n        return super().load_state_dict(state, strict=False)\n\n"
+    name = plugin(EXAMPLE.replace("    def stages", f"{lax}    def stages"))
+    with pytest.raises(BackboneError, match=rf"not a state of {name}: it has no stem.0.weight$"):
+        build(name, {})
+
+
+def test_a_norm_that_two_paths_lead_to_is_frozen_on_both(plugin):
+    name = plugin(EXAMPLE.replace("layer(24, 32, 2)\n", "layer(24, 32, 2)\n        self.alias = self.stem[:2]\n"))
+    state = {key.removeprefix("body.body."): v for key, v in build(name).state_dict().items() if ".body." in key}
+    frozen = build(name, state)
+    assert not any(isinstance(one, nn.BatchNorm2d) for one in frozen.modules())
+    assert frozen.body.body.alias[1] is frozen.body.body.stem[1]
 
 
 def test_a_plugin_of_a_package_that_is_not_there_is_refused_before_anything_is_loaded():
