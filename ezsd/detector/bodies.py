@@ -102,7 +102,7 @@ def load_plugin(name: str, weights: Mapping[str, Tensor] | None, section: str) -
         except (RuntimeError, LookupError) as error:
             raise other_network(name, first_mismatch(error)) from error
         # A method of its own may take what is missing for granted.
-        if missing := getattr(found, "missing_keys", ()):
+        if missing := list(getattr(found, "missing_keys", [])):
             raise other_network(name, f"it has no {missing[0]}")
     return body
 
