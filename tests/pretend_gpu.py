@@ -289,6 +289,8 @@ def _autocast_type(device_type):
 @contextlib.contextmanager
 def pretend_gpu(*, capability=(9, 0)):
     """A machine with one GPU of a compute capability; skips the test on a machine that has a GPU."""
+    # A test that patches it by a fixture of its own would leave it half there.
+    assert torch.cuda.device_count.__module__ == "torch.cuda", "a patch over an earlier pretend GPU came back"
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU, which `make gpu-check` tests")
     gpu = PretendGpu()

@@ -145,7 +145,7 @@ def _tried_on(index: int) -> str | None:
 
 
 def _level(obstacle: str | None, device: torch.device) -> int:
-    """How loudly an obstacle is told: a GPU that the kernels are for is slower than its owner expects."""
+    """Log level of an obstacle: a warning on a GPU that the kernels are for, which is slower than its owner expects."""
     missed = obstacle is not None and device.type == "cuda" and has_bfloat16(device)
     return logging.WARNING if missed else logging.INFO
 

@@ -52,7 +52,7 @@ class Search:
 
 @dataclass(slots=True)
 class Room:
-    """What the memory was found to hold."""
+    """Images that the device's memory was found to hold."""
 
     images: int | None = None
     """Most images at a time; None until more did not fit."""
@@ -81,7 +81,7 @@ class TrainedDetector:
     ensemble: TeacherEnsemble | None = None
     """The teacher, where it takes part in scores."""
     room: Room = field(default_factory=Room)
-    """What the device's memory holds; it is halved, for good, where it does not."""
+    """Images at a time; halved, for good, where they do not fit."""
 
     def search(self, text: Tensor, *, alone: bool = False) -> Search:
         """Prepare a search for names, with the names of the run that compete with them.

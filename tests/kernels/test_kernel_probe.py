@@ -15,17 +15,18 @@ triton_distance = pytest.importorskip("ezsd.kernels.triton_distance")
 
 
 @pytest.fixture
-def fails(monkeypatch):
+def fails():
     """Let the first kernel's launch fail, and forget what was found before."""
 
     def install(error):
         def launch(*_):
             raise error
 
-        monkeypatch.setattr(triton_distance, "distance_forward", launch)
+        patch.setattr(triton_distance, "distance_forward", launch)
         backend._tried_on.cache_clear()
 
-    with pretend_gpu():
+    # What is patched over the pretend GPU is taken back before it goes.
+    with pretend_gpu(), pytest.MonkeyPatch.context() as patch:
         yield install
 
 
@@ -52,9 +53,10 @@ def test_an_earlier_kernels_error_keeps_its_name(fails, monkeypatch):
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     fails(OSError("would be said of Triton"))
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    with pytest.raises(RuntimeError, match="device-side assert"):
-        require_backend("auto", GPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", synchronize)
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            require_backend("auto", GPU)
 
 
 def test_a_first_call_with_fake_tensors_launches_a_real_kernel(fails):

@@ -102,12 +102,12 @@ def test_a_run_goes_on_from_a_checkpoint_and_learns_the_same(trained, request_, 
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-def test_a_gpu_without_a_first_kernel_is_said_when_a_run_is_loaded(trained, monkeypatch, caplog):
+def test_a_gpu_without_a_first_kernel_is_said_when_a_run_is_loaded(trained, caplog):
     def launch(*_):
         raise OSError("no compiler")
 
-    with pretend_gpu():
-        monkeypatch.setattr("ezsd.kernels.triton_distance.distance_forward", launch)
+    with pretend_gpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ezsd.kernels.triton_distance.distance_forward", launch)
         backend._tried_on.cache_clear()
         load_trained(trained[0], "cuda")
     assert [record.levelname for record in caplog.records if "took eager" in record.message] == ["WARNING"]
@@ -274,13 +274,13 @@ def test_each_process_joins_with_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(dist, "get_rank", lambda: 3)
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    with pretend_gpu() as gpu:
+    with pretend_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
         with pytest.raises(ArgumentError, match="process 1 .* has no GPU of its own, for there are 1"):
             local_device("cuda")
         # A launcher that shows each process one GPU.
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
         assert local_device("cuda") == torch.device("cuda", 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
         mine = local_device("cuda")
         with join_process_group(mine) as distributed:
             assert (distributed.rank, distributed.world_size, distributed.local_world_size) == (3, 4, 2)

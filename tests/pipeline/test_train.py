@@ -555,7 +555,8 @@ def test_readers_end_with_a_training_that_is_killed(shapes_store, quick_config, 
     code = (
         "import sys; from pathlib import Path\n"
         "from ezsd.pipeline.config.schema import load_preset; from ezsd.pipeline.training.train import *\n"
-        "config = load_preset('shapes', ['train.batch_size=1', 'train.num_workers=1', 'train.steps=100000'])\n"
+        "config = load_preset('shapes', ['train.batch_size=1', 'train.num_workers=1', 'train.steps=100000',"
+        " 'train.pseudo_confidence=0'])\n"
         "train(TrainRequest(cache=Path(sys.argv[1]), run=Path(sys.argv[2]), config=config))"
     )
     root = Path(__file__).resolve().parents[2]
