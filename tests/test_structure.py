@@ -22,6 +22,7 @@ BEFORE = {
             "errors",
             "choices",
             "weights",
+            "plugins",
             "precision",
             "boxes",
             "vocabulary",

@@ -22,8 +22,9 @@ from ezsd.detector.bodies import (
     load_plugin,
     try_out,
 )
-from ezsd.detector.requirements import PLUGIN, has_form, require_backbone, said
+from ezsd.detector.requirements import has_form, require_backbone, said
 from ezsd.errors import BackboneError
+from ezsd.plugins import PLUGIN
 
 Stages = Sequence[Iterable[nn.Parameter]]
 """Parameters of a body's stem, and of each of its stages."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import reprlib
@@ -18,6 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ezsd.detector.requirements import said
 from ezsd.errors import BackboneError
+from ezsd.plugins import find_factory
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of red, green and blue in [0, 1]."""
@@ -78,13 +78,10 @@ def load_plugin(name: str, weights: Mapping[str, Tensor] | None, section: str) -
         BackboneError: there is no such factory, what it makes is no `Body`, or the state is another network's.
     """
     what = said(name, section)
-    _, module, factory_name = name.split(":")
-    try:
-        factory = getattr(importlib.import_module(module), factory_name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise BackboneError(f"{what}: {error}; is its folder on PYTHONPATH?") from error
+    factory = find_factory(name, what, BackboneError)
     if not callable(factory):
-        raise BackboneError(f"{what}: expected a factory, found {factory_name} = {reprlib.repr(factory)}")
+        found_name = name.rpartition(":")[2]
+        raise BackboneError(f"{what}: expected a factory, found {found_name} = {reprlib.repr(factory)}")
     try:
         body = factory()
     except TypeError as error:

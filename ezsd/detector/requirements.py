@@ -10,12 +10,11 @@ from pathlib import Path
 
 from ezsd.choices import BACKBONES
 from ezsd.errors import BackboneError
+from ezsd.plugins import PLUGIN
 from ezsd.vocabulary import suggest
 
 TIMM = "timm:"
 """Beginning of a backbone's name that is followed by that of a model of timm."""
-PLUGIN = "plugin:"
-"""Beginning of a backbone's name that is followed by a module and its factory."""
 
 _REGISTERED = re.compile(r"^@register_model\b.*\n(?:[@#].*\n)*def (\w+)\(", re.MULTILINE)
 

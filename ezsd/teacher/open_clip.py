@@ -7,7 +7,6 @@ model by name, the tiny model shipped with the package (`tiny-shapes`), or a plu
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from ezsd.choices import Activation, Names, Normalisation, Precision
 from ezsd.errors import TeacherError, VocabularyError
+from ezsd.plugins import PLUGIN, find_factory
 from ezsd.precision import has_bfloat16
 from ezsd.teacher.requirements import TINY_SHAPES, require_teacher
 from ezsd.teacher.weights import (
@@ -312,7 +312,7 @@ def load_teacher(
             f"`teacher={name}`: teacher.normalisation={normalisation} is for a local file of an open_clip model; "
             f"leave it out, all other weights bring their own"
         )
-    if name.startswith("plugin:"):
+    if name.startswith(PLUGIN):
         if precision == "bf16":
             raise TeacherError(f"`teacher={name}`: a plug-in chooses its own precision; leave teacher.precision out")
         if descriptions or not isinstance(template, str):
@@ -455,13 +455,9 @@ def _tags_with(configs: Sequence[Mapping[str, Any]], tags: Sequence[str], values
 
 
 def _load_plugin(name: str, device: str | torch.device) -> Teacher:
-    parts = name.split(":")
-    if len(parts) != 3:
+    if name.count(":") != 2:
         raise TeacherError(f"`teacher={name}`: expected plugin:package.module:factory")
-    try:
-        factory = getattr(importlib.import_module(parts[1]), parts[2])
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise TeacherError(f"`teacher={name}`: {error}; is its folder on PYTHONPATH?") from error
+    factory = find_factory(name, f"`teacher={name}`", TeacherError)
     try:
         teacher = factory(device=str(device))
     except TypeError as error:

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ezsd.errors import TeacherError
+from ezsd.plugins import PLUGIN
 from ezsd.vocabulary import suggest
 
 TINY_SHAPES = "tiny-shapes"
@@ -17,7 +18,7 @@ def require_teacher(name: str, weights: str | None) -> None:
     Raises:
         TeacherError: an unknown model, no weights where it needs some, a file that is not there.
     """
-    if name.startswith("plugin:"):
+    if name.startswith(PLUGIN):
         return
     on_hub = ":" in name
     if name != TINY_SHAPES and not on_hub and name not in open_clip_models():

@@ -15,11 +15,12 @@ from ezsd.choices import BACKBONES
 from ezsd.detector.backbone import Pyramid, build_backbone
 from ezsd.detector.model import Detector
 from ezsd.detector.proposer import Proposer
-from ezsd.detector.requirements import PLUGIN, TIMM
+from ezsd.detector.requirements import TIMM
 from ezsd.pipeline.config.schema import Config, ModelConfig, ProposerConfig
 from ezsd.pipeline.errors import ConfigError, RunError
 from ezsd.pipeline.files import as_json
 from ezsd.pipeline.runs.run import Run
+from ezsd.plugins import PLUGIN
 
 log = logging.getLogger("ezsd")
 
