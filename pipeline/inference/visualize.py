@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
@@ -76,6 +78,13 @@ def draw_boxes(
         if caption.strip():
             taken.append(_write(draw, letters, box, caption, colour, taken))
     return canvas
+
+
+def jpeg_url(picture: Image.Image, **options: int) -> str:
+    """A picture as the data URL of a JPEG, with Pillow's options of one."""
+    data = io.BytesIO()
+    picture.save(data, "JPEG", optimize=True, **options)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def fit_scale(width: int, height: int, side: int = READABLE_SIDE) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR
 from ezsd.pipeline.look import verdict
 from ezsd.pipeline.look.pictures import COLOURS, Picture, tiers
 from ezsd.pipeline.report.page import template
+from ezsd.pipeline.report.run_data import shell_command
 
 
 def page(document: Mapping[str, Any], pictures: Sequence[Picture], top: int) -> str:
@@ -68,4 +68,4 @@ def _command(document: Mapping[str, Any]) -> str:
     words += [] if document["evaluation"] is None else ["--evaluate"]
     for name in ("weights", "data_root"):
         words += [] if options[name] is None else [f"--{name.replace('_', '-')}", options[name]]
-    return shlex.join(words)
+    return shell_command(*words)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ezsd.cache import RegionRows
+from ezsd.pipeline.inference.visualize import jpeg_url
 
 LONG_SIDE = 448
 """Longest side of an image on the page, pixels; smaller ones stay as they are."""
@@ -76,9 +75,7 @@ def thumbnail(pixels: Tensor) -> str:
     """A small JPEG of an image (3, H, W) uint8, as a data URL."""
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     picture.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=72, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return jpeg_url(picture, quality=72)
 
 
 def truth_boxes(box: NDArray[np.float32], names: Sequence[str]) -> list[Box]:

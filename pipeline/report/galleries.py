@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.errors import DamagedFile, DatasetError, ImageError, RunError, is_of_a_place
 from ezsd.pipeline.extraction.annotation_check import checked_annotations
 from ezsd.pipeline.files import read_objects
-from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
+from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale, jpeg_url
 from ezsd.pipeline.report.run_data import RunData, run_store
 
 log = logging.getLogger("ezsd")
@@ -182,8 +180,6 @@ def _panel(
     scale = min(fit_scale(width, height), _PANEL_SIDE / max(width, height))
     colours = [NOVEL_COLOUR if name in novel else BASE_COLOUR for name in names]
     picture = draw_boxes(pixels, boxes, names if captions is None else captions, colours, scale=scale, masks=masks)
-    data = io.BytesIO()
     # Full colour resolution: thin coloured lines would smear.
-    picture.save(data, "JPEG", quality=85, subsampling=0, optimize=True)
-    address = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    address = jpeg_url(picture, quality=85, subsampling=0)
     return Panel(title=title, names=names, address=address, width=picture.width, height=picture.height)
