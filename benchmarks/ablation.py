@@ -37,6 +37,7 @@ from ezsd.metrics.ground_truth import Truth, read_truth
 from ezsd.metrics.results import Results
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
+from ezsd.pipeline.data.dataset_toml import Places, dataset_toml
 from ezsd.pipeline.data.datasets import DRAWN, Dataset, find_dataset
 from ezsd.pipeline.data.shapes import TRAIN_IMAGES, VAL_IMAGES, write_shapes
 from ezsd.pipeline.extraction.build import build_cache
@@ -46,6 +47,7 @@ from ezsd.pipeline.inference.evaluate import detect_split, evaluate_crops
 from ezsd.pipeline.inference.predictor import TrainedDetector, load_trained
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.train import TrainRequest, train
+from ezsd.vocabulary import Split
 
 GATE_STEPS = 6
 LEAST_IOU = 0.1
@@ -93,12 +95,9 @@ def prepare_data(plan: Plan) -> None:
     split = plan.folder / "oracle.toml"
     if split.is_file():
         return
-    lines = [f'name = "{plan.name}-oracle"']
-    for part in ("train", "val"):
-        lines += [f"[{part}]", f'images = "{part}"', f'annotations = "annotations/instances_{part}.json"']
+    places = {part: Places(part, f"annotations/instances_{part}.json") for part in ("train", "val")}
     # The order of the split: rows of the text table mean the same names as everywhere else.
-    lines += ["[classes]", f"base = {json.dumps(names)}", "novel = []"]
-    write_text(split, "\n".join(lines) + "\n")
+    write_text(split, dataset_toml(f"{plan.name}-oracle", places, Split(base=names, novel=())))
 
 
 def prepared_store(plan: Plan, name: str) -> Path:

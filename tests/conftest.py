@@ -143,23 +143,21 @@ def with_settings(quick_config):
 
 @pytest.fixture(scope="session")
 def photos() -> Path:
-    folder = os.environ.get("EZSD_PHOTOS")
-    if not folder:
-        pytest.skip("EZSD_PHOTOS names no folder of COCO photos")
-    return Path(folder)
+    return _named_folder("EZSD_PHOTOS", "of COCO photos")
 
 
 @pytest.fixture(scope="session")
 def voc_photos() -> Path:
-    folder = os.environ.get("EZSD_VOC")
-    if not folder:
-        pytest.skip("EZSD_VOC names no folder of photos of Pascal VOC 2007")
-    return Path(folder)
+    return _named_folder("EZSD_VOC", "of photos of Pascal VOC 2007")
 
 
 @pytest.fixture(scope="session")
 def conse_tools() -> Path:
-    folder = os.environ.get("EZSD_CONSE")
+    return _named_folder("EZSD_CONSE", "with conse_teacher.py")
+
+
+def _named_folder(variable: str, what: str) -> Path:
+    folder = os.environ.get(variable)
     if not folder:
-        pytest.skip("EZSD_CONSE names no folder with conse_teacher.py")
+        pytest.skip(f"{variable} names no folder {what}")
     return Path(folder)
