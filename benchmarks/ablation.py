@@ -18,40 +18,31 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import driver
-import numpy as np
 import torch
 from ablation_arms import ARMS, LEARNED, STORES, Arm, chosen
 from ablation_boxes import random_anchors, store_regions, write_boxes
 from ablation_table import tables
-from torchvision.ops import box_convert, box_iou
+from scoring import permuted, score
 
 from ezsd.cache import Store
-from ezsd.metrics import evaluate
-from ezsd.metrics.ground_truth import Truth, read_truth
-from ezsd.metrics.results import Results
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset
-from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.dataset_toml import Places, dataset_toml
 from ezsd.pipeline.data.datasets import DRAWN, Dataset, find_dataset
 from ezsd.pipeline.data.shapes import TRAIN_IMAGES, VAL_IMAGES, write_shapes
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.files import write_text
-from ezsd.pipeline.inference.evaluate import detect_split, evaluate_crops
-from ezsd.pipeline.inference.predictor import TrainedDetector, load_trained
+from ezsd.pipeline.inference.evaluate import evaluate_crops
+from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.train import TrainRequest, train
 from ezsd.vocabulary import Split
 
 GATE_STEPS = 6
-LEAST_IOU = 0.1
-"""Of a detection with the object that it may have found; below, it is on the background."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,59 +154,6 @@ def measure(plan: Plan, arm: Arm) -> driver.Row:
     }
 
 
-def permuted(trained: TrainedDetector) -> TrainedDetector:
-    """The detector with each novel name's text row given to the next novel name."""
-    base, novel = trained.text[: trained.base_count], trained.text[trained.base_count :]
-    return replace(trained, text=torch.cat([base, novel.roll(1, 0)]))
-
-
-def score(trained: TrainedDetector, dataset: Dataset) -> driver.Row:
-    """AP50, AP75, AP and mean IoU of base, novel and all names, which are detected at once.
-
-    The split is always that of the benchmark, whatever a run was trained on. A run whose text rows have the order of
-    its names is all that is asked for.
-    """
-    split = dataset.split
-    if trained.names != split.names:
-        raise ValueError(f"expected text rows of {split.names}, found {trained.names}")
-    path = dataset.annotations("val")
-    found = detect_split(trained, evaluation_annotations(path, split), dataset.images("val"), trained.text, "detect")
-    scores, truth = evaluate(path, found, split), read_truth(path, split)
-    ious = placing(truth, found)
-    base = truth.class_index < len(split.base)
-    groups = {"base": base, "novel": ~base, "all": np.ones_like(base)}
-    figures: driver.Row = {
-        metric: {group: scores[group][metric] for group in groups} for metric in ("AP50", "AP75", "AP")
-    }
-    matched = ~np.isnan(ious)
-    return {
-        **figures,
-        "IoU": {group: _mean(ious[members & matched]) for group, members in groups.items()},
-        "matched": {group: _mean(matched[members]) for group, members in groups.items()},
-    }
-
-
-def placing(truth: Truth, found: Results) -> np.ndarray:
-    """IoU of each object (N,) with the best-scored detection of its name, NaN without one.
-
-    A detection is of the object of its image and name that it overlaps most, if by at least `LEAST_IOU`.
-    """
-    ious, best = np.full(len(truth.image_id), np.nan), np.full(len(truth.image_id), -np.inf)
-    corners = [box_convert(torch.from_numpy(boxes), "xywh", "xyxy") for boxes in (truth.xywh, found.xywh)]
-    for image, name in {*zip(truth.image_id.tolist(), truth.class_index.tolist(), strict=True)}:
-        objects = np.flatnonzero((truth.image_id == image) & (truth.class_index == name))
-        for row in np.flatnonzero((found.image_id == image) & (found.class_index == name)):
-            overlaps = box_iou(corners[0][objects], corners[1][[row]])[:, 0].numpy()
-            nearest = objects[overlaps.argmax()]
-            if overlaps.max() >= LEAST_IOU and found.score[row] > best[nearest]:
-                ious[nearest], best[nearest] = overlaps.max(), found.score[row]
-    return ious
-
-
-def _mean(numbers: np.ndarray[Any, Any]) -> float | None:
-    return float(numbers.mean()) if len(numbers) else None
-
-
 def gate(plan: Plan) -> None:
     """Stop unless the command line has the store and the losses of "ours"."""
     passed = plan.folder / "gate.json"
@@ -288,22 +226,12 @@ def run_here(plan: Plan, arms: Sequence[Arm]) -> None:
 
 def run_beside(plan: Plan, arms: Sequence[Arm], own: Sequence[str]) -> list[str]:
     """Arms in processes of one thread each, `jobs` at a time; returns those that failed, whose log says why."""
-    logs = plan.folder / "logs"
-    logs.mkdir(exist_ok=True)
-
-    def one(arm: Arm) -> str | None:
-        command = [sys.executable, __file__, *own, "--arms", arm.name, "--jobs", "1"]
-        command += ["--datasets", plan.name, "--seeds", str(plan.seed)]
-        log = logs / f"{arm.name}.log"
-        with log.open("a") as file:
-            code = subprocess.run(
-                command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
-            ).returncode
-        print(f"{plan.name}, seed {plan.seed}, {arm.name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
-        return None if code == 0 else arm.name
-
-    with ThreadPoolExecutor(plan.jobs) as pool:
-        return [name for name in pool.map(one, arms) if name is not None]
+    beside = {
+        arm.name: [sys.executable, __file__, *own, "--arms", arm.name, "--jobs", "1"]
+        + ["--datasets", plan.name, "--seeds", str(plan.seed)]
+        for arm in arms
+    }
+    return driver.beside(beside, plan.jobs, plan.folder / "logs", of=f"{plan.name}, seed {plan.seed}, ")
 
 
 def run_seed(plan: Plan, arms: Sequence[Arm], own: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -123,9 +124,9 @@ ARMS = {
 """All arms by name."""
 
 
-def chosen(words: list[str]) -> list[Arm]:
-    """Arms by name, in the order of `ARMS`; all without words. ValueError for an unknown word."""
+def chosen(words: list[str], arms: Mapping[str, Arm] = ARMS) -> list[Arm]:
+    """Arms by name, in the order of `arms`; all without words. ValueError for an unknown word."""
     for word in words:
-        if word not in ARMS:
-            raise ValueError(f"--arms {word!r}: expected one of {', '.join(ARMS)}")
-    return [arm for arm in ARMS.values() if not words or arm.name in words]
+        if word not in arms:
+            raise ValueError(f"--arms {word!r}: expected one of {', '.join(arms)}")
+    return [arm for arm in arms.values() if not words or arm.name in words]

@@ -12,7 +12,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -163,6 +164,30 @@ def in_turns(calls: Mapping[str, Callable[[int], T]], rounds: Collection[int]) -
         for name in np.random.default_rng(turn).permutation(list(calls)).tolist():
             found[name].append(calls[name](turn))
     return found
+
+
+def beside(commands: Mapping[str, Sequence[str]], jobs: int, logs: Path, *, of: str = "") -> list[str]:
+    """Run commands in processes of one thread each, `jobs` at a time; returns the names of those that failed.
+
+    Args:
+        commands: by a name.
+        jobs: processes at a time.
+        logs: folder of their output, NAME.log.
+        of: what is printed before a name.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def one(name: str) -> str | None:
+        log = logs / f"{name}.log"
+        with log.open("a") as file:
+            code = subprocess.run(
+                commands[name], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=subprocess.STDOUT
+            ).returncode
+        print(f"{of}{name}: {'done' if code == 0 else f'FAILED, see {log}'}", flush=True)
+        return None if code == 0 else name
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [name for name in pool.map(one, commands) if name is not None]
 
 
 def peak_mib() -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 
-def factory(device="cpu"):
+def factory(device="cpu", dtype=torch.float32):
     """Its embeddings are no CLIP's: figures made with it are never CLIP's figures."""
     folder = Path(os.environ["EZSD_CONSE"])
     sys.path.insert(0, str(folder))
@@ -21,11 +21,19 @@ def factory(device="cpu"):
         def fingerprint(self):
             digest = hashlib.sha256()
             for weight, bias in self.convs:
-                digest.update(weight.numpy().tobytes() + bias.numpy().tobytes())
+                digest.update(weight.float().numpy().tobytes() + bias.float().numpy().tobytes())
             digest.update(self.class_text.numpy().tobytes())
             return {"name": self.name, "weights_sha256": digest.hexdigest(), "input_size": self.input_size}
 
+        def _logits(self, pixels):
+            return super()._logits(pixels.to(dtype)).float()
+
     teacher = Teacher(device)
     # Depthwise convolutions are several times quicker in this layout on a CPU.
-    teacher.convs = [(w.contiguous(memory_format=torch.channels_last), b) for w, b in teacher.convs]
+    teacher.convs = [(w.to(dtype, memory_format=torch.channels_last), b.to(dtype)) for w, b in teacher.convs]
     return teacher
+
+
+def bfloat16_factory(device="cpu"):
+    """The same in bfloat16: three times as many crops a second on a CPU with AMX, other numbers."""
+    return factory(device, torch.bfloat16)
