@@ -1,0 +1,109 @@
+"""The photo benchmark runs from photos to its table, at a size of seconds."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ezsd.data.pascal_voc import VOC_SPLITS
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PLUGINS = Path(__file__).parents[1] / "plugins"
+NOVEL = VOC_SPLITS["voc-16-4"].novel
+QUICK = (
+    *("--set", "train.steps=2", "--set", "train.batch_size=2", "--set", "train.min_size=96", "--set"),
+    *("train.max_size=128", "--set", "model.rpn_sizes=[24,48,96]", "--build-set", "proposals.search=learned"),
+    *("--build-set", "proposer.steps=2", "--build-set", "proposer.batch_size=2", "--build-set"),
+    *("proposer.rpn_sizes=[24,48,96]", "--build-set", "proposer.min_size=96", "--build-set", "proposer.max_size=128"),
+    *("--build-set", "proposer.max_proposals=8", "--build-set", "proposals.sizes=[300]"),
+)
+
+
+@pytest.fixture(scope="module")
+def voc():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        patch.syspath_prepend(PLUGINS)
+        yield importlib.import_module("voc")
+
+
+@pytest.fixture(scope="module")
+def words(voc_photos, conse_tools, tmp_path_factory):
+    """Command line, on four training and two validation photos with base and novel objects."""
+    root, folder = tmp_path_factory.mktemp("voc"), tmp_path_factory.mktemp("work")
+    for part, count in (("train", 4), ("val", 2)):
+        document = json.loads((voc_photos / f"{part}.json").read_text())
+        novel = {one["id"] for one in document["categories"] if one["name"] in NOVEL}
+        shown = {True: set(), False: set()}
+        for box in document["annotations"]:
+            if not box["iscrowd"]:
+                shown[box["category_id"] in novel].add(box["image_id"])
+        with_both = sorted(shown[True] & shown[False])[:count]
+        document["images"] = [image for image in document["images"] if image["id"] in with_both]
+        document["annotations"] = [box for box in document["annotations"] if box["image_id"] in with_both]
+        (root / part).mkdir()
+        for image in document["images"]:
+            shutil.copy(voc_photos / part / image["file_name"], root / part)
+        (root / f"{part}.json").write_text(json.dumps(document))
+    weights = conse_tools.parent / "data/conse/mobilenet_v2_fp16.safetensors"
+    words = ["--work", folder / "work", "--results", folder / "results", "--data-root", root, "--photos", "4"]
+    words += ["--teacher", "plugin:conse_plugin:factory", "--backbone", "plugin:conse_body:MobileNetV2"]
+    return [*map(str, words), "--backbone-weights", str(weights), "--seeds", "0", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def rows(voc, words):
+    """Rows of the arms on the validation photos."""
+    voc.main([*words, "--arms", "ours", "random boxes", "permuted novel names", "oracle"])
+    return voc.driver.read("voc", Path(words[3]))
+
+
+def test_each_arm_has_a_row_of_base_and_novel_figures(rows):
+    assert [row["arm"] for row in rows] == ["ours", "random boxes", "permuted novel names", "oracle"]
+    for row in rows:
+        assert row["AP50"].keys() == {"base", "novel", "all"}
+        assert None not in row["AP50"].values()
+    assert rows[0]["store"] == rows[2]["store"] != rows[1]["store"]
+
+
+def test_regions_are_judged_by_the_novel_objects_of_the_training_photos(rows, words):
+    document = json.loads(Path(words[5], "train.json").read_text())
+    novel = {one["id"] for one in document["categories"] if one["name"] in NOVEL}
+    objects = [box for box in document["annotations"] if box["category_id"] in novel and not box["iscrowd"]]
+    assert {row["regions"]["novel_objects"] for row in rows} == {len(objects)}
+
+
+def test_rows_that_are_there_are_not_made_again(voc, words, rows, monkeypatch):
+    monkeypatch.setattr(voc, "measure", lambda *_: pytest.fail("measured again"))
+    voc.main([*words, "--arms", "ours"])
+
+
+def test_settings_are_chosen_without_a_novel_box_and_without_a_validation_photo(voc, words, rows, monkeypatch):
+    monkeypatch.setattr(voc, "DEV_PHOTOS", 2)
+    voc.main([*words, "--arms", "ours", "--dev"])
+    row = voc.driver.read("voc", Path(words[3]))[-1]
+    assert (row["part"], row["AP50"]["novel"], row["regions"]) == ("dev", None, None)
+    dev = json.loads(Path(words[1], "voc-16-4-4/dev.json").read_text())
+    train = json.loads(Path(words[5], "train.json").read_text())
+    assert [image["id"] for image in dev["images"]] == sorted(image["id"] for image in train["images"])[-2:]
+    novel = {one["id"] for one in dev["categories"] if one["name"] in NOVEL}
+    assert not [box for box in dev["annotations"] if box["category_id"] in novel]
+
+
+def test_the_table_has_a_line_an_arm(voc, words, rows, capsys):
+    voc.main([*words[:4], "--table"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| ours",
+        "| random boxes",
+        "| permuted novel names",
+        "| oracle",
+    ]
+
+
+def test_what_is_missing_is_named(voc, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        voc.main(["--work", "nowhere"])
+    assert "--teacher is needed" in capsys.readouterr().err
