@@ -20,6 +20,7 @@ from ezsd.detector.bodies import (
     freeze_norms,
     load_classifier,
     load_plugin,
+    maps_of,
     try_out,
 )
 from ezsd.detector.requirements import has_form, require_backbone, said
@@ -132,8 +133,43 @@ def build_backbone(
         body=(network,),
         mean=body.mean,
         std=body.std,
-        fingerprint=None if name in MOBILENETS else _fingerprint(body, name),
+        fingerprint=None if name in MOBILENETS else _of_body(name, body),
     )
+
+
+@torch.no_grad()
+def try_size(backbone: Pyramid, name: str, size: tuple[int, int], section: str = "model") -> None:
+    """Try a backbone out on one image of the size of its training: some bodies take small images alone.
+
+    Args:
+        backbone: on the CPU.
+        name: its name; one of `BACKBONES` takes all sizes and is not tried.
+        size: height and width, multiples of 32.
+        section: table of the setting, for messages.
+
+    Raises:
+        BackboneError: it fails, or its maps are not of the sizes that its strides say.
+    """
+    if name not in BACKBONES:
+        maps_of(backbone, backbone.strides, size, said(name, section))
+
+
+def body_fingerprint(name: str, section: str = "model") -> dict[str, object] | None:
+    """The attribute `fingerprint` of a name's `Pyramid`, for less than the whole of it: no pass, of timm no network.
+
+    Raises:
+        BackboneError: there is no such body.
+    """
+    if name in BACKBONES:
+        return None
+    require_backbone(name, section)
+    if name.startswith(PLUGIN):
+        body = load_plugin(name, None, section)
+        return _of_body(name, body)
+    # For these names alone: timm may be missing.
+    from ezsd.detector.timm_body import TimmBody, normalisation
+
+    return _fingerprint(name, TimmBody.strides, *normalisation(name, section, pretrained=False), own={})
 
 
 def _resnet(
@@ -183,17 +219,23 @@ def _freeze(stages: Stages, count: int, name: str, section: str) -> None:
     """Train neither the stem nor `count` stages after it. BackboneError where there are fewer."""
     if count >= len(stages):
         raise BackboneError(
-            f"`{section}.frozen_stages={count}`: {name} has {len(stages) - 1} stages after its stem, expected at most "
-            "as many"
+            f"`{section}.frozen_stages={count}`: {name} has {len(stages) - 1} stages after its stem, expected -1 to "
+            f"{len(stages) - 1}"
         )
     for stage in stages[: count + 1]:
         for parameter in stage:
             parameter.requires_grad_(False)
 
 
-def _fingerprint(body: Body, name: str) -> dict[str, object]:
-    pixels, own = {"mean": list(body.mean), "std": list(body.std)}, body.fingerprint()
-    return {"name": name, "strides": list(body.strides), **pixels, **({"fingerprint": own} if own else {})}
+def _fingerprint(
+    name: str, strides: Sequence[int], mean: Sequence[float], std: Sequence[float], own: Mapping[str, object]
+) -> dict[str, object]:
+    pixels = {"mean": list(mean), "std": list(std)}
+    return {"name": name, "strides": list(strides), **pixels, **({"fingerprint": own} if own else {})}
+
+
+def _of_body(name: str, body: Body) -> dict[str, object]:
+    return _fingerprint(name, body.strides, body.mean, body.std, own=body.fingerprint())
 
 
 class _WithPyramid(nn.Module):

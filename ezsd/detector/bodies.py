@@ -6,8 +6,9 @@ import json
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, cast, runtime_checkable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import UnionType
+from typing import Protocol, TypeGuard, cast
 
 import torch
 import torchvision
@@ -16,18 +17,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
 from ezsd.detector.requirements import said
-from ezsd.errors import BackboneError
-from ezsd.plugins import find_factory
+from ezsd.errors import BackboneError, EzsdError
+from ezsd.plugins import fault, find_factory
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Mean of red, green and blue in [0, 1]."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """Standard deviation of red, green and blue."""
 _TRIAL = (96, 64)
-"""Height and width of the image that a body is tried out with: multiples of all strides, and not equal."""
+"""Height and width of the image that a body is tried out with: multiples of all strides, odd and even, not equal."""
 
 
-@runtime_checkable
 class Body(Protocol):
     """Interface of a backbone's body, a `torch.nn.Module` that turns images into feature maps.
 
@@ -82,20 +82,17 @@ def load_plugin(name: str, weights: Mapping[str, Tensor] | None, section: str) -
     if not callable(factory):
         found_name = name.rpartition(":")[2]
         raise BackboneError(f"{what}: expected a factory, found {found_name} = {reprlib.repr(factory)}")
-    try:
-        body = factory()
-    except TypeError as error:
-        raise BackboneError(f"{what}: {error}") from error
+    body = _called(factory, what, "the factory")
     if not isinstance(body, nn.Module):
         raise BackboneError(f"{what}: the factory made {reprlib.repr(body)}, expected a torch.nn.Module")
-    if not isinstance(body, Body):
-        missing = [part for part in ("strides", "mean", "std", "stages", "fingerprint") if not hasattr(body, part)]
-        raise BackboneError(f"{what}: what the factory made is no Body, it lacks {', '.join(missing)}")
+    _check_parts(body, what)
+    body = cast("Body", body)
     _check_numbers(body, what)
+    _check_fingerprint(_called(body.fingerprint, what, "its fingerprint()"), what)
     _check_stages(body, what)
     if weights is not None:
         try:
-            found = body.load_state_dict(dict(weights))
+            found = cast("nn.Module", body).load_state_dict(dict(weights))
         except (RuntimeError, LookupError) as error:
             raise other_network(name, first_mismatch(error)) from error
         # A method of its own may take what is missing for granted.
@@ -104,37 +101,88 @@ def load_plugin(name: str, weights: Mapping[str, Tensor] | None, section: str) -
     return body
 
 
+def _called(function: Callable[[], object], what: str, which: str) -> object:
+    """Call a function of a plug-in. BackboneError where it fails, but for an error of ours that it raises."""
+    try:
+        return function()
+    except EzsdError:
+        raise
+    except Exception as error:
+        raise BackboneError(f"{what}: {which} fails: {fault(error)}") from error
+
+
+def _check_parts(body: nn.Module, what: str) -> None:
+    """Refuse a module that lacks a part of `Body`, or has a value where a method belongs."""
+    missing = [part for part in ("strides", "mean", "std", "stages", "fingerprint") if not hasattr(body, part)]
+    if missing:
+        raise BackboneError(
+            f"{what}: what the factory made is no Body, it lacks {', '.join(missing)}; add them as "
+            "`ezsd.detector.bodies.Body` has them"
+        )
+    for part in ("stages", "fingerprint"):
+        if not callable(value := getattr(body, part)):
+            raise BackboneError(f"{what}: its {part} is {reprlib.repr(value)}, expected a method without arguments")
+
+
 def _check_numbers(body: Body, what: str) -> None:
-    strides, pixels = list(body.strides), [*body.mean, *body.std]
-    if not strides or strides != [strides[0] * 2**i for i in range(len(strides))] or 32 % strides[-1]:
+    strides = body.strides
+    if not _are_numbers(strides, int) or not _are_of_a_pyramid(strides):
         raise BackboneError(
-            f"{what}: its strides are {strides}, expected powers of two, each twice the one before, at most 32"
+            f"{what}: its strides are {reprlib.repr(strides)}, expected a tuple of powers of two, each twice the one "
+            "before, at most 32, such as (8, 16, 32)"
         )
-    if len(body.mean) != 3 or len(body.std) != 3 or min(body.std) <= 0 or not all(map(math.isfinite, pixels)):
+    for part, least in (("mean", "0 or more"), ("std", "above 0")):
+        values: object = getattr(body, part)
+        said_of_it = f"{what}: its {part} is {reprlib.repr(values)}"
+        if not _are_numbers(values, int | float) or len(values) != 3 or not all(map(math.isfinite, values)):
+            raise BackboneError(f"{said_of_it}, expected a tuple of three numbers, for red, green and blue")
+        if min(values) < 0 or (part == "std" and 0 in values):
+            raise BackboneError(f"{said_of_it}, expected {least}")
+        if max(values) > 1:
+            raise BackboneError(
+                f"{said_of_it}, expected that of pixels in [0, 1]; divide that of pixels up to 255 by 255"
+            )
+
+
+def _are_numbers(values: object, kind: type | UnionType) -> TypeGuard[Sequence[float]]:
+    """Test for a tuple or list of Python's numbers, which JSON keeps; no bool."""
+    return isinstance(values, tuple | list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
+
+
+def _are_of_a_pyramid(strides: Sequence[float]) -> bool:
+    """Test for powers of two up to 32, each twice the one before."""
+    doubled = [strides[0] * 2**i for i in range(len(strides))] if strides else []
+    return bool(doubled) and list(strides) == doubled and strides[0] > 0 and 32 % strides[-1] == 0
+
+
+def _check_fingerprint(found: object, what: str) -> None:
+    if not isinstance(found, dict):
         raise BackboneError(
-            f"{what}: its mean and std are {body.mean} and {body.std}, expected three numbers each, std above 0"
-        )
-    if min(pixels) < 0 or max(pixels) > 1:
-        raise BackboneError(
-            f"{what}: its mean and std are {body.mean} and {body.std}, expected those of pixels in [0, 1]; divide "
-            "those of pixels up to 255 by 255"
+            f'{what}: its fingerprint is {reprlib.repr(found)}, expected a JSON object, such as {{"version": 1}}'
         )
     try:
-        json.dumps(body.fingerprint())
+        json.dumps(found, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise BackboneError(f"{what}: its fingerprint is no JSON object: {error}") from error
+        raise BackboneError(
+            f"{what}: its fingerprint is no JSON object: {error}; give plain numbers, texts, lists and dictionaries"
+        ) from error
 
 
 def _check_stages(body: Body, what: str) -> None:
-    counts = Counter(id(parameter) for stage in body.stages() for parameter in stage)
+    counts = Counter(
+        cast("list[int]", _called(lambda: [id(p) for stage in body.stages() for p in stage], what, "its stages()"))
+    )
     for key, parameter in cast("nn.Module", body).named_parameters():
         if counts[id(parameter)] != 1:
-            raise BackboneError(f"{what}: {key} is {counts[id(parameter)]} times in its stages, expected once")
+            raise BackboneError(
+                f"{what}: {key} is {counts[id(parameter)]} times in its stages, expected once; return a list of "
+                "lists, the parameters of the stem and of each stage"
+            )
 
 
 def other_network(name: str, wrong: str) -> BackboneError:
     """Error about weights of another network than the one of a name."""
-    return BackboneError(f"backbone weights are not a state of {name}: {wrong}")
+    return BackboneError(f"backbone weights are not a state of {name}: {wrong}; give a file of the same network")
 
 
 def first_line(error: Exception) -> str:
@@ -224,28 +272,54 @@ def try_out(body: Body, what: str) -> list[int]:
     Raises:
         BackboneError: it fails, or its maps are not of the sizes that its strides say.
     """
-    network = cast("nn.Module", body).eval()
-    try:
-        with torch.enable_grad():
-            maps = body(torch.zeros(1, 3, *_TRIAL))
-    except (RuntimeError, TypeError, ValueError, AssertionError, LookupError) as error:
-        size = f"{_TRIAL[1]} x {_TRIAL[0]}"
-        raise BackboneError(f"{what}: fails on an image of {size} pixels: {first_line(error)}") from error
-    network.train()
-    if not isinstance(maps, list | tuple) or not all(isinstance(one, Tensor) and one.ndim == 4 for one in maps):
-        raise BackboneError(f"{what}: gives {type(maps).__name__}, expected a list of maps (B, C, H, W)")
-    wanted = [(_TRIAL[0] // stride, _TRIAL[1] // stride) for stride in body.strides]
-    found = [tuple(one.shape[2:]) for one in maps]
-    if found != wanted:
-        raise BackboneError(
-            f"{what}: gives maps of {found} cells for an image of {_TRIAL}, expected {wanted} by its strides"
-        )
+    network = cast("nn.Module", body)
+    with torch.enable_grad():
+        maps = maps_of(network, body.strides, _TRIAL, what)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     sums = [one.sum() for one in maps if one.requires_grad]
     gradients = torch.autograd.grad(sums, trained, allow_unused=True) if sums else [None] * len(trained)
     for parameter, gradient in zip(trained, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
     return [int(one.shape[1]) for one in maps]
+
+
+def maps_of(network: nn.Module, strides: Sequence[int], size: tuple[int, int], what: str) -> list[Tensor]:
+    """Maps of one black image, in evaluation mode.
+
+    Args:
+        network: a body, or a pyramid on one; on the CPU. It is in training mode afterwards.
+        strides: input pixels per cell of each map.
+        size: height and width of the image, multiples of 32.
+        what: the setting and its value, for the message.
+
+    Raises:
+        BackboneError: it fails, or its maps are not of the sizes that its strides say.
+    """
+    image, pixels = torch.zeros(1, 3, *size), f"an image of {size[1]} x {size[0]} pixels"
+    network.eval()
+    try:
+        maps = network(image)
+    except Exception as error:
+        raise BackboneError(f"{what}: fails on {pixels}: {fault(error)}") from error
+    network.train()
+    if not isinstance(maps, list | tuple) or not all(isinstance(one, Tensor) and one.ndim == 4 for one in maps):
+        raise BackboneError(f"{what}: gives {_kind(maps)}, expected a list of maps (B, C, H, W)")
+    wanted = [(1, size[0] // stride, size[1] // stride) for stride in strides]
+    found = [(len(one), *one.shape[2:]) for one in maps]
+    if found != wanted:
+        raise BackboneError(
+            f"{what}: gives maps (B, H, W) of {found} for {pixels}, expected {wanted} by its strides {tuple(strides)}"
+        )
+    if strange := [str(one.dtype) for one in maps if one.dtype != image.dtype]:
+        raise BackboneError(f"{what}: gives maps of {strange[0]} for an image of {image.dtype}, expected the same type")
+    return list(maps)
+
+
+def _kind(maps: object) -> str:
+    """Name of the type of something that is no list of maps, or the shapes in it."""
+    if not isinstance(maps, list | tuple):
+        return type(maps).__name__
+    return f"a list of {', '.join(str(tuple(m.shape)) if isinstance(m, Tensor) else type(m).__name__ for m in maps)}"
 
 
 def freeze_norms(body: nn.Module, what: str) -> None:
@@ -268,6 +342,7 @@ def freeze_norms(body: nn.Module, what: str) -> None:
             setattr(body.get_submodule(parent), name, frozen)
         elif isinstance(module, _BatchNorm):
             raise BackboneError(
-                f"{what}: {path} is {type(module).__name__}, which has no frozen form: its statistics would be those "
-                "of a few images"
+                f"{what}: {path} is {type(module).__name__}, which has no frozen form, and its statistics would be "
+                "those of a few images; take a body whose norms are torch.nn.BatchNorm2d, affine and with running "
+                "statistics, or keep none"
             )

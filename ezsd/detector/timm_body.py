@@ -43,7 +43,7 @@ class TimmBody(nn.Module):
     ) -> None:
         super().__init__()
         self._name, self._section = name, section
-        self.mean, self.std = self._normalisation(pretrained=weights is not None)
+        self.mean, self.std = normalisation(name, section, pretrained=weights is not None)
         self.network = self._extractor({} if weights is None else self._state(weights))
         info = cast("FeatureInfo", self.network.feature_info)
         self._ends = list(zip(info.module_name(), info.reduction(), strict=True))
@@ -148,22 +148,33 @@ class TimmBody(nn.Module):
             raise other_network(self._name, first_mismatch(error)) from error
         return {"pretrained": True, "pretrained_cfg_overlay": overlay | {"state_dict": dict(weights)}}
 
-    def _normalisation(self, *, pretrained: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the pixels that the model's published weights were trained with."""
-        model, _, tag = self._model.partition(".")
-        published = timm.list_models(f"{model}.*", include_tags=True)
-        if tag and self._model not in published:
-            known = ", ".join(one.partition(".")[2] for one in published)
-            raise BackboneError(f"{self._said}: no weights of {model} are tagged {tag!r}; known are {known}")
-        if pretrained and not tag:
-            first = {(_config(one).mean, _config(one).std): f"{TIMM}{one}" for one in reversed(published)}
-            if len(first) > 1:
-                raise BackboneError(
-                    f"{self._said}: published weights of {model} differ in the mean and deviation of pixels; say whose "
-                    f"the file has, such as `{self._section}.backbone={sorted(first.values())[0]}`"
-                )
-        config = _config(self._model)
-        return tuple(config.mean), tuple(config.std)
+
+def normalisation(name: str, section: str, *, pretrained: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the pixels that a model's published weights were trained with.
+
+    Args:
+        name: "timm:MODEL" or "timm:MODEL.TAG", of a model that there is.
+        section: table of the setting, for messages.
+        pretrained: whether it gets weights: whose they are has to be said then, where it matters.
+
+    Raises:
+        BackboneError: the tag is unknown or has to be said.
+    """
+    full = name.removeprefix(TIMM)
+    model, _, tag = full.partition(".")
+    published = timm.list_models(f"{model}.*", include_tags=True)
+    if tag and full not in published:
+        known = ", ".join(one.partition(".")[2] for one in published)
+        raise BackboneError(f"{said(name, section)}: no weights of {model} are tagged {tag!r}; known are {known}")
+    if pretrained and not tag:
+        first = {(_config(one).mean, _config(one).std): f"{TIMM}{one}" for one in reversed(published)}
+        if len(first) > 1:
+            raise BackboneError(
+                f"{said(name, section)}: published weights of {model} differ in the mean and deviation of pixels; say "
+                f"whose the file has, such as `{section}.backbone={sorted(first.values())[0]}`"
+            )
+    config = _config(full)
+    return tuple(config.mean), tuple(config.std)
 
 
 def _config(model: str) -> PretrainedCfg:

@@ -50,7 +50,7 @@ from ezsd.pipeline.extraction.worker import ExtractJob
 from ezsd.pipeline.files import as_json
 from ezsd.pipeline.interrupts import keeping
 from ezsd.pipeline.progress import Progress, log_file, now, timed
-from ezsd.pipeline.runs.model import warn_of_random_weights
+from ezsd.pipeline.runs.model import require_sizes, warn_of_random_weights
 from ezsd.pipeline.scheduling.job_array import Share, open_share
 from ezsd.pipeline.scheduling.pool import Pool
 from ezsd.teacher.open_clip import Teacher, require_told_apart
@@ -226,7 +226,11 @@ def require_buildable(request: BuildRequest, annotations: Annotations) -> None:
     dataset, config = request.dataset, request.config
     require_prompts(dataset.split, config.teacher)
     if config.proposals.learned:
-        make_proposer(config.proposer, pretrained=config.proposer.run is None)
+        trained = config.proposer.run is None
+        proposer = make_proposer(config.proposer, pretrained=trained)
+        if trained:
+            sizes = np.stack([annotations.images.width, annotations.images.height], axis=1)
+            require_sizes("proposer", config.proposer, proposer.backbone, config.proposer, sizes)
     with_boxes = len(np.unique(annotations.image_index))
     if too_few_to_hold_out(with_boxes, config.adapt.held_out):
         cure = "add boxes of base names" if request.limit is None else f"raise `limit={request.limit}`"

@@ -11,6 +11,7 @@ from typing import Any
 
 from ezsd.cache import JSON, Manifest, Origin, file_digest, images_digest
 from ezsd.data.annotations import Annotations, ImageRecord
+from ezsd.detector.backbone import body_fingerprint
 from ezsd.errors import AnnotationError
 from ezsd.pipeline.config.names import with_former_names, with_todays_names
 from ezsd.pipeline.config.schema import (
@@ -29,7 +30,6 @@ from ezsd.pipeline.extraction.external_proposals import boxes_digest
 from ezsd.pipeline.extraction.manifest_names import unsaid
 from ezsd.pipeline.extraction.run_proposer import DIGEST, NETWORK, run_digest
 from ezsd.pipeline.files import as_json
-from ezsd.pipeline.runs.model import body_fingerprint
 
 VERSIONS = {"teacher": 1, "text": 1, "proposer": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
 """Raised when the way a product is computed changes: stores made the old way are then another product."""
@@ -130,7 +130,7 @@ def _proposer_inputs(config: Config, images: Mapping[str, object]) -> dict[str, 
     # An input of the proposals that the boxes become; the network does not depend on it.
     del network["max_proposals"]
     run = network.pop("run")
-    body = body_fingerprint("proposer", config.proposer)
+    body = body_fingerprint(config.proposer.backbone, "proposer")
     of_body = {"body": body} if body else {}
     if run is not None:
         digest = run.removeprefix(DIGEST) if run.startswith(DIGEST) else run_digest(config.proposer)

@@ -6,17 +6,21 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ezsd.cache import differences, short_json
-from ezsd.choices import BACKBONES
-from ezsd.detector.backbone import Pyramid, build_backbone
+from ezsd.data.dataset import fitted, padded_size
+from ezsd.detector.backbone import Pyramid, build_backbone, try_size
+from ezsd.detector.bodies import first_line
 from ezsd.detector.model import Detector
 from ezsd.detector.proposer import Proposer
 from ezsd.detector.requirements import TIMM
-from ezsd.pipeline.config.schema import Config, ModelConfig, ProposerConfig
+from ezsd.errors import BackboneError
+from ezsd.pipeline.config.schema import Config, ModelConfig, ProposerConfig, TrainConfig
 from ezsd.pipeline.errors import ConfigError, RunError
 from ezsd.pipeline.files import as_json
 from ezsd.pipeline.runs.run import Run
@@ -57,11 +61,41 @@ def configured_backbone(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if len(settings.rpn_sizes) != len(backbone.strides):
+        example = [4 * stride for stride in backbone.strides]
         raise ConfigError(
             f"{section}.rpn_sizes needs one size per level of {settings.backbone} (strides {backbone.strides}), "
-            f"got {len(settings.rpn_sizes)}"
+            f"got {len(settings.rpn_sizes)}; for example `{section}.rpn_sizes={example}`"
         )
     return backbone
+
+
+def require_sizes(
+    section: str,
+    settings: ModelConfig | ProposerConfig,
+    backbone: Pyramid,
+    limits: TrainConfig | ProposerConfig,
+    sizes: NDArray[np.int32],
+) -> None:
+    """Try a backbone out on an image as large as a batch of the training may be, see `try_size`.
+
+    Args:
+        section: table of the backbone's settings.
+        settings: of the backbone.
+        backbone: on the CPU.
+        limits: sizes that images are resized to.
+        sizes: widths and heights of the images, (N, 2).
+
+    Raises:
+        ConfigError: the backbone does not take it.
+    """
+    short, long = limits.min_size, limits.max_size
+    after = [fitted(height, width, short_side=short, long_side=long) for width, height in np.unique(sizes, axis=0)]
+    if isinstance(limits, TrainConfig) and limits.scale_jitter:
+        after.append((long, long))
+    try:
+        try_size(backbone, settings.backbone, padded_size(after), section)
+    except BackboneError as error:
+        raise ConfigError(str(error)) from error
 
 
 def rate_groups(model: Detector | Proposer, backbone_lr_mult: float) -> list[tuple[list[nn.Parameter], float]]:
@@ -75,13 +109,6 @@ def rate_groups(model: Detector | Proposer, backbone_lr_mult: float) -> list[tup
         ([parameter for parameter in trained if id(parameter) in body], backbone_lr_mult),
     ]
     return [(parameters, factor) for parameters, factor in groups if parameters]
-
-
-def body_fingerprint(section: str, settings: ModelConfig | ProposerConfig) -> dict[str, object]:
-    """JSON object that tells a body from others of its name, see `Pyramid`; empty where the name does."""
-    if settings.backbone in BACKBONES:
-        return {}
-    return dict(configured_backbone(section, settings, None, frozen_norms=None).fingerprint or {})
 
 
 def require_same_body(run: Run, backbone: Pyramid) -> None:
@@ -126,8 +153,14 @@ def read_backbone(path: Path, setting: str = "backbone_weights") -> dict[str, Te
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"`{setting}={path}`: not a plain state of tensors: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ConfigError(f"`{setting}={path}`: expected a dictionary of tensors")
+        raise ConfigError(
+            f"`{setting}={path}`: not a plain state of tensors: {first_line(error)}; give .safetensors, or .pth of "
+            "tensors alone"
+        ) from error
+    strange = {key: v for key, v in state.items() if not isinstance(v, Tensor)} if isinstance(state, dict) else None
+    if strange is None or strange:
+        found = type(state).__name__ if strange is None else f"{next(iter(strange))!r} that is none"
+        raise ConfigError(
+            f"`{setting}={path}`: expected a dictionary of tensors, found {found}; save a network's state_dict()"
+        )
     return state

@@ -35,7 +35,7 @@ from ezsd.pipeline.inference.predictor import load_weights
 from ezsd.pipeline.interrupts import Request, Stopped, finishing
 from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.runs.loggers import MetricsLog
-from ezsd.pipeline.runs.model import build_detector, read_backbone, warn_of_random_weights
+from ezsd.pipeline.runs.model import build_detector, read_backbone, require_sizes, warn_of_random_weights
 from ezsd.pipeline.runs.run import CHANGEABLE, Run, restore_optimiser, rows_digest
 from ezsd.pipeline.runs.store_digests import record_store, require_same_bytes
 from ezsd.pipeline.training.dataloader import load_batches
@@ -173,6 +173,8 @@ def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detec
     detector = build_detector(config, store.embed_dim, weights)
     if weights is None and config.model.backbone != "tiny":
         warn_of_random_weights(config.model.backbone, "backbone_weights")
+    if not (request.run / "run.json").is_file():
+        require_sizes("model", config.model, detector.backbone, config.train, store.sizes)
     names, text = store.text
     attributes = store.teacher[1]
     return detector, {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ezsd.detector.backbone import build_backbone, normalise
+from ezsd.detector.backbone import body_fingerprint, build_backbone, normalise, try_size
 from ezsd.detector.requirements import require_backbone, timm_models
 from ezsd.detector.timm_body import TimmBody
 from ezsd.errors import BackboneError
@@ -248,21 +248,99 @@ def test_the_documented_plugin_is_a_body(plugin):
 
 BROKEN = {
     "lacks fingerprint": ("    def fingerprint", "    def other", "is no Body, it lacks fingerprint"),
-    "strides of no pyramid": ("(8, 16), (0.5", "(8, 32), (0.5", r"its strides are \[8, 32\], expected powers of two"),
-    "coarse strides": ("(8, 16), (0.5", "(32, 64), (0.5", r"its strides are \[32, 64\], expected"),
-    "other strides than its maps": ("(8, 16), (0.5", "(16, 32), (0.5", r"gives maps of \[\(12, 8\), \(6, 4\)\] cells"),
+    "strides of no pyramid": (
+        "(8, 16), (0.5",
+        "(8, 32), (0.5",
+        r"its strides are \(8, 32\), expected a tuple of powers",
+    ),
+    "coarse strides": ("(8, 16), (0.5", "(32, 64), (0.5", r"its strides are \(32, 64\), expected"),
+    "strides of text": ("(8, 16), (0.5", "'8, 16', (0.5", "its strides are '8, 16', expected a tuple of powers of two"),
+    "one stride": ("(8, 16), (0.5", "8, (0.5", "its strides are 8, expected"),
+    "no strides": ("(8, 16), (0.5", "None, (0.5", "its strides are None, expected"),
+    "strides of 0": ("(8, 16), (0.5", "(0, 0), (0.5", r"its strides are \(0, 0\), expected"),
+    "nested strides": ("(8, 16), (0.5", "[[8, 16]], (0.5", r"its strides are \[\[8, 16\]\], expected"),
+    "other strides than its maps": (
+        "(8, 16), (0.5",
+        "(16, 32), (0.5",
+        r"gives maps .* of \[\(1, 12, 8\), \(1, 6, 4\)\] for",
+    ),
+    "more strides than maps": ("(8, 16), (0.5", "(8, 16, 32), (0.5", r"\(1, 3, 2\)\] by its strides \(8, 16, 32\)"),
+    "mean of a tensor": (
+        "(0.5, 0.5, 0.5)",
+        "__import__('torch').ones(3)",
+        r"its mean is tensor\(.*, expected a tuple of",
+    ),
+    "one mean": ("(0.5, 0.5, 0.5)", "0.5", "its mean is 0.5, expected a tuple of three numbers, for red"),
+    "mean of texts": (
+        "(0.5, 0.5, 0.5)",
+        "list('rgb')",
+        r"its mean is \['r', 'g', 'b'\], expected a tuple of three numbers",
+    ),
+    "nested deviation": (
+        "(0.25, 0.25, 0.25)",
+        "[(0.25,)] * 3",
+        r"its std is \[\(0.25,\), .*\], expected a tuple of three",
+    ),
+    "infinite deviation": (
+        "(0.25, 0.25, 0.25)",
+        "(0.25, 0.25, 1e999)",
+        "its std is .*inf.*, expected a tuple of three",
+    ),
+    "texts as a map": (
+        "return [fine, self",
+        "return ['fine', self",
+        r"gives a list of str, \(1, 32, 6, 4\), expected a list",
+    ),
+    "maps of halves": (
+        "return [fine, self",
+        "return [fine.half(), self",
+        "maps of torch.float16 for an image of torch.float32",
+    ),
+    "several images": (
+        "return [fine, self",
+        "return [fine.expand(2, -1, -1, -1), self",
+        r"of \[\(2, 12, 8\), \(1, 6, 4\)\] for",
+    ),
+    "no stages": (
+        "return [part",
+        "return None or [][0] or [part",
+        r"its stages\(\) fails: IndexError: .*tests.py, line 20\)$",
+    ),
+    "stages of another kind": (
+        "def stages(self)",
+        "stages = 3\n\n    def other(self)",
+        "its stages is 3, expected a method",
+    ),
+    "a list for a fingerprint": (
+        '{"name": "example", "version": 1}',
+        "[1]",
+        r"is \[1\], expected a JSON object, such as",
+    ),
+    "no number": ('"version": 1', '"version": float("nan")', "its fingerprint is no JSON object: Out of range"),
+    "a factory that fails": (
+        "nn.BatchNorm2d(outputs)",
+        "nn.BatchNorm4d(outputs)",
+        r"fails: AttributeError: .*, line 5\)$",
+    ),
+    "no Python": ("from torch", "from from torch", r"body_for_tests cannot be imported: SyntaxError: .*, line 1\)$"),
+    "a module that fails": ("from torch", "1 / 0\nfrom torch", r"ZeroDivisionError: .*body_for_tests.py, line 1\)$"),
+    "a script": ("from torch", "raise SystemExit(3)\nfrom torch", r"cannot be imported: SystemExit: 3 \(.*, line 1\)$"),
     "one map": ("return [fine, self.second(fine)]", "return fine", "gives Tensor, expected a list of maps"),
     "a pass that fails": ("return [fine", "fine = fine @ fine; return [fine", "fails on an image of 64 x 96 pixels"),
-    "pixels up to 255": ("(0.25, 0.25, 0.25)", "(58.4, 57.1, 57.4)", r"expected those of pixels in \[0, 1\]; divide"),
-    "no deviation": ("(0.25, 0.25, 0.25)", "(0.25, 0, 0.25)", r"std are .*\(0.25, 0, 0.25\), expected three numbers"),
+    "pixels up to 255": ("(0.25, 0.25, 0.25)", "(58.4, 57.1, 57.4)", r"expected that of pixels in \[0, 1\]; divide"),
+    "no deviation": ("(0.25, 0.25, 0.25)", "(0.25, 0, 0.25)", r"its std is \(0.25, 0, 0.25\), expected above 0"),
     "a forgotten stage": ("(self.stem, self.first, self.second)]", "(self.stem,)]", "first.0.weight is 0 times"),
     "a stage twice": ("(self.stem, self.first,", "(self.stem, self.stem, self.first,", "stem.0.weight is 2 times"),
     "no JSON": ('"version": 1', '"version": {1}', "its fingerprint is no JSON object"),
     "an argument": ("__init__(self)", "__init__(self, size)", "missing 1 required positional argument: 'size'"),
     "no module": ("class Net(nn.Module)", "def Net(): return 3\nclass Other(nn.Module)", "made 3, expected a torch.nn"),
     "no factory": ("class Net(nn.Module)", "Net = 3\nclass Other(nn.Module)", "expected a factory, found Net = 3"),
-    "nothing": ("class Net", "class Other", "has no attribute 'Net'; is its folder on PYTHONPATH"),
-    "needs more": ("from torch", "import a_package_that_nobody_has\nfrom torch", "No module named 'a_package_that"),
+    "nothing": ("class Net", "class Other", "body_for_tests.py has no attribute 'Net'$"),
+    "needs more": (
+        "from torch",
+        "import a_package_that_nobody_has\nfrom torch",
+        "No module named 'a_package_.*; install it",
+    ),
 }
 
 
@@ -273,6 +351,38 @@ def test_a_plugin_that_makes_no_body_is_refused_in_one_line(fault, plugin):
     with pytest.raises(BackboneError, match=rf"^`model.backbone=plugin:body_for_tests:Net`: .*{message}") as caught:
         build(plugin(EXAMPLE.replace(old, new)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_body_that_takes_small_images_alone_is_refused_by_the_size_of_a_training(plugin):
+    name = plugin(EXAMPLE.replace("fine = self", "assert images.shape[3] < 300, 'too wide'; fine = self"))
+    backbone = build(name)
+    try_size(backbone, name, (320, 288))
+    with pytest.raises(BackboneError, match=r"Net`: fails on an image of 320 x 288 pixels: AssertionError: too wide"):
+        try_size(backbone, name, (288, 320))
+    cut = plugin(EXAMPLE.replace("return [fine", "fine = fine[..., :30]; return [fine"))
+    with pytest.raises(
+        BackboneError,
+        match=r"of \[\(1, 36, 30\), \(1, 18, 15\)\] for an image of 320 x 288 .*, expected \[\(1, 36, 40\)",
+    ):
+        try_size(build(cut), cut, (288, 320))
+
+
+def test_a_fingerprint_is_the_same_without_a_pass_or_a_network(plugin, monkeypatch):
+    names = [plugin(EXAMPLE), SMALL, "timm:mobilenetv3_large_100.ra_in1k", "mobilenet_v3_small", "tiny"]
+    expected = [build(name).fingerprint for name in names]
+    with pytest.raises(BackboneError, match="no such timm model"):
+        body_fingerprint("timm:resnet10x")
+    monkeypatch.setattr(nn.Conv2d, "forward", None)
+    monkeypatch.setattr(timm, "create_model", None)
+    assert [body_fingerprint(name) for name in names] == expected
+
+
+def test_an_error_of_ours_in_a_plugin_says_what_it_says(plugin):
+    for where in ("", "super().__init__()"):
+        raising = f"{where or 'from torch'}; import ezsd.errors; raise ezsd.errors.BackboneError('give FILE')"
+        old = where or "from torch import nn"
+        with pytest.raises(BackboneError, match="^give FILE$"):
+            build(plugin(EXAMPLE.replace(old, raising if where else f"{old}; {raising.partition('; ')[2]}", 1)))
 
 
 def test_parameters_that_no_map_depends_on_are_not_trained(plugin):
@@ -286,7 +396,9 @@ def test_parameters_that_no_map_depends_on_are_not_trained(plugin):
 
 def test_a_plugin_refuses_weights_and_norms_that_are_not_its_own(plugin):
     name = plugin(EXAMPLE)
-    with pytest.raises(BackboneError, match=rf'not a state of {name}: Missing key.* "stem.0.weight"$'):
+    with pytest.raises(
+        BackboneError, match=rf'not a state of {name}: Missing key.* "stem.0.weight"; give a file of the same network$'
+    ):
         build(name, {})
     name = plugin(EXAMPLE.replace("nn.BatchNorm2d(outputs)", "nn.BatchNorm2d(outputs, affine=False)"))
     state = {key.removeprefix("body.body."): v for key, v in build(name).state_dict().items() if ".body." in key}
@@ -297,7 +409,7 @@ def test_a_plugin_refuses_weights_and_norms_that_are_not_its_own(plugin):
 def test_weights_that_a_plugin_takes_though_some_are_missing_are_refused(plugin):
     lax = "    def load_state_dict(self, state):\n        return super().load_state_dict(state, strict=False)\n\n"
     name = plugin(EXAMPLE.replace("    def stages", f"{lax}    def stages"))
-    with pytest.raises(BackboneError, match=rf"not a state of {name}: it has no stem.0.weight$"):
+    with pytest.raises(BackboneError, match=rf"not a state of {name}: it has no stem.0.weight; give"):
         build(name, {})
 
 

@@ -143,6 +143,20 @@ def test_rates_of_groups(with_settings, mynet):
     assert [factor for _, factor in rate_groups(detector, 0.25)] == [1]
 
 
+def test_a_body_that_takes_small_images_alone_is_refused_before_a_run_or_store_is_begun(
+    shapes_store, shapes_dataset, with_settings, mynet, tmp_path
+):
+    mynet("fine = self", "assert images.shape[3] < 128, 'too wide'; fine = self")
+    config = with_settings(model=OF_PLUGIN)
+    with pytest.raises(
+        ConfigError, match=r"`model.backbone=plugin:mynet:Net`: fails on an image of 128 x 128 pixels: "
+    ):
+        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
+    with pytest.raises(ConfigError, match=r"`proposer.backbone=.*`: fails on an image of 128 x 128 pixels: .*too wide"):
+        build_cache(BuildRequest(dataset=shapes_dataset, config=proposer(), out=tmp_path / "store", workers=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["plugins"]
+
+
 def test_a_run_whose_plugin_is_gone_or_changed_says_so(
     shapes_store, shapes_dataset, with_settings, weights, mynet, tmp_path
 ):
