@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -609,11 +610,11 @@ def train(
     trained, steps = start(request), request.config.train.steps
     if trained.began_at == steps:
         typer.echo(
-            f"{folder}: already trained for its {steps} steps; next: ezsd eval --run {folder}, "
+            f"{folder}: already trained for its {steps} steps; next: ezsd eval --run {shlex.quote(str(folder))}, "
             "or train longer in another --run folder with --set train.steps=N"
         )
     else:
-        typer.echo(f"{folder}: trained; next: ezsd eval --run {folder}")
+        typer.echo(f"{folder}: trained; next: ezsd eval --run {shlex.quote(str(folder))}")
 
 
 @app.command("eval", epilog="Example:  ezsd eval --run runs/a --crops")

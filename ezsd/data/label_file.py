@@ -23,6 +23,9 @@ def read_label_file(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
+    except FileNotFoundError as error:
+        cure = "Add it, or take its name out of the list of the images."
+        raise unfit(path, "the file", "a label file", "none of this name", cure) from error
     except OSError as error:
         raise unfit(path, "the file", "a readable file", error.strerror or str(error), FILE_CURE) from error
     if len(data) > MOST_BYTES:

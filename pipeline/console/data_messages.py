@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from ezsd.pipeline.console.options import as_options
 from ezsd.pipeline.data.coco_folder import Conversion
@@ -47,4 +48,4 @@ def conversion_lines(made: Conversion, *, copied: bool = False) -> list[str]:
     if any(not split.novel for split in made.splits.values()):
         lines.append("no class is novel yet: name those to find without boxes under novel in that file, then build")
     first = made.out / f"{next(iter(made.splits))}.toml"
-    return [*lines, f"next: ezsd data check --dataset {first}"]
+    return [*lines, f"next: ezsd data check --dataset {shlex.quote(str(first))}"]

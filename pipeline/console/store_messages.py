@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -50,7 +51,8 @@ def build_lines(store: Path, report: BuildReport) -> list[str]:
     lines += _no_regions(store, regions)
     if report.reused:
         lines.append(f"reused: {', '.join(report.reused)}; computed: {', '.join(report.computed) or 'nothing'}")
-    return [*lines, f"next: ezsd cache look {store} to see its regions, or ezsd train --cache {store}"]
+    typed = shlex.quote(str(store))
+    return [*lines, f"next: ezsd cache look {typed} to see its regions, or ezsd train --cache {typed}"]
 
 
 def _no_regions(store: Path, regions: int | None) -> list[str]:
@@ -76,7 +78,7 @@ def share_lines(store: Path, report: ShareReport) -> list[str]:
     left_out = _left_out(store, report.bad_images)
     if report.missing:
         return [f"{done}; other shares' {report.missing} blocks are missing", *left_out]
-    return [f"{done}; all blocks are there, next: ezsd cache commit {store}", *left_out]
+    return [f"{done}; all blocks are there, next: ezsd cache commit {shlex.quote(str(store))}", *left_out]
 
 
 def commit_lines(store: Path, seconds: float | None) -> list[str]:

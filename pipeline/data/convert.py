@@ -79,6 +79,8 @@ def convert_folder(
         read[part.name] = read_part(part, pairs, range(seen + 1, seen + len(pairs) + 1), reader, findings, copied=copy)
         seen += len(pairs)
     findings.require_sound()
+    if not read["train"]:
+        raise _without_pairs(root, parts[0], ".txt" if pairing is yolo_pairs else ".xml")
     trained = {box.name for image in read["train"] for box in image.boxes if not box.crowd}
     _require_boxes(parts[0], len(read["train"]), trained, "box")
     table = table or tuple(sorted({box.name for images in read.values() for image in images for box in image.boxes}))
@@ -89,6 +91,13 @@ def convert_folder(
             findings.note("base classes without a training box", repr(name))
     splits = {dataset_name(out.absolute().name): split}
     return write_coco_folder(out, parts, read, table, splits, sources=sources, findings=findings, copy=copy)
+
+
+def _without_pairs(root: Path, part: Part, ending: str) -> DatasetError:
+    """Error about a part in which no label file has an image; names the folder that was meant, if it can be told."""
+    inside = next((place for place in sorted(root.iterdir()) if (place / "JPEGImages").is_dir()), None)
+    meant = f"did you mean {inside}?" if inside else "give the folder that images and labels are both in"
+    return DatasetError(f"{part.labels}: no {ending} file in it has an image of its name in {part.images}; {meant}")
 
 
 def _require_boxes(part: Part, images: int, classes: set[str], kind: str) -> None:

@@ -24,7 +24,7 @@ from ezsd.pipeline.data.single_json import find_images, path_from
 from ezsd.pipeline.data.split import frequency_split, is_names, named_split
 from ezsd.pipeline.errors import ArgumentError, DatasetError
 from ezsd.pipeline.files import as_json
-from ezsd.vocabulary import COCO_SPLIT, Split, canonical, clean_names, resolve, suggest, templates
+from ezsd.vocabulary import COCO_SPLIT, Split, canonical, clean_names, first_few, resolve, suggest, templates
 from ezsd.vocabulary import prompts as make_prompts
 
 log = logging.getLogger("ezsd")
@@ -208,11 +208,19 @@ def find_dataset(
     return _lvis(name, folder)
 
 
+def _files_of_datasets(folder: Path) -> str:
+    """Advice for a folder that was given as a dataset: the files in it that may be one."""
+    found = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in (".toml", ".json"))
+    return f"give a file in it: {first_few(found, 3)}" if found else "give a file that ends in .toml or .json"
+
+
 def require_known(name: str) -> None:
     """DatasetError for a name that is not a dataset's, or a file that is not there."""
     if name.lower().endswith((".toml", ".json")):
         if not Path(name).is_file():
             raise DatasetError(f"`dataset={name}`: no such file")
+    elif Path(name).is_dir():
+        raise DatasetError(f"`dataset={name}`: is a folder; {_files_of_datasets(Path(name))}")
     elif name not in DATASETS:
         choice = ", ".join(DATASETS)
         raise DatasetError(f"`dataset={name}`: unknown; choose one of {choice}, or a file that ends in .toml or .json")
@@ -250,6 +258,8 @@ def _from_json(path: Path, root: Path | None, strict: bool, novel: Sequence[str]
     categories = (read_categories if strict else sound_categories)(path)
     left_out = _only_supercategories(categories)
     names = {canonical(one.name): one.name for one in categories if canonical(one.name) not in left_out}
+    if not names:
+        raise DatasetError(f"{path}: categories: expected at least one with a name, found none; add the classes")
     folder, images = find_images(path, root)
     return Dataset(
         name=dataset_name(path.stem),

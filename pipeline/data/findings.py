@@ -28,7 +28,8 @@ class Findings:
         """DatasetError for the first fault, with the number of the others."""
         if self._faults:
             others = len(self._faults) - 1
-            more = f" ({others} more files are refused: {self._faults[1].partition(': ')[0]}, ...)" if others else ""
+            files = "1 more file is" if others == 1 else f"{others} more files are"
+            more = f" ({files} refused: {self._faults[1].partition(': ')[0]}, ...)" if others else ""
             raise DatasetError(f"{self._faults[0]}{more}")
 
     def lines(self) -> list[str]:

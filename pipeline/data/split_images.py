@@ -44,12 +44,15 @@ def split_images(
         novel: novel classes; alone, all others are base. Without both, all are base.
 
     Raises:
-        ArgumentError: `out` holds something, or `val` leaves no image to train on.
+        ArgumentError: `path` is no JSON file, `out` holds something, or `val` leaves no image to train on.
         AnnotationError: the file is not in order.
         DatasetError: the images are not found.
         VocabularyError: the names do not make a split.
     """
     require_new_folder(out)
+    if not path.is_file() or path.suffix.lower() != ".json":
+        wrong = "is a folder" if path.is_dir() else "does not end in .json" if path.is_file() else "no such file"
+        raise ArgumentError(f"{path}: {wrong}; give a COCO-format JSON file")
     found = find_dataset(str(path), data_root)
     split = named_split(found.split.base, where=path, base=base, novel=novel)
     for fault in _faults(path):

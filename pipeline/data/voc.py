@@ -72,7 +72,9 @@ def _edition(root: Path, year: Year) -> Path:
     other = re.fullmatch(r"VOC\d{4}", root.resolve().name)
     if (root / "Annotations").is_dir() and (other is None or other[0] == inside.name):
         return root
-    there = sorted(place.name for place in root.glob("VOC*")) if root.is_dir() else []
+    if not root.is_dir():
+        raise DatasetError(f"`root={root}`: expected VOCdevkit with a folder {inside.name} in it, found no such folder")
+    there = sorted(place.name for place in root.glob("VOC*"))
     found = f"found {', '.join(there)}" if there else "found no edition of VOC"
     raise DatasetError(f"`root={root}`: expected VOCdevkit with a folder {inside.name} in it, {found}")
 

@@ -351,6 +351,7 @@ def test_a_plugin_that_makes_no_body_is_refused_in_one_line(fault, plugin):
     with pytest.raises(BackboneError, match=rf"^`model.backbone=plugin:body_for_tests:Net`: .*{message}") as caught:
         build(plugin(EXAMPLE.replace(old, new)))
     assert "\n" not in str(caught.value)
+    build(plugin(EXAMPLE))
 
 
 def test_a_body_that_takes_small_images_alone_is_refused_by_the_size_of_a_training(plugin):
@@ -400,10 +401,12 @@ def test_a_plugin_refuses_weights_and_norms_that_are_not_its_own(plugin):
         BackboneError, match=rf'not a state of {name}: Missing key.* "stem.0.weight"; give a file of the same network$'
     ):
         build(name, {})
+    own = {key.removeprefix("body.body."): v for key, v in build(name).state_dict().items() if ".body." in key}
     name = plugin(EXAMPLE.replace("nn.BatchNorm2d(outputs)", "nn.BatchNorm2d(outputs, affine=False)"))
     state = {key.removeprefix("body.body."): v for key, v in build(name).state_dict().items() if ".body." in key}
     with pytest.raises(BackboneError, match=r"stem.1 is BatchNorm2d, which has no frozen form"):
         build(name, state)
+    build(plugin(EXAMPLE), own)
 
 
 def test_weights_that_a_plugin_takes_though_some_are_missing_are_refused(plugin):

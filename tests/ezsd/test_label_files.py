@@ -108,7 +108,7 @@ def test_what_is_too_large_or_not_there_is_refused(file, tmp_path, monkeypatch):
     monkeypatch.setattr("ezsd.data.label_file.MOST_BYTES", 100)
     with pytest.raises(AnnotationError, match="expected at most 100 bytes"):
         read_voc(file(DOG))
-    with pytest.raises(AnnotationError, match="expected a readable file, found No such file"):
+    with pytest.raises(AnnotationError, match="expected a label file, found none of this name"):
         read_yolo(tmp_path / "none.txt", 2)
 
 

@@ -26,7 +26,7 @@ from ezsd.pipeline.extraction.run_proposer import run_proposer, with_run_network
 from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import headline
 from ezsd.pipeline.inference.predictor import load_trained
-from ezsd.pipeline.runs.model import build_detector, rate_groups
+from ezsd.pipeline.runs.model import build_detector, rate_groups, read_backbone
 from ezsd.pipeline.training.train import TrainRequest, train
 from ezsd.pipeline.training.trainer import build_optimiser, learning_rate
 
@@ -155,6 +155,19 @@ def test_a_body_that_takes_small_images_alone_is_refused_before_a_run_or_store_i
     with pytest.raises(ConfigError, match=r"`proposer.backbone=.*`: fails on an image of 128 x 128 pixels: .*too wide"):
         build_cache(BuildRequest(dataset=shapes_dataset, config=proposer(), out=tmp_path / "store", workers=1))
     assert [path.name for path in tmp_path.iterdir()] == ["plugins"]
+
+
+def test_a_file_that_is_no_state_is_refused_and_its_tensors_are_taken(tmp_path):
+    path, state = tmp_path / "w.pth", {"a": torch.zeros(1)}
+    path.write_text("words")
+    with pytest.raises(ConfigError, match=r"w.pth`: not a plain state of tensors: .*; give .safetensors, or .pth of"):
+        read_backbone(path)
+    for wrong, found in (({"model": state, "step": 3}, "'model' that is none"), (torch.zeros(1), "Tensor")):
+        torch.save(wrong, path)
+        with pytest.raises(ConfigError, match=rf"expected a dictionary of tensors, found {found}; save a network's"):
+            read_backbone(path)
+    torch.save(state, path)
+    assert read_backbone(path) == state
 
 
 def test_a_run_whose_plugin_is_gone_or_changed_says_so(

@@ -125,7 +125,10 @@ def test_images_are_linked_to_or_copied(tmp_path):
 LIST = "ImageSets/Main/trainval.txt"
 WRONG_VOC = {
     "no image": (lambda f: (f / "JPEGImages/000009.jpg").unlink(), "000009.jpg: no such image"),
-    "no labels": (lambda f: (f / "Annotations/000009.xml").unlink(), "000009.xml: the file: expected a readable file"),
+    "no labels": (
+        lambda f: (f / "Annotations/000009.xml").unlink(),
+        "000009.xml: the file: expected a label file.* Add it, or",
+    ),
     "unknown class": (
         lambda f: xml(f / "Annotations/000009.xml", ("dogg", 1, 1, 2, 2)),
         r"000009.xml: object\[1\]/name: expected one of the 20 classes of VOC, found 'dogg'. did you mean 'dog'\?",
@@ -150,6 +153,11 @@ WRONG_VOC = {
 }
 
 
+def test_a_folder_without_an_edition_is_said_to_be_there_or_not(tmp_path):
+    refused(lambda: convert_voc(tmp_path, "2007", tmp_path / "voc"), "in it, found no edition of VOC")
+    refused(lambda: convert_voc(tmp_path / "in", "2007", tmp_path / "voc"), "in it, found no such folder")
+
+
 @pytest.mark.parametrize("case", WRONG_VOC)
 def test_a_wrong_devkit_is_refused_by_its_place_and_leaves_nothing(case, tmp_path):
     root = devkit(tmp_path / "in")
@@ -166,6 +174,30 @@ def test_of_many_wrong_files_the_first_is_named_and_the_others_are_counted(tmp_p
     said = refused(lambda: convert_voc(root, "2007", tmp_path / "voc"), "000005.xml")
     assert "(2 more files are refused: " in said
     assert "000009.xml, ...)" in said
+    xml(root / "VOC2007/Annotations/000001.xml", ("cow", 1, 1, 2, 2))
+    assert "(1 more file is refused: " in refused(lambda: convert_voc(root, "2007", tmp_path / "voc"), "000005.xml")
+
+
+def test_a_folder_above_the_labels_leads_to_the_one_that_was_meant(tmp_path):
+    root = devkit(tmp_path)
+    words = rf"no .xml file in it has an image of its name in .*; did you mean {root}/VOC2007\?$"
+    refused(lambda: convert_folder(root, tmp_path / "farm"), words)
+    labels = root / "VOC2007/Annotations"
+    refused(lambda: convert_folder(labels, tmp_path / "farm"), "; give the folder that images and labels are both in$")
+    assert not (tmp_path / "farm").exists()
+    convert_folder(root / "VOC2007", tmp_path / "farm")
+
+
+def test_a_label_file_that_is_not_there_is_added_or_taken_from_the_list(tmp_path):
+    root = devkit(tmp_path)
+    path, listed = root / "VOC2007/Annotations/000009.xml", root / f"VOC2007/{LIST}"
+    kept = path.read_text()
+    path.unlink()
+    for number, cure in enumerate((lambda: text(listed, "000005\n"), lambda: text(path, kept))):
+        text(listed, "000005\n000009\n")
+        refused(lambda out=number: convert_voc(root, "2007", tmp_path / str(out)), "none of this name. Add it, or take")
+        cure()
+        convert_voc(root, "2007", tmp_path / str(number))
 
 
 def test_sides_swapped_in_a_file_are_those_of_the_image(tmp_path):
@@ -345,6 +377,8 @@ def test_classes_of_xml_are_those_that_are_found_and_novel_ones_are_chosen(tmp_p
     (line,) = caplog.messages
     assert line.startswith(f"{root}: no entry in categories named 'unicorn': without ground truth")
     assert find_dataset(str(tmp_path / "farm/farm.toml")).split == split
+    lines = conversion_lines(convert_folder(root, tmp_path / "my farm"))
+    assert lines[-1] == f"next: ezsd data check --dataset '{tmp_path}/my farm/my-farm.toml'"
     lines = conversion_lines(convert_folder(root, tmp_path / "all"))
     assert "no class is novel yet" in lines[-2]
     toml = tmp_path / "all/all.toml"
@@ -550,7 +584,7 @@ WRONG_FOLDERS = {
     ),
     "no XML": (
         lambda r: None,
-        "0 images with labels, and not one box in them to train on",
+        "no .xml file in it has an image of its name in",
         {"format": "yolo"},
         {"format": "voc"},
     ),

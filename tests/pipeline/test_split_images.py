@@ -41,6 +41,34 @@ def read(out, part):
     return json.loads((out / f"{part}.json").read_text())
 
 
+def test_what_is_no_annotation_file_is_named_as_it_was_given(one, tmp_path):
+    toml = tmp_path / "farm.toml"
+    toml.write_text("")
+    for path, fault in (
+        (one, "is a folder"),
+        (tmp_path / "gone.json", "no such file"),
+        (toml, "does not end in .json"),
+    ):
+        with pytest.raises(ArgumentError, match=rf"^{path}: {fault}; give a COCO-format JSON file$"):
+            split_images(path, tmp_path / "out")
+    with pytest.raises(DatasetError, match=rf"annotations`: is a folder; give a file in it: {one / JSON}$"):
+        find_dataset(str(one / "annotations"))
+    with pytest.raises(DatasetError, match=r"train`: is a folder; give a file that ends in .toml or .json$"):
+        find_dataset(str(one / "train"))
+    find_dataset(str(one / JSON))
+    split_images(one / JSON, tmp_path / "out")
+
+
+@pytest.mark.parametrize("table", [{}, {"categories": []}])
+def test_a_file_without_classes_is_said_to_have_none(table, tmp_path):
+    (tmp_path / "few.json").write_text(json.dumps({"images": [], "annotations": [], **table}))
+    with pytest.raises(DatasetError, match=r"few.json: categories: expected at least one with a name, found none; add"):
+        find_dataset(str(tmp_path / "few.json"), strict=False)
+    classes = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cow"}]}
+    (tmp_path / "few.json").write_text(json.dumps(classes))
+    assert find_dataset(str(tmp_path / "few.json"), strict=False).split.base == ("cow",)
+
+
 def test_images_are_divided_and_nothing_is_lost(one, tmp_path):
     out = tmp_path / "farm"
     made = split_images(one / JSON, out, val=0.25, novel=NOVEL)
