@@ -42,9 +42,11 @@ TRAIN = {
     "warmup_steps": 5,
     "checkpoint_every": 100,
 }
-STEPS = {"one": 1, "twenty": 20, "masked": 1, "sized": 1, "hot": 2, "tail": 3}
+STEPS = {"one": 1, "twenty": 20, "masked": 1, "sized": 1, "hot": 2, "tail": 3, "open": 1}
 """Of each run; one has masks, one images of many sizes, one a temperature that starts at its bound, one Seesaw loss and
-repeat factors."""
+repeat factors, one a backbone of timm."""
+OPEN = {"backbone": "timm:resnet18.tv_in1k", "rpn_sizes": (16, 24, 48)}
+"""Timm's name for the same network, with the same names of tensors."""
 SIZED = {"multiscale_min_size": 40, "min_size": 200, "max_size": 200, "seed": 2}
 
 
@@ -65,6 +67,9 @@ def settings(quick_config):
         model = dataclasses.replace(quick_config.model, **MODEL, masks=name == "masked")
         if name == "hot":
             model = dataclasses.replace(model, logit_scale=100.0)
+        if name == "open":
+            model = dataclasses.replace(model, **OPEN)
+            changes |= {"backbone_lr_mult": 0.5}
         changes |= SIZED if name == "sized" else {}
         changes |= {"repeat_threshold": 1.0} if name == "tail" else {}
         loop = dataclasses.replace(quick_config.train, **TRAIN, steps=STEPS[name], **changes)
@@ -99,7 +104,7 @@ def first_gradients(run):
 
 
 def require_equal(runs, expected):
-    for run in ("one", "masked", "sized"):
+    for run in ("one", "masked", "sized", "open"):
         ours, theirs = first_gradients(runs[run]), first_gradients(expected[run])
         for name, gradient in theirs.items():
             assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
