@@ -14,6 +14,7 @@ import functools
 import importlib
 import math
 import sys
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,8 @@ class PretendGpu:
         self.counts = Counts()
         self.current = []
         """Devices that were made the current one."""
+        self.debug_mode = "default"
+        """What torch.cuda.set_sync_debug_mode was told."""
 
     @contextlib.contextmanager
     def counting(self):
@@ -138,6 +141,11 @@ class PretendGpu:
 
     def wait(self):
         self.counts.waits[place()] += 1
+        if self.debug_mode != "default":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+    def set_debug_mode(self, mode):
+        self.debug_mode = mode
 
     def launch(self, count=1):
         self.counts.launches[place()] += count
@@ -321,10 +329,14 @@ def _patch_torch(patch, gpu, capability):
         "empty_cache": None,
         "_lazy_init": None,
         "manual_seed_all": None,
+        "mem_get_info": (80 * 2**30, 80 * 2**30),
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 0,
     }
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *args, _answer=answer, **kwargs: _answer)
     patch.setattr(torch.cuda, "set_device", gpu.current.append)
+    patch.setattr(torch.cuda, "set_sync_debug_mode", gpu.set_debug_mode)
     patch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.wait())
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         real = getattr(torch, name)
