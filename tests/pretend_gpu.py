@@ -211,7 +211,7 @@ class PretendGpu:
         for one in source if isinstance(source, list) else [source]:
             self.move(one)
         blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
-        if blocking or isinstance(source, PretendTensor):
+        if blocking or (isinstance(source, PretendTensor) and not _is_pinned(args[0])):
             self.wait()
 
 
@@ -229,6 +229,9 @@ class Devices(TorchFunctionMode):
         if func is torch.device:
             return func(*args, **kwargs or {})
         args, kwargs = tuple(map(_inside, args)), {key: _inside(value) for key, value in (kwargs or {}).items()}
+        # Pinned memory is the driver's; it is remembered whose it would be.
+        if kwargs.get("pin_memory"):
+            return _pin(func(*args, **kwargs | {"pin_memory": False}))
         # Values of lists become tensors below what a mode can see.
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == INSIDE:
             return func(*args, **kwargs | {"device": "cpu"}).to(INSIDE)
@@ -241,6 +244,21 @@ def _inside(value):
     if isinstance(value, torch.device):
         return INSIDE if value.type == "cuda" else value
     return INSIDE if isinstance(value, str) and value.startswith("cuda") else value
+
+
+def _pin(tensor, device=None):
+    """The values of a CPU tensor in memory that a GPU copies by itself."""
+    if isinstance(tensor, PretendTensor):
+        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")  # noqa: TRY004 - torch's
+    if _is_pinned(tensor):
+        return tensor
+    pinned = tensor.clone()
+    pinned.pinned_by_pretend_gpu = True
+    return pinned
+
+
+def _is_pinned(tensor, device=None):
+    return getattr(tensor, "pinned_by_pretend_gpu", False)
 
 
 def _known(ours, value):
@@ -342,6 +360,8 @@ def _patch_torch(patch, gpu, capability):
         real = getattr(torch, name)
         patch.setattr(torch, name, lambda device_type="cuda", _real=real: _real(_autocast_type(device_type)))
     patch.setattr(torch, "autocast", _Autocast)
+    patch.setattr(torch.Tensor, "pin_memory", _pin)
+    patch.setattr(torch.Tensor, "is_pinned", _is_pinned)
     # A module's parameters are replaced: a tensor cannot become one of another class.
     patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
     # The device's tensors are updated together, as those of a GPU are.

@@ -19,9 +19,8 @@ from ezsd.data.masks import encode
 from ezsd.detector.masks import paste
 from ezsd.detector.model import Detections, Detector
 from ezsd.errors import TeacherError
-from ezsd.kernels import require_backend
 from ezsd.pipeline.config.schema import Config, EvalConfig, TeacherConfig, at_test_time, from_tables, to_tables
-from ezsd.pipeline.devices import is_out_of_memory, more_memory, said_instead
+from ezsd.pipeline.devices import is_out_of_memory, more_memory, require_backend_there, said_instead
 from ezsd.pipeline.errors import ConfigError, OutOfMemory, RunError
 from ezsd.pipeline.extraction.encoder import CropEncoder
 from ezsd.pipeline.extraction.provenance import model_inputs, proposal_settings
@@ -217,12 +216,13 @@ def load_trained(
         RunError: training has not ended.
         ConfigError: see `at_test_time`.
         BackendError: the run's backend cannot run on this device.
+        OutOfMemory: the device has no memory left.
         TeacherError: see `run_teacher`.
     """
     checkpoint, spec, tables = run.finished(), run.spec, run.embeddings()
     own = run.config
     config = at_test_time(own, overrides)
-    require_backend(config.train.backend, torch.device(device))
+    require_backend_there(config.train.backend, torch.device(device))
     if config.model.masks and not own.model.masks:
         raise RunError(f"`run={run.folder}`: was trained without masks; train another one with `model.masks=true`")
     embed_dim, base_count = spec["embed_dim"], spec["base_count"]
