@@ -411,7 +411,7 @@ def several(check: Check) -> Row:
         run = ("--cache", check.work / "demo/cache", "--run", check.work / name, "--device", check.device.type)
         return ["ezsd", "train", *run, *chosen]
 
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "--"]
     check.command([*launcher, *words("together")], 600).require("torchrun")
     check.command(["-m", *words("alone", f"train.grad_accumulation={count}")], 600).require("ezsd train")
     together, alone = (Run.open(check.work / name).finished().optimiser() for name in ("together", "alone"))

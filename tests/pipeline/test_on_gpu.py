@@ -273,6 +273,25 @@ def test_a_gpu_without_bfloat16_trains_in_float32_and_detects_in_float16(
     assert "took eager, because the GPU has compute capability 7.5" in caplog.text
 
 
+def test_what_float16_does_not_hold_is_detected_in_float32(trained, shapes_root, caplog):
+    def detected(device, factor):
+        model = Model(trained[0], device=device)
+        weights = model._trained.detector.state_dict()
+        # The next layer takes the factor out again: nothing changes but the numbers between the two.
+        for name, by in (("stem.0.1.weight", factor), ("stem.0.1.bias", factor), ("stem.1.0.weight", 1 / factor)):
+            weights[f"backbone.body.{name}"].mul_(by)
+        return model(shapes_root / "val/000001.png", "bar", threshold=0.0)
+
+    with pretend_gpu(capability=(7, 5)), caplog.at_level("WARNING"):
+        assert len(detected("cuda", 1.0))
+        assert "float16" not in caplog.text
+        found = detected("cuda", 1e6)
+    assert caplog.text.count("beyond float16's range") == 1
+    expected = detected("cpu", 1.0)
+    assert len(found) == len(expected) > 0
+    assert found.scores == pytest.approx(expected.scores, abs=1e-4)
+
+
 def test_a_crop_wider_than_a_gpu_resamples_is_the_same():
     random = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, 40, 800), generator=random, dtype=torch.uint8)
