@@ -48,6 +48,9 @@ RUNS_EZSD = ("zarr", "numcodecs", "dask", "open_clip", "pycocotools", "rich", "t
 INSTALL = 'pip install -e ".[test]"'
 MARGIN = 0.03
 """How far beside the recorded AP50 of seeds the demo may be: devices round differently, and training amplifies it."""
+CASES_ALONE = ("--noconftest", "-o", "addopts=", "--import-mode=importlib", "-W", "default", "-q", "-rfsE")
+"""Options of pytest: neither the suite's fixtures nor its plug-ins, which need more packages; and what a library warns
+of on a GPU refuses none."""
 RESUMED = 0.01
 """Largest relative difference of a loss after a resume: a GPU adds in no fixed order."""
 SHARED = 0.02
@@ -129,7 +132,9 @@ class Done:
 
 def command(words: Sequence[object], seconds: float = LONGEST) -> Done:
     """Run Python with these arguments in the repository, show what it prints, and end it after some time."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(driver.ROOT), os.environ.get("PYTHONPATH", "")])}
+    # Nothing that lies where it runs may stand in for a package: -P; so scripts are told where driver.py is.
+    folders = [str(driver.ROOT), str(driver.ROOT / "benchmarks"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
     lines = []
     with subprocess.Popen(
         [sys.executable, "-P", *map(str, words)],
@@ -234,10 +239,7 @@ def version_of(name: str) -> str | None:
 def kernels(check: Check) -> Row:
     """The operators against float64, in a process of its own."""
     require_triton(check)
-    # Nothing but the cases: neither the suite's fixtures nor its options, which need more packages; and what a library
-    # warns of on a GPU refuses none.
-    options = ["--noconftest", "-o", "addopts=", "--import-mode=importlib", "-W", "default", "-q", "-rfsE"]
-    done = check.command(["-m", "pytest", *options, "tests/kernels/gpu_cases.py"])
+    done = check.command(["-m", "pytest", *CASES_ALONE, "tests/kernels/gpu_cases.py"])
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)\b", done.text)}
     if done.code:
         failed = re.findall(r"^(?:FAILED|ERROR) \S*?::(\S+)", done.text, re.MULTILINE)

@@ -162,6 +162,22 @@ def test_commands_show_what_they_print_and_end_in_time(gpu_check, capsys):
         done.require("it")
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ([BENCHMARKS / "kernel.py", "--help"], 0, "--rounds"),
+        (["-m", "pytest", "CASES_ALONE", "tests/kernels/gpu_cases.py"], 2, "needs a GPU"),
+    ],
+)
+def test_what_the_sections_run_starts(gpu_check, words, code, said):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, which `make gpu-check` tests")
+    words = [part for word in words for part in (gpu_check.CASES_ALONE if word == "CASES_ALONE" else (word,))]
+    done = gpu_check.command(words)
+    assert done.code == code, done.text
+    assert said in done.text
+
+
 def test_a_run_is_used_and_resumed(gpu_check, check, shapes_root, shapes_store, shapes_run, tmp_path):
     """With the command itself, on the CPU."""
 
