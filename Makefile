@@ -15,14 +15,9 @@ demo: $(STAMP)
 test: lint
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# On a machine with a GPU: the kernels against float64, then the table of benchmarks/kernel.py with its own gates. The table
-# comes after a failed test too, but not without a GPU, which is 2.
-# cuBLAS is deterministic only with a workspace of its own.
-gpu-check: export CUBLAS_WORKSPACE_CONFIG = :4096:8
+# Accepts or refuses a machine with a GPU, in its last line; "Error 1" is refused, "Error 2" is no GPU.
 gpu-check: $(STAMP)
-	$(BIN)/pytest tests/kernels/gpu_cases.py; tests=$$?; \
-	[ $$tests -ne 2 ] || exit 2; \
-	PYTHONPATH=. $(BIN)/python benchmarks/kernel.py && exit $$tests
+	PYTHONPATH=. $(BIN)/python benchmarks/gpu_check.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

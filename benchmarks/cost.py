@@ -2,8 +2,8 @@
 
 Arithmetic and no measurement: no GPU ran any of it. "--count" counts floating-point operations with torch's counter, on
 tensors without memory, and the crops that the presets look at in images of the sizes of a folder in COCO's layout; one
-row goes to results/cost.jsonl. Without it the newest row becomes the tables of docs/cost.md: operations over what a
-GPU is published to do in bf16 times --utilisation, which is assumed, and bytes by `ezsd.cache.journal.disk_room`.
+row goes to results/cost.jsonl. Without it the newest row becomes the tables of docs/cost.md, by the model of
+cost_model.py, whose assumptions are a table of their own; and bytes by `ezsd.cache.journal.disk_room`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import open_clip
 import torch
 import torchvision
+from cost_model import ENDS, GPUS, Assumed, Gpu, Host, assumptions, looking_ms, training_ms, tuning_ms
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,15 +36,15 @@ from ezsd.pipeline.runs.model import build_detector
 from ezsd.vocabulary import COCO_SPLIT
 
 Row = driver.Row
-PEAK_TFLOPS = {"H200": 989, "A100": 312, "RTX 4090": 165}
-"""Published peaks of dense products in bf16."""
-UTILISATION = 0.3
+ASSUMED = Assumed()
 IMAGES = {"COCO": 118_287, "LVIS": 100_170}
 """Training images."""
 BASE_NAMES = {"COCO": 48, "LVIS": 866}
 TEACHERS = ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "RN50-quickgelu")
 PRESETS = ("coco", "paper")
 """Their detectors differ in the head."""
+CROP = 224
+"""Side of a teacher's crops."""
 EMBED_DIM = 512
 """Of ViT-B/32 and ViT-B/16."""
 IMAGE = (800, 1344)
@@ -193,12 +194,13 @@ def count(photos: Path) -> Row:
     return {"images": len(sizes), "base_boxes": boxes, "passes": passes, "teachers": teachers, "steps": steps}
 
 
-def hours(gflop: float, utilisation: float) -> list[str]:
-    """Cells of a table: hours on each GPU."""
-    return [f"{gflop / (1e3 * peak * utilisation) / 3600:.1f}" for peak in PEAK_TFLOPS.values()]
+def hours(times: float, milliseconds: Callable[[Gpu, Host], float]) -> list[str]:
+    """Cells of a table: hours on each GPU, with what the host does hidden, to in turn."""
+    ends = ([times * milliseconds(gpu, host) / 3.6e6 for host in ENDS] for gpu in GPUS.values())
+    return [f"{low:.1f} to {high:.1f}" for low, high in ends]
 
 
-def tuning_table(row: Row, utilisation: float) -> list[list[str]]:
+def tuning_table(row: Row, assumed: Assumed) -> list[list[str]]:
     """Re-normalisation by the data's own preset; names count only where their tower is tuned; memory in float32."""
     lines = []
     for name, counted in row["teachers"].items():
@@ -208,23 +210,28 @@ def tuning_table(row: Row, utilisation: float) -> list[list[str]]:
             step = settings.batch_size * counted["tuned_crop_gflop"] + names * counted["tuned_name_gflop"]
             kept = settings.batch_size * counted["tuned_crop_gb"] + names * counted["tuned_name_gb"]
             total = settings.steps * step
-            lines.append([data, name, f"{total / 1e9:.2f}", *hours(total, utilisation), f"{kept:.0f}"])
-    return [["data", "teacher", "EFLOP", *PEAK_TFLOPS, "GB"], *lines]
+            size = {"crops": settings.batch_size, "gflop": step, "kept_gb": kept, "side": CROP}
+            spent = hours(settings.steps, lambda gpu, host, size=size: tuning_ms(gpu, assumed, host, **size))
+            lines.append([data, name, f"{total / 1e9:.2f}", *spent, f"{kept:.0f}"])
+    return [["data", "teacher", "EFLOP", *GPUS, "GB"], *lines]
 
 
-def looking_table(row: Row, utilisation: float) -> list[list[str]]:
+def looking_table(row: Row, assumed: Assumed) -> list[list[str]]:
     """Proposals, regions and ground truth; of a learned proposer all boxes are counted, of which filters drop some."""
     lines, learned = [], {"learned": load_preset("coco").max_proposals}
     for data, images in IMAGES.items():
         for name, counted in row["teachers"].items():
             for mode, passes in (learned | row["passes"]).items():
-                crops = images * (passes + row["base_boxes"])
+                each = passes + row["base_boxes"]
+                crops = images * each
                 total = crops * counted["pass_gflop"]
+                size = {"crops": each, "gflop": counted["pass_gflop"], "kept_gb": counted["tuned_crop_gb"]}
+                spent = hours(images, lambda gpu, host, size=size: looking_ms(gpu, assumed, host, **size))
                 # Rows of before have the former word.
                 search = FORMER_VALUES["proposals", "search"].get(mode, mode)
                 cells = [data, name, search, f"{crops / 1e6:,.0f}", f"{total / 1e9:.2f}"]
-                lines.append([*cells, *hours(total, utilisation)])
-    return [["data", "teacher", "`proposals.search`", "million crops", "EFLOP", *PEAK_TFLOPS], *lines]
+                lines.append([*cells, *spent])
+    return [["data", "teacher", "`proposals.search`", "million crops", "EFLOP", *GPUS], *lines]
 
 
 def store_table(row: Row) -> list[list[str]]:
@@ -243,7 +250,7 @@ def store_table(row: Row) -> list[list[str]]:
     return [["data", "`build.embedding`", "GB", "GB while it is built"], *lines]
 
 
-def training_table(row: Row, utilisation: float) -> list[list[str]]:
+def training_table(row: Row, assumed: Assumed) -> list[list[str]]:
     """All steps of a preset; memory where one GPU takes a whole step, in float32 and without workspace."""
     lines = []
     for preset, counted in row["steps"].items():
@@ -253,10 +260,18 @@ def training_table(row: Row, utilisation: float) -> list[list[str]]:
         # Weight, gradient and momentum of what is trained.
         gb = 4e-9 * (counted["parameters"] + 2 * counted["trained_parameters"])
         gb += settings.batch_size * counted["image_gb"]
+        size = {
+            "images": settings.batch_size,
+            "gflop": counted["image_gflop"],
+            "kept_gb": counted["image_gb"],
+            "trained": counted["trained_parameters"],
+            "pixels": IMAGE[0] * IMAGE[1],
+        }
+        spent = hours(settings.steps, lambda gpu, host, size=size: training_ms(gpu, assumed, host, **size))
         for data, images in IMAGES.items():
             cells = [data, f"`{preset}`", f"{seen / images:.1f}", f"{total / 1e9:.2f}"]
-            lines.append([*cells, *hours(total, utilisation), f"{gb:.0f}"])
-    return [["data", "preset", "epochs", "EFLOP", *PEAK_TFLOPS, "GB"], *lines]
+            lines.append([*cells, *spent, f"{gb:.0f}"])
+    return [["data", "preset", "epochs", "EFLOP", *GPUS, "GB"], *lines]
 
 
 def markdown(cells: list[list[str]]) -> str:
@@ -265,13 +280,14 @@ def markdown(cells: list[list[str]]) -> str:
     return "\n".join([head, "|---" * len(cells[0]) + "|", *lines])
 
 
-def tables(row: Row, utilisation: float = UTILISATION) -> dict[str, str]:
+def tables(row: Row, assumed: Assumed = ASSUMED) -> dict[str, str]:
     """The tables of docs/cost.md, by what they are about."""
     return {
-        "Re-normalisation, hours": markdown(tuning_table(row, utilisation)),
-        "Proposals, regions and ground truth, hours": markdown(looking_table(row, utilisation)),
+        "What is assumed": markdown(assumptions(assumed)),
+        "Re-normalisation, hours": markdown(tuning_table(row, assumed)),
+        "Proposals, regions and ground truth, hours": markdown(looking_table(row, assumed)),
         "The store": markdown(store_table(row)),
-        "Training, hours": markdown(training_table(row, utilisation)),
+        "Training, hours": markdown(training_table(row, assumed)),
     }
 
 
@@ -281,11 +297,14 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
         if arguments.photos is None:
             raise driver.UsageError("--count needs --photos")
         yield count(arguments.photos)
-    for title, table in tables(driver.read("cost", arguments.results)[-1], arguments.utilisation).items():
+    assumed = Assumed(utilisation=arguments.utilisation)
+    for title, table in tables(driver.read("cost", arguments.results)[-1], assumed).items():
         print(f"## {title}\n\n{table}\n")
 
 
 if __name__ == "__main__":
     counting_anew = driver.option("--count", action="store_true", help="count anew")
-    utilisation = driver.option("--utilisation", type=float, default=UTILISATION, help="of the published peak, assumed")
+    utilisation = driver.option(
+        "--utilisation", type=float, default=ASSUMED.utilisation, help="of the published products, assumed"
+    )
     driver.run("cost", measure, __doc__, counting_anew, "--photos", utilisation)

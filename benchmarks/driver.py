@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -96,17 +97,22 @@ def run(
 
 def conditions() -> Row:
     """Versions, machine, date and commit of a measurement."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=True
-    )
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "python": platform.python_version(),
         **versions("torch", "torchvision"),
         "cpu": _of_cpu("model name") or platform.processor(),
         "cores": os.cpu_count(),
     }
+
+
+def commit() -> str | None:
+    """Abbreviated name of the commit; None in a copy that is no git repository."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip() or None
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -10,6 +10,8 @@ from ezsd.pipeline.errors import ArgumentError, OutOfMemory
 if TYPE_CHECKING:
     import torch
 
+    from ezsd.choices import Backend
+
 _WORDS = re.compile(
     # The last two are oneDNN's and cuBLAS's, which have no other words for it.
     r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|bad_alloc|could not create a primitive|"
@@ -41,6 +43,30 @@ def resolve_device(name: str) -> str:
             f"`device={name}`: this machine has {torch.cuda.device_count()} usable GPUs; use `device=cpu`"
         )
     return name
+
+
+def require_backend_there(backend: Backend, device: torch.device) -> None:
+    """Refuse a backend that cannot run on a device, as `ezsd.kernels.require_backend` does.
+
+    Raises:
+        BackendError: says why.
+        OutOfMemory: a GPU has no room for a first kernel.
+    """
+    from ezsd.errors import BackendError
+    from ezsd.kernels import require_backend
+
+    try:
+        require_backend(backend, device)
+    except BackendError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory on {device} before anything is loaded{said_instead(error)}: not even a first kernel of one "
+            "row fits. Other programs hold its memory, which `nvidia-smi` lists: end them, or use another GPU, "
+            "`device=cuda:N`, or `device=cpu`"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import functools
 import importlib
 import math
 import sys
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,8 @@ class PretendGpu:
         self.counts = Counts()
         self.current = []
         """Devices that were made the current one."""
+        self.debug_mode = "default"
+        """What torch.cuda.set_sync_debug_mode was told."""
 
     @contextlib.contextmanager
     def counting(self):
@@ -138,6 +141,11 @@ class PretendGpu:
 
     def wait(self):
         self.counts.waits[place()] += 1
+        if self.debug_mode != "default":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+    def set_debug_mode(self, mode):
+        self.debug_mode = mode
 
     def launch(self, count=1):
         self.counts.launches[place()] += count
@@ -203,7 +211,7 @@ class PretendGpu:
         for one in source if isinstance(source, list) else [source]:
             self.move(one)
         blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
-        if blocking or isinstance(source, PretendTensor):
+        if blocking or (isinstance(source, PretendTensor) and not _is_pinned(args[0])):
             self.wait()
 
 
@@ -221,6 +229,9 @@ class Devices(TorchFunctionMode):
         if func is torch.device:
             return func(*args, **kwargs or {})
         args, kwargs = tuple(map(_inside, args)), {key: _inside(value) for key, value in (kwargs or {}).items()}
+        # Pinned memory is the driver's; it is remembered whose it would be.
+        if kwargs.get("pin_memory"):
+            return _pin(func(*args, **kwargs | {"pin_memory": False}))
         # Values of lists become tensors below what a mode can see.
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == INSIDE:
             return func(*args, **kwargs | {"device": "cpu"}).to(INSIDE)
@@ -233,6 +244,21 @@ def _inside(value):
     if isinstance(value, torch.device):
         return INSIDE if value.type == "cuda" else value
     return INSIDE if isinstance(value, str) and value.startswith("cuda") else value
+
+
+def _pin(tensor, device=None):
+    """The values of a CPU tensor in memory that a GPU copies by itself."""
+    if isinstance(tensor, PretendTensor):
+        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")  # noqa: TRY004 - torch's
+    if _is_pinned(tensor):
+        return tensor
+    pinned = tensor.clone()
+    pinned.pinned_by_pretend_gpu = True
+    return pinned
+
+
+def _is_pinned(tensor, device=None):
+    return getattr(tensor, "pinned_by_pretend_gpu", False)
 
 
 def _known(ours, value):
@@ -321,15 +347,21 @@ def _patch_torch(patch, gpu, capability):
         "empty_cache": None,
         "_lazy_init": None,
         "manual_seed_all": None,
+        "mem_get_info": (80 * 2**30, 80 * 2**30),
+        "reset_peak_memory_stats": None,
+        "max_memory_allocated": 0,
     }
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *args, _answer=answer, **kwargs: _answer)
     patch.setattr(torch.cuda, "set_device", gpu.current.append)
+    patch.setattr(torch.cuda, "set_sync_debug_mode", gpu.set_debug_mode)
     patch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.wait())
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         real = getattr(torch, name)
         patch.setattr(torch, name, lambda device_type="cuda", _real=real: _real(_autocast_type(device_type)))
     patch.setattr(torch, "autocast", _Autocast)
+    patch.setattr(torch.Tensor, "pin_memory", _pin)
+    patch.setattr(torch.Tensor, "is_pinned", _is_pinned)
     # A module's parameters are replaced: a tensor cannot become one of another class.
     patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
     # The device's tensors are updated together, as those of a GPU are.

@@ -1,5 +1,7 @@
 """The pretend GPU keeps apart what a GPU keeps apart, and counts what it makes the host wait for."""
 
+import contextlib
+import importlib
 from operator import setitem
 
 import pytest
@@ -7,8 +9,8 @@ import torch
 from torch.nn.functional import normalize
 
 from ezsd import kernels
-from ezsd.kernels import Pooling
-from tests.pretend_gpu import pretend_gpu
+from ezsd.kernels import Pooling, backend
+from tests.pretend_gpu import PretendGpu, pretend_gpu
 
 
 @pytest.fixture
@@ -74,6 +76,10 @@ def test_tensors_of_two_places_do_not_mix(gpu, mix):
         (lambda x: x[torch.tensor([0, 1])], 1, 16),
         (lambda x: x[[0, 1]], 1, 16),
         (lambda x: x.copy_(numbers(4)), 1, 16),
+        (lambda x: numbers(4).pin_memory().to("cuda", non_blocking=True), 0, 16),
+        (lambda x: torch.empty(4, pin_memory=True).copy_(x, non_blocking=True), 0, 16),
+        (lambda x: torch.empty(4, pin_memory=True).copy_(x), 1, 16),
+        (lambda x: torch.empty(4).copy_(x, non_blocking=True), 1, 16),
     ],
 )
 def test_waits_and_bytes_are_counted(gpu, call, waits, moved):
@@ -81,6 +87,79 @@ def test_waits_and_bytes_are_counted(gpu, call, waits, moved):
     with gpu.counting() as counts:
         call(there)
     assert (counts.waits.total(), counts.moved.total()) == (waits, moved)
+
+
+def test_memory_of_the_cpu_alone_is_pinned(gpu):
+    pinned = numbers(3).pin_memory()
+    assert pinned.is_pinned()
+    assert pinned.pin_memory() is pinned
+    assert not numbers(3).is_pinned()
+    with pytest.raises(RuntimeError, match="only dense CPU tensors"):
+        pinned.to("cuda").pin_memory()
+
+
+def test_waits_are_told_where_torch_is_asked_to_tell_them(gpu):
+    there = numbers(3).to("cuda")
+    torch.cuda.set_sync_debug_mode("warn")
+    with pytest.warns(UserWarning, match="synchronizing"):
+        there.tolist()
+    torch.cuda.set_sync_debug_mode("default")
+    there.tolist()
+
+
+PATCHED = {
+    "torch.cuda": torch.cuda,
+    "torch": torch,
+    "torch.Tensor": torch.Tensor,
+    "torch.__future__": torch.__future__,
+    "torch.optim.optimizer": importlib.import_module("torch.optim.optimizer"),
+    "torch.optim.Optimizer": torch.optim.Optimizer,
+    "torch.nn.utils.clip_grad": importlib.import_module("torch.nn.utils.clip_grad"),
+    "triton_pool": pytest.importorskip("ezsd.kernels.triton_pool"),
+    "triton_distance": pytest.importorskip("ezsd.kernels.triton_distance"),
+    "PretendGpu": PretendGpu,
+}
+"""What the pretend GPU is put over, by name."""
+
+
+def contents():
+    return {f"{name}.{key}": value for name, where in PATCHED.items() for key, value in vars(where).items()}
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("in the test")])
+def test_nothing_of_it_is_left_behind(error):
+    # Torch fills in some of its names when they are first looked at.
+    with pretend_gpu():
+        kernels.roi_align(*there_and_boxes())
+    before = contents()
+    with contextlib.suppress(RuntimeError), pretend_gpu():
+        assert {name for name, value in contents().items() if value is not before.get(name)} >= {
+            *("torch.cuda.is_available", "torch.autocast", "torch.Tensor.pin_memory", "triton_pool.pool_forward"),
+            *("torch.__future__._overwrite_module_params_on_conversion", "PretendGpu.active"),
+        }
+        kernels.roi_align(*there_and_boxes())
+        if error is not None:
+            raise error
+    after = contents()
+    assert {name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)} == set()
+    assert not torch.cuda.is_available()
+    assert backend._tried_on.cache_info().currsize == backend._announce.cache_info().currsize == 0
+    # No mode is still looking.
+    assert torch.ones(2).device == torch.device("cpu")
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.ones(2, device="cuda")
+
+
+def there_and_boxes():
+    features, boxes = numbers(1, 4, 3, 3).to("cuda"), torch.tensor([[0.0, 0, 2, 2]], device="cuda")
+    return (
+        features,
+        boxes,
+        torch.zeros(1, dtype=torch.int64, device="cuda"),
+        Pooling(spatial_scale=(1.0,), output_size=2),
+    )
 
 
 def test_counts_say_where_in_our_code(gpu):

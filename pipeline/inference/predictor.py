@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +20,8 @@ from ezsd.data.masks import encode
 from ezsd.detector.masks import paste
 from ezsd.detector.model import Detections, Detector
 from ezsd.errors import TeacherError
-from ezsd.kernels import require_backend
 from ezsd.pipeline.config.schema import Config, EvalConfig, TeacherConfig, at_test_time, from_tables, to_tables
-from ezsd.pipeline.devices import is_out_of_memory, more_memory, said_instead
+from ezsd.pipeline.devices import is_out_of_memory, more_memory, require_backend_there, said_instead
 from ezsd.pipeline.errors import ConfigError, OutOfMemory, RunError
 from ezsd.pipeline.extraction.encoder import CropEncoder
 from ezsd.pipeline.extraction.provenance import model_inputs, proposal_settings
@@ -29,7 +29,7 @@ from ezsd.pipeline.extraction.teacher import recorded_teacher
 from ezsd.pipeline.inference.ensemble import TeacherEnsemble
 from ezsd.pipeline.runs.model import build_detector, require_same_body
 from ezsd.pipeline.runs.run import Run
-from ezsd.precision import autocast
+from ezsd.precision import FiniteOutputs, autocast, network_dtype
 from ezsd.teacher.open_clip import Teacher
 from ezsd.vocabulary import texts
 
@@ -65,6 +65,21 @@ class Room:
         log.warning("out of memory: going on with %d images at once", self.images)
 
 
+@dataclass(slots=True)
+class Rounding:
+    """Type that a network is found to need on a device."""
+
+    exact: bool = False
+    """True once an activation was beyond float16: computed in float32 from then on."""
+
+    def widen(self) -> None:
+        """Called once an activation was."""
+        self.exact = True
+        log.warning(
+            "an activation of this run is beyond float16's range, in which this GPU detects: going on in float32"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedDetector:
     """Detector of a run with its settings and text embeddings."""
@@ -82,6 +97,8 @@ class TrainedDetector:
     """The teacher, where it takes part in scores."""
     room: Room = field(default_factory=Room)
     """Images at a time; halved, for good, where they do not fit."""
+    rounding: Rounding = field(default_factory=Rounding)
+    """Widened, for good, where float16 does not hold the activations."""
 
     def search(self, text: Tensor, *, alone: bool = False) -> Search:
         """Prepare a search for names, with the names of the run that compete with them.
@@ -169,19 +186,7 @@ class TrainedDetector:
         """
         batch, sizes = pad_images(images)
         try:
-            with autocast(self.device, training=False):
-                found: list[Detections] = self.detector(
-                    batch.to(self.device),
-                    sizes,
-                    search.text,
-                    competing=search.competing,
-                    score_floor=self.config.eval.score_threshold,
-                    nms_iou=self.config.eval.nms_iou,
-                    keep=self.config.eval.max_detections if keep is None else keep,
-                    class_agnostic_nms=self.config.eval.class_agnostic_nms,
-                    objectness=self.config.eval.objectness,
-                    masks=masks and self.config.model.masks,
-                )
+            found = self._run(batch.to(self.device), sizes, search, keep=keep, masks=masks)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -193,6 +198,32 @@ class TrainedDetector:
                 ) from error
             return None
         return found
+
+    def _run(
+        self, batch: Tensor, sizes: list[tuple[int, int]], search: Search, *, keep: int | None, masks: bool
+    ) -> list[Detections]:
+        """Detections in a batch, again in float32 where an activation is beyond float16."""
+        narrow = not self.rounding.exact and network_dtype(self.device, training=False) == torch.float16
+        with (
+            nullcontext() if self.rounding.exact else autocast(self.device, training=False),
+            FiniteOutputs(self.detector) if narrow else nullcontext() as finite,
+        ):
+            found: list[Detections] = self.detector(
+                batch,
+                sizes,
+                search.text,
+                competing=search.competing,
+                score_floor=self.config.eval.score_threshold,
+                nms_iou=self.config.eval.nms_iou,
+                keep=self.config.eval.max_detections if keep is None else keep,
+                class_agnostic_nms=self.config.eval.class_agnostic_nms,
+                objectness=self.config.eval.objectness,
+                masks=masks and self.config.model.masks,
+            )
+        if finite is None or finite:
+            return found
+        self.rounding.widen()
+        return self._run(batch, sizes, search, keep=keep, masks=masks)
 
 
 def encode_masks(detections: Detections, height: int, width: int) -> list[bytes] | None:
@@ -217,12 +248,13 @@ def load_trained(
         RunError: training has not ended.
         ConfigError: see `at_test_time`.
         BackendError: the run's backend cannot run on this device.
+        OutOfMemory: the device has no memory left.
         TeacherError: see `run_teacher`.
     """
     checkpoint, spec, tables = run.finished(), run.spec, run.embeddings()
     own = run.config
     config = at_test_time(own, overrides)
-    require_backend(config.train.backend, torch.device(device))
+    require_backend_there(config.train.backend, torch.device(device))
     if config.model.masks and not own.model.masks:
         raise RunError(f"`run={run.folder}`: was trained without masks; train another one with `model.masks=true`")
     embed_dim, base_count = spec["embed_dim"], spec["base_count"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -13,8 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ezsd.choices import Backend
+from ezsd.errors import BackendError
+from ezsd.kernels import require_backend
 from ezsd.pipeline.errors import ArgumentError, RunError
 from ezsd.pipeline.process_environment import require_launcher
+
+log = logging.getLogger("ezsd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,29 @@ class Distributed:
         values = torch.tensor(value, device=device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return int(values)
+
+    def agree(self, backend: Backend, device: torch.device) -> Backend:
+        """Backend for all processes: "auto" becomes "eager" in all where Triton cannot run in one of them.
+
+        Two backends round differently, and each process would find out for itself.
+        """
+        if backend != "auto" or self.world_size == 1 or device.type == "cpu":
+            return backend
+        try:
+            require_backend("triton", device)
+            obstacle = ""
+        except BackendError as error:
+            obstacle = str(error)
+        missing = int(self.all_reduce(torch.tensor(int(bool(obstacle)), device=device)))
+        if 0 < missing < self.world_size:
+            log.warning(
+                "process %d takes eager, as all do: Triton cannot run in %d of %d processes%s",
+                self.rank,
+                missing,
+                self.world_size,
+                f"; in this one: {obstacle}" if obstacle else "",
+            )
+        return "eager" if missing else "triton"
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Make backward average the gradients of a model over all processes.

@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ezsd.cache import Store, Verify, info
+from ezsd.choices import Backend
 from ezsd.data.annotations import Annotations, ImageRecord, ImageTable
 from ezsd.data.dataset import DetectionDataset, MaskSource, PseudoLabels, repeat_factors
 from ezsd.data.transforms import Augmentation
 from ezsd.detector.model import Batch, Detector
-from ezsd.kernels import require_backend
 from ezsd.pipeline.config.schema import Config, TrainConfig, to_tables
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
 from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.mask_cache import training_masks
-from ezsd.pipeline.devices import is_out_of_memory, said_instead
+from ezsd.pipeline.devices import is_out_of_memory, require_backend_there, said_instead
 from ezsd.pipeline.errors import ConfigError, DatasetError, NonFiniteLoss, OutOfMemory, RunError
 from ezsd.pipeline.extraction.annotation_check import checked_annotations
 from ezsd.pipeline.extraction.provenance import as_built, dataset_inputs, scored_by_objectness
@@ -87,7 +87,7 @@ def train(request: TrainRequest) -> Run:
         Stopped: after a checkpoint, when SIGINT or SIGTERM was received; it is a SystemExit with code 130 or 143.
     """
     device = local_device(request.device)
-    require_backend(request.config.train.backend, device)
+    require_backend_there(request.config.train.backend, device)
     with ExitStack() as stack:
         distributed = stack.enter_context(join_process_group(device))
         _check_distributed(request.config.train, distributed)
@@ -98,7 +98,8 @@ def train(request: TrainRequest) -> Run:
         if distributed.is_main:
             require_validation(dataset, request.config)
         # Before the annotations are read, for a backbone may be refused.
-        detector, spec = _begin(request, store, dataset)
+        backend = distributed.agree(request.config.train.backend, device)
+        detector, spec = _begin(request, store, dataset, backend)
         masks = training_masks(dataset) if request.config.model.masks else None
         samples = training_samples(store, dataset, request.config.train, masks)
         tables = _tables(store)
@@ -165,12 +166,15 @@ def _has_batch_norm(detector: nn.Module) -> bool:
     return any(isinstance(module, nn.BatchNorm2d) for module in detector.modules())
 
 
-def _begin(request: TrainRequest, store: Store, dataset: Dataset) -> tuple[Detector, dict[str, object]]:
+def _begin(
+    request: TrainRequest, store: Store, dataset: Dataset, backend: Backend
+) -> tuple[Detector, dict[str, object]]:
     """Detector with its initial weights, and the record that identifies the run."""
     config = request.config
     weights = None if request.backbone_weights is None else read_backbone(request.backbone_weights)
     torch.manual_seed(config.train.seed)
-    detector = build_detector(config, store.embed_dim, weights)
+    chosen = dataclasses.replace(config, train=dataclasses.replace(config.train, backend=backend))
+    detector = build_detector(chosen, store.embed_dim, weights)
     if weights is None and config.model.backbone != "tiny":
         warn_of_random_weights(config.model.backbone, "backbone_weights")
     if not (request.run / "run.json").is_file():

@@ -47,3 +47,31 @@ def test_activations_that_the_backward_pass_needs_are_counted_without_weights(co
         torch.tanh(layer(rows)).sum().backward()
     # The layer keeps its input, tanh its output.
     assert count.kept_gb * 1e9 == pytest.approx(4 * (10 * 8 + 10 * 16))
+
+
+GPU = {"tflops": 100.0, "memory": 1.0, "link": 10.0}
+
+
+def test_time_is_of_products_and_memory(cost):
+    model = importlib.import_module("cost_model")
+    assumed = model.Assumed(utilisation=0.5, memory=0.5)
+    gpu = model.Gpu(**GPU)
+    # 100 GFLOP at 50 TFLOP/s, and 1 GB of float32 in 16 bits twice at 0.5 TB/s.
+    found = model.gpu_ms(gpu, assumed, gflop=100, kept_gb=1, passes=2)
+    assert found == pytest.approx(2 + 2)
+
+
+def test_what_the_host_does_is_hidden_or_adds_up(cost):
+    model = importlib.import_module("cost_model")
+    gpu, assumed = model.Gpu(**GPU), model.Assumed()
+    size = {"crops": 1000, "gflop": 0.0, "kept_gb": 0.0}
+    hidden, in_turn = (model.looking_ms(gpu, assumed, host, **size) for host in model.ENDS)
+    assert hidden == pytest.approx((5 + 2) / 8)
+    assert in_turn == pytest.approx(14 + 25 + 3)
+    assert [host.beside(10, 8) for host in model.ENDS] == [10, 18]
+    step = {"images": 16, "gflop": 0.0, "kept_gb": 0.0, "trained": 0.0, "pixels": 0}
+    # Reading processes bound a step at either end.
+    found = [model.training_ms(gpu, assumed, host, **step) for host in model.ENDS]
+    assert found == pytest.approx([16 * 7 / 8, 278 * 0.2])
+    link = model.tuning_ms(gpu, assumed, model.IN_TURN, crops=1, gflop=0, kept_gb=0, side=1000)
+    assert link == pytest.approx(1.85 + 3 * 4e6 / 1e6)

@@ -42,7 +42,10 @@ def test_every_script_imports_what_it_needs_and_says_its_question_and_options():
     assert done.returncode == 0, done.stderr
     modules = done.stdout.count("module: ")
     assert done.stdout.count("show this help message") == len(scripts) - modules
-    assert modules == len({"ablation_arms", "ablation_boxes", "ablation_table", "driver", "kernel_variants"})
+    assert modules == len(
+        {"ablation_arms", "ablation_boxes", "ablation_table", "cost_model", "driver", "gpu_check_stage"}
+        | {"gpu_check_step", "kernel_variants", "scoring"}
+    )
 
 
 def test_rows_are_kept_one_by_one_with_their_conditions(driver, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from ezsd.data.dataset import Sample, collate
 from ezsd.detector.backbone import Pyramid
 from ezsd.kernels import backend
 from ezsd.pipeline.config.schema import load_preset
-from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.errors import ArgumentError, OutOfMemory
 from ezsd.pipeline.extraction import build, proposer, worker
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
@@ -111,6 +111,50 @@ def test_a_gpu_without_a_first_kernel_is_said_when_a_run_is_loaded(trained, capl
         backend._tried_on.cache_clear()
         load_trained(trained[0], "cuda")
     assert [record.levelname for record in caplog.records if "took eager" in record.message] == ["WARNING"]
+
+
+def test_a_gpu_without_room_for_a_first_kernel_is_said_with_a_cure(trained, request_, tmp_path):
+    def launch(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    with pretend_gpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ezsd.kernels.triton_distance.distance_forward", launch)
+        for call in (
+            lambda: train(dataclasses.replace(request_, run=tmp_path / "run")),
+            lambda: load_trained(trained[0], "cuda"),
+        ):
+            backend._tried_on.cache_clear()
+            with pytest.raises(OutOfMemory, match="not even a first kernel .* or `device=cpu`"):
+                call()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "here", "elsewhere", "chosen"),
+    [
+        ("auto", False, 0, "triton"),
+        ("auto", False, 1, "eager"),
+        ("auto", True, 0, "eager"),
+        ("auto", True, 1, "eager"),
+        ("eager", False, 1, "eager"),
+        ("triton", False, 1, "triton"),
+    ],
+)
+def test_all_processes_take_one_backend(wanted, here, elsewhere, chosen, monkeypatch, caplog):
+    def launch(*_):
+        raise OSError("no compiler")
+
+    # The other process' part of the sum.
+    monkeypatch.setattr(dist, "all_reduce", lambda values: values.add_(elsewhere))
+    with pretend_gpu(), pytest.MonkeyPatch.context() as patch:
+        if here:
+            patch.setattr("ezsd.kernels.triton_distance.distance_forward", launch)
+            backend._tried_on.cache_clear()
+        assert Distributed(rank=1, world_size=2, local_world_size=2).agree(wanted, torch.device("cuda", 0)) == chosen
+        assert Distributed().agree(wanted, torch.device("cuda", 0)) == wanted
+    differ = wanted == "auto" and int(here) + elsewhere == 1
+    assert ("Triton cannot run in 1 of 2 processes" in caplog.text) == differ
+    assert ("in this one: " in caplog.text) == (differ and here)
 
 
 def test_a_store_is_built_with_learned_proposals(shapes_dataset, tmp_path, monkeypatch):
@@ -227,6 +271,25 @@ def test_a_gpu_without_bfloat16_trains_in_float32_and_detects_in_float16(
         handle.remove()
     assert seen == {(True, torch.float32), (False, torch.float16)}
     assert "took eager, because the GPU has compute capability 7.5" in caplog.text
+
+
+def test_what_float16_does_not_hold_is_detected_in_float32(trained, shapes_root, caplog):
+    def detected(device, factor):
+        model = Model(trained[0], device=device)
+        weights = model._trained.detector.state_dict()
+        # The next layer takes the factor out again: nothing changes but the numbers between the two.
+        for name, by in (("stem.0.1.weight", factor), ("stem.0.1.bias", factor), ("stem.1.0.weight", 1 / factor)):
+            weights[f"backbone.body.{name}"].mul_(by)
+        return model(shapes_root / "val/000001.png", "bar", threshold=0.0)
+
+    with pretend_gpu(capability=(7, 5)), caplog.at_level("WARNING"):
+        assert len(detected("cuda", 1.0))
+        assert "float16" not in caplog.text
+        found = detected("cuda", 1e6)
+    assert caplog.text.count("beyond float16's range") == 1
+    expected = detected("cpu", 1.0)
+    assert len(found) == len(expected) > 0
+    assert found.scores == pytest.approx(expected.scores, abs=1e-4)
 
 
 def test_a_crop_wider_than_a_gpu_resamples_is_the_same():
