@@ -257,4 +257,5 @@ def normalise(
 
 
 def _by_channel(values: Sequence[float], images: Tensor) -> Tensor:
-    return torch.tensor(values, device=images.device)[:, None, None]
+    # Without waiting for what a GPU does.
+    return torch.tensor(values).to(images.device, non_blocking=True)[:, None, None]

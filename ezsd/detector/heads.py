@@ -1,24 +1,22 @@
 """Two region heads of the same parts: embedding, cosine classifier over frozen text, regressor that knows the class.
 
-`FastHead` convolves the maps and embeds a region by one fused operator; `PaperHead` convolves each pooled region, as
-the method's authors do.
+`FastHead` convolves the maps and embeds a pooled region by one linear layer; `PaperHead` convolves each pooled region,
+as the method's authors do.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ezsd.choices import MAX_TEMPERATURE, Metric
-from ezsd.kernels import Pooling, roi_align, roi_align_cosine, roi_embed
-from ezsd.kernels.distance import FUSED, unit
-from ezsd.losses import distillation_loss
+from ezsd.choices import MAX_TEMPERATURE
+from ezsd.kernels import Pooling, roi_align
+from ezsd.kernels.distance import unit
 
 
 def convolutions(channels: int, depth: int) -> nn.ModuleList:
@@ -111,12 +109,12 @@ class SemanticBoxRegressor(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedRegions:
-    """Embeddings of regions, and their pooled features on demand."""
+    """Embeddings of regions, and the features that they were made of."""
 
     embedding: Tensor
     """(R, D), unit rows."""
-    pooled: Callable[[Tensor | slice], Tensor]
-    """Pooled features for the box regressor, (N, C, P, P), of the regions that a mask (R,) or a slice selects."""
+    pooled: Tensor
+    """Pooled features for the box regressor, (R, C, P, P)."""
 
 
 class Head(nn.Module, ABC):
@@ -144,24 +142,9 @@ class Head(nn.Module, ABC):
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
         """Embed boxes (R, 4) in input pixels of images (R,)."""
 
-    def distillation_loss(
-        self,
-        features: list[Tensor],
-        boxes: Tensor,
-        image_index: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        metric: Metric,
-    ) -> Tensor:
-        """Weighted mean distance of the embeddings of boxes (R, 4) to targets (R, D); a scalar.
-
-        The box regressor is not run. See `ezsd.losses.distillation_loss`.
-        """
-        return distillation_loss(self.embed(features, boxes, image_index).embedding, target, weight, metric)
-
 
 class FastHead(Head):
-    """Convolutions on the maps, then pooling, one linear layer and unit length as one operator; arguments of `Head`."""
+    """Convolutions on the maps, then pooling, one linear layer and unit length; arguments of `Head`."""
 
     def __init__(
         self,
@@ -189,28 +172,10 @@ class FastHead(Head):
         return features
 
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
-        """Embed by the fused operator; pooled features are made for the regions that are asked for, when they are."""
-        embedding = roi_embed(features, boxes, image_index, self.pooling, self.projection.weight, self.projection.bias)
-        return EmbeddedRegions(
-            embedding, lambda rows: roi_align(features, boxes[rows], image_index[rows], self.pooling)
-        )
-
-    def distillation_loss(
-        self,
-        features: list[Tensor],
-        boxes: Tensor,
-        image_index: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        metric: Metric,
-    ) -> Tensor:
-        """Distil by the fused operator, for the metrics that it has."""
-        if metric not in FUSED:
-            return super().distillation_loss(features, boxes, image_index, target, weight, metric)
-        head = self.projection.weight, self.projection.bias
-        return roi_align_cosine(
-            features, boxes, image_index, self.pooling, *head, target=target, weight=weight, metric=metric
-        )
+        """Pool once, for the embedding and the box regressor alike."""
+        pooled = roi_align(features, boxes, image_index, self.pooling)
+        # The projection's columns are bins row by row, channels innermost, as the pooled features lie in memory.
+        return EmbeddedRegions(unit(self.projection(pooled.permute(0, 2, 3, 1).flatten(1))), pooled)
 
 
 class Branch(nn.Module):
@@ -263,7 +228,7 @@ class PaperHead(Head):
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
         """Run the shared convolutions on every region, then the branch of the embedding."""
         shared = _convolve(self.shared, roi_align(features, boxes, image_index, self.pooling))
-        return EmbeddedRegions(unit(self.projection(self.branch(shared))), lambda rows: shared[rows])
+        return EmbeddedRegions(unit(self.projection(self.branch(shared))), shared)
 
 
 def _convolve(layers: nn.ModuleList, pooled: Tensor) -> Tensor:

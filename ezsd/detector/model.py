@@ -15,15 +15,23 @@ from torchvision.ops import batched_nms
 from ezsd.choices import Backend, Metric
 from ezsd.detector.backbone import Pyramid
 from ezsd.detector.heads import FastHead, Head, PaperHead
-from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, mask_targets
-from ezsd.detector.rpn import SAMPLED_ANCHORS, proposal_network
-from ezsd.detector.sampling import SampledRegions, sample_regions
+from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, concatenated, mask_targets
+from ezsd.detector.rpn import SAMPLED_ANCHORS, AnchorLosses, ProposalNetwork, Proposals
+from ezsd.detector.sampling import (
+    SampledRegions,
+    image_seeds,
+    pad_rows,
+    sample_regions,
+    to_device,
+    worth_computing,
+)
 from ezsd.detector.settings import DetectorSettings
 from ezsd.kernels import Pooling
 from ezsd.losses import (
     box_loss,
     classification_loss,
     decode_boxes,
+    distillation_loss,
     encode_boxes,
     mask_loss,
     region_weights,
@@ -65,17 +73,23 @@ class Batch:
         return Batch(
             images=self.images.to(device, non_blocking=True),
             sizes=self.sizes,
-            boxes=[b.to(device, non_blocking=True) for b in self.boxes],
-            labels=[v.to(device, non_blocking=True) for v in self.labels],
+            boxes=_moved(self.boxes, device),
+            labels=_moved(self.labels, device),
             region_boxes=self.region_boxes.to(device, non_blocking=True),
             region_image=self.region_image.to(device, non_blocking=True),
             region_target=self.region_target.to(device, non_blocking=True),
             region_confidence=self.region_confidence.to(device, non_blocking=True),
-            cached_boxes=[b.to(device, non_blocking=True) for b in self.cached_boxes],
-            cached_confidence=[c.to(device, non_blocking=True) for c in self.cached_confidence],
+            cached_boxes=_moved(self.cached_boxes, device),
+            cached_confidence=_moved(self.cached_confidence, device),
             seeds=self.seeds,
             masks=None if self.masks is None else [m.to(device) for m in self.masks],
         )
+
+
+def _moved(of_images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy the tensors of all images to another device in one piece."""
+    whole = torch.cat(list(of_images)).to(device, non_blocking=True)
+    return list(whole.split([len(one) for one in of_images]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +135,7 @@ class Detector(nn.Module):
         super().__init__()
         self.settings = settings
         self.backbone = backbone
-        self.rpn, self._anchor_sampler = proposal_network(
-            backbone.channels, settings.rpn_sizes, proposals=settings.rpn_proposals
-        )
+        self.rpn = ProposalNetwork(backbone.channels, settings.rpn_sizes, proposals=settings.rpn_proposals)
         pooling = functools.partial(_pooling, backbone, settings, backend)
         self.head = _build_head(backbone, settings, pooling(settings.pool_size), embed_dim)
         # Last, so that all else starts with the same weights without it.
@@ -154,37 +166,37 @@ class Detector(nn.Module):
             class_counts: objects of each base class so far, (B,), for Seesaw loss; None for cross-entropy.
         """
         maps = self.backbone.maps(batch.images, batch.sizes)
-        proposals, losses = self._propose(batch.images, batch.sizes, maps, batch)
-        features = self.head.features(maps[: self.head.pooling.levels])
-        sampled = self._sample(proposals, batch, len(text))
-        losses |= self._region_losses(features, sampled, text, class_counts)
+        seeds = image_seeds(batch.seeds, len(batch.sizes), batch.images.device)
+        found = self.rpn(maps, batch.images.shape[2:])
+        spared = self._spared(batch)
+        anchors = self.rpn.losses(found, batch.boxes, seeds, spared if self.settings.ignore_rpn else None)
+        sampled = self._sample(self.rpn.propose(found, batch.sizes), batch, seeds, spared, background=len(text))
+        losses = {"rpn_objectness": anchors.objectness, "rpn_box": anchors.box}
+        losses |= self._region_losses(maps[: self.head.pooling.levels], sampled, batch, text, distill, class_counts)
         if self.mask_head is not None:
             losses["mask"] = self._mask_loss(self.mask_head, maps[: self.head.pooling.levels], sampled, batch)
-        if distill is not None:
-            weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
-            losses["distillation"] = self.head.distillation_loss(
-                features, batch.region_boxes, batch.region_image, batch.region_target, weight, distill
-            )
         if totals is None:
             return losses
-        share = self._shares(totals, sampled, batch)
+        share = self._shares(totals, anchors, sampled, batch)
         return {name: part * share[name] for name, part in losses.items()}
 
     def constrain(self) -> None:
         """Move parameters that have a bound back within it; to be called after each step of an optimiser."""
         self.head.classifier.constrain()
 
-    def _shares(self, totals: Totals, sampled: list[SampledRegions], batch: Batch) -> dict[str, float | Tensor]:
+    def _shares(
+        self, totals: Totals, anchors: AnchorLosses, sampled: SampledRegions, batch: Batch
+    ) -> dict[str, float | Tensor]:
         """Fraction of the step's term that each mean over this batch is."""
-        anchors = self._anchor_sampler.drawn / (totals.images * SAMPLED_ANCHORS)
-        regions = sum(len(s.labels) for s in sampled) / (totals.images * self.settings.box_batch_size_per_image)
+        of_anchors = anchors.sampled / (totals.images * SAMPLED_ANCHORS)
+        regions = sampled.counted.sum() / (totals.images * self.settings.box_batch_size_per_image)
         most = max(int(self.settings.box_batch_size_per_image * self.settings.box_positive_fraction), 1)
         return {
-            "rpn_objectness": anchors,
-            "rpn_box": anchors,
+            "rpn_objectness": of_anchors,
+            "rpn_box": of_anchors,
             "classification": regions,
             "box": regions,
-            "mask": torch.cat(_on_masks(sampled, batch)).sum() / (totals.images * most),
+            "mask": _on_masks(sampled, batch).sum() / (totals.images * most),
             "distillation": len(batch.region_boxes) / max(totals.regions, 1),
         }
 
@@ -219,18 +231,19 @@ class Detector(nn.Module):
             masks: whether to say which part of a box is the object; for a detector that has learned it.
         """
         maps = self.backbone.maps(images, sizes)
-        proposals, _ = self._propose(images, sizes, maps, None)
+        proposals = self.rpn.propose(self.rpn(maps, images.shape[2:]), sizes)
         features = self.head.features(maps[: self.head.pooling.levels])
-        boxes, index = torch.cat(proposals), _image_index(proposals)
+        rows = worth_computing(proposals.marks.flatten())
+        boxes, index = proposals.boxes.flatten(0, 1)[rows], _image_index(proposals.marks)[rows]
         seen = self.head.embed(features, boxes, index)
         known = text if competing is None else torch.cat([text, competing])
         every = self.head.classifier(seen.embedding, known).float().softmax(1)
         probability = every[:, :-1]
         names = self._box_names(probability)
-        rows = known[names]
+        classes = known[names]
         if self.settings.box_class == "reference":
-            rows = rows * (every.argmax(1) < len(known))[:, None, None]
-        deltas = self.head.regressor(seen.pooled(slice(None)), rows)
+            classes = classes * (every.argmax(1) < len(known))[:, None, None]
+        deltas = self.head.regressor(seen.pooled, classes)
         count = names.shape[1]
         moved = decode_boxes(boxes.repeat_interleave(count, 0), deltas.flatten(0, 1)).unflatten(0, (-1, count))
         own = torch.zeros_like(probability, dtype=torch.int64).scatter_(
@@ -240,7 +253,9 @@ class Detector(nn.Module):
             # The competitors' part ends here, before anything is counted.
             own, probability = own[:, : len(text)], probability[:, : len(text)]
         if objectness:
-            probability = probability ** (1 - objectness) * torch.cat(self.rpn.scores)[:, None] ** objectness
+            probability = probability ** (1 - objectness) * proposals.scores.flatten()[rows, None] ** objectness
+        # Rows that are no proposals have no score that reaches a floor.
+        probability = torch.where(proposals.marks.flatten()[rows, None], probability, -1)
         found = [
             _suppress(
                 moved[index == i],
@@ -273,78 +288,93 @@ class Detector(nn.Module):
         # As for the likeliest object, never for background: a row of zeros was never trained.
         return probability.argmax(1, keepdim=True)
 
-    def _propose(
-        self, images: Tensor, sizes: list[tuple[int, int]], maps: list[Tensor], batch: Batch | None
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        targets = None if batch is None else [{"boxes": b} for b in batch.boxes]
-        if batch is not None and targets is not None and self.settings.ignore_rpn:
-            for target, spared in zip(targets, self._spared(batch), strict=True):
-                target["spared"] = spared
-        self._anchor_sampler.seeds = None if batch is None else batch.seeds
-        proposals, losses = self.rpn.propose(images, sizes, maps, targets)
-        if not self.training:
-            return proposals, {}
-        return proposals, {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]}
+    def _spared(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Cached boxes, (B, U, 4), and marks of those that may hold an object without a label, (B, U); or None."""
+        if self.settings.ignore_confidence > 1:
+            return None
+        boxes, cached = pad_rows(batch.cached_boxes)
+        return boxes, cached & (pad_rows(batch.cached_confidence)[0] >= self.settings.ignore_confidence)
 
-    def _spared(self, batch: Batch) -> list[Tensor]:
-        """Boxes of each image that may hold an object without a label, (U, 4)."""
-        least = self.settings.ignore_confidence
-        pairs = zip(batch.cached_boxes, batch.cached_confidence, strict=True)
-        return [boxes[confidence >= least] for boxes, confidence in pairs]
-
-    def _sample(self, proposals: list[Tensor], batch: Batch, background: int) -> list[SampledRegions]:
-        sampled = []
-        for i, spared in enumerate(self._spared(batch)):
-            if batch.seeds is not None:
-                # Other numbers than the proposal network's.
-                torch.manual_seed(batch.seeds[i] + 1)
-            sampled.append(
-                sample_regions(
-                    proposals[i],
-                    batch.boxes[i],
-                    batch.labels[i],
-                    background=background,
-                    count=self.settings.box_batch_size_per_image,
-                    share=self.settings.box_positive_fraction,
-                    unknown=spared,
-                )
-            )
-        return sampled
+    def _sample(
+        self,
+        proposals: Proposals,
+        batch: Batch,
+        seeds: Tensor,
+        spared: tuple[Tensor, Tensor] | None,
+        *,
+        background: int,
+    ) -> SampledRegions:
+        return sample_regions(
+            proposals.boxes,
+            proposals.marks,
+            batch.boxes,
+            batch.labels,
+            # Other numbers than the proposal network's.
+            seeds + 1,
+            background=background,
+            count=self.settings.box_batch_size_per_image,
+            share=self.settings.box_positive_fraction,
+            unknown=spared,
+        )
 
     def _region_losses(
         self,
-        features: list[Tensor],
-        sampled: Sequence[SampledRegions],
+        maps: list[Tensor],
+        sampled: SampledRegions,
+        batch: Batch,
         text: Tensor,
+        distill: Metric | None,
         class_counts: Tensor | None,
     ) -> dict[str, Tensor]:
-        boxes, index = torch.cat([s.boxes for s in sampled]), _image_index([s.boxes for s in sampled])
-        label, target = torch.cat([s.labels for s in sampled]), torch.cat([s.targets for s in sampled])
-        seen = self.head.embed(features, boxes, index)
-        logits = self.head.classifier(seen.embedding, text)
-        object_ = label < len(text)
-        deltas = self.head.regressor(seen.pooled(object_), text[label[object_]])
-        wanted = encode_boxes(boxes[object_], target[object_])
+        """Classification, box and distillation; all their regions are pooled at once."""
+        counted = sampled.counted.flatten()
+        rows = worth_computing(counted)
+        boxes, index, counted = sampled.boxes.flatten(0, 1)[rows], sampled.image_index.flatten()[rows], counted[rows]
+        label, regions = sampled.labels.flatten()[rows], len(boxes)
+        if distill is not None:
+            boxes, index = torch.cat([boxes, batch.region_boxes]), torch.cat([index, batch.region_image])
+        seen = self.head.embed(self.head.features(maps), boxes, index)
+        logits = self.head.classifier(seen.embedding[:regions], text)
         if class_counts is not None:
             logits = seesaw_logits(logits, label, class_counts)
-        return {
-            "classification": classification_loss(logits, label),
-            "box": box_loss(deltas, wanted, sampled=len(label)),
+        positive = counted & (label < len(text))
+        # Where padding is computed too, objects come in the first slots.
+        some = torch.nonzero(positive)[:, 0] if isinstance(rows, Tensor) else _first_slots(sampled)
+        deltas = self.head.regressor(seen.pooled[some], text[label[some].clamp(max=len(text) - 1)])
+        wanted = encode_boxes(boxes[some], sampled.targets.flatten(0, 1)[rows][some])
+        losses = {
+            "classification": classification_loss(logits, label, counted),
+            "box": box_loss(deltas, wanted, positive[some], sampled=counted.sum()),
         }
+        if distill is not None:
+            weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
+            losses["distillation"] = distillation_loss(seen.embedding[regions:], batch.region_target, weight, distill)
+        return losses
 
-    def _mask_loss(self, head: MaskHead, maps: list[Tensor], sampled: Sequence[SampledRegions], batch: Batch) -> Tensor:
+    def _mask_loss(self, head: MaskHead, maps: list[Tensor], sampled: SampledRegions, batch: Batch) -> Tensor:
         assert batch.masks is not None
-        known = _on_masks(sampled, batch)
-        boxes = [s.boxes[k] for s, k in zip(sampled, known, strict=True)]
-        logits = head(maps, torch.cat(boxes), _image_index(boxes))
-        objects = [s.objects[k] for s, k in zip(sampled, known, strict=True)]
-        return mask_loss(logits, mask_targets(batch.masks, boxes, objects, logits.shape[-1]))
+        # A region costs the head so much that their number is worth a wait.
+        rows = torch.nonzero(_on_masks(sampled, batch).flatten())[:, 0]
+        boxes, index = sampled.boxes.flatten(0, 1)[rows], sampled.image_index.flatten()[rows]
+        counts = torch.tensor([len(one) for one in batch.masks])
+        first = to_device(counts.cumsum(0) - counts, rows.device)
+        objects = sampled.objects.flatten()[rows] + first[index]
+        logits = head(maps, boxes, index)
+        return mask_loss(logits, mask_targets(concatenated(batch.masks), boxes, objects, logits.shape[-1]))
 
 
-def _on_masks(sampled: Sequence[SampledRegions], batch: Batch) -> list[Tensor]:
-    """Mark the regions of each image that are on an object with a mask; pseudo-labels, the last objects, have none."""
+def _on_masks(sampled: SampledRegions, batch: Batch) -> Tensor:
+    """Mark regions that are on an object with a mask, (B, S); pseudo-labels, the last objects, have none."""
     counts = [len(b) for b in batch.boxes] if batch.masks is None else [len(m) for m in batch.masks]
-    return [(s.objects >= 0) & (s.objects < n) for s, n in zip(sampled, counts, strict=True)]
+    numbers = to_device(torch.tensor(counts), sampled.objects.device)
+    return (sampled.objects >= 0) & (sampled.objects < numbers[:, None])
+
+
+def _first_slots(sampled: SampledRegions) -> Tensor:
+    """Positions of the slots that may hold a region on an object, among those of all images."""
+    images, slots = sampled.labels.shape
+    positions = torch.arange(images * slots, device=sampled.labels.device).view(images, slots)
+    return positions[:, : sampled.object_slots].flatten()
 
 
 def _suppress(
@@ -383,9 +413,10 @@ def _suppress(
     return Detections(boxes=box[kept], scores=score[kept], labels=label[kept])
 
 
-def _image_index(groups: list[Tensor]) -> Tensor:
-    counts = torch.tensor([len(g) for g in groups], device=groups[0].device)
-    return torch.repeat_interleave(torch.arange(len(groups), device=groups[0].device), counts)
+def _image_index(marks: Tensor) -> Tensor:
+    """Image of each of the rows (B, P), (B * P,) int64."""
+    images, rows = marks.shape
+    return torch.arange(images, device=marks.device)[:, None].expand(images, rows).flatten()
 
 
 def _pooled_levels(backbone: Pyramid) -> int:

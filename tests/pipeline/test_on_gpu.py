@@ -32,12 +32,12 @@ from tests.pretend_gpu import Counts, pretend_gpu
 BOUNDS = {
     "re-normalisation of 4 steps": (64, 1_621_408),
     "an image of the store": (7, 70_192),
-    "3 steps of the proposer, of 2 images": (89, 1_192_448),
-    "an image of the store, learned proposals": (21, 311_720),
-    "a step of 4 images": (73, 803_172),
-    "a first step of 16 images, preset coco": (238, 2_041_688),
-    "an evaluated image": (16.5, 206_346),
-    "a detected image": (16.5, 199_077),
+    "3 steps of the proposer, of 2 images": (12, 1_179_992),
+    "an image of the store, learned proposals": (14, 311_720),
+    "a step of 4 images": (2, 793_068),
+    "a first step of 16 images, preset coco": (2, 1_946_092),
+    "an evaluated image": (11.5, 206_346),
+    "a detected image": (11.5, 199_137),
 }
 """Most waits of the host and bytes that cross, as they are today: whoever needs fewer lowers the numbers."""
 
