@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
 
 from ezsd.choices import BACKBONES, MOBILENETS, RESNETS
 from ezsd.detector.bodies import (
@@ -22,6 +22,7 @@ from ezsd.detector.bodies import (
     load_plugin,
     try_out,
 )
+from ezsd.detector.norms import FrozenNorm, fold_norms
 from ezsd.detector.requirements import has_form, require_backbone, said
 from ezsd.errors import BackboneError
 from ezsd.plugins import PLUGIN
@@ -123,6 +124,8 @@ def build_backbone(
     network = cast("nn.Module", body)
     if frozen:
         freeze_norms(network, said(name, section))
+    if name in MOBILENETS:
+        fold_norms(network)
     if weights is not None and frozen_stages >= 0:
         _freeze(body.stages(), frozen_stages, name, section)
     return Pyramid(
@@ -145,7 +148,7 @@ def _resnet(
     *,
     frozen_norms: bool,
 ) -> Pyramid:
-    norm = FrozenBatchNorm2d if frozen_norms else nn.BatchNorm2d
+    norm = FrozenNorm if frozen_norms else nn.BatchNorm2d
     network = getattr(torchvision.models, name)(weights=None, norm_layer=norm)
     if weights is not None:
         load_classifier(network, name, weights, classifier="fc.")
@@ -157,6 +160,7 @@ def _resnet(
             (network.layer4,),
         ]
         _freeze([[p for m in modules for p in m.parameters()] for modules in parts], frozen_stages, name, section)
+    fold_norms(network)
     width = network.fc.in_features // 8
     body = BackboneWithFPN(
         network,

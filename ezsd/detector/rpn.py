@@ -26,7 +26,7 @@ this much. The anchors that overlap an object most are taught to be it, too."""
 SMALLEST = 1e-3
 """Least width and height of a proposal, input pixels."""
 _BETA = 1 / 9
-"""Where smooth L1 turns from a parabola to a line."""
+"""Difference at which smooth L1 turns from a parabola to a line."""
 _LARGEST_GROWTH = math.log(1000 / 16)
 _ROUNDS = 8
 """Rounds of NMS on a GPU between two looks at whether it is done."""
@@ -46,7 +46,7 @@ class Proposals:
 
 @dataclass(frozen=True, slots=True)
 class AnchorPredictions:
-    """What the network says of the A anchors of each image."""
+    """Predictions for the A anchors of each image."""
 
     anchors: Tensor
     """(A, 4), input pixels; level after level."""
@@ -220,7 +220,7 @@ def suppress_on_cpu(
 def suppress_on_gpu(
     boxes: Tensor, scores: Tensor, marks: Tensor, levels: Sequence[int], *, iou_threshold: float, keep: int
 ) -> Proposals:
-    """As `suppress_on_cpu`, for all images at once: rounds of tensor operations, of which the host looks at few.
+    """NMS of `suppress_on_cpu` for all images at once: rounds of tensor operations, of which the host looks at few.
 
     A box stays if no better one that stays overlaps it. Each round takes that from the round before, and so is right
     for one more link of every chain of overlaps; there is only one set of boxes that a round leaves as it is.
