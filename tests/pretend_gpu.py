@@ -325,6 +325,7 @@ def _patch_torch(patch, gpu, capability):
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *args, _answer=answer, **kwargs: _answer)
     patch.setattr(torch.cuda, "set_device", gpu.current.append)
+    patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     patch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.wait())
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         real = getattr(torch, name)

@@ -75,7 +75,7 @@ class Pyramid(nn.Module):
         return list(self.body(images).values())
 
     def maps(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Maps of RGB images (B, 3, H, W), float in [0, 1], whose heights and widths without padding are `sizes`."""
+        """Maps of RGB images (B, 3, H, W), see `normalise`, whose heights and widths without padding are `sizes`."""
         maps: list[Tensor] = self(normalise(images, sizes, self._mean, self._std))
         return maps
 
@@ -243,7 +243,7 @@ def normalise(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Tensor:
-    """Normalisation of RGB images (B, 3, H, W), float in [0, 1], ImageNet's by default; zeros beyond each size.
+    """Normalise RGB images (B, 3, H, W), uint8 or float in [0, 1], like ImageNet's unless told; zeros beyond each size.
 
     A convolution then sees beside an image what it sees at the border of a batch.
 
@@ -253,6 +253,7 @@ def normalise(
         mean: of red, green and blue.
         std: standard deviation of red, green and blue.
     """
+    images = images if images.is_floating_point() else images / 255
     made = (images - _by_channel(mean, images)) / _by_channel(std, images)
     for image, (height, width) in zip(made, sizes, strict=True):
         image[:, height:] = 0

@@ -44,7 +44,7 @@ class Batch:
     """Training images with everything the losses need; boxes are in batched-input pixels."""
 
     images: Tensor
-    """(B, 3, H, W) float in [0, 1], padded with zeros at the right and bottom."""
+    """(B, 3, H, W) uint8, or float in [0, 1], padded with zeros at the right and bottom."""
     sizes: list[tuple[int, int]]
     """(height, width) of each image without padding."""
     boxes: list[Tensor]
@@ -67,6 +67,10 @@ class Batch:
     """Random seed of each image: its samples depend on no other image. None samples from torch's global state."""
     masks: list[ObjectMasks] | None = None
     """Masks of the base ground truth of each image; None where masks are not trained."""
+
+    def pin_memory(self) -> Batch:
+        """Copy what is large into page-locked memory, from which a GPU fetches it while the host goes on."""
+        return dataclasses.replace(self, images=self.images.pin_memory(), region_target=self.region_target.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
         """Move to another device."""
@@ -218,7 +222,7 @@ class Detector(nn.Module):
         """Find objects of any named classes.
 
         Args:
-            images: (B, 3, H, W) float in [0, 1], padded.
+            images: (B, 3, H, W) uint8, or float in [0, 1], padded.
             sizes: (height, width) of each image.
             text: unit rows of the names to look for, (C, D).
             competing: unit rows of other names, (K, D): a region may be called by one of them, and has its box then,

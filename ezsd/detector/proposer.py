@@ -33,7 +33,7 @@ class Proposer(nn.Module):
         """Training loss of a batch: objectness and box regression, a scalar.
 
         Args:
-            images: (B, 3, H, W) float in [0, 1], padded.
+            images: (B, 3, H, W) uint8, or float in [0, 1], padded.
             sizes: (height, width) of each image without padding.
             boxes: objects of each image, (N, 4), input pixels.
         """

@@ -390,6 +390,12 @@ def test_what_stands_beside_an_image_is_not_looked_at(detector):
     assert (normalise(beside, batch.sizes)[0] != 0).all()
 
 
+def test_bytes_are_the_same_pixels(detector):
+    batch = make_batch()
+    pixels = (batch.images * 255).round().to(torch.uint8)
+    torch.testing.assert_close(normalise(pixels, batch.sizes), normalise(pixels.float() / 255, batch.sizes))
+
+
 def test_confident_cached_regions_are_spared_by_the_proposal_network_too_when_asked(detector):
     batch = make_batch()
     # Anchors of 16 and 32 px cannot but overlap these.
