@@ -14,7 +14,7 @@ from torchvision.ops import batched_nms
 
 from ezsd.choices import Backend, Metric
 from ezsd.detector.backbone import Pyramid
-from ezsd.detector.heads import FastHead, Head, PaperHead
+from ezsd.detector.heads import EmbeddedRegions, FastHead, Head, PaperHead
 from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, concatenated, mask_targets
 from ezsd.detector.rpn import SAMPLED_ANCHORS, AnchorLosses, ProposalNetwork, Proposals
 from ezsd.detector.sampling import (
@@ -108,7 +108,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detections:
-    """Detections of one image, best first; `Detector.detect` gives their boxes in batched-input pixels."""
+    """Detections of one image, best first; `Detector.detect_each` gives their boxes in batched-input pixels."""
 
     boxes: Tensor
     """(N, 4) xyxy."""
@@ -123,6 +123,32 @@ class Detections:
         """Detections of some rows: their positions in the new order, or a mark for each, (N,) bool."""
         masks = None if self.masks is None else self.masks[rows]
         return Detections(boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows], masks=masks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Names to look for in images."""
+
+    text: Tensor
+    """Unit rows of the names, (C, D)."""
+    competing: Tensor | None = None
+    """Unit rows of other names, (K, D): a region may be called by one of them, and has its box then, but is no
+    detection. None for none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """Proposals of a batch that detections are made of, all images' one after the other, and their embeddings."""
+
+    boxes: Tensor
+    """(R, 4)."""
+    objectness: Tensor
+    """(R,)."""
+    marks: Tensor
+    """Marks what is a proposal, (R,) bool; the other rows are padding."""
+    counts: list[int]
+    """Rows of each image."""
+    regions: EmbeddedRegions
 
 
 class Detector(nn.Module):
@@ -204,7 +230,6 @@ class Detector(nn.Module):
             "distillation": len(batch.region_boxes) / max(totals.regions, 1),
         }
 
-    @torch.no_grad()
     def detect(
         self,
         images: Tensor,
@@ -212,69 +237,97 @@ class Detector(nn.Module):
         text: Tensor,
         *,
         competing: Tensor | None = None,
+        **options: Any,  # noqa: ANN401 - those of `detect_each`
+    ) -> list[Detections]:
+        """Find objects of any named classes: `detect_each` with one vocabulary."""
+        return self.detect_each(images, sizes, [Vocabulary(text=text, competing=competing)], **options)[0]
+
+    @torch.no_grad()
+    def detect_each(
+        self,
+        images: Tensor,
+        sizes: list[tuple[int, int]],
+        vocabularies: Sequence[Vocabulary],
+        *,
         score_floor: float,
         nms_iou: float,
         keep: int,
         class_agnostic_nms: bool = False,
         objectness: float = 0,
         masks: bool = False,
-    ) -> list[Detections]:
-        """Find objects of any named classes.
+    ) -> list[list[Detections]]:
+        """Find objects of several vocabularies, each as if it were alone, in one pass of the network.
 
         Args:
             images: (B, 3, H, W) uint8, or float in [0, 1], padded.
             sizes: (height, width) of each image.
-            text: unit rows of the names to look for, (C, D).
-            competing: unit rows of other names, (K, D): a region may be called by one of them, and has its box then,
-                but is no detection. None for none.
+            vocabularies: names to look for, and those that compete with them.
             score_floor: detections below it are dropped.
             nms_iou: IoU threshold of NMS within a class.
             keep: most detections per image.
-            class_agnostic_nms: whether classes suppress each other too, `competing` ones as well.
+            class_agnostic_nms: whether classes suppress each other too, competing ones as well.
             objectness: weight a in [0, 1) of the proposal network in a score: p(class)^(1 - a) p(object)^a.
             masks: whether to say which part of a box is the object; for a detector that has learned it.
+
+        Returns:
+            Detections of each image, for each vocabulary.
         """
         maps = self.backbone.maps(images, sizes)
         proposals = self.rpn.propose(self.rpn(maps, images.shape[2:]), sizes)
-        features = self.head.features(maps[: self.head.pooling.levels])
-        rows = worth_computing(proposals.marks.flatten())
+        levels = maps[: self.head.pooling.levels]
+        marks = proposals.marks.flatten()
+        rows = worth_computing(marks)
         boxes, index = proposals.boxes.flatten(0, 1)[rows], _image_index(proposals.marks)[rows]
-        seen = self.head.embed(features, boxes, index)
+        most = proposals.marks.shape[1]
+        seen = _Seen(
+            boxes=boxes,
+            objectness=proposals.scores.flatten()[rows],
+            marks=marks[rows],
+            # As many as there are rows to compute.
+            counts=[most] * len(sizes) if isinstance(rows, slice) else proposals.marks.sum(1).tolist(),
+            regions=self.head.embed(self.head.features(levels), boxes, index),
+        )
+        found = []
+        for vocabulary in vocabularies:
+            moved, own, probability = self._named(seen, vocabulary, class_agnostic=class_agnostic_nms)
+            if objectness:
+                probability = probability ** (1 - objectness) * seen.objectness[:, None] ** objectness
+            # Padding has no score that reaches a floor.
+            probability = torch.where(seen.marks[:, None], probability, -1)
+            parts = zip(*(one.split(seen.counts) for one in (moved, own, probability)), sizes, strict=True)
+            detections = [
+                _suppress(
+                    *part,
+                    asked=len(vocabulary.text),
+                    score_floor=score_floor,
+                    nms_iou=nms_iou,
+                    class_agnostic=class_agnostic_nms,
+                    keep=keep,
+                )
+                for part in parts
+            ]
+            found.append(self._filled(levels, detections) if masks else detections)
+        return found
+
+    def _named(self, seen: _Seen, vocabulary: Vocabulary, *, class_agnostic: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes of regions (R, K, 4), which of them is each name's (R, C), and the probability of each name (R, C)."""
+        text, competing = vocabulary.text, vocabulary.competing
         known = text if competing is None else torch.cat([text, competing])
-        every = self.head.classifier(seen.embedding, known).float().softmax(1)
+        every = self.head.classifier(seen.regions.embedding, known).float().softmax(1)
         probability = every[:, :-1]
         names = self._box_names(probability)
         classes = known[names]
         if self.settings.box_class == "reference":
             classes = classes * (every.argmax(1) < len(known))[:, None, None]
-        deltas = self.head.regressor(seen.pooled, classes)
+        deltas = self.head.regressor(seen.regions.pooled, classes)
         count = names.shape[1]
-        moved = decode_boxes(boxes.repeat_interleave(count, 0), deltas.flatten(0, 1)).unflatten(0, (-1, count))
+        moved = decode_boxes(seen.boxes.repeat_interleave(count, 0), deltas.flatten(0, 1)).unflatten(0, (-1, count))
         own = torch.zeros_like(probability, dtype=torch.int64).scatter_(
             1, names, torch.arange(count, device=names.device).expand_as(names)
         )
-        if not class_agnostic_nms:
-            # The competitors' part ends here, before anything is counted.
-            own, probability = own[:, : len(text)], probability[:, : len(text)]
-        if objectness:
-            probability = probability ** (1 - objectness) * proposals.scores.flatten()[rows, None] ** objectness
-        # Rows that are no proposals have no score that reaches a floor.
-        probability = torch.where(proposals.marks.flatten()[rows, None], probability, -1)
-        found = [
-            _suppress(
-                moved[index == i],
-                own[index == i],
-                probability[index == i],
-                size,
-                asked=len(text),
-                score_floor=score_floor,
-                nms_iou=nms_iou,
-                class_agnostic=class_agnostic_nms,
-                keep=keep,
-            )
-            for i, size in enumerate(sizes)
-        ]
-        return self._filled(maps[: self.head.pooling.levels], found) if masks else found
+        # Where classes do not suppress each other, the competitors' part ends here, before anything is counted.
+        asked = len(known) if class_agnostic else len(text)
+        return moved, own[:, :asked], probability[:, :asked]
 
     def _filled(self, maps: list[Tensor], found: list[Detections]) -> list[Detections]:
         """Add masks to detections, image by image: hundreds of regions need much memory."""
@@ -401,19 +454,21 @@ def _suppress(
         probability: (R, C).
         size: height and width of the image.
         asked: number of the classes to keep; the others only suppress.
-        score_floor: see `Detector.detect`, as the rest.
+        score_floor: see `Detector.detect_each`, as the rest.
         nms_iou: see there.
         class_agnostic: whether NMS is between all classes instead of within each.
         keep: see there.
     """
     height, width = size
-    limit = boxes.new_tensor([width, height, width, height])
-    boxes = torch.minimum(boxes.clamp(min=0), limit)
+    limit = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+    boxes = torch.minimum(boxes.clamp(min=0), to_device(limit, boxes.device))
     whole = ((boxes[..., 2:] - boxes[..., :2]) >= 1).all(-1)
     region, label = torch.nonzero((probability >= score_floor) & whole.gather(1, own), as_tuple=True)
     box, score = boxes[region, own[region, label]], probability[region, label]
     kept = batched_nms(box, score, torch.zeros_like(label) if class_agnostic else label, nms_iou)
-    kept = kept[label[kept] < asked][:keep]
+    if asked < probability.shape[1]:
+        kept = kept[label[kept] < asked]
+    kept = kept[:keep]
     return Detections(boxes=box[kept], scores=score[kept], labels=label[kept])
 
 

@@ -15,7 +15,7 @@ from ezsd.detector.backbone import build_backbone, normalise
 from ezsd.detector.ensemble import geometric_ensemble
 from ezsd.detector.heads import CosineClassifier, SemanticBoxRegressor, Tower
 from ezsd.detector.masks import GRID, ObjectMasks
-from ezsd.detector.model import Batch, Detections, Detector, Totals
+from ezsd.detector.model import Batch, Detections, Detector, Totals, Vocabulary
 from ezsd.detector.rpn import SAMPLED_ANCHORS, Proposals, suppress_on_cpu, suppress_on_gpu
 from ezsd.detector.sampling import SampledRegions, draw_balanced, image_seeds, random_keys, sample_regions
 from ezsd.detector.settings import DetectorSettings
@@ -666,6 +666,27 @@ def detect(detector, text, **changes):
     batch = make_batch()
     options = {"score_floor": 0.0, "nms_iou": 0.5, "keep": 1000} | changes
     return detector.eval().detect(batch.images, batch.sizes, text, **options)
+
+
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_several_vocabularies_take_one_pass_and_find_what_each_finds_alone(detector, class_agnostic):
+    vocabularies = [
+        Vocabulary(text=unit_rows(4)),
+        Vocabulary(text=unit_rows(2, seed=8), competing=unit_rows(3, seed=9)),
+    ]
+    batch, calls = make_batch(), []
+    options = {"score_floor": 0.05, "nms_iou": 0.5, "keep": 20, "class_agnostic_nms": class_agnostic, "objectness": 0.3}
+    detector.eval().backbone.register_forward_hook(lambda *_: calls.append(1))
+    each = detector.detect_each(batch.images, batch.sizes, vocabularies, **options)
+    assert len(calls) == 1
+    assert all(len(one.boxes) for one in each[0])
+    assert any(len(one.boxes) for one in each[1]) or class_agnostic
+    for vocabulary, together in zip(vocabularies, each, strict=True):
+        alone = detector.detect(batch.images, batch.sizes, vocabulary.text, competing=vocabulary.competing, **options)
+        for one, other in zip(together, alone, strict=True):
+            assert torch.equal(one.boxes, other.boxes)
+            assert torch.equal(one.scores, other.scores)
+            assert torch.equal(one.labels, other.labels)
 
 
 def rows(found, labels=None):

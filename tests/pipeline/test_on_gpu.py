@@ -34,12 +34,12 @@ from tests.pretend_gpu import GPU, Counts, pretend_gpu
 BOUNDS = {
     "re-normalisation of 4 steps": (64, 1_621_408),
     "an image of the store": (7, 70_192),
-    "3 steps of the proposer, of 2 images": (12, 1_179_992),
-    "an image of the store, learned proposals": (14, 311_720),
-    "a step of 4 images": (2, 793_068),
-    "a first step of 16 images, preset coco": (2, 1_946_092),
-    "an evaluated image": (11.5, 206_346),
-    "a detected image": (11.5, 199_137),
+    "3 steps of the proposer, of 2 images": (12, 295_256),
+    "an image of the store, learned proposals": (14, 164_168),
+    "a step of 4 images": (2, 203_244),
+    "a first step of 16 images, preset coco": (2, 1_061_356),
+    "an evaluated image": (3.25, 64_877),
+    "a detected image": (3.25, 52_541),
 }
 """Most waits of the host and bytes that cross, as they are today: whoever needs fewer lowers the numbers."""
 
@@ -153,7 +153,7 @@ def test_other_settings_train_and_detect_too(store, settings, outlined_root, tmp
 def test_a_run_is_evaluated(trained, monkeypatch):
     run, _ = trained
     with pretend_gpu() as gpu:
-        found = gpu.calls_of(monkeypatch, TrainedDetector, "detect")
+        found = gpu.calls_of(monkeypatch, TrainedDetector, "detect_each")
         evaluate_run(run, data_root=None, device="cuda")
         evaluate_crops(run, data_root=None, device="cuda")
     bounded("an evaluated image", sum(found, Counts()), parts=8)
@@ -165,7 +165,7 @@ def test_any_names_are_detected(trained, shapes_root, monkeypatch):
     with pretend_gpu() as gpu:
         model = Model(run, device="cuda")
         model.search(["red ring", "bar"])
-        found = gpu.calls_of(monkeypatch, TrainedDetector, "detect")
+        found = gpu.calls_of(monkeypatch, TrainedDetector, "detect_each")
         detected = model(images, ["red ring", "bar"], threshold=0.0)
     assert len(detected) == len(images) == 8
     bounded("a detected image", sum(found, Counts()), parts=len(images))
