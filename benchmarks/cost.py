@@ -62,7 +62,7 @@ def fused(boxes: int, projection: int, products: int) -> Callable[..., int]:
 
 
 OPERATORS = {
-    torch.ops.ezsd.roi_embed: fused(1, 3, 1),
+    torch.ops.ezsd.roi_embed_cosine: fused(1, 5, 1),
     torch.ops.ezsd.roi_align_cosine: fused(1, 5, 1),
     torch.ops.ezsd.regions_backward: fused(2, 4, 2),
 }

@@ -1,6 +1,6 @@
 """Two region heads of the same parts: embedding, cosine classifier over frozen text, regressor that knows the class.
 
-`FastHead` convolves the maps and embeds a pooled region by one linear layer; `PaperHead` convolves each pooled region,
+`FastHead` convolves the maps and embeds a region by one fused operator; `PaperHead` convolves each pooled region,
 as the method's authors do.
 """
 
@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ezsd.choices import MAX_TEMPERATURE
-from ezsd.kernels import Pooling, roi_align
-from ezsd.kernels.distance import unit
+from ezsd.choices import MAX_TEMPERATURE, Metric
+from ezsd.kernels import Pooling, roi_align, roi_embed_cosine
+from ezsd.kernels.distance import FUSED, unit
+from ezsd.losses import distillation_loss
 
 
 def convolutions(channels: int, depth: int) -> nn.ModuleList:
@@ -142,9 +143,35 @@ class Head(nn.Module, ABC):
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
         """Embed boxes (R, 4) in input pixels of images (R,)."""
 
+    def embed_and_distil(
+        self,
+        features: list[Tensor],
+        boxes: Tensor,
+        image_index: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        metric: Metric,
+    ) -> tuple[EmbeddedRegions, Tensor]:
+        """Embed the first boxes, and distil the last.
+
+        Args:
+            features: maps that regions are pooled from.
+            boxes: (R, 4), input pixels; the last N of them are compared with targets.
+            image_index: image of each box, (R,).
+            target: (N, D).
+            weight: (N,), see `region_weights`.
+            metric: distance between an embedding and its target.
+
+        Returns:
+            The first R - N regions, and the weighted mean distance of the last to their targets, a scalar.
+        """
+        seen, named = self.embed(features, boxes, image_index), len(boxes) - len(target)
+        loss = distillation_loss(seen.embedding[named:], target, weight, metric)
+        return EmbeddedRegions(seen.embedding[:named], seen.pooled[:named]), loss
+
 
 class FastHead(Head):
-    """Convolutions on the maps, then pooling, one linear layer and unit length; arguments of `Head`."""
+    """Convolutions on the maps, then pooling, one linear layer and unit length as one operator; arguments of `Head`."""
 
     def __init__(
         self,
@@ -173,9 +200,26 @@ class FastHead(Head):
 
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
         """Pool once, for the embedding and the box regressor alike."""
-        pooled = roi_align(features, boxes, image_index, self.pooling)
-        # The projection's columns are bins row by row, channels innermost, as the pooled features lie in memory.
-        return EmbeddedRegions(unit(self.projection(pooled.permute(0, 2, 3, 1).flatten(1))), pooled)
+        nothing = boxes.new_zeros(0, self.projection.out_features)
+        return self.embed_and_distil(features, boxes, image_index, nothing, nothing[:, 0], "cosine")[0]
+
+    def embed_and_distil(
+        self,
+        features: list[Tensor],
+        boxes: Tensor,
+        image_index: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        metric: Metric,
+    ) -> tuple[EmbeddedRegions, Tensor]:
+        """Pool once, embed and compare by one fused operator, for the metrics that it has."""
+        if metric not in FUSED:
+            return super().embed_and_distil(features, boxes, image_index, target, weight, metric)
+        head = self.projection.weight, self.projection.bias
+        embedding, pooled, loss = roi_embed_cosine(
+            features, boxes, image_index, self.pooling, *head, target=target, weight=weight, metric=metric
+        )
+        return EmbeddedRegions(embedding, pooled[: len(embedding)]), loss
 
 
 class Branch(nn.Module):

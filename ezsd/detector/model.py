@@ -31,7 +31,6 @@ from ezsd.losses import (
     box_loss,
     classification_loss,
     decode_boxes,
-    distillation_loss,
     encode_boxes,
     mask_loss,
     region_weights,
@@ -387,11 +386,16 @@ class Detector(nn.Module):
         counted = sampled.counted.flatten()
         rows = worth_computing(counted)
         boxes, index, counted = sampled.boxes.flatten(0, 1)[rows], sampled.image_index.flatten()[rows], counted[rows]
-        label, regions = sampled.labels.flatten()[rows], len(boxes)
-        if distill is not None:
-            boxes, index = torch.cat([boxes, batch.region_boxes]), torch.cat([index, batch.region_image])
-        seen = self.head.embed(self.head.features(maps), boxes, index)
-        logits = self.head.classifier(seen.embedding[:regions], text)
+        label = sampled.labels.flatten()[rows]
+        features, losses = self.head.features(maps), {}
+        if distill is None:
+            seen = self.head.embed(features, boxes, index)
+        else:
+            weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
+            of_all = torch.cat([boxes, batch.region_boxes]), torch.cat([index, batch.region_image])
+            seen, distance = self.head.embed_and_distil(features, *of_all, batch.region_target, weight, distill)
+            losses["distillation"] = distance
+        logits = self.head.classifier(seen.embedding, text)
         if class_counts is not None:
             logits = seesaw_logits(logits, label, class_counts)
         positive = counted & (label < len(text))
@@ -399,14 +403,11 @@ class Detector(nn.Module):
         some = torch.nonzero(positive)[:, 0] if isinstance(rows, Tensor) else _first_slots(sampled)
         deltas = self.head.regressor(seen.pooled[some], text[label[some].clamp(max=len(text) - 1)])
         wanted = encode_boxes(boxes[some], sampled.targets.flatten(0, 1)[rows][some])
-        losses = {
+        return {
             "classification": classification_loss(logits, label, counted),
             "box": box_loss(deltas, wanted, positive[some], sampled=counted.sum()),
+            **losses,
         }
-        if distill is not None:
-            weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
-            losses["distillation"] = distillation_loss(seen.embedding[regions:], batch.region_target, weight, distill)
-        return losses
 
     def _mask_loss(self, head: MaskHead, maps: list[Tensor], sampled: SampledRegions, batch: Batch) -> Tensor:
         assert batch.masks is not None
