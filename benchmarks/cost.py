@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ezsd.cache import EmbeddingType, forecast
 from ezsd.crops import distinct_crops
 from ezsd.detector.model import Detector
+from ezsd.losses import distillation_loss
 from ezsd.pipeline.config.names import FORMER_VALUES
 from ezsd.pipeline.config.schema import Config, load_preset
 from ezsd.pipeline.data.annotation_cache import training_annotations
@@ -62,7 +63,7 @@ def fused(boxes: int, projection: int, products: int) -> Callable[..., int]:
 
 
 OPERATORS = {
-    torch.ops.ezsd.roi_embed: fused(1, 3, 1),
+    torch.ops.ezsd.roi_embed_cosine: fused(1, 5, 1),
     torch.ops.ezsd.roi_align_cosine: fused(1, 5, 1),
     torch.ops.ezsd.regions_backward: fused(2, 4, 2),
 }
@@ -143,24 +144,14 @@ def step_losses(detector: Detector, config: Config) -> Tensor:
     maps = detector.backbone(torch.zeros(1, 3, *IMAGE))
     scores, deltas = detector.rpn.head(maps)
     features = head.features(maps[: head.pooling.levels])
-    boxes, image = (
-        torch.zeros(model.box_batch_size_per_image, 4),
-        torch.zeros(model.box_batch_size_per_image, dtype=torch.int64),
-    )
+    count, regions = model.box_batch_size_per_image, config.train.regions_per_image
     text = torch.zeros(len(COCO_SPLIT.base), EMBED_DIM)
-    seen = head.embed(features, boxes, image)
-    logits = head.classifier(seen.embedding, text)
-    on_objects = slice(round(model.box_batch_size_per_image * model.box_positive_fraction))
-    moved = head.regressor(seen.pooled(on_objects), torch.zeros(on_objects.stop, EMBED_DIM))
-    regions = config.train.regions_per_image
-    distance = head.distance(
-        features,
-        torch.zeros(regions, 4),
-        torch.zeros(regions, dtype=torch.int64),
-        torch.zeros(regions, EMBED_DIM),
-        torch.ones(regions),
-        config.loss.metric,
-    )
+    seen = head.embed(features, torch.zeros(count + regions, 4), torch.zeros(count + regions, dtype=torch.int64))
+    logits = head.classifier(seen.embedding[:count], text)
+    on_objects = slice(round(count * model.box_positive_fraction))
+    moved = head.regressor(seen.pooled[on_objects], torch.zeros(on_objects.stop, EMBED_DIM))
+    targets, weights = torch.zeros(regions, EMBED_DIM), torch.ones(regions)
+    distance = distillation_loss(seen.embedding[count:], targets, weights, config.loss.metric)
     return torch.stack([part.sum() for part in (*scores, *deltas, logits, moved, distance)]).sum()
 
 

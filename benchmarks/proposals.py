@@ -304,8 +304,8 @@ def train_modes(work: Path, seed: int, images: int, arms: list[str], *, train_se
 def network_boxes(detector: Detector, pixels: Tensor) -> Tensor:
     """What the proposal network hands on of one image (3, H, W) uint8: boxes (K, 4) in its pixels, best first."""
     batch, sizes = pad_images([pixels])
-    (boxes,), _ = detector.rpn.propose(batch, sizes, detector.backbone.maps(batch, sizes))
-    return boxes
+    predicted = detector.rpn(detector.backbone.maps(batch, sizes), batch.shape[2:])
+    return detector.rpn.propose(predicted, sizes).boxes[0]
 
 
 def network_row(work: Path, seed: int, images: int) -> driver.Row:

@@ -38,7 +38,8 @@ def score(trained: TrainedDetector, dataset: Dataset) -> driver.Row:
     if trained.names != split.names:
         raise ValueError(f"expected text rows of {split.names}, found {trained.names}")
     path = dataset.annotations("val")
-    found = detect_split(trained, evaluation_annotations(path, split), dataset.images("val"), trained.text, "detect")
+    annotations, searches = evaluation_annotations(path, split), [trained.search(trained.text)]
+    (found,) = detect_split(trained, annotations, dataset.images("val"), searches, "detect")
     scores, truth = evaluate(path, found, split), read_truth(path, split)
     ious = placing(truth, found)
     base = truth.class_index < len(split.base)

@@ -55,7 +55,7 @@ def with_online_targets(batch: Batch, teacher: Teacher, config: Config) -> Batch
         mine = batch.region_image == number
         if not mine.any():
             continue
-        image = (batch.images[number, :, :height, :width] * 255).round().to(torch.uint8)
+        image = batch.images[number, :, :height, :width]
         rule = config.proposals
         crops = crop_boxes(
             image, batch.region_boxes[mine], size=teacher.input_size, ratio=rule.crop_ratio, surround=rule.padding

@@ -41,19 +41,19 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of every box of `a` with every box of `b`.
 
     Args:
-        a: xyxy, (A, 4), any float dtype; computed in float32 at least.
-        b: xyxy, (B, 4), in the same pixels.
+        a: xyxy, (..., A, 4), any float dtype; computed in float32 at least.
+        b: xyxy, (..., B, 4), in the same pixels; leading dimensions are broadcast.
 
     Returns:
-        (A, B), values in [0, 1]. Boxes without area overlap nothing: 0, never NaN.
+        (..., A, B), values in [0, 1]. Boxes without area overlap nothing: 0, never NaN.
     """
     # Areas of photographs overflow float16 (65 504 is only 256 x 256) and coarsen in bfloat16.
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     a, b = a.to(dtype), b.to(dtype)
-    upper_left = torch.maximum(a[:, None, :2], b[None, :, :2])  # (A, B, 2)
-    lower_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])  # (A, B, 2)
+    upper_left = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])  # (..., A, B, 2)
+    lower_right = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])  # (..., A, B, 2)
     shared = area(torch.cat([upper_left, lower_right], dim=-1))
-    union = area(a)[:, None] + area(b)[None, :] - shared
+    union = area(a)[..., :, None] + area(b)[..., None, :] - shared
     return torch.where(shared > 0, shared / union, torch.zeros_like(shared))
 
 

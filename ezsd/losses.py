@@ -10,7 +10,6 @@
 
 The objective is the sum of terms times `loss_weights`. To add a distillation metric, write one function of unit
 vectors, list it in `METRICS` and name it in `ezsd.choices.Metric`, which makes it a value of the setting loss.metric.
-Plain torch computes it, unless the fused operator does (`ezsd.kernels.distance.FUSED`).
 """
 
 from __future__ import annotations
@@ -143,33 +142,41 @@ def distillation_loss(embedding: Tensor, target: Tensor, weight: Tensor, metric:
     return mean_distance(embedding, target, weight, METRICS[metric].distance)
 
 
+def delta_scale(device: torch.device) -> Tensor:
+    """`DELTA_SCALE` on a device, (4,) float32; the host does not wait for it."""
+    return torch.tensor(DELTA_SCALE).to(device, non_blocking=True)
+
+
 def encode_boxes(reference: Tensor, target: Tensor) -> Tensor:
     """Deltas (R, 4) that move reference boxes onto targets; both (R, 4) xyxy with positive sides."""
     size, wanted = reference[:, 2:] - reference[:, :2], target[:, 2:] - target[:, :2]
     centre, aim = reference[:, :2] + size / 2, target[:, :2] + wanted / 2
     deltas = torch.cat([(aim - centre) / size, (wanted / size).log()], 1)
-    return deltas * deltas.new_tensor(DELTA_SCALE)
+    return deltas * delta_scale(deltas.device)
 
 
 def decode_boxes(reference: Tensor, deltas: Tensor) -> Tensor:
     """The inverse of `encode_boxes`; growth is limited to 1000 / 16 per step, as torchvision limits it."""
-    deltas = deltas.float() / deltas.new_tensor(DELTA_SCALE, dtype=torch.float32)
+    deltas = deltas.float() / delta_scale(deltas.device)
     size = reference[:, 2:] - reference[:, :2]
     centre = reference[:, :2] + size / 2 + deltas[:, :2] * size
     half = size * deltas[:, 2:].clamp(max=4.135166556742356).exp() / 2
     return torch.cat([centre - half, centre + half], 1)
 
 
-def classification_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean cross-entropy against names and background. Zero when R is 0.
+def classification_loss(logits: Tensor, label: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of the regions that count against names and background. Zero where none does.
 
     Novel classes compete where their logits are given: a base object is known to be none of them.
 
     Args:
         logits: of base classes, then of any novel classes, then of background, (R, C + 1).
         label: a base class or the background's number C, (R,) int64.
+        counted: marks the regions that count, (R,) bool; the others are padding. None where all do.
     """
-    return F.cross_entropy(logits.float(), label, reduction="sum") / max(len(label), 1)
+    counted = torch.ones_like(label, dtype=torch.bool) if counted is None else counted
+    every = F.cross_entropy(logits.float(), label, reduction="none")
+    return (every * counted).sum() / counted.sum().clamp(min=1)
 
 
 def seesaw_logits(logits: Tensor, label: Tensor, class_counts: Tensor) -> Tensor:
@@ -203,9 +210,17 @@ def seesaw_logits(logits: Tensor, label: Tensor, class_counts: Tensor) -> Tensor
     return logits + F.pad(factor * (label < base)[:, None], (0, logits.shape[1] - base))
 
 
-def box_loss(deltas: Tensor, target: Tensor, *, sampled: int) -> Tensor:
-    """L1 over the positives' deltas (P, 4), summed over coordinates and divided by the number of sampled regions."""
-    return F.l1_loss(deltas.float(), target, reduction="sum") / max(sampled, 1)
+def box_loss(deltas: Tensor, target: Tensor, positive: Tensor, *, sampled: Tensor) -> Tensor:
+    """L1 over the positives' deltas, summed over coordinates and divided by the number of sampled regions.
+
+    Args:
+        deltas: (P, 4).
+        target: (P, 4).
+        positive: marks the positives, (P,) bool; the others are padding.
+        sampled: number of regions, a scalar.
+    """
+    apart = torch.where(positive[:, None], deltas.float() - target, 0)
+    return apart.abs().sum() / sampled.clamp(min=1)
 
 
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -226,5 +241,5 @@ def region_weights(confidence: Tensor, image_index: Tensor, *, images: int) -> T
         (R,) float32.
     """
     total = torch.zeros(images, device=confidence.device).index_add_(0, image_index, confidence)
-    count = torch.bincount(image_index, minlength=images)
+    count = torch.zeros_like(total).index_add_(0, image_index, torch.ones_like(confidence))
     return confidence * (count / total.clamp(min=1e-12))[image_index]

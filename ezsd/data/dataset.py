@@ -330,7 +330,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def pad_images(images: Sequence[Tensor], least: tuple[int, int] = (0, 0)) -> tuple[Tensor, list[tuple[int, int]]]:
-    """uint8 images (3, H, W) to one float batch (B, 3, H', W') in [0, 1], and their (height, width).
+    """Images (3, H, W) uint8 in one batch (B, 3, H', W') uint8, padded with zeros, and their (height, width).
 
     Args:
         images: of any sizes.
@@ -338,9 +338,9 @@ def pad_images(images: Sequence[Tensor], least: tuple[int, int] = (0, 0)) -> tup
     """
     sizes = [(int(i.shape[1]), int(i.shape[2])) for i in images]
     height, width = padded_size([*sizes, least])
-    out = torch.zeros(len(images), 3, height, width)
+    out = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
     for row, image in zip(out, images, strict=True):
-        row[:, : image.shape[1], : image.shape[2]] = image / 255
+        row[:, : image.shape[1], : image.shape[2]] = image
     return out, sizes
 
 

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
 
 from ezsd.choices import BACKBONES, MOBILENETS, RESNETS
 from ezsd.detector.bodies import (
@@ -23,6 +23,7 @@ from ezsd.detector.bodies import (
     maps_of,
     try_out,
 )
+from ezsd.detector.norms import FrozenNorm, fold_norms
 from ezsd.detector.requirements import has_form, require_backbone, said
 from ezsd.errors import BackboneError
 from ezsd.plugins import PLUGIN
@@ -75,7 +76,7 @@ class Pyramid(nn.Module):
         return list(self.body(images).values())
 
     def maps(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Maps of RGB images (B, 3, H, W), float in [0, 1], whose heights and widths without padding are `sizes`."""
+        """Maps of RGB images (B, 3, H, W), see `normalise`, whose heights and widths without padding are `sizes`."""
         maps: list[Tensor] = self(normalise(images, sizes, self._mean, self._std))
         return maps
 
@@ -124,6 +125,8 @@ def build_backbone(
     network = cast("nn.Module", body)
     if frozen:
         freeze_norms(network, said(name, section))
+    if name in MOBILENETS:
+        fold_norms(network)
     if weights is not None and frozen_stages >= 0:
         _freeze(body.stages(), frozen_stages, name, section)
     return Pyramid(
@@ -181,7 +184,7 @@ def _resnet(
     *,
     frozen_norms: bool,
 ) -> Pyramid:
-    norm = FrozenBatchNorm2d if frozen_norms else nn.BatchNorm2d
+    norm = FrozenNorm if frozen_norms else nn.BatchNorm2d
     network = getattr(torchvision.models, name)(weights=None, norm_layer=norm)
     if weights is not None:
         load_classifier(network, name, weights, classifier="fc.")
@@ -193,6 +196,7 @@ def _resnet(
             (network.layer4,),
         ]
         _freeze([[p for m in modules for p in m.parameters()] for modules in parts], frozen_stages, name, section)
+    fold_norms(network)
     width = network.fc.in_features // 8
     body = BackboneWithFPN(
         network,
@@ -281,7 +285,7 @@ def normalise(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Tensor:
-    """Normalisation of RGB images (B, 3, H, W), float in [0, 1], ImageNet's by default; zeros beyond each size.
+    """Normalise RGB images (B, 3, H, W), uint8 or float in [0, 1], like ImageNet's unless told; zeros beyond each size.
 
     A convolution then sees beside an image what it sees at the border of a batch.
 
@@ -291,6 +295,7 @@ def normalise(
         mean: of red, green and blue.
         std: standard deviation of red, green and blue.
     """
+    images = images if images.is_floating_point() else images / 255
     made = (images - _by_channel(mean, images)) / _by_channel(std, images)
     for image, (height, width) in zip(made, sizes, strict=True):
         image[:, height:] = 0
@@ -299,4 +304,5 @@ def normalise(
 
 
 def _by_channel(values: Sequence[float], images: Tensor) -> Tensor:
-    return torch.tensor(values, device=images.device)[:, None, None]
+    # Without waiting for what a GPU does.
+    return torch.tensor(values).to(images.device, non_blocking=True)[:, None, None]

@@ -14,8 +14,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.ops import FrozenBatchNorm2d
 
+from ezsd.detector.norms import FrozenNorm
 from ezsd.detector.requirements import said
 from ezsd.errors import BackboneError, EzsdError
 from ezsd.plugins import fault, find_factory
@@ -332,11 +332,11 @@ def freeze_norms(body: nn.Module, what: str) -> None:
     Raises:
         BackboneError: some of it has no frozen form.
     """
-    replaced: dict[int, FrozenBatchNorm2d] = {}
+    replaced: dict[int, FrozenNorm] = {}
     # A module may be reached by several paths: cutting a Sequential into parts leaves both.
     for path, module in list(body.named_modules(remove_duplicate=False)):
         if type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats:
-            frozen = replaced.setdefault(id(module), FrozenBatchNorm2d(module.num_features, eps=module.eps))
+            frozen = replaced.setdefault(id(module), FrozenNorm(module.num_features, eps=module.eps))
             frozen.load_state_dict(module.state_dict())
             parent, _, name = path.rpartition(".")
             setattr(body.get_submodule(parent), name, frozen)

@@ -1,14 +1,13 @@
 """Two region heads of the same parts: embedding, cosine classifier over frozen text, regressor that knows the class.
 
-`FastHead` convolves the maps and embeds a region by one fused operator; `PaperHead` convolves each pooled region, as
-the method's authors do.
+`FastHead` convolves the maps and embeds a region by one fused operator; `PaperHead` convolves each pooled region,
+as the method's authors do.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ezsd.choices import MAX_TEMPERATURE, Metric
-from ezsd.kernels import Pooling, roi_align, roi_align_cosine, roi_embed
+from ezsd.kernels import Pooling, roi_align, roi_embed_cosine
 from ezsd.kernels.distance import FUSED, unit
 from ezsd.losses import distillation_loss
 
@@ -111,12 +110,12 @@ class SemanticBoxRegressor(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedRegions:
-    """Embeddings of regions, and their pooled features on demand."""
+    """Embeddings of regions, and the features that they were made of."""
 
     embedding: Tensor
     """(R, D), unit rows."""
-    pooled: Callable[[Tensor | slice], Tensor]
-    """Pooled features for the box regressor, (N, C, P, P), of the regions that a mask (R,) or a slice selects."""
+    pooled: Tensor
+    """Pooled features for the box regressor, (R, C, P, P)."""
 
 
 class Head(nn.Module, ABC):
@@ -144,7 +143,7 @@ class Head(nn.Module, ABC):
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
         """Embed boxes (R, 4) in input pixels of images (R,)."""
 
-    def distillation_loss(
+    def embed_and_distil(
         self,
         features: list[Tensor],
         boxes: Tensor,
@@ -152,12 +151,23 @@ class Head(nn.Module, ABC):
         target: Tensor,
         weight: Tensor,
         metric: Metric,
-    ) -> Tensor:
-        """Weighted mean distance of the embeddings of boxes (R, 4) to targets (R, D); a scalar.
+    ) -> tuple[EmbeddedRegions, Tensor]:
+        """Embed the first boxes, and distil the last.
 
-        The box regressor is not run. See `ezsd.losses.distillation_loss`.
+        Args:
+            features: maps that regions are pooled from.
+            boxes: (R, 4), input pixels; the last N of them are compared with targets.
+            image_index: image of each box, (R,).
+            target: (N, D).
+            weight: (N,), see `region_weights`.
+            metric: distance between an embedding and its target.
+
+        Returns:
+            The first R - N regions, and the weighted mean distance of the last to their targets, a scalar.
         """
-        return distillation_loss(self.embed(features, boxes, image_index).embedding, target, weight, metric)
+        seen, named = self.embed(features, boxes, image_index), len(boxes) - len(target)
+        loss = distillation_loss(seen.embedding[named:], target, weight, metric)
+        return EmbeddedRegions(seen.embedding[:named], seen.pooled[:named]), loss
 
 
 class FastHead(Head):
@@ -189,13 +199,11 @@ class FastHead(Head):
         return features
 
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
-        """Embed by the fused operator; pooled features are made for the regions that are asked for, when they are."""
-        embedding = roi_embed(features, boxes, image_index, self.pooling, self.projection.weight, self.projection.bias)
-        return EmbeddedRegions(
-            embedding, lambda rows: roi_align(features, boxes[rows], image_index[rows], self.pooling)
-        )
+        """Pool once, for the embedding and the box regressor alike."""
+        nothing = boxes.new_zeros(0, self.projection.out_features)
+        return self.embed_and_distil(features, boxes, image_index, nothing, nothing[:, 0], "cosine")[0]
 
-    def distillation_loss(
+    def embed_and_distil(
         self,
         features: list[Tensor],
         boxes: Tensor,
@@ -203,14 +211,15 @@ class FastHead(Head):
         target: Tensor,
         weight: Tensor,
         metric: Metric,
-    ) -> Tensor:
-        """Distil by the fused operator, for the metrics that it has."""
+    ) -> tuple[EmbeddedRegions, Tensor]:
+        """Pool once, embed and compare by one fused operator, for the metrics that it has."""
         if metric not in FUSED:
-            return super().distillation_loss(features, boxes, image_index, target, weight, metric)
+            return super().embed_and_distil(features, boxes, image_index, target, weight, metric)
         head = self.projection.weight, self.projection.bias
-        return roi_align_cosine(
+        embedding, pooled, loss = roi_embed_cosine(
             features, boxes, image_index, self.pooling, *head, target=target, weight=weight, metric=metric
         )
+        return EmbeddedRegions(embedding, pooled[: len(embedding)]), loss
 
 
 class Branch(nn.Module):
@@ -263,7 +272,7 @@ class PaperHead(Head):
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
         """Run the shared convolutions on every region, then the branch of the embedding."""
         shared = _convolve(self.shared, roi_align(features, boxes, image_index, self.pooling))
-        return EmbeddedRegions(unit(self.projection(self.branch(shared))), lambda rows: shared[rows])
+        return EmbeddedRegions(unit(self.projection(self.branch(shared))), shared)
 
 
 def _convolve(layers: nn.ModuleList, pooled: Tensor) -> Tensor:

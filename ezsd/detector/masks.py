@@ -86,27 +86,31 @@ class MaskHead(nn.Module):
         return logits[:, 0]
 
 
-def mask_targets(masks: Sequence[ObjectMasks], boxes: Sequence[Tensor], objects: Sequence[Tensor], size: int) -> Tensor:
+def mask_targets(masks: ObjectMasks, boxes: Tensor, objects: Tensor, size: int) -> Tensor:
     """Mask targets: the fraction of each cell of a region that its object covers.
 
     Args:
-        masks: of each image's objects.
-        boxes: regions of each image, (P, 4).
-        objects: the object of each region, positions in the image's masks, (P,) int64.
+        masks: of the objects of all images.
+        boxes: regions, (P, 4).
+        objects: the object of each region, positions in `masks`, (P,) int64.
         size: M, cells per side.
 
     Returns:
-        Fractions in [0, 1], (all P, M, M) float32.
+        Fractions in [0, 1], (P, M, M) float32.
     """
-    frame = torch.cat([m.frame[o] for m, o in zip(masks, objects, strict=True)])
+    frame = masks.frame[objects]
     corner, side = frame[:, :2].repeat(1, 2), (frame[:, 2:] - frame[:, :2]).repeat(1, 2)
-    places = (torch.cat(list(boxes)) - corner) / side * GRID
-    grids = torch.cat([m.grid for m in masks])[:, None].float()
-    first = np.cumsum([0, *(len(m) for m in masks[:-1])])
-    which = torch.cat([o + int(start) for o, start in zip(objects, first, strict=True)])
+    places = (boxes - corner) / side * GRID
     # Continuous coordinates, as everywhere: the centre of cell 0 is at one half.
-    shares: Tensor = roi_align(grids, torch.cat([which[:, None].to(places), places], 1), size, aligned=True)
+    shares: Tensor = roi_align(
+        masks.grid[:, None].float(), torch.cat([objects[:, None].to(places), places], 1), size, aligned=True
+    )
     return shares[:, 0]
+
+
+def concatenated(masks: Sequence[ObjectMasks]) -> ObjectMasks:
+    """Masks of the objects of all images, one image after the other."""
+    return ObjectMasks(torch.cat([one.frame for one in masks]), torch.cat([one.grid for one in masks]))
 
 
 def paste(probability: Tensor, boxes: Tensor, height: int, width: int) -> Iterator[NDArray[np.bool_]]:

@@ -14,10 +14,17 @@ from torchvision.ops import batched_nms
 
 from ezsd.choices import Backend, Metric
 from ezsd.detector.backbone import Pyramid
-from ezsd.detector.heads import FastHead, Head, PaperHead
-from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, mask_targets
-from ezsd.detector.rpn import SAMPLED_ANCHORS, proposal_network
-from ezsd.detector.sampling import SampledRegions, sample_regions
+from ezsd.detector.heads import EmbeddedRegions, FastHead, Head, PaperHead
+from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, concatenated, mask_targets
+from ezsd.detector.rpn import SAMPLED_ANCHORS, AnchorLosses, ProposalNetwork, Proposals
+from ezsd.detector.sampling import (
+    SampledRegions,
+    image_seeds,
+    pad_rows,
+    sample_regions,
+    to_device,
+    worth_computing,
+)
 from ezsd.detector.settings import DetectorSettings
 from ezsd.kernels import Pooling
 from ezsd.losses import (
@@ -36,7 +43,7 @@ class Batch:
     """Training images with everything the losses need; boxes are in batched-input pixels."""
 
     images: Tensor
-    """(B, 3, H, W) float in [0, 1], padded with zeros at the right and bottom."""
+    """(B, 3, H, W) uint8, or float in [0, 1], padded with zeros at the right and bottom."""
     sizes: list[tuple[int, int]]
     """(height, width) of each image without padding."""
     boxes: list[Tensor]
@@ -60,22 +67,32 @@ class Batch:
     masks: list[ObjectMasks] | None = None
     """Masks of the base ground truth of each image; None where masks are not trained."""
 
+    def pin_memory(self) -> Batch:
+        """Copy what is large into page-locked memory, from which a GPU fetches it while the host goes on."""
+        return dataclasses.replace(self, images=self.images.pin_memory(), region_target=self.region_target.pin_memory())
+
     def to(self, device: torch.device) -> Batch:
         """Move to another device."""
         return Batch(
             images=self.images.to(device, non_blocking=True),
             sizes=self.sizes,
-            boxes=[b.to(device, non_blocking=True) for b in self.boxes],
-            labels=[v.to(device, non_blocking=True) for v in self.labels],
+            boxes=_moved(self.boxes, device),
+            labels=_moved(self.labels, device),
             region_boxes=self.region_boxes.to(device, non_blocking=True),
             region_image=self.region_image.to(device, non_blocking=True),
             region_target=self.region_target.to(device, non_blocking=True),
             region_confidence=self.region_confidence.to(device, non_blocking=True),
-            cached_boxes=[b.to(device, non_blocking=True) for b in self.cached_boxes],
-            cached_confidence=[c.to(device, non_blocking=True) for c in self.cached_confidence],
+            cached_boxes=_moved(self.cached_boxes, device),
+            cached_confidence=_moved(self.cached_confidence, device),
             seeds=self.seeds,
             masks=None if self.masks is None else [m.to(device) for m in self.masks],
         )
+
+
+def _moved(of_images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy the tensors of all images to another device in one piece."""
+    whole = torch.cat(list(of_images)).to(device, non_blocking=True)
+    return list(whole.split([len(one) for one in of_images]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +107,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Detections:
-    """Detections of one image, best first; `Detector.detect` gives their boxes in batched-input pixels."""
+    """Detections of one image, best first; `Detector.detect_each` gives their boxes in batched-input pixels."""
 
     boxes: Tensor
     """(N, 4) xyxy."""
@@ -107,6 +124,32 @@ class Detections:
         return Detections(boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows], masks=masks)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """Names to look for in images."""
+
+    text: Tensor
+    """Unit rows of the names, (C, D)."""
+    competing: Tensor | None = None
+    """Unit rows of other names, (K, D): a region may be called by one of them, and has its box then, but is no
+    detection. None for none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """Proposals of a batch that detections are made of, all images' one after the other, and their embeddings."""
+
+    boxes: Tensor
+    """(R, 4)."""
+    objectness: Tensor
+    """(R,)."""
+    marks: Tensor
+    """Marks what is a proposal, (R,) bool; the other rows are padding."""
+    counts: list[int]
+    """Rows of each image."""
+    regions: EmbeddedRegions
+
+
 class Detector(nn.Module):
     """Faster R-CNN whose regions are embedded in the teacher's space.
 
@@ -121,9 +164,7 @@ class Detector(nn.Module):
         super().__init__()
         self.settings = settings
         self.backbone = backbone
-        self.rpn, self._anchor_sampler = proposal_network(
-            backbone.channels, settings.rpn_sizes, proposals=settings.rpn_proposals
-        )
+        self.rpn = ProposalNetwork(backbone.channels, settings.rpn_sizes, proposals=settings.rpn_proposals)
         pooling = functools.partial(_pooling, backbone, settings, backend)
         self.head = _build_head(backbone, settings, pooling(settings.pool_size), embed_dim)
         # Last, so that all else starts with the same weights without it.
@@ -154,41 +195,40 @@ class Detector(nn.Module):
             class_counts: objects of each base class so far, (B,), for Seesaw loss; None for cross-entropy.
         """
         maps = self.backbone.maps(batch.images, batch.sizes)
-        proposals, losses = self._propose(batch.images, batch.sizes, maps, batch)
-        features = self.head.features(maps[: self.head.pooling.levels])
-        sampled = self._sample(proposals, batch, len(text))
-        losses |= self._region_losses(features, sampled, text, class_counts)
+        seeds = image_seeds(batch.seeds, len(batch.sizes), batch.images.device)
+        found = self.rpn(maps, batch.images.shape[2:])
+        spared = self._spared(batch)
+        anchors = self.rpn.losses(found, batch.boxes, seeds, spared if self.settings.ignore_rpn else None)
+        sampled = self._sample(self.rpn.propose(found, batch.sizes), batch, seeds, spared, background=len(text))
+        losses = {"rpn_objectness": anchors.objectness, "rpn_box": anchors.box}
+        losses |= self._region_losses(maps[: self.head.pooling.levels], sampled, batch, text, distill, class_counts)
         if self.mask_head is not None:
             losses["mask"] = self._mask_loss(self.mask_head, maps[: self.head.pooling.levels], sampled, batch)
-        if distill is not None:
-            weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
-            losses["distillation"] = self.head.distillation_loss(
-                features, batch.region_boxes, batch.region_image, batch.region_target, weight, distill
-            )
         if totals is None:
             return losses
-        share = self._shares(totals, sampled, batch)
+        share = self._shares(totals, anchors, sampled, batch)
         return {name: part * share[name] for name, part in losses.items()}
 
     def constrain(self) -> None:
         """Move parameters that have a bound back within it; to be called after each step of an optimiser."""
         self.head.classifier.constrain()
 
-    def _shares(self, totals: Totals, sampled: list[SampledRegions], batch: Batch) -> dict[str, float | Tensor]:
+    def _shares(
+        self, totals: Totals, anchors: AnchorLosses, sampled: SampledRegions, batch: Batch
+    ) -> dict[str, float | Tensor]:
         """Fraction of the step's term that each mean over this batch is."""
-        anchors = self._anchor_sampler.drawn / (totals.images * SAMPLED_ANCHORS)
-        regions = sum(len(s.labels) for s in sampled) / (totals.images * self.settings.box_batch_size_per_image)
+        of_anchors = anchors.sampled / (totals.images * SAMPLED_ANCHORS)
+        regions = sampled.counted.sum() / (totals.images * self.settings.box_batch_size_per_image)
         most = max(int(self.settings.box_batch_size_per_image * self.settings.box_positive_fraction), 1)
         return {
-            "rpn_objectness": anchors,
-            "rpn_box": anchors,
+            "rpn_objectness": of_anchors,
+            "rpn_box": of_anchors,
             "classification": regions,
             "box": regions,
-            "mask": torch.cat(_on_masks(sampled, batch)).sum() / (totals.images * most),
+            "mask": _on_masks(sampled, batch).sum() / (totals.images * most),
             "distillation": len(batch.region_boxes) / max(totals.regions, 1),
         }
 
-    @torch.no_grad()
     def detect(
         self,
         images: Tensor,
@@ -196,66 +236,97 @@ class Detector(nn.Module):
         text: Tensor,
         *,
         competing: Tensor | None = None,
+        **options: Any,  # noqa: ANN401 - those of `detect_each`
+    ) -> list[Detections]:
+        """Find objects of any named classes: `detect_each` with one vocabulary."""
+        return self.detect_each(images, sizes, [Vocabulary(text=text, competing=competing)], **options)[0]
+
+    @torch.no_grad()
+    def detect_each(
+        self,
+        images: Tensor,
+        sizes: list[tuple[int, int]],
+        vocabularies: Sequence[Vocabulary],
+        *,
         score_floor: float,
         nms_iou: float,
         keep: int,
         class_agnostic_nms: bool = False,
         objectness: float = 0,
         masks: bool = False,
-    ) -> list[Detections]:
-        """Find objects of any named classes.
+    ) -> list[list[Detections]]:
+        """Find objects of several vocabularies, each as if it were alone, in one pass of the network.
 
         Args:
-            images: (B, 3, H, W) float in [0, 1], padded.
+            images: (B, 3, H, W) uint8, or float in [0, 1], padded.
             sizes: (height, width) of each image.
-            text: unit rows of the names to look for, (C, D).
-            competing: unit rows of other names, (K, D): a region may be called by one of them, and has its box then,
-                but is no detection. None for none.
+            vocabularies: names to look for, and those that compete with them.
             score_floor: detections below it are dropped.
             nms_iou: IoU threshold of NMS within a class.
             keep: most detections per image.
-            class_agnostic_nms: whether classes suppress each other too, `competing` ones as well.
+            class_agnostic_nms: whether classes suppress each other too, competing ones as well.
             objectness: weight a in [0, 1) of the proposal network in a score: p(class)^(1 - a) p(object)^a.
             masks: whether to say which part of a box is the object; for a detector that has learned it.
+
+        Returns:
+            Detections of each image, for each vocabulary.
         """
         maps = self.backbone.maps(images, sizes)
-        proposals, _ = self._propose(images, sizes, maps, None)
-        features = self.head.features(maps[: self.head.pooling.levels])
-        boxes, index = torch.cat(proposals), _image_index(proposals)
-        seen = self.head.embed(features, boxes, index)
+        proposals = self.rpn.propose(self.rpn(maps, images.shape[2:]), sizes)
+        levels = maps[: self.head.pooling.levels]
+        marks = proposals.marks.flatten()
+        rows = worth_computing(marks)
+        boxes, index = proposals.boxes.flatten(0, 1)[rows], _image_index(proposals.marks)[rows]
+        most = proposals.marks.shape[1]
+        seen = _Seen(
+            boxes=boxes,
+            objectness=proposals.scores.flatten()[rows],
+            marks=marks[rows],
+            # As many as there are rows to compute.
+            counts=[most] * len(sizes) if isinstance(rows, slice) else proposals.marks.sum(1).tolist(),
+            regions=self.head.embed(self.head.features(levels), boxes, index),
+        )
+        found = []
+        for vocabulary in vocabularies:
+            moved, own, probability = self._named(seen, vocabulary, class_agnostic=class_agnostic_nms)
+            if objectness:
+                probability = probability ** (1 - objectness) * seen.objectness[:, None] ** objectness
+            # Padding has no score that reaches a floor.
+            probability = torch.where(seen.marks[:, None], probability, -1)
+            parts = zip(*(one.split(seen.counts) for one in (moved, own, probability)), sizes, strict=True)
+            detections = [
+                _suppress(
+                    *part,
+                    asked=len(vocabulary.text),
+                    score_floor=score_floor,
+                    nms_iou=nms_iou,
+                    class_agnostic=class_agnostic_nms,
+                    keep=keep,
+                )
+                for part in parts
+            ]
+            found.append(self._filled(levels, detections) if masks else detections)
+        return found
+
+    def _named(self, seen: _Seen, vocabulary: Vocabulary, *, class_agnostic: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes of regions (R, K, 4), which of them is each name's (R, C), and the probability of each name (R, C)."""
+        text, competing = vocabulary.text, vocabulary.competing
         known = text if competing is None else torch.cat([text, competing])
-        every = self.head.classifier(seen.embedding, known).float().softmax(1)
+        every = self.head.classifier(seen.regions.embedding, known).float().softmax(1)
         probability = every[:, :-1]
         names = self._box_names(probability)
-        rows = known[names]
+        classes = known[names]
         if self.settings.box_class == "reference":
-            rows = rows * (every.argmax(1) < len(known))[:, None, None]
-        deltas = self.head.regressor(seen.pooled(slice(None)), rows)
+            classes = classes * (every.argmax(1) < len(known))[:, None, None]
+        deltas = self.head.regressor(seen.regions.pooled, classes)
         count = names.shape[1]
-        moved = decode_boxes(boxes.repeat_interleave(count, 0), deltas.flatten(0, 1)).unflatten(0, (-1, count))
+        moved = decode_boxes(seen.boxes.repeat_interleave(count, 0), deltas.flatten(0, 1)).unflatten(0, (-1, count))
         own = torch.zeros_like(probability, dtype=torch.int64).scatter_(
             1, names, torch.arange(count, device=names.device).expand_as(names)
         )
-        if not class_agnostic_nms:
-            # The competitors' part ends here, before anything is counted.
-            own, probability = own[:, : len(text)], probability[:, : len(text)]
-        if objectness:
-            probability = probability ** (1 - objectness) * torch.cat(self.rpn.scores)[:, None] ** objectness
-        found = [
-            _suppress(
-                moved[index == i],
-                own[index == i],
-                probability[index == i],
-                size,
-                asked=len(text),
-                score_floor=score_floor,
-                nms_iou=nms_iou,
-                class_agnostic=class_agnostic_nms,
-                keep=keep,
-            )
-            for i, size in enumerate(sizes)
-        ]
-        return self._filled(maps[: self.head.pooling.levels], found) if masks else found
+        # Where classes do not suppress each other, the competitors' part ends here, before anything is counted.
+        asked = len(known) if class_agnostic else len(text)
+        return moved, own[:, :asked], probability[:, :asked]
 
     def _filled(self, maps: list[Tensor], found: list[Detections]) -> list[Detections]:
         """Add masks to detections, image by image: hundreds of regions need much memory."""
@@ -273,78 +344,95 @@ class Detector(nn.Module):
         # As for the likeliest object, never for background: a row of zeros was never trained.
         return probability.argmax(1, keepdim=True)
 
-    def _propose(
-        self, images: Tensor, sizes: list[tuple[int, int]], maps: list[Tensor], batch: Batch | None
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        targets = None if batch is None else [{"boxes": b} for b in batch.boxes]
-        if batch is not None and targets is not None and self.settings.ignore_rpn:
-            for target, spared in zip(targets, self._spared(batch), strict=True):
-                target["spared"] = spared
-        self._anchor_sampler.seeds = None if batch is None else batch.seeds
-        proposals, losses = self.rpn.propose(images, sizes, maps, targets)
-        if not self.training:
-            return proposals, {}
-        return proposals, {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]}
+    def _spared(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Cached boxes, (B, U, 4), and marks of those that may hold an object without a label, (B, U); or None."""
+        if self.settings.ignore_confidence > 1:
+            return None
+        boxes, cached = pad_rows(batch.cached_boxes)
+        return boxes, cached & (pad_rows(batch.cached_confidence)[0] >= self.settings.ignore_confidence)
 
-    def _spared(self, batch: Batch) -> list[Tensor]:
-        """Boxes of each image that may hold an object without a label, (U, 4)."""
-        least = self.settings.ignore_confidence
-        pairs = zip(batch.cached_boxes, batch.cached_confidence, strict=True)
-        return [boxes[confidence >= least] for boxes, confidence in pairs]
-
-    def _sample(self, proposals: list[Tensor], batch: Batch, background: int) -> list[SampledRegions]:
-        sampled = []
-        for i, spared in enumerate(self._spared(batch)):
-            if batch.seeds is not None:
-                # Other numbers than the proposal network's.
-                torch.manual_seed(batch.seeds[i] + 1)
-            sampled.append(
-                sample_regions(
-                    proposals[i],
-                    batch.boxes[i],
-                    batch.labels[i],
-                    background=background,
-                    count=self.settings.box_batch_size_per_image,
-                    share=self.settings.box_positive_fraction,
-                    unknown=spared,
-                )
-            )
-        return sampled
+    def _sample(
+        self,
+        proposals: Proposals,
+        batch: Batch,
+        seeds: Tensor,
+        spared: tuple[Tensor, Tensor] | None,
+        *,
+        background: int,
+    ) -> SampledRegions:
+        return sample_regions(
+            proposals.boxes,
+            proposals.marks,
+            batch.boxes,
+            batch.labels,
+            # Other numbers than the proposal network's.
+            seeds + 1,
+            background=background,
+            count=self.settings.box_batch_size_per_image,
+            share=self.settings.box_positive_fraction,
+            unknown=spared,
+        )
 
     def _region_losses(
         self,
-        features: list[Tensor],
-        sampled: Sequence[SampledRegions],
+        maps: list[Tensor],
+        sampled: SampledRegions,
+        batch: Batch,
         text: Tensor,
+        distill: Metric | None,
         class_counts: Tensor | None,
     ) -> dict[str, Tensor]:
-        boxes, index = torch.cat([s.boxes for s in sampled]), _image_index([s.boxes for s in sampled])
-        label, target = torch.cat([s.labels for s in sampled]), torch.cat([s.targets for s in sampled])
-        seen = self.head.embed(features, boxes, index)
+        """Classification, box and distillation; all their regions are pooled at once."""
+        counted = sampled.counted.flatten()
+        rows = worth_computing(counted)
+        boxes, index, counted = sampled.boxes.flatten(0, 1)[rows], sampled.image_index.flatten()[rows], counted[rows]
+        label = sampled.labels.flatten()[rows]
+        features, losses = self.head.features(maps), {}
+        if distill is None:
+            seen = self.head.embed(features, boxes, index)
+        else:
+            weight = region_weights(batch.region_confidence, batch.region_image, images=len(batch.sizes))
+            of_all = torch.cat([boxes, batch.region_boxes]), torch.cat([index, batch.region_image])
+            seen, distance = self.head.embed_and_distil(features, *of_all, batch.region_target, weight, distill)
+            losses["distillation"] = distance
         logits = self.head.classifier(seen.embedding, text)
-        object_ = label < len(text)
-        deltas = self.head.regressor(seen.pooled(object_), text[label[object_]])
-        wanted = encode_boxes(boxes[object_], target[object_])
         if class_counts is not None:
             logits = seesaw_logits(logits, label, class_counts)
+        positive = counted & (label < len(text))
+        # Where padding is computed too, objects come in the first slots.
+        some = torch.nonzero(positive)[:, 0] if isinstance(rows, Tensor) else _first_slots(sampled)
+        deltas = self.head.regressor(seen.pooled[some], text[label[some].clamp(max=len(text) - 1)])
+        wanted = encode_boxes(boxes[some], sampled.targets.flatten(0, 1)[rows][some])
         return {
-            "classification": classification_loss(logits, label),
-            "box": box_loss(deltas, wanted, sampled=len(label)),
+            "classification": classification_loss(logits, label, counted),
+            "box": box_loss(deltas, wanted, positive[some], sampled=counted.sum()),
+            **losses,
         }
 
-    def _mask_loss(self, head: MaskHead, maps: list[Tensor], sampled: Sequence[SampledRegions], batch: Batch) -> Tensor:
+    def _mask_loss(self, head: MaskHead, maps: list[Tensor], sampled: SampledRegions, batch: Batch) -> Tensor:
         assert batch.masks is not None
-        known = _on_masks(sampled, batch)
-        boxes = [s.boxes[k] for s, k in zip(sampled, known, strict=True)]
-        logits = head(maps, torch.cat(boxes), _image_index(boxes))
-        objects = [s.objects[k] for s, k in zip(sampled, known, strict=True)]
-        return mask_loss(logits, mask_targets(batch.masks, boxes, objects, logits.shape[-1]))
+        # A region costs the head so much that their number is worth a wait.
+        rows = torch.nonzero(_on_masks(sampled, batch).flatten())[:, 0]
+        boxes, index = sampled.boxes.flatten(0, 1)[rows], sampled.image_index.flatten()[rows]
+        counts = torch.tensor([len(one) for one in batch.masks])
+        first = to_device(counts.cumsum(0) - counts, rows.device)
+        objects = sampled.objects.flatten()[rows] + first[index]
+        logits = head(maps, boxes, index)
+        return mask_loss(logits, mask_targets(concatenated(batch.masks), boxes, objects, logits.shape[-1]))
 
 
-def _on_masks(sampled: Sequence[SampledRegions], batch: Batch) -> list[Tensor]:
-    """Mark the regions of each image that are on an object with a mask; pseudo-labels, the last objects, have none."""
+def _on_masks(sampled: SampledRegions, batch: Batch) -> Tensor:
+    """Mark regions that are on an object with a mask, (B, S); pseudo-labels, the last objects, have none."""
     counts = [len(b) for b in batch.boxes] if batch.masks is None else [len(m) for m in batch.masks]
-    return [(s.objects >= 0) & (s.objects < n) for s, n in zip(sampled, counts, strict=True)]
+    numbers = to_device(torch.tensor(counts), sampled.objects.device)
+    return (sampled.objects >= 0) & (sampled.objects < numbers[:, None])
+
+
+def _first_slots(sampled: SampledRegions) -> Tensor:
+    """Positions of the slots that may hold a region on an object, among those of all images."""
+    images, slots = sampled.labels.shape
+    positions = torch.arange(images * slots, device=sampled.labels.device).view(images, slots)
+    return positions[:, : sampled.object_slots].flatten()
 
 
 def _suppress(
@@ -367,25 +455,28 @@ def _suppress(
         probability: (R, C).
         size: height and width of the image.
         asked: number of the classes to keep; the others only suppress.
-        score_floor: see `Detector.detect`, as the rest.
+        score_floor: see `Detector.detect_each`, as the rest.
         nms_iou: see there.
         class_agnostic: whether NMS is between all classes instead of within each.
         keep: see there.
     """
     height, width = size
-    limit = boxes.new_tensor([width, height, width, height])
-    boxes = torch.minimum(boxes.clamp(min=0), limit)
+    limit = torch.tensor([width, height, width, height], dtype=boxes.dtype)
+    boxes = torch.minimum(boxes.clamp(min=0), to_device(limit, boxes.device))
     whole = ((boxes[..., 2:] - boxes[..., :2]) >= 1).all(-1)
     region, label = torch.nonzero((probability >= score_floor) & whole.gather(1, own), as_tuple=True)
     box, score = boxes[region, own[region, label]], probability[region, label]
     kept = batched_nms(box, score, torch.zeros_like(label) if class_agnostic else label, nms_iou)
-    kept = kept[label[kept] < asked][:keep]
+    if asked < probability.shape[1]:
+        kept = kept[label[kept] < asked]
+    kept = kept[:keep]
     return Detections(boxes=box[kept], scores=score[kept], labels=label[kept])
 
 
-def _image_index(groups: list[Tensor]) -> Tensor:
-    counts = torch.tensor([len(g) for g in groups], device=groups[0].device)
-    return torch.repeat_interleave(torch.arange(len(groups), device=groups[0].device), counts)
+def _image_index(marks: Tensor) -> Tensor:
+    """Image of each of the rows (B, P), (B * P,) int64."""
+    images, rows = marks.shape
+    return torch.arange(images, device=marks.device)[:, None].expand(images, rows).flatten()
 
 
 def _pooled_levels(backbone: Pyramid) -> int:

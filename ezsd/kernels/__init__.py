@@ -1,7 +1,7 @@
 """The fused RoI-align, projection and cosine operators."""
 
 from ezsd.kernels.backend import require_backend, resolve_backend
-from ezsd.kernels.ops import roi_align, roi_align_cosine, roi_embed
+from ezsd.kernels.ops import roi_align, roi_align_cosine, roi_embed, roi_embed_cosine
 from ezsd.kernels.pooling import Pooling
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "roi_align",
     "roi_align_cosine",
     "roi_embed",
+    "roi_embed_cosine",
 ]

@@ -1,6 +1,6 @@
 """The operators the detector calls; `backend` decides who computes them, `reference` what they mean.
 
-Conventions of all three:
+Conventions of all:
 
 - boxes are xyxy in pixels of the batched network input (after resizing), float;
 - cell k of a map has its centre at k + 0.5 cells (RoIAlign with aligned=True), bins are averaged over
@@ -124,6 +124,54 @@ def roi_align_cosine(
     check_targets(target, weight, metric, regions=boxes.shape[0], dim=dim)
     head = _as_cast(projection), _as_cast(bias)
     return registered.roi_align_cosine(bound, boxes, image_index, target, weight, head, metric=metric, backend=backend)
+
+
+def roi_embed_cosine(
+    features: Tensor | Sequence[Tensor],
+    boxes: Tensor,
+    image_index: Tensor,
+    pooling: Pooling,
+    projection: Tensor,
+    bias: Tensor | None = None,
+    *,
+    target: Tensor,
+    weight: Tensor,
+    metric: Metric = "cosine",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embed boxes and compare the last of them with targets: `roi_embed` and `roi_align_cosine` of one pooling.
+
+    A training step classifies and regresses some boxes and distils others; together they read each map once, and the
+    gradient writes each map once.
+
+    Args:
+        features: as in `roi_align`; so are boxes, image_index and pooling.
+        boxes: (R, 4) xyxy, input pixels; the last N have the targets.
+        image_index: the image of each box, (R,) int64 in [0, B).
+        pooling: grid, levels and backend.
+        projection: (D, P*P*C), as in `roi_embed`.
+        bias: (D,) or None.
+        target: (N, D) of the last N boxes, as in `roi_align_cosine`.
+        weight: (N,) float, >= 0.
+        metric: see `ezsd.kernels.distance`.
+
+    Returns:
+        Unit embeddings (R - N, D) of the first boxes as by `roi_embed`, pooled features (R, C, P, P) of all boxes in
+        the maps' dtype or a wider one, and the loss of the last as by `roi_align_cosine`. All three have gradients.
+
+    Raises:
+        ValueError: a shape, dtype, metric or range is not as described.
+        BackendError: backend="triton" where Triton cannot run.
+    """
+    bound, backend = _bind(features, boxes, image_index, pooling)
+    check_head(bound, projection, bias)
+    if target.shape[0] > boxes.shape[0]:
+        raise ValueError(f"target: {target.shape[0]} rows for the last of {boxes.shape[0]} boxes; give at most as many")
+    check_targets(target, weight, metric, regions=target.shape[0], dim=projection.shape[0])
+    head = _as_cast(projection), _as_cast(bias)
+    embedding, pooled, loss = registered.roi_embed_cosine(
+        bound, boxes, image_index, target, weight, head, metric=metric, backend=backend
+    )
+    return embedding, pooled.permute(0, 3, 1, 2), loss
 
 
 def _bind(

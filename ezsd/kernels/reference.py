@@ -60,6 +60,30 @@ def roi_align_cosine(
     return mean_distance(embedding, target, weight, FUSED[metric])
 
 
+def roi_embed_cosine(
+    features: Tensor | Sequence[Tensor],
+    boxes: Tensor,
+    image_index: Tensor,
+    pooling: Pooling,
+    projection: Tensor,
+    bias: Tensor | None = None,
+    *,
+    target: Tensor,
+    weight: Tensor,
+    metric: Metric = "cosine",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Embed boxes and compare the last of them; arguments and results as in `ezsd.kernels.roi_embed_cosine`."""
+    named = boxes.shape[0] - target.shape[0]
+    head = projection, bias
+    return (
+        roi_embed(features, boxes[:named], image_index[:named], pooling, *head),
+        roi_align(features, boxes, image_index, pooling),
+        roi_align_cosine(
+            features, boxes[named:], image_index[named:], pooling, *head, target=target, weight=weight, metric=metric
+        ),
+    )
+
+
 def pool(pooling: BoundPooling, boxes: Tensor, image_index: Tensor) -> Tensor:
     """Equation 2 for every box on the level it belongs to: (R, P, P, C)."""
     level_of = pooling.level_of(boxes)

@@ -3,6 +3,9 @@
 Each public operator is one opaque node with a shape function and a gradient, whichever backend computes it. Opaque
 (`custom_op`) rather than traced (`triton_op`), because one definition serves both backends and the launches leave a
 compiler nothing to merge. Triton is imported when a kernel first runs, so this module loads without it.
+
+torch.compile keeps on disk what it made of an operator's name: one with another signature or gradient needs another
+name, but for an argument with a default at its end.
 """
 
 from collections.abc import Sequence
@@ -31,8 +34,26 @@ def roi_align(pooling: BoundPooling, boxes: Tensor, image_index: Tensor, *, back
 
 def roi_embed(pooling: BoundPooling, boxes: Tensor, image_index: Tensor, head: Head, *, backend: str) -> Tensor:
     """Unit embeddings (R, D) in float32, or float64 for float64 maps."""
-    unit_rows: Tensor = _embed(list(pooling.maps), boxes.detach(), image_index, *head, *pooling.grid, backend)[0]
+    constants = (boxes.detach(), image_index, None, None)
+    unit_rows: Tensor = _embed(list(pooling.maps), *constants, *head, "cosine", *pooling.grid, backend)[0]
     return unit_rows
+
+
+def roi_embed_cosine(
+    pooling: BoundPooling,
+    boxes: Tensor,
+    image_index: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    head: Head,
+    *,
+    metric: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit embeddings of boxes without a target, pooled features (R, P, P, C) of all, the weighted mean distance."""
+    constants = (boxes.detach(), image_index, target.detach(), weight.detach())
+    unit_rows, loss, _, pooled = _embed(list(pooling.maps), *constants, *head, metric, *pooling.grid, backend)
+    return unit_rows, pooled, loss
 
 
 def roi_align_cosine(
@@ -67,23 +88,33 @@ def _align(
     return _pool(pooling, boxes, image_index, backend).to(maps[0].dtype)
 
 
-@torch.library.custom_op("ezsd::roi_embed", mutates_args=())
+@torch.library.custom_op("ezsd::roi_embed_cosine", mutates_args=())
 def _embed(
     maps: Sequence[Tensor],
     boxes: Tensor,
     image_index: Tensor,
+    target: Tensor | None,
+    weight: Tensor | None,
     projection: Tensor | None,
     bias: Tensor | None,
+    metric: str,
     scale: float,
     threshold: float,
     bins: int,
     samples: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The unit embeddings, and for the gradient the raw ones and `_pool_and_project`'s bins."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit embeddings of the boxes before those with a target, the loss of these, and what `_pool_and_project` gave.
+
+    The last boxes have the targets (N, D); without targets the loss is 0.
+    """
     pooling = BoundPooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
     embedding, pooled = _pool_and_project(pooling, boxes, image_index, (projection, bias), backend)
-    return unit(embedding), embedding, pooled
+    named = _without_target(boxes, target)
+    unit_rows = unit(embedding[:named])
+    if target is None or weight is None:
+        return unit_rows, unit_rows.new_zeros(()), embedding, pooled
+    return unit_rows, _mean_distance(embedding[named:], target, weight, metric, backend), embedding, pooled
 
 
 @torch.library.custom_op("ezsd::roi_align_cosine", mutates_args=())
@@ -105,13 +136,21 @@ def _cosine(
     """The loss, and for the gradient the raw embeddings and `_pool_and_project`'s bins."""
     pooling = BoundPooling(maps=tuple(maps), scale=scale, threshold=threshold, bins=bins, samples=samples)
     embedding, pooled = _pool_and_project(pooling, boxes, image_index, (projection, bias), backend)
+    return _mean_distance(embedding, target, weight, metric, backend), embedding, pooled
+
+
+def _mean_distance(embedding: Tensor, target: Tensor, weight: Tensor, metric: str, backend: str) -> Tensor:
     if backend == "triton":
         from ezsd.kernels import triton_distance
 
         with _current_device(embedding):
             distance = triton_distance.distance_forward(embedding, target.contiguous(), metric)
-        return weighted_mean(distance, weight), embedding, pooled
-    return mean_distance(embedding, target, weight, FUSED[metric]), embedding, pooled
+        return weighted_mean(distance, weight)
+    return mean_distance(embedding, target, weight, FUSED[metric])
+
+
+def _without_target(boxes: Tensor, target: Tensor | None) -> int:
+    return boxes.shape[0] - (0 if target is None else target.shape[0])
 
 
 @torch.library.custom_op("ezsd::region_distances_backward", mutates_args=())
@@ -145,6 +184,7 @@ def _regions_backward(
     dtype: torch.dtype,
     wanted: Sequence[bool],
     backend: str,
+    pooled_grad: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of the raw embeddings handed on, as far as wanted: of the maps, the projection, the bias.
 
@@ -162,16 +202,19 @@ def _regions_backward(
         dtype: of the maps.
         wanted: three flags: maps, projection, bias.
         backend: "eager" or "triton".
+        pooled_grad: what else pulls at the pooled features, (R, P, P, C).
     """
     gradients = []
     with torch.autocast(embedding_grad.device.type, enabled=False):
         if wanted[0]:
-            pooled_grad = embedding_grad
+            pull = embedding_grad
             if projection is not None:
-                pooled_grad = embedding_grad @ projection.to(embedding_grad.dtype)
+                pull = embedding_grad @ projection.to(embedding_grad.dtype)
+            if pooled_grad is not None:
+                pull = pull + pooled_grad.flatten(1)
             gradients += _empty_maps(embedding_grad, shape, dtype, backend)
             pooling = BoundPooling(maps=tuple(gradients), scale=scale, threshold=threshold, bins=bins, samples=samples)
-            _pool_backward(pooling, pooled_grad.view(-1, bins, bins, shape[1]), boxes, image_index, backend)
+            _pool_backward(pooling, pull.view(-1, bins, bins, shape[1]), boxes, image_index, backend)
         if projection is not None and wanted[1]:
             gradients.append((embedding_grad.T @ pooled.flatten(1)).to(projection.dtype))
         if projection is not None and wanted[2]:
@@ -186,9 +229,11 @@ def _(maps: Sequence[Tensor], boxes: Tensor, *rest: Any) -> Tensor:
 
 
 @_embed.register_fake
-def _(maps: Sequence[Tensor], boxes: Tensor, image_index: Tensor, projection: Tensor | None, *rest: Any) -> Any:
-    embedding, pooled = _empty_embedding(maps, boxes, projection, bins=rest[3], backend=rest[5])
-    return torch.empty_like(embedding, dtype=_wide(embedding.dtype)), embedding, pooled
+def _(maps: Sequence[Tensor], boxes: Tensor, image_index: Tensor, target: Tensor | None, *rest: Any) -> Any:
+    embedding, pooled = _empty_embedding(maps, boxes, rest[1], bins=rest[6], backend=rest[8])
+    dtype, named = _wide(embedding.dtype), _without_target(boxes, target)
+    unit_rows = embedding.new_empty((named, embedding.shape[1]), dtype=dtype)
+    return unit_rows, embedding.new_empty((), dtype=dtype), embedding, pooled
 
 
 @_cosine.register_fake
@@ -203,8 +248,8 @@ def _(loss_grad: Tensor, embedding: Tensor, *rest: Any) -> Tensor:
 
 
 @_regions_backward.register_fake
-def _(embedding_grad: Tensor, pooled: Tensor, boxes: Tensor, image_index: Tensor, *rest: Any) -> list[Tensor]:
-    projection, shape, dtype, wanted, backend = rest[0], *rest[5:]
+def _(embedding_grad: Tensor, *rest: Any) -> list[Tensor]:
+    projection, shape, dtype, wanted, backend = rest[3], *rest[8:12]
     gradients = _empty_maps(embedding_grad, shape, dtype, backend) if wanted[0] else []
     if projection is not None and wanted[1]:
         gradients.append(torch.empty_like(projection, memory_format=torch.contiguous_format))
@@ -229,17 +274,28 @@ def _align_gradient(ctx: Any, pooled_grad: Tensor) -> tuple[Any, ...]:
 
 
 def _embed_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    maps, boxes, image_index, projection, _, *ctx.grid, ctx.backend = inputs
+    maps, boxes, image_index, target, weight, projection, _, ctx.metric, *ctx.grid, ctx.backend = inputs
     ctx.shape, ctx.dtype = _shape(maps), maps[0].dtype
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(boxes, image_index, projection, *output[1:])
+    ctx.save_for_backward(boxes, image_index, target, weight, projection, *output[2:])
 
 
-def _embed_gradient(ctx: Any, unit_grad: Tensor | None, *_: None) -> tuple[Any, ...]:
-    boxes, image_index, projection, embedding, pooled = ctx.saved_tensors
-    embedding_grad = None if unit_grad is None else eager.unit_backward(unit_grad, embedding)
-    maps, projection_grad, bias_grad = _hand_on(ctx, embedding_grad, pooled, boxes, image_index, projection, first=3)
-    return maps, None, None, projection_grad, bias_grad, *[None] * 5
+def _embed_gradient(
+    ctx: Any, unit_grad: Tensor | None, loss_grad: Tensor | None, _: None, pooled_grad: Tensor | None
+) -> tuple[Any, ...]:
+    boxes, image_index, target, weight, projection, embedding, pooled = ctx.saved_tensors
+    named = _without_target(boxes, target)
+    parts = [embedding.new_zeros(()).expand_as(embedding[:named]), embedding.new_zeros(()).expand_as(embedding[named:])]
+    if unit_grad is not None:
+        parts[0] = eager.unit_backward(unit_grad, embedding[:named])
+    if loss_grad is not None and target is not None:
+        parts[1] = _distances_backward(loss_grad, embedding[named:], target, weight, ctx.metric, ctx.backend)
+    nothing = unit_grad is None and loss_grad is None and pooled_grad is None
+    embedding_grad = None if nothing else torch.cat(parts)
+    maps, projection_grad, bias_grad = _hand_on(
+        ctx, embedding_grad, pooled, boxes, image_index, projection, first=5, pooled_grad=pooled_grad
+    )
+    return maps, None, None, None, None, projection_grad, bias_grad, *[None] * 6
 
 
 def _cosine_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -267,6 +323,7 @@ def _hand_on(
     projection: Tensor | None,
     *,
     first: int,
+    pooled_grad: Tensor | None = None,
 ) -> tuple[Any, Any, Any]:
     """Gradients of maps, projection and bias; `first` is the projection's place among the operator's inputs."""
     levels = (len(ctx.shape) - 2) // 2
@@ -274,7 +331,7 @@ def _hand_on(
         return [None] * levels, None, None
     wanted = [any(ctx.needs_input_grad[0]), ctx.needs_input_grad[first], ctx.needs_input_grad[first + 1]]
     rest = (projection, *ctx.grid, ctx.shape, ctx.dtype, wanted, ctx.backend)
-    found = _regions_backward(embedding_grad.contiguous(), pooled, boxes, image_index, *rest)
+    found = _regions_backward(embedding_grad.contiguous(), pooled, boxes, image_index, *rest, pooled_grad)
     maps = [found.pop(0) for _ in range(levels)] if wanted[0] else [None] * levels
     projection_grad = found.pop(0) if wanted[1] else None
     return maps, projection_grad, found.pop(0) if wanted[2] else None

@@ -24,7 +24,8 @@ from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.inference.ensemble import TeacherEnsemble
 from ezsd.pipeline.inference.fonts import require_named_font
-from ezsd.pipeline.inference.predictor import Search, encode_masks, load_trained, run_teacher
+from ezsd.pipeline.inference.predictor import ResizedImage, Search, encode_masks, load_trained, run_teacher
+from ezsd.pipeline.inference.read_ahead import read_ahead
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.open_clip import require_told_apart
@@ -241,13 +242,16 @@ class Model:
         Arguments are those of `__call__`, with names as `resolve_names` gives them.
         """
         search = self.search(names, alone=alone)
-        for start in range(0, len(images), BATCH_IMAGES):
-            sources = images[start : start + BATCH_IMAGES]
-            pixels = [to_image(source) for source in sources]
-            found = self._trained.detect(pixels, search, least=threshold)
-            for source, image, detections in zip(sources, pixels, found, strict=True):
+        chunks = [images[start : start + BATCH_IMAGES] for start in range(0, len(images), BATCH_IMAGES)]
+
+        def read(sources: Sequence[ImageLike]) -> list[ResizedImage]:
+            return self._trained.resized([to_image(source) for source in sources])
+
+        for sources, resized in read_ahead(read, chunks):
+            (found,) = self._trained.detect_each(resized, [search], least=threshold)
+            for source, image, detections in zip(sources, resized, found, strict=True):
                 where = os.fsdecode(source) if isinstance(source, str | os.PathLike) else ""
-                yield image, _named_detections(where, image, detections, names, threshold)
+                yield image.original, _named_detections(where, image.original, detections, names, threshold)
 
     def search(self, names: Sequence[str], *, alone: bool = False) -> Search:
         """Prepare a search for names, see `TrainedDetector.search`; the last search is kept.

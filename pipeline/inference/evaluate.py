@@ -11,11 +11,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torchvision.ops import box_convert
 
 from ezsd.adapt import crop_accuracy
 from ezsd.data.annotations import Annotations
+from ezsd.data.records import ImageRecord
 from ezsd.detector.model import Detections
 from ezsd.metrics import COCO_LIMITS, LVIS_LIMITS, Results, read_truth
 from ezsd.pipeline.config.schema import changed_settings, setting_of
@@ -37,6 +37,8 @@ from ezsd.pipeline.inference.evaluation_tables import (
     space_of,
 )
 from ezsd.pipeline.inference.predictor import (
+    ResizedImage,
+    Search,
     TrainedDetector,
     adapt_back,
     crop_settings,
@@ -44,6 +46,7 @@ from ezsd.pipeline.inference.predictor import (
     load_trained,
     run_teacher,
 )
+from ezsd.pipeline.inference.read_ahead import read_ahead
 from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.runs.run import Run
 
@@ -65,38 +68,45 @@ def detect_split(
     trained: TrainedDetector,
     annotations: Annotations,
     source: ImageSource,
-    text: Tensor,
+    searches: Sequence[Search],
     stage: str,
     *,
     masks: bool = True,
-    alone: bool = False,
-) -> Results:
-    """Detect in all images of a record, the `KEEP` best in each; class indices are rows of `text`.
+) -> list[Results]:
+    """Detect in all images of a record, the `KEEP` best in each, for each search; class indices are rows of its `text`.
 
-    Masks are made if the settings have them, unless `masks` is false. For `alone` see `TrainedDetector.search`.
+    Masks are made if the settings have them, unless `masks` is false.
     """
     masks = masks and trained.config.model.masks
-    search = trained.search(text, alone=alone)
-    ids: list[NDArray[np.int64]] = []
-    parts: list[Detections] = []
-    run_lengths: list[bytes] = []
+    found: list[list[tuple[int, Detections]]] = [[] for _ in searches]
+    run_lengths: list[list[bytes]] = [[] for _ in searches]
+
+    def read(records: Sequence[ImageRecord]) -> list[ResizedImage]:
+        return trained.resized([source.read(record) for record in records])
+
     with Progress(stage, len(annotations.images), unit="image") as progress:
-        for records in _chunks(annotations.images, BATCH_IMAGES):
-            images = [source.read(record) for record in records]
-            detected = trained.detect(images, search, keep=KEEP, masks=masks)
-            for record, image, one in zip(records, images, detected, strict=True):
-                ids.append(np.full(len(one.boxes), record.id, np.int64))
-                run_lengths += encode_masks(one, *image.shape[1:]) or ()
-                parts.append(dataclasses.replace(one, masks=None))
+        for records, images in read_ahead(read, _chunks(annotations.images, BATCH_IMAGES)):
+            each = trained.detect_each(images, searches, keep=KEEP, masks=masks)
+            for number, detected in enumerate(each):
+                for record, image, one in zip(records, images, detected, strict=True):
+                    run_lengths[number] += encode_masks(one, *image.original.shape[1:]) or ()
+                    found[number].append((record.id, dataclasses.replace(one, masks=None)))
             progress.advance(len(records), "" if trained.ensemble is None else f"{trained.ensemble.crops} crops")
     if trained.ensemble is not None:
         trained.ensemble.log_cost(len(annotations.images))
+    return [
+        _results(parts, tuple(masks_of) if masks else None) for parts, masks_of in zip(found, run_lengths, strict=True)
+    ]
+
+
+def _results(found: Sequence[tuple[int, Detections]], masks: tuple[bytes, ...] | None) -> Results:
+    parts = [one for _, one in found]
     return Results(
-        image_id=np.concatenate(ids),
+        image_id=np.concatenate([np.full(len(one.boxes), number, np.int64) for number, one in found]),
         xywh=box_convert(torch.cat([one.boxes for one in parts]).double(), "xyxy", "xywh").numpy(),
         score=torch.cat([one.scores for one in parts]).double().numpy(),
         class_index=torch.cat([one.labels for one in parts]).numpy(),
-        masks=tuple(run_lengths) if masks else None,
+        masks=masks,
     )
 
 
@@ -142,7 +152,7 @@ def evaluate_run(
     annotations = require_evaluation(dataset, part=split)
     truth = read_truth(path, dataset.split, masks=trained.config.model.masks)
     began = time.perf_counter()
-    found = {space: _rounded(_search(trained, annotations, source, space)) for space in _spaces(classes, alone=alone)}
+    found = _search_all(trained, annotations, source, _spaces(classes, alone=alone))
     result = document(truth, found, max_detections)
     if overrides:
         result["settings"] = changed_settings(overrides, trained.config)
@@ -181,12 +191,21 @@ def _split_places(dataset: Dataset, split: str) -> tuple[Path, ImageSource]:
     return dataset.annotations(split), dataset.images(split)
 
 
-def _search(trained: TrainedDetector, annotations: Annotations, source: ImageSource, space: Space) -> Results:
-    """Detect the names of a label space; class indices are those of the whole split."""
-    members, alone = class_slice(SPACES[space], len(trained.names), trained.base_count), space.endswith("alone")
-    stage = "detect" if space == "generalised" else f"detect {space.replace('_', ' ')}"
-    found = detect_split(trained, annotations, source, trained.text[members], stage, alone=alone)
-    return dataclasses.replace(found, class_index=found.class_index + members.start)
+def _search_all(
+    trained: TrainedDetector, annotations: Annotations, source: ImageSource, spaces: Sequence[Space]
+) -> dict[Space, Results]:
+    """Detect the names of label spaces, each as if alone; class indices are those of the whole split."""
+    members = [class_slice(SPACES[space], len(trained.names), trained.base_count) for space in spaces]
+    searches = [
+        trained.search(trained.text[rows], alone=space.endswith("alone"))
+        for rows, space in zip(members, spaces, strict=True)
+    ]
+    stage = "detect" if spaces[0] == "generalised" else f"detect {spaces[0].replace('_', ' ')}"
+    each = detect_split(trained, annotations, source, searches, stage)
+    return {
+        space: _rounded(dataclasses.replace(found, class_index=found.class_index + rows.start))
+        for space, rows, found in zip(spaces, members, each, strict=True)
+    }
 
 
 def _rounded(results: Results) -> Results:

@@ -18,7 +18,7 @@ from ezsd.competitors import among, competition
 from ezsd.data.dataset import pad_images, padded_size, resize
 from ezsd.data.masks import encode
 from ezsd.detector.masks import paste
-from ezsd.detector.model import Detections, Detector
+from ezsd.detector.model import Detections, Detector, Vocabulary
 from ezsd.errors import TeacherError
 from ezsd.pipeline.config.schema import Config, EvalConfig, TeacherConfig, at_test_time, from_tables, to_tables
 from ezsd.pipeline.devices import is_out_of_memory, more_memory, require_backend_there, said_instead
@@ -48,6 +48,20 @@ class Search:
     """Unit rows of the names that compete, (K, D); K = 0 when the names are searched alone."""
     excluded: tuple[str, ...]
     """Names of the run that do not compete, because they mean nearly what an asked name means."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResizedImage:
+    """An image as the detector sees it."""
+
+    original: Tensor
+    """(3, H, W) uint8 RGB."""
+    pixels: Tensor
+    """(3, H, W) uint8 RGB in the size that the detector sees."""
+    across: float
+    """Resized width / original width."""
+    down: float
+    """Resized height / original height."""
 
 
 @dataclass(slots=True)
@@ -132,53 +146,73 @@ class TrainedDetector:
             masks: False to make no masks even where the settings have them.
             least: detections that cannot reach this score need not be shown to the teacher; they may be left out.
         """
+        return self.detect_each(self.resized(images), [search], keep=keep, masks=masks, least=least)[0]
+
+    def resized(self, images: Sequence[Tensor]) -> list[ResizedImage]:
+        """Fit images (3, H, W) uint8 RGB to the size that the detector sees."""
         settings = self.config.train
-        resized = [resize(i, short_side=settings.min_size, long_side=settings.max_size) for i in images]
-        found = self._detect_resized([image for image, _, _ in resized], search, keep=keep, masks=masks)
-        detections = [
-            Detections(
-                boxes=one.boxes.float().cpu() / torch.tensor([sx, sy, sx, sy]),
-                scores=one.scores.float().cpu(),
-                labels=one.labels.cpu(),
-                masks=None if one.masks is None else one.masks.cpu(),
-            )
-            for one, (_, sx, sy) in zip(found, resized, strict=True)
-        ]
-        if self.ensemble is None:
-            return detections
-        text = torch.cat([search.text, search.competing])
         return [
-            self.ensemble.rescore(image, one, text, asked_base=search.base, least=least)
-            for image, one in zip(images, detections, strict=True)
+            ResizedImage(image, *resize(image, short_side=settings.min_size, long_side=settings.max_size))
+            for image in images
         ]
 
+    def detect_each(
+        self,
+        images: Sequence[ResizedImage],
+        searches: Sequence[Search],
+        *,
+        keep: int | None = None,
+        masks: bool = True,
+        least: float = 0.0,
+    ) -> list[list[Detections]]:
+        """Detect the names of several searches as `detect` does those of one, in one pass of the network."""
+        found = self._detect_resized([image.pixels for image in images], searches, keep=keep, masks=masks)
+        return [
+            [self._finished(image, one, search, least) for image, one in zip(images, _on_host(of_search), strict=True)]
+            for of_search, search in zip(found, searches, strict=True)
+        ]
+
+    def _finished(self, image: ResizedImage, found: Detections, search: Search, least: float) -> Detections:
+        """Detections in the image's own pixels, with the teacher's part in their scores."""
+        factors = torch.tensor([image.across, image.down, image.across, image.down])
+        found = dataclasses.replace(found, boxes=found.boxes / factors)
+        if self.ensemble is None:
+            return found
+        text = torch.cat([search.text, search.competing])
+        return self.ensemble.rescore(image.original, found, text, asked_base=search.base, least=least)
+
     def _detect_resized(
-        self, images: Sequence[Tensor], search: Search, *, keep: int | None, masks: bool
-    ) -> list[Detections]:
-        """Detections in the pixels of resized images."""
-        search = dataclasses.replace(
-            search, text=search.text.to(self.device), competing=search.competing.to(self.device)
-        )
+        self, images: Sequence[Tensor], searches: Sequence[Search], *, keep: int | None, masks: bool
+    ) -> list[list[Detections]]:
+        """Detections in the pixels of resized images, of each search."""
+        vocabularies = [
+            Vocabulary(
+                text=search.text.to(self.device, non_blocking=True),
+                competing=search.competing.to(self.device, non_blocking=True),
+            )
+            for search in searches
+        ]
         # A map's border shows in what is found beside it: no image is padded otherwise than it would be alone.
         alike: dict[tuple[int, int], list[int]] = {}
         for place, image in enumerate(images):
             alike.setdefault(padded_size([(image.shape[1], image.shape[2])]), []).append(place)
-        found: dict[int, Detections] = {}
+        found: list[dict[int, Detections]] = [{} for _ in searches]
         for places in alike.values():
             done = 0
             while done < len(places):
                 some = places[done : done + (self.room.images or len(places))]
-                ones = self._detect_batch([images[place] for place in some], search, keep=keep, masks=masks)
-                if ones is None:
+                each = self._detect_batch([images[place] for place in some], vocabularies, keep=keep, masks=masks)
+                if each is None:
                     self.room.halve(len(some))
                     continue
-                found.update(zip(some, ones, strict=True))
+                for of_search, ones in zip(found, each, strict=True):
+                    of_search.update(zip(some, ones, strict=True))
                 done += len(some)
-        return [found[place] for place in range(len(images))]
+        return [[of_search[place] for place in range(len(images))] for of_search in found]
 
     def _detect_batch(
-        self, images: Sequence[Tensor], search: Search, *, keep: int | None, masks: bool
-    ) -> list[Detections] | None:
+        self, images: Sequence[Tensor], vocabularies: Sequence[Vocabulary], *, keep: int | None, masks: bool
+    ) -> list[list[Detections]] | None:
         """Detections in resized images of one padded size; None where the memory is too small for so many.
 
         Raises:
@@ -186,7 +220,7 @@ class TrainedDetector:
         """
         batch, sizes = pad_images(images)
         try:
-            found = self._run(batch.to(self.device), sizes, search, keep=keep, masks=masks)
+            found = self._run(self._on_device(batch), sizes, vocabularies, keep=keep, masks=masks)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -200,19 +234,24 @@ class TrainedDetector:
         return found
 
     def _run(
-        self, batch: Tensor, sizes: list[tuple[int, int]], search: Search, *, keep: int | None, masks: bool
-    ) -> list[Detections]:
+        self,
+        batch: Tensor,
+        sizes: list[tuple[int, int]],
+        vocabularies: Sequence[Vocabulary],
+        *,
+        keep: int | None,
+        masks: bool,
+    ) -> list[list[Detections]]:
         """Detections in a batch, again in float32 where an activation is beyond float16."""
         narrow = not self.rounding.exact and network_dtype(self.device, training=False) == torch.float16
         with (
             nullcontext() if self.rounding.exact else autocast(self.device, training=False),
             FiniteOutputs(self.detector) if narrow else nullcontext() as finite,
         ):
-            found: list[Detections] = self.detector(
+            found = self.detector.detect_each(
                 batch,
                 sizes,
-                search.text,
-                competing=search.competing,
+                vocabularies,
                 score_floor=self.config.eval.score_threshold,
                 nms_iou=self.config.eval.nms_iou,
                 keep=self.config.eval.max_detections if keep is None else keep,
@@ -223,7 +262,28 @@ class TrainedDetector:
         if finite is None or finite:
             return found
         self.rounding.widen()
-        return self._run(batch, sizes, search, keep=keep, masks=masks)
+        return self._run(batch, sizes, vocabularies, keep=keep, masks=masks)
+
+    def _on_device(self, batch: Tensor) -> Tensor:
+        batch = batch.to(self.device, non_blocking=True)
+        # The layout that a GPU's kernels read; a CPU's results would be rounded otherwise.
+        return batch.contiguous(memory_format=torch.channels_last) if batch.is_cuda else batch
+
+
+def _on_host(found: Sequence[Detections]) -> list[Detections]:
+    """Copy the detections of all images to the CPU in one piece, for a GPU is waited for at each."""
+    counts = [len(one.boxes) for one in found]
+    # float64 holds float32 and class numbers alike.
+    table = torch.cat([torch.cat([one.boxes.double(), one.scores[:, None], one.labels[:, None]], 1) for one in found])
+    return [
+        Detections(
+            boxes=rows[:, :4].float(),
+            scores=rows[:, 4].float(),
+            labels=rows[:, 5].long(),
+            masks=None if one.masks is None else one.masks.cpu(),
+        )
+        for rows, one in zip(table.cpu().split(counts), found, strict=True)
+    ]
 
 
 def encode_masks(detections: Detections, height: int, width: int) -> list[bytes] | None:

@@ -50,6 +50,7 @@ def load_batches(
     first_step: int,
     distributed: Distributed | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    pinned: bool = False,
 ) -> Generator[tuple[list[tuple[int, int]], list[Batch]], None, None]:
     """Load the batches of this process for each step from `first_step` on, with the `epoch_order` of their images.
 
@@ -63,6 +64,7 @@ def load_batches(
         first_step: first step to load; earlier ones are skipped.
         distributed: processes that share the steps.
         stopping: called while a batch is waited for; once it returns true, there are no more batches.
+        pinned: whether batches come in page-locked memory, for a GPU.
 
     Raises:
         ConfigError: the images of a step cannot be divided evenly.
@@ -94,9 +96,9 @@ def load_batches(
         _require_shared_memory(
             samples, list(islice(wanted(order()), AHEAD * config.num_workers)), config, distributed.local_world_size
         )
-        source = _Readers(samples, wanted(order()), config.num_workers)
+        source = _Readers(samples, wanted(order()), config.num_workers, pinned=pinned)
     else:
-        source = _OneAhead(samples, wanted(order()))
+        source = _OneAhead(samples, wanted(order()), pinned=pinned)
     try:
         for keys in order():
             batches: list[Batch] = []
@@ -156,9 +158,10 @@ def _take(source: _Source, stopping: Callable[[], bool]) -> Batch | None:
 class _OneAhead:
     """Source of batches read by a thread, one ahead of the batch in use."""
 
-    def __init__(self, samples: DetectionDataset, wanted: Iterable[list[Key]]) -> None:
+    def __init__(self, samples: DetectionDataset, wanted: Iterable[list[Key]], *, pinned: bool) -> None:
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self._batches = (collate([samples[key] for key in keys]) for keys in wanted)
+        read = (collate([samples[key] for key in keys]) for keys in wanted)
+        self._batches = (batch.pin_memory() for batch in read) if pinned else read
         self._waiting = self._pool.submit(next, self._batches, None)
 
     def take(self) -> Batch | None:
@@ -177,7 +180,7 @@ class _OneAhead:
 class _Readers:
     """Source of batches read by processes and passed through shared memory."""
 
-    def __init__(self, samples: DetectionDataset, wanted: Iterable[list[Key]], count: int) -> None:
+    def __init__(self, samples: DetectionDataset, wanted: Iterable[list[Key]], count: int, *, pinned: bool) -> None:
         loader = torch.utils.data.DataLoader(
             samples,
             batch_sampler=wanted,
@@ -188,6 +191,7 @@ class _Readers:
             collate_fn=_collate_shared,
             worker_init_fn=partial(_begin_reading, os.getpid()),
             timeout=LOOK_SECONDS,
+            pin_memory=pinned,
         )
         try:
             with shielded():
@@ -282,11 +286,11 @@ def _require_shared_memory(
         pixels = max(pixels, len(keys) * height * width)
     # Each reader's, and the one that is in use.
     count = (AHEAD * config.num_workers + 1) * here
-    needed, free = count * pixels * 3 * torch.float32.itemsize, shutil.disk_usage(SHARED_MEMORY).free
+    needed, free = count * pixels * 3, shutil.disk_usage(SHARED_MEMORY).free
     if needed > free:
         raise RunError(
             f"{SHARED_MEMORY}: {free / 2**20:,.0f} MB of shared memory are free, but {count} batches of "
-            f"{pixels * 3 * torch.float32.itemsize / 2**20:,.0f} MB are under way at once with train.num_workers="
+            f"{pixels * 3 / 2**20:,.0f} MB are under way at once with train.num_workers="
             f"{config.num_workers}{f' in {here} processes' if here > 1 else ''}; {CURE}"
         )
 

@@ -127,6 +127,7 @@ def train(request: TrainRequest) -> Run:
             distributed=distributed,
             # Several processes end after the same step.
             stopping=lambda: distributed.world_size == 1 and bool(stop.signal),
+            pinned=device.type == "cuda",
         )
         batches = stack.enter_context(closing(loading))
         _Training(run, trainer, samples, validation, stop, step).finish(batches)

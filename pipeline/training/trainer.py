@@ -128,14 +128,19 @@ class Trainer:
         # Before the step, of all its parts: each part then has the numbers that the whole has.
         if self.class_counts is not None:
             base, label = len(self.class_counts), torch.cat([of_image for b in batches for of_image in b.labels])
-            self.class_counts += self.distributed.all_reduce(label[label < base].bincount(minlength=base))
+            # What is no base class is counted behind them, and left out.
+            counts = torch.zeros(base + 1, dtype=torch.int64, device=label.device)
+            counts.index_add_(0, label.clamp(max=base), torch.ones_like(label))
+            self.class_counts += self.distributed.all_reduce(counts[:base])
 
     def _totals(self, batches: Sequence[Batch]) -> Totals | None:
         if self.config.rng == "step":
             return None
-        device = batches[0].region_boxes.device
-        regions = torch.tensor(float(sum(len(b.region_boxes) for b in batches)), device=device)
-        return Totals(images=self.config.batch_size, regions=int(self.distributed.all_reduce(regions)))
+        regions = sum(len(b.region_boxes) for b in batches)
+        if self.distributed.world_size > 1:
+            all_of_them = torch.tensor(float(regions), device=batches[0].region_boxes.device)
+            regions = int(self.distributed.all_reduce(all_of_them))
+        return Totals(images=self.config.batch_size, regions=regions)
 
 
 def peak_rate(config: TrainConfig) -> float:

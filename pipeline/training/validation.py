@@ -81,7 +81,7 @@ class Validation:
         detector.eval()
         try:
             annotations, images = evaluation_annotations(path, split), self.dataset.images("val")
-            found = detect_split(trained, annotations, images, text, "validate", masks=False)
+            (found,) = detect_split(trained, annotations, images, [trained.search(text)], "validate", masks=False)
         finally:
             detector.train()
             if own is not None:

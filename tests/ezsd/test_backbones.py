@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ezsd.detector.backbone import body_fingerprint, build_backbone, normalise, try_size
+from ezsd.detector.bodies import freeze_norms
+from ezsd.detector.norms import FrozenNorm
 from ezsd.detector.requirements import require_backbone, timm_models
 from ezsd.detector.timm_body import TimmBody
 from ezsd.errors import BackboneError
@@ -190,6 +192,63 @@ def test_a_mobilenet_takes_torchvisions_state_and_freezes_its_early_part(name):
     assert not any(isinstance(module, _BatchNorm) for module in backbone.modules())
     with pytest.raises(ValueError, match=f"not an ImageNet state of {name}: .*does not match"):
         build(name, network.state_dict() | {"features.99.weight": torch.zeros(1)})
+
+
+def trained_state(name):
+    """A state of torchvision's network as if it were trained: statistics, scales and shifts are no ones and zeros."""
+    torch.manual_seed(0)
+    network = getattr(torchvision.models, name)(weights=None)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value, low in (
+                (module.weight, 0.5),
+                (module.running_var, 0.5),
+                (module.bias, -1),
+                (module.running_mean, -1),
+            ):
+                nn.init.uniform_(value, low, 1.0)
+    return network.state_dict()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v3_small"])
+def test_frozen_norms_are_folded_into_convolutions_with_the_same_results_gradients_and_names(name):
+    state = trained_state(name)
+    folded = build(name, state, frozen_stages=0)
+    assert not any(type(module) is FrozenNorm for module in folded.modules())
+    plain = build(name, None)
+    freeze_norms(plain, name)
+    assert plain.state_dict().keys() == folded.state_dict().keys()
+    plain.load_state_dict(folded.state_dict())
+    images, results = torch.rand(2, 3, 64, 96), []
+    for backbone in (plain.double(), folded.double()):
+        backbone.zero_grad()
+        maps = backbone(images.double())
+        sum(one.square().mean() for one in maps).backward()
+        results.append((maps, {key: value.grad for key, value in backbone.named_parameters() if value.requires_grad}))
+    (maps, gradients), (wanted, wanted_gradients) = results[1], results[0]
+    for one, other in zip(maps, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(gradients) > 20
+    for key, value in gradients.items():
+        torch.testing.assert_close(value, wanted_gradients[key], msg=key)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "plugin"])
+def test_under_autocast_no_map_of_a_frozen_body_is_float32(name):
+    if name == "plugin":
+        # A norm that is folded into nothing.
+        body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8))
+        freeze_norms(body, name)
+    else:
+        body = build(name, trained_state(name)).body
+    seen = set()
+    for module in body.modules():
+        module.register_forward_hook(
+            lambda _, __, made: seen.add(made.dtype) if isinstance(made, torch.Tensor) else None
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        body(torch.rand(1, 3, 64, 96).bfloat16())
+    assert seen == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

@@ -290,10 +290,10 @@ def test_a_batch_is_padded_to_multiples_of_32_with_zeros():
     samples = [dataset[0, position] for position in range(3)]
     batch = collate(samples)
     assert batch.images.shape == (3, 3, 64, 96)
-    assert batch.images.dtype == torch.float32
+    assert batch.images.dtype == torch.uint8
     assert batch.sizes == [SIZES[i] for i in (4, 9, 30)]
     for padded, sample, (height, width) in zip(batch.images, samples, batch.sizes, strict=True):
-        torch.testing.assert_close(padded[:, :height, :width], sample.image / 255)
+        assert torch.equal(padded[:, :height, :width], sample.image)
         assert (padded[:, height:] == 0).all()
         assert (padded[:, :, width:] == 0).all()
 

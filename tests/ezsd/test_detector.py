@@ -15,9 +15,9 @@ from ezsd.detector.backbone import build_backbone, normalise
 from ezsd.detector.ensemble import geometric_ensemble
 from ezsd.detector.heads import CosineClassifier, SemanticBoxRegressor, Tower
 from ezsd.detector.masks import GRID, ObjectMasks
-from ezsd.detector.model import Batch, Detections, Detector, Totals
-from ezsd.detector.rpn import SAMPLED_ANCHORS, AnchorSampler
-from ezsd.detector.sampling import sample_regions
+from ezsd.detector.model import Batch, Detections, Detector, Totals, Vocabulary
+from ezsd.detector.rpn import SAMPLED_ANCHORS, Proposals, suppress_on_cpu, suppress_on_gpu
+from ezsd.detector.sampling import SampledRegions, draw_balanced, image_seeds, random_keys, sample_regions
 from ezsd.detector.settings import DetectorSettings
 from ezsd.kernels import Pooling, roi_align
 from ezsd.losses import region_weights
@@ -252,8 +252,19 @@ def test_regions_of_an_image_weigh_as_much_as_their_number():
 
 
 def sample(proposals, boxes, labels, **changes):
-    options = {"background": NAMES, "count": 20, "share": 0.25, "unknown": torch.zeros(0, 4)} | changes
-    return sample_regions(proposals, boxes, labels, **options)
+    """The regions of one image, without the slots that stay empty."""
+    options = {"background": NAMES, "count": 20, "share": 0.25} | changes
+    if "unknown" in changes:
+        options["unknown"] = changes["unknown"][None], torch.ones(1, len(changes["unknown"]), dtype=torch.bool)
+    marks = torch.ones(1, len(proposals), dtype=torch.bool)
+    found = sample_regions(
+        proposals[None], marks, [boxes], [labels], image_seeds(None, 1, torch.device("cpu")), **options
+    )
+    assert (found.objects[0, found.object_slots :] < 0).all()
+    fields = {
+        name: getattr(found, name)[found.counted] for name in ("boxes", "labels", "targets", "objects", "counted")
+    }
+    return SampledRegions(**fields, object_slots=found.object_slots)
 
 
 def shifted(boxes, *, copies, spread):
@@ -379,6 +390,12 @@ def test_what_stands_beside_an_image_is_not_looked_at(detector):
     assert (normalise(beside, batch.sizes)[0] != 0).all()
 
 
+def test_bytes_are_the_same_pixels(detector):
+    batch = make_batch()
+    pixels = (batch.images * 255).round().to(torch.uint8)
+    torch.testing.assert_close(normalise(pixels, batch.sizes), normalise(pixels.float() / 255, batch.sizes))
+
+
 def test_confident_cached_regions_are_spared_by_the_proposal_network_too_when_asked(detector):
     batch = make_batch()
     # Anchors of 16 and 32 px cannot but overlap these.
@@ -392,44 +409,106 @@ def test_confident_cached_regions_are_spared_by_the_proposal_network_too_when_as
         region_confidence=torch.full((2 * len(regions),), 0.5),
     )
     detector.settings = dataclasses.replace(detector.settings, ignore_confidence=0.4, ignore_rpn=True)
-    model = copy.deepcopy(detector).train()
+    model, losses = copy.deepcopy(detector).train(), []
+    model.rpn.losses = lambda *args: losses.append(detector.rpn.losses(*args)) or losses[-1]
     model.losses(many, unit_rows(NAMES), distill=None)
-    unspared = copy.deepcopy(detector).train()
-    unspared.losses(batch, unit_rows(NAMES), distill=None)
+    model.losses(batch, unit_rows(NAMES), distill=None)
     # Anchors on objects are left, and those that stick out too far to overlap anything much.
-    assert 0 < model._anchor_sampler.drawn < unspared._anchor_sampler.drawn / 2
+    assert 0 < losses[0].sampled < losses[1].sampled / 2
 
 
 def seeded(batch, seeds=(17, 400)):
     return replaced(batch, seeds=seeds)
 
 
-def test_seeded_anchors_are_drawn_whatever_the_global_state_and_the_neighbours():
-    sampler, labels = AnchorSampler(), [torch.zeros(900), torch.zeros(700)]
-    for label in labels:
-        label[::5] = 1
-    sampler.seeds = (17, 400)
-    torch.manual_seed(1)
-    first = sampler(labels)
-    assert sampler.drawn == 2 * SAMPLED_ANCHORS
-    torch.manual_seed(2)
-    sampler.seeds = (400, 17)
-    swapped = sampler(labels[::-1])
-    for kind in range(2):
-        assert torch.equal(first[kind][0], swapped[kind][1])
-        assert torch.equal(first[kind][1], swapped[kind][0])
-    sampler.seeds = None
-    assert not torch.equal(sampler(labels)[1][0], first[1][0])
+def test_positions_are_drawn_by_seed_alone_whatever_the_neighbours():
+    marks = torch.zeros(2, 900, dtype=torch.bool)
+    marks[:, ::5] = True
+    seeds, options = torch.tensor([17, 2**61 + 400]), {"count": 256, "share": 0.5}
+    first = draw_balanced(marks, ~marks, seeds, **options)
+    assert first.counted.all()
+    assert first.positive.sum(1).tolist() == [128, 128]
+    swapped = draw_balanced(marks, ~marks, seeds.flip(0), **options)
+    assert torch.equal(first.rows, swapped.rows.flip(0))
+    # None comes twice, and positives come first.
+    assert all(len(row.unique()) == 256 for row in first.rows)
+    assert torch.equal(marks.gather(1, first.rows), first.positive)
+    assert first.positive[:, :128].all()
+
+
+def test_keys_are_fixed_and_every_position_is_drawn_as_often():
+    """The same on every device and in every version: runs go on from checkpoints."""
+    assert random_keys(torch.tensor([5]), 3).tolist() == [
+        [3832168214620536832, 2591357321061859329, 1525377357664223234]
+    ]
+    seeds = image_seeds(range(1000, 3000), 2000, torch.device("cpu"))
+    keys = random_keys(seeds, 40)
+    assert keys.min() >= 0
+    assert all(len(row.unique()) == 40 for row in keys[:50])
+    # Of 2000 draws of 10 of 40, each position is in 500, with a deviation of 19; so is each pair in 115, with 10.
+    drawn = torch.zeros(2000, 40).scatter_(1, keys.topk(10).indices, 1)
+    together = drawn.T @ drawn
+    assert (together.diagonal() - 500).abs().max() < 80
+    assert (together.fill_diagonal_(115.4) - 115.4).abs().max() < 50
+
+
+def boxes_of_levels(levels, images=2, seed=3):
+    """Overlapping boxes with scores, best first within each level, and marks of most of them."""
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(images, sum(levels), 2, generator=generator) * 60
+    boxes = torch.cat([corner, corner + 15 + 10 * torch.rand(images, sum(levels), 2, generator=generator)], 2)
+    parts = torch.rand(images, sum(levels), generator=generator).split(levels, 1)
+    marks = torch.rand(images, sum(levels), generator=generator) < 0.9
+    return boxes, torch.cat([part.sort(descending=True).values for part in parts], 1), marks
+
+
+@pytest.mark.parametrize("keep", [25, 1000])
+def test_suppression_for_a_gpu_keeps_what_torchvision_keeps(keep):
+    levels = [200, 150, 3]
+    boxes, scores, marks = boxes_of_levels(levels)
+    # A chain: each overlaps the one before it, and every second one stays.
+    boxes[1, :200] = torch.arange(200)[:, None] * 3.0 + torch.tensor([0.0, 0, 10, 10])
+    ours, theirs = (
+        suppress(boxes, scores, marks, levels, iou_threshold=0.3, keep=keep)
+        for suppress in (suppress_on_gpu, suppress_on_cpu)
+    )
+    for image in range(2):
+        mine, wanted = ours.marks[image], theirs.marks[image]
+        assert 20 < wanted.sum() < 300
+        assert torch.equal(ours.boxes[image][mine], theirs.boxes[image][wanted])
+        assert torch.equal(ours.scores[image][mine], theirs.scores[image][wanted])
+    assert (ours.scores.diff() <= 0).all()
+
+
+def test_padding_is_no_region_and_changes_no_loss(monkeypatch):
+    """On a GPU it is computed, on a CPU left out."""
+    detector, batch = make_detector(box_batch_size_per_image=40), seeded(make_batch())
+    plain, gradients = losses_and_gradients(detector, batch, distill="cosine")
+    monkeypatch.setattr("ezsd.detector.model.worth_computing", lambda marks: slice(None))
+    padded, same = losses_and_gradients(detector, batch, distill="cosine")
+    for name, value in plain.items():
+        torch.testing.assert_close(padded[name], value, rtol=1e-5, atol=1e-7)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, rtol=1e-4, atol=1e-6)
+    text = unit_rows(4)
+    with_padding = detect(detector, text)
+    monkeypatch.undo()
+    for found, wanted in zip(with_padding, detect(detector, text), strict=True):
+        torch.testing.assert_close(found.boxes, wanted.boxes)
+        torch.testing.assert_close(found.scores, wanted.scores)
+        assert torch.equal(found.labels, wanted.labels)
 
 
 def test_seeded_regions_are_drawn_whatever_the_global_state(detector):
-    proposals, batch = [random_boxes(60), random_boxes(50, seed=8)], seeded(make_batch())
-    drawn = []
-    for start in (1, 2):
-        torch.manual_seed(start)
-        drawn.append([s.boxes for s in detector._sample(proposals, batch, NAMES)])
-    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
-    assert not torch.equal(detector._sample(proposals, seeded(batch, (5, 6)), NAMES)[0].boxes, drawn[0][0])
+    batch = seeded(make_batch())
+    torch.manual_seed(1)
+    first = losses_and_gradients(detector, batch, distill=None)[0]
+    torch.manual_seed(2)
+    model = copy.deepcopy(detector).train()
+    second = model.losses(batch, unit_rows(NAMES), distill=None)
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+    other = losses_and_gradients(detector, seeded(make_batch(), (5, 6)), distill=None)[0]
+    assert not torch.equal(first["classification"], other["classification"])
 
 
 def one_image(batch, number):
@@ -589,6 +668,27 @@ def detect(detector, text, **changes):
     return detector.eval().detect(batch.images, batch.sizes, text, **options)
 
 
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_several_vocabularies_take_one_pass_and_find_what_each_finds_alone(detector, class_agnostic):
+    vocabularies = [
+        Vocabulary(text=unit_rows(4)),
+        Vocabulary(text=unit_rows(2, seed=8), competing=unit_rows(3, seed=9)),
+    ]
+    batch, calls = make_batch(), []
+    options = {"score_floor": 0.05, "nms_iou": 0.5, "keep": 20, "class_agnostic_nms": class_agnostic, "objectness": 0.3}
+    detector.eval().backbone.register_forward_hook(lambda *_: calls.append(1))
+    each = detector.detect_each(batch.images, batch.sizes, vocabularies, **options)
+    assert len(calls) == 1
+    assert all(len(one.boxes) for one in each[0])
+    assert any(len(one.boxes) for one in each[1]) or class_agnostic
+    for vocabulary, together in zip(vocabularies, each, strict=True):
+        alone = detector.detect(batch.images, batch.sizes, vocabulary.text, competing=vocabulary.competing, **options)
+        for one, other in zip(together, alone, strict=True):
+            assert torch.equal(one.boxes, other.boxes)
+            assert torch.equal(one.scores, other.scores)
+            assert torch.equal(one.labels, other.labels)
+
+
 def rows(found, labels=None):
     """Detections as a table in an order of its own: near-equal scores may swap places."""
     label = found.labels if labels is None else labels
@@ -598,14 +698,13 @@ def rows(found, labels=None):
 
 def planted_objectness(detector, monkeypatch, value):
     """Make the proposal network say `value(boxes)` of the boxes that it proposes."""
-    filtered = detector.rpn.filter_proposals
+    propose = detector.rpn.propose
 
     def planted(*arguments):
-        boxes, _ = filtered(*arguments)
-        detector.rpn.scores = [value(one) for one in boxes]
-        return boxes, detector.rpn.scores
+        found = propose(*arguments)
+        return dataclasses.replace(found, scores=torch.stack([value(boxes) for boxes in found.boxes]))
 
-    monkeypatch.setattr(detector.rpn, "filter_proposals", planted)
+    monkeypatch.setattr(detector.rpn, "propose", planted)
 
 
 def test_objectness_enters_the_score_with_its_exponent(detector, monkeypatch):
@@ -758,7 +857,9 @@ def plant(detector, names):
 def shifts(detector, text, proposals):
     """By region and name, how many widths its box was moved, (R, C)."""
     batch = make_batch()
-    detector.rpn.forward = lambda *_: ([proposals, proposals[:0]], {})
+    boxes, marks = torch.stack([proposals] * 2), torch.ones(2, len(proposals), dtype=torch.bool)
+    marks[1] = False
+    detector.rpn.propose = lambda *_: Proposals(boxes, torch.ones(marks.shape), marks)
     # A wide image: nothing is cut off at its edge.
     found = detector.eval().detect(
         batch.images, [(SIDE, 4000), (SIDE, 50)], text, score_floor=0.0, nms_iou=1.0, keep=10_000

@@ -165,8 +165,22 @@ def test_seesaw_of_nothing_is_zero():
 
 def test_box_loss_is_summed_over_coordinates_and_divided_by_all_sampled():
     deltas, target = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, -2.0]]), torch.zeros(2, 4)
-    assert box_loss(deltas, target, sampled=8).item() == pytest.approx(12 / 8)
-    assert box_loss(torch.zeros(0, 4), torch.zeros(0, 4), sampled=0).item() == 0
+    both = torch.tensor([True, True])
+    assert box_loss(deltas, target, both, sampled=torch.tensor(8)).item() == pytest.approx(12 / 8)
+    # Padding is not counted, whatever stands there.
+    deltas, target = deltas.requires_grad_(), torch.tensor([[0.0, 0, 0, 0], [math.inf, math.nan, 0, 0]])
+    loss = box_loss(deltas, target, torch.tensor([True, False]), sampled=torch.tensor(8))
+    loss.backward()
+    assert loss.item() == pytest.approx(10 / 8)
+    assert deltas.grad.tolist() == [[1 / 8] * 4, [0] * 4]
+    nothing = torch.zeros(0, 4)
+    assert box_loss(nothing, nothing, both[:0], sampled=torch.tensor(0)).item() == 0
+
+
+def test_classification_leaves_padding_out():
+    logits, label = torch.tensor([[3.0, 1, 0], [0, 2, 1], [5, 5, 5]]), torch.tensor([0, 1, 2])
+    counted = torch.tensor([True, True, False])
+    assert classification_loss(logits, label, counted) == classification_loss(logits[:2], label[:2])
 
 
 @st.composite

@@ -9,7 +9,7 @@ from torchvision.models.detection.roi_heads import maskrcnn_loss, project_masks_
 from ezsd.data.dataset import DetectionDataset, collate
 from ezsd.data.masks import decode, draw_in_frame, encode, to_run_lengths
 from ezsd.data.transforms import Augmentation
-from ezsd.detector.masks import GRID, ObjectMasks, mask_targets, paste
+from ezsd.detector.masks import GRID, ObjectMasks, concatenated, mask_targets, paste
 from ezsd.losses import mask_loss
 
 HEIGHT, WIDTH = 120, 160
@@ -38,7 +38,7 @@ def overlap(a, b):
 
 
 def targets_of(masks, boxes):
-    return mask_targets([masks], [boxes], [torch.zeros(len(boxes), dtype=torch.int64)], 28)
+    return mask_targets(masks, boxes, torch.zeros(len(boxes), dtype=torch.int64), 28)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -70,7 +70,7 @@ def test_targets_and_loss_are_torchvisions_on_full_size_masks():
     objects = torch.tensor([2, 0, 1, 1])
     boxes = masks.frame[objects] + torch.tensor([[0.0, 0, 0, 0], [3, 2, -4, 5], [-6, 1, 4, 4], [1, 1, 1, 1]])
     theirs = project_masks_on_boxes(full.float(), boxes - 0.5, objects, 28)
-    ours = mask_targets([masks], [boxes], [objects], 28)
+    ours = mask_targets(masks, boxes, objects, 28)
     assert (ours - theirs).abs().mean() < 0.03
     logits = 3 * torch.randn(4, 28, 28, generator=torch.Generator().manual_seed(0))
     labels = [torch.zeros(4, dtype=torch.int64)]
@@ -82,7 +82,7 @@ def test_targets_and_loss_are_torchvisions_on_full_size_masks():
 
 def test_without_a_region_the_loss_is_zero_and_so_is_its_gradient():
     logits = torch.zeros(0, 28, 28, requires_grad=True)
-    target = mask_targets([object_masks(star(0))], [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.int64)], 28)
+    target = mask_targets(object_masks(star(0)), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 28)
     loss = mask_loss(logits, target)
     loss.backward()
     assert loss == 0
@@ -92,9 +92,8 @@ def test_without_a_region_the_loss_is_zero_and_so_is_its_gradient():
 def test_regions_of_several_images_find_their_own_objects():
     first, second = object_masks(star(0), star(1)), object_masks(star(2))
     none = ObjectMasks(torch.zeros(0, 4), torch.zeros(0, GRID, GRID, dtype=torch.bool))
-    boxes = [first.frame[[1, 0]], torch.zeros(0, 4), second.frame]
-    objects = [torch.tensor([1, 0]), torch.zeros(0, dtype=torch.int64), torch.tensor([0])]
-    found = mask_targets([first, none, second], boxes, objects, 28)
+    boxes = torch.cat([first.frame[[1, 0]], second.frame])
+    found = mask_targets(concatenated([first, none, second]), boxes, torch.tensor([1, 0, 2]), 28)
     for target, masks in zip(found, (first[1:], first[:1], second), strict=True):
         assert torch.equal(target, targets_of(masks, masks.frame)[0])
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from ezsd import kernels
 from ezsd.kernels import reference, triton_pool
 from tests.kernels import kernel_problems
-from tests.kernels.kernel_problems import run_align, run_embed, run_loss
+from tests.kernels.kernel_problems import run_align, run_embed, run_embed_cosine, run_loss
 from tests.kernels.test_kernel_registered import check_operators
 
 # Sums of a few hundred float32 terms of size one; sample positions are rounded to float32 as well.
@@ -108,6 +108,13 @@ def test_embeddings_equal_the_reference():
     problem = make_problem(regions=5, bins=2, channels=5, levels=2)
     expected = run_embed(reference.roi_embed, problem)
     found = run_embed(kernels.roi_embed, problem.to(torch.float32), backend="triton")
+    assert_close([value.double() for value in found], expected, **TOLERANCE)
+
+
+def test_boxes_that_are_embedded_and_boxes_that_are_compared_are_pooled_together():
+    problem = make_problem(regions=5, bins=2, channels=5, levels=2)
+    expected = run_embed_cosine(reference.roi_embed_cosine, problem)
+    found = run_embed_cosine(kernels.roi_embed_cosine, problem.to(torch.float32), backend="triton")
     assert_close([value.double() for value in found], expected, **TOLERANCE)
 
 

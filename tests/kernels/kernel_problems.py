@@ -101,6 +101,22 @@ def run_loss(loss, problem, backend="auto", scale=1.0, **options):
     return _run(compare, problem, backend, pull=torch.tensor(scale))
 
 
+def run_embed_cosine(function, problem, backend="auto", targets=3, **options):
+    """Embeddings, pooled boxes and loss, the last boxes having targets, and the gradients of a weighted sum of all."""
+    own = {"target": problem.target[-targets:], "weight": problem.weight[-targets:], **options}
+    random = torch.Generator().manual_seed(1)
+
+    def summed(*arguments):
+        found = function(*arguments, **own)
+        pulls = [torch.randn(one.shape, generator=random, dtype=torch.float64).to(one) for one in found]
+        values.extend(one.detach() for one in found)
+        return torch.stack([(one * pull).sum().to(found[-1]) for one, pull in zip(found, pulls, strict=True)]).sum()
+
+    values = []
+    gradients = _run(summed, problem, backend, pull=torch.tensor(1.0))
+    return [*values, *gradients]
+
+
 def _run(function, problem, backend, *, pull):
     """A function's value, and the gradients of the product of it and `pull`."""
     leaves = [leaf.detach().requires_grad_() for leaf in problem.leaves]

@@ -10,7 +10,15 @@ from ezsd import kernels
 from ezsd.errors import BackendError
 from ezsd.kernels import Pooling, reference
 from ezsd.kernels import backend as backend_module
-from tests.kernels.kernel_problems import TINY, make_problem, run_align, run_embed, run_loss, torchvision_align
+from tests.kernels.kernel_problems import (
+    TINY,
+    make_problem,
+    run_align,
+    run_embed,
+    run_embed_cosine,
+    run_loss,
+    torchvision_align,
+)
 
 # float64: sums of a few hundred terms of size one. float32: the same, and sample positions rounded differently.
 TOLERANCE = {torch.float64: {"rtol": 1e-11, "atol": 1e-11}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
@@ -44,6 +52,22 @@ def test_embeddings_equal_the_reference_in_the_order_of_the_boxes():
     assert_close(
         run_embed(kernels.roi_embed, problem), run_embed(reference.roi_embed, problem), **TOLERANCE[torch.float64]
     )
+
+
+@pytest.mark.parametrize("targets", [1, 12, 30])
+def test_boxes_that_are_embedded_and_boxes_that_are_compared_are_pooled_together(targets):
+    problem = make_problem(regions=30, bins=5, levels=4)
+    expected = run_embed_cosine(reference.roi_embed_cosine, problem, targets=targets)
+    found = run_embed_cosine(kernels.roi_embed_cosine, problem, targets=targets)
+    assert [len(one) for one in found[:2]] == [30 - targets, 30]
+    assert_close(found, expected, **TOLERANCE[torch.float64])
+
+
+def test_more_targets_than_boxes_are_refused():
+    problem = make_problem(regions=3, bins=2)
+    more = {"target": problem.target.repeat(2, 1), "weight": problem.weight.repeat(2)}
+    with pytest.raises(ValueError, match="6 rows for the last of 3 boxes"):
+        kernels.roi_embed_cosine(*problem.pooled(), problem.projection, problem.bias, **more)
 
 
 def test_a_single_map_may_come_without_a_list():

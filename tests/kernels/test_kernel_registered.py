@@ -39,9 +39,12 @@ def check_operators(problem, *, backend):
     grid = (*GRID[:2], problem.bins, 2)
     calls = [
         (registered._align, (maps, boxes, image_index, *grid, backend)),
-        (registered._embed, (maps, boxes, image_index, *head, *grid, backend)),
+        (registered._embed, (maps, boxes, image_index, None, None, *head, "cosine", *grid, backend)),
         (registered._cosine, (maps, boxes, image_index, problem.target, problem.weight, *head, "l1", *grid, backend)),
     ]
+    if problem.projection is not None:
+        some = (problem.target[-2:], problem.weight[-2:])
+        calls.append((registered._embed, (maps, boxes, image_index, *some, *head, "l1", *grid, backend)))
     for operator, arguments in calls:
         # The remaining check, dispatch under aot_autograd, stumbles over lists of leaves; test_one_graph... stands in.
         torch.library.opcheck(operator, arguments, test_utils=CHECKS)
@@ -120,7 +123,7 @@ def test_an_exported_program_holds_one_node_and_takes_any_number_of_boxes(proble
     regions = torch.export.Dim("regions", min=2)
     shapes = ([None, None], {0: regions}, {0: regions}, None, None)
     exported = torch.export.export(Embed(), arguments, dynamic_shapes=shapes)
-    assert nodes(exported.graph_module) == ["ezsd.roi_embed.default"]
+    assert nodes(exported.graph_module) == ["ezsd.roi_embed_cosine.default"]
     more = make_problem(regions=9, bins=2, channels=3, dim=4, levels=2).to(torch.float32)
     arguments = (arguments[0], more.boxes, more.image_index, *arguments[3:])
     assert_close(exported.module()(*arguments), Embed()(*arguments))

@@ -51,7 +51,7 @@ def test_too_little_shared_memory_is_one_line_and_its_advice_trains(seen, shapes
     script = tmp_path / "small.py"
     script.write_text(SMALL)
     words = ["train", "--cache", shapes_store, "--run", tmp_path / "run", "--device", "cpu"]
-    for setting in ("steps=2", "batch_size=4", "min_size=256", "max_size=256", "num_workers=2"):
+    for setting in ("steps=2", "batch_size=4", "min_size=512", "max_size=512", "num_workers=2"):
         words += ["--set", f"train.{setting}"]
     done = in_small_shared_memory("2m", seen, script, *words)
     assert done.returncode == 2, done.stderr

@@ -133,7 +133,7 @@ def test_alone_is_a_search_without_any_other_name_under_a_name_of_its_own(shapes
     bare = dataclasses.replace(trained, names=trained.names[first:], text=trained.text[first:])
     dataset = run_dataset(run, None)
     annotations = evaluation_annotations(dataset.annotations("val"), dataset.split)
-    found = detect_split(bare, annotations, dataset.images("val"), bare.text, "detect")
+    (found,) = detect_split(bare, annotations, dataset.images("val"), [bare.search(bare.text)], "detect")
     assert alone["novel_alone"]["detections"] == len(found.score)
     assert alone["novel_alone"]["at"]["100"]["novel"] != asked["novel_asked"]["at"]["100"]["novel"]
     stored = json.loads((run.folder / "detections-novel-alone.json").read_text())

@@ -84,14 +84,15 @@ def all_regions(store):
 
 def test_proposals_are_the_best_boxes_of_the_runs_proposal_network(shapes_run, run_store, shapes_dataset):
     detector = load_trained(shapes_run, "cpu").detector
-    detector.rpn._pre_nms_top_n = detector.rpn._post_nms_top_n = {"testing": 12, "training": 12}
+    detector.rpn.proposals = 12
     images, store = shapes_dataset.images("train"), Store(run_store)
     record = read_annotations(BuildRequest(dataset=shapes_dataset, config=settings(""), out=run_store)).images[0]
     padded, sizes = pad_images([images.read(record)])
     with torch.no_grad():
-        (boxes,), _ = detector.rpn.propose(padded, sizes, detector.backbone(normalise(padded, sizes)))
-    np.testing.assert_allclose(store.proposals[record.id].box, boxes.numpy(), atol=1e-4)
-    np.testing.assert_allclose(store.proposals[record.id].score, detector.rpn.scores[0].numpy(), atol=1e-6)
+        maps = detector.backbone(normalise(padded, sizes))
+        found = detector.rpn.propose(detector.rpn(maps, padded.shape[2:]), sizes)
+    np.testing.assert_allclose(store.proposals[record.id].box, found.boxes[0].numpy(), atol=1e-4)
+    np.testing.assert_allclose(store.proposals[record.id].score, found.scores[0].numpy(), atol=1e-6)
 
 
 def test_a_report_asks_for_as_many_proposals_of_the_run_as_the_store_has(run, run_store):

@@ -56,7 +56,8 @@ def pull(preset, dim, cosine=REFERENCE_COSINE, draws=30):
         head.projection.bias.data.copy_(student[0])
         head.zero_grad()
         maps = head.features([torch.zeros(1, 4, 8, 8)])
-        distance = head.distillation_loss(maps, boxes, index, teacher, weight, preset.loss.metric)
+        embedding = head.embed(maps, boxes, index).embedding
+        distance = losses.distillation_loss(embedding, teacher, weight, preset.loss.metric)
         weighted_sum({"distillation": distance}, loss_weights(preset.loss, dim)).backward()
         norms.append(head.projection.bias.grad.norm().item())
     return sum(norms) / len(norms)
