@@ -74,7 +74,7 @@ def distance_forward(embedding: Tensor, target: Tensor, metric: str) -> Tensor:
             target,
             size,
             L1=metric == "l1",
-            BLOCK=triton.next_power_of_2(size),
+            BLOCK=1 << (size - 1).bit_length(),
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
@@ -93,7 +93,7 @@ def distance_backward(gradient: Tensor, embedding: Tensor, target: Tensor, metri
             target,
             size,
             L1=metric == "l1",
-            BLOCK=triton.next_power_of_2(size),
+            BLOCK=1 << (size - 1).bit_length(),
             num_warps=WARPS,
             enable_fp_fusion=False,
         )

@@ -82,10 +82,11 @@ def test_few_or_no_boxes(regions):
     check(make_problem(regions=regions, bins=5, levels=2))
 
 
-def test_more_boxes_on_a_map_than_one_scan_holds(monkeypatch):
-    monkeypatch.setattr(triton_pool, "SCAN", 8)
-    monkeypatch.setattr(triton_pool, "KEYS", 16)
-    check(make_problem(regions=30, bins=1, channels=5))
+def test_more_boxes_and_tiles_than_are_listed_at_a_time(monkeypatch):
+    monkeypatch.setattr(triton_pool, "MAP_BOXES", 8)
+    monkeypatch.setattr(triton_pool, "LIST_BOXES", 4)
+    monkeypatch.setattr(triton_pool, "LIST_TILES", 2)
+    check(make_problem(regions=14, bins=1, channels=5, sizes=((11, 19),)))
 
 
 def test_an_image_without_boxes_gets_a_zero_gradient():
