@@ -90,7 +90,10 @@ def test_a_threshold_spares_crops_and_changes_nothing(shapes_run, image):
     every, few = Model(shapes_run, overrides=light), Model(shapes_run, overrides=light)
     found = every(image, threshold=0)
     least = found.scores[5]
-    assert few(image, threshold=float(least)).objects == found.objects[:6]
+    # A power is rounded by its place among the others, of which there are fewer.
+    spared = few(image, threshold=float(least) * (1 - 1e-6))
+    assert [(one.name, one.box) for one in spared] == [(one.name, one.box) for one in found.objects[:6]]
+    np.testing.assert_allclose(spared.scores, found.scores[:6], rtol=1e-6)
     assert few.ensemble.crops < every.ensemble.crops
 
 
