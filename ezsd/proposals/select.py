@@ -17,6 +17,9 @@ from torchvision.ops import nms
 from ezsd.boxes import overlaps_any
 from ezsd.choices import Score
 
+_SPARE = 64
+"""Boxes beyond those wanted, that NMS is applied to at first."""
+
 
 def faithful_anchors(
     width: int,
@@ -182,7 +185,7 @@ def select_regions(
     """
     names, foreground = guesses(embedding, text, background, logit_scale=logit_scale)
     value = anchor_scores(names, foreground, base_count=base_count, score=score)
-    kept = nms(anchors, value, nms_iou)[:keep_proposals]
+    kept = first_kept(anchors, value, iou=nms_iou, most=keep_proposals)
     confidence, guess = names[kept].max(1)
     clear = clear_of_base(anchors[kept], base_boxes, base_iou=base_iou)
     clear &= may_be_unseen(
@@ -201,6 +204,30 @@ def select_regions(
         confidence=(confidence * foreground[kept])[rows],
         class_index=guess[rows],
     )
+
+
+def first_kept(boxes: Tensor, score: Tensor, *, iou: float, most: int) -> Tensor:
+    """Positions (P,) of the best boxes that NMS keeps, best first: exactly `nms(boxes, score, iou)[:most]`.
+
+    Whether NMS keeps a box is decided by better boxes alone, so it is applied to the best boxes only, and to more of
+    them until it has kept enough. Its time grows with the square of their number.
+
+    Args:
+        boxes: (R, 4) xyxy.
+        score: (R,); of equal scores the first is better.
+        iou: IoU threshold of NMS.
+        most: number of boxes wanted.
+    """
+    order = score.argsort(descending=True, stable=True)
+    looked_at = most + _SPARE
+    while True:
+        best = order[:looked_at]
+        kept = nms(boxes[best], score[best], iou)
+        if len(kept) >= most or looked_at >= len(order):
+            return best[kept[:most]]
+        # Worse boxes are kept less often, for there are more that overlap them.
+        expected = most * looked_at / max(len(kept), 1)
+        looked_at = math.ceil(max(1.5 * looked_at, 1.1 * expected))
 
 
 def clear_of_base(boxes: Tensor, base_boxes: Tensor, *, base_iou: float) -> Tensor:
