@@ -1,9 +1,9 @@
 """How long does NMS of a whole grid take? `python benchmarks/suppression.py`.
 
-The method's 12,750 anchors of a 640 x 480 image, of which stage one keeps the first `proposals.max_proposals` that NMS
-keeps: `nms` of all of them against `first_kept`, in turns, on one thread. Scores are of two kinds: "noise", and "hills",
-which rise smoothly to a few places as a teacher's do, so that NMS drops most of the best anchors. First a gate: both keep
-the same anchors in the same order, or there are no figures. One row for each kind goes to results/suppression.jsonl.
+Of the method's 12,750 anchors of a 640 x 480 image stage one keeps the first `proposals.max_proposals` that NMS keeps:
+`nms` of all of them against `first_kept`, in turns, on one thread. Scores are of two kinds: "noise", and "hills", which
+rise smoothly to a few places as a teacher's do, so that NMS drops most of the best anchors. First a gate: both keep the
+same anchors in the same order, or there are no figures. One row for each kind goes to results/suppression.jsonl.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Square crops of boxes for the teacher; all stages use this one function."""
+"""Square crops of boxes for the teacher; all stages use these functions.
+
+On a CPU, torch resamples bytes, windows of one size together. On a GPU all windows of an image are resampled at once,
+see `ezsd.kernels.crops`; the two differ by rounding.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ezsd.choices import Surround
+from ezsd.kernels.crops import resample_windows
 
 _AT_ONCE = 16
 """Most windows of one size that are resampled together; for large windows, the memory of so many crops."""
-_WIDEST = 47
-"""Widest window that torch resamples on a GPU, in sides of the crop: the shared memory holds no longer filter."""
 
 
 def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surround: Surround) -> Tensor:
@@ -31,18 +34,51 @@ def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surroun
         surround: padding of a box that is not square, "black" (as in the paper) or "context".
 
     Returns:
-        (R, 3, size, size) uint8 on the image's device, channels last in memory.
+        (R, 3, size, size) uint8 on the image's device; on a CPU channels last in memory.
     """
+    windows = _windows(boxes, ratio=ratio, surround=surround, width=image.shape[2], height=image.shape[1])
+    if image.device.type != "cpu":
+        as_they_are = torch.ones(3, device=image.device), torch.zeros(3, device=image.device)
+        return resample_windows(image, windows, *as_they_are, size=size, dtype=torch.uint8)
     shape = (len(boxes), 3, size, size)
     # Channels last is what makes uint8 resampling quick on CPU; turning each crop around took a third of its time.
     pixels = image[None].contiguous(memory_format=torch.channels_last)[0]
-    out = torch.empty(shape, dtype=torch.uint8, device=image.device, memory_format=torch.channels_last)
-    windows = _windows(boxes, ratio=ratio, surround=surround, width=image.shape[2], height=image.shape[1])
+    out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     for rows in _alike(windows, size=size):
         squares = _squares(pixels, [windows[row] for row in rows])
         for row, crop in zip(rows, _resample(squares, size), strict=True):
             out[row] = crop
     return out
+
+
+def normalised_crops(
+    image: Tensor,
+    boxes: Tensor,
+    *,
+    size: int,
+    ratio: float,
+    surround: Surround,
+    gain: Tensor,
+    shift: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Crops of an image as `crop_boxes` makes them on a GPU, times `gain` plus `shift`, with no bytes in between.
+
+    Args:
+        image: see `crop_boxes`, on any device.
+        boxes: likewise, on any device.
+        size: likewise.
+        ratio: likewise.
+        surround: likewise.
+        gain: factor of each channel, (3,) float32, on the image's device.
+        shift: likewise, what is added.
+        dtype: of the crops.
+
+    Returns:
+        (R, 3, size, size) on the image's device.
+    """
+    windows = _windows(boxes, ratio=ratio, surround=surround, width=image.shape[2], height=image.shape[1])
+    return resample_windows(image, windows, gain, shift, size=size, dtype=dtype)
 
 
 def with_least_side(boxes: Tensor, least: float) -> Tensor:
@@ -120,7 +156,7 @@ def _squares(image: Tensor, windows: list[tuple[int, int, int, int]]) -> Tensor:
     left, top, right, bottom = windows[0]
     side = max(right - left, bottom - top)
     shape = (len(windows), side, side, 3)
-    squares = torch.zeros(shape, dtype=torch.uint8, device=image.device).permute(0, 3, 1, 2)
+    squares = torch.zeros(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
     for square, (left, top, right, bottom) in zip(squares, windows, strict=True):
         wide, high = right - left, bottom - top
         x, y = (side - wide) // 2, (side - high) // 2
@@ -131,10 +167,4 @@ def _squares(image: Tensor, windows: list[tuple[int, int, int, int]]) -> Tensor:
 def _resample(squares: Tensor, size: int) -> Tensor:
     if squares.shape[-1] == size:
         return squares
-    if squares.device.type == "cpu":
-        return F.interpolate(squares, (size, size), mode="bicubic", antialias=True)
-    if squares.shape[-1] > _WIDEST * size:
-        return _resample(squares.cpu(), size).to(squares.device)
-    # Only the CPU resamples bytes; bicubic overshoot has to be cut off by hand elsewhere.
-    smooth = F.interpolate(squares.float(), (size, size), mode="bicubic", antialias=True)
-    return smooth.round().clamp(0, 255).to(torch.uint8)
+    return F.interpolate(squares, (size, size), mode="bicubic", antialias=True)

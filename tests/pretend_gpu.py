@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ezsd.kernels import backend, eager, registered
+from ezsd.kernels import backend, crops, eager, registered
 from tests.kernels import stand_ins
 
 CODE = Path(__file__).resolve().parent.parent / "ezsd"
@@ -359,6 +359,7 @@ def _patch_torch(patch, gpu, capability):
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         real = getattr(torch, name)
         patch.setattr(torch, name, lambda device_type="cuda", _real=real: _real(_autocast_type(device_type)))
+    patch.setattr(torch.Tensor, "pin_memory", lambda self, device=None: self)
     patch.setattr(torch, "autocast", _Autocast)
     patch.setattr(torch.Tensor, "pin_memory", _pin)
     patch.setattr(torch.Tensor, "is_pinned", _is_pinned)
@@ -377,6 +378,8 @@ def _patch_triton(patch, gpu):
     """Compute on the values what Triton's kernels compute, in float32, and round it as they do."""
     triton_pool = pytest.importorskip("ezsd.kernels.triton_pool")
     triton_distance = pytest.importorskip("ezsd.kernels.triton_distance")
+
+    triton_crops = pytest.importorskip("ezsd.kernels.triton_crops")
 
     def inner(pooling):
         return dataclasses.replace(pooling, maps=tuple(one.inner for one in pooling.maps))
@@ -399,7 +402,13 @@ def _patch_triton(patch, gpu):
         gpu.launch()
         return PretendTensor(stand_ins.distance_backward(gradient.inner, embedding.inner, target.inner, metric))
 
+    def crop(image, windows, gain, shift, size, dtype):
+        gpu.launch()
+        values = (one.inner for one in (image, windows, gain, shift))
+        return PretendTensor(crops.eager(*values, size, dtype))
+
     for module, functions in (
+        (triton_crops, (crop,)),
         (triton_pool, (pool_forward, pool_backward)),
         (triton_distance, (distance_forward, distance_backward)),
     ):

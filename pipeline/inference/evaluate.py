@@ -234,7 +234,13 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Pa
     config = crop_settings(run)
     teacher = run_teacher(run, device, adapted=False, weights=weights)
     images = BaseImages(annotations=annotations, source=dataset.images("val"), reader="the crop accuracy")
-    source = CropSource(images, size=teacher.input_size, crops=config.proposals, least=config.adapt.min_crop_size)
+    source = CropSource(
+        images,
+        size=teacher.input_size,
+        crops=config.proposals,
+        least=config.adapt.min_crop_size,
+        device=torch.device(getattr(teacher, "device", "cpu")),
+    )
     single = ~annotations.crowd
     is_base = annotations.class_index < len(dataset.split.base)
 

@@ -337,13 +337,14 @@ def test_what_float16_does_not_hold_is_detected_in_float32(trained, shapes_root,
     assert found.scores == pytest.approx(expected.scores, abs=1e-4)
 
 
-def test_a_crop_wider_than_a_gpu_resamples_is_the_same():
+@pytest.mark.parametrize("capability", [(9, 0), (7, 5)])
+def test_a_wide_crop_is_the_same_by_a_kernel_and_without_one(capability):
     random = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, 40, 800), generator=random, dtype=torch.uint8)
     boxes, options = torch.tensor([[0.0, 0, 800, 40]]), {"size": 16, "ratio": 1.0, "surround": "black"}
-    with pretend_gpu():
+    with pretend_gpu(capability=capability):
         found = crop_boxes(image.to("cuda"), boxes.to("cuda"), **options).cpu()
-    assert torch.equal(found, crop_boxes(image, boxes, **options))
+    assert (found.int() - crop_boxes(image, boxes, **options).int()).abs().max() <= 1
 
 
 def test_a_launcher_that_numbers_no_process_is_refused(monkeypatch):
