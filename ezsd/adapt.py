@@ -99,7 +99,7 @@ def flatten(parameters: Mapping[str, Tensor]) -> tuple[NDArray[np.float32], list
     table: list[dict[str, object]] = [{"name": name, "shape": list(p.shape)} for name, p in parameters.items()]
     if not parameters:
         return np.zeros(0, np.float32), table
-    values = torch.cat([p.detach().float().reshape(-1).cpu() for p in parameters.values()])
+    values = torch.cat([p.detach().float().reshape(-1) for p in parameters.values()]).cpu()
     return values.numpy(), table
 
 

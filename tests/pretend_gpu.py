@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,7 +212,9 @@ class PretendGpu:
         for one in source if isinstance(source, list) else [source]:
             self.move(one)
         blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
-        if blocking or (isinstance(source, PretendTensor) and not _is_pinned(args[0])):
+        # What a copy without waiting makes on the CPU is page-locked; its code waits for an event.
+        into = isinstance(source, PretendTensor) and source is not args[0]
+        if blocking or (into and not _is_pinned(args[0])):
             self.wait()
 
 
@@ -353,6 +356,7 @@ def _patch_torch(patch, gpu, capability):
     }
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *args, _answer=answer, **kwargs: _answer)
+    patch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=gpu.wait))
     patch.setattr(torch.cuda, "set_device", gpu.current.append)
     patch.setattr(torch.cuda, "set_sync_debug_mode", gpu.set_debug_mode)
     patch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.wait())

@@ -37,7 +37,7 @@ from ezsd.teacher.weights import (
 from ezsd.transfer import to_device
 from ezsd.vocabulary import canonical, clean_names, first_few, prompts, templates
 
-__all__ = ["Teacher", "TeacherError", "encode_crops", "load_teacher", "require_told_apart"]
+__all__ = ["Teacher", "TeacherError", "device_of", "encode_crops", "load_teacher", "require_told_apart"]
 
 
 log = logging.getLogger(__name__)
@@ -258,6 +258,11 @@ class OpenClipTeacher:
             "precision": self.precision,
             **({"descriptions_sha256": _digest_of(self.descriptions)} if self.descriptions else {}),
         }
+
+
+def device_of(teacher: Teacher) -> torch.device:
+    """Device that a teacher computes on; the CPU for a plug-in that names none."""
+    return torch.device(getattr(teacher, "device", "cpu"))
 
 
 def encode_crops(teacher: Teacher, crops: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ezsd.pipeline.config.schema import AdaptConfig, ProposalConfig
 from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.extraction.base_images import BaseImages, halving_where_memory_is_short
 from ezsd.pipeline.progress import Progress
-from ezsd.teacher.open_clip import Teacher
+from ezsd.teacher.open_clip import Teacher, device_of
 from ezsd.transfer import to_device
 
 _MEMO_BYTES = 2**30
@@ -144,8 +144,8 @@ def adapt_teacher(
         ConfigError: there are too few base boxes to hold some out, or too many crops in a step for the memory.
         ImageError: more images than that cannot be read.
     """
-    device = torch.device(getattr(teacher, "device", "cpu"))
-    source = CropSource(images, size=teacher.input_size, crops=crops, least=config.min_crop_size, device=device)
+    size, device = teacher.input_size, device_of(teacher)
+    source = CropSource(images, size=size, crops=crops, least=config.min_crop_size, device=device)
     names = images.annotations.names
     tuned_on, held_out = images.split(config.held_out, seed=seed)
     if not tuned_on:
