@@ -363,7 +363,6 @@ def _patch_torch(patch, gpu, capability):
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         real = getattr(torch, name)
         patch.setattr(torch, name, lambda device_type="cuda", _real=real: _real(_autocast_type(device_type)))
-    patch.setattr(torch.Tensor, "pin_memory", lambda self, device=None: self)
     patch.setattr(torch, "autocast", _Autocast)
     patch.setattr(torch.Tensor, "pin_memory", _pin)
     patch.setattr(torch.Tensor, "is_pinned", _is_pinned)

@@ -21,7 +21,7 @@ _ELEMENTS = 2**26
 
 def resample_windows(
     image: Tensor,
-    windows: list[tuple[int, int, int, int]],
+    windows: Tensor,
     gain: Tensor,
     shift: Tensor,
     *,
@@ -34,7 +34,7 @@ def resample_windows(
 
     Args:
         image: (3, H, W) uint8.
-        windows: half-open (x0, y0, x1, y1) within the image, none empty.
+        windows: half-open (x0, y0, x1, y1) within the image, none empty, (R, 4) integers on the CPU.
         gain: factor of each channel, (3,) float32, on the image's device.
         shift: likewise, what is added.
         size: side S of the crops, pixels.
@@ -43,9 +43,9 @@ def resample_windows(
     Returns:
         (R, 3, S, S) on the image's device.
     """
-    if not windows:
+    if not len(windows):
         return torch.empty(0, 3, size, size, dtype=dtype, device=image.device)
-    table = torch.tensor(windows, dtype=torch.int32)
+    table = windows.int()
     if triton_obstacle_of(image.device) is None:
         from ezsd.kernels import triton_crops
 

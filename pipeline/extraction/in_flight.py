@@ -65,19 +65,23 @@ def finished(work: Work[T]) -> T:
 def in_flight(works: Iterable[Work[T]], *, most: int) -> Iterator[T]:
     """Results of pieces of work in order. Up to `most` are under way, and go on in turns."""
     coming = iter(works)
-    under_way: deque[_UnderWay[T]] = deque()
+    in_order: deque[_UnderWay[T]] = deque()
+    in_turns: deque[_UnderWay[T]] = deque()
     while True:
-        for work in coming if len(under_way) < most else ():
-            under_way.append(_UnderWay(work))
-            under_way[-1].go_on()
-            if len(under_way) == most:
-                break
-        if not under_way:
+        # The device has the next one's work before the host goes on with another.
+        while len(in_turns) < most and (work := next(coming, None)) is not None:
+            one = _UnderWay(work)
+            in_order.append(one)
+            if one.goes_on():
+                in_turns.append(one)
+        if not in_order:
             return
-        for one in under_way:
-            one.go_on()
-        while under_way and under_way[0].done:
-            yield under_way.popleft().result
+        if in_turns:
+            one = in_turns.popleft()
+            if one.goes_on():
+                in_turns.append(one)
+        while in_order and in_order[0].done:
+            yield in_order.popleft().result
 
 
 class _UnderWay(Generic[T]):
@@ -86,10 +90,10 @@ class _UnderWay(Generic[T]):
         self.done = False
         self.result: T
 
-    def go_on(self) -> None:
-        """Work until the next wait, or to the end."""
+    def goes_on(self) -> bool:
+        """Work until the next wait, or to the end: False."""
         try:
-            if not self.done:
-                next(self._work)
+            next(self._work)
         except StopIteration as done:
             self.done, self.result = True, done.value
+        return not self.done

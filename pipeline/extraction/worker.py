@@ -41,8 +41,8 @@ log = logging.getLogger("ezsd")
 
 _READ_AHEAD = 2
 """Images that are read while a CPU encodes another one."""
-_IN_FLIGHT = 2
-"""Images that a GPU works on in turns; a CPU works on one."""
+_IN_FLIGHT = 3
+"""Images that a GPU works on in turns, see benchmarks/stage_one_model.py; a CPU works on one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
