@@ -1,7 +1,7 @@
 """How near to its encoder would stage one come on a GPU? `python benchmarks/stage_one_model.py`.
 
 A model, not a measurement on a GPU. What the CPU does for an image of 640 x 480 is measured here, on one thread: the
-windows of its crops, the rounds of the search, NMS and filters, decoding. What a GPU does is stated in `RATES`. The two
+windows of its crops, the rounds of the search, NMS and filters; threads read ahead. What a GPU does is stated in `RATES`. The two
 are put together by `ezsd.pipeline.extraction.in_flight`, the code that extraction itself goes by: work on an image goes
 on until it waits for the GPU, which does what it was given in order. One row for each mode goes to
 results/stage_one_model.jsonl, with one image in flight and with more.
@@ -10,15 +10,12 @@ results/stage_one_model.jsonl, with one image in flight and with more.
 from __future__ import annotations
 
 import argparse
-import io
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import driver
-import numpy as np
 import torch
-from PIL import Image
 
 from ezsd.boxes import clip, iou
 from ezsd.crops import distinct_crops
@@ -55,7 +52,6 @@ class Parts:
     windows: float
     search: float
     choose: float
-    decode: float
 
 
 def measured(call: Callable[[], object], rounds: int) -> float:
@@ -82,9 +78,6 @@ def measure(config: ProposalConfig, rounds: int) -> Parts:
     each = tuple(looked)
     scores = iou(boxes, tops).amax(1)
     looks = Looks(scores, torch.ones(len(boxes)), scores, torch.full((len(boxes),), CLASSES - 1))
-    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).resize((WIDTH, HEIGHT)).save(file, "JPEG", quality=90)
     crop = {"ratio": config.crop_ratio, "width": WIDTH, "height": HEIGHT}
     return Parts(
         rounds=each,
@@ -104,7 +97,6 @@ def measure(config: ProposalConfig, rounds: int) -> Parts:
             ),
             rounds,
         ),
-        decode=measured(lambda: np.asarray(Image.open(io.BytesIO(file.getvalue()))), rounds),
     )
 
 
@@ -144,7 +136,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[driver.Row]:
     for name, overrides in {"coarse-to-fine": ["proposals.search=coarse-to-fine"], "exhaustive": []}.items():
         preset = "coco" if overrides else "paper"
         parts = measure(load_preset(preset, overrides).proposals, arguments.rounds)
-        spent = {key: round(getattr(parts, key), 2) for key in ("windows", "search", "choose", "decode")}
+        spent = {key: round(getattr(parts, key), 2) for key in ("windows", "search", "choose")}
         yield {
             "mode": name,
             "modelled": True,
@@ -152,7 +144,6 @@ def rows(arguments: argparse.Namespace) -> Iterator[driver.Row]:
             "crops": parts.rounds,
             "cpu_ms": spent,
             "encoder_ms": round(encoder(sum(parts.rounds)), 1),
-            "readers_needed": round(parts.decode / encoder(sum(parts.rounds)), 2),
             "over_encoder": {f"{most} in flight": round(ratio(parts, most), 3) for most in (1, 2, 3)},
             "note": arguments.note,
         }
