@@ -1,9 +1,9 @@
 """How near to its encoder would stage one come on a GPU? `python benchmarks/stage_one_model.py`.
 
 A model, not a measurement on a GPU. What the CPU does for an image of 640 x 480 is measured here, on one thread: the
-windows of its crops, the rounds of the search, NMS and filters; threads read ahead. What a GPU does is stated in `RATES`. The two
-are put together by `ezsd.pipeline.extraction.in_flight`, the code that extraction itself goes by: work on an image goes
-on until it waits for the GPU, which does what it was given in order. One row for each mode goes to
+windows of its crops, the rounds of the search, NMS and filters; threads read ahead. What a GPU does is stated in
+`RATES`. The two are put together by `ezsd.pipeline.extraction.in_flight`, the code that extraction itself goes by: work
+on an image goes on until it waits for the GPU, which does what it was given in order. One row for each mode goes to
 results/stage_one_model.jsonl, with one image in flight and with more.
 """
 
