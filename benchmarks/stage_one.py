@@ -144,7 +144,7 @@ def settings(weights: Path, precision: Precision, stride: int, batch: int) -> Co
 def open_job(request: BuildRequest) -> tuple[StoreWriter, ExtractJob]:
     """An unfinished store, and what its workers are told; the teacher is not re-normalised."""
     annotations = read_annotations(request)
-    teacher = configured_teacher(request.config.teacher, "cpu")
+    teacher = configured_teacher(request.config.teacher, request.device)
     manifest = describe(request.dataset, annotations, request.config, teacher.fingerprint())
     writer = StoreWriter.open(
         request.out,
@@ -207,7 +207,7 @@ class Recipe:
                 small = square(picture, box).resize(size, Image.Resampling.BICUBIC)
                 pixels = torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)
                 batch.append((pixels.float().div(255) - MEAN) / STD)
-            found.append(encode(self.teacher, torch.stack(batch)))
+            found.append(encode(self.teacher, torch.stack(batch).to(self.teacher.device)).cpu())
         return torch.cat(found)
 
     def write(self, position: int) -> int:
@@ -232,7 +232,7 @@ def ready_batch(recipe: Recipe, position: int, batch: int) -> Tensor:
     rule, size = recipe.request.config.proposals, recipe.teacher.input_size
     crops = crop_boxes(recipe.pixels(position), boxes, size=size, ratio=rule.crop_ratio, surround=rule.padding)
     ready = (crops.float() / 255 - MEAN) / STD
-    return ready.bfloat16() if recipe.teacher.precision == "bf16" else ready
+    return (ready.bfloat16() if recipe.teacher.precision == "bf16" else ready).to(recipe.teacher.device)
 
 
 def agreement(job: ExtractJob, block: Block, recipe: Recipe) -> float:
@@ -261,7 +261,7 @@ def work(task: Task, barrier: Barrier) -> Found:
     extract_block(task.job, Block(first, first, first + 1))
     # Before the model is loaded once more for the other ways.
     peak = driver.peak_mib()
-    teacher = cast("OpenClipTeacher", configured_teacher(task.request.config.teacher, "cpu"))
+    teacher = cast("OpenClipTeacher", configured_teacher(task.request.config.teacher, task.request.device))
     recipe = Recipe(teacher, task.request, task.request.out)
     ready = ready_batch(recipe, first, task.request.config.build.batch_size)
     encode(teacher, ready)
@@ -269,6 +269,8 @@ def work(task: Task, barrier: Barrier) -> Found:
     def bare() -> int:
         for _ in range(task.encoder_batches):
             encode(teacher, ready)
+        if teacher.device.type != "cpu":
+            torch.cuda.synchronize(teacher.device)
         return task.encoder_batches * len(ready)
 
     spent: dict[str, list[Spent]] = {way: [] for way in WAYS}
@@ -330,7 +332,7 @@ def over_recipe(way: dict[str, float], recipe: dict[str, float]) -> dict[str, fl
 def gate(request: BuildRequest, precision: Precision) -> float:
     """The least cosine, see `agreement`; no figures below the bound."""
     writer, job = open_job(request)
-    teacher = cast("OpenClipTeacher", configured_teacher(request.config.teacher, "cpu"))
+    teacher = cast("OpenClipTeacher", configured_teacher(request.config.teacher, request.device))
     with writer:
         least = agreement(job, writer.blocks[0], Recipe(teacher, request, request.out))
     if not least >= LEAST_COSINE[precision]:
@@ -348,7 +350,8 @@ def rows(arguments: argparse.Namespace) -> Iterator[driver.Row]:
 
     def request(precision: Precision, folder: str) -> BuildRequest:
         config = settings(weights, precision, arguments.stride, arguments.batch)
-        return BuildRequest(dataset=find_dataset("coco", photos), config=config, out=Path(folder) / precision)
+        out, device = Path(folder) / precision, arguments.device
+        return BuildRequest(dataset=find_dataset("coco", photos), config=config, out=out, device=device)
 
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         cosines = {precision: gate(request(precision, folder), precision) for precision in LEAST_COSINE}
@@ -360,6 +363,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[driver.Row]:
             )
         yield {
             "model": MODEL,
+            "device": torch.cuda.get_device_name() if arguments.device != "cpu" else "cpu",
             "workers": workers,
             "photos": "real" if arguments.photos else "synthetic",
             "rounds": arguments.rounds,
@@ -390,6 +394,7 @@ if __name__ == "__main__":
         driver.option("--rounds", default=1, help="images per worker, after one to warm up"),
         driver.option("--stride", type=int, default=192, help="of the anchors, pixels of the resized image"),
         driver.option("--batch", type=int, default=32),
+        driver.option("--device", default="cpu", help="cpu, cuda or cuda:N; no GPU has been measured yet"),
         driver.option("--encoder-batches", type=int, default=4, help="of a round, for the encoder alone"),
         "--note",
     )

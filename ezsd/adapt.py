@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ezsd.choices import AdaptLoss
-from ezsd.teacher.open_clip import Teacher
+from ezsd.teacher.open_clip import Teacher, encode_crops
+from ezsd.transfer import to_device
 
 
 def adaptation_loss(logits: Tensor, label: Tensor, *, loss: AdaptLoss) -> Tensor:
@@ -24,7 +25,9 @@ def adaptation_loss(logits: Tensor, label: Tensor, *, loss: AdaptLoss) -> Tensor
             "softmax_ce" is cross-entropy over the names.
     """
     if loss == "bce":
-        return F.binary_cross_entropy_with_logits(logits, F.one_hot(label, logits.shape[1]).float())
+        # Unlike `one_hot` it looks at no value, so that the host need not wait for one.
+        target = label[:, None] == torch.arange(logits.shape[1], device=label.device)
+        return F.binary_cross_entropy_with_logits(logits, target.float())
     return F.cross_entropy(logits, label)
 
 
@@ -41,9 +44,11 @@ def tune_layer_norms(
 ) -> Iterator[float]:
     """Tune LayerNorm parameters of a teacher in place, one step per batch; yields each step's loss.
 
+    A loss is given once the next step is on its way, so that a GPU does not idle meanwhile.
+
     Args:
         teacher: all of its weights except `parameters` stay frozen.
-        batches: pairs of crops (R, 3, S, S), float in [0, 1], and labels (R,) into `names`.
+        batches: pairs of crops (R, 3, S, S), see `encode_crops`, and labels (R,) into `names`.
         names: base class names; their embeddings are computed once per step, or once if none of `parameters` is theirs.
         parameters: the parameters from the teacher's `layer_norms()` to tune.
         loss: see `adaptation_loss`.
@@ -56,16 +61,21 @@ def tune_layer_norms(
         parameter.requires_grad_(True)
     try:
         text = teacher.encode_text(names)
-        for step, (pixels, label) in enumerate(batches):
-            if step and text.requires_grad:
+        before: Tensor | None = None
+        for pixels, label in batches:
+            if before is not None and text.requires_grad:
                 text = teacher.encode_text(names)
-            logits = teacher.logit_scale * teacher.encode_image(pixels) @ text.T
-            value = adaptation_loss(logits, label.to(logits.device), loss=loss)
+            logits = teacher.logit_scale * encode_crops(teacher, pixels) @ text.T
+            value = adaptation_loss(logits, to_device(label, logits.device), loss=loss)
             optimiser.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(parameters, clip_norm)
             optimiser.step()
-            yield value.item()
+            if before is not None:
+                yield before.item()
+            before = value.detach()
+        if before is not None:
+            yield before.item()
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -78,8 +88,10 @@ def crop_accuracy(teacher: Teacher, batches: Iterable[tuple[Tensor, Tensor]], na
     Crops and labels are as in `tune_layer_norms`. The predicted class has the text embedding of the largest cosine.
     """
     text = teacher.encode_text(names)
-    right = [(teacher.encode_image(pixels) @ text.T).argmax(1).cpu() == label for pixels, label in batches]
-    return torch.cat(right) if right else torch.zeros(0, dtype=torch.bool)
+    found = [((encode_crops(teacher, crops) @ text.T).argmax(1), label) for crops, label in batches]
+    if not found:
+        return torch.zeros(0, dtype=torch.bool)
+    return torch.cat([guess for guess, _ in found]).cpu() == torch.cat([label for _, label in found])
 
 
 def flatten(parameters: Mapping[str, Tensor]) -> tuple[NDArray[np.float32], list[dict[str, object]]]:
@@ -87,7 +99,7 @@ def flatten(parameters: Mapping[str, Tensor]) -> tuple[NDArray[np.float32], list
     table: list[dict[str, object]] = [{"name": name, "shape": list(p.shape)} for name, p in parameters.items()]
     if not parameters:
         return np.zeros(0, np.float32), table
-    values = torch.cat([p.detach().float().reshape(-1).cpu() for p in parameters.values()])
+    values = torch.cat([p.detach().float().reshape(-1) for p in parameters.values()]).cpu()
     return values.numpy(), table
 
 

@@ -1,19 +1,21 @@
-"""Square crops of boxes for the teacher; all stages use this one function."""
+"""Square crops of boxes for the teacher; all stages use these functions.
+
+On a CPU, torch resamples bytes, windows of one size together. On a GPU all windows of an image are resampled at once,
+see `ezsd.kernels.crops`; the two differ by rounding.
+"""
 
 from __future__ import annotations
 
-import math
-
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ezsd.choices import Surround
+from ezsd.kernels.crops import resample_windows
 
 _AT_ONCE = 16
 """Most windows of one size that are resampled together; for large windows, the memory of so many crops."""
-_WIDEST = 47
-"""Widest window that torch resamples on a GPU, in sides of the crop: the shared memory holds no longer filter."""
 
 
 def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surround: Surround) -> Tensor:
@@ -31,18 +33,52 @@ def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surroun
         surround: padding of a box that is not square, "black" (as in the paper) or "context".
 
     Returns:
-        (R, 3, size, size) uint8 on the image's device, channels last in memory.
+        (R, 3, size, size) uint8 on the image's device; on a CPU channels last in memory.
     """
+    table = _windows(boxes.cpu(), ratio=ratio, surround=surround, width=image.shape[2], height=image.shape[1])
+    if image.device.type != "cpu":
+        as_they_are = torch.ones(3, device=image.device), torch.zeros(3, device=image.device)
+        return resample_windows(image, table, *as_they_are, size=size, dtype=torch.uint8)
     shape = (len(boxes), 3, size, size)
     # Channels last is what makes uint8 resampling quick on CPU; turning each crop around took a third of its time.
     pixels = image[None].contiguous(memory_format=torch.channels_last)[0]
-    out = torch.empty(shape, dtype=torch.uint8, device=image.device, memory_format=torch.channels_last)
-    windows = _windows(boxes, ratio=ratio, surround=surround, width=image.shape[2], height=image.shape[1])
+    out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    windows = _as_tuples(table)
     for rows in _alike(windows, size=size):
         squares = _squares(pixels, [windows[row] for row in rows])
         for row, crop in zip(rows, _resample(squares, size), strict=True):
             out[row] = crop
     return out
+
+
+def normalised_crops(
+    image: Tensor,
+    boxes: Tensor,
+    *,
+    size: int,
+    ratio: float,
+    surround: Surround,
+    gain: Tensor,
+    shift: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Crops of an image as `crop_boxes` makes them on a GPU, times `gain` plus `shift`, with no bytes in between.
+
+    Args:
+        image: see `crop_boxes`, on any device.
+        boxes: likewise, on any device.
+        size: likewise.
+        ratio: likewise.
+        surround: likewise.
+        gain: factor of each channel, (3,) float32, on the image's device.
+        shift: likewise, what is added.
+        dtype: of the crops.
+
+    Returns:
+        (R, 3, size, size) on the image's device.
+    """
+    table = _windows(boxes.cpu(), ratio=ratio, surround=surround, width=image.shape[2], height=image.shape[1])
+    return resample_windows(image, table, gain, shift, size=size, dtype=dtype)
 
 
 def with_least_side(boxes: Tensor, least: float) -> Tensor:
@@ -69,19 +105,23 @@ def distinct_crops(
         Ascending positions (U,) of the first box of every crop, and for each box (R,) the position of its crop among
         those; int64.
     """
-    windows = _windows(boxes, ratio=ratio, surround=surround, width=width, height=height)
-    crops: dict[tuple[int, int, int, int], int] = {}
-    number = [crops.setdefault(window, len(crops)) for window in windows]
-    place = dict(zip(reversed(number), reversed(range(len(number))), strict=True))
-    first = [place[crop] for crop in range(len(crops))]
-    return torch.tensor(first, dtype=torch.int64), torch.tensor(number, dtype=torch.int64)
+    table = _windows(boxes, ratio=ratio, surround=surround, width=width, height=height).numpy()
+    _, place, number = np.unique(table, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(place)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return torch.from_numpy(place[order]), torch.from_numpy(rank[number.reshape(-1)])
 
 
-def _windows(
-    boxes: Tensor, *, ratio: float, surround: Surround, width: int, height: int
-) -> list[tuple[int, int, int, int]]:
+def _windows(boxes: Tensor, *, ratio: float, surround: Surround, width: int, height: int) -> Tensor:
+    """Windows as `crop_windows` has them, (R, 4) int64."""
     boxes = _square(boxes) if surround == "context" else boxes
-    return crop_windows(boxes, ratio=ratio, width=width, height=height)
+    centre = (boxes[:, :2].double() + boxes[:, 2:].double()) / 2
+    half = (boxes[:, 2:].double() - boxes[:, :2].double()) * ratio / 2
+    limit = torch.tensor([width, height])
+    low = torch.minimum((centre - half).floor().clamp(min=0), limit - 1)
+    high = torch.minimum(torch.maximum((centre + half).ceil(), low + 1), limit)
+    return torch.cat([low, high], 1).long()
 
 
 def _square(boxes: Tensor) -> Tensor:
@@ -93,14 +133,11 @@ def _square(boxes: Tensor) -> Tensor:
 
 def crop_windows(boxes: Tensor, *, ratio: float, width: int, height: int) -> list[tuple[int, int, int, int]]:
     """Whole-pixel windows (x0, y0, x1, y1), half-open, never empty, of enlarged and clamped boxes."""
-    centre = (boxes[:, :2].double() + boxes[:, 2:].double()) / 2
-    half = (boxes[:, 2:].double() - boxes[:, :2].double()) * ratio / 2
-    windows = []
-    for x0, y0, x1, y1 in torch.cat([centre - half, centre + half], 1).tolist():
-        left, top = min(max(math.floor(x0), 0), width - 1), min(max(math.floor(y0), 0), height - 1)
-        right, bottom = min(max(math.ceil(x1), left + 1), width), min(max(math.ceil(y1), top + 1), height)
-        windows.append((left, top, right, bottom))
-    return windows
+    return _as_tuples(_windows(boxes, ratio=ratio, surround="black", width=width, height=height))
+
+
+def _as_tuples(table: Tensor) -> list[tuple[int, int, int, int]]:
+    return [(left, top, right, bottom) for left, top, right, bottom in table.tolist()]
 
 
 def _alike(windows: list[tuple[int, int, int, int]], *, size: int) -> list[list[int]]:
@@ -120,7 +157,7 @@ def _squares(image: Tensor, windows: list[tuple[int, int, int, int]]) -> Tensor:
     left, top, right, bottom = windows[0]
     side = max(right - left, bottom - top)
     shape = (len(windows), side, side, 3)
-    squares = torch.zeros(shape, dtype=torch.uint8, device=image.device).permute(0, 3, 1, 2)
+    squares = torch.zeros(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
     for square, (left, top, right, bottom) in zip(squares, windows, strict=True):
         wide, high = right - left, bottom - top
         x, y = (side - wide) // 2, (side - high) // 2
@@ -131,10 +168,4 @@ def _squares(image: Tensor, windows: list[tuple[int, int, int, int]]) -> Tensor:
 def _resample(squares: Tensor, size: int) -> Tensor:
     if squares.shape[-1] == size:
         return squares
-    if squares.device.type == "cpu":
-        return F.interpolate(squares, (size, size), mode="bicubic", antialias=True)
-    if squares.shape[-1] > _WIDEST * size:
-        return _resample(squares.cpu(), size).to(squares.device)
-    # Only the CPU resamples bytes; bicubic overshoot has to be cut off by hand elsewhere.
-    smooth = F.interpolate(squares.float(), (size, size), mode="bicubic", antialias=True)
-    return smooth.round().clamp(0, 255).to(torch.uint8)
+    return F.interpolate(squares, (size, size), mode="bicubic", antialias=True)

@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ezsd.kernels import backend, eager, registered
+from ezsd.kernels import backend, crops, eager, registered
 from tests.kernels import stand_ins
 
 CODE = Path(__file__).resolve().parent.parent / "ezsd"
@@ -211,7 +212,9 @@ class PretendGpu:
         for one in source if isinstance(source, list) else [source]:
             self.move(one)
         blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
-        if blocking or (isinstance(source, PretendTensor) and not _is_pinned(args[0])):
+        # What a copy without waiting makes on the CPU is page-locked; its code waits for an event.
+        into = isinstance(source, PretendTensor) and source is not args[0]
+        if blocking or (into and not _is_pinned(args[0])):
             self.wait()
 
 
@@ -353,6 +356,7 @@ def _patch_torch(patch, gpu, capability):
     }
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *args, _answer=answer, **kwargs: _answer)
+    patch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=gpu.wait))
     patch.setattr(torch.cuda, "set_device", gpu.current.append)
     patch.setattr(torch.cuda, "set_sync_debug_mode", gpu.set_debug_mode)
     patch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.wait())
@@ -378,6 +382,8 @@ def _patch_triton(patch, gpu):
     triton_pool = pytest.importorskip("ezsd.kernels.triton_pool")
     triton_distance = pytest.importorskip("ezsd.kernels.triton_distance")
 
+    triton_crops = pytest.importorskip("ezsd.kernels.triton_crops")
+
     def inner(pooling):
         return dataclasses.replace(pooling, maps=tuple(one.inner for one in pooling.maps))
 
@@ -399,7 +405,13 @@ def _patch_triton(patch, gpu):
         gpu.launch()
         return PretendTensor(stand_ins.distance_backward(gradient.inner, embedding.inner, target.inner, metric))
 
+    def crop(image, windows, gain, shift, size, dtype):
+        gpu.launch()
+        values = (one.inner for one in (image, windows, gain, shift))
+        return PretendTensor(crops.eager(*values, size, dtype))
+
     for module, functions in (
+        (triton_crops, (crop,)),
         (triton_pool, (pool_forward, pool_backward)),
         (triton_distance, (distance_forward, distance_backward)),
     ):

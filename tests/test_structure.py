@@ -24,6 +24,7 @@ BEFORE = {
             "weights",
             "plugins",
             "precision",
+            "transfer",
             "boxes",
             "vocabulary",
             "proposals",

@@ -68,6 +68,11 @@ def triton_obstacle(maps: tuple[Tensor, ...], *, bins: int) -> str | None:
     return _device_obstacle(maps[0].device)
 
 
+def triton_obstacle_of(device: torch.device) -> str | None:
+    """Say why Triton cannot run on a device, or None if it can; a GPU is asked once, by launching a kernel."""
+    return _device_obstacle(device)
+
+
 def require_backend(backend: Backend, device: torch.device) -> None:
     """Refuse a backend that no maps on this device can be served by, before any work. BackendError says why.
 

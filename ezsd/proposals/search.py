@@ -7,11 +7,13 @@ could also be in the full store, with the same embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ezsd.transfer import to_device
 
 _ROUND = 64
 """Anchors expanded per round of refinement. Fewer follow the scores more closely, more fill an accelerator."""
@@ -109,40 +111,59 @@ def coarse_to_fine(
     Returns:
         All scored anchors; equal scores give an equal result.
     """
+    rounds = coarse_to_fine_rounds(lattice, allowed, growth=growth, passes=passes)
+    looked, parts = next(rounds), list[tuple[Tensor, Tensor]]()
+    while True:
+        score, embedding = look(looked)
+        parts.append((looked, embedding))
+        try:
+            looked = rounds.send(score)
+        except StopIteration:
+            return in_grid_order(parts)
+
+
+def coarse_to_fine_rounds(
+    lattice: Lattice, allowed: Tensor, *, growth: float, passes: int
+) -> Generator[Tensor, Tensor, None]:
+    """Rounds of `coarse_to_fine`: yields anchor numbers (N,) to score, and is sent their scores (N,), on the CPU."""
     steps = lattice.steps(growth, least=2)
     start = thinned(lattice, steps, [len(lattice.ratios) // 2])
     start = start[allowed[start]]
     if len(start) > passes:
         start = start[torch.arange(passes) * len(start) // passes]
-    search = _Search(lattice, allowed.clone(), look, steps)
-    search.add(start, steps[lattice.places()[start, 2]])
-    while search.looked < passes:
+    search = _Search(lattice, allowed.clone(), steps)
+    around, reach = start, steps[lattice.places()[start, 2]]
+    while True:
+        around, reach = around[: passes - search.looked], reach[: passes - search.looked]
+        search.add(around, reach, (yield around))
+        if search.looked >= passes:
+            return
         around, reach = search.next_round()
         if not len(around):
-            break
-        search.add(around[: passes - search.looked], reach[: passes - search.looked])
-    return search.result()
+            return
+
+
+def in_grid_order(parts: Sequence[tuple[Tensor, Tensor]]) -> SearchResult:
+    """Anchors (N,), on the CPU, and their embeddings (N, D) of several rounds, put in the grid's order."""
+    anchors = torch.cat([anchors for anchors, _ in parts])
+    order, embedding = anchors.argsort(), torch.cat([embedding for _, embedding in parts])
+    return SearchResult(anchors[order], embedding[to_device(order, embedding.device)])
 
 
 class _Search:
     """State of a coarse-to-fine search: the anchors scored so far and the distance to their next neighbours."""
 
-    def __init__(
-        self, lattice: Lattice, unseen: Tensor, look: Callable[[Tensor], tuple[Tensor, Tensor]], steps: Tensor
-    ) -> None:
-        self._lattice, self._unseen, self._look, self._steps = lattice, unseen, look, steps
+    def __init__(self, lattice: Lattice, unseen: Tensor, steps: Tensor) -> None:
+        self._lattice, self._unseen, self._steps = lattice, unseen, steps
         self._places = lattice.places()
         self._score = torch.full((len(lattice),), -torch.inf)
         # Cells to the neighbours that an anchor was last looked at with; 1 is as close as the grid allows.
         self._reach = torch.zeros(len(lattice), dtype=torch.int64)
         self._open = torch.zeros(len(lattice), dtype=torch.bool)
-        self._parts: list[tuple[Tensor, Tensor]] = []
         self.looked = 0
 
-    def add(self, anchors: Tensor, reach: Tensor) -> None:
-        """Score anchors (N,) that were not scored before and are `reach` (N,) cells from their neighbours."""
-        score, embedding = self._look(anchors)
-        self._parts.append((anchors, embedding))
+    def add(self, anchors: Tensor, reach: Tensor, score: Tensor) -> None:
+        """Note the scores (N,) of anchors that had none, and are `reach` (N,) cells from their neighbours."""
         self._unseen[anchors], self._open[anchors] = False, True
         self._score[anchors], self._reach[anchors] = score, reach
         self.looked += len(anchors)
@@ -172,12 +193,6 @@ class _Search:
         numbers, reach = numbers[wanted], reach[wanted]
         first = _first_of_each(numbers)
         return numbers[first], reach[first]
-
-    def result(self) -> SearchResult:
-        """All scored anchors, in the grid's order."""
-        anchors = torch.cat([part for part, _ in self._parts])
-        order = anchors.argsort()
-        return SearchResult(anchors[order], torch.cat([part for _, part in self._parts])[order])
 
 
 def _first_of_each(numbers: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from torchvision.ops import nms
 
 from ezsd.boxes import overlaps_any
 from ezsd.choices import Score
+
+_SPARE = 64
+"""Boxes beyond those wanted, that NMS is applied to at first."""
 
 
 def faithful_anchors(
@@ -105,7 +109,7 @@ def guesses(embedding: Tensor, text: Tensor, background: Tensor | None, *, logit
     """
     names = name_probabilities(embedding, text, logit_scale=logit_scale)
     if background is None:
-        return names, torch.ones(len(embedding))
+        return names, torch.ones(len(embedding), device=embedding.device)
     table = torch.cat([text, background])
     nothing = name_probabilities(embedding, table, logit_scale=logit_scale)[:, len(text) :].sum(1)
     # A sum of several can come out above 1 by rounding.
@@ -180,13 +184,62 @@ def select_regions(
 
     Source: EZSD, section on CLIP proposals.
     """
+    looks = looks_of(embedding, text, background, base_count=base_count, logit_scale=logit_scale, score=score)
+    return choose_regions(
+        anchors,
+        looks,
+        base_boxes,
+        base_count=base_count,
+        nms_iou=nms_iou,
+        keep_proposals=keep_proposals,
+        base_iou=base_iou,
+        drop_base_guesses=drop_base_guesses,
+        keep_regions=keep_regions,
+        drop_background=drop_background,
+    )
+
+
+class Looks(NamedTuple):
+    """What the teacher says of an image's anchors, four numbers for each."""
+
+    score: Tensor
+    """(A,) float32."""
+    foreground: Tensor
+    """Object probability, (A,) float32."""
+    confidence: Tensor
+    """Largest class probability, (A,) float32."""
+    class_index: Tensor
+    """Class of that probability, (A,) int64."""
+
+
+def looks_of(
+    embedding: Tensor, text: Tensor, background: Tensor | None, *, base_count: int, logit_scale: float, score: Score
+) -> Looks:
+    """Score an image's anchors, on the device of their embeddings; arguments as in `select_regions`."""
     names, foreground = guesses(embedding, text, background, logit_scale=logit_scale)
     value = anchor_scores(names, foreground, base_count=base_count, score=score)
-    kept = nms(anchors, value, nms_iou)[:keep_proposals]
-    confidence, guess = names[kept].max(1)
+    return Looks(value, foreground, *names.max(1))
+
+
+def choose_regions(
+    anchors: Tensor,
+    looks: Looks,
+    base_boxes: Tensor,
+    *,
+    base_count: int,
+    nms_iou: float,
+    keep_proposals: int,
+    base_iou: float,
+    drop_base_guesses: bool,
+    keep_regions: int,
+    drop_background: bool = True,
+) -> Selection:
+    """Apply NMS to scored anchors and keep regions, all on the CPU; arguments as in `select_regions`."""
+    kept = first_kept(anchors, looks.score, iou=nms_iou, most=keep_proposals)
+    value, foreground, confidence, guess = (one[kept] for one in looks)
     clear = clear_of_base(anchors[kept], base_boxes, base_iou=base_iou)
     clear &= may_be_unseen(
-        foreground[kept],
+        foreground,
         guess,
         base_count=base_count,
         drop_base_guesses=drop_base_guesses,
@@ -195,12 +248,36 @@ def select_regions(
     rows = torch.nonzero(clear)[:keep_regions, 0]
     return Selection(
         proposal=kept,
-        proposal_score=value[kept],
+        proposal_score=value,
         region=kept[rows],
-        region_score=value[kept][rows],
-        confidence=(confidence * foreground[kept])[rows],
+        region_score=value[rows],
+        confidence=(confidence * foreground)[rows],
         class_index=guess[rows],
     )
+
+
+def first_kept(boxes: Tensor, score: Tensor, *, iou: float, most: int) -> Tensor:
+    """Positions (P,) of the best boxes that NMS keeps, best first: exactly `nms(boxes, score, iou)[:most]`.
+
+    Whether NMS keeps a box is decided by better boxes alone, so it is applied to the best boxes only, and to more of
+    them until it has kept enough. Its time grows with the square of their number.
+
+    Args:
+        boxes: (R, 4) xyxy.
+        score: (R,); of equal scores the first is better.
+        iou: IoU threshold of NMS.
+        most: number of boxes wanted.
+    """
+    order = score.argsort(descending=True, stable=True)
+    looked_at = most + _SPARE
+    while True:
+        best = order[:looked_at]
+        kept = nms(boxes[best], score[best], iou)
+        if len(kept) >= most or looked_at >= len(order):
+            return best[kept[:most]]
+        # Worse boxes are kept less often, for there are more that overlap them.
+        expected = most * looked_at / max(len(kept), 1)
+        looked_at = math.ceil(max(1.5 * looked_at, 1.1 * expected))
 
 
 def clear_of_base(boxes: Tensor, base_boxes: Tensor, *, base_iou: float) -> Tensor:

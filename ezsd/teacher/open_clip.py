@@ -34,9 +34,10 @@ from ezsd.teacher.weights import (
     require_transformers,
     transformers_missing,
 )
+from ezsd.transfer import to_device
 from ezsd.vocabulary import canonical, clean_names, first_few, prompts, templates
 
-__all__ = ["Teacher", "TeacherError", "load_teacher", "require_told_apart"]
+__all__ = ["Teacher", "TeacherError", "device_of", "encode_crops", "load_teacher", "require_told_apart"]
 
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,11 @@ class OpenClipTeacher:
         self.mean, self.std = tuple(preprocess["mean"]), tuple(preprocess["std"])
         self.logit_scale = float(model.logit_scale.exp())
         self.device = model.logit_scale.device
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        """Number type of normalised crops."""
+        self._mean, self._std = (_per_channel(values, self.device) for values in (self.mean, self.std))
+        self.gain, self.shift = 1 / (255 * self._std.flatten()), -(self._mean / self._std).flatten()
+        """Factor and summand (3,) that turn grey levels into normalised crops."""
         self._tokenizer = _tokenizer(name)
         self._known_tokens = known_tokens
         self._measured: set[str] = set()
@@ -143,12 +149,15 @@ class OpenClipTeacher:
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Unit embeddings (B, D), float32, of RGB crops, see `Teacher`. Keeps the graph where gradients are enabled."""
-        mean = torch.tensor(self.mean, device=self.device)[:, None, None]
-        std = torch.tensor(self.std, device=self.device)[:, None, None]
         # In place: fresh memory for each of the two costs more than the arithmetic.
-        normalised = (pixels.to(self.device) - mean).div_(std)
-        embedding = self.model.encode_image(normalised.bfloat16() if self.precision == "bf16" else normalised)
-        return F.normalize(embedding.float(), dim=1)
+        return self.encode_normalised((pixels.to(self.device) - self._mean).div_(self._std))
+
+    def encode_normalised(self, crops: Tensor) -> Tensor:
+        """Unit embeddings (B, D), float32, of crops (B, 3, S, S) on the model's device, as `mean` and `std` scale them.
+
+        Keeps the graph where gradients are enabled.
+        """
+        return F.normalize(self.model.encode_image(crops.to(self.dtype)).float(), dim=1)
 
     def encode_text(self, names: Sequence[str]) -> Tensor:
         """Unit embeddings (C, D), float32, of class names, see `Teacher`.
@@ -212,7 +221,7 @@ class OpenClipTeacher:
 
     def encode_text_tokens(self, tokens: Tensor) -> Tensor:
         """Unit embeddings (C, D) of token rows (C, context)."""
-        return F.normalize(self.model.encode_text(tokens.to(self.device)).float(), dim=1)
+        return F.normalize(self.model.encode_text(to_device(tokens, self.device)).float(), dim=1)
 
     def layer_norms(self, *, vision_only: bool = False) -> dict[str, nn.Parameter]:
         """Weights and biases of the LayerNorms of both towers or of one, chosen by module type and not by name.
@@ -249,6 +258,27 @@ class OpenClipTeacher:
             "precision": self.precision,
             **({"descriptions_sha256": _digest_of(self.descriptions)} if self.descriptions else {}),
         }
+
+
+def device_of(teacher: Teacher) -> torch.device:
+    """Device that a teacher computes on; the CPU for a plug-in that names none."""
+    return torch.device(getattr(teacher, "device", "cpu"))
+
+
+def encode_crops(teacher: Teacher, crops: Tensor) -> Tensor:
+    """Unit embeddings (B, D), float32, of crops (B, 3, S, S): uint8, or float in [0, 1]."""
+    if crops.dtype != torch.uint8:
+        return teacher.encode_image(crops)
+    if isinstance(teacher, OpenClipTeacher) and teacher.device.type != "cpu":
+        # Bytes cross, and are normalised in one pass.
+        levels = to_device(crops, teacher.device)
+        return teacher.encode_normalised(levels * teacher.gain[:, None, None] + teacher.shift[:, None, None])
+    return teacher.encode_image(crops.float() / 255)
+
+
+def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers of the three channels, (3, 1, 1)."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def _digest_of(descriptions: Mapping[str, Sequence[str]]) -> str:

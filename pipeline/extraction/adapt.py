@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,64 +17,87 @@ from ezsd.pipeline.config.schema import AdaptConfig, ProposalConfig
 from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.extraction.base_images import BaseImages, halving_where_memory_is_short
 from ezsd.pipeline.progress import Progress
-from ezsd.teacher.open_clip import Teacher
+from ezsd.teacher.open_clip import Teacher, device_of
+from ezsd.transfer import to_device
 
-# Crops of small benchmarks are kept; those of large ones are made again when their image comes up.
 _MEMO_BYTES = 2**30
+"""Most bytes of crops that are kept; those of larger datasets are made again when their image comes up."""
 
 
 class CropSource:
-    """Crops of an annotation record's boxes, image by image; images that cannot be read have none, up to a limit."""
+    """Crops of an annotation record's boxes, image by image; images that cannot be read have none, up to a limit.
 
-    def __init__(self, images: BaseImages, *, size: int, crops: ProposalConfig, least: float) -> None:
+    Args:
+        images: source of the images, and their boxes.
+        size: side S of the crops.
+        crops: how boxes are cropped.
+        least: shorter sides of boxes are widened to it, pixels.
+        device: where the crops are made, and stay.
+    """
+
+    def __init__(
+        self,
+        images: BaseImages,
+        *,
+        size: int,
+        crops: ProposalConfig,
+        least: float,
+        device: torch.device,
+    ) -> None:
         self.images = images
         self.size = size
         self.least = least
+        self.device = device
         self.ratio = crops.crop_ratio
         self.surround = crops.padding
+        self._keeps = len(images.annotations.box) * 3 * size**2 <= _MEMO_BYTES
         self._memo: dict[int, Tensor] = {}
-        self._memo_bytes = 0
 
-    def image(self, position: int) -> tuple[Tensor, Tensor]:
-        """Crops (R, 3, S, S) uint8 of one image's boxes, and their classes (R,) int64.
+    def crops(self, positions: Iterable[int]) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Crops (R, 3, S, S) uint8 of the boxes of each image in order, and their classes (R,) int64 on the CPU.
 
         Raises:
-            ImageError: it cannot be read, and with it more than may be left out.
+            ImageError: one cannot be read, and with it more than may be left out.
         """
-        annotations = self.images.annotations
-        label = torch.from_numpy(annotations.class_index[annotations.rows(position)].astype(np.int64))
-        if position in self._memo:
-            return self._memo[position], label
-        pixels = self.images.read(position)
-        if pixels is None:
-            return torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8), label[:0]
-        boxes = with_least_side(self.images.boxes(position), self.least)
-        crops = crop_boxes(pixels, boxes, size=self.size, ratio=self.ratio, surround=self.surround)
-        if self._memo_bytes + crops.numel() <= _MEMO_BYTES:
-            self._memo[position] = crops
-            self._memo_bytes += crops.numel()
-        return crops, label
+        with contextlib.closing(self.images.ahead(positions, device=self.device, known=self._memo)) as images:
+            for position, pixels in images:
+                annotations = self.images.annotations
+                label = torch.from_numpy(annotations.class_index[annotations.rows(position)].astype(np.int64))
+                if pixels is None:
+                    yield torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8, device=self.device), label[:0]
+                elif position in self._memo:
+                    yield self._memo[position], label
+                else:
+                    yield self._made(position, pixels), label
 
-    def batches(self, positions: Iterable[int], *, crops: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Crops (up to `crops`, 3, S, S), float in [0, 1], and classes of the given images in order."""
-        pixels: list[Tensor] = []
-        labels: list[Tensor] = []
+    def _made(self, position: int, pixels: Tensor) -> Tensor:
+        boxes = with_least_side(self.images.boxes(position), self.least)
+        image = to_device(pixels, self.device)
+        crops = crop_boxes(image, boxes, size=self.size, ratio=self.ratio, surround=self.surround)
+        if self._keeps:
+            self._memo[position] = crops
+        return crops
+
+    def batches(self, positions: Iterable[int], *, crops: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Crops (up to `crops`, 3, S, S) uint8 and classes of the given images in order."""
+        parts: list[tuple[Tensor, Tensor]] = []
         held = 0
-        for position in positions:
-            image_pixels, image_labels = self.image(position)
-            pixels.append(image_pixels)
-            labels.append(image_labels)
-            held += len(image_labels)
-            while held >= crops:
-                all_pixels, all_labels = torch.cat(pixels), torch.cat(labels)
-                yield all_pixels[:crops].float() / 255, all_labels[:crops]
-                pixels, labels, held = [all_pixels[crops:]], [all_labels[crops:]], held - crops
+        with contextlib.closing(self.crops(positions)) as images:
+            for pixels, label in images:
+                while len(label):
+                    taken = min(crops - held, len(label))
+                    parts.append((pixels[:taken], label[:taken]))
+                    held += taken
+                    pixels, label = pixels[taken:], label[taken:]
+                    if held == crops:
+                        yield _joined(parts)
+                        parts, held = [], 0
         if held:
-            yield torch.cat(pixels).float() / 255, torch.cat(labels)
+            yield _joined(parts)
 
     def endless(
         self, positions: Sequence[int], *, crops: int, flip: float, seed: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Full batches for ever, images reshuffled each round, each crop mirrored with probability `flip`."""
         rng, mirror = np.random.default_rng([seed, 1]), np.random.default_rng([seed, 2])
 
@@ -80,11 +105,18 @@ class CropSource:
             while True:
                 yield from rng.permutation(positions).tolist()
 
-        for pixels, label in self.batches(rounds(), crops=crops):
-            if flip:
+        with contextlib.closing(self.batches(rounds(), crops=crops)) as batches:
+            for pixels, label in batches:
+                if not flip:
+                    yield pixels, label
+                    continue
                 mirrored = torch.from_numpy(mirror.random(len(pixels)) < flip)
-                pixels[mirrored] = pixels[mirrored].flip(3)
-            yield pixels, label
+                chosen = to_device(mirrored, self.device)[:, None, None, None]
+                yield torch.where(chosen, pixels.flip(3), pixels), label
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([pixels for pixels, _ in parts]), torch.cat([label for _, label in parts])
 
 
 def adapt_teacher(
@@ -112,7 +144,8 @@ def adapt_teacher(
         ConfigError: there are too few base boxes to hold some out, or too many crops in a step for the memory.
         ImageError: more images than that cannot be read.
     """
-    source = CropSource(images, size=teacher.input_size, crops=crops, least=config.min_crop_size)
+    size, device = teacher.input_size, device_of(teacher)
+    source = CropSource(images, size=size, crops=crops, least=config.min_crop_size, device=device)
     names = images.annotations.names
     tuned_on, held_out = images.split(config.held_out, seed=seed)
     if not tuned_on:
@@ -132,7 +165,7 @@ def adapt_teacher(
         batches = source.endless(tuned_on, crops=config.batch_size, flip=config.flip, seed=seed)
         losses = tune_layer_norms(
             teacher,
-            batches,
+            islice(batches, steps),
             names,
             learning,
             loss=config.loss,
@@ -141,10 +174,11 @@ def adapt_teacher(
             clip_norm=config.max_grad_norm,
         )
         with (
+            contextlib.closing(batches),
             halving_where_memory_is_short("adapt.batch_size", config.batch_size, "crops"),
             Progress("adapt", steps, unit="step") as progress,
         ):
-            for _, value in zip(range(steps), losses, strict=False):
+            for value in losses:
                 progress.advance(note=f"loss {value:.3f}")
     values, table = flatten(parameters)
     attributes: dict[str, object] = {

@@ -9,7 +9,8 @@ from torch import Tensor
 from ezsd.boxes import clip
 from ezsd.crops import distinct_crops
 from ezsd.pipeline.config.schema import ProposalConfig
-from ezsd.proposals.search import Lattice, coarse_to_fine, grown_stride
+from ezsd.pipeline.extraction.in_flight import Fetched, Work, finished
+from ezsd.proposals.search import Lattice, coarse_to_fine_rounds, grown_stride, in_grid_order
 from ezsd.proposals.select import faithful_anchors, faithful_cells, sliding_anchors
 
 
@@ -51,19 +52,36 @@ def look_at_anchors(
     Returns:
         Boxes (R, 4), float32, original-image pixels, in the grid's order, and their embeddings (R, D).
     """
+    return finished(anchor_looks(config, width, height, encode, score))
+
+
+def anchor_looks(
+    config: ProposalConfig,
+    width: int,
+    height: int,
+    encode: Callable[[Tensor], Tensor],
+    score: Callable[[Tensor], Tensor],
+) -> Work[tuple[Tensor, Tensor]]:
+    """The same as work that may wait for scores. Embeddings are where `encode` leaves them, boxes on the CPU."""
     anchors = _grid(config, width, height)
     wide = _wide(anchors)
     if config.search == "coarse-to-fine":
         anchors = clip(anchors, width, height)
-
-        def look(chosen: Tensor) -> tuple[Tensor, Tensor]:
-            embedding = encode(anchors[chosen])
-            return score(embedding), embedding
-
         lattice = _lattice(config, width, height)
         passes = _most_looks(config, lattice)
-        looked = coarse_to_fine(lattice, wide, look, growth=config.growth, passes=passes)
-        return anchors[looked.anchor], looked.embedding
+        rounds = coarse_to_fine_rounds(lattice, wide, growth=config.growth, passes=passes)
+        looked, parts = next(rounds), list[tuple[Tensor, Tensor]]()
+        while True:
+            embedding = encode(anchors[looked])
+            parts.append((looked, embedding))
+            scores = Fetched(score(embedding))
+            yield
+            try:
+                looked = rounds.send(scores.result()[0])
+            except StopIteration:
+                break
+        found = in_grid_order(parts)
+        return anchors[found.anchor], found.embedding
     boxes = _chosen(config, anchors, wide, width, height)
     return boxes, encode(boxes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +17,13 @@ from ezsd.pipeline.data.images import require_few_bad
 from ezsd.pipeline.data.requirements import held_out_images
 from ezsd.pipeline.devices import is_out_of_memory, said_instead
 from ezsd.pipeline.errors import ConfigError, ImageError
+from ezsd.pipeline.extraction.read_ahead import read_ahead
 
 log = logging.getLogger("ezsd")
+
+_UNREAD = torch.zeros(3, 0, 0, dtype=torch.uint8)
+_READ_AHEAD = 4
+"""Most images that wait for a CPU, which takes longer for one than its reader."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +45,32 @@ class BaseImages:
         Raises:
             ImageError: it cannot be read, and with it more than may be left out.
         """
+        return self._unless_bad(position, lambda: self.source.read(self.annotations.images[position]))
+
+    def ahead(
+        self, positions: Iterable[int], *, device: torch.device, known: Collection[int]
+    ) -> Generator[tuple[int, Tensor | None], None, None]:
+        """Positions in order and their pixels, see `read`. The next images are read while one is worked on.
+
+        An image that is never asked for is never left out, even where it was read ahead. One that is known by the time
+        of its turn is not read; its pixels are empty then.
+        """
+        images = self.annotations.images
+        reads = read_ahead(
+            positions,
+            lambda position: _UNREAD if position in known else self.source.read(images[position]),
+            lambda position: images[position].width * images[position].height,
+            device=device,
+            most=_READ_AHEAD,
+        )
+        with contextlib.closing(reads):
+            for position, pixels in reads:
+                yield position, self._unless_bad(position, pixels)
+
+    def _unless_bad(self, position: int, read: Callable[[], Tensor]) -> Tensor | None:
         record = self.annotations.images[position]
         try:
-            return self.source.read(record)
+            return read()
         except ImageError as error:
             if not self.most_bad:
                 raise

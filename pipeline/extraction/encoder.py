@@ -9,11 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ezsd.crops import crop_boxes, distinct_crops
+from ezsd.crops import crop_boxes, distinct_crops, normalised_crops
 from ezsd.errors import TeacherError
 from ezsd.pipeline.config.schema import Config
 from ezsd.pipeline.devices import is_out_of_memory, more_memory, said_instead
-from ezsd.teacher.open_clip import Teacher
+from ezsd.teacher.open_clip import OpenClipTeacher, Teacher, encode_crops
+from ezsd.transfer import to_device
 
 log = logging.getLogger("ezsd")
 
@@ -51,13 +52,13 @@ class CropEncoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, boxes: Tensor) -> tuple[Tensor, int]:
-        """Unit embeddings (R, D) float32 on the CPU of boxes, and how many crops were encoded.
+        """Unit embeddings (R, D) float32 of boxes, and how many crops were encoded. The host waits for nothing.
 
-        Boxes with the same crop share one pass.
+        Boxes with the same crop share one pass. The embeddings are where the teacher is.
 
         Args:
             pixels: (3, H, W) uint8, where the teacher is.
-            boxes: (R, 4) in pixels of the image.
+            boxes: (R, 4) in pixels of the image, on the CPU.
 
         Raises:
             TeacherError: the memory is too small for the shortest batch.
@@ -65,7 +66,7 @@ class CropEncoder:
         _, height, width = pixels.shape
         ratio, surround = self._crops.crop_ratio, self._crops.padding
         first, crop = distinct_crops(boxes, ratio=ratio, surround=surround, width=width, height=height)
-        parts = [torch.zeros(0, self.teacher.embed_dim)]
+        parts = [torch.zeros(0, self.teacher.embed_dim, device=pixels.device)]
         done = 0
         while done < len(first):
             chunk = boxes[first[done : done + self.batch]]
@@ -75,19 +76,29 @@ class CropEncoder:
                 continue
             parts.append(part)
             done += len(chunk)
-        return torch.cat(parts)[crop], len(first)
+        embedding = torch.cat(parts)
+        return embedding[to_device(crop, embedding.device)], len(first)
 
     def _embed(self, pixels: Tensor, boxes: Tensor) -> Tensor | str:
         """Embeddings of one batch; `said_instead` when the memory is too small for it."""
         filled = torch.cat([boxes, boxes[:1].expand(max(0, SHORT - len(boxes)), 4)])
-        size, ratio, surround = self.teacher.input_size, self._crops.crop_ratio, self._crops.padding
         try:
-            crops = crop_boxes(pixels, filled, size=size, ratio=ratio, surround=surround)
-            return self.teacher.encode_image(crops.float() / 255).float().cpu()[: len(boxes)]
+            return self._shown(pixels, filled).float()[: len(boxes)]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return said_instead(error)
+
+    def _shown(self, pixels: Tensor, boxes: Tensor) -> Tensor:
+        size, ratio, surround = self.teacher.input_size, self._crops.crop_ratio, self._crops.padding
+        if pixels.device.type == "cpu" or not isinstance(self.teacher, OpenClipTeacher):
+            return encode_crops(self.teacher, crop_boxes(pixels, boxes, size=size, ratio=ratio, surround=surround))
+        gain, shift, dtype = self.teacher.gain, self.teacher.shift, self.teacher.dtype
+        return self.teacher.encode_normalised(
+            normalised_crops(
+                pixels, boxes, size=size, ratio=ratio, surround=surround, gain=gain, shift=shift, dtype=dtype
+            )
+        )
 
     def _halve(self, said: str, device: torch.device) -> None:
         """Called once the failed batch's own memory is free again."""

@@ -143,10 +143,13 @@ def _probe(request: BuildRequest, images: Sequence[ImageRecord], teacher: Teache
             while len(boxes):
                 if began is None:
                     # The first call makes ready what later ones find.
-                    encoder.encode(pixels, boxes[:size])
+                    encoder.encode(pixels, boxes[:size])[0].cpu()
                     began = time.perf_counter()
                 started = time.perf_counter()
-                crops += encoder.encode(pixels, boxes[:size])[1]
+                embedding, passes = encoder.encode(pixels, boxes[:size])
+                # Done when they are here: the host waits for nothing before.
+                embedding.cpu()
+                crops += passes
                 now = time.perf_counter()
                 if now - began + now - started >= seconds:
                     return Probe(crops, now - began)

@@ -23,11 +23,12 @@ from ezsd.pipeline.config.schema import Config
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.extraction.base_images import hold_out
 from ezsd.pipeline.extraction.encoder import CropEncoder
+from ezsd.pipeline.extraction.in_flight import finished
 from ezsd.pipeline.extraction.proposer import HELD_OUT_IMAGES
 from ezsd.pipeline.extraction.provenance import built_settings
 from ezsd.pipeline.extraction.reuse import Columns
 from ezsd.pipeline.extraction.worker import View, Worker, filtered
-from ezsd.teacher.open_clip import Teacher
+from ezsd.teacher.open_clip import Teacher, device_of
 
 MOST_FOLDS = 5
 """Most groups that base names are held out in: with few novel names, more would have to be held out at once."""
@@ -90,7 +91,7 @@ class HeldOutFilters:
         restore(teacher.layer_norms(), values, tuned["parameters"])
         backgrounds = config.teacher.backgrounds
         with torch.no_grad():
-            background = teacher.encode_text(backgrounds).cpu() if backgrounds else None
+            background = teacher.encode_text(backgrounds) if backgrounds else None
         self._encoder = _OncePerBox(teacher, config)
         self._store = store
         self._worker = Worker(
@@ -99,7 +100,7 @@ class HeldOutFilters:
             annotations=annotations,
             teacher=teacher,
             encoder=self._encoder,
-            text=torch.from_numpy(store.text[1]),
+            text=torch.from_numpy(store.text[1]).to(device_of(teacher)),
             base_count=len(dataset.split.base),
             background=background,
         )
@@ -136,7 +137,7 @@ class HeldOutFilters:
         worker = dataclasses.replace(self._worker, text=self._worker.text[order], base_count=len(base))
         rows = annotations.rows(position)
         boxes = annotations.box[rows][np.isin(annotations.class_index[rows], base)]
-        found = filtered(View(worker, position, lambda: pixels), proposals, torch.from_numpy(boxes))
+        found = finished(filtered(View(worker, position, lambda: pixels), proposals, torch.from_numpy(boxes)))
         return {**found, "class_index": order[found["class_index"]].astype(np.int32)}
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 
@@ -26,20 +24,25 @@ from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.images import most_bad_images, require_few_bad
 from ezsd.pipeline.errors import ImageError
-from ezsd.pipeline.extraction.anchors import look_at_anchors
+from ezsd.pipeline.extraction.anchors import anchor_looks
 from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread
 from ezsd.pipeline.extraction.external_proposals import given_proposals
+from ezsd.pipeline.extraction.in_flight import Fetched, Work, in_flight
 from ezsd.pipeline.extraction.proposer import ProposerWeights, load_proposer, propose
+from ezsd.pipeline.extraction.read_ahead import read_ahead
 from ezsd.pipeline.extraction.reuse import Columns, KnownRegion, Reuse, ReusedRows
 from ezsd.pipeline.extraction.teacher import configured_teacher
 from ezsd.proposals.refine import vote
-from ezsd.proposals.select import anchor_scores, clear_of_base, guesses, may_be_unseen, select_regions
-from ezsd.teacher.open_clip import Teacher
+from ezsd.proposals.select import Looks, choose_regions, clear_of_base, looks_of, may_be_unseen
+from ezsd.teacher.open_clip import Teacher, device_of
+from ezsd.transfer import to_device
 
 log = logging.getLogger("ezsd")
 
 _READ_AHEAD = 2
-"""Images that are read while another one is encoded."""
+"""Images that are read while a CPU encodes another one."""
+_IN_FLIGHT = 3
+"""Images that a GPU works on in turns, see benchmarks/stage_one_model.py; a CPU works on one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +82,11 @@ class Worker:
     teacher: Teacher
     encoder: CropEncoder
     text: Tensor
-    """Unit text rows of base + novel classes, (C, D)."""
+    """Unit text rows of base + novel classes, (C, D), where the teacher is."""
     base_count: int
     """Number of base classes, the first in `text`."""
     background: Tensor | None
-    """Unit text rows of the background prompts, (B, D)."""
+    """Unit text rows of the background prompts, (B, D), where the teacher is."""
     reused: ReusedRows | None = None
     most_bad: int = 0
     """Images that may be left out because they cannot be read."""
@@ -100,7 +103,7 @@ def _worker(job: ExtractJob) -> Worker:
     background = None
     if config.teacher.backgrounds:
         with torch.no_grad():
-            background = teacher.encode_text(config.teacher.backgrounds).cpu()
+            background = teacher.encode_text(config.teacher.backgrounds)
     annotations = training_annotations(dataset.root / dataset.train_annotations, dataset.split)
     images = min(job.limit or len(annotations.images), len(annotations.images))
     return Worker(
@@ -109,7 +112,7 @@ def _worker(job: ExtractJob) -> Worker:
         annotations=annotations,
         teacher=teacher,
         encoder=CropEncoder(teacher, config),
-        text=torch.from_numpy(np.array(job.text, np.float32)),
+        text=torch.from_numpy(np.array(job.text, np.float32)).to(device_of(teacher)),
         base_count=len(dataset.split.base),
         background=background,
         most_bad=most_bad_images(config.build.max_bad_images, images),
@@ -173,24 +176,32 @@ def _extract(job: ExtractJob, block: Block, left_out: Collection[int] | None = N
     bad: dict[int, str] = {}
     passes = 0
     worker = _worker(job)
+    most = 1 if device_of(worker.teacher).type == "cpu" else _IN_FLIGHT
     with single_thread(), contextlib.closing(_views(worker, block)) as views:
-        for view in views:
-            if left_out is not None and view.record.id in left_out:
-                images.append(_no_rows(worker.teacher.embed_dim))
-                continue
-            try:
-                if left_out is None and worker.reused is None:
-                    # Also where there is no box to encode: training is going to read it.
-                    view.require_readable()
-                images.append(_extract_image(view))
-            except ImageError as error:
-                if left_out is not None or not worker.most_bad:
-                    raise
-                log.warning("left out: %s", error)
-                bad[view.record.id] = worker.images.portable_reason(error)
-                images.append(_no_rows(worker.teacher.embed_dim))
-            passes += view.passes
+        for found, shown in in_flight((_extract_view(view, left_out, bad) for view in views), most=most):
+            images.append(found)
+            passes += shown
     return _Extracted(_collate(images), passes, bad)
+
+
+def _extract_view(
+    view: View, left_out: Collection[int] | None, bad: dict[int, str]
+) -> Work[tuple[dict[str, Columns], int]]:
+    """The rows of an image, and how many crops the teacher was shown; adds to `bad`, see `_Extracted`."""
+    worker = view.worker
+    if left_out is not None and view.record.id in left_out:
+        return _no_rows(worker.teacher.embed_dim), 0
+    try:
+        if left_out is None and worker.reused is None:
+            # Also where there is no box to encode: training is going to read it.
+            view.require_readable()
+        return (yield from _extract_image(view)), view.passes
+    except ImageError as error:
+        if left_out is not None or not worker.most_bad:
+            raise
+        log.warning("left out: %s", error)
+        bad[view.record.id] = worker.images.portable_reason(error)
+        return _no_rows(worker.teacher.embed_dim), view.passes
 
 
 def _views(worker: Worker, block: Block) -> Generator[View, None, None]:
@@ -199,13 +210,17 @@ def _views(worker: Worker, block: Block) -> Generator[View, None, None]:
     if worker.reused is not None:
         yield from (View(worker, position, partial(_read, worker, position)) for position in positions)
         return
-    ahead: deque[View] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-        for position in positions:
-            ahead.append(View(worker, position, reader.submit(_read, worker, position).result))
-            if len(ahead) > _READ_AHEAD:
-                yield ahead.popleft()
-        yield from ahead
+    records = worker.annotations.images
+    reads = read_ahead(
+        positions,
+        partial(_read, worker),
+        lambda position: records[position].width * records[position].height,
+        device=device_of(worker.teacher),
+        most=_READ_AHEAD,
+    )
+    with contextlib.closing(reads):
+        for position, read in reads:
+            yield View(worker, position, read)
 
 
 def _read(worker: Worker, position: int) -> Tensor:
@@ -222,11 +237,10 @@ def _no_rows(embed_dim: int) -> dict[str, Columns]:
 
 
 @torch.no_grad()
-def _extract_image(view: View) -> dict[str, Columns]:
+def _extract_image(view: View) -> Work[dict[str, Columns]]:
     worker, record, position = view.worker, view.record, view.position
     rows = {} if worker.reused is None else worker.reused.taken(record.id)
-    if "ground_truth" not in rows:
-        rows["ground_truth"] = _ground_truth(view, worker.annotations, worker.annotations.rows(position))
+    objects = None if "ground_truth" in rows else _encoded_objects(view)
     if "proposals" not in rows and worker.given is not None:
         rows["proposals"] = worker.given[record.id]
     if "proposals" not in rows and worker.proposer is not None:
@@ -234,9 +248,11 @@ def _extract_image(view: View) -> dict[str, Columns]:
     if "regions" not in rows:
         base_boxes = torch.from_numpy(worker.annotations.box[worker.annotations.rows(position)])
         if "proposals" not in rows:
-            rows |= _proposed(view, base_boxes)
+            rows |= yield from _proposed(view, base_boxes)
         if "regions" not in rows:
-            rows["regions"] = filtered(view, rows["proposals"], base_boxes)
+            rows["regions"] = yield from filtered(view, rows["proposals"], base_boxes)
+    if objects is not None:
+        rows["ground_truth"] = _ground_truth(view, objects.result()[0])
     return rows
 
 
@@ -250,19 +266,28 @@ class View:
         """Crops that the teacher was shown, but for those that fill up a batch."""
 
     def encode(self, boxes: Tensor) -> Tensor:
-        """Unit embeddings (R, D) float32 on the CPU of boxes (R, 4)."""
+        """Unit embeddings (R, D) float32, where the teacher is, of boxes (R, 4)."""
         if not len(boxes):
-            return torch.zeros(0, self.worker.teacher.embed_dim)
+            return torch.zeros(0, self.worker.teacher.embed_dim, device=device_of(self.worker.teacher))
         embedding, passes = self.worker.encoder.encode(self.pixels, boxes)
         self.passes += passes
         return embedding
 
+    def looks(self, embedding: Tensor) -> Looks:
+        """What the teacher says of embeddings (R, D), where they are."""
+        worker = self.worker
+        return looks_of(
+            embedding,
+            worker.text,
+            worker.background,
+            base_count=worker.base_count,
+            logit_scale=worker.teacher.logit_scale,
+            score=worker.config.proposals.score,
+        )
+
     def score(self, embedding: Tensor) -> Tensor:
         """Scores (R,) of embeddings (R, D); see `select_regions`."""
-        worker = self.worker
-        names, foreground = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
-        score = worker.config.proposals.score
-        return anchor_scores(names, foreground, base_count=worker.base_count, score=score)
+        return self.looks(embedding).score
 
     def require_readable(self) -> None:
         """ImageError when the image cannot be read."""
@@ -271,23 +296,22 @@ class View:
     @cached_property
     def pixels(self) -> Tensor:
         """(3, H, W) uint8, where the teacher is. ImageError when it cannot be read."""
-        return self._read().to(getattr(self.worker.teacher, "device", "cpu"))
+        return to_device(self._read(), device_of(self.worker.teacher))
 
 
-def _proposed(view: View, base_boxes: Tensor) -> dict[str, Columns]:
+def _proposed(view: View, base_boxes: Tensor) -> Work[dict[str, Columns]]:
     """Proposals from the anchors, and the regions among them unless they are refined first."""
     worker, record = view.worker, view.record
     settings = worker.config.proposals
-    anchors, embedding = look_at_anchors(settings, record.width, record.height, view.encode, view.score)
-    found = select_regions(
+    anchors, embedding = yield from anchor_looks(settings, record.width, record.height, view.encode, view.score)
+    coming = Fetched(*view.looks(embedding), embedding.half())
+    yield
+    *looks, half = coming.result()
+    found = choose_regions(
         anchors,
-        embedding,
-        worker.text,
+        Looks(*looks),
         base_boxes,
         base_count=worker.base_count,
-        background=worker.background,
-        logit_scale=worker.teacher.logit_scale,
-        score=settings.score,
         nms_iou=settings.nms_iou,
         keep_proposals=settings.max_proposals,
         base_iou=settings.base_iou,
@@ -305,12 +329,12 @@ def _proposed(view: View, base_boxes: Tensor) -> dict[str, Columns]:
             "score": found.region_score.numpy(),
             "confidence": found.confidence.numpy(),
             "class_index": found.class_index.numpy().astype(np.int32),
-            "embedding": embedding[found.region].half().numpy(),
+            "embedding": half[found.region].numpy(),
         },
     }
 
 
-def filtered(view: View, proposals: Columns, base_boxes: Tensor) -> Columns:
+def filtered(view: View, proposals: Columns, base_boxes: Tensor) -> Work[Columns]:
     """Regions from kept proposals, best first, encoding only as many as filters and ranking make necessary."""
     worker, settings = view.worker, view.worker.config.proposals
     box, score = refined(settings, proposals)
@@ -321,7 +345,7 @@ def filtered(view: View, proposals: Columns, base_boxes: Tensor) -> Columns:
     # Where the teacher has a say in the ranking, it has to be shown all.
     for places in passing.split(max(settings.max_regions, SHORT) if weight == 1 else len(passing) or 1):
         missing = [place for place in places.tolist() if box[place].numpy().tobytes() not in known]
-        known |= _encoded(view, box[missing])
+        known |= yield from _encoded(view, box[missing])
         for place in places.tolist():
             one = known[box[place].numpy().tobytes()]
             foreground, guess = torch.tensor([one.foreground]), torch.tensor([one.class_index])
@@ -360,25 +384,34 @@ def refined(config: ProposalConfig, proposals: Columns) -> tuple[Tensor, Tensor]
     return vote(box, score, refine_iou=config.refine_iou, nms_iou=config.nms_iou)
 
 
-def _encoded(view: View, boxes: Tensor) -> dict[bytes, KnownRegion]:
+def _encoded(view: View, boxes: Tensor) -> Work[dict[bytes, KnownRegion]]:
     """Encode boxes with the teacher; returns regions by the bytes of their boxes."""
-    worker, embedding = view.worker, view.encode(boxes)
-    names, foreground = guesses(embedding, worker.text, worker.background, logit_scale=worker.teacher.logit_scale)
-    confidence, guess = names.max(1)
-    sure, half = (confidence * foreground).numpy(), embedding.half().numpy()
+    embedding = view.encode(boxes)
+    looks = view.looks(embedding)
+    coming = Fetched(looks.foreground, looks.confidence * looks.foreground, looks.class_index, embedding.half())
+    yield
+    foreground, confidence, guess, half = (one.numpy() for one in coming.result())
     return {
-        box.numpy().tobytes(): KnownRegion(float(foreground[row]), sure[row], int(guess[row]), half[row])
+        box.numpy().tobytes(): KnownRegion(float(foreground[row]), confidence[row], int(guess[row]), half[row])
         for row, box in enumerate(boxes)
     }
 
 
-def _ground_truth(view: View, annotations: Annotations, rows: slice) -> Columns:
-    cropped = with_least_side(torch.from_numpy(annotations.box[rows]), view.worker.config.adapt.min_crop_size)
+def _encoded_objects(view: View) -> Fetched:
+    """Embeddings (N, D) float16 of an image's base objects, on their way."""
+    worker = view.worker
+    boxes = torch.from_numpy(worker.annotations.box[worker.annotations.rows(view.position)])
+    return Fetched(view.encode(with_least_side(boxes, worker.config.adapt.min_crop_size)).half())
+
+
+def _ground_truth(view: View, embedding: Tensor) -> Columns:
+    annotations = view.worker.annotations
+    rows = annotations.rows(view.position)
     return {
         "box": annotations.box[rows],
         "class_index": annotations.class_index[rows],
         "annotation_id": annotations.annotation_id[rows],
-        "embedding": view.encode(cropped).half().numpy(),
+        "embedding": embedding.numpy(),
     }
 
 

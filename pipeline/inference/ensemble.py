@@ -62,7 +62,9 @@ class TeacherEnsemble:
         """Probabilities of the names for the crops of boxes, (N, C + K), as the build scores anchors."""
         began = time.perf_counter()
         embedding, passes = self.encoder.encode(image.to(self.device), boxes)
-        names, foreground = guesses(embedding, text, self.background, logit_scale=self.encoder.teacher.logit_scale)
+        names, foreground = guesses(
+            embedding.cpu(), text, self.background, logit_scale=self.encoder.teacher.logit_scale
+        )
         self.crops += passes
         self.seconds += time.perf_counter() - began
         return names * foreground[:, None]

@@ -49,6 +49,7 @@ from ezsd.pipeline.inference.predictor import (
 from ezsd.pipeline.inference.read_ahead import read_ahead
 from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.runs.run import Run
+from ezsd.teacher.open_clip import device_of
 
 BATCH_IMAGES = 16
 KEEP = max(limit.count for limit in (*COCO_LIMITS, *LVIS_LIMITS))
@@ -234,7 +235,13 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Pa
     config = crop_settings(run)
     teacher = run_teacher(run, device, adapted=False, weights=weights)
     images = BaseImages(annotations=annotations, source=dataset.images("val"), reader="the crop accuracy")
-    source = CropSource(images, size=teacher.input_size, crops=config.proposals, least=config.adapt.min_crop_size)
+    source = CropSource(
+        images,
+        size=teacher.input_size,
+        crops=config.proposals,
+        least=config.adapt.min_crop_size,
+        device=device_of(teacher),
+    )
     single = ~annotations.crowd
     is_base = annotations.class_index < len(dataset.split.base)
 

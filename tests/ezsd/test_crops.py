@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ezsd.crops import crop_boxes, crop_windows, distinct_crops, with_least_side
+from ezsd.crops import crop_boxes, crop_windows, distinct_crops, normalised_crops, with_least_side
 from ezsd.proposals.select import faithful_anchors
 
 WIDTH, HEIGHT = 90, 70
@@ -70,6 +70,23 @@ def test_crops_agree_with_pillow(image, box, surround, ratio, size):
     assert difference.max() <= 4
 
 
+@pytest.mark.parametrize("size", [24, 32, 224])
+@pytest.mark.parametrize("ratio", [1.0, 1.2])
+@pytest.mark.parametrize("surround", ["black", "context"])
+def test_all_windows_at_once_agree_with_pillow_to_a_grey_level(image, surround, ratio, size, monkeypatch):
+    # As on a GPU without Triton, and in several goes.
+    monkeypatch.setattr("ezsd.kernels.crops._ELEMENTS", 3 * HEIGHT * size * 4)
+    boxes, (gain, shift) = torch.tensor(list(NASTY.values())), (torch.ones(3), torch.zeros(3))
+    options = {"size": size, "ratio": ratio, "surround": surround}
+    found = normalised_crops(image, boxes, **options, gain=gain, shift=shift, dtype=torch.uint8)
+    for box, crop, torchs in zip(NASTY.values(), found, crop_boxes(image, boxes, **options), strict=True):
+        expected = torch.from_numpy(pillow_crop(image, box, **options).copy()).permute(2, 0, 1)
+        assert (crop.int() - expected.int()).abs().max() <= 1
+        assert (crop.int() - torchs.int()).abs().max() <= 4
+    scaled = normalised_crops(image, boxes, **options, gain=gain / 100, shift=shift - 1, dtype=torch.float32)
+    torch.testing.assert_close(scaled, found.float() / 100 - 1)
+
+
 @pytest.mark.parametrize("shape", [(40, 97), (97, 40), (1, 50), (50, 1)])
 def test_crops_of_other_image_shapes_agree_with_pillow(shape):
     image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -118,7 +135,10 @@ def test_the_image_is_left_alone(image):
 
 @pytest.mark.parametrize("surround", ["black", "context"])
 def test_no_boxes_make_no_crops(image, surround):
-    assert crop_boxes(image, torch.zeros(0, 4), size=32, ratio=1.2, surround=surround).shape == (0, 3, 32, 32)
+    options = {"size": 32, "ratio": 1.2, "surround": surround}
+    assert crop_boxes(image, torch.zeros(0, 4), **options).shape == (0, 3, 32, 32)
+    scale = {"gain": torch.ones(3), "shift": torch.zeros(3), "dtype": torch.bfloat16}
+    assert normalised_crops(image, torch.zeros(0, 4), **options, **scale).shape == (0, 3, 32, 32)
 
 
 coordinate = st.floats(-50, 150, width=32)

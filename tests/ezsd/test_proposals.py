@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, nms
 
 from ezsd.data.annotations import load_evaluation, load_training
 from ezsd.proposals.select import (
     entropy_score,
     faithful_anchors,
+    first_kept,
     guesses,
     name_probabilities,
     select_regions,
@@ -224,6 +225,25 @@ def test_suppression_does_not_ask_which_name():
     found = select(torch.tensor([[0.0, 0, 10, 10], [0, 1, 10, 11]]), [crop("cow", 0.5), crop("dog", 0.9)])
     assert found.proposal.tolist() == [1]
     assert found.region.tolist() == []
+
+
+@pytest.mark.parametrize("most", [1, 30, 300, 5000])
+@pytest.mark.parametrize("scores", ["noise", "hills", "few values", "no value"])
+def test_of_the_best_boxes_nms_keeps_the_same_as_of_all(scores, most):
+    anchors = faithful_anchors(320, 200, stride=64)
+    anchors = torch.cat([anchors, anchors[::7]])
+    random = torch.Generator().manual_seed(1)
+    score = torch.rand(len(anchors), generator=random)
+    if scores == "hills":
+        score = box_iou(anchors, anchors[[100, 900]]).amax(1) + 0.01 * score
+    elif scores != "noise":
+        score = (score * 3).round() if scores == "few values" else torch.zeros(len(anchors))
+    for iou in (0.3, 0.7, 1.0):
+        assert torch.equal(first_kept(anchors, score, iou=iou, most=most), nms(anchors, score, iou)[:most])
+
+
+def test_without_boxes_none_are_kept():
+    assert first_kept(torch.zeros(0, 4), torch.zeros(0), iou=0.7, most=10).tolist() == []
 
 
 def test_limits_keep_the_best():

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ezsd.detector.masks import POOL_SIZE
-from ezsd.kernels import triton_distance, triton_pool
+from ezsd.kernels import triton_crops, triton_distance, triton_pool
 from ezsd.kernels.pooling import BoundPooling
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -21,7 +21,8 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POINTERS = {"boxes": "*fp32", "image_index": "*i64", "samples": "*fp32"}
 POINTERS |= dict.fromkeys(("order", "begins", "listed", "counts"), "*i32")
 POINTERS |= {"distance": "*fp32", "distance_grad": "*fp32", "target": "*fp16"}
-INTEGERS = re.compile(r"(height|width|first)\d|images|regions|size|tiles")
+POINTERS |= {"image": "*u8", "windows": "*i32", "gain": "*fp32", "shift": "*fp32"}
+INTEGERS = re.compile(r"(height|width|first)\d?|images|regions|size|tiles")
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Shared memory that a program may use, by compute capability."""
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
@@ -164,3 +165,14 @@ def test_lists_of_boxes_fit_the_machine(capability, tmp_path):
         usage = inspect(compiled, tmp_path)
         assert usage.registers <= triton_pool.LIST_MAX_REGISTERS
         assert usage.stack == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_crops_fit_the_machine(capability, tmp_path):
+    settings = {"TILE": triton_crops.TILE, "CHUNK": triton_crops.CHUNK, "num_warps": triton_crops.WARPS}
+    compiled = compile_kernel(triton_crops.crops_kernel, settings, dtype=torch.bfloat16, capability=capability)
+    usage = inspect(compiled, tmp_path)
+    assert usage.registers <= triton_crops.MAX_REGISTERS
+    assert usage.stack == 0
+    assert compiled.metadata.shared <= triton_crops.MAX_SHARED
+    assert re.search(PRODUCT, compiled.asm["ptx"]), "the product must use tensor cores"

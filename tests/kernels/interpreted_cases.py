@@ -13,7 +13,7 @@ import triton.language as tl
 from torch.testing import assert_close
 
 from ezsd import kernels
-from ezsd.kernels import reference, triton_pool
+from ezsd.kernels import crops, reference, triton_crops, triton_pool
 from tests.kernels import kernel_problems
 from tests.kernels.kernel_problems import run_align, run_embed, run_embed_cosine, run_loss
 from tests.kernels.test_kernel_registered import check_operators
@@ -187,3 +187,21 @@ def test_the_gradient_of_a_plain_sum_is_laid_out_first():
     found, feature.grad = feature.grad, None
     reference.roi_align(feature, *rest).sum().backward()
     assert_close(found, feature.grad, **TOLERANCE)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(24, torch.uint8), (40, torch.float32)])
+def test_crops_equal_their_eager_twin(size, dtype):
+    random = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 70, 90), dtype=torch.uint8, generator=random)
+    image[:, :, 45:] = (image[:, :, 45:] > 127) * 255
+    # Thin, tiny, as large as the crop, all of the image.
+    windows = [(20, 11, 53, 41), (0, 0, 90, 70), (44, 5, 45, 66), (3, 30, 88, 31), (30, 30, 31, 31), (50, 20, 74, 44)]
+    table, gain, shift = torch.tensor(windows, dtype=torch.int32), torch.rand(3), torch.rand(3)
+    if dtype == torch.uint8:
+        gain, shift = torch.ones(3), torch.zeros(3)
+    found = triton_crops.crop(image, table, gain, shift, size, dtype)
+    expected = crops.eager(image, table, gain, shift, size, dtype)
+    # A sum on the border of two grey levels may fall to either side.
+    difference = (found.float() - expected.float()).abs() / gain[:, None, None]
+    assert difference.max() <= 1.001
+    assert (difference > 0.01).float().mean() < 1e-3

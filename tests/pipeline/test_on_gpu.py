@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torchvision
 from torch.nn.modules.module import register_module_forward_hook
 
+from ezsd.cache import Store
 from ezsd.crops import crop_boxes
 from ezsd.data.dataset import Sample, collate
 from ezsd.detector.backbone import Pyramid
@@ -32,8 +33,8 @@ from tests.pipeline.test_learned import LEARNED
 from tests.pretend_gpu import GPU, Counts, pretend_gpu
 
 BOUNDS = {
-    "re-normalisation of 4 steps": (64, 1_621_408),
-    "an image of the store": (7, 70_192),
+    "re-normalisation of 4 steps": (7, 466_512),
+    "an image of the store": (2, 57_284),
     "3 steps of the proposer, of 2 images": (12, 295_256),
     "an image of the store, learned proposals": (14, 164_168),
     "a step of 4 images": (2, 203_244),
@@ -58,12 +59,18 @@ def most(counts):
     return max(counts, key=lambda one: one.waits.total()), max(counts, key=lambda one: one.moved.total())
 
 
+def extraction(gpu, patch):
+    """The counts of each block, whose images are worked on in turns; without those of loading the teacher."""
+    gpu.calls_of(patch, worker, "_worker")
+    return gpu.calls_of(patch, worker, "_extract")
+
+
 @pytest.fixture(scope="module")
 def store(shapes_dataset, quick_config, tmp_path_factory):
     """A store that the pretend GPU made, and the counts of its two parts."""
     out = tmp_path_factory.mktemp("gpu") / "store"
     with pretend_gpu() as gpu, pytest.MonkeyPatch.context() as patch:
-        adapted, extracted = gpu.calls_of(patch, build, "adapt_teacher"), gpu.calls_of(patch, worker, "_extract_image")
+        adapted, extracted = gpu.calls_of(patch, build, "adapt_teacher"), extraction(gpu, patch)
         build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, device="cuda", scheduler="sync"))
     return out, adapted, extracted
 
@@ -85,8 +92,7 @@ def trained(request_):
 def test_a_store_is_built(store):
     _, adapted, extracted = store
     bounded("re-normalisation of 4 steps", adapted[0])
-    for counts in most(extracted):
-        bounded("an image of the store", counts)
+    bounded("an image of the store", sum(extracted, Counts()), parts=len(Store(store[0]).image_ids))
 
 
 def test_a_run_is_trained(trained):
@@ -167,13 +173,13 @@ def test_a_store_is_built_with_learned_proposals(shapes_dataset, tmp_path, monke
     config = load_preset("shapes", LEARNED)
     with pretend_gpu() as gpu:
         trained = gpu.calls_of(monkeypatch, proposer, "_train")
-        extracted = gpu.calls_of(monkeypatch, worker, "_extract_image")
+        extracted = extraction(gpu, monkeypatch)
         build_cache(
             BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "store", device="cuda", scheduler="sync")
         )
     bounded("3 steps of the proposer, of 2 images", trained[0])
-    for counts in most(extracted):
-        bounded("an image of the store, learned proposals", counts)
+    images = len(Store(tmp_path / "store").image_ids)
+    bounded("an image of the store, learned proposals", sum(extracted, Counts()), parts=images)
 
 
 @pytest.mark.parametrize(
@@ -337,13 +343,14 @@ def test_what_float16_does_not_hold_is_detected_in_float32(trained, shapes_root,
     assert found.scores == pytest.approx(expected.scores, abs=1e-4)
 
 
-def test_a_crop_wider_than_a_gpu_resamples_is_the_same():
+@pytest.mark.parametrize("capability", [(9, 0), (7, 5)])
+def test_a_wide_crop_is_the_same_by_a_kernel_and_without_one(capability):
     random = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, 40, 800), generator=random, dtype=torch.uint8)
     boxes, options = torch.tensor([[0.0, 0, 800, 40]]), {"size": 16, "ratio": 1.0, "surround": "black"}
-    with pretend_gpu():
+    with pretend_gpu(capability=capability):
         found = crop_boxes(image.to("cuda"), boxes.to("cuda"), **options).cpu()
-    assert torch.equal(found, crop_boxes(image, boxes, **options))
+    assert (found.int() - crop_boxes(image, boxes, **options).int()).abs().max() <= 1
 
 
 def test_a_launcher_that_numbers_no_process_is_refused(monkeypatch):

@@ -178,7 +178,7 @@ def images(shapes_dataset, quick_config, tmp_path):
 
 
 def source(images, config, least=0.0):
-    return CropSource(images, size=16, crops=config.proposals, least=least)
+    return CropSource(images, size=16, crops=config.proposals, least=least, device=torch.device("cpu"))
 
 
 def test_crops_are_mirrored_as_often_as_asked(images, quick_config):
@@ -197,7 +197,7 @@ def test_crops_are_mirrored_as_often_as_asked(images, quick_config):
 
 
 def test_small_boxes_are_cropped_with_what_lies_around_them(images, quick_config):
-    crops, _ = source(images, quick_config, least=60).image(0)
+    crops, _ = next(source(images, quick_config, least=60).crops([0]))
     settings = quick_config.proposals
     boxes = with_least_side(images.boxes(0), 60)
     options = {"size": 16, "ratio": settings.crop_ratio, "surround": settings.padding}

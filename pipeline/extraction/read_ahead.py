@@ -1,0 +1,61 @@
+"""Images read by threads while others are worked on."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+_MOST_PIXELS = 2**26
+"""Most pixels of images that wait to be used; 200 of COCO's, three bytes each."""
+_MOST_READERS = 16
+
+
+def reading_threads(device: torch.device) -> int:
+    """Number of threads that read images for a device: a GPU wants more of them a second than one thread decodes."""
+    if device.type == "cpu":
+        return 1
+    return min(_MOST_READERS, len(os.sched_getaffinity(0)))
+
+
+def read_ahead(
+    items: Iterable[T], read: Callable[[T], Tensor], pixels: Callable[[T], int], *, device: torch.device, most: int
+) -> Generator[tuple[T, Callable[[], Tensor]], None, None]:
+    """Items in order, each with a function that returns what was read of it, or raises why it was not.
+
+    Args:
+        items: may be endless; asked for as many as are read ahead.
+        read: reads one image (3, H, W) uint8, on any thread.
+        pixels: size of an item's image; images that wait have a limited number together.
+        device: where the images are going; for a GPU they wait in page-locked memory.
+        most: limit of images that wait, on a CPU.
+    """
+
+    def ready(item: T) -> Tensor:
+        image = read(item)
+        return image if device.type == "cpu" else image.pin_memory()
+
+    waiting: deque[tuple[T, Future[Tensor]]] = deque()
+    held = 0
+    with ThreadPoolExecutor(reading_threads(device), thread_name_prefix="read-ahead") as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(ready, item)))
+                held += pixels(item)
+                while len(waiting) > 1 and (held > _MOST_PIXELS or (device.type == "cpu" and len(waiting) > most)):
+                    first, future = waiting.popleft()
+                    held -= pixels(first)
+                    yield first, future.result
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result
+        finally:
+            for _, future in waiting:
+                future.cancel()
