@@ -54,7 +54,7 @@ def resample_windows(
 
 
 def eager(image: Tensor, windows: Tensor, gain: Tensor, shift: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """The same by two matrix products, in float32.
+    """Crop windows by two matrix products, in float32; see `resample_windows`.
 
     Args:
         image: (3, H, W) uint8 on any device.

@@ -200,7 +200,7 @@ def select_regions(
 
 
 class Looks(NamedTuple):
-    """What the teacher says of an image's anchors, four numbers for each."""
+    """Scores and guesses of an image's anchors by the teacher, four numbers for each."""
 
     score: Tensor
     """(A,) float32."""

@@ -62,7 +62,10 @@ def anchor_looks(
     encode: Callable[[Tensor], Tensor],
     score: Callable[[Tensor], Tensor],
 ) -> Work[tuple[Tensor, Tensor]]:
-    """The same as work that may wait for scores. Embeddings are where `encode` leaves them, boxes on the CPU."""
+    """Anchors and embeddings as work that may wait for scores; see `finished`.
+
+    Embeddings are where `encode` leaves them, boxes on the CPU.
+    """
     anchors = _grid(config, width, height)
     wide = _wide(anchors)
     if config.search == "coarse-to-fine":

@@ -274,7 +274,7 @@ class View:
         return embedding
 
     def looks(self, embedding: Tensor) -> Looks:
-        """What the teacher says of embeddings (R, D), where they are."""
+        """Score embeddings (R, D) by the teacher, where they are."""
         worker = self.worker
         return looks_of(
             embedding,
