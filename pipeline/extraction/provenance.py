@@ -31,7 +31,7 @@ from ezsd.pipeline.extraction.manifest_names import unsaid
 from ezsd.pipeline.extraction.run_proposer import DIGEST, NETWORK, run_digest
 from ezsd.pipeline.files import as_json
 
-VERSIONS = {"teacher": 1, "text": 1, "proposer": 1, "proposals": 1, "regions": 1, "ground_truth": 1}
+VERSIONS = {"teacher": 1, "text": 1, "proposer": 2, "proposals": 1, "regions": 1, "ground_truth": 1}
 """Raised when the way a product is computed changes: stores made the old way are then another product."""
 
 _ANCHORS = ("grid", "sizes", "ratios", "stride", "score", "nms_iou", "keep")
