@@ -38,8 +38,9 @@ def store_regions(store: Store) -> Found:
 
 
 def random_anchors(store: Store, dataset: Dataset, grid: ProposalConfig, *, seed: int) -> Found:
-    """Anchors in random order, as many as an image has regions in the store."""
-    for image in _images(dataset):
+    """Anchors of the images of a store in random order, as many as an image has regions there."""
+    known = set(store.image_ids.tolist())
+    for image in (image for image in _images(dataset) if image.id in known):
         anchors = image_anchors(grid, image.width, image.height).numpy()
         order = np.random.default_rng([seed, image.id]).permutation(len(anchors))
         yield _ranked(image.id, anchors[order[: len(store.regions[image.id].box)]])

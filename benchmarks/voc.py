@@ -26,6 +26,7 @@ from scoring import permuted, score
 from torchvision.ops import box_iou
 
 from ezsd.cache import Store
+from ezsd.cache.files import file_digest
 from ezsd.data.annotations import load_evaluation
 from ezsd.data.pascal_voc import VOC_SPLITS
 from ezsd.metrics.recall import recall_at
@@ -103,23 +104,23 @@ def prepare_data(plan: Plan) -> None:
     """Write the datasets: with the split's names, the oracle's, and the one that settings are chosen on."""
     asked, split = plan.asked, VOC_SPLITS[plan.asked.split]
     plan.folder.mkdir(parents=True, exist_ok=True)
-    dev = plan.folder.absolute() / "dev.json"
-    write_text(dev, json.dumps(dev_annotations(asked.data_root / "train.json", split)))
     train, val = Places("train", "train.json"), Places("val", "val.json")
-    every = Split(base=split.names, novel=())
-    for name, names, judged in (
-        ("photos", split, val),
-        ("oracle", every, val),
-        ("dev", split, Places("train", str(dev))),
-    ):
-        text = dataset_toml(f"{asked.split}-{name}", {"train": train, "val": judged}, names)
+    judged = {"photos": (split, val), "oracle": (Split(base=split.names, novel=()), val)}
+    if asked.dev:
+        dev = plan.folder.absolute() / "dev.json"
+        write_text(dev, json.dumps(dev_annotations(asked.data_root / "train.json", split, trained_on=asked.photos)))
+        judged["dev"] = split, Places("train", str(dev))
+    for name, (names, places) in judged.items():
+        text = dataset_toml(f"{asked.split}-{name}", {"train": train, "val": places}, names)
         write_text(plan.folder / f"{name}.toml", text)
 
 
-def dev_annotations(path: Path, split: Split) -> Mapping[str, object]:
-    """The last `DEV_PHOTOS` photos of a training part, without a box of a novel class."""
+def dev_annotations(path: Path, split: Split, *, trained_on: int) -> Mapping[str, object]:
+    """The last `DEV_PHOTOS` photos of a training part after those trained on, without a box of a novel class."""
     document = json.loads(path.read_text())
-    images = sorted(document["images"], key=lambda image: image["id"])[-DEV_PHOTOS:]
+    images = sorted(document["images"], key=lambda image: image["id"])[trained_on:][-DEV_PHOTOS:]
+    if not images:
+        raise SystemExit(f"--photos {trained_on}: --dev needs photos beside them, and {path} has no more; take fewer")
     base = {category["id"] for category in document["categories"] if category["name"] in split.base}
     photos = {image["id"] for image in images}
     boxes = [box for box in document["annotations"] if box["image_id"] in photos and box["category_id"] in base]
@@ -193,6 +194,7 @@ def name_of(plan: Plan, arm: Arm) -> driver.Row:
         "photos": asked.photos,
         "teacher": asked.teacher,
         "backbone": asked.backbone,
+        "backbone_weights": file_digest(asked.backbone_weights).sha256,
         "settings": list(arm.train),
         "built": {"settings": [*asked.build_overrides, *spec.overrides], "boxes": spec.boxes},
         "overrides": list(asked.overrides),
@@ -315,7 +317,9 @@ def main(words: Sequence[str] | None = None) -> None:
         driver.option("--build-set", dest="build_overrides", action="append", default=[], help="of all stores"),
         driver.option("--tag", default="photos", help="name of a group of rows"),
         driver.option("--list", action="store_true", help="name the arms and stop"),
-        driver.option("--table", action="store_true", help="print the rows of the tag and split and stop"),
+        driver.option(
+            "--table", action="store_true", help="print the rows of the tag, split, part, photos and settings, and stop"
+        ),
     )
     asked = parser.parse_args(words)
     try:
@@ -326,8 +330,15 @@ def main(words: Sequence[str] | None = None) -> None:
         print("\n".join(arm.name for arm in arms))
         return
     if asked.table:
-        found = [row for row in driver.read("voc", asked.results) if row["tag"] == asked.tag]
-        print(table([row for row in found if row["dataset"] == asked.split], arms))
+        wanted = {
+            "tag": asked.tag,
+            "dataset": asked.split,
+            "part": "dev" if asked.dev else "val",
+            "photos": asked.photos,
+            "overrides": asked.overrides,
+        }
+        found = driver.read("voc", asked.results)
+        print(table([row for row in found if {key: row[key] for key in wanted} == wanted], arms))
         return
     for needed in ("work", "teacher", "backbone", "backbone_weights"):
         if not getattr(asked, needed):

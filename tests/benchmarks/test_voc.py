@@ -31,9 +31,9 @@ def voc():
 
 @pytest.fixture(scope="module")
 def words(voc_photos, conse_tools, tmp_path_factory):
-    """Command line, on four training and two validation photos with base and novel objects."""
+    """Command line. Four of six training photos are trained on; all show base and novel objects."""
     root, folder = tmp_path_factory.mktemp("voc"), tmp_path_factory.mktemp("work")
-    for part, count in (("train", 4), ("val", 2)):
+    for part, count in (("train", 6), ("val", 2)):
         document = json.loads((voc_photos / f"{part}.json").read_text())
         novel = {one["id"] for one in document["categories"] if one["name"] in NOVEL}
         shown = {True: set(), False: set()}
@@ -71,7 +71,9 @@ def test_each_arm_has_a_row_of_base_and_novel_figures(rows):
 def test_regions_are_judged_by_the_novel_objects_of_the_training_photos(rows, words):
     document = json.loads(Path(words[5], "train.json").read_text())
     novel = {one["id"] for one in document["categories"] if one["name"] in NOVEL}
-    objects = [box for box in document["annotations"] if box["category_id"] in novel and not box["iscrowd"]]
+    seen = sorted(image["id"] for image in document["images"])[:4]
+    boxes = [box for box in document["annotations"] if box["image_id"] in seen]
+    objects = [box for box in boxes if box["category_id"] in novel and not box["iscrowd"]]
     assert {row["regions"]["novel_objects"] for row in rows} == {len(objects)}
 
 
@@ -80,8 +82,7 @@ def test_rows_that_are_there_are_not_made_again(voc, words, rows, monkeypatch):
     voc.main([*words, "--arms", "ours"])
 
 
-def test_settings_are_chosen_without_a_novel_box_and_without_a_validation_photo(voc, words, rows, monkeypatch):
-    monkeypatch.setattr(voc, "DEV_PHOTOS", 2)
+def test_settings_are_chosen_without_a_novel_box_on_photos_that_nothing_was_trained_on(voc, words, rows, capsys):
     voc.main([*words, "--arms", "ours", "--dev"])
     row = voc.driver.read("voc", Path(words[3]))[-1]
     assert (row["part"], row["AP50"]["novel"], row["regions"]) == ("dev", None, None)
@@ -90,10 +91,16 @@ def test_settings_are_chosen_without_a_novel_box_and_without_a_validation_photo(
     assert [image["id"] for image in dev["images"]] == sorted(image["id"] for image in train["images"])[-2:]
     novel = {one["id"] for one in dev["categories"] if one["name"] in NOVEL}
     assert not [box for box in dev["annotations"] if box["category_id"] in novel]
+    with pytest.raises(SystemExit, match="--photos 6: --dev needs photos beside them"):
+        voc.main([*words, "--arms", "ours", "--dev", "--photos", "6"])
+    # Rows of other photos and other settings are other tables.
+    capsys.readouterr()
+    voc.main([*words, "--dev", "--table"])
+    assert [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[2:]] == [["| ours", "1"]]
 
 
 def test_the_table_has_a_line_an_arm(voc, words, rows, capsys):
-    voc.main([*words[:4], "--table"])
+    voc.main([*words, "--table"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| ours",
