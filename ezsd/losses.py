@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ezsd.choices import Metric
 from ezsd.kernels.distance import Distance, cosine_distance, l1_distance, mean_distance
+from ezsd.transfer import to_device
 
 DELTA_SCALE = (10.0, 10.0, 5.0, 5.0)
 """Box deltas are multiplied by these, so that they have a spread of about one."""
@@ -144,7 +145,7 @@ def distillation_loss(embedding: Tensor, target: Tensor, weight: Tensor, metric:
 
 def delta_scale(device: torch.device) -> Tensor:
     """`DELTA_SCALE` on a device, (4,) float32; the host does not wait for it."""
-    return torch.tensor(DELTA_SCALE).to(device, non_blocking=True)
+    return to_device(torch.tensor(DELTA_SCALE), device)
 
 
 def encode_boxes(reference: Tensor, target: Tensor) -> Tensor:

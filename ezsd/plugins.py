@@ -33,8 +33,10 @@ def find_factory(name: str, what: str, error_type: type[Exception]) -> Any:  # n
         raise error_type(f"{what}: {error}; {lacks}") from error
     except EzsdError:
         raise
-    # Some scripts end the process when they are imported.
     except (Exception, SystemExit) as error:
+        # Some scripts end the process when they are imported; that a command is stopped is a kind of its own.
+        if not isinstance(error, Exception) and type(error) is not SystemExit:
+            raise
         raise error_type(f"{what}: {module} cannot be imported: {fault(error)}") from error
     if not hasattr(found, factory):
         raise error_type(f"{what}: {getattr(found, '__file__', None) or module} has no attribute {factory!r}")

@@ -27,6 +27,7 @@ from ezsd.detector.norms import FrozenNorm, fold_norms
 from ezsd.detector.requirements import has_form, require_backbone, said
 from ezsd.errors import BackboneError
 from ezsd.plugins import PLUGIN
+from ezsd.transfer import to_device
 
 Stages = Sequence[Iterable[nn.Parameter]]
 """Parameters of a body's stem, and of each of its stages."""
@@ -304,5 +305,4 @@ def normalise(
 
 
 def _by_channel(values: Sequence[float], images: Tensor) -> Tensor:
-    # Without waiting for what a GPU does.
-    return torch.tensor(values).to(images.device, non_blocking=True)[:, None, None]
+    return to_device(torch.tensor(values), images.device)[:, None, None]

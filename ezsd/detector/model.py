@@ -22,7 +22,6 @@ from ezsd.detector.sampling import (
     image_seeds,
     pad_rows,
     sample_regions,
-    to_device,
     worth_computing,
 )
 from ezsd.detector.settings import DetectorSettings
@@ -36,6 +35,7 @@ from ezsd.losses import (
     region_weights,
     seesaw_logits,
 )
+from ezsd.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,8 @@ from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_laye
 from torchvision.ops import batched_nms
 
 from ezsd.boxes import iou
-from ezsd.detector.sampling import draw_balanced, overlapped, to_device
+from ezsd.detector.sampling import draw_balanced, overlapped
+from ezsd.transfer import to_device
 
 SAMPLED_ANCHORS = 256
 """Anchors per image that the proposal network learns from, at most half of them on objects."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ezsd.boxes import iou
+from ezsd.transfer import to_device
 
 _INDEX_BITS = 30
 """Bits of a key that hold the position, below 32 of the hash."""
@@ -70,11 +71,6 @@ def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         slot[: len(one)] = one
     numbers = to_device(torch.tensor([len(one) for one in rows]), padded.device)
     return padded, torch.arange(most, device=padded.device) < numbers[:, None]
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a small tensor of the host without waiting for what the device does."""
-    return values.to(device, non_blocking=True)
 
 
 def image_seeds(seeds: Sequence[int] | None, images: int, device: torch.device) -> Tensor:

@@ -219,9 +219,11 @@ def require_known(name: str) -> None:
     if name.lower().endswith((".toml", ".json")):
         if not Path(name).is_file():
             raise DatasetError(f"`dataset={name}`: no such file")
+    elif name in DATASETS:
+        return
     elif Path(name).is_dir():
         raise DatasetError(f"`dataset={name}`: is a folder; {_files_of_datasets(Path(name))}")
-    elif name not in DATASETS:
+    else:
         choice = ", ".join(DATASETS)
         raise DatasetError(f"`dataset={name}`: unknown; choose one of {choice}, or a file that ends in .toml or .json")
 

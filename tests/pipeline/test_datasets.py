@@ -8,7 +8,7 @@ import pytest
 
 from ezsd.data.shapes import SPLITS
 from ezsd.errors import VocabularyError
-from ezsd.pipeline.data.datasets import find_dataset, from_definition, recorded_dataset
+from ezsd.pipeline.data.datasets import find_dataset, from_definition, recorded_dataset, require_known
 from ezsd.pipeline.errors import DatasetError
 
 FREQUENCIES = {"bow_(weapon)": "f", "apple": "c", "aerosol_can": "r", "zebra": "f", "mug": "c"}
@@ -64,6 +64,15 @@ def test_the_full_size_of_lvis_splits(conse_tools, tmp_path):
         for n in ("lvis", "lvis-frequent")
     ]
     assert sizes == [(866, 337), (405, 461 + 337)]
+
+
+def test_a_folder_with_the_name_of_a_dataset_is_in_nobodys_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("coco").mkdir()
+    require_known("coco")
+    Path("cocoa").mkdir()
+    with pytest.raises(DatasetError, match="`dataset=cocoa`: is a folder; give a file"):
+        require_known("cocoa")
 
 
 OWN = """
