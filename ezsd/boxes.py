@@ -52,7 +52,8 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.to(dtype), b.to(dtype)
     upper_left = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])  # (..., A, B, 2)
     lower_right = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])  # (..., A, B, 2)
-    shared = area(torch.cat([upper_left, lower_right], dim=-1))
+    sides = (lower_right - upper_left).clamp(min=0)
+    shared = sides[..., 0] * sides[..., 1]
     union = area(a)[..., :, None] + area(b)[..., None, :] - shared
     return torch.where(shared > 0, shared / union, torch.zeros_like(shared))
 

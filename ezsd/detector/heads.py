@@ -189,6 +189,8 @@ class FastHead(Head):
         self.pooling = pooling
         self.tower = Tower(channels, depth)
         self.projection = nn.Linear(inputs, embed_dim)
+        # The operator reads the projection's weights: a layer after it, for hooks that look at what layers give.
+        self.embedded = nn.Identity()
         self.classifier = CosineClassifier(embed_dim, temperature=temperature)
         trunk = nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU())
         self.regressor = SemanticBoxRegressor(trunk, hidden, embed_dim if semantic else 0)
@@ -219,7 +221,7 @@ class FastHead(Head):
         embedding, pooled, loss = roi_embed_cosine(
             features, boxes, image_index, self.pooling, *head, target=target, weight=weight, metric=metric
         )
-        return EmbeddedRegions(embedding, pooled[: len(embedding)]), loss
+        return EmbeddedRegions(self.embedded(embedding), pooled[: len(embedding)]), loss
 
 
 class Branch(nn.Module):

@@ -209,7 +209,9 @@ def suppress_on_cpu(
     for box, score, mark in zip(boxes, scores, marks, strict=True):
         rows = torch.nonzero(mark)[:, 0]
         kept.append(rows[batched_nms(box[rows], score[rows], level[rows], iou_threshold)[:keep]])
-    made = boxes.new_zeros(len(boxes), max(map(len, kept)), 4), scores.new_zeros(len(boxes), max(map(len, kept)))
+    # As many as on a GPU, whatever the images of the batch: what is drawn among them goes by their positions.
+    most = min(keep, scores.shape[1])
+    made = boxes.new_zeros(len(boxes), most, 4), scores.new_zeros(len(boxes), most)
     found = Proposals(*made, torch.zeros_like(made[1], dtype=torch.bool))
     for image, rows in enumerate(kept):
         found.boxes[image, : len(rows)] = boxes[image, rows]
@@ -252,7 +254,10 @@ def suppress_on_gpu(
 
 def _overlaps_better(boxes: Tensor, marks: Tensor, threshold: float) -> Tensor:
     """Mark pairs of an earlier box that takes part and a later one that it overlaps, (B, K, K)."""
-    return ((iou(boxes, boxes) > threshold) & marks[:, :, None]).triu(1)
+    # Image by image: the numbers that an overlap takes are many times as large as its mark.
+    return torch.stack(
+        [((iou(box, box) > threshold) & mark[:, None]).triu(1) for box, mark in zip(boxes, marks, strict=True)]
+    )
 
 
 def _decode(anchors: Tensor, deltas: Tensor) -> Tensor:

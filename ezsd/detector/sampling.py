@@ -90,7 +90,8 @@ def random_keys(seeds: Tensor, count: int) -> Tensor:
         (B, count) int64, at least 0.
     """
     position = torch.arange(count, device=seeds.device)
-    word = _hash(position ^ (seeds & _WORD)[:, None])
+    # Hashed before it meets the positions, or neighbouring seeds would swap neighbouring positions.
+    word = _hash(position ^ _hash(seeds & _WORD)[:, None])
     return _hash(word ^ (seeds >> 32)[:, None]) << _INDEX_BITS | position
 
 

@@ -165,7 +165,9 @@ def roi_embed_cosine(
     bound, backend = _bind(features, boxes, image_index, pooling)
     check_head(bound, projection, bias)
     if target.shape[0] > boxes.shape[0]:
-        raise ValueError(f"target: {target.shape[0]} rows for the last of {boxes.shape[0]} boxes; give at most as many")
+        raise ValueError(
+            f"target: {target.shape[0]} rows for the last of {boxes.shape[0]} boxes, expected at most as many"
+        )
     check_targets(target, weight, metric, regions=target.shape[0], dim=projection.shape[0])
     head = _as_cast(projection), _as_cast(bias)
     embedding, pooled, loss = registered.roi_embed_cosine(

@@ -272,6 +272,8 @@ class TrainedDetector:
 
 def _on_host(found: Sequence[Detections]) -> list[Detections]:
     """Copy the detections of all images to the CPU in one piece, for a GPU is waited for at each."""
+    if not found:
+        return []
     counts = [len(one.boxes) for one in found]
     # float64 holds float32 and class numbers alike.
     table = torch.cat([torch.cat([one.boxes.double(), one.scores[:, None], one.labels[:, None]], 1) for one in found])
