@@ -6,11 +6,13 @@ and the table of kernel.py. Each section ends with a line, "ok", "FAILED" or "sk
 after it. The last line is "accepted", or "refused" with what failed: exit code 0 or 1, and 2 without a GPU. All of it
 is a row of results/gpu_check.jsonl.
 
-`--rehearse` goes through all sections on the CPU, with small sizes, and accepts nothing.
+`--rehearse` goes through all sections on the CPU, with small sizes, and accepts nothing; exit code 0, or
+1 if one failed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -24,9 +26,11 @@ import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 # cuBLAS reads it when it is first used, and is deterministic only with a workspace of its own.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -57,10 +61,18 @@ SHARED = 0.02
 """Largest relative difference of a parameter's gradient between several processes and one, in 16 bits."""
 LONGEST = 1500
 """Seconds that a command may take."""
+GRACE = 40
+"""Seconds for it to end when it is asked to; torchrun gives its processes 30."""
+MARK = "EZSD_GPU_CHECK"
+"""Environment variable by which a command's processes are found."""
 
 
 class Failed(Exception):
-    """What a section found to be wrong."""
+    """What a section found to be wrong, and the figures it has all the same."""
+
+    def __init__(self, reason: str, found: Row | None = None) -> None:
+        super().__init__(reason)
+        self.found = found or {}
 
 
 class Skipped(Exception):
@@ -135,33 +147,71 @@ def command(words: Sequence[object], seconds: float = LONGEST) -> Done:
     # Nothing that lies where it runs may stand in for a package: -P; so scripts are told where driver.py is.
     folders = [str(driver.ROOT), str(driver.ROOT / "benchmarks"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
-    lines = []
-    with subprocess.Popen(
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
         [sys.executable, "-P", *map(str, words)],
         cwd=driver.ROOT,
-        env=environment,
+        env=environment | {MARK: mark},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-    ) as process:
-        # Its own processes too: several may wait for each other.
-        watch = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
-        watch.start()
-        try:
-            for line in process.stdout or ():
-                print(f"    {line}", end="", flush=True)
-                lines.append(line)
-            code = process.wait()
-        # In a session of its own, Ctrl-C does not reach it.
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        finally:
-            watch.cancel()
-    if code == -signal.SIGKILL:
-        lines.append(f"killed, after {seconds:.0f} s at the latest\n")
-    return Done(code, "".join(lines))
+    )
+    lines: list[str] = []
+    reader = threading.Thread(target=show, args=(process.stdout, lines), daemon=True)
+    reader.start()
+    try:
+        in_time = ended(process, reader, seconds)
+    # In a session of its own, Ctrl-C does not reach it.
+    except BaseException:
+        end(process, mark)
+        raise
+    if not in_time:
+        end(process, mark)
+        reader.join(GRACE)
+        return Done(process.returncode or -signal.SIGTERM, "".join([*lines, f"killed, after {seconds:.0f} s\n"]))
+    return Done(process.returncode, "".join(lines))
+
+
+def show(output: IO[str], lines: list[str]) -> None:
+    """Print and keep what a command prints, until all of its processes have closed it."""
+    with output:
+        for line in output:
+            print(f"    {line}", end="", flush=True)
+            lines.append(line)
+
+
+def ended(process: subprocess.Popen[str], reader: threading.Thread, seconds: float) -> bool:
+    """Whether a command and its output end within some time."""
+    began = time.monotonic()
+    reader.join(seconds)
+    try:
+        process.wait(max(seconds - (time.monotonic() - began), 0))
+    except subprocess.TimeoutExpired:
+        return False
+    return not reader.is_alive()
+
+
+def end(process: subprocess.Popen[str], mark: str) -> None:
+    """Ask a command to end, which has torchrun end its processes; then kill what is left, in whatever session it is."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    for left in marked(mark):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(left, signal.SIGKILL)
+    process.wait()
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that have a mark in their environment; also those whose parent is gone."""
+    found, wanted = [], f"{MARK}={mark}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        # Others' processes are not ours to read, and some end meanwhile.
+        with contextlib.suppress(OSError):
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
 
 
 @dataclass(kw_only=True)
@@ -208,7 +258,7 @@ def environment(check: Check) -> Row:
         require_backend("triton", check.device)
     except BackendError as error:
         if has_bfloat16(check.device):
-            raise Failed(str(error)) from error
+            raise Failed(str(error), found) from error
         check.no_triton = str(error)
         found["kernels"] = check.no_triton
     return found
@@ -247,6 +297,9 @@ def kernels(check: Check) -> Row:
         raise Failed(f"{counts.get('failed', 0)} of the cases failed, pytest ended with {done.code}{named}")
     if not counts.get("passed"):
         raise Failed("pytest ran no case")
+    if counts.get("skipped"):
+        reasons = re.findall(r"^SKIPPED \[\d+\] \S+ (.*)", done.text, re.MULTILINE)
+        raise Failed(f"{counts['skipped']} of the cases were skipped: {'; '.join(reasons)}", dict(counts))
     return counts
 
 
@@ -260,7 +313,7 @@ def require_triton(check: Check) -> None:
 
 def training_step(check: Check) -> Row:
     """Terms and gradients of both heads against the CPU, then the loss of 20 steps."""
-    require_free(check, 2)
+    require_free(check, 2, Failed)
     sizes = check.sizes
     with exact_products():
         compared = gpu_check_step.compare(check.device, count=sizes.batches, images=sizes.images)
@@ -285,7 +338,7 @@ def stage_one(check: Check) -> Row:
     """Crops, embeddings and regions against the CPU, and the same bytes twice."""
     import gpu_check_stage
 
-    require_free(check, 2)
+    require_free(check, 2, Failed)
     return {
         "crops": gpu_check_stage.crops(check.device, size=check.sizes.crop),
         "embeddings": gpu_check_stage.embeddings(check.device),
@@ -300,14 +353,14 @@ def folder(check: Check, name: str) -> Path:
     return found
 
 
-def require_free(check: Check, gib: float) -> None:
-    """Skip a section for which the GPU has too little memory."""
+def require_free(check: Check, gib: float, otherwise: type[Failed | Skipped] = Skipped) -> None:
+    """Skip a section for which the GPU has too little memory; Failed where a machine is not accepted without it."""
     if not check.on_gpu:
         return
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(check.device)[0] / 2**30
     if free < gib:
-        raise Skipped(f"needs {gib} GiB of GPU memory, {free:.1f} are free")
+        raise otherwise(f"needs {gib} GiB of GPU memory, {free:.1f} are free")
 
 
 def demo(check: Check) -> Row:
@@ -453,7 +506,9 @@ def table(check: Check) -> Row:
     """The table of kernel.py, whose gates are the operator's; a baseline that fails is a row."""
     if check.no_triton is not None:
         raise Skipped(check.no_triton)
-    torch.cuda.empty_cache()
+    # A GPU that is lost to this process refuses this too, and may serve another.
+    if check.lost is None:
+        torch.cuda.empty_cache()
     options = ["--rounds", check.sizes.rounds, "--tag", "gpu-check", "--results", check.results]
     done = check.command([driver.ROOT / "benchmarks/kernel.py", *options])
     done.require("benchmarks/kernel.py")
@@ -531,11 +586,14 @@ def outcome(section: Section, check: Check) -> tuple[str, str, Row]:
         return "skipped", f"needs {', '.join(absent)}, not installed; {INSTALL}", {}
     if section.in_process and check.lost is not None:
         return "FAILED", f"not run: the GPU answers no more since {check.lost!r}", {}
+    found: Row = {}
     try:
         return "ok", "", section.run(check)
     except Skipped as reason:
         return "skipped", str(reason), {}
-    except (Failed, Differs) as error:
+    except Failed as error:
+        reason, found = str(error), error.found
+    except Differs as error:
         reason = str(error)
     # Whatever it is, the sections after it have their say.
     except Exception as error:  # noqa: BLE001
@@ -543,7 +601,7 @@ def outcome(section: Section, check: Check) -> tuple[str, str, Row]:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     if section.in_process and check.on_gpu and check.lost is None and not answers(check.device):
         check.lost = section.name
-    return "FAILED", reason, {}
+    return "FAILED", reason, found
 
 
 def answers(device: torch.device) -> bool:
@@ -555,12 +613,15 @@ def answers(device: torch.device) -> bool:
 
 
 def main() -> int:
-    """Exit code: 0 accepted, 1 refused, 2 no GPU."""
+    """Exit code: 0 accepted, 1 refused, 2 no GPU or a folder that is in use; of a rehearsal 1 if a section failed."""
     rehearse = driver.option("--rehearse", action="store_true", help="all sections on the CPU, small; accepts nothing")
-    work = driver.option("--work", required=False, help="folder of data, stores and runs; a temporary one without it")
+    work = driver.option("--work", required=False, help="empty folder of data, stores and runs; else a temporary one")
     arguments = driver.parser(__doc__, work, rehearse, "--note").parse_args()
     if not (arguments.rehearse or torch.cuda.is_available()):
         print("gpu-check needs a GPU, and torch sees none; --rehearse goes through it on the CPU")
+        return 2
+    if arguments.work and arguments.work.exists() and (not arguments.work.is_dir() or any(arguments.work.iterdir())):
+        print(f"--work {arguments.work} is no empty folder: old runs would be judged; name a new one")
         return 2
     with tempfile.TemporaryDirectory() as temporary:
         check = Check(
@@ -572,7 +633,7 @@ def main() -> int:
         verdict = judge(check)
     if arguments.rehearse:
         print(f"rehearsed on the CPU, which accepts no machine; {verdict}")
-        return 2
+        return 1 if verdict.against else 0
     driver.append("gpu_check", row_of(check, verdict, arguments.note), check.results)
     print(verdict)
     return 1 if verdict.against else 0

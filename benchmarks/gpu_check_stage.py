@@ -156,19 +156,19 @@ def speed(device: torch.device, work: Path, *, images: int, settings: tuple[str,
     Args:
         device: of the teacher.
         work: folder for weights, photos and unfinished stores.
-        images: that are measured, after one to warm up.
+        images: that are measured, in one block, as in a build: several are in flight. The first warms up.
         settings: of the preset `coco`, such as its search.
     """
     write_weights(work / "vit.safetensors")
-    write_photos(work / "photos", images + 1)
-    config = load_preset("coco", (*settings, "build.block_images=1"))
+    write_photos(work / "photos", images)
+    config = load_preset("coco", (*settings, f"build.block_images={images}"))
     named = {"name": MODEL, "weights": str(work / "vit.safetensors"), "activation": "gelu"}
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, **named))
     dataset = find_dataset("coco", work / "photos")
     writer, job = open_job(BuildRequest(dataset=dataset, config=config, out=work / "speed", device=str(device)))
     with writer:
-        extract_block(job, Block(0, 0, 1))
-        crops_, spent = timed(device, lambda: sum(extract_block(job, Block(n, n, n + 1)) for n in range(1, images + 1)))
+        block_rows(job, Block(0, 0, 1))
+        crops_, spent = timed(device, lambda: extract_block(job, Block(0, 0, images)))
     encoder = encoder_speed(config, device)
     pipeline = crops_ / spent
     return {

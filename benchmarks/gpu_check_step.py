@@ -41,12 +41,18 @@ ALL_TAKEN = (
     "train.pseudo_confidence=0",
 )
 """All proposals are learned from: two of them in another order would else be drawn differently."""
-MEDIAN = {"terms in float32": 1e-4, "gradients in float32": 1e-3, "terms as trained": 3e-2}
+MEDIAN = {
+    "terms in float32": 1e-4,
+    "gradients in float32": 1e-3,
+    "terms as trained": 3e-2,
+    "gradients as trained": 0.45,
+}
 """Largest relative difference of each term, and of each parameter's gradient by norms, of the median batch.
 
-Between two orders of summation on a CPU: 2e-7, 5e-4 (a maximum or a kink changes sides) and, in bf16, 6e-3.
+Between two orders of summation on a CPU: 2e-7, 5e-4 (a maximum or a kink changes sides) and, in bf16, 6e-3 and 0.31: the
+first convolutions' gradients have come through all others. Boxes 2 pixels aside backward make that 0.5, none at all 1.
 """
-WORST = {"terms in float32": 3e-2, "gradients in float32": 0.3, "terms as trained": 0.5}
+WORST = {"terms in float32": 3e-2, "gradients in float32": 0.3, "terms as trained": 0.5, "gradients as trained": 0.8}
 """The same of the worst batch: one proposal at IoU 0.5 with an object, on one side here and on the other there, moves
 the terms of objects by 0.16 there."""
 ROUND = 4
@@ -207,6 +213,7 @@ def compare(device: torch.device, *, count: int, images: int) -> Row:
             differences["gradients in float32"].append(of_gradients(plain.gradients, expected.gradients))
             rounded = losses(there, batch, text, config, rounded=True)
             differences["terms as trained"].append(of_terms(rounded, expected))
+            differences["gradients as trained"].append(of_gradients(rounded.gradients, expected.gradients))
         try:
             row[head] = {what: largest(by_batch, what) for what, by_batch in differences.items()}
         except Differs as error:

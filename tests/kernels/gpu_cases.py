@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from ezsd import kernels
 from ezsd.kernels import Pooling
 from tests.kernels.gates import errors, passes, placed, tolerance
-from tests.kernels.kernel_problems import make_problem, run_align, run_embed, run_loss
+from tests.kernels.kernel_problems import make_problem, run_align, run_embed, run_embed_cosine, run_loss
 
 # cuBLAS is deterministic only with a workspace of its own; it reads this when it is first used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -73,6 +73,11 @@ def test_the_other_operators_equal_float64(dtype):
     check(run_align, "roi_align", problem, dtype)
     check(run_embed, "roi_embed", problem, dtype)
     check(run_loss, "roi_align_cosine", make_problem(regions=100, bins=1, head=False), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_detectors_own_operator_equals_float64(dtype):
+    check(run_embed_cosine, "roi_embed_cosine", make_problem(regions=100, channels=63, levels=4), dtype, targets=40)
 
 
 def test_the_mask_heads_pooling_equals_float64():
@@ -150,6 +155,16 @@ def test_an_image_that_does_not_exist_is_nan():
     pooled = run_align(kernels.roi_align, problem, backend="triton")[0]
     assert pooled[0].isfinite().all()
     assert pooled[1:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_box_of_nan_is_nan_forward_and_backward(dtype):
+    problem = on_gpu(make_problem(regions=3, bins=1), dtype)
+    problem.boxes[1] = torch.nan
+    pooled, gradient = run_align(kernels.roi_align, problem, backend="triton")
+    assert pooled[1].isnan().all()
+    assert pooled[[0, 2]].isfinite().all()
+    assert gradient.isnan().any()
 
 
 def test_compiled_and_plain_agree():
