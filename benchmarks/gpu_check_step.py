@@ -49,8 +49,8 @@ MEDIAN = {
 }
 """Largest relative difference of each term, and of each parameter's gradient by norms, of the median batch.
 
-Between two orders of summation on a CPU: 2e-7, 5e-4 (a maximum or a kink changes sides) and, in bf16, 6e-3 and 0.31: the
-first convolutions' gradients have come through all others. Boxes 2 pixels aside backward make that 0.5, none at all 1.
+Between two orders of summation on a CPU: 2e-7, 5e-4 (a maximum or a kink changes sides) and, in bf16, 6e-3 and 0.31: a
+first convolution's gradient has come through all others. Boxes 2 pixels aside backward make that 0.5, none at all 1.
 """
 WORST = {"terms in float32": 3e-2, "gradients in float32": 0.3, "terms as trained": 0.5, "gradients as trained": 0.8}
 """The same of the worst batch: one proposal at IoU 0.5 with an object, on one side here and on the other there, moves

@@ -150,6 +150,27 @@ def test_nan_in_a_target_reaches_the_loss_and_the_gradient():
         assert map_grad.isnan().any()
 
 
+@pytest.mark.parametrize("corner", [0, 3])
+def test_a_box_of_nan_is_nan_and_adds_to_no_map(corner):
+    problem = make_problem(regions=3, bins=2, channels=5, levels=2).to(torch.float32)
+    others = replace(problem, boxes=problem.boxes[[0, 2]], image_index=problem.image_index[[0, 2]])
+    problem.boxes[1, corner] = torch.nan
+    pull = torch.randn(3, 5, 2, 2, generator=torch.Generator().manual_seed(1))
+    found, expected = pulled(problem, pull), pulled(others, pull[[0, 2]])
+    assert found[0][1].isnan().all()
+    assert_close([found[0][[0, 2]], *found[1:]], expected, rtol=0, atol=0)
+    loss, *gradients = run_loss(kernels.roi_align_cosine, problem, backend="triton")
+    assert loss.isnan()
+    assert gradients[-2].isnan().any(), "of the projection"
+
+
+def pulled(problem, pull):
+    """The pooled boxes, and the gradients of the sum of their products with `pull` with respect to the maps."""
+    leaves = [feature.detach().requires_grad_() for feature in problem.maps]
+    pooled = kernels.roi_align(*replace(problem, maps=tuple(leaves)).pooled(backend="triton"))
+    return [pooled.detach(), *torch.autograd.grad(pooled, leaves, pull)]
+
+
 def test_levels_without_a_box_get_a_zero_gradient():
     problem = make_problem(regions=5, bins=2, channels=5, levels=4)
     # Areas of at most a pixel all belong to the finest level.

@@ -9,7 +9,7 @@ import torch
 
 from tests.kernels import stand_ins
 from tests.kernels.gates import errors, passes, relative_error, tolerance, worst_row
-from tests.kernels.kernel_problems import make_problem, run_align, run_embed, run_loss
+from tests.kernels.kernel_problems import make_problem, run_align, run_embed, run_embed_cosine, run_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 HALVES = (torch.float16, torch.bfloat16)
@@ -49,6 +49,12 @@ def test_right_kernels_pass(dtype, sizes):
         whole, rows = found.chunk(2)
         assert (whole < tolerance(dtype) / 3).all()
         assert (rows < tolerance(dtype) / 2).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_detectors_own_operator_passes(dtype):
+    problem = make_problem(regions=100, channels=63, levels=4)
+    assert passes(errors(run_embed_cosine, "roi_embed_cosine", problem, dtype, device="cpu", targets=40), dtype)
 
 
 def shifted_forward(pooling, boxes, image_index):
