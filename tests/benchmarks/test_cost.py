@@ -67,11 +67,11 @@ def test_what_the_host_does_is_hidden_or_adds_up(cost):
     size = {"crops": 1000, "gflop": 0.0, "kept_gb": 0.0}
     hidden, in_turn = (model.looking_ms(gpu, assumed, host, **size) for host in model.ENDS)
     assert hidden == pytest.approx((5 + 2) / 8)
-    assert in_turn == pytest.approx(14 + 25 + 3)
+    assert in_turn == pytest.approx(14 + 25 + 0.3)
     assert [host.beside(10, 8) for host in model.ENDS] == [10, 18]
     step = {"images": 16, "gflop": 0.0, "kept_gb": 0.0, "trained": 0.0, "pixels": 0}
     # Reading processes bound a step at either end.
     found = [model.training_ms(gpu, assumed, host, **step) for host in model.ENDS]
-    assert found == pytest.approx([16 * 7 / 8, 278 * 0.2])
+    assert found == pytest.approx([16 * 7 / 8, 16 * 8.7 / 4])
     link = model.tuning_ms(gpu, assumed, model.IN_TURN, crops=1, gflop=0, kept_gb=0, side=1000)
-    assert link == pytest.approx(1.85 + 3 * 4e6 / 1e6)
+    assert link == pytest.approx(1.85 + 3 * 1e6 / 1e6)
