@@ -115,6 +115,8 @@ class PretendGpu:
         self.counts = Counts()
         self.current = []
         """Devices that were made the current one."""
+        self._within = []
+        """Devices that are the current one for a while."""
         self.debug_mode = "default"
         """What torch.cuda.set_sync_debug_mode was told."""
 
@@ -144,6 +146,26 @@ class PretendGpu:
         self.counts.waits[place()] += 1
         if self.debug_mode != "default":
             warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+    @contextlib.contextmanager
+    def within(self, device):
+        """Stand-in for torch.cuda.device."""
+        self._within.append(device)
+        try:
+            yield
+        finally:
+            self._within.pop()
+
+    def launch_of_triton(self, count=1):
+        """Launch kernels of Triton's, which go to the current device wherever the tensors are."""
+        if not self._within or torch.device(self._within[-1]) != GPU:
+            raise RuntimeError(f"a launch at {place()} goes to whichever device is the current one, not to {GPU}")
+        self.launch(count)
+
+    def record(self, stream=None):
+        """Stand-in for an event's method: without a stream it waits for whichever device is the current one."""
+        if stream is None or stream.device != GPU:
+            raise RuntimeError(f"an event at {place()} is recorded on a stream of another device than {GPU}")
 
     def set_debug_mode(self, mode):
         self.debug_mode = mode
@@ -346,7 +368,6 @@ def _patch_torch(patch, gpu, capability):
         "get_device_name": "pretend GPU",
         "is_bf16_supported": capability >= (8, 0),
         "is_current_stream_capturing": False,
-        "device": contextlib.nullcontext(),
         "empty_cache": None,
         "_lazy_init": None,
         "manual_seed_all": None,
@@ -356,7 +377,9 @@ def _patch_torch(patch, gpu, capability):
     }
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *args, _answer=answer, **kwargs: _answer)
-    patch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=gpu.wait))
+    patch.setattr(torch.cuda, "device", gpu.within)
+    patch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(device=device))
+    patch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=gpu.record, synchronize=gpu.wait))
     patch.setattr(torch.cuda, "set_device", gpu.current.append)
     patch.setattr(torch.cuda, "set_sync_debug_mode", gpu.set_debug_mode)
     patch.setattr(torch.cuda, "synchronize", lambda device=None: gpu.wait())
@@ -388,25 +411,25 @@ def _patch_triton(patch, gpu):
         return dataclasses.replace(pooling, maps=tuple(one.inner for one in pooling.maps))
 
     def pool_forward(pooling, boxes, image_index):
-        gpu.launch()
+        gpu.launch_of_triton()
         pooled = eager.pool(inner(pooling), boxes.inner.float(), image_index.inner)
         return PretendTensor(pooled.to(pooling.maps[0].dtype))
 
     def pool_backward(pooling, pooled_grad, boxes, image_index):
         # The sorting keys and the gather; sorting itself is torch's.
-        gpu.launch(2)
+        gpu.launch_of_triton(2)
         eager.pool_backward(inner(pooling), pooled_grad.inner, boxes.inner.float(), image_index.inner)
 
     def distance_forward(embedding, target, metric):
-        gpu.launch()
+        gpu.launch_of_triton()
         return PretendTensor(stand_ins.distance_forward(embedding.inner, target.inner, metric))
 
     def distance_backward(gradient, embedding, target, metric):
-        gpu.launch()
+        gpu.launch_of_triton()
         return PretendTensor(stand_ins.distance_backward(gradient.inner, embedding.inner, target.inner, metric))
 
     def crop(image, windows, gain, shift, size, dtype):
-        gpu.launch()
+        gpu.launch_of_triton()
         values = (one.inner for one in (image, windows, gain, shift))
         return PretendTensor(crops.eager(*values, size, dtype))
 

@@ -12,6 +12,8 @@ from ezsd import kernels
 from ezsd.kernels import Pooling, backend
 from tests.pretend_gpu import PretendGpu, pretend_gpu
 
+triton_crops = pytest.importorskip("ezsd.kernels.triton_crops")
+
 
 @pytest.fixture
 def gpu():
@@ -107,6 +109,18 @@ def test_waits_are_told_where_torch_is_asked_to_tell_them(gpu):
     there.tolist()
 
 
+def test_launches_and_events_are_refused_where_another_device_may_be_the_current_one(gpu):
+    there = numbers(3, 2, 2).byte().to("cuda")
+    window, one = torch.tensor([[0, 0, 2, 2]], dtype=torch.int32).to("cuda"), torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError, match="goes to whichever device is the current one"):
+        triton_crops.crop(there, window, one, one, 2, torch.float32)
+    with pytest.raises(RuntimeError, match="on a stream of another device"):
+        torch.cuda.Event().record()
+    with torch.cuda.device(there.device):
+        assert triton_crops.crop(there, window, one, one, 2, torch.float32).is_cuda
+    torch.cuda.Event().record(torch.cuda.current_stream(there.device))
+
+
 PATCHED = {
     "torch.cuda": torch.cuda,
     "torch": torch,
@@ -116,6 +130,7 @@ PATCHED = {
     "torch.optim.Optimizer": torch.optim.Optimizer,
     "torch.nn.utils.clip_grad": importlib.import_module("torch.nn.utils.clip_grad"),
     "triton_pool": pytest.importorskip("ezsd.kernels.triton_pool"),
+    "triton_crops": triton_crops,
     "triton_distance": pytest.importorskip("ezsd.kernels.triton_distance"),
     "PretendGpu": PretendGpu,
 }

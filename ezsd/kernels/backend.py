@@ -73,6 +73,11 @@ def triton_obstacle_of(device: torch.device) -> str | None:
     return _device_obstacle(device)
 
 
+def current_device(tensor: Tensor) -> torch.cuda.device:
+    """Make a tensor's device the current one, on which Triton launches; nothing where it is on the CPU."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
 def require_backend(backend: Backend, device: torch.device) -> None:
     """Refuse a backend that no maps on this device can be served by, before any work. BackendError says why.
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ezsd.kernels.backend import triton_obstacle_of
+from ezsd.kernels.backend import current_device, triton_obstacle_of
 from ezsd.transfer import to_device
 
 _ELEMENTS = 2**26
@@ -49,7 +49,8 @@ def resample_windows(
     if triton_obstacle_of(image.device) is None:
         from ezsd.kernels import triton_crops
 
-        return triton_crops.crop(image.contiguous(), to_device(table, image.device), gain, shift, size, dtype)
+        with current_device(image):
+            return triton_crops.crop(image.contiguous(), to_device(table, image.device), gain, shift, size, dtype)
     return eager(image, table, gain, shift, size, dtype)
 
 

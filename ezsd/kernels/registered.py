@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ezsd.kernels import eager
+from ezsd.kernels.backend import current_device
 from ezsd.kernels.distance import FUSED, mean_distance, unit, weighted_mean
 from ezsd.kernels.pooling import BoundPooling
 from ezsd.kernels.reference import project
@@ -143,7 +144,7 @@ def _mean_distance(embedding: Tensor, target: Tensor, weight: Tensor, metric: st
     if backend == "triton":
         from ezsd.kernels import triton_distance
 
-        with _current_device(embedding):
+        with current_device(embedding):
             distance = triton_distance.distance_forward(embedding, target.contiguous(), metric)
         return weighted_mean(distance, weight)
     return mean_distance(embedding, target, weight, FUSED[metric])
@@ -164,7 +165,7 @@ def _distances_backward(
     if backend == "triton":
         from ezsd.kernels import triton_distance
 
-        with _current_device(embedding):
+        with current_device(embedding):
             return triton_distance.distance_backward(distance_grad, embedding, target.contiguous(), metric)
     return eager.distances_backward(distance_grad, embedding, target, metric)
 
@@ -348,7 +349,7 @@ def _pool(pooling: BoundPooling, boxes: Tensor, image_index: Tensor, backend: st
         return eager.pool(pooling, boxes, image_index)
     from ezsd.kernels import triton_pool
 
-    with _current_device(boxes):
+    with current_device(boxes):
         return triton_pool.pool_forward(pooling, boxes, image_index)
 
 
@@ -361,7 +362,7 @@ def _pool_backward(
         return
     from ezsd.kernels import triton_pool
 
-    with _current_device(boxes):
+    with current_device(boxes):
         triton_pool.pool_backward(pooling, pooled_grad, boxes, image_index)
 
 
@@ -403,8 +404,3 @@ def _shape(maps: Sequence[Tensor]) -> list[int]:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _current_device(tensor: Tensor) -> torch.cuda.device:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

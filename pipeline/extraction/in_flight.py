@@ -35,7 +35,8 @@ class Fetched:
         rows = [tensors[place].contiguous().flatten().view(torch.uint8) for place in self._order]
         self._bytes = torch.cat(rows).to("cpu", non_blocking=True)
         self._there = torch.cuda.Event()
-        self._there.record()
+        # The copy's own stream: the current device need not be the tensors'.
+        self._there.record(torch.cuda.current_stream(tensors[0].device))
 
     def result(self) -> list[Tensor]:
         """The tensors on the CPU, in the order given; waits until they are there."""
