@@ -54,7 +54,7 @@ class CropEncoder:
     def encode(self, pixels: Tensor, boxes: Tensor) -> tuple[Tensor, int]:
         """Unit embeddings (R, D) float32 of boxes, and how many crops were encoded. The host waits for nothing.
 
-        Boxes with the same crop share one pass. The embeddings are where the teacher is.
+        Boxes with the same crop share one pass. The embeddings are where the pixels are.
 
         Args:
             pixels: (3, H, W) uint8, where the teacher is.
@@ -83,7 +83,8 @@ class CropEncoder:
         """Embeddings of one batch; `said_instead` when the memory is too small for it."""
         filled = torch.cat([boxes, boxes[:1].expand(max(0, SHORT - len(boxes)), 4)])
         try:
-            return self._shown(pixels, filled).float()[: len(boxes)]
+            # A plug-in need not say where it computes; scores are made where the pixels are.
+            return to_device(self._shown(pixels, filled).float()[: len(boxes)], pixels.device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -29,6 +29,7 @@ from ezsd.pipeline.extraction.provenance import built_settings
 from ezsd.pipeline.extraction.reuse import Columns
 from ezsd.pipeline.extraction.worker import View, Worker, filtered
 from ezsd.teacher.open_clip import Teacher, device_of
+from ezsd.transfer import to_device
 
 MOST_FOLDS = 5
 """Most groups that base names are held out in: with few novel names, more would have to be held out at once."""
@@ -91,7 +92,7 @@ class HeldOutFilters:
         restore(teacher.layer_norms(), values, tuned["parameters"])
         backgrounds = config.teacher.backgrounds
         with torch.no_grad():
-            background = teacher.encode_text(backgrounds) if backgrounds else None
+            background = to_device(teacher.encode_text(backgrounds), device_of(teacher)) if backgrounds else None
         self._encoder = _OncePerBox(teacher, config)
         self._store = store
         self._worker = Worker(

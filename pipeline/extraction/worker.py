@@ -103,7 +103,7 @@ def _worker(job: ExtractJob) -> Worker:
     background = None
     if config.teacher.backgrounds:
         with torch.no_grad():
-            background = teacher.encode_text(config.teacher.backgrounds)
+            background = to_device(teacher.encode_text(config.teacher.backgrounds), device_of(teacher))
     annotations = training_annotations(dataset.root / dataset.train_annotations, dataset.split)
     images = min(job.limit or len(annotations.images), len(annotations.images))
     return Worker(

@@ -6,6 +6,7 @@ import torch
 from ezsd.errors import TeacherError
 from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder
 from ezsd.pipeline.extraction.teacher import configured_teacher
+from tests.pretend_gpu import pretend_gpu
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,29 @@ class SmallMemory:
             raise self._error
         self.seen.append(len(pixels))
         return self._teacher.encode_image(pixels)
+
+
+class Elsewhere:
+    """The real teacher as a plug-in that gives its results on a GPU, and has no attribute `device`."""
+
+    def __init__(self, teacher):
+        self._teacher = teacher
+
+    def __getattr__(self, name):
+        if name == "device":
+            raise AttributeError(name)
+        return getattr(self._teacher, name)
+
+    def encode_image(self, pixels):
+        return self._teacher.encode_image(pixels).to("cuda")
+
+
+def test_embeddings_of_a_teacher_that_computes_elsewhere_come_back(teacher, image, quick_config):
+    with pretend_gpu():
+        wanted, _ = CropEncoder(teacher, quick_config).encode(*image)
+        found, _ = CropEncoder(Elsewhere(teacher), quick_config).encode(*image)
+    assert found.device == image[0].device
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
