@@ -82,7 +82,8 @@ def crops_kernel(
     first_x = tl.maximum((tile_x * TILE * scale - reach).to(tl.int32), 0)
     last_y = tl.minimum(((tile_y + 1) * TILE * scale + reach).to(tl.int32) + 1, side)
     last_x = tl.minimum(((tile_x + 1) * TILE * scale + reach).to(tl.int32) + 1, side)
-    plane = height.to(tl.int64) * width
+    # Triton makes a constant of 1, which has no method.
+    plane = tl.cast(height, tl.int64) * width
     red = tl.zeros((TILE, TILE), tl.float32)
     green = tl.zeros((TILE, TILE), tl.float32)
     blue = tl.zeros((TILE, TILE), tl.float32)

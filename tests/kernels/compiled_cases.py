@@ -167,9 +167,14 @@ def test_lists_of_boxes_fit_the_machine(capability, tmp_path):
         assert usage.stack == 0
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_crops_fit_the_machine(capability, tmp_path):
+@pytest.mark.parametrize(
+    ("ones", "capability"),
+    [((), 80), ((), 90), (("height",), 90), (("width",), 90), (("height", "width", "tiles"), 90)],
+)
+def test_crops_fit_the_machine(ones, capability, tmp_path):
+    # Triton makes a constant of a number that is 1.
     settings = {"TILE": triton_crops.TILE, "CHUNK": triton_crops.CHUNK, "num_warps": triton_crops.WARPS}
+    settings |= dict.fromkeys(ones, 1)
     compiled = compile_kernel(triton_crops.crops_kernel, settings, dtype=torch.bfloat16, capability=capability)
     usage = inspect(compiled, tmp_path)
     assert usage.registers <= triton_crops.MAX_REGISTERS
