@@ -152,7 +152,9 @@ def adapt_teacher(
         raise ConfigError(f"re-normalisation needs base boxes in at least 2 images, found them in {len(held_out)}")
 
     def accuracy() -> tuple[float, int]:
-        right = crop_accuracy(teacher, source.batches(held_out, crops=config.batch_size), names)
+        # Threads read ahead; they must not go on after an error, or Ctrl-C.
+        with contextlib.closing(source.batches(held_out, crops=config.batch_size)) as batches:
+            right = crop_accuracy(teacher, batches, names)
         if not len(right):
             raise ConfigError("re-normalisation needs base boxes in images that can be read, found none to hold out")
         return float(right.float().mean()), len(right)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
@@ -246,8 +247,11 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Pa
     is_base = annotations.class_index < len(dataset.split.base)
 
     def accuracy() -> dict[str, float | None]:
-        batches = source.batches(range(len(annotations.images)), crops=config.build.batch_size)
-        right = crop_accuracy(teacher, batches, dataset.split.names).numpy()
+        # Threads read ahead; they must not go on after an error, or Ctrl-C.
+        with contextlib.closing(
+            source.batches(range(len(annotations.images)), crops=config.build.batch_size)
+        ) as batches:
+            right = crop_accuracy(teacher, batches, dataset.split.names).numpy()
         return {"base": _mean(right[is_base & single]), "novel": _mean(right[~is_base & single])}
 
     raw = accuracy()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.console.defaults import build_config
 from ezsd.pipeline.data.datasets import find_dataset, require_prompts
 from ezsd.pipeline.errors import ConfigError
-from ezsd.pipeline.extraction.adapt import CropSource
+from ezsd.pipeline.extraction.adapt import CropSource, adapt_teacher
 from ezsd.pipeline.extraction.base_images import BaseImages
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
+from ezsd.pipeline.extraction.teacher import configured_teacher
+from ezsd.pipeline.inference import evaluate
 from ezsd.pipeline.inference.detect import Model
 from ezsd.pipeline.inference.evaluate import evaluate_crops
 from ezsd.pipeline.inference.predictor import run_teacher
@@ -218,3 +221,34 @@ def test_the_presets_of_the_method_show_crops_as_the_authors_do():
     for name in ("coco", "paper"):
         adapt = load_preset(name).adapt
         assert (adapt.flip, adapt.min_crop_size) == (0.5, 6)
+
+
+def test_no_image_is_read_once_the_teacher_has_failed(images, quick_config, monkeypatch):
+    teacher = configured_teacher(quick_config.teacher, "cpu")
+
+    def broken(pixels):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(teacher, "encode_image", broken)
+    # The first crop fails, with images still to come.
+    config = dataclasses.replace(quick_config.adapt, batch_size=1)
+    with pytest.raises(ValueError, match="broken") as failed:
+        adapt_teacher(teacher, images, config=config, crops=quick_config.proposals, seed=0)
+    # The error's traceback keeps all that was going on.
+    assert failed.traceback
+    assert not [one for one in threading.enumerate() if one.name.startswith("read-ahead")]
+
+
+def test_no_image_is_read_once_the_crop_accuracy_has_failed(run, monkeypatch):
+    def broken(teacher, batches, names):
+        next(batches)
+        raise ValueError("broken")
+
+    config = evaluate.crop_settings(run)
+    one = dataclasses.replace(config, build=dataclasses.replace(config.build, batch_size=1))
+    monkeypatch.setattr(evaluate, "crop_settings", lambda run: one)
+    monkeypatch.setattr(evaluate, "crop_accuracy", broken)
+    with pytest.raises(ValueError, match="broken") as failed:
+        evaluate.evaluate_crops(run, data_root=None, device="cpu")
+    assert failed.traceback
+    assert not [one for one in threading.enumerate() if one.name.startswith("read-ahead")]
