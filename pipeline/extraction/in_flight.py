@@ -64,25 +64,29 @@ def finished(work: Work[T]) -> T:
 
 
 def in_flight(works: Iterable[Work[T]], *, most: int) -> Iterator[T]:
-    """Results of pieces of work in order. Up to `most` are under way, and go on in turns."""
+    """Results of pieces of work in order. Up to `most` are under way, and go on in turns; an error ends them all."""
     coming = iter(works)
     in_order: deque[_UnderWay[T]] = deque()
     in_turns: deque[_UnderWay[T]] = deque()
-    while True:
-        # The device has the next one's work before the host goes on with another.
-        while len(in_turns) < most and (work := next(coming, None)) is not None:
-            one = _UnderWay(work)
-            in_order.append(one)
-            if one.goes_on():
-                in_turns.append(one)
-        if not in_order:
-            return
-        if in_turns:
-            one = in_turns.popleft()
-            if one.goes_on():
-                in_turns.append(one)
-        while in_order and in_order[0].done:
-            yield in_order.popleft().result
+    try:
+        while True:
+            # The device has the next one's work before the host goes on with another.
+            while len(in_turns) < most and (work := next(coming, None)) is not None:
+                one = _UnderWay(work)
+                in_order.append(one)
+                if one.goes_on():
+                    in_turns.append(one)
+            if not in_order:
+                return
+            if in_turns:
+                one = in_turns.popleft()
+                if one.goes_on():
+                    in_turns.append(one)
+            while in_order and in_order[0].done:
+                yield in_order.popleft().result
+    finally:
+        for one in in_order:
+            one.close()
 
 
 class _UnderWay(Generic[T]):
@@ -98,3 +102,7 @@ class _UnderWay(Generic[T]):
         except StopIteration as done:
             self.done, self.result = True, done.value
         return not self.done
+
+    def close(self) -> None:
+        """Give the work up where it waits."""
+        self._work.close()

@@ -16,6 +16,8 @@ T = TypeVar("T")
 _MOST_PIXELS = 2**26
 """Most pixels of images that wait to be used; 200 of COCO's, three bytes each."""
 _MOST_READERS = 16
+_PER_READER = 4
+"""Most images that wait for a GPU, for each thread that reads."""
 
 
 def reading_threads(device: torch.device) -> int:
@@ -35,21 +37,23 @@ def read_ahead(
         read: reads one image (3, H, W) uint8, on any thread.
         pixels: size of an item's image; images that wait have a limited number together.
         device: where the images are going; for a GPU they wait in page-locked memory.
-        most: limit of images that wait, on a CPU.
+        most: limit of images that wait for a CPU; for a GPU it is a few for each reading thread.
     """
 
     def ready(item: T) -> Tensor:
         image = read(item)
         return image if device.type == "cpu" else image.pin_memory()
 
+    readers = reading_threads(device)
+    limit = most if device.type == "cpu" else _PER_READER * readers
     waiting: deque[tuple[T, Future[Tensor]]] = deque()
     held = 0
-    with ThreadPoolExecutor(reading_threads(device), thread_name_prefix="read-ahead") as pool:
+    with ThreadPoolExecutor(readers, thread_name_prefix="read-ahead") as pool:
         try:
             for item in items:
                 waiting.append((item, pool.submit(ready, item)))
                 held += pixels(item)
-                while len(waiting) > 1 and (held > _MOST_PIXELS or (device.type == "cpu" and len(waiting) > most)):
+                while len(waiting) > 1 and (held > _MOST_PIXELS or len(waiting) > limit):
                     first, future = waiting.popleft()
                     held -= pixels(first)
                     yield first, future.result

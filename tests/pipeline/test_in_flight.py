@@ -7,7 +7,7 @@ import torch
 
 from ezsd.pipeline.extraction.in_flight import Fetched, finished, in_flight
 from ezsd.pipeline.extraction.read_ahead import read_ahead
-from tests.pretend_gpu import pretend_gpu
+from tests.pretend_gpu import GPU, pretend_gpu
 
 CPU = torch.device("cpu")
 
@@ -33,12 +33,41 @@ def test_results_come_in_order_whichever_is_done_first(most, order):
 
 
 def test_an_error_of_one_piece_of_work_ends_all():
+    closed = []
+
+    def waiting(name):
+        try:
+            yield from work(name, 5, [])
+        finally:
+            closed.append(name)
+
     def broken():
         yield
         raise ValueError("broken")
 
+    kept = [waiting("a"), waiting("b"), broken()]
     with pytest.raises(ValueError, match="broken"):
-        list(in_flight([work("a", 5, []), broken()], most=2))
+        list(in_flight(kept, most=3))
+    assert closed == ["a", "b"]
+
+
+def test_work_that_nobody_waits_for_any_more_is_ended():
+    kept = [work(name, waits, []) for name, waits in (("a", 0), ("b", 5))]
+    results = in_flight(kept, most=3)
+    assert next(results) == "A"
+    results.close()
+    assert kept[1].gi_frame is None
+
+
+def test_only_some_small_images_are_read_ahead_for_a_gpu(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    asked = []
+    with pretend_gpu():
+        items = (asked.append(number) or number for number in range(1000))
+        read = read_ahead(items, lambda _: torch.zeros(3, 1, 1), lambda _: 1, device=GPU, most=4)
+        next(read)
+        read.close()
+    assert len(asked) == 9
 
 
 def test_tensors_of_all_kinds_come_back_from_the_device_as_they_are():
