@@ -16,7 +16,7 @@ from ezsd.kernels.backend import current_device, triton_obstacle_of
 from ezsd.transfer import to_device
 
 _ELEMENTS = 2**26
-"""Most numbers that the eager code holds between its two passes."""
+"""Most numbers that the eager code holds between its two passes, with the weights of the first."""
 
 
 def resample_windows(
@@ -66,7 +66,8 @@ def eager(image: Tensor, windows: Tensor, gain: Tensor, shift: Tensor, size: int
         dtype: likewise.
     """
     _, height, width = image.shape
-    at_once = max(1, _ELEMENTS // (3 * height * size))
+    # What comes out of the first pass, and its weights.
+    at_once = max(1, _ELEMENTS // (size * (3 * height + width)))
     pixels = image.float()
     out = torch.empty(len(windows), 3, size, size, dtype=dtype, device=image.device)
     for begin in range(0, len(windows), at_once):

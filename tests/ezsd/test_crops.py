@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ezsd.crops import crop_boxes, crop_windows, distinct_crops, normalised_crops, with_least_side
+from ezsd.kernels import crops
 from ezsd.proposals.select import faithful_anchors
 
 WIDTH, HEIGHT = 90, 70
@@ -199,3 +201,23 @@ def test_a_least_side_widens_about_the_centre_what_is_shorter():
     wide = with_least_side(boxes, 10)
     assert wide.tolist() == [[0, 4, 10, 20], [4, 4, 14, 14], [-4.5, -4.5, 5.5, 5.5]]
     assert torch.equal(with_least_side(boxes, 0), boxes)
+
+
+def test_wide_images_are_cropped_within_the_bound_of_numbers_held(monkeypatch):
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            if isinstance(result, torch.Tensor):
+                self.seen = max(self.seen, result.numel())
+            return result
+
+    image = torch.randint(0, 256, (3, 4, 4000), dtype=torch.uint8)
+    windows = torch.tensor([[0, 0, 8, 4]] * 40, dtype=torch.int32)
+    wanted = crops.eager(image, windows, torch.ones(3), torch.zeros(3), 16, torch.uint8)
+    monkeypatch.setattr(crops, "_ELEMENTS", 2**18)
+    with Largest() as largest:
+        found = crops.eager(image, windows, torch.ones(3), torch.zeros(3), 16, torch.uint8)
+    assert 2**16 < largest.seen <= 2**18
+    assert torch.equal(found, wanted)
