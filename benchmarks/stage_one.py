@@ -363,7 +363,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[driver.Row]:
             )
         yield {
             "model": MODEL,
-            "device": torch.cuda.get_device_name() if arguments.device != "cpu" else "cpu",
+            "device": torch.cuda.get_device_name(arguments.device) if arguments.device != "cpu" else "cpu",
             "workers": workers,
             "photos": "real" if arguments.photos else "synthetic",
             "rounds": arguments.rounds,

@@ -24,7 +24,7 @@ from ezsd.pipeline.extraction.proposer import make_proposer, proposer_state
 from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.run_proposer import with_run_network
 from ezsd.pipeline.extraction.teacher import configured_teacher
-from ezsd.teacher.open_clip import Teacher
+from ezsd.teacher.open_clip import Teacher, device_of
 
 log = logging.getLogger("ezsd")
 
@@ -138,7 +138,7 @@ def _probe(request: BuildRequest, images: Sequence[ImageRecord], teacher: Teache
     size, crops, began = SHORT, 0, None
     with single_thread():
         for image in itertools.cycle(images):
-            pixels = source.read(image).to(getattr(teacher, "device", "cpu"))
+            pixels = source.read(image).to(device_of(teacher))
             boxes = _some_boxes(request.config.proposals, image)
             while len(boxes):
                 if began is None:
