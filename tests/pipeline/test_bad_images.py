@@ -11,6 +11,7 @@ from ezsd.cache import Store, journaled_bad_images
 from ezsd.pipeline.console.store_messages import commit_lines, share_lines
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.errors import ImageError
+from ezsd.pipeline.extraction import worker
 from ezsd.pipeline.extraction.build import build_cache, build_share
 from ezsd.pipeline.extraction.commit import commit_cache
 from ezsd.pipeline.extraction.repair import repair_store
@@ -18,6 +19,7 @@ from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.scheduling.job_array import Share
 from ezsd.pipeline.scheduling.pool import Schedule
 from ezsd.pipeline.training.train import TrainRequest, train
+from tests.pretend_gpu import pretend_gpu
 
 
 @pytest.fixture
@@ -46,6 +48,12 @@ def damage(file: Path) -> bytes:
     before = file.read_bytes()
     file.write_bytes(before[: len(before) // 2])
     return before
+
+
+def stored_bytes(store: Path) -> dict[str, bytes]:
+    """All files of a store but those that say when and how it was built."""
+    files = [file for file in store.rglob("*") if file.is_file() and file.name not in ("build.log", "environment.json")]
+    return {str(file.relative_to(store)): file.read_bytes() for file in files}
 
 
 def rows(store: Store, image: int) -> int:
@@ -83,6 +91,20 @@ def test_workers_leave_out_the_same_images(build, files, tmp_path):
     build(0.2, "two", workers=2)
     for name in ("zarr.json", "images/zarr.json", "COMMIT.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_images_in_flight_on_a_gpu_change_no_byte(bad, build, files, tmp_path, monkeypatch):
+    for file in files[2 : 2 + bad]:
+        damage(file)
+    for most in (1, 3):
+        monkeypatch.setattr(worker, "_IN_FLIGHT", most)
+        with pretend_gpu():
+            report = build(0.2, str(most), device="cuda", scheduler="sync")
+        assert report.bad_images == bad
+    one, three = (stored_bytes(tmp_path / name) for name in ("1", "3"))
+    assert [name for name in one if one[name] != three.get(name)] == []
+    assert len(one) > 10
 
 
 def test_one_image_too_many_stops_the_build_and_is_taken_in_once_mended(build, files, tmp_path):
