@@ -53,7 +53,7 @@ class BaseImages:
         """Positions in order and their pixels, see `read`. The next images are read while one is worked on.
 
         An image that is never asked for is never left out, even where it was read ahead. One that is known by the time
-        of its turn is not read; its pixels are empty then.
+        a thread comes to it, which is before its turn, is not read; its pixels are empty then.
         """
         images = self.annotations.images
         reads = read_ahead(
