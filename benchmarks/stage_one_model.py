@@ -4,7 +4,8 @@ A model, not a measurement on a GPU. What the CPU does for an image of 640 x 480
 windows of its crops, the rounds of the search, NMS and filters; threads read ahead. What a GPU does is stated in
 `RATES`. The two are put together by `ezsd.pipeline.extraction.in_flight`, the code that extraction itself goes by: work
 on an image goes on until it waits for the GPU, which does what it was given in order. One row for each mode goes to
-results/stage_one_model.jsonl, with one image in flight and with more.
+results/stage_one_model.jsonl, with one image in flight and with more. Left out: windows are computed once more when a
+batch is cropped, the pass of the ground truth's crops, the upload of the image, and the writing of the rows.
 """
 
 from __future__ import annotations
