@@ -114,7 +114,7 @@ def distinct_crops(
 
 
 def _windows(boxes: Tensor, *, ratio: float, surround: Surround, width: int, height: int) -> Tensor:
-    """Windows as `crop_windows` has them, (R, 4) int64."""
+    """Whole-pixel windows (x0, y0, x1, y1), half-open, never empty, of enlarged and clamped boxes: (R, 4) int64."""
     boxes = _square(boxes) if surround == "context" else boxes
     centre = (boxes[:, :2].double() + boxes[:, 2:].double()) / 2
     half = (boxes[:, 2:].double() - boxes[:, :2].double()) * ratio / 2
@@ -129,11 +129,6 @@ def _square(boxes: Tensor) -> Tensor:
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     half = (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True) / 2
     return torch.cat([centre - half, centre + half], 1)
-
-
-def crop_windows(boxes: Tensor, *, ratio: float, width: int, height: int) -> list[tuple[int, int, int, int]]:
-    """Whole-pixel windows (x0, y0, x1, y1), half-open, never empty, of enlarged and clamped boxes."""
-    return _as_tuples(_windows(boxes, ratio=ratio, surround="black", width=width, height=height))
 
 
 def _as_tuples(table: Tensor) -> list[tuple[int, int, int, int]]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ezsd.crops import crop_boxes, crop_windows, distinct_crops, normalised_crops, with_least_side
+from ezsd.crops import _windows, crop_boxes, distinct_crops, normalised_crops, with_least_side
 from ezsd.kernels import crops
 from ezsd.proposals.select import faithful_anchors
 
@@ -28,6 +28,10 @@ NASTY = {
     "thinner than a pixel": (40.2, 20.0, 40.4, 50.0),
     "already of the right size": (20, 20, 52, 52),
 }
+
+
+def windows_of(boxes, **options):
+    return [tuple(window) for window in _windows(boxes, surround="black", **options).tolist()]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,7 @@ def test_with_context_the_box_stays_in_the_middle_of_what_lies_around_it():
 
 
 def test_ratio_enlarges_about_the_centre():
-    windows = crop_windows(torch.tensor([[20.0, 30.0, 40.0, 40.0]]), ratio=1.2, width=WIDTH, height=HEIGHT)
+    windows = windows_of(torch.tensor([[20.0, 30.0, 40.0, 40.0]]), ratio=1.2, width=WIDTH, height=HEIGHT)
     assert windows == [(18, 29, 42, 41)]
 
 
@@ -156,7 +160,7 @@ def test_windows_are_never_empty_and_inside_the_image(corners, ratio, width, hei
     x1, x2 = sorted(corners[:2])
     y1, y2 = sorted(corners[2:])
     box = torch.tensor([[x1, y1, x2, y2]])
-    ((left, top, right, bottom),) = crop_windows(box, ratio=ratio, width=width, height=height)
+    ((left, top, right, bottom),) = windows_of(box, ratio=ratio, width=width, height=height)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
 
@@ -168,7 +172,7 @@ def test_windows_are_never_empty_and_inside_the_image(corners, ratio, width, hei
 )
 def test_windows_cover_the_enlarged_box_and_less_than_a_pixel_more(corner, extent, ratio):
     box = torch.tensor([[*corner, corner[0] + extent[0], corner[1] + extent[1]]])
-    ((left, top, right, bottom),) = crop_windows(box, ratio=ratio, width=WIDTH, height=HEIGHT)
+    ((left, top, right, bottom),) = windows_of(box, ratio=ratio, width=WIDTH, height=HEIGHT)
     x1, y1, x2, y2 = box[0].tolist()
     dx, dy = (x2 - x1) * (ratio - 1) / 2, (y2 - y1) * (ratio - 1) / 2
     slack = 1 + 1e-9
