@@ -7,7 +7,7 @@ could also be in the full store, with the same embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,15 +86,12 @@ class SearchResult:
     """Embeddings (N, D) of these anchors."""
 
 
-def coarse_to_fine(
-    lattice: Lattice,
-    allowed: Tensor,
-    look: Callable[[Tensor], tuple[Tensor, Tensor]],
-    *,
-    growth: float,
-    passes: int,
-) -> SearchResult:
+def coarse_to_fine_rounds(
+    lattice: Lattice, allowed: Tensor, *, growth: float, passes: int
+) -> Generator[Tensor, Tensor, None]:
     """Score a sparse grid, then the neighbours of its best anchors, until the passes are used up.
+
+    Yields anchor numbers (N,) to score, and is sent their scores (N,), on the CPU. Equal scores give equal rounds.
 
     The sparse grid has only the middle ratio and a spacing of `growth` times an anchor's size, at least two cells. Each
     round scores the neighbours of the best anchors not yet expanded: half as far as the last time in all eight
@@ -104,28 +101,9 @@ def coarse_to_fine(
     Args:
         lattice: the grid; all its anchors are candidates.
         allowed: (A,) bool, anchors that may be scored.
-        look: function that returns score (N,) and embedding (N, D) of anchor numbers (N,).
         growth: spacing of the sparse grid as a fraction of the anchor's size, > 0.
         passes: largest number of anchors scored. If the sparse grid is larger, evenly spaced anchors of it are scored.
-
-    Returns:
-        All scored anchors; equal scores give an equal result.
     """
-    rounds = coarse_to_fine_rounds(lattice, allowed, growth=growth, passes=passes)
-    looked, parts = next(rounds), list[tuple[Tensor, Tensor]]()
-    while True:
-        score, embedding = look(looked)
-        parts.append((looked, embedding))
-        try:
-            looked = rounds.send(score)
-        except StopIteration:
-            return in_grid_order(parts)
-
-
-def coarse_to_fine_rounds(
-    lattice: Lattice, allowed: Tensor, *, growth: float, passes: int
-) -> Generator[Tensor, Tensor, None]:
-    """Rounds of `coarse_to_fine`: yields anchor numbers (N,) to score, and is sent their scores (N,), on the CPU."""
     steps = lattice.steps(growth, least=2)
     start = thinned(lattice, steps, [len(lattice.ratios) // 2])
     start = start[allowed[start]]

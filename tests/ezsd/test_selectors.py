@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from ezsd.proposals.search import Lattice, coarse_to_fine, grown_stride, thinned
+from ezsd.proposals.search import Lattice, coarse_to_fine_rounds, grown_stride, in_grid_order, thinned
 from ezsd.proposals.select import faithful_anchors, faithful_cells
 
 SIZES, RATIOS = (32.0, 64.0, 128.0, 256.0, 512.0), (0.5, 1.0, 2.0)
@@ -38,8 +38,16 @@ class Teacher:
 def search(lattice, score, *, allowed=None, growth=0.5, passes=1275):
     teacher = Teacher(score)
     allowed = everywhere(lattice) if allowed is None else allowed
-    looked = coarse_to_fine(lattice, allowed, teacher.look, growth=growth, passes=passes)
-    return looked, teacher
+    rounds = coarse_to_fine_rounds(lattice, allowed, growth=growth, passes=passes)
+    anchors, parts = next(rounds), []
+    while anchors is not None:
+        score, embedding = teacher.look(anchors)
+        parts.append((anchors, embedding))
+        try:
+            anchors = rounds.send(score)
+        except StopIteration:
+            anchors = None
+    return in_grid_order(parts), teacher
 
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (480, 640), (602, 456), (1333, 800)])
