@@ -36,7 +36,17 @@ BEFORE = {
     ),
     "cache": ("errors", "files", "format", "journal", "storage", "reader", "writer", "tools"),
     "pipeline": (
-        *("errors", "progress", "process_environment", "interrupts", "devices", "files", "config", "data"),
+        *(
+            "errors",
+            "progress",
+            "process_environment",
+            "interrupts",
+            "devices",
+            "read_ahead",
+            "files",
+            "config",
+            "data",
+        ),
         *("scheduling", "runs", "extraction", "inference", "training", "console", "report", "look", "demo"),
     ),
 }

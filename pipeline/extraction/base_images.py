@@ -17,7 +17,7 @@ from ezsd.pipeline.data.images import require_few_bad
 from ezsd.pipeline.data.requirements import held_out_images
 from ezsd.pipeline.devices import is_out_of_memory, said_instead
 from ezsd.pipeline.errors import ConfigError, ImageError
-from ezsd.pipeline.extraction.read_ahead import read_ahead
+from ezsd.pipeline.extraction.read_ahead import read_images
 
 log = logging.getLogger("ezsd")
 
@@ -56,7 +56,7 @@ class BaseImages:
         a thread comes to it, which is before its turn, is not read; its pixels are empty then.
         """
         images = self.annotations.images
-        reads = read_ahead(
+        reads = read_images(
             positions,
             lambda position: _UNREAD if position in known else self.source.read(images[position]),
             lambda position: images[position].width * images[position].height,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from ezsd.pipeline.read_ahead import read_ahead
 
 T = TypeVar("T")
 
@@ -27,10 +27,10 @@ def reading_threads(device: torch.device) -> int:
     return min(_MOST_READERS, len(os.sched_getaffinity(0)))
 
 
-def read_ahead(
+def read_images(
     items: Iterable[T], read: Callable[[T], Tensor], pixels: Callable[[T], int], *, device: torch.device, most: int
 ) -> Generator[tuple[T, Callable[[], Tensor]], None, None]:
-    """Items in order, each with a function that returns what was read of it, or raises why it was not.
+    """Images of items in order, see `read_ahead`, as a device wants them.
 
     Args:
         items: may be endless; asked for as many as are read ahead.
@@ -46,20 +46,4 @@ def read_ahead(
 
     readers = reading_threads(device)
     limit = most if device.type == "cpu" else _PER_READER * readers
-    waiting: deque[tuple[T, Future[Tensor]]] = deque()
-    held = 0
-    with ThreadPoolExecutor(readers, thread_name_prefix="read-ahead") as pool:
-        try:
-            for item in items:
-                waiting.append((item, pool.submit(ready, item)))
-                held += pixels(item)
-                while len(waiting) > 1 and (held > _MOST_PIXELS or len(waiting) > limit):
-                    first, future = waiting.popleft()
-                    held -= pixels(first)
-                    yield first, future.result
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result
-        finally:
-            for _, future in waiting:
-                future.cancel()
+    return read_ahead(items, ready, threads=readers, most=limit, size=pixels, most_size=_MOST_PIXELS)

@@ -29,7 +29,7 @@ from ezsd.pipeline.extraction.encoder import SHORT, CropEncoder, single_thread
 from ezsd.pipeline.extraction.external_proposals import given_proposals
 from ezsd.pipeline.extraction.in_flight import Fetched, Work, in_flight
 from ezsd.pipeline.extraction.proposer import ProposerWeights, load_proposer, propose
-from ezsd.pipeline.extraction.read_ahead import read_ahead
+from ezsd.pipeline.extraction.read_ahead import read_images
 from ezsd.pipeline.extraction.reuse import Columns, KnownRegion, Reuse, ReusedRows
 from ezsd.pipeline.extraction.teacher import configured_teacher
 from ezsd.proposals.refine import vote
@@ -211,7 +211,7 @@ def _views(worker: Worker, block: Block) -> Generator[View, None, None]:
         yield from (View(worker, position, partial(_read, worker, position)) for position in positions)
         return
     records = worker.annotations.images
-    reads = read_ahead(
+    reads = read_images(
         positions,
         partial(_read, worker),
         lambda position: records[position].width * records[position].height,

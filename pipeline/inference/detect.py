@@ -25,8 +25,8 @@ from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.inference.ensemble import TeacherEnsemble
 from ezsd.pipeline.inference.fonts import require_named_font
 from ezsd.pipeline.inference.predictor import ResizedImage, Search, encode_masks, load_trained, run_teacher
-from ezsd.pipeline.inference.read_ahead import read_ahead
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
+from ezsd.pipeline.read_ahead import read_ahead
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.open_clip import require_told_apart
 from ezsd.vocabulary import require_characters, require_different, spelt_as
@@ -247,7 +247,8 @@ class Model:
         def read(sources: Sequence[ImageLike]) -> list[ResizedImage]:
             return self._trained.resized([to_image(source) for source in sources])
 
-        for sources, resized in read_ahead(read, chunks):
+        for sources, read_images in read_ahead(chunks, read):
+            resized = read_images()
             (found,) = self._trained.detect_each(resized, [search], least=threshold)
             for source, image, detections in zip(sources, resized, found, strict=True):
                 where = os.fsdecode(source) if isinstance(source, str | os.PathLike) else ""

@@ -47,8 +47,8 @@ from ezsd.pipeline.inference.predictor import (
     load_trained,
     run_teacher,
 )
-from ezsd.pipeline.inference.read_ahead import read_ahead
 from ezsd.pipeline.progress import Progress
+from ezsd.pipeline.read_ahead import read_ahead
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.open_clip import device_of
 
@@ -87,7 +87,8 @@ def detect_split(
         return trained.resized([source.read(record) for record in records])
 
     with Progress(stage, len(annotations.images), unit="image") as progress:
-        for records, images in read_ahead(read, _chunks(annotations.images, BATCH_IMAGES)):
+        for records, read_images in read_ahead(_chunks(annotations.images, BATCH_IMAGES), read):
+            images = read_images()
             each = trained.detect_each(images, searches, keep=KEEP, masks=masks)
             for number, detected in enumerate(each):
                 for record, image, one in zip(records, images, detected, strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ezsd.pipeline.extraction.in_flight import Fetched, finished, in_flight
-from ezsd.pipeline.extraction.read_ahead import read_ahead
+from ezsd.pipeline.extraction.read_ahead import read_images
 from tests.pretend_gpu import GPU, pretend_gpu
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_only_some_small_images_are_read_ahead_for_a_gpu(monkeypatch):
     asked = []
     with pretend_gpu():
         items = (asked.append(number) or number for number in range(1000))
-        read = read_ahead(items, lambda _: torch.zeros(3, 1, 1), lambda _: 1, device=GPU, most=4)
+        read = read_images(items, lambda _: torch.zeros(3, 1, 1), lambda _: 1, device=GPU, most=4)
         next(read)
         read.close()
     assert len(asked) == 9
@@ -98,7 +98,7 @@ def test_images_are_read_ahead_in_order_and_only_some(wide):
             raise OSError("no such image")
         return torch.full((3, 1, 1), number)
 
-    reads = read_ahead(endless(), read, lambda _: wide, device=CPU, most=4)
+    reads = read_images(endless(), read, lambda _: wide, device=CPU, most=4)
     free.set()
     for expected in range(5):
         number, result = next(reads)

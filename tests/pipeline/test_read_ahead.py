@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ezsd.pipeline.inference.read_ahead import read_ahead
+from ezsd.pipeline.read_ahead import read_ahead
 
 
 def test_items_come_in_order_with_what_a_thread_reads_of_them():
@@ -15,14 +15,15 @@ def test_items_come_in_order_with_what_a_thread_reads_of_them():
         return item * item, threading.get_ident()
 
     found = []
-    for item, (square, thread) in read_ahead(read, range(4)):
+    for item, result in read_ahead(range(4), read):
+        square, thread = result()
         # The next one is read while this one is in use.
         assert item == 3 or begun[item + 1].wait(10)
         assert item > 1 or not begun[item + 2].is_set()
         assert thread != threading.get_ident()
         found.append((item, square))
     assert found == [(0, 0), (1, 1), (2, 4), (3, 9)]
-    assert list(read_ahead(read, [])) == []
+    assert list(read_ahead([], read)) == []
 
 
 def test_an_error_is_raised_where_its_item_comes():
@@ -31,7 +32,7 @@ def test_an_error_is_raised_where_its_item_comes():
             raise OSError("gone")
         return item
 
-    items = (item for item, _ in read_ahead(read, range(4)))
+    items = (result() for _, result in read_ahead(range(4), read))
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(OSError, match="gone"):
         next(items)
