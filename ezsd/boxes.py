@@ -10,8 +10,12 @@ All functions take boxes in the last dimension, (..., 4), leave their input alon
 zero boxes.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+_LARGEST_GROWTH = math.log(1000 / 16)
 
 
 def clip(boxes: Tensor, width: float, height: float) -> Tensor:
@@ -56,6 +60,28 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     shared = sides[..., 0] * sides[..., 1]
     union = area(a)[..., :, None] + area(b)[..., None, :] - shared
     return torch.where(shared > 0, shared / union, torch.zeros_like(shared))
+
+
+def deltas_between(reference: Tensor, target: Tensor) -> Tensor:
+    """Deltas (..., 4) that move reference boxes onto targets: centre by the reference's sides, logarithm of growth.
+
+    Args:
+        reference: xyxy, (..., 4), with positive sides.
+        target: xyxy, (..., 4), with positive sides.
+
+    Source: Girshick et al., R-CNN (arXiv 1311.2524), appendix C.
+    """
+    size, wanted = reference[..., 2:] - reference[..., :2], target[..., 2:] - target[..., :2]
+    centre, aim = reference[..., :2] + size / 2, target[..., :2] + wanted / 2
+    return torch.cat([(aim - centre) / size, (wanted / size).log()], -1)
+
+
+def apply_deltas(reference: Tensor, deltas: Tensor) -> Tensor:
+    """The inverse of `deltas_between`; growth is limited to 1000 / 16, as torchvision limits it, to the same bits."""
+    size = reference[..., 2:] - reference[..., :2]
+    centre = reference[..., :2] + size / 2 + deltas[..., :2] * size
+    half = size * deltas[..., 2:].clamp(max=_LARGEST_GROWTH).exp() / 2
+    return torch.cat([centre - half, centre + half], -1)
 
 
 def overlaps_any(boxes: Tensor, others: Tensor, *, iou_floor: float) -> Tensor:

@@ -10,6 +10,7 @@
 
 The objective is the sum of terms times `loss_weights`. To add a distillation metric, write one function of unit
 vectors, list it in `METRICS` and name it in `ezsd.choices.Metric`, which makes it a value of the setting loss.metric.
+Plain torch computes it, unless the fused operator does (`ezsd.kernels.distance.FUSED`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ezsd.boxes import apply_deltas, deltas_between
 from ezsd.choices import Metric
 from ezsd.kernels.distance import Distance, cosine_distance, l1_distance, mean_distance
 from ezsd.transfer import to_device
@@ -150,19 +152,12 @@ def delta_scale(device: torch.device) -> Tensor:
 
 def encode_boxes(reference: Tensor, target: Tensor) -> Tensor:
     """Deltas (R, 4) that move reference boxes onto targets; both (R, 4) xyxy with positive sides."""
-    size, wanted = reference[:, 2:] - reference[:, :2], target[:, 2:] - target[:, :2]
-    centre, aim = reference[:, :2] + size / 2, target[:, :2] + wanted / 2
-    deltas = torch.cat([(aim - centre) / size, (wanted / size).log()], 1)
-    return deltas * delta_scale(deltas.device)
+    return deltas_between(reference, target) * delta_scale(reference.device)
 
 
 def decode_boxes(reference: Tensor, deltas: Tensor) -> Tensor:
-    """The inverse of `encode_boxes`; growth is limited to 1000 / 16 per step, as torchvision limits it."""
-    deltas = deltas.float() / delta_scale(deltas.device)
-    size = reference[:, 2:] - reference[:, :2]
-    centre = reference[:, :2] + size / 2 + deltas[:, :2] * size
-    half = size * deltas[:, 2:].clamp(max=4.135166556742356).exp() / 2
-    return torch.cat([centre - half, centre + half], 1)
+    """The inverse of `encode_boxes`, with a limited growth, see `ezsd.boxes.apply_deltas`."""
+    return apply_deltas(reference, deltas.float() / delta_scale(deltas.device))
 
 
 def classification_loss(logits: Tensor, label: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import RPNHead, concat_box_prediction_layers
 from torchvision.ops import batched_nms
 
-from ezsd.boxes import iou
+from ezsd.boxes import apply_deltas, deltas_between, iou
 from ezsd.detector.sampling import draw_balanced, overlapped
 from ezsd.transfer import to_device
 
@@ -28,7 +27,6 @@ SMALLEST = 1e-3
 """Least width and height of a proposal, input pixels."""
 _BETA = 1 / 9
 """Difference at which smooth L1 turns from a parabola to a line."""
-_LARGEST_GROWTH = math.log(1000 / 16)
 _ROUNDS = 8
 """Rounds of NMS on a GPU between two looks at whether it is done."""
 
@@ -125,7 +123,9 @@ class ProposalNetwork(nn.Module):
         top = torch.cat(tops, 1)
         chosen = found.deltas.gather(1, top[:, :, None].expand(-1, -1, 4))
         limits = torch.tensor([(width, height, width, height) for height, width in sizes], dtype=torch.float32)
-        inside = torch.minimum(_decode(found.anchors[top], chosen).clamp(min=0), to_device(limits, top.device)[:, None])
+        inside = torch.minimum(
+            apply_deltas(found.anchors[top], chosen).clamp(min=0), to_device(limits, top.device)[:, None]
+        )
         whole = ((inside[:, :, 2:] - inside[:, :, :2]) >= SMALLEST).all(2)
         scores = found.objectness.gather(1, top).sigmoid()
         suppress = suppress_on_gpu if top.is_cuda else suppress_on_cpu
@@ -153,7 +153,7 @@ class ProposalNetwork(nn.Module):
             sampled = drawn.counted.sum()
             some = min(SAMPLED_ANCHORS // 2, drawn.rows.shape[1])
             rows, on_object = drawn.rows[:, :some, None].expand(-1, -1, 4), drawn.positive[:, :some, None]
-            moves = _encode(found.anchors[drawn.rows[:, :some]], targets.gather(1, rows))
+            moves = deltas_between(found.anchors[drawn.rows[:, :some]], targets.gather(1, rows))
             wanted = torch.where(on_object, moves, 0)
         box = F.smooth_l1_loss(found.deltas.gather(1, rows) * on_object, wanted, beta=_BETA, reduction="sum")
         every = F.binary_cross_entropy_with_logits(
@@ -258,18 +258,3 @@ def _overlaps_better(boxes: Tensor, marks: Tensor, threshold: float) -> Tensor:
     return torch.stack(
         [((iou(box, box) > threshold) & mark[:, None]).triu(1) for box, mark in zip(boxes, marks, strict=True)]
     )
-
-
-def _decode(anchors: Tensor, deltas: Tensor) -> Tensor:
-    """Boxes (..., 4) that deltas make of anchors, to the last bit as torchvision does."""
-    size = anchors[..., 2:] - anchors[..., :2]
-    centre = deltas[..., :2] * size + (anchors[..., :2] + 0.5 * size)
-    half = 0.5 * (deltas[..., 2:].clamp(max=_LARGEST_GROWTH).exp() * size)
-    return torch.cat([centre - half, centre + half], -1)
-
-
-def _encode(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Deltas (..., 4) that make boxes of anchors."""
-    size, wanted = anchors[..., 2:] - anchors[..., :2], boxes[..., 2:] - boxes[..., :2]
-    centre, aim = anchors[..., :2] + 0.5 * size, boxes[..., :2] + 0.5 * wanted
-    return torch.cat([(aim - centre) / size, (wanted / size).log()], -1)
