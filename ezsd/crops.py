@@ -35,15 +35,23 @@ def crop_boxes(image: Tensor, boxes: Tensor, *, size: int, ratio: float, surroun
     Returns:
         (R, 3, size, size) uint8 on the image's device; on a CPU channels last in memory.
     """
-    table = _windows(boxes.cpu(), ratio=ratio, surround=surround, width=image.shape[2], height=image.shape[1])
     if image.device.type != "cpu":
-        as_they_are = torch.ones(3, device=image.device), torch.zeros(3, device=image.device)
-        return resample_windows(image, table, *as_they_are, size=size, dtype=torch.uint8)
+        return normalised_crops(
+            image,
+            boxes,
+            size=size,
+            ratio=ratio,
+            surround=surround,
+            gain=torch.ones(3, device=image.device),
+            shift=torch.zeros(3, device=image.device),
+            dtype=torch.uint8,
+        )
     shape = (len(boxes), 3, size, size)
     # Channels last is what makes uint8 resampling quick on CPU; turning each crop around took a third of its time.
     pixels = image[None].contiguous(memory_format=torch.channels_last)[0]
     out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    windows = _as_tuples(table)
+    table = _windows(boxes.cpu(), ratio=ratio, surround=surround, width=image.shape[2], height=image.shape[1])
+    windows = [(left, top, right, bottom) for left, top, right, bottom in table.tolist()]
     for rows in _alike(windows, size=size):
         squares = _squares(pixels, [windows[row] for row in rows])
         for row, crop in zip(rows, _resample(squares, size), strict=True):
@@ -129,10 +137,6 @@ def _square(boxes: Tensor) -> Tensor:
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     half = (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True) / 2
     return torch.cat([centre - half, centre + half], 1)
-
-
-def _as_tuples(table: Tensor) -> list[tuple[int, int, int, int]]:
-    return [(left, top, right, bottom) for left, top, right, bottom in table.tolist()]
 
 
 def _alike(windows: list[tuple[int, int, int, int]], *, size: int) -> list[list[int]]:

@@ -65,12 +65,7 @@ def triton_obstacle(maps: tuple[Tensor, ...], *, bins: int) -> str | None:
         return f"there are {len(maps)} levels, a launch takes {MAX_LEVELS}"
     if bins > MAX_BINS:
         return f"there are {bins} bins per side, the kernels take {MAX_BINS}"
-    return _device_obstacle(maps[0].device)
-
-
-def triton_obstacle_of(device: torch.device) -> str | None:
-    """Say why Triton cannot run on a device, or None if it can; a GPU is asked once, by launching a kernel."""
-    return _device_obstacle(device)
+    return device_obstacle(maps[0].device)
 
 
 def current_device(tensor: Tensor) -> torch.cuda.device:
@@ -86,7 +81,7 @@ def require_backend(backend: Backend, device: torch.device) -> None:
     """
     if backend == "eager" or (backend == "auto" and device.type == "cpu"):
         return
-    obstacle = _device_obstacle(device)
+    obstacle = device_obstacle(device)
     if obstacle is not None and backend == "triton":
         raise BackendError(_refusal(obstacle))
     if obstacle is not None:
@@ -97,7 +92,8 @@ def _refusal(obstacle: str) -> str:
     return f'backend="triton" cannot run here: {obstacle}. Use backend="auto" or "eager".'
 
 
-def _device_obstacle(device: torch.device) -> str | None:
+def device_obstacle(device: torch.device) -> str | None:
+    """Say why Triton cannot run on a device, or None if it can; a GPU is asked once, by launching a kernel."""
     if not _installed():
         return "the package triton is not installed"
     if device.type == "cuda":

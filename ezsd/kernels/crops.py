@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ezsd.kernels.backend import current_device, triton_obstacle_of
+from ezsd.kernels.backend import current_device, device_obstacle
 from ezsd.transfer import to_device
 
 _ELEMENTS = 2**26
@@ -46,7 +46,7 @@ def resample_windows(
     if not len(windows):
         return torch.empty(0, 3, size, size, dtype=dtype, device=image.device)
     table = windows.int()
-    if triton_obstacle_of(image.device) is None:
+    if device_obstacle(image.device) is None:
         from ezsd.kernels import triton_crops
 
         with current_device(image):
