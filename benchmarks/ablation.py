@@ -210,8 +210,7 @@ def name_of(plan: Plan, arm: Arm) -> driver.Row:
 
 def is_done(plan: Plan, arm: Arm) -> bool:
     """Whether the row is there."""
-    wanted = name_of(plan, arm)
-    return any({key: row.get(key) for key in wanted} == wanted for row in driver.read("ablation", plan.results))
+    return driver.is_there("ablation", name_of(plan, arm), plan.results)
 
 
 def run_here(plan: Plan, arms: Sequence[Arm]) -> None:

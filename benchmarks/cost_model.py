@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 FLOAT = 4
 """Bytes of what is counted."""
+PIXEL_BYTES = 1
+"""Of each of a pixel's colours on the link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,6 @@ class Host:
     """Of a training step of 16 images."""
     wait_ms: float
     """Idle time of the GPU at each."""
-    pixel_bytes: int
     link: float
     """Of the published rate."""
 
@@ -85,7 +86,6 @@ HIDDEN = Host(
     readers=8,
     waits=2,
     wait_ms=0.1,
-    pixel_bytes=1,
     link=0.5,
 )
 IN_TURN = Host(
@@ -99,7 +99,6 @@ IN_TURN = Host(
     readers=4,
     waits=2,
     wait_ms=0.2,
-    pixel_bytes=1,
     link=0.1,
 )
 ENDS = (HIDDEN, IN_TURN)
@@ -141,7 +140,7 @@ def training_ms(
 
 def link_ms(gpu: Gpu, host: Host, pixels: int) -> float:
     """Milliseconds in which pixels of three colours reach the GPU."""
-    return 3 * pixels * host.pixel_bytes / (gpu.link * host.link * 1e6)
+    return 3 * pixels * PIXEL_BYTES / (gpu.link * host.link * 1e6)
 
 
 def assumptions(assumed: Assumed) -> list[list[str]]:
@@ -164,8 +163,7 @@ def assumptions(assumed: Assumed) -> list[list[str]]:
         ],
         [
             "bytes of a pixel's colour on the link",
-            f"{here.pixel_bytes}",
-            f"{there.pixel_bytes}",
+            *2 * [f"{PIXEL_BYTES}"],
             "as bytes",
         ],
         ["cores beside the GPU", f"{here.cores}", "none: each waits for the other", "assumed"],

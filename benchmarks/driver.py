@@ -138,6 +138,11 @@ def append(name: str, row: Row, folder: Path = RESULTS) -> None:
         file.write(json.dumps({"bench": name, **row, **conditions()}) + "\n")
 
 
+def is_there(name: str, wanted: Row, folder: Path = RESULTS) -> bool:
+    """Whether NAME.jsonl has a row with these values."""
+    return any({key: row.get(key) for key in wanted} == wanted for row in read(name, folder))
+
+
 def read(name: str, folder: Path = RESULTS) -> list[Row]:
     """All rows of NAME.jsonl."""
     path = folder / f"{name}.jsonl"

@@ -27,7 +27,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -305,8 +305,7 @@ def kernels(check: Check) -> Row:
 
 def require_triton(check: Check) -> None:
     """Skip what is about the kernels where they cannot run."""
-    if not check.on_gpu:
-        raise Skipped("a rehearsal has no GPU")
+    require_gpu(check)
     if check.no_triton is not None:
         raise Skipped(check.no_triton)
 
@@ -321,17 +320,17 @@ def training_step(check: Check) -> Row:
     return {"compared": compared, "falls": falls}
 
 
-class exact_products:
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
     """Context without TF32, which would be no float32."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_float32_matmul_precision(self.before[0])
-        torch.backends.cudnn.allow_tf32 = self.before[1]
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def stage_one(check: Check) -> Row:

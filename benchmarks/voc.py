@@ -203,8 +203,7 @@ def name_of(plan: Plan, arm: Arm) -> driver.Row:
 
 def is_done(plan: Plan, arm: Arm) -> bool:
     """Whether the row is there."""
-    wanted = name_of(plan, arm)
-    return any({key: row.get(key) for key in wanted} == wanted for row in driver.read("voc", plan.asked.results))
+    return driver.is_there("voc", name_of(plan, arm), plan.asked.results)
 
 
 def quality(store: Store, dataset: Dataset) -> driver.Row:
@@ -237,14 +236,13 @@ def quality(store: Store, dataset: Dataset) -> driver.Row:
     }
 
 
-def run_here(plan: Plan, arms: Sequence[Arm]) -> None:
-    """Arms one after the other in this process."""
-    for arm in arms:
-        row = {**name_of(plan, arm), **measure(plan, arm)}
-        # What a killed start left running may have been quicker.
-        if not is_done(plan, arm):
-            driver.append("voc", row, plan.asked.results)
-        print(f"{plan.asked.split}, seed {plan.seed}, {arm.name}: done", flush=True)
+def run_here(plan: Plan, arm: Arm) -> None:
+    """An arm in this process."""
+    row = {**name_of(plan, arm), **measure(plan, arm)}
+    # What a killed start left running may have been quicker.
+    if not is_done(plan, arm):
+        driver.append("voc", row, plan.asked.results)
+    print(f"{plan.asked.split}, seed {plan.seed}, {arm.name}: done", flush=True)
 
 
 def run_all(plans: Sequence[Plan], arms: Sequence[Arm], words: Sequence[str]) -> list[str]:
@@ -257,7 +255,7 @@ def run_all(plans: Sequence[Plan], arms: Sequence[Arm], words: Sequence[str]) ->
         prepared_store(plans[0], name)
     if plans[0].asked.jobs == 1:
         for plan, arm in waiting:
-            run_here(plan, [arm])
+            run_here(plan, arm)
         return []
     commands = {
         f"{arm.name}, seed {plan.seed}": [sys.executable, __file__, *words, "--jobs", "1"]
@@ -269,7 +267,7 @@ def run_all(plans: Sequence[Plan], arms: Sequence[Arm], words: Sequence[str]) ->
     # It takes the run of another arm, which is locked while it is looked at.
     for plan, arm in waiting:
         if arm.permuted and f"ours, seed {plan.seed}" not in failed:
-            run_here(plan, [arm])
+            run_here(plan, arm)
     return failed
 
 
