@@ -201,6 +201,10 @@ def end(process: subprocess.Popen[str], mark: str) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(left, signal.SIGKILL)
     process.wait()
+    # A killed process is there for a moment, and has the GPU's memory until it is gone.
+    until = time.monotonic() + GRACE
+    while marked(mark) and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def marked(mark: str) -> list[int]:
