@@ -19,6 +19,7 @@ from ezsd.detector.masks import POOL_SIZE, MaskHead, ObjectMasks, concatenated, 
 from ezsd.detector.rpn import SAMPLED_ANCHORS, AnchorLosses, ProposalNetwork, Proposals
 from ezsd.detector.sampling import (
     SampledRegions,
+    image_of_rows,
     image_seeds,
     pad_rows,
     sample_regions,
@@ -276,7 +277,7 @@ class Detector(nn.Module):
         levels = maps[: self.head.pooling.levels]
         marks = proposals.marks.flatten()
         rows = worth_computing(marks)
-        boxes, index = proposals.boxes.flatten(0, 1)[rows], _image_index(proposals.marks)[rows]
+        boxes, index = proposals.boxes.flatten(0, 1)[rows], image_of_rows(proposals.marks).flatten()[rows]
         most = proposals.marks.shape[1]
         seen = _Seen(
             boxes=boxes,
@@ -471,12 +472,6 @@ def _suppress(
         kept = kept[label[kept] < asked]
     kept = kept[:keep]
     return Detections(boxes=box[kept], scores=score[kept], labels=label[kept])
-
-
-def _image_index(marks: Tensor) -> Tensor:
-    """Image of each of the rows (B, P), (B * P,) int64."""
-    images, rows = marks.shape
-    return torch.arange(images, device=marks.device)[:, None].expand(images, rows).flatten()
 
 
 def _pooled_levels(backbone: Pyramid) -> int:

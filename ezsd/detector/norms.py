@@ -28,7 +28,9 @@ class FoldedNorm(FrozenNorm):
 
 
 class NormedConvolution(nn.Conv2d):
-    """Convolution with the frozen normalisation behind it folded into weights and bias: exact, and one pass less.
+    """Convolution with the frozen normalisation behind it folded into weights and bias: one pass less.
+
+    Exact but for rounding: autocast rounds the folded numbers, where a norm of its own computes in float32.
 
     Args:
         convolution: gives its parameters, and the names that they have in a state.

@@ -36,8 +36,7 @@ class SampledRegions:
     @property
     def image_index(self) -> Tensor:
         """Image of each slot, (B, S) int64."""
-        images, slots = self.labels.shape
-        return torch.arange(images, device=self.labels.device)[:, None].expand(images, slots)
+        return image_of_rows(self.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +57,11 @@ def worth_computing(marks: Tensor) -> Tensor | slice:
     Their number is the host's to know: it would wait for a GPU, which computes the others meanwhile.
     """
     return slice(None) if marks.is_cuda else torch.nonzero(marks)[:, 0]
+
+
+def image_of_rows(rows: Tensor) -> Tensor:
+    """Image of each row of a batch's rows (B, N): (B, N) int64."""
+    return torch.arange(len(rows), device=rows.device)[:, None].expand(rows.shape)
 
 
 def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
