@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -197,14 +198,25 @@ def end(process: subprocess.Popen[str], mark: str) -> None:
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
-    for left in marked(mark):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(left, signal.SIGKILL)
+    killed = [handle for left in marked(mark) if (handle := kill(left)) is not None]
     process.wait()
     # A killed process is there for a moment, and has the GPU's memory until it is gone.
     until = time.monotonic() + GRACE
-    while marked(mark) and time.monotonic() < until:
-        time.sleep(0.05)
+    for handle in killed:
+        select.select([handle], [], [], max(until - time.monotonic(), 0))
+        os.close(handle)
+
+
+def kill(process: int) -> int | None:
+    """Kill a process. Return a handle that can be read once it has ended; None if it had ended before."""
+    try:
+        handle = os.pidfd_open(process)
+    except ProcessLookupError:
+        return None
+    # It may have ended meanwhile; its handle says so.
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+    return handle
 
 
 def marked(mark: str) -> list[int]:

@@ -1,5 +1,6 @@
 """`make gpu-check` without a GPU: what is right is accepted, one broken thing refuses, the table comes all the same."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -219,9 +220,9 @@ def test_a_command_ends_in_time_with_its_processes_of_other_sessions(gpu_check, 
         done.require("it")
     assert ("asked" in done.text) == (launcher == "asks")
     for process in done.text.split()[:2]:
-        stat = Path("/proc", process, "stat")
         # Whoever adopts an orphan may let it be a zombie for a while.
-        assert not stat.exists() or stat.read_text().split()[2] == "Z"
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            assert Path("/proc", process, "stat").read_text().split()[2] in "ZX"
 
 
 @pytest.mark.parametrize(
