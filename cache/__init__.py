@@ -25,6 +25,7 @@ from ezsd.cache.journal.plan import (
     write_block,
 )
 from ezsd.cache.journal.shards import ShardTask, commit_shard
+from ezsd.cache.journal.unfinished import Unfinished
 from ezsd.cache.reader import Product, Store, Verify
 from ezsd.cache.storage.locations import read_environment
 from ezsd.cache.tools.compare import Comparison, compare
@@ -72,6 +73,7 @@ __all__ = [
     "StoreUnreadable",
     "StoreWriter",
     "StoredValues",
+    "Unfinished",
     "Verify",
     "canonical_json",
     "collect",

@@ -63,6 +63,7 @@ from ezsd.cache.journal.plan import (
     refuse,
 )
 from ezsd.cache.journal.shards import ShardTask, forget_record, recorded
+from ezsd.cache.journal.unfinished import Unfinished
 from ezsd.cache.journal.validation import check_per_store
 from ezsd.cache.storage.locations import unfinished_plan
 
@@ -329,6 +330,17 @@ class StoreWriter:
             name = per_store_folder(self._plan, product).name
             set_aside(self.path, name)
             write_entry(self.path, name, rows, described, point="whole")
+        self.unfinished(product).discard()
+
+    def unfinished(self, product: str) -> Unfinished:
+        """Place for the state of a per-store product that takes many steps to make; `write_per_store` clears it.
+
+        Raises:
+            StoreError: the store has no such product, or is complete.
+        """
+        per_store_field(product, self._plan.manifest.products, self.path)
+        self._require_unfinished(f"work on {product}")
+        return Unfinished(self._plan, product)
 
     def read_per_store(self, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """The arrays and attributes of a per-store product, also from a complete store.

@@ -16,7 +16,18 @@ import torch
 from numpy.typing import NDArray
 
 from ezsd.adapt import restore
-from ezsd.cache import JSON, PER_STORE, Block, Manifest, Store, StoreMismatch, StoreWriter, info, is_committed
+from ezsd.cache import (
+    JSON,
+    PER_STORE,
+    Block,
+    Manifest,
+    Store,
+    StoreMismatch,
+    StoreWriter,
+    Unfinished,
+    info,
+    is_committed,
+)
 from ezsd.data.annotations import Annotations
 from ezsd.pipeline.config.schema import Config, TeacherConfig
 from ezsd.pipeline.data.datasets import require_prompts
@@ -357,12 +368,14 @@ def _prepare(writer: StoreWriter, request: BuildRequest, source: _Source) -> Ext
 def _proposer(writer: StoreWriter, request: BuildRequest, annotations: Annotations) -> ProposerWeights:
     """Train the proposer, or take it from a run, or from the journal."""
     if not writer.has_per_store("proposer"):
-        values, trained = trained_proposer(request, annotations)
+        values, trained = trained_proposer(request, annotations, writer.unfinished("proposer"))
         writer.write_per_store("proposer", {"values": values}, as_json(trained))
     return proposer_weights(*writer.read_per_store("proposer"))
 
 
-def trained_proposer(request: BuildRequest, annotations: Annotations) -> tuple[NDArray[np.float32], dict[str, object]]:
+def trained_proposer(
+    request: BuildRequest, annotations: Annotations, unfinished: Unfinished | None = None
+) -> tuple[NDArray[np.float32], dict[str, object]]:
     """Train a proposer on the base boxes, or read that of a run; its state, and its steps and figures."""
     config = request.config
     if config.proposer.run is not None:
@@ -377,6 +390,7 @@ def trained_proposer(request: BuildRequest, annotations: Annotations) -> tuple[N
         held_out=config.adapt.held_out,
         device=torch.device(request.device),
         seed=config.build.seed,
+        unfinished=unfinished,
     )
     log.info(
         "proposer: %d boxes an image cover %.1f %% of %d held-out base objects at IoU 0.5, %.1f %% at IoU 0.7",

@@ -2,7 +2,12 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +27,7 @@ from ezsd.pipeline.console.defaults import train_config
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.errors import ConfigError, ImageError
 from ezsd.pipeline.extraction import build as build_module
+from ezsd.pipeline.extraction import proposer as proposer_module
 from ezsd.pipeline.extraction.base_images import BaseImages
 from ezsd.pipeline.extraction.build import build_cache, build_share
 from ezsd.pipeline.extraction.commit import commit_cache
@@ -51,6 +57,7 @@ LEARNED = (
 )
 
 
+ROOT = Path(__file__).resolve().parents[2]
 UNCOMMITTED = ("environment.json", "build.log")
 
 
@@ -255,9 +262,10 @@ def base_images(dataset, most_bad):
     return BaseImages(annotations=annotations, source=dataset.images("train"), reader="a test", most_bad=most_bad)
 
 
-def trained(images, config, **changes):
+def trained(images, config, unfinished=None, **changes):
     settings = dataclasses.replace(config.proposer, **changes)
-    return train_proposer(images, settings, held_out=0.2, device=torch.device("cpu"), seed=0)
+    device = torch.device("cpu")
+    return train_proposer(images, settings, held_out=0.2, device=device, seed=0, unfinished=unfinished)
 
 
 def test_images_that_cannot_be_read_are_left_out_and_recorded(shapes_root, config, tmp_path):
@@ -434,3 +442,60 @@ def test_seesaw_counts_and_repeat_factors_know_no_pseudo_label(learned_store, tm
         counts.append(run.finished().class_counts())
     assert counts[0].any()
     assert torch.equal(*counts)
+
+
+SAVING = "import ezsd.pipeline.extraction.proposer as p; p.SAVE_SECONDS = 0; import ezsd.cli; ezsd.cli.main()"
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_training_killed_between_steps_goes_on_to_the_same_bytes(
+    damaged, learned_store, shapes_dataset, config, tmp_path, caplog
+):
+    out = tmp_path / "store"
+    words = ["cache", "build", "--dataset", "shapes", "--data-root", str(shapes_dataset.root), "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "EZSD_FAILPOINT": "unfinished.before_rename:3"}
+    killed = subprocess.run(
+        [sys.executable, "-c", SAVING, *words, *(word for setting in LEARNED for word in ("--set", setting))],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (state,) = out.glob("journal/unfinished-proposer-*")
+    assert state.name == "unfinished-proposer-00000002"
+    if damaged:
+        (state / "data.raw").write_bytes(b"\1" + (state / "data.raw").read_bytes()[1:])
+    caplog.set_level("INFO")
+    build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=out, workers=1))
+    assert ("goes on after step 2 of 3" in caplog.text) != damaged
+    assert committed(out) == committed(learned_store)
+
+
+def test_a_training_that_goes_on_remembers_which_images_it_left_out(shapes_root, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(proposer_module, "SAVE_SECONDS", 0)
+    dataset = pale(shapes_root, tmp_path / "pale", [0, 1])
+    whole = trained(base_images(dataset, most_bad=2), config, steps=12)
+    kept = Kept(until=10)
+    with pytest.raises(KeyboardInterrupt):
+        trained(base_images(dataset, most_bad=2), config, steps=12, unfinished=kept)
+    kept.until = 13
+    values, attributes = trained(base_images(dataset, most_bad=2), config, steps=12, unfinished=kept)
+    assert np.array_equal(values, whole[0])
+    assert attributes == whole[1]
+
+
+class Kept:
+    """Keeps a training's state, and stops it after a step."""
+
+    def __init__(self, until):
+        self.until, self.state = until, None
+
+    def read(self):
+        return self.state
+
+    def write(self, step, arrays, attributes):
+        assert step <= self.until
+        self.state = {name: values.copy() for name, values in arrays.items()}, json.loads(json.dumps(attributes))
+        if step == self.until:
+            raise KeyboardInterrupt
