@@ -275,6 +275,10 @@ Scheduler = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Number of local processes; 0 means one per GPU or core.")]
 Dashboard = Annotated[bool, typer.Option("--dashboard", help="Serve the Dask dashboard.")]
+WaitForWorkers = Annotated[
+    float | None,
+    typer.Option(min=0, metavar="SECONDS", help="How long to wait for a Dask cluster's first worker; 10 s by default."),
+]
 
 
 @cache_app.command("build", epilog="Example:  ezsd cache build --dataset shapes")
@@ -302,6 +306,7 @@ def cache_build(
     scheduler: Scheduler = "local",
     workers: Workers = 0,
     dashboard: Dashboard = False,
+    wait_for_workers: WaitForWorkers = None,
     blocks: Annotated[
         str | None,
         typer.Option(
@@ -327,7 +332,7 @@ def cache_build(
     names = class_names("--novel", lists=novel or (), files=novel_file or ())
     require_novel(dataset, names)
     share = None if blocks is None else parse_share(blocks)
-    require_scheduler(scheduler, workers=workers, dashboard=dashboard, share=share)
+    require_scheduler(scheduler, workers=workers, dashboard=dashboard, wait=wait_for_workers, share=share)
     from ezsd.pipeline.console.defaults import build_config, drawn, require_known_proposer, require_known_teacher
     from ezsd.pipeline.data.datasets import find_dataset
     from ezsd.pipeline.devices import require_device_name, resolve_device
@@ -369,6 +374,7 @@ def cache_build(
         scheduler=scheduler,
         workers=workers,
         dashboard=dashboard,
+        wait_for_workers=wait_for_workers,
         reuse=reuse,
     )
     if dry_run:
@@ -387,16 +393,17 @@ def cache_commit(
     scheduler: Scheduler = "local",
     workers: Workers = 0,
     dashboard: Dashboard = False,
+    wait_for_workers: WaitForWorkers = None,
 ) -> None:
     """Finish a store that was built in parts (`ezsd cache build --blocks I/N`)."""
     from ezsd.pipeline.console.arguments import require_scheduler
 
-    require_scheduler(scheduler, workers=workers, dashboard=dashboard)
+    require_scheduler(scheduler, workers=workers, dashboard=dashboard, wait=wait_for_workers)
     from ezsd.pipeline.console.store_messages import commit_lines
     from ezsd.pipeline.extraction.commit import commit_cache
     from ezsd.pipeline.scheduling.pool import Schedule
 
-    schedule = Schedule(scheduler=scheduler, workers=workers, dashboard=dashboard)
+    schedule = Schedule(scheduler=scheduler, workers=workers, dashboard=dashboard, wait_for_workers=wait_for_workers)
     typer.echo("\n".join(commit_lines(store, commit_cache(store, schedule))))
 
 

@@ -1,7 +1,11 @@
 """docs/building.md: commands on the shapes run in the order in which they stand, others have options that exist."""
 
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +48,32 @@ def test_the_other_commands_have_these_options(words):
     command = group.commands[words[0]].commands[words[1]]
     known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_the_job_array_makes_the_store_under_a_queue(shapes_root, shapes_store, tmp_path):
+    """The script of the docs, on the shapes, started as SLURM does; one job is killed and put back in the queue."""
+    from ezsd.cache import compare
+
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", TEXT, re.DOTALL)
+    array = re.search(r"--array=1-(\d+)", script)
+    assert "--requeue" in script
+    assert int(array[1]) > 1
+    quick = " ".join(f"--set {shlex.quote(setting)}" for setting in QUICK)
+    body = script.replace(
+        "--dataset coco --data-root DIR", f"--dataset shapes --data-root {shapes_root} --workers 1 {quick}"
+    )
+    (tmp_path / "job.sh").write_text(body)
+    (tmp_path / "ezsd").write_text(f'#!/bin/sh\nexec {sys.executable} -m ezsd "$@"\n')
+    (tmp_path / "ezsd").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    common = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+
+    def started(task, **environment):
+        own = common | {"SLURM_ARRAY_TASK_ID": str(task)} | environment
+        return subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=own)
+
+    jobs = [started(1, EZSD_FAILPOINT="block.before_rename"), started(2)]
+    assert [job.wait() for job in jobs] == [128 + signal.SIGKILL, 0]
+    assert started(1).wait() == 0
+    assert ezsd("cache", "commit", "cache/coco", cwd=tmp_path).returncode == 0
+    assert compare(tmp_path / "cache/coco", shapes_store).content == ()

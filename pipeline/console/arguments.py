@@ -228,7 +228,9 @@ def _folder_images(folder: Path) -> list[Path]:
     return found
 
 
-def require_scheduler(scheduler: str, *, workers: int, dashboard: bool, share: tuple[int, int] | None = None) -> None:
+def require_scheduler(
+    scheduler: str, *, workers: int, dashboard: bool, wait: float | None = None, share: tuple[int, int] | None = None
+) -> None:
     """Raise ArgumentError for a scheduler that does not exist, and for options that do not go with it."""
     address = re.fullmatch(r"(tcp|tls)://.+:\d+", scheduler)
     if address is None and scheduler not in ("local", "sync"):
@@ -239,6 +241,8 @@ def require_scheduler(scheduler: str, *, workers: int, dashboard: bool, share: t
         raise ArgumentError(f"--workers goes with --scheduler local alone, not with {scheduler}")
     if dashboard and scheduler == "sync":
         raise ArgumentError("--dashboard: with --scheduler sync there is no Dask to look at")
+    if wait is not None and address is None:
+        raise ArgumentError(f"--wait-for-workers goes with a Dask scheduler's address alone, not with {scheduler}")
     if share is not None and address is not None:
         raise ArgumentError("--blocks is for jobs without a scheduler; leave --scheduler out, or --blocks")
 

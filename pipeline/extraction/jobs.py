@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,12 +11,11 @@ from pathlib import Path
 from ezsd.cache import Block, StoreWriter, read_note, read_per_store, read_plan
 from ezsd.pipeline.config.schema import from_tables, to_tables
 from ezsd.pipeline.data.datasets import from_definition
-from ezsd.pipeline.errors import ClusterError
 from ezsd.pipeline.extraction.proposer import proposer_weights
 from ezsd.pipeline.extraction.reuse import Reuse
 from ezsd.pipeline.extraction.worker import ExtractJob, extract_block
 from ezsd.pipeline.files import parse_object
-from ezsd.pipeline.scheduling.dask_cluster import other_versions, versions
+from ezsd.pipeline.scheduling.dask_cluster import require_fit, versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +50,7 @@ def extract_numbered(note: JobNote, number: int) -> int:
 @lru_cache(maxsize=1)
 def _read(note: JobNote) -> tuple[ExtractJob, list[Block]]:
     found = parse_object(read_note(Path(note.store), note.name), f"{note.store}: the job {note.name}")
-    # Workers may have come after those that were there were looked over.
-    other = other_versions(found["versions"])
-    if other is not None:
-        raise ClusterError(f"{platform.node()}: a worker {other}")
+    require_fit(found["versions"])
     plan, reuse = read_plan(Path(note.store)), found["reuse"]
     teacher, tuned = read_per_store(plan, "teacher")
     text, _ = read_per_store(plan, "text")

@@ -34,13 +34,21 @@ class BuildRequest:
     """Worker processes of this machine; 0 takes one per GPU, or one per core on the CPU."""
     dashboard: bool = False
     """True if Dask's pages about the work are served."""
+    wait_for_workers: float | None = None
+    """Seconds to wait for a cluster's first worker, see `Schedule`."""
     reuse: Path | None = None
     """A complete store to take over what would come out the same."""
 
     @property
     def schedule(self) -> Schedule:
         """Scheduler, workers and device for the tasks of the build."""
-        return Schedule(scheduler=self.scheduler, workers=self.workers, device=self.device, dashboard=self.dashboard)
+        return Schedule(
+            scheduler=self.scheduler,
+            workers=self.workers,
+            device=self.device,
+            dashboard=self.dashboard,
+            wait_for_workers=self.wait_for_workers,
+        )
 
 
 def read_annotations(request: BuildRequest) -> Annotations:

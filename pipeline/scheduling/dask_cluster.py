@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import logging
+import platform
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +24,14 @@ from ezsd.pipeline.errors import ArgumentError, ClusterError
 if TYPE_CHECKING:
     from distributed import Client, Worker
 
+log = logging.getLogger("ezsd")
+
 CONNECT_SECONDS = 10
-"""Seconds within which a scheduler must answer, and its workers must come."""
+"""Seconds within which a scheduler must answer."""
+WAIT_SECONDS = 10.0
+"""Seconds within which a cluster's first worker must come, unless a user waits for longer."""
+TELL_SECONDS = 15.0
+"""Seconds between two lines about a wait."""
 SHAPES_BYTES = ("ezsd", "torch", "torchvision", "open_clip_torch", "numpy", "zarr", "pillow")
 """Packages that must have the same version in every process of a build."""
 
@@ -31,8 +40,12 @@ LOST = "the connection to the Dask scheduler is lost; what is finished stays, ru
 
 
 @contextmanager
-def connected(address: str) -> Iterator[Client]:
+def connected(address: str, *, wait: float | None = None) -> Iterator[Client]:
     """A client of the scheduler at an address that has workers.
+
+    Args:
+        address: of the scheduler.
+        wait: seconds to wait for a first worker; None for `WAIT_SECONDS`.
 
     Raises:
         ClusterError: it does not answer in time, or has no workers.
@@ -51,14 +64,32 @@ def connected(address: str) -> Iterator[Client]:
                 f"({type(error).__name__}: {error}); start one with `dask scheduler`, or check the address"
             ) from error
     with client:
-        try:
-            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
-        except TimeoutError as error:
-            raise ClusterError(
-                f"`scheduler={address}`: has no workers, none came within {CONNECT_SECONDS} s; "
-                f"start some with `dask worker {address} --nthreads 1`"
-            ) from error
+        _await_worker(client, address, WAIT_SECONDS if wait is None else wait)
         yield client
+
+
+def _await_worker(client: Client, address: str, seconds: float) -> None:
+    """Wait until a cluster has a worker; ClusterError where none comes in time."""
+    from distributed import CancelledError, wait
+
+    # A cluster that starts workers on demand starts one for a task that waits, and for nothing else.
+    asked = client.submit(abs, 0, pure=False)
+    began = time.monotonic()
+    while not asked.done():
+        left = seconds - (time.monotonic() - began)
+        if left <= 0:
+            raise ClusterError(
+                f"`scheduler={address}`: has no workers, none came within {seconds:g} s; start some with "
+                f"`dask worker {address} --nthreads 1 --memory-limit 0`, or wait for longer with `wait_for_workers`"
+            )
+        with contextlib.suppress(TimeoutError), client.as_current():
+            wait([asked], timeout=min(left, TELL_SECONDS))
+        if not asked.done():
+            log.info("waiting for a first worker of the Dask scheduler")
+    try:
+        asked.result()
+    except CancelledError as error:
+        raise ClusterError(LOST) from error
 
 
 def silence_dask() -> None:
@@ -108,13 +139,33 @@ def other_versions(wanted: Mapping[str, str]) -> str | None:
     return f"has {', '.join(other)}, and the bytes could differ; install the same versions there"
 
 
-def look_around(needs: Needs, wanted: Mapping[str, str], dask_worker: Worker) -> str | None:
-    """Find why this process, a worker, cannot do the work; None when it can."""
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a worker has found about itself."""
+
+    problem: str | None
+    """Why it cannot do the work; None when it can."""
+    memory_limit: int | None
+    """Bytes of memory near which Dask pauses it and ends it; None for no limit."""
+
+
+def look_around(needs: Needs, wanted: Mapping[str, str], dask_worker: Worker) -> Look:
+    """Find why this process, a worker, cannot do the work, and what limits it."""
     # A task whose code cannot be imported would end the worker.
     import_module(needs.code)
-    threads = dask_worker.state.nthreads
-    if threads != 1:
-        return f"runs {threads} threads; start it with --nthreads 1, which keeps sums in one order"
+    problem = other_threads(dask_worker) or _unreachable(needs) or other_versions(wanted)
+    return Look(problem, dask_worker.memory_manager.memory_limit)
+
+
+def other_threads(worker: Worker) -> str | None:
+    """Describe why a worker's threads are too many; None when they are not."""
+    threads = worker.state.nthreads
+    return (
+        None if threads == 1 else f"runs {threads} threads; start it with --nthreads 1, which keeps sums in one order"
+    )
+
+
+def _unreachable(needs: Needs) -> str | None:
     for file, digest in needs.files.items():
         if not Path(file).is_file():
             return f"does not see {file}; all machines must reach the store and the images under the same paths"
@@ -125,23 +176,73 @@ def look_around(needs: Needs, wanted: Mapping[str, str], dask_worker: Worker) ->
             resolve_device(needs.device)
     except ArgumentError as error:
         return str(error)
-    return other_versions(wanted)
+    return None
+
+
+def require_fit(wanted: Mapping[str, str]) -> None:
+    """Check this process, if it is a cluster's worker: it may have come after the others were looked over.
+
+    Raises:
+        ClusterError: its threads or versions are others.
+    """
+    from distributed import get_worker
+
+    problem = other_versions(wanted)
+    with contextlib.suppress(ValueError):
+        problem = other_threads(get_worker()) or problem
+    if problem is not None:
+        raise ClusterError(f"{platform.node()}: a worker {problem}")
 
 
 def check_workers(client: Client, needs: Needs) -> None:
     """Have every worker look around before any work.
 
+    Workers that vanish meanwhile are left out, be it all of them: a cluster that starts workers on demand ends those
+    that have nothing to do. Those that come later are looked over by `require_fit`.
+
     Raises:
         ClusterError: one of them cannot do it, says which, and why; or the scheduler is gone.
     """
+    from distributed.comm.core import CommClosedError
+
     try:
         answers: Mapping[str, Any] = client.run(look_around, needs, versions(), on_error="return")
     except OSError as error:
         raise ClusterError(LOST) from error
-    bad = {worker: answer for worker, answer in answers.items() if answer is not None}
-    if not bad:
-        return
-    worker, why = next(iter(bad.items()))
-    if isinstance(why, Exception):
-        why = f"cannot run ezsd ({why}); install it there, in the version that is used here"
-    raise ClusterError(f"worker {worker}: {why} ({len(bad)} of {len(answers)} workers cannot do the work)")
+    gone = {worker: why for worker, why in answers.items() if isinstance(why, (CommClosedError, TimeoutError))}
+    there = {worker: answer for worker, answer in answers.items() if worker not in gone}
+    bad = {worker: problem for worker, answer in there.items() if (problem := _problem(answer)) is not None}
+    for worker, problem in bad.items():
+        raise ClusterError(f"worker {worker}: {problem} ({len(bad)} of {len(answers)} workers cannot do the work)")
+    for worker, why in gone.items():
+        log.warning(
+            "worker %s: has vanished while it was looked over (%s), killed or not needed; going on with %d others",
+            worker,
+            why,
+            len(there),
+        )
+    _tell_of_limits({worker: look.memory_limit for worker, look in there.items() if look.memory_limit})
+
+
+def _problem(answer: object) -> str | None:
+    if isinstance(answer, Look):
+        return answer.problem
+    return f"cannot run ezsd ({answer}); install it there, in the version that is used here"
+
+
+def _tell_of_limits(limits: Mapping[str, int]) -> None:
+    """Warn of workers that Dask ends when they need more memory than it has given them."""
+    if limits:
+        worker = min(limits, key=lambda worker: limits[worker])
+        log.warning(
+            "%d workers have a memory limit, the least %s (%s): Dask pauses a worker that comes near it, and then ends "
+            "it; start them with --memory-limit 0",
+            len(limits),
+            gibibytes(limits[worker]),
+            worker,
+        )
+
+
+def gibibytes(size: int) -> str:
+    """Bytes as "2.0 GiB"."""
+    return f"{size / 2**30:.1f} GiB"

@@ -21,12 +21,13 @@ from ezsd.pipeline.scheduling.dask_cluster import (
     LOST,
     connected,
     dashboard_address,
+    gibibytes,
     require_bokeh,
     silence_dask,
 )
 
 if TYPE_CHECKING:
-    from distributed import Client, SpecCluster
+    from distributed import Client, Future, KilledWorker, SpecCluster
 
 log = logging.getLogger("ezsd")
 
@@ -36,7 +37,9 @@ U = TypeVar("U")
 _LOOK_SECONDS = 15.0
 """Seconds without a result after which the cluster's workers are counted."""
 _ALONE_SECONDS = 600.0
-"""Longest time a cluster may be without workers, seconds."""
+"""Least time for which a cluster without workers is waited for, seconds."""
+_MOST_TASKS = 1000
+"""Most tasks that a cluster knows of at a time: more than it has workers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,8 @@ class Schedule:
     """Device of the teacher."""
     dashboard: bool = False
     """True if Dask's pages about the work are served."""
+    wait_for_workers: float | None = None
+    """Seconds to wait for a cluster's first worker, or for one when it has lost all; None for the default."""
 
     @property
     def kind(self) -> Literal["local", "sync", "cluster"]:
@@ -82,7 +87,7 @@ class Pool:
         schedule = self._schedule
         with ExitStack() as stack:
             if schedule.kind == "cluster":
-                self.client = stack.enter_context(connected(schedule.scheduler))
+                self.client = stack.enter_context(connected(schedule.scheduler, wait=schedule.wait_for_workers))
                 self.workers = len(self.client.nthreads())
             else:
                 self.workers = schedule.processes or 1
@@ -118,7 +123,8 @@ class Pool:
         if self.client is None and self.workers > 1 and len(items) > few:
             self.client = self._stack.enter_context(_local(self._schedule, min(self.workers, len(items))))
         if self.client is not None:
-            return _gathered(self.client, task, items, named=named, progress=progress)
+            alone = max(_ALONE_SECONDS, self._schedule.wait_for_workers or 0)
+            return _gathered(self.client, task, items, named=named, progress=progress, alone=alone)
         results: list[U] = []
         for item in items:
             results.append(task(item))
@@ -127,20 +133,32 @@ class Pool:
 
 
 def _gathered(
-    client: Client, task: Callable[[T], U], items: Sequence[T], *, named: Callable[[T], str], progress: Progress
+    client: Client,
+    task: Callable[[T], U],
+    items: Sequence[T],
+    *,
+    named: Callable[[T], str],
+    progress: Progress,
+    alone: float,
 ) -> list[U]:
+    """Results of one task per item. The cluster knows of some hundred at a time, or its memory would grow with all."""
     from distributed import CancelledError, KilledWorker, wait
 
-    left = dict(zip(client.map(task, items, pure=False), items, strict=True))
+    begun = 0
+    left: dict[Future[U], T] = {}
     results: list[U] = []
     seen = time.monotonic()
     try:
-        while left:
+        while begun < len(items) or left:
+            if begun < len(items) and len(left) <= _MOST_TASKS // 2:
+                more = items[begun : begun + _MOST_TASKS - len(left)]
+                left |= dict(zip(client.map(task, more, pure=False), more, strict=True))
+                begun += len(more)
             try:
                 with client.as_current():
                     done = wait(list(left), timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED").done
             except TimeoutError:
-                seen = _workers_seen(client, seen)
+                seen = _workers_seen(client, seen, alone)
                 continue
             for future in done:
                 item = left.pop(future)
@@ -148,11 +166,7 @@ def _gathered(
                     # A failed task raises its own error here.
                     results.append(future.result())
                 except KilledWorker as error:
-                    dead = error.allowed_failures + 1
-                    raise ClusterError(
-                        f"{named(item)}: the worker processes that had it died ({dead} in all; out of memory, or "
-                        "killed from outside?); what is finished stays, run the same command again"
-                    ) from error
+                    raise ClusterError(f"{named(item)}: {_died(error)}") from error
                 progress.finish(item, results[-1])
             seen = time.monotonic()
     except CancelledError as error:
@@ -160,7 +174,17 @@ def _gathered(
     return results
 
 
-def _workers_seen(client: Client, seen: float) -> float:
+def _died(error: KilledWorker) -> str:
+    """Describe why a task's workers may have died, and what stays."""
+    limit = error.last_worker.memory_limit
+    near = f" at their memory limit of {gibibytes(limit)}: start workers with --memory-limit 0" if limit else ""
+    return (
+        f"the worker processes that had it died ({error.allowed_failures + 1} in all; out of memory{near}, or killed "
+        "from outside?); what is finished stays, run the same command again"
+    )
+
+
+def _workers_seen(client: Client, seen: float, alone: float) -> float:
     """Time when workers were last seen, given the time before this look; ClusterError when that is too long ago."""
     try:
         if client.nthreads():
@@ -168,7 +192,7 @@ def _workers_seen(client: Client, seen: float) -> float:
     except OSError as error:
         raise ClusterError(LOST) from error
     gone = time.monotonic() - seen
-    if gone > _ALONE_SECONDS:
+    if gone > alone:
         raise ClusterError(
             f"the Dask scheduler has had no workers for {gone:.0f} s; start some and run the same command again"
         )

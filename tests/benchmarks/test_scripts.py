@@ -83,3 +83,17 @@ def test_a_command_is_timed_in_a_fresh_clone(tmp_path):
     first, second = map(json.loads, (tmp_path / "commands.jsonl").read_text().splitlines())
     assert (first["command"], first["status"], first["output"]) == ("git status --short", 0, [])
     assert (second["status"], second["fresh_clone"]) == (1, False)
+
+
+def test_a_soak_watches_every_process_of_a_cluster(tmp_path):
+    script = [sys.executable, str(ROOT / "benchmarks/cluster.py"), "--results", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for most, code in (("1000", 0), ("-1000", 1)):
+        words = ["--tasks", "40", "--workers", "1", "--most", most]
+        done = subprocess.run([*script, *words], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+    row, refused = map(json.loads, (tmp_path / "cluster.jsonl").read_text().splitlines())
+    assert (row["results_right"], row["memory_flat"], refused["memory_flat"]) == (True, True, False)
+    assert {name: len(figures) for name, figures in row["resident_mib"].items()} == dict.fromkeys(
+        ("client", "scheduler", "worker 0"), 20
+    )

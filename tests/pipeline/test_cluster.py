@@ -25,6 +25,7 @@ from ezsd.pipeline.scheduling.dask_cluster import (
     check_workers,
     connected,
     other_versions,
+    require_fit,
     versions,
 )
 from ezsd.pipeline.scheduling.pool import Pool, Schedule
@@ -93,6 +94,7 @@ def module(name):
 def _patience(monkeypatch):
     # Processes start slowly where tests share two cores.
     monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "CONNECT_SECONDS", WAIT_SECONDS)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "WAIT_SECONDS", WAIT_SECONDS)
 
 
 @pytest.fixture
@@ -176,6 +178,40 @@ def blocks_done(store):
     return len(list(store.glob("journal/block-*")))
 
 
+def test_workers_that_died_at_a_memory_limit_are_told_of_it(tmp_path):
+    cluster = Cluster(tmp_path, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="0")
+    try:
+        cluster.worker("--memory-limit", "3GiB")
+        cluster.wait_for(1)
+        with (
+            Pool(Schedule(scheduler=cluster.address)) as pool,
+            Progress("x", 1, unit="block") as progress,
+            pytest.raises(
+                ClusterError, match=r"memory at their memory limit of 3\.0 GiB: .* --memory-limit 0, or killed"
+            ),
+        ):
+            pool.run(os._exit, [7], named=lambda number: f"block {number}", progress=progress)
+    finally:
+        cluster.stop()
+
+
+def test_many_tasks_are_given_to_a_cluster_some_at_a_time(cluster, monkeypatch):
+    monkeypatch.setattr(ezsd.pipeline.scheduling.pool, "_MOST_TASKS", 4)
+    cluster.worker()
+    known = []
+
+    class Counting(Progress):
+        def finish(self, item, result):
+            super().finish(item, result)
+            known.append(pool.client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)))
+
+    with Pool(Schedule(scheduler=cluster.address)) as pool, Counting("x", 23, unit="task") as progress:
+        results = pool.run(abs, list(range(-23, 0)), named=str, progress=progress)
+    assert sorted(results) == list(range(1, 24))
+    # The scheduler learns a moment later that a result is no longer wanted.
+    assert 1 <= max(known) <= 12
+
+
 def test_a_tasks_own_error_ends_the_work_at_once(cluster):
     cluster.worker()
     cluster.wait_for(1)
@@ -219,6 +255,86 @@ def test_workers_are_looked_over_before_any_work(cluster, shapes_store, tmp_path
             check_workers(client, Needs(files=there, device="cpu"))
 
 
+def test_a_memory_limit_is_named_before_any_work(cluster, caplog):
+    cluster.worker("--memory-limit", "2GiB")
+    cluster.worker("--memory-limit", "0")
+    cluster.wait_for(2)
+    with connected(cluster.address) as client:
+        check_workers(client, Needs(files={}, device="cpu"))
+    assert re.search(
+        r"1 workers have a memory limit, the least 2\.0 GiB .* start them with --memory-limit 0", caplog.text
+    )
+
+
+def test_workers_that_vanish_while_they_are_looked_over_are_called_vanished(cluster, tmp_path, caplog):
+    (tmp_path / "ending.py").write_text(
+        "import os, signal\nif os.environ.get('ENDS'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    path = f"{ROOT}:{tmp_path}"
+    cluster.worker(PYTHONPATH=path, ENDS="1")
+    stays = cluster.worker(PYTHONPATH=path)
+    cluster.wait_for(2)
+    needs = Needs(files={}, device="cpu", code="ending")
+    with connected(cluster.address) as client:
+        check_workers(client, needs)
+        assert re.search(r"worker \S+: has vanished while .*; going on with 1 others", caplog.text)
+        stays.kill()
+        stays.wait()
+        cluster.worker(PYTHONPATH=path, ENDS="1")
+        client.wait_for_workers(1, timeout=WAIT_SECONDS)
+        check_workers(client, needs)
+        assert "going on with 0 others" in caplog.text
+
+
+def test_a_cluster_that_starts_workers_on_demand_is_waited_for(shapes_dataset, quick_config, shapes_store, tmp_path):
+    """As a queueing system's: it has none until a task waits, and none once it has nothing to do."""
+    from distributed import LocalCluster
+
+    out = tmp_path / "store"
+    with LocalCluster(
+        n_workers=0,
+        threads_per_worker=1,
+        memory_limit=None,
+        dashboard_address=None,
+        local_directory=str(tmp_path),
+        silence_logs=50,
+    ) as adaptive:
+        adaptive.adapt(minimum=0, maximum=2, interval="100ms", wait_count=1)
+        words = build_command(shapes_dataset, quick_config, out, workers=0)
+        done = subprocess.run(
+            [*words, "--scheduler", adaptive.scheduler_address, "--wait-for-workers", str(WAIT_SECONDS)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert files(out) == files(shapes_store)
+
+
+def test_workers_as_an_ssh_cluster_starts_them_make_the_same_bytes(
+    cluster, shapes_dataset, quick_config, shapes_store, tmp_path
+):
+    options = {"nthreads": 1, "memory_limit": 0, "local_directory": str(tmp_path), "dashboard": False}
+    spec = json.dumps({number: {"cls": "distributed.Nanny", "opts": options} for number in range(2)})
+    cluster._start([*module("dask_spec"), cluster.address, "--spec", spec], {})
+    cluster.wait_for(2)
+    out = tmp_path / "store"
+    build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, scheduler=cluster.address))
+    assert files(out) == files(shapes_store)
+
+
+def test_a_worker_that_comes_later_is_looked_over_too(cluster):
+    cluster.worker("--nthreads", "2")
+    cluster.wait_for(1)
+    with connected(cluster.address) as client, pytest.raises(ClusterError, match="a worker runs 2 threads; start it"):
+        client.submit(require_fit, versions()).result()
+    with pytest.raises(ClusterError, match=r"a worker has numpy .* instead of 1\.0"):
+        require_fit(versions() | {"numpy": "1.0"})
+    require_fit(versions())
+
+
 def test_a_scheduler_that_goes_before_any_work_is_one_line(cluster, monkeypatch):
     cluster.worker()
     cluster.wait_for(1)
@@ -240,14 +356,15 @@ def test_versions_are_compared_by_name():
 
 def test_a_scheduler_without_workers_is_refused(cluster, monkeypatch):
     cluster.wait_for_scheduler()
-    monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "CONNECT_SECONDS", 3)
     with (
-        pytest.raises(ClusterError, match="has no workers, none came within 3 s; start some with `dask worker"),
-        Pool(Schedule(scheduler=cluster.address)),
+        pytest.raises(
+            ClusterError,
+            match="has no workers, none came within 3 s; start some with `dask worker .*, or wait for longer with `",
+        ),
+        Pool(Schedule(scheduler=cluster.address, wait_for_workers=3)),
     ):
         pass
     cluster.worker()
-    monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "CONNECT_SECONDS", WAIT_SECONDS)
     require_pool(cluster.address)
 
 
