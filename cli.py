@@ -840,6 +840,21 @@ def report(
     typer.echo(str(write_report(Run.open(run), data_root=data_root, compare=others)))
 
 
+@app.command(epilog="Example:  ezsd doctor")
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where stores are to lie.")] = Path("cache"),
+    json_: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """Examine this machine: packages, GPU, a first kernel, memory, disk, weights; exit code 2 if there is a problem."""
+    from ezsd.pipeline.console.doctor_messages import finding_lines, findings_json
+    from ezsd.pipeline.doctor import examine
+
+    found = examine(folder)
+    typer.echo(findings_json(found) if json_ else "\n".join(finding_lines(found)))
+    if any(finding.level == "problem" for finding in found):
+        raise SystemExit(2)
+
+
 @app.command(epilog="Example:  ezsd demo")
 @keeping("what is finished stays; run the same command to go on")
 def demo(

@@ -141,10 +141,10 @@ def other_versions(wanted: Mapping[str, str]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a worker has found about itself."""
+    """Self-description of a worker."""
 
     problem: str | None
-    """Why it cannot do the work; None when it can."""
+    """Reason why it cannot do the work; None when it can."""
     memory_limit: int | None
     """Bytes of memory near which Dask pauses it and ends it; None for no limit."""
 
