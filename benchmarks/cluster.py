@@ -9,7 +9,6 @@ the second half than it ever was in the first. Exit code 1 otherwise.
 from __future__ import annotations
 
 import argparse
-import operator
 import socket
 import subprocess
 import sys
@@ -55,6 +54,8 @@ class Watch(Progress):
 
 def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
     """One row of one soak."""
+    if arguments.tasks < LOOKS:
+        raise driver.UsageError(f"--tasks {arguments.tasks}: expected at least {LOOKS}")
     with ExitStack() as stack:
         address, scheduler = started_scheduler(stack)
         options = ["--nthreads", "1", "--memory-limit", "0", "--no-dashboard", "--no-nanny"]
@@ -93,7 +94,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
 def slow(number: int, *, seconds: float) -> int:
     """The negative of a number, after some time."""
     time.sleep(seconds)
-    return operator.neg(number)
+    return -number
 
 
 def started_scheduler(stack: ExitStack) -> tuple[str, subprocess.Popen[bytes]]:
@@ -118,7 +119,7 @@ if __name__ == "__main__":
         "cluster",
         measure,
         __doc__,
-        driver.option("--tasks", type=int, default=7000),
+        driver.option("--tasks", type=int, default=7000, help=f"at least {LOOKS}"),
         driver.option("--workers", type=int, default=2),
         driver.option("--milliseconds", type=float, default=2.0),
         driver.option("--most", type=float, default=8.0, help="MiB that a process may grow"),

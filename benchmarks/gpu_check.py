@@ -211,7 +211,10 @@ def kill(process: int) -> int | None:
     """Kill a process. Return a handle that can be read once it has ended; None if it had ended before."""
     try:
         handle = os.pidfd_open(process)
-    except ProcessLookupError:
+    except OSError:
+        # It has ended; or this system has no handles.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
         return None
     # It may have ended meanwhile; its handle says so.
     with contextlib.suppress(ProcessLookupError):

@@ -6,22 +6,20 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import huggingface_hub
-import open_clip
-import torch
 from packaging.requirements import Requirement
 
-from ezsd.cache import FileLock, StoreBusy, write_atomic
 from ezsd.errors import EzsdError
-from ezsd.kernels import device_obstacle
-from ezsd.pipeline.config.schema import load_preset
-from ezsd.pipeline.devices import is_out_of_memory
+
+if TYPE_CHECKING:
+    import torch
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -33,7 +31,9 @@ _LEAST_SHARED = 1 * _GIB
 _LEAST_DISK = 20 * _GIB
 """Bytes of a store of COCO with some room to build it."""
 _LEAST_GPU = 8 * _GIB
+_LEAST_MEMORY = 8 * _GIB
 _SHARED_MEMORY = Path("/dev/shm")
+_CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +54,20 @@ def examine(folder: Path) -> list[Finding]:
     Args:
         folder: where stores shall lie; need not exist.
     """
-    return [
-        *_packages(),
-        *_processor(),
-        *_gpus(),
-        _shared_memory(),
-        *_folder(folder),
-        _teacher(),
-    ]
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        *(_packages, _processor, _gpus, _shared_memory, partial(_disk, folder), partial(_folder, folder), _teacher),
+    )
+    return [finding for check in checks for finding in _checked(check)]
+
+
+def _checked(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+    """Findings of a check. The packages that it needs are loaded in it: one that does not load is a finding itself."""
+    try:
+        return list(check())
+    except (ImportError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        cure = "install the packages again, in versions that belong together"
+        return [Finding("problem", "packages", f"a package does not load: {reason}", cure)]
 
 
 def _packages() -> Iterator[Finding]:
@@ -97,11 +103,20 @@ def _version(package: str) -> str | None:
 def _processor() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding("ok", "processor", f"{cores} cores, {memory / _GIB:.0f} GiB of memory ({platform.machine()})")
+    # A container has less than its machine.
+    limit = _CONTAINER_MEMORY.read_text().strip() if _CONTAINER_MEMORY.is_file() else "max"
+    memory = memory if limit == "max" else min(memory, int(limit))
+    text = f"{cores} cores, {memory / _GIB:.0f} GiB of memory ({platform.machine()})"
+    if memory >= _LEAST_MEMORY:
+        yield Finding("ok", "processor", text)
+    else:
+        yield Finding("warning", "processor", text, "fewer worker processes: --workers 1, --set train.num_workers=0")
 
 
 def _gpus() -> Iterator[Finding]:
     """GPUs, the compiler that Triton needs for them, and whether a first kernel runs on each."""
+    import torch
+
     if not torch.cuda.is_available():
         yield _no_gpu()
         return
@@ -115,7 +130,11 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _no_gpu() -> Finding:
-    if shutil.which("nvidia-smi") is None:
+    import torch
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return Finding("warning", "GPU", "hidden by CUDA_VISIBLE_DEVICES: everything works on the CPU, much slower")
+    if not _driver_has_gpus():
         return Finding("warning", "GPU", "none: everything works on the CPU, much slower")
     if torch.version.cuda is None:
         return Finding(
@@ -129,15 +148,29 @@ def _no_gpu() -> Finding:
     )
 
 
+def _driver_has_gpus() -> bool:
+    """True if NVIDIA's driver lists a GPU."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return False
+    done = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
+    return done.returncode == 0 and done.stdout.startswith("GPU ")
+
+
 def _gpu(device: torch.device) -> Iterator[Finding]:
-    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    import torch
+
+    from ezsd.kernels import device_obstacle
+    from ezsd.pipeline.devices import is_out_of_memory
+
     try:
+        name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         free, total = torch.cuda.mem_get_info(device)
         obstacle = device_obstacle(device)
     except RuntimeError as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         cure = "end what holds its memory (`nvidia-smi`)" if is_out_of_memory(error) else "restart it, or the machine"
-        yield Finding("problem", str(device), f"{name} does not work: {reason}", cure)
+        yield Finding("problem", str(device), f"does not work: {reason}", cure)
         return
     text = f"{name}, compute capability {major}.{minor}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
     if free < _LEAST_GPU:
@@ -151,28 +184,37 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
         yield Finding("warning", "Triton", f"does not run on {device}: {obstacle}", cure)
 
 
-def _shared_memory() -> Finding:
+def _shared_memory() -> Iterator[Finding]:
     if not _SHARED_MEMORY.is_dir():
-        return Finding("ok", "shared memory", "not in a folder here")
+        return
     free = shutil.disk_usage(_SHARED_MEMORY).free
     text = f"{free / _GIB:.1f} GiB free in {_SHARED_MEMORY}"
     if free >= _LEAST_SHARED:
-        return Finding("ok", "shared memory", text)
-    cure = "needed by train.num_workers above 0: start the container with --shm-size=8g"
-    return Finding("warning", "shared memory", text, cure)
+        yield Finding("ok", "shared memory", text)
+    else:
+        cure = "needed by train.num_workers above 0: start the container with --shm-size=8g"
+        yield Finding("warning", "shared memory", text, cure)
 
 
-def _folder(folder: Path) -> Iterator[Finding]:
-    """Disk and locks where stores shall lie."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+def _disk(folder: Path) -> Iterator[Finding]:
+    free = shutil.disk_usage(_existing(folder)).free
     text = f"{free / _GIB:.1f} GiB free for {folder}"
     if free >= _LEAST_DISK:
         yield Finding("ok", "disk", text)
     else:
         yield Finding("warning", "disk", text, "ezsd cache build --dry-run tells what a store needs")
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
+def _folder(folder: Path) -> Iterator[Finding]:
+    """Locks, flushes and renames where stores shall lie."""
+    from ezsd.cache import FileLock, StoreBusy, write_atomic
+
+    place = _existing(folder)
     try:
         with tempfile.TemporaryDirectory(prefix=".ezsd-doctor-", dir=place) as scratch:
             lock = FileLock(Path(scratch, "lock"), busy=StoreBusy)
@@ -186,8 +228,13 @@ def _folder(folder: Path) -> Iterator[Finding]:
         yield Finding("ok", "folder", f"{place}: files can be locked, written and renamed")
 
 
-def _teacher() -> Finding:
+def _teacher() -> Iterator[Finding]:
     """Weights of the teacher that most presets have."""
+    import huggingface_hub
+    import open_clip
+
+    from ezsd.pipeline.config.schema import load_preset
+
     teacher = load_preset("coco").teacher
     name, tag = teacher.name, str(teacher.weights)
     repository = open_clip.get_pretrained_cfg(name, tag)["hf_hub"].rstrip("/")
@@ -195,8 +242,9 @@ def _teacher() -> Finding:
     cached = (huggingface_hub.try_to_load_from_cache(repository, file) for file in files)
     path = next((path for path in cached if isinstance(path, str)), None)
     if path is not None:
-        return Finding("ok", "weights", f"{name}, {tag}: {path}")
-    return Finding(
+        yield Finding("ok", "weights", f"{name}, {tag}: {path}")
+        return
+    yield Finding(
         "warning",
         "weights",
         f"{name}, {tag}: not in {huggingface_hub.constants.HF_HUB_CACHE}",

@@ -34,7 +34,7 @@ class Unfinished:
             StoreError: the disk is full.
         """
         store, name = self.plan.store, f"{self._prefix}{step:08d}"
-        rows = {name: little_endian(values, values.dtype.newbyteorder("<").str) for name, values in arrays.items()}
+        rows = {name: _little_endian(values) for name, values in arrays.items()}
         with disk_room(store, sum(values.nbytes for values in rows.values())):
             set_aside(store, name)
             write_entry(store, name, rows, {"plan": self.plan.digest, "user": attributes}, point="unfinished")
@@ -69,3 +69,8 @@ class Unfinished:
     @property
     def _prefix(self) -> str:
         return f"unfinished-{self.product}-"
+
+
+def _little_endian(values: NDArray[Any]) -> NDArray[Any]:
+    # A single number would come back as an array of one.
+    return little_endian(values, values.dtype.newbyteorder("<").str).reshape(values.shape)

@@ -77,6 +77,19 @@ def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return padded, torch.arange(most, device=padded.device) < numbers[:, None]
 
 
+def step_seed(seed: int, step: int) -> int:
+    """Seed of torch's global state for a training step: a training that goes on draws as one that was never killed.
+
+    Args:
+        seed: seed of the training, any whole number.
+        step: steps done.
+
+    Returns:
+        At least 0 and below 2 ** 63.
+    """
+    return (seed * 1_000_003 + step) % 2**63
+
+
 def image_seeds(seeds: Sequence[int] | None, images: int, device: torch.device) -> Tensor:
     """Seed of each image, (B,) int64; None takes them from torch's global state."""
     drawn = torch.randint(2**62, (images,)) if seeds is None else torch.tensor(seeds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ezsd.cache import (
 )
 from ezsd.pipeline.data.images import most_bad_images, require_few_bad
 from ezsd.pipeline.progress import Progress, log_file, now, timed
-from ezsd.pipeline.scheduling.dask_cluster import Needs, check_workers
+from ezsd.pipeline.scheduling.dask_cluster import Needs, check_workers, require_fit, versions
 from ezsd.pipeline.scheduling.pool import Pool, Schedule
 
 log = logging.getLogger("ezsd")
@@ -30,9 +30,14 @@ _FEW_SHARDS = 64
 def write_shards(writer: StoreWriter, pool: Pool) -> None:
     """Write what is left of the shards."""
     digest, left = writer.commit_numbers()
-    task = partial(commit_numbered, str(writer.path), digest)
+    task = partial(_write_shard, str(writer.path), digest, writer.plan_file, versions())
     with Progress("commit", len(left), unit="shard") as progress:
         pool.run(task, left, named=lambda number: f"shard {number}", progress=progress, few=_FEW_SHARDS)
+
+
+def _write_shard(store: str, digest: str, plan_file: Path, wanted: Mapping[str, str], number: int) -> None:
+    require_fit(wanted, file=plan_file)
+    commit_numbered(store, digest, number)
 
 
 def commit_cache(store: Path, schedule: Schedule) -> float | None:

@@ -24,6 +24,8 @@ class JobNote:
 
     store: str
     name: str
+    plan_file: str
+    """A file that whoever sees the store sees."""
 
 
 def leave_job(writer: StoreWriter, job: ExtractJob) -> JobNote:
@@ -38,7 +40,8 @@ def leave_job(writer: StoreWriter, job: ExtractJob) -> JobNote:
         "limit": job.limit,
         "reuse": None if job.reuse is None else dataclasses.asdict(job.reuse),
     }
-    return JobNote(job.store, writer.write_note(json.dumps(note, sort_keys=True).encode()))
+    name = writer.write_note(json.dumps(note, sort_keys=True).encode())
+    return JobNote(job.store, name, str(writer.plan_file))
 
 
 def extract_numbered(note: JobNote, number: int) -> int:
@@ -49,6 +52,7 @@ def extract_numbered(note: JobNote, number: int) -> int:
 
 @lru_cache(maxsize=1)
 def _read(note: JobNote) -> tuple[ExtractJob, list[Block]]:
+    require_fit(file=Path(note.plan_file))
     found = parse_object(read_note(Path(note.store), note.name), f"{note.store}: the job {note.name}")
     require_fit(found["versions"])
     plan, reuse = read_plan(Path(note.store)), found["reuse"]

@@ -24,6 +24,7 @@ from ezsd.cache import Unfinished
 from ezsd.data.dataset import pad_images, resize
 from ezsd.detector.proposer import Proposer
 from ezsd.detector.rpn import NMS_IOU
+from ezsd.detector.sampling import step_seed
 from ezsd.pipeline.config.schema import ProposerConfig
 from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.extraction.base_images import BaseImages, halving_where_memory_is_short
@@ -237,7 +238,7 @@ def _of_kind(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _array(value: Tensor) -> NDArray[Any]:
-    """Values in a type that the journal keeps, from which they come back exactly."""
+    """Values in a type that the journal keeps: float32 or int64."""
     kept: NDArray[Any] = value.detach().cpu().to(torch.float32 if value.is_floating_point() else torch.int64).numpy()
     return kept
 
@@ -267,13 +268,12 @@ def _train(
     """Make the steps that are left, reading one batch ahead."""
     proposer, config, saved = training.proposer, training.config, time.monotonic()
     with Progress("proposer", config.steps, unit="step", done=training.step) as progress:
-        ahead = reader.submit(next, batches)
-        while training.step < config.steps:
-            batch = ahead.result()
-            if training.step + 1 < config.steps:
-                ahead = reader.submit(next, batches)
-            # Of the step alone, so that a training that goes on draws as one that was never killed.
-            torch.manual_seed(seed * 1_000_003 + training.step)
+        # No more than the steps need: an image that cannot be read is recorded once it is read.
+        wanted = islice(batches, config.steps - training.step)
+        ahead = reader.submit(next, wanted, None)
+        while (batch := ahead.result()) is not None:
+            ahead = reader.submit(next, wanted, None)
+            torch.manual_seed(step_seed(seed, training.step))
             loss = proposer(batch.pixels.to(device), batch.sizes, [boxes.to(device) for boxes in batch.boxes])
             training.optimiser.zero_grad(set_to_none=True)
             loss.backward()

@@ -69,26 +69,25 @@ def connected(address: str, *, wait: float | None = None) -> Iterator[Client]:
 
 
 def _await_worker(client: Client, address: str, seconds: float) -> None:
-    """Wait until a cluster has a worker; ClusterError where none comes in time."""
+    """Wait until a cluster has a worker, a busy one too; ClusterError where none comes in time."""
     from distributed import CancelledError, wait
 
     # A cluster that starts workers on demand starts one for a task that waits, and for nothing else.
     asked = client.submit(abs, 0, pure=False)
     began = time.monotonic()
-    while not asked.done():
-        left = seconds - (time.monotonic() - began)
-        if left <= 0:
-            raise ClusterError(
-                f"`scheduler={address}`: has no workers, none came within {seconds:g} s; start some with "
-                f"`dask worker {address} --nthreads 1 --memory-limit 0`, or wait for longer with `wait_for_workers`"
-            )
-        with contextlib.suppress(TimeoutError), client.as_current():
-            wait([asked], timeout=min(left, TELL_SECONDS))
-        if not asked.done():
-            log.info("waiting for a first worker of the Dask scheduler")
     try:
-        asked.result()
-    except CancelledError as error:
+        while not client.nthreads():
+            left = seconds - (time.monotonic() - began)
+            if left <= 0:
+                raise ClusterError(
+                    f"`scheduler={address}`: has no workers, none came within {seconds:g} s; start some with "
+                    f"`dask worker {address} --nthreads 1 --memory-limit 0`, or wait for longer with `wait_for_workers`"
+                )
+            with contextlib.suppress(TimeoutError), client.as_current():
+                wait([asked], timeout=min(left, TELL_SECONDS))
+                return
+            log.info("waiting for a first worker of the Dask scheduler")
+    except (CancelledError, OSError) as error:
         raise ClusterError(LOST) from error
 
 
@@ -151,10 +150,18 @@ class Look:
 
 def look_around(needs: Needs, wanted: Mapping[str, str], dask_worker: Worker) -> Look:
     """Find why this process, a worker, cannot do the work, and what limits it."""
-    # A task whose code cannot be imported would end the worker.
-    import_module(needs.code)
-    problem = other_threads(dask_worker) or _unreachable(needs) or other_versions(wanted)
+    try:
+        # A task whose code cannot be imported would end the worker.
+        import_module(needs.code)
+        problem = other_threads(dask_worker) or _unreachable(needs) or other_versions(wanted)
+    except Exception as error:
+        # Returned, not raised: what is raised is the connection's, or this package is not there.
+        problem = _not_able(error)
     return Look(problem, dask_worker.memory_manager.memory_limit)
+
+
+def _not_able(error: Exception) -> str:
+    return f"cannot run ezsd ({error}); install it there, in the version that is used here"
 
 
 def other_threads(worker: Worker) -> str | None:
@@ -168,7 +175,7 @@ def other_threads(worker: Worker) -> str | None:
 def _unreachable(needs: Needs) -> str | None:
     for file, digest in needs.files.items():
         if not Path(file).is_file():
-            return f"does not see {file}; all machines must reach the store and the images under the same paths"
+            return _not_seen(file)
         if file_digest(Path(file)).sha256 != digest:
             return f"sees another file than this process as {file}; all machines must share it"
     try:
@@ -179,15 +186,25 @@ def _unreachable(needs: Needs) -> str | None:
     return None
 
 
-def require_fit(wanted: Mapping[str, str]) -> None:
+def _not_seen(file: str) -> str:
+    return f"does not see {file}; all machines must reach the store and the images under the same paths"
+
+
+def require_fit(wanted: Mapping[str, str] | None = None, *, file: Path | None = None) -> None:
     """Check this process, if it is a cluster's worker: it may have come after the others were looked over.
 
+    Args:
+        wanted: versions of the process that began the build; None where these were compared before.
+        file: a file that every process of the build has to see.
+
     Raises:
-        ClusterError: its threads or versions are others.
+        ClusterError: its threads or versions are others, or it does not see the file.
     """
     from distributed import get_worker
 
-    problem = other_versions(wanted)
+    problem = None if wanted is None else other_versions(wanted)
+    if file is not None and not file.is_file():
+        problem = _not_seen(str(file))
     with contextlib.suppress(ValueError):
         problem = other_threads(get_worker()) or problem
     if problem is not None:
@@ -203,13 +220,11 @@ def check_workers(client: Client, needs: Needs) -> None:
     Raises:
         ClusterError: one of them cannot do it, says which, and why; or the scheduler is gone.
     """
-    from distributed.comm.core import CommClosedError
-
     try:
         answers: Mapping[str, Any] = client.run(look_around, needs, versions(), on_error="return")
     except OSError as error:
         raise ClusterError(LOST) from error
-    gone = {worker: why for worker, why in answers.items() if isinstance(why, (CommClosedError, TimeoutError))}
+    gone = {worker: why for worker, why in answers.items() if isinstance(why, OSError)}
     there = {worker: answer for worker, answer in answers.items() if worker not in gone}
     bad = {worker: problem for worker, answer in there.items() if (problem := _problem(answer)) is not None}
     for worker, problem in bad.items():
@@ -224,10 +239,8 @@ def check_workers(client: Client, needs: Needs) -> None:
     _tell_of_limits({worker: look.memory_limit for worker, look in there.items() if look.memory_limit})
 
 
-def _problem(answer: object) -> str | None:
-    if isinstance(answer, Look):
-        return answer.problem
-    return f"cannot run ezsd ({answer}); install it there, in the version that is used here"
+def _problem(answer: Look | Exception) -> str | None:
+    return answer.problem if isinstance(answer, Look) else _not_able(answer)
 
 
 def _tell_of_limits(limits: Mapping[str, int]) -> None:

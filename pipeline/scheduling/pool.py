@@ -38,8 +38,8 @@ _LOOK_SECONDS = 15.0
 """Seconds without a result after which the cluster's workers are counted."""
 _ALONE_SECONDS = 600.0
 """Least time for which a cluster without workers is waited for, seconds."""
-_MOST_TASKS = 1000
-"""Most tasks that a cluster knows of at a time: more than it has workers."""
+_LEAST_TASKS = 1000
+"""Tasks that a cluster knows of at a time; twice its workers where these are more than half as many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,14 +144,14 @@ def _gathered(
     """Results of one task per item. The cluster knows of some hundred at a time, or its memory would grow with all."""
     from distributed import CancelledError, KilledWorker, wait
 
-    begun = 0
+    begun, most = 0, max(_LEAST_TASKS, 2 * len(client.nthreads()))
     left: dict[Future[U], T] = {}
     results: list[U] = []
     seen = time.monotonic()
     try:
         while begun < len(items) or left:
-            if begun < len(items) and len(left) <= _MOST_TASKS // 2:
-                more = items[begun : begun + _MOST_TASKS - len(left)]
+            if begun < len(items) and len(left) <= most // 2:
+                more = items[begun : begun + most - len(left)]
                 left |= dict(zip(client.map(task, more, pure=False), more, strict=True))
                 begun += len(more)
             try:

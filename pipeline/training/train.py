@@ -23,6 +23,7 @@ from ezsd.data.annotations import Annotations, ImageRecord, ImageTable
 from ezsd.data.dataset import DetectionDataset, MaskSource, PseudoLabels, repeat_factors
 from ezsd.data.transforms import Augmentation
 from ezsd.detector.model import Batch, Detector
+from ezsd.detector.sampling import step_seed
 from ezsd.pipeline.config.schema import Config, TrainConfig, to_tables
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
 from ezsd.pipeline.data.image_source import ImageSource
@@ -360,7 +361,7 @@ class _Training:
 
     def _make_step(self, keys: list[tuple[int, int]], parts: list[Batch]) -> dict[str, float]:
         # One seed per step: a resumed run samples the same regions as an unbroken one.
-        torch.manual_seed(self._config.seed * 1_000_003 + self.step)
+        torch.manual_seed(step_seed(self._config.seed, self.step))
         try:
             ready = [_prepare(part, self._device, channels_last=self._config.channels_last) for part in parts]
             return self.trainer.step(ready, self.step)

@@ -313,3 +313,39 @@ def test_int8_and_a_proposer_go_together(memory):
     store = storekit.build(Path(memory) / "store", manifest=manifest)
     assert read_mark(store).products == tuple(manifest.products)
     assert verify(store, deep=True) == []
+
+
+def test_an_unfinished_product_comes_back_with_its_shapes_and_goes_when_it_is_finished(tmp_path):
+    arrays = {
+        "one": np.float32(0.1) * np.ones((), "f4"),
+        "none": np.zeros((0, 3), "f4"),
+        "big endian": np.arange(6, dtype=">i8").reshape(2, 3),
+    }
+    with open_writer(tmp_path / "store") as writer:
+        unfinished = writer.unfinished("proposer")
+        assert unfinished.read() is None
+        for step in (3, 12):
+            unfinished.write(step, arrays, {"step": step})
+        found, attributes = unfinished.read()
+        assert attributes == {"step": 12}
+        for name, values in arrays.items():
+            assert found[name].shape == values.shape
+            assert np.array_equal(found[name], values)
+        journal = journal_folder(tmp_path / "store")
+        assert [folder.name for folder in journal.glob("unfinished-*")] == ["unfinished-proposer-00000012"]
+        writer.write_per_store("proposer", VALUES, ATTRIBUTES)
+        assert writer.unfinished("proposer").read() is None
+        with pytest.raises(StoreError, match="'absent'"):
+            writer.unfinished("absent")
+
+
+def test_a_kill_between_two_states_leaves_the_newer_one(tmp_path, monkeypatch):
+    with open_writer(tmp_path / "store") as writer:
+        unfinished = writer.unfinished("proposer")
+        unfinished.write(3, {}, {"step": 3})
+        with monkeypatch.context() as patch:
+            patch.setattr("ezsd.cache.journal.unfinished.discard", lambda folder: None)
+            unfinished.write(12, {}, {"step": 12})
+        assert unfinished.read()[1] == {"step": 12}
+        (journal_folder(tmp_path / "store") / "unfinished-proposer-00000012/entry.json").unlink()
+        assert unfinished.read()[1] == {"step": 3}

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -196,7 +198,7 @@ def test_workers_that_died_at_a_memory_limit_are_told_of_it(tmp_path):
 
 
 def test_many_tasks_are_given_to_a_cluster_some_at_a_time(cluster, monkeypatch):
-    monkeypatch.setattr(ezsd.pipeline.scheduling.pool, "_MOST_TASKS", 4)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.pool, "_LEAST_TASKS", 4)
     cluster.worker()
     known = []
 
@@ -332,7 +334,9 @@ def test_a_worker_that_comes_later_is_looked_over_too(cluster):
         client.submit(require_fit, versions()).result()
     with pytest.raises(ClusterError, match=r"a worker has numpy .* instead of 1\.0"):
         require_fit(versions() | {"numpy": "1.0"})
-    require_fit(versions())
+    with pytest.raises(ClusterError, match=r"a worker does not see /absent/plan; all machines must reach the store"):
+        require_fit(file=Path("/absent/plan"))
+    require_fit(versions(), file=Path(__file__))
 
 
 def test_a_scheduler_that_goes_before_any_work_is_one_line(cluster, monkeypatch):
@@ -366,6 +370,28 @@ def test_a_scheduler_without_workers_is_refused(cluster, monkeypatch):
         pass
     cluster.worker()
     require_pool(cluster.address)
+
+
+def test_a_cluster_whose_workers_are_busy_has_workers(cluster):
+    cluster.worker()
+    cluster.wait_for(1)
+    with connected(cluster.address) as other:
+        other.submit(time.sleep, 600)
+        with connected(cluster.address, wait=0) as client:
+            assert len(client.nthreads()) == 1
+
+
+def test_a_scheduler_that_goes_while_a_worker_is_waited_for_is_one_line(cluster, monkeypatch):
+    cluster.wait_for_scheduler()
+    monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "TELL_SECONDS", 0.2)
+    monkeypatch.setattr(ezsd.pipeline.scheduling.dask_cluster, "CONNECT_SECONDS", 5)
+    ending = threading.Timer(1.0, cluster.scheduler.kill)
+    ending.start()
+    with (
+        pytest.raises(ClusterError, match="connection to the Dask scheduler is lost"),
+        connected(cluster.address, wait=WAIT_SECONDS),
+    ):
+        pass
 
 
 def test_a_scheduler_that_is_started_as_told_is_taken(cluster, monkeypatch):

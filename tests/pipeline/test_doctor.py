@@ -2,6 +2,10 @@
 
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -13,6 +17,8 @@ from ezsd.pipeline.console.doctor_messages import finding_lines
 from ezsd.pipeline.doctor import Finding, examine
 from tests.commandkit import ezsd
 from tests.pretend_gpu import pretend_gpu
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def found(folder, subject):
@@ -107,21 +113,58 @@ def test_a_gpu_is_named_with_its_memory_and_a_first_kernel_is_run(tmp_path, monk
         patch.setattr(backend, "_tried_on", broken)
         (gpu,) = found(tmp_path, "cuda:0")
         assert (gpu.level, found(tmp_path, "Triton")) == ("problem", [])
-        assert gpu.text == "pretend GPU does not work: CUDA error: an illegal memory access was encountered"
+        assert gpu.text == "does not work: CUDA error: an illegal memory access was encountered"
 
 
 @pytest.mark.parametrize(
-    ("driver", "cuda", "level", "text"),
+    ("driver", "cuda", "hidden", "level", "text"),
     [
-        (None, "13.0", "warning", "none: everything works on the CPU, much slower"),
-        ("/bin/nvidia-smi", None, "problem", "is built for the CPU alone"),
-        ("/bin/nvidia-smi", "13.0", "problem", "(CUDA 13.0) sees none"),
+        (None, "13.0", None, "warning", "none: everything works on the CPU, much slower"),
+        ("echo no devices", "13.0", None, "warning", "none: everything works on the CPU, much slower"),
+        ("echo GPU 0: x", "13.0", "", "warning", "hidden by CUDA_VISIBLE_DEVICES"),
+        ("echo GPU 0: x", None, None, "problem", "is built for the CPU alone"),
+        ("echo GPU 0: x", "13.0", None, "problem", "(CUDA 13.0) sees none"),
     ],
 )
-def test_a_gpu_that_is_not_seen_has_its_reason(driver, cuda, level, text, tmp_path, monkeypatch):
+def test_a_gpu_that_is_not_seen_has_its_reason(driver, cuda, hidden, level, text, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: driver)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    if driver is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{driver}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
     (finding,) = found(tmp_path, "GPU")
     assert finding.level == level
     assert text in finding.text
+
+
+def test_a_container_has_the_memory_that_it_is_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "_CONTAINER_MEMORY", tmp_path / "memory.max")
+    (tmp_path / "memory.max").write_text("max\n")
+    (machine,) = found(tmp_path, "processor")
+    (tmp_path / "memory.max").write_text(f"{2 * 2**30}\n")
+    (container,) = found(tmp_path, "processor")
+    assert " 2 GiB" not in machine.text
+    assert " 2 GiB of memory" in container.text
+    assert (container.level, "--workers 1" in container.cure) == ("warning", True)
+
+
+@pytest.mark.parametrize("package", ["torch", "open_clip"])
+def test_a_package_that_does_not_load_is_a_problem_and_no_traceback(package, tmp_path):
+    (tmp_path / f"{package}.py").write_text("raise RuntimeError('operator torchvision::nms does not exist\\nmore')")
+    done = subprocess.run(
+        [sys.executable, "-m", "ezsd", "doctor"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == ""
+    assert "a package does not load: operator torchvision::nms does not exist\n" in done.stdout
+    assert "ok       processor" in done.stdout
+    assert "ok       disk" in done.stdout or "warning  disk" in done.stdout

@@ -472,11 +472,12 @@ def test_a_training_killed_between_steps_goes_on_to_the_same_bytes(
     assert committed(out) == committed(learned_store)
 
 
-def test_a_training_that_goes_on_remembers_which_images_it_left_out(shapes_root, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("until", [10, 12])
+def test_a_training_that_goes_on_remembers_which_images_it_left_out(until, shapes_root, config, tmp_path, monkeypatch):
     monkeypatch.setattr(proposer_module, "SAVE_SECONDS", 0)
     dataset = pale(shapes_root, tmp_path / "pale", [0, 1])
     whole = trained(base_images(dataset, most_bad=2), config, steps=12)
-    kept = Kept(until=10)
+    kept = Kept(until=until)
     with pytest.raises(KeyboardInterrupt):
         trained(base_images(dataset, most_bad=2), config, steps=12, unfinished=kept)
     kept.until = 13
