@@ -10,6 +10,7 @@ from ezsd.cache.errors import StoreError, StoreIncomplete
 from ezsd.cache.files import MENDED, FileDigest, file_digest, read_bytes, read_if_there, unreadable
 from ezsd.cache.format.commit_mark import (
     ENVIRONMENT,
+    MANIFEST,
     TRANSFER,
     CommitMark,
     parse_environment,
@@ -149,5 +150,9 @@ def unfinished_plan(store: Path) -> Plan:
     if (store / TRANSFER).exists():
         raise StoreIncomplete(f"{store}: not all files were copied here; run the same `ezsd cache pull` again to go on")
     if not plan_folder(store).is_dir():
+        if (store / MANIFEST).is_file():
+            raise StoreError(
+                f"{store}: COMMIT.json is lost; where all else is whole, `ezsd cache repair {store}` makes one again"
+            )
         raise StoreError(f"{store}: is not a store (no COMMIT.json, no journal); `ezsd cache build` makes one")
     return read_plan(store)

@@ -178,8 +178,15 @@ class Locator:
         spec = self.spec(array)
         if spec is None or not all(self.intact(spec.shard_file(shard)) for shard in range(spec.shards)):
             return None
+        return self.doubtful(array)
+
+    def doubtful(self, array: str) -> NDArray[Any] | None:
+        """A whole array as its files are now, damaged or not; None where one is missing or of another length."""
+        spec = self.spec(array)
+        if spec is None:
+            return None
         files = [(shard, self.store / spec.shard_file(shard)) for shard in range(spec.shards)]
-        if any(file.stat().st_size != shard_bytes_on_disk(spec, shard) for shard, file in files):
+        if any(not file.is_file() or file.stat().st_size != shard_bytes_on_disk(spec, shard) for shard, file in files):
             return None
         parts = [shard_rows(spec, shard, file.read_bytes()) for shard, file in files]
         return np.concatenate([np.empty((0, *spec.shape[1:]), spec.dtype), *parts])

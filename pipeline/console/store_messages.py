@@ -170,6 +170,8 @@ def compare_lines(first: Path, second: Path) -> list[str]:
 def repair_lines(path: Path, report: RepairReport) -> list[str]:
     """Summary of a repair; the last line is the store's state now."""
     lines = [f"repaired {name}" for name in report.repaired]
+    if report.images:
+        lines.append(f"computed the rows of {report.images:,} images again")
     lines += [_left(damage) for damage in report.left]
     if not report.left:
         return [*lines, f"{path}: complete, every file is what was committed"]
