@@ -26,6 +26,11 @@ from ezsd.cache.storage.direct import open_mapped
 class Place(Protocol):
     """A store's files; printed as its path or URL."""
 
+    @property
+    def checks_when_read(self) -> bool:
+        """True if opening a store reads its mark alone: `read_file` and `open_array` then compare what they read."""
+        ...
+
     def mark(self) -> CommitMark:
         """The commit mark; StoreIncomplete or StoreError where there is none."""
         ...
@@ -57,6 +62,8 @@ class Place(Protocol):
 
 class LocalPlace:
     """A folder."""
+
+    checks_when_read = False
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -57,7 +57,7 @@ from ezsd.cache.journal.plan import plan_folder, stored_columns
 from ezsd.cache.storage.locations import unfinished_plan
 from ezsd.cache.tools.lost_rows import LostShard, Offsets, Patch, runs
 from ezsd.cache.tools.remake_mark import remake_mark
-from ezsd.cache.tools.verify import Damage, Locator, consolidated, damaged_files
+from ezsd.cache.tools.verify import Damage, LocalFiles, Locator, damaged_files
 
 StoredValues = tuple[NDArray[np.float32], Mapping[str, Any]]
 """Values and attributes of a per-store product."""
@@ -224,7 +224,7 @@ class _Repair:
 
     @property
     def _locate(self) -> Locator:
-        return Locator(self.store, self.mark)
+        return Locator(LocalFiles(self.store), self.mark)
 
     def _metadata(self, name: str) -> list[bytes] | None:
         """The manifest from the source, the root's metadata from all others', theirs from the copy in the root."""
@@ -235,7 +235,9 @@ class _Repair:
             return [self._root(nodes)] if all(map(self._locate.intact, [MANIFEST, *nodes])) else None
         if not self._locate.intact("zarr.json"):
             return None
-        return [encoding.metadata_bytes(consolidated(self._json("zarr.json"), name.removesuffix("/zarr.json")))]
+        return [
+            encoding.metadata_bytes(encoding.consolidated(self._json("zarr.json"), name.removesuffix("/zarr.json")))
+        ]
 
     def _json(self, name: str) -> dict[str, Any]:
         return parse_json((self.store / name).read_bytes(), str(self.store / name))
