@@ -23,7 +23,7 @@ from ezsd.cache.storage.arrays import RowArray
 
 _DAMAGED = f"the store is damaged: {PUSHED}"
 _KEPT_BYTES = 32 * 2**20
-"""Fetched chunks of an array are kept up to this size, and those of the last read however large they are."""
+"""Fetched chunks of an array are kept up to this size, and those of the last batch however large they are."""
 
 
 class RemoteFiles(Protocol):
@@ -126,9 +126,10 @@ class RemoteArray:
     def _begin(self, chunks: Sequence[int]) -> list[_Run]:
         """The runs of these chunks, of which those that are not on their way are sent for now."""
         with self._lock:
-            if len(self._runs) * self._chunk_bytes > _KEPT_BYTES:
-                self._runs = {chunk: self._runs[chunk] for chunk in chunks if chunk in self._runs}
             missing = [chunk for chunk in chunks if chunk not in self._runs]
+            # What was read ahead is kept until more is wanted than that.
+            if missing and len(self._runs) * self._chunk_bytes > _KEPT_BYTES:
+                self._runs = {chunk: self._runs[chunk] for chunk in chunks if chunk in self._runs}
             for shard, first, last in self._together(missing):
                 run = _Run(first, self._files.workers().submit(self._fetch, shard, first, last))
                 self._runs |= dict.fromkeys(range(first, last), run)

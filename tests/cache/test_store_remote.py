@@ -155,7 +155,9 @@ def test_each_file_on_a_web_server_is_compared_when_it_is_read(copy, finished, w
     same_store(Store(web), Store(copy))
 
 
-def test_a_batch_asks_for_each_index_once_and_for_no_chunk_twice(web, asked):
+@pytest.mark.parametrize("kept", [0, 2**25])
+def test_a_batch_asks_for_each_index_once_and_for_no_chunk_twice(web, asked, kept, monkeypatch):
+    monkeypatch.setattr("ezsd.cache.storage.remote_arrays._KEPT_BYTES", kept)
     store = Store(web)
     store.regions.batch(storekit.IDS)
     gets = [(path, wanted) for method, path, wanted in asked if method == "GET"]
