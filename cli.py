@@ -408,7 +408,7 @@ def cache_commit(
 
 
 @cache_app.command("ls", epilog="Example:  ezsd cache ls cache")
-def cache_ls(folder: Annotated[Path, typer.Argument(help="A folder that contains stores.")]) -> None:
+def cache_ls(folder: Annotated[str, typer.Argument(help="A folder that contains stores, or its URL.")]) -> None:
     """List the stores in a folder."""
     from ezsd.pipeline.console.store_messages import list_lines
 
@@ -416,7 +416,7 @@ def cache_ls(folder: Annotated[Path, typer.Argument(help="A folder that contains
 
 
 @cache_app.command("info", epilog="Example:  ezsd cache info cache/shapes")
-def cache_info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
+def cache_info(store: Annotated[str, typer.Argument(help="A store, or its URL.")]) -> None:
     """Show a store's contents, provenance and completeness."""
     from ezsd.pipeline.console.store_messages import info_text
 
@@ -426,7 +426,7 @@ def cache_info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
 @cache_app.command("verify", epilog="Example:  ezsd cache verify cache/shapes --deep")
 @keeping("a check leaves nothing behind; run the same command again")
 def cache_verify(
-    store: Annotated[Path, typer.Argument(help="A store.")],
+    store: Annotated[str, typer.Argument(help="A store, or its URL.")],
     deep: Annotated[bool, typer.Option("--deep", help="Check every byte, not only sizes and metadata.")] = False,
 ) -> None:
     """Check a store and list damaged files, rows and images; exit code 1 if there are any."""
@@ -522,8 +522,8 @@ def cache_gc(
 
 @cache_app.command("diff", epilog="Example:  ezsd cache diff cache/a cache/b")
 def cache_diff(
-    first: Annotated[Path, typer.Argument(help="A complete store.")],
-    second: Annotated[Path, typer.Argument(help="Another one.")],
+    first: Annotated[str, typer.Argument(help="A complete store, or its URL.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
 ) -> None:
     """List the settings, products and files that differ between two stores."""
     from ezsd.pipeline.console.store_messages import compare_lines

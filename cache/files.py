@@ -275,7 +275,7 @@ _SAID_BY_KIND = (*ABSENT, ConnectionError, PermissionError, TimeoutError)
 
 MENDED = "`ezsd cache verify --deep` lists all damage, `ezsd cache repair` mends it"
 """Advice for a damaged store."""
-PUSHED = "remove this copy and push the store again"
+PUSHED = "push the store again, which sends what is damaged"
 """Advice for a damaged store behind a URL."""
 
 

@@ -30,6 +30,7 @@ from ezsd.cache.format.schema import (
     PER_IMAGE,
     PER_STORE,
     Field,
+    holds_rows,
     per_store_field,
     stored_fields,
 )
@@ -51,6 +52,7 @@ class Store:
         verify: both compare the size of every file and the digest of each that holds no rows (metadata, names, ids,
             offsets, teacher values, checksums) now. "full" also compares each chunk of rows with its checksum when
             this process first reads it: no value from a damaged chunk is handed out. "quick" takes rows as they are.
+            Behind http(s):// the mark alone is read now, and each of these files is compared when it is first used.
 
     Raises:
         StoreIncomplete: its build or copy is not finished.
@@ -79,7 +81,8 @@ class Store:
     def _mark(self) -> CommitMark:
         """The commit mark, once the store is what it says, as far as all but the rows tell."""
         mark = self._place.mark()
-        _refuse_damage(self._place, self._place.size_problems(mark))
+        if not self._place.checks_when_read:
+            _refuse_damage(self._place, self._place.size_problems(mark))
         _refuse_damage(self._place, _digest_problems(self._place, mark, full=self._verify == "full"))
         return mark
 
@@ -477,22 +480,16 @@ def _digest_problems(place: Place, mark: CommitMark, *, full: bool) -> list[str]
     With `full` those too, unless they have checksums to be read by.
     """
     arrays = {name: name.partition("/c/")[0] for name in mark.files}
-    small = [name for name, array in arrays.items() if array == name or not holds_rows(array)]
-    found = dict(place.digests(small))
+    small = {name for name, array in arrays.items() if array == name or not holds_rows(array)}
+    found = {} if place.checks_when_read else dict(place.digests(sorted(small)))
     if full:
-        left = [name for name, array in arrays.items() if name not in found and not _has_checksums(mark, array)]
+        left = [name for name, array in arrays.items() if name not in small and not _has_checksums(mark, array)]
         found |= {name: place.digest(name) for name in left}
     return [
         f"{place}/{name}: its bytes are not those that were committed (sha256 differs)"
         for name, digest in found.items()
         if digest != mark.files[name]
     ]
-
-
-def holds_rows(array: str) -> bool:
-    """True if an array holds rows of images; all others are small."""
-    product, _, field = array.partition("/")
-    return product in PER_IMAGE and field != OFFSET.name
 
 
 def _has_checksums(mark: CommitMark, array: str) -> bool:

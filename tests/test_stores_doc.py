@@ -29,7 +29,7 @@ def work(tmp_path_factory, shapes_store, shapes_root):
 
 
 def test_every_command_does_what_stands_there(work):
-    assert len(COMMANDS) == 12
+    assert len(COMMANDS) == 14
     for line in COMMANDS:
         words = shlex.split(line, comments=True)[1:]
         words = [word.replace("s3://bucket", f"file://{work}/bucket") for word in words]

@@ -44,6 +44,27 @@ def checksum_spec(spec: ArraySpec, *, shard_bytes: int) -> ArraySpec:
     return array_spec(f"{CHECKSUMS}/{spec.name}", CHECKSUM.dtype, (chunks,), shard_bytes=shard_bytes)
 
 
+def bad_chunks(spec: ArraySpec, index: int, data: bytes, sums: NDArray[np.uint32]) -> list[int]:
+    """Chunks of a shard, counted within it, whose bytes do not match their checksums.
+
+    Args:
+        spec: the array.
+        index: which of its shards.
+        data: the shard file's bytes, of any length; a chunk that they do not reach to is bad.
+        sums: what `ChunkSums` found, for all chunks of the array.
+    """
+    size, first, view = (
+        spec.chunk_rows * spec.row_bytes,
+        spec.shard_range(index)[0] // spec.chunk_rows,
+        memoryview(data),
+    )
+    return [
+        chunk
+        for chunk in range(shard_chunks(spec, index))
+        if len(view) < (chunk + 1) * size or zlib.crc32(view[chunk * size : (chunk + 1) * size]) != sums[first + chunk]
+    ]
+
+
 def damaged_rows(spec: ArraySpec, index: int, data: bytes, sums: NDArray[np.uint32]) -> list[tuple[int, int]]:
     """Ranges of the array's rows (first, last exclusive) that a shard's bytes no longer hold as they were written.
 
@@ -61,12 +82,14 @@ def damaged_rows(spec: ArraySpec, index: int, data: bytes, sums: NDArray[np.uint
     # The length first: an index as long as the metadata say is not made for a file that has none.
     if len(data) != shard_bytes_on_disk(spec, index) or data[chunks * chunk_bytes :] != shard_index(spec, stop - start):
         return [(start, stop)]
-    first = start // spec.chunk_rows
-    view = memoryview(data)
+    return rows_of_chunks(spec, index, bad_chunks(spec, index, data, sums))
+
+
+def rows_of_chunks(spec: ArraySpec, index: int, chunks: Iterable[int]) -> list[tuple[int, int]]:
+    """Ranges of the array's rows (first, last exclusive) in chunks of a shard; in order, neighbours joined."""
+    start, stop = spec.shard_range(index)
     found: list[tuple[int, int]] = []
-    for chunk in range(chunks):
-        if zlib.crc32(view[chunk * chunk_bytes : (chunk + 1) * chunk_bytes]) == sums[first + chunk]:
-            continue
+    for chunk in chunks:
         low = start + chunk * spec.chunk_rows
         high = min(low + spec.chunk_rows, stop)
         if found and found[-1][1] == low:

@@ -12,7 +12,7 @@ from ezsd.cache.errors import StoreError, StoreIncomplete
 from ezsd.cache.files import ABSENT, FileDigest, file_digest, read_if_there, unreadable
 from ezsd.cache.format.names import MANIFEST_FILE, is_store_file, needed_files, products_of_files, require_inside
 from ezsd.cache.format.schema import EMBEDDING_TYPES, EmbeddingType, format_version, require_supported
-from ezsd.cache.format.sealed_json import JSON, parse_json, seal, unseal
+from ezsd.cache.format.sealed_json import JSON, is_sealed, parse_json, seal, unseal
 
 COMMIT = "COMMIT.json"
 INCOMPLETE = "INCOMPLETE.json"
@@ -87,9 +87,24 @@ def _read(store: Path, name: str) -> CommitMark | None:
     data = read_if_there(file)
     if data is None:
         return None
-    mark = parse_mark(data, str(file))
+    try:
+        mark = parse_mark(data, str(file))
+    except StoreError as error:
+        if is_sealed(data):
+            raise
+        raise StoreError(f"{error}; where all else is whole, `ezsd cache repair {store}` makes it again") from error
     require_inside(store, [name, ENVIRONMENT, LOG, *mark.files])
     return mark
+
+
+def is_mark_lost(store: Path) -> bool:
+    """True if a store has no commit mark, or a damaged one; not for a mark that says what none does.
+
+    Raises:
+        StoreUnreadable: the system does not let it be read.
+    """
+    found = [data for name in (COMMIT, INCOMPLETE) if (data := read_if_there(store / name)) is not None]
+    return not any(map(is_sealed, found))
 
 
 def parse_mark(data: bytes, where: str) -> CommitMark:

@@ -168,6 +168,12 @@ def _row_bytes(dtype: str, trailing: tuple[int, ...]) -> int:
     return int(np.dtype(dtype).itemsize * math.prod(trailing))
 
 
+def holds_rows(array: str) -> bool:
+    """True if an array holds rows of images; all others are small."""
+    product, _, field = array.partition("/")
+    return product in PER_IMAGE and field != OFFSET.name
+
+
 def per_store(products: Collection[str]) -> dict[str, Field]:
     """Fields of the per-store products among a store's `products`, by name."""
     return {name: field for name, field in PER_STORE.items() if name in products}

@@ -114,6 +114,15 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     raise StoreError(f"{where}: its contents do not match the checksum it carries; the file is damaged or was edited")
 
 
+def is_sealed(data: bytes) -> bool:
+    """True if bytes are a record as `seal` wrote it, whatever it says."""
+    try:
+        unseal(data, "record")
+    except StoreError:
+        return False
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """A value in which two JSON objects differ; printed as one line."""

@@ -120,6 +120,14 @@ def root_metadata(attributes: Mapping[str, JSON], nodes: Mapping[str, JSON]) -> 
     return {**group_metadata(attributes), "consolidated_metadata": consolidated}
 
 
+def consolidated(root: Mapping[str, Any], array: str) -> dict[str, Any]:
+    """The copy of an array's metadata in the root; nothing where the root has none."""
+    found: object = root
+    for key in ("consolidated_metadata", "metadata", array):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def metadata_bytes(metadata: Mapping[str, JSON]) -> bytes:
     """A `zarr.json` as it is on disk."""
     return (canonical_json(metadata) + "\n").encode()

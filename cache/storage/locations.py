@@ -10,6 +10,7 @@ from ezsd.cache.errors import StoreError, StoreIncomplete
 from ezsd.cache.files import MENDED, FileDigest, file_digest, read_bytes, read_if_there, unreadable
 from ezsd.cache.format.commit_mark import (
     ENVIRONMENT,
+    MANIFEST,
     TRANSFER,
     CommitMark,
     parse_environment,
@@ -24,6 +25,11 @@ from ezsd.cache.storage.direct import open_mapped
 
 class Place(Protocol):
     """A store's files; printed as its path or URL."""
+
+    @property
+    def checks_when_read(self) -> bool:
+        """True if opening a store reads its mark alone: `read_file` and `open_array` then compare what they read."""
+        ...
 
     def mark(self) -> CommitMark:
         """The commit mark; StoreIncomplete or StoreError where there is none."""
@@ -56,6 +62,8 @@ class Place(Protocol):
 
 class LocalPlace:
     """A folder."""
+
+    checks_when_read = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -149,5 +157,9 @@ def unfinished_plan(store: Path) -> Plan:
     if (store / TRANSFER).exists():
         raise StoreIncomplete(f"{store}: not all files were copied here; run the same `ezsd cache pull` again to go on")
     if not plan_folder(store).is_dir():
+        if (store / MANIFEST).is_file():
+            raise StoreError(
+                f"{store}: COMMIT.json is lost; where all else is whole, `ezsd cache repair {store}` makes one again"
+            )
         raise StoreError(f"{store}: is not a store (no COMMIT.json, no journal); `ezsd cache build` makes one")
     return read_plan(store)

@@ -1,7 +1,7 @@
 """A store behind a URL: s3://, gs://, https://, memory:// and whatever else fsspec reaches.
 
 Keys, endpoints and the like come from where fsspec and its libraries look for them: the environment, or
-`~/.config/fsspec`. Arrays are read through zarr-python.
+`~/.config/fsspec`.
 """
 
 import gzip
@@ -29,8 +29,13 @@ from ezsd.cache.files import (
     write_atomic,
 )
 from ezsd.cache.format.commit_mark import ARRIVING, COMMIT, TRANSFER, CommitMark, parse_mark
-from ezsd.cache.format.names import inside, require_inside
+from ezsd.cache.format.names import ROOT, inside, require_inside
+from ezsd.cache.format.schema import holds_rows
+from ezsd.cache.format.sealed_json import parse_json
+from ezsd.cache.format.zarr_bytes import consolidated
 from ezsd.cache.storage.arrays import RowArray, ZarrArray, zarr_errors
+from ezsd.cache.storage.direct import direct_spec
+from ezsd.cache.storage.remote_arrays import RemoteArray
 
 if TYPE_CHECKING:
     import fsspec
@@ -46,6 +51,8 @@ _PARTIAL = 206
 """Status of a web server's answer with the requested range."""
 _GONE = (404, 410)
 """Statuses of a web server's answer for a missing file."""
+_OF_THE_HUB = (".gitattributes", "README.md")
+"""Files at the root of a repository of the Hugging Face Hub."""
 _TOGETHER = 32
 """Small files asked for at once."""
 
@@ -61,6 +68,7 @@ class RemotePlace:
         """
         self._files, root = _filesystem(url)
         self._process = os.getpid()
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self.url = url.rstrip("/")
         self._root = root.rstrip("/")
         self.stated: Mapping[str, FileDigest] = {}
@@ -85,6 +93,21 @@ class RemotePlace:
         return self.url.startswith(_FILE)
 
     @property
+    def not_ours(self) -> tuple[str, ...]:
+        """Names of files that the other side puts beside a store."""
+        return _OF_THE_HUB if self.is_on_hub else ()
+
+    @property
+    def is_on_hub(self) -> bool:
+        """True for the Hugging Face Hub."""
+        return "hf" in self.files.protocol
+
+    @property
+    def checks_when_read(self) -> bool:
+        """True for a web server, which has no list of sizes: to look at each file would be a request for each."""
+        return self._is_web
+
+    @property
     def _is_web(self) -> bool:
         return "http" in self.files.protocol
 
@@ -107,6 +130,28 @@ class RemotePlace:
             f"{self.url}: is not a store (no {COMMIT} there); `ezsd cache push STORE {self.url}` makes one"
         )
 
+    def folders(self) -> list[str]:
+        """URLs of the folders directly below this one.
+
+        Raises:
+            StoreError: it is a web server's, which has no list of them, or there is no such folder.
+        """
+        if self._is_web:
+            raise StoreError(f"{self.url}: a web server lists no folders; give the URL of a store to `ezsd cache info`")
+        return [self.url_of(name) for name, kind in self._listing() if kind == "directory"]
+
+    def names(self) -> list[str]:
+        """Names of the files directly below the URL."""
+        return [name for name, kind in self._listing() if kind == "file"]
+
+    def _listing(self) -> list[tuple[str, str]]:
+        """Name and kind of what is directly below the URL, in order."""
+        with self.errors():
+            # Listings are remembered, and the files may have changed since.
+            self.files.invalidate_cache()
+            found = self.files.ls(self._root, detail=True)
+        return sorted((str(at["name"]).rstrip("/").rpartition("/")[2], str(at["type"])) for at in found)
+
     def size_problems(self, mark: CommitMark) -> list[str]:
         """Describe each file that is missing or not as long as it was, one line each."""
         problems = []
@@ -127,10 +172,15 @@ class RemotePlace:
                 with ThreadPoolExecutor(_TOGETHER, thread_name_prefix="sizes") as pool:
                     found = dict(zip(wanted, pool.map(self._size, wanted), strict=True))
                 return {name: size for name, size in found.items() if size is not None}
+        return {name: at["size"] for name, at in self.details().items()}
+
+    def details(self) -> dict[str, Mapping[str, Any]]:
+        """All that the file system lists of each file below the URL, by name; none of a web server's."""
+        with self.errors():
             # Listings are remembered, and the files may have changed since.
             self.files.invalidate_cache()
             listed = self.files.find(self._root, detail=True)
-            return {path.removeprefix(f"{self._root}/"): info["size"] for path, info in listed.items()}
+            return {path.removeprefix(f"{self._root}/"): at for path, at in listed.items()}
 
     def _size(self, name: str) -> int | None:
         try:
@@ -147,14 +197,33 @@ class RemotePlace:
             raise cause from None
 
     def read_file(self, name: str) -> bytes:
-        """A small file; StoreError if it cannot be read."""
+        """A small file; StoreError if it cannot be read, or is not what the commit mark that was read says."""
         data = self.read_if_there(name)
         if data is None:
             raise self._absent(name)
+        if name in self.stated and hashlib.sha256(data).hexdigest() != self.stated[name].sha256:
+            raise StoreError(
+                f"{self.url_of(name)}: its bytes are not those that were committed (sha256 differs); the store is "
+                f"damaged: {PUSHED}"
+            )
         return data
 
+    def url_of(self, name: str) -> str:
+        """The URL of a file."""
+        return f"{self.url}/{name}"
+
+    def stated_size(self, name: str) -> int | None:
+        """The size that the commit mark states; None for a file that it does not list."""
+        return self.stated[name].size if name in self.stated else None
+
+    def workers(self) -> ThreadPoolExecutor:
+        """The threads of this process that fetch."""
+        if self._pool is None or self._pool[0] != os.getpid():
+            self._pool = os.getpid(), ThreadPoolExecutor(_TOGETHER, thread_name_prefix="fetch")
+        return self._pool[1]
+
     def _absent(self, name: str) -> StoreError:
-        return StoreError(f"{self.url}/{name}: is not there; the store is damaged")
+        return StoreError(f"{self.url}/{name}: is not there; the store is damaged: {PUSHED}")
 
     def read_if_there(self, name: str) -> bytes | None:
         """A small file, or None where there is none; StoreError where a file is longer than its commit mark says."""
@@ -226,7 +295,9 @@ class RemotePlace:
         """
         if start >= stop:
             return b""
-        read = self._web_range if self._is_web else self.files.cat_file
+        # What is read ahead of its own accord is of no use here.
+        exact = partial(self.files.cat_file, cache_type="none") if self.is_on_hub else self.files.cat_file
+        read = self._web_range if self._is_web else exact
         with self.errors():
             try:
                 data: bytes = read(self.path(name), start=start, end=stop)
@@ -248,7 +319,21 @@ class RemotePlace:
             return b"".join(_up_to(file, end - start + part))
 
     def open_array(self, name: str) -> RowArray:
-        """An array of the store, by its path."""
+        """An array of the store, by its path; straight from its shards where its layout allows, else through zarr."""
+        try:
+            spec = direct_spec(consolidated(self._root_metadata, name), name)
+        except StoreError as error:
+            raise StoreError(f"{self.url}/{error}") from error
+        if spec is None:
+            return self._through_zarr(name)
+        return RemoteArray(spec, self, partial(self._through_zarr, name), whole=not holds_rows(name))
+
+    @cached_property
+    def _root_metadata(self) -> dict[str, Any]:
+        # The copy of all metadata in the root makes this one request.
+        return parse_json(self.read_file(ROOT), self.url_of(ROOT))
+
+    def _through_zarr(self, name: str) -> ZarrArray:
         import zarr
 
         errors = partial(zarr_errors, f"{self.url}/{name}", PUSHED)
@@ -264,7 +349,6 @@ class RemotePlace:
 
         from ezsd.cache.storage.fetch import Listed
 
-        # The copy of all metadata in the root makes this one request.
         return zarr.open_group(Listed(self.fetch, self.stated), mode="r", zarr_format=3)
 
     @contextmanager

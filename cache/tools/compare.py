@@ -3,13 +3,12 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ezsd.cache.files import FileDigest
 from ezsd.cache.format.commit_mark import MANIFEST
 from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.sealed_json import Difference
-from ezsd.cache.storage.locations import require_mark
+from ezsd.cache.storage.locations import find_place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +24,10 @@ class Comparison:
 
 
 def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Comparison:
-    """Compare two complete stores.
+    """Compare two complete stores, each a folder or a URL.
 
     Raises:
-        StoreError: one of them is not a store, is not finished, or its manifest is damaged.
+        StoreError: one of them is not a store, is not finished, cannot be reached, or its manifest is damaged.
     """
     (left, left_files), (right, right_files) = _read(first), _read(second)
     return Comparison(
@@ -39,9 +38,9 @@ def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Co
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[Manifest, Mapping[str, FileDigest]]:
-    store = Path(path).absolute()
-    mark = require_mark(store)
-    return Manifest.from_json((store / MANIFEST).read_bytes(), str(store / MANIFEST)), mark.files
+    place = find_place(path)
+    mark = place.mark()
+    return Manifest.from_json(place.read_file(MANIFEST), f"{place}/{MANIFEST}"), mark.files
 
 
 def _content(left: Mapping[str, FileDigest], right: Mapping[str, FileDigest]) -> list[str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ezsd.cache.errors import StoreError
-from ezsd.cache.files import read_bytes
 from ezsd.cache.format.commit_mark import (
     COMMIT,
     INCOMPLETE,
@@ -17,16 +16,16 @@ from ezsd.cache.format.commit_mark import (
     file_problem,
     read_incomplete,
     read_mark,
-    size_problems,
 )
 from ezsd.cache.format.manifest import Manifest
-from ezsd.cache.format.names import files_below, size_of
+from ezsd.cache.format.names import ROOT, files_below, size_of
 from ezsd.cache.format.schema import PER_IMAGE, EmbeddingType
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.journal.bad_images import NO_ROOT, all_bad_images, bad_images_of
 from ezsd.cache.journal.commit import Committer
 from ezsd.cache.journal.plan import Plan, block_done, plan_folder, read_block
-from ezsd.cache.storage.locations import read_environment, unfinished_plan
+from ezsd.cache.storage.locations import LocalPlace, Place, find_place, read_environment, unfinished_plan
+from ezsd.cache.storage.remote import RemotePlace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +42,8 @@ class ProductInfo:
 class StoreInfo:
     """Description of a store. Of an unfinished one `images` counts all planned ones, rows those of finished blocks."""
 
-    path: Path
+    path: Path | str
+    """Folder or URL of the store."""
     complete: bool
     format_version: int
     images: int
@@ -66,32 +66,35 @@ class StoreInfo:
 
 
 def info(path: str | os.PathLike[str]) -> StoreInfo:
-    """Describe the store at `path`, complete or not; damage is reported in `problems`.
+    """Describe the store at `path`, complete or not, or a complete one at a URL; damage is reported in `problems`.
 
     Raises:
         StoreIncomplete: a copy that is not finished.
-        StoreError: no store, another format version, or damage to what describes it.
+        StoreError: no store, another format version, or damage to what describes it; or the URL cannot be reached.
     """
+    place = find_place(path)
+    if isinstance(place, RemotePlace):
+        return _committed_info(place, place.mark(), complete=True)
     store = Path(path).absolute()
     mark = read_mark(store)
     if mark is not None:
-        return _committed_info(store, mark, complete=True)
+        return _committed_info(place, mark, complete=True)
     damaged = read_incomplete(store)
     if damaged is not None:
-        return _committed_info(store, damaged, complete=False)
+        return _committed_info(place, damaged, complete=False)
     return _unfinished_info(unfinished_plan(store))
 
 
-def _committed_info(store: Path, mark: CommitMark, *, complete: bool) -> StoreInfo:
-    root = _load(store, mark, "zarr.json")
+def _committed_info(place: Place, mark: CommitMark, *, complete: bool) -> StoreInfo:
+    root, where = _load(place, mark, ROOT), f"{place}/{ROOT}"
     try:
         attributes = root["attributes"]["ezsd_store"]
         images = int(attributes["images"])
         rows = {product: int(attributes["rows"][product]) for product in PER_IMAGE}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise StoreError(f"{store / 'zarr.json'}: {NO_ROOT.format(type(error).__name__, error)}") from error
-    bad_images = bad_images_of(root, str(store / "zarr.json"))
-    manifest = Manifest.from_fields(_load(store, mark, MANIFEST), str(store / MANIFEST))
+        raise StoreError(f"{where}: {NO_ROOT.format(type(error).__name__, error)}") from error
+    bad_images = bad_images_of(root, where)
+    manifest = Manifest.from_fields(_load(place, mark, MANIFEST), f"{place}/{MANIFEST}")
     return StoreInfo(
         complete=complete,
         format_version=manifest.format_version,
@@ -103,8 +106,8 @@ def _committed_info(store: Path, mark: CommitMark, *, complete: bool) -> StoreIn
         products=_products(manifest, rows, images),
         bad_images=bad_images,
         manifest=manifest,
-        problems=tuple(size_problems(store, mark)),
-        **_folder(store),
+        problems=tuple(place.size_problems(mark)),
+        **_files(place, mark),
     )
 
 
@@ -124,7 +127,7 @@ def _unfinished_info(plan: Plan) -> StoreInfo:
         bad_images=all_bad_images(entry.attributes for entry in rows.entries),
         manifest=plan.manifest,
         problems=(),
-        **_folder(plan.store),
+        **_files(LocalPlace(plan.store)),
     )
 
 
@@ -140,46 +143,70 @@ def _products(manifest: Manifest, rows: Mapping[str, int], images: int) -> tuple
     )
 
 
-def _folder(store: Path) -> dict[str, Any]:
-    names = files_below(store)
+def _files(place: Place, mark: CommitMark | None = None) -> dict[str, Any]:
+    if isinstance(place, LocalPlace):
+        sizes = {name: size_of(place.path / name) for name in files_below(place.path)}
+    else:
+        assert isinstance(place, RemotePlace)
+        assert mark is not None
+        # A web server has no list of its files.
+        stated = {name: at.size for name, at in mark.files.items()}
+        sizes = stated if place.checks_when_read else place.sizes()
     return {
-        "path": store,
-        "files": len(names),
-        "bytes_": sum(size_of(store / name) for name in names),
-        "environment": _environment(store),
+        "path": place.path if isinstance(place, LocalPlace) else str(place),
+        "files": len(sizes),
+        "bytes_": sum(sizes.values()),
+        "environment": _environment(place),
     }
 
 
-def _environment(store: Path) -> dict[str, Any] | None:
+def _environment(place: Place) -> dict[str, Any] | None:
     """The build's record, or None for a damaged one: `verify` says so, and the store does not depend on it."""
     try:
-        return read_environment(store) or None
+        return read_environment(place) or None
     except StoreError:
         return None
 
 
-def _load(store: Path, mark: CommitMark, name: str) -> dict[str, Any]:
+def _load(place: Place, mark: CommitMark, name: str) -> dict[str, Any]:
     """A file that describes the store, once it is what was committed: a wrong figure would be told as a fact."""
-    reason = file_problem(store / name, mark.files[name], deep=True)
-    if reason is not None:
-        raise StoreError(f"{store / name}: {reason}; the store is damaged: `ezsd cache repair {store}` mends it")
-    return parse_json(read_bytes(store / name), str(store / name))
+    where = f"{place}/{name}"
+    if isinstance(place, LocalPlace):
+        reason = file_problem(place.path / name, mark.files[name], deep=True)
+        if reason is not None:
+            raise StoreError(f"{where}: {reason}; the store is damaged: `ezsd cache repair {place}` mends it")
+    return parse_json(place.read_file(name), where)
 
 
-def list_stores(folder: str | os.PathLike[str]) -> dict[Path, StoreInfo | StoreError]:
-    """The stores directly below a folder, complete or not, by path in order; the error where one cannot be described.
+def list_stores(folder: str | os.PathLike[str]) -> dict[Path | str, StoreInfo | StoreError]:
+    """The stores directly below a folder or URL, complete or not, in order; the error where one cannot be described.
+
+    Returns:
+        By path, or by URL.
 
     Raises:
-        StoreError: there is no such folder.
+        StoreError: there is no such folder, or the URL cannot be reached.
     """
-    place = Path(folder).absolute()
-    if not place.is_dir():
-        raise StoreError(f"{place}: is not a folder; give one that holds stores, such as cache")
-    found: dict[Path, StoreInfo | StoreError] = {}
-    for path in sorted(place.iterdir()):
-        if path.is_dir() and any((path / sign).exists() for sign in (COMMIT, INCOMPLETE, TRANSFER, plan_folder(path))):
-            try:
-                found[path] = info(path)
-            except StoreError as error:
-                found[path] = error
+    place = find_place(folder)
+    found: dict[Path | str, StoreInfo | StoreError] = {}
+    for path in _stores_at(place) if isinstance(place, RemotePlace) else _stores_in(Path(folder).absolute()):
+        try:
+            found[path] = info(path)
+        except StoreError as error:
+            found[path] = error
     return found
+
+
+def _stores_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise StoreError(f"{folder}: is not a folder; give one that holds stores, such as cache")
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and any((path / sign).exists() for sign in (COMMIT, INCOMPLETE, TRANSFER, plan_folder(path)))
+    ]
+
+
+def _stores_at(place: RemotePlace) -> list[str]:
+    signs = (COMMIT, INCOMPLETE, TRANSFER)
+    return [url for url in place.folders() if not set(RemotePlace(url).names()).isdisjoint(signs)]

@@ -37,12 +37,15 @@ from ezsd.cache.format.names import files_below, inside
 from ezsd.cache.journal.entries import lock_store
 from ezsd.cache.reader import Store
 from ezsd.cache.storage.remote import RemotePlace
+from ezsd.cache.tools.hub import is_repository, not_as_committed, push_to_repository
 
 _PIECE = 8 * 2**20
 
 
 def push(store: str | os.PathLike[str], url: str) -> int:
     """Copy a store to a URL; files that are there already with the right bytes are not sent again.
+
+    Those that are there are read and compared with their digests, also in a copy that is complete.
 
     Args:
         store: a complete store's folder.
@@ -62,15 +65,24 @@ def push(store: str | os.PathLike[str], url: str) -> int:
     # Whatever a file of this name holds, only a record of a build is sent.
     source.environment  # noqa: B018
     environment = read_if_there(inside(source.path, ENVIRONMENT))
-    if _already(there, data):
+    complete, started = _state(there, data)
+    if is_repository(there):
+        return push_to_repository(source.path, there, mark, data, environment)
+    good = _present(there, mark)
+    if complete and good == mark.files.keys():
+        if started:
+            # Stopped between the last two steps.
+            _remove(there, TRANSFER)
         return 0
-    left = _present(there, mark)
     with there.sending(len(data)):
         there.files.makedirs(there.path(""), exist_ok=True)
     there.write_sign(TRANSFER, data)
+    if complete:
+        # Nobody reads a copy that is being mended.
+        _remove(there, COMMIT)
     sent = 0
     for name, expected in mark.files.items():
-        if name in left and there.digest(name) == expected:
+        if name in good:
             continue
         _send(inside(source.path, name), there, name, expected)
         sent += 1
@@ -80,39 +92,35 @@ def push(store: str | os.PathLike[str], url: str) -> int:
             there.files.pipe_file(there.path(ENVIRONMENT), environment)
     # The mark makes it a store: last.
     there.write_sign(COMMIT, data)
-    with there.errors():
-        there.files.rm_file(there.path(TRANSFER))
+    _remove(there, TRANSFER)
     return sent
 
 
-def _already(there: RemotePlace, data: bytes) -> bool:
-    """True if this very store is complete at its target."""
+def _remove(there: RemotePlace, name: str) -> None:
+    with there.errors():
+        there.files.rm_file(there.path(name))
+
+
+def _state(there: RemotePlace, data: bytes) -> tuple[bool, bool]:
+    """True for a copy of this very store at the target that says it is complete, and for one that was begun."""
     found = there.read_if_there(COMMIT)
     if found is not None and found != data:
         raise StoreError(f"{there}: holds another store; choose another URL, or remove that one first")
     started = there.read_if_there(TRANSFER)
     if started is not None and started != data:
         raise StoreError(f"{there}: another store is being copied there; choose another URL, or remove what is there")
-    if found is None:
-        return False
-    problems = there.size_problems(parse_mark(found, f"{there}/{COMMIT}"))
-    if problems:
-        raise StoreError(f"{problems[0]}; the copy is damaged: remove it and push again")
-    if started is not None:
-        # Stopped between the last two steps.
-        with there.errors():
-            there.files.rm_file(there.path(TRANSFER))
-    return True
+    return found is not None, started is not None
 
 
 def _present(there: RemotePlace, mark: CommitMark) -> set[str]:
-    """Names of the store's files that are at the target with their size; StoreError for files of somebody else."""
+    """Names of the store's files that are at the target with their digests; StoreError for files of somebody else."""
     sizes = there.sizes()
-    known = mark.files.keys() | {TRANSFER, ENVIRONMENT}
+    known = mark.files.keys() | {COMMIT, TRANSFER, ENVIRONMENT}
     foreign = sorted(name for name in sizes.keys() - known if not name.startswith(f"{ARRIVING}/"))
     if foreign:
         raise StoreError(f"{there}: holds {foreign[0]!r}, which is not a file of this store; choose another URL")
-    return {name for name, expected in mark.files.items() if sizes.get(name) == expected.size}
+    sized = [name for name, expected in mark.files.items() if sizes.get(name) == expected.size]
+    return {name for name, found in there.digests(sized) if found == mark.files[name]}
 
 
 def _send(file: Path, there: RemotePlace, name: str, expected: FileDigest) -> None:
@@ -126,10 +134,7 @@ def _send(file: Path, there: RemotePlace, name: str, expected: FileDigest) -> No
                 target.write(piece)
                 failpoint("push.half_written")
     if digest.hexdigest() != expected.sha256:
-        raise StoreError(
-            f"{file}: its bytes are not those that were committed (sha256 differs); the store is damaged: "
-            "`ezsd cache repair` mends it"
-        )
+        raise not_as_committed(file)
 
 
 def _pieces_of(file: Path) -> Iterator[bytes]:

@@ -4,18 +4,21 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError, StoreUnreadable
+from ezsd.cache.files import FileDigest
 from ezsd.cache.format.checksums import checksum_spec, damaged_rows
 from ezsd.cache.format.commit_mark import (
     ENVIRONMENT,
+    LARGEST,
     UNLISTED,
     CommitMark,
     file_problem,
+    parse_environment,
     read_incomplete,
     read_mark,
 )
@@ -23,18 +26,20 @@ from ezsd.cache.format.names import empty_folders, files_below
 from ezsd.cache.format.offsets import image_places, of_images
 from ezsd.cache.format.schema import CHECKSUMS, PER_IMAGE, ArraySpec, per_store
 from ezsd.cache.format.sealed_json import parse_json
-from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk, shard_rows
+from ezsd.cache.format.zarr_bytes import consolidated, shard_bytes_on_disk, shard_rows
 from ezsd.cache.journal.entries import JOURNAL, Entry, journal_folder
 from ezsd.cache.journal.plan import Plan, block_name, per_store_folder
 from ezsd.cache.storage.direct import direct_spec
-from ezsd.cache.storage.locations import read_environment, unfinished_plan
+from ezsd.cache.storage.locations import find_place, read_environment, unfinished_plan
+from ezsd.cache.storage.remote import RemotePlace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
     """A file that is not as it was committed, and what it takes with it."""
 
-    file: Path
+    file: Path | str
+    """Path or URL of the file."""
     name: str
     """The file inside the store, with forward slashes."""
     kind: Literal["damaged", "unreadable", "stray"]
@@ -59,14 +64,17 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> list[Damage]:
     """List the damaged, missing and foreign files of a store; none if all is well.
 
     Args:
-        path: a store, complete or not.
+        path: a store, complete or not; or the URL of a complete one.
         deep: read every byte and compare digests. Without it, sizes and the digests of metadata alone are looked at:
             enough for truncated, missing and foreign files, not for a wrong bit in an array.
 
     Raises:
         StoreIncomplete: a copy that is not finished.
-        StoreError: not a store, another format version, or a damaged commit mark.
+        StoreError: not a store, another format version, or a damaged commit mark; or the URL cannot be reached.
     """
+    place = find_place(path)
+    if isinstance(place, RemotePlace):
+        return _verify_remote(place, deep=deep)
     store = Path(path).absolute()
     mark = read_mark(store) or read_incomplete(store)
     if mark is None:
@@ -76,7 +84,7 @@ def verify(path: str | os.PathLike[str], *, deep: bool = False) -> list[Damage]:
 
 def damaged_files(store: Path, mark: CommitMark, *, deep: bool) -> list[Damage]:
     """Files that are missing, not as they were committed or unreadable, see `verify`."""
-    locate = Locator(store, mark)
+    locate = Locator(LocalFiles(store), mark)
     found = []
     for name, expected in mark.files.items():
         try:
@@ -87,6 +95,27 @@ def damaged_files(store: Path, mark: CommitMark, *, deep: bool) -> list[Damage]:
         if reason:
             found.append(locate.damage(name, reason))
     return found + _environment_problems(store)
+
+
+def _verify_remote(place: RemotePlace, *, deep: bool) -> list[Damage]:
+    mark = place.mark()
+    files = CopiedFiles(place, mark)
+    files.look([name for name in mark.files if deep or name.endswith(".json")])
+    locate = Locator(files, mark)
+    found = [locate.damage(name, reason) for name, reason in files.problems.items()]
+    # A web server has no list of its files.
+    there = [] if place.checks_when_read else place.sizes()
+    found += [
+        Damage(file=place.url_of(name), name=name, kind="stray", reason="does not belong to the store")
+        for name in sorted(set(there) - {*mark.files, *UNLISTED, *place.not_ours})
+    ]
+    environment = place.read_if_there(ENVIRONMENT)
+    try:
+        parse_environment(environment, place.url_of(ENVIRONMENT))
+    except StoreError as error:
+        reason = str(error).removeprefix(f"{place.url_of(ENVIRONMENT)}: ")
+        found.append(Damage(file=place.url_of(ENVIRONMENT), name=ENVIRONMENT, kind="damaged", reason=reason))
+    return found
 
 
 def _unreadable(file: Path, name: str, error: StoreUnreadable) -> Damage:
@@ -123,21 +152,117 @@ def _environment_problems(store: Path) -> list[Damage]:
     return []
 
 
+class StoreFiles(Protocol):
+    """Files of a store as they are now, damaged or not."""
+
+    def where(self, name: str) -> Path | str:
+        """Path or URL of a file."""
+        ...
+
+    def intact(self, name: str, expected: FileDigest) -> bool:
+        """True if a file is known to be as it was committed."""
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Size of a file in bytes; None where there is none."""
+        ...
+
+    def held(self, name: str) -> bytes | None:
+        """The bytes of a file; None where there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """Files of a store in a folder."""
+
+    store: Path
+
+    def __str__(self) -> str:
+        return str(self.store)
+
+    def where(self, name: str) -> Path:
+        """Path of a file."""
+        return self.store / name
+
+    def intact(self, name: str, expected: FileDigest) -> bool:
+        """True if a file is known to be as it was committed."""
+        try:
+            return file_problem(self.store / name, expected, deep=True) is None
+        except StoreUnreadable:
+            return False
+
+    def size(self, name: str) -> int | None:
+        """Size of a file in bytes; None where there is none."""
+        file = self.store / name
+        return file.stat().st_size if file.is_file() else None
+
+    def held(self, name: str) -> bytes | None:
+        """The bytes of a file; None where there is none."""
+        file = self.store / name
+        return file.read_bytes() if file.is_file() else None
+
+
+class CopiedFiles:
+    """Files of a store behind a URL; each is fetched and compared once."""
+
+    def __init__(self, place: RemotePlace, mark: CommitMark) -> None:
+        self._place, self._mark = place, mark
+        self._sizes = sizes = place.sizes(mark.files)
+        self.problems: dict[str, str] = {}
+        """Faults of the files that were found not to be as they were committed, by name."""
+        for name, expected in mark.files.items():
+            if name not in sizes:
+                self.problems[name] = "is missing"
+            elif sizes[name] != expected.size:
+                self.problems[name] = f"is {sizes[name]} bytes long, expected {expected.size}"
+        self._seen = set(self.problems)
+
+    def __str__(self) -> str:
+        return str(self._place)
+
+    def look(self, names: Sequence[str]) -> None:
+        """Compare these files with their digests, many at once."""
+        for name, found in self._place.digests([name for name in names if name not in self._seen]):
+            self._seen.add(name)
+            if found != self._mark.files[name]:
+                self.problems[name] = "its bytes are not those that were committed (sha256 differs)"
+
+    def where(self, name: str) -> str:
+        """URL of a file."""
+        return self._place.url_of(name)
+
+    def intact(self, name: str, expected: FileDigest) -> bool:
+        """True if a file is known to be as it was committed."""
+        self.look([name])
+        return name not in self.problems
+
+    def size(self, name: str) -> int | None:
+        """Size of a file in bytes; None where there is none."""
+        return self._sizes.get(name)
+
+    def held(self, name: str) -> bytes | None:
+        """The bytes of a file; None where there is none, or one that is longer than the mark states."""
+        return (
+            self._place.read_if_there(name) if self._sizes.get(name, LARGEST) <= self._mark.files[name].size else None
+        )
+
+
 @dataclass(frozen=True)
 class Locator:
     """Says which rows and images a damaged file of a store takes with it, as far as its other files still tell."""
 
-    store: Path
+    files: StoreFiles
     mark: CommitMark
 
     def damage(self, name: str, reason: str) -> Damage:
         """The damage of one listed file."""
         spec, shard = self._shard(name)
         if spec is None:
-            return Damage(file=self.store / name, name=name, kind="damaged", reason=reason)
+            return Damage(file=self.files.where(name), name=name, kind="damaged", reason=reason)
         rows = tuple(self._rows(spec, shard, name))
         return Damage(
-            file=self.store / name,
+            file=self.files.where(name),
             name=name,
             kind="damaged",
             reason=reason,
@@ -149,12 +274,7 @@ class Locator:
     def intact(self, name: str) -> bool:
         """True if a listed file is known to be as it was committed."""
         expected = self.mark.files.get(name)
-        if expected is None:
-            return False
-        try:
-            return file_problem(self.store / name, expected, deep=True) is None
-        except StoreUnreadable:
-            return False
+        return expected is not None and self.files.intact(name, expected)
 
     def spec(self, array: str) -> ArraySpec | None:
         """Geometry of an array, from its own metadata or the copy in the root.
@@ -166,11 +286,11 @@ class Locator:
         """
         for name, of in ((f"{array}/zarr.json", None), ("zarr.json", array)):
             if self.intact(name):
-                metadata = parse_json((self.store / name).read_bytes(), str(self.store / name))
+                metadata = parse_json(self.files.held(name) or b"", str(self.files.where(name)))
                 try:
                     return direct_spec(metadata if of is None else consolidated(metadata, of), array)
                 except StoreError as error:
-                    raise StoreError(f"{self.store}/{error}") from error
+                    raise StoreError(f"{self.files}/{error}") from error
         return None
 
     def values(self, array: str) -> NDArray[Any] | None:
@@ -178,10 +298,17 @@ class Locator:
         spec = self.spec(array)
         if spec is None or not all(self.intact(spec.shard_file(shard)) for shard in range(spec.shards)):
             return None
-        files = [(shard, self.store / spec.shard_file(shard)) for shard in range(spec.shards)]
-        if any(file.stat().st_size != shard_bytes_on_disk(spec, shard) for shard, file in files):
+        return self.doubtful(array)
+
+    def doubtful(self, array: str) -> NDArray[Any] | None:
+        """A whole array as its files are now, damaged or not; None where one is missing or of another length."""
+        spec = self.spec(array)
+        if spec is None:
             return None
-        parts = [shard_rows(spec, shard, file.read_bytes()) for shard, file in files]
+        files = [(shard, spec.shard_file(shard)) for shard in range(spec.shards)]
+        if any(self.files.size(file) != shard_bytes_on_disk(spec, shard) for shard, file in files):
+            return None
+        parts = [shard_rows(spec, shard, self.files.held(file) or b"") for shard, file in files]
         return np.concatenate([np.empty((0, *spec.shape[1:]), spec.dtype), *parts])
 
     def _shard(self, name: str) -> tuple[ArraySpec | None, int]:
@@ -193,11 +320,11 @@ class Locator:
         if spec.name.startswith(f"{CHECKSUMS}/"):
             return whole
         sums = self.values(checksum_spec(spec, shard_bytes=1).name)
-        file = self.store / name
-        if sums is None or not file.is_file():
+        data = self.files.held(name)
+        if sums is None or data is None:
             return whole
         # Where all checksums agree and the digest does not, everything is in doubt.
-        return damaged_rows(spec, shard, file.read_bytes(), sums) or whole
+        return damaged_rows(spec, shard, data, sums) or whole
 
     def _images(self, spec: ArraySpec, rows: Sequence[tuple[int, int]]) -> list[int]:
         product, _, field = spec.name.partition("/")
@@ -216,14 +343,6 @@ class Locator:
         if offset is None or offset.shape != (len(ids) + 1,):
             return []
         return [int(ids[place]) for place in image_places(offset, rows)]
-
-
-def consolidated(root: dict[str, Any], array: str) -> dict[str, Any]:
-    """The copy of an array's metadata in the root; nothing where the root has none."""
-    found: object = root
-    for key in ("consolidated_metadata", "metadata", array):
-        found = found.get(key) if isinstance(found, dict) else None
-    return found if isinstance(found, dict) else {}
 
 
 def damaged_entries(plan: Plan, *, deep: bool) -> list[Damage]:

@@ -112,7 +112,7 @@ def _by(processes: int | None) -> str:
     return f"by {processes} processes" if processes > 1 else "by one process"
 
 
-def info_text(path: Path) -> str:
+def info_text(path: str | Path) -> str:
     """A store described as JSON."""
     found = info(path)
     table = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
@@ -121,13 +121,14 @@ def info_text(path: Path) -> str:
     return json.dumps(table, indent=1, default=str, ensure_ascii=False)
 
 
-def list_lines(folder: Path) -> list[str]:
-    """List the stores of a folder, one line each."""
+def list_lines(folder: str | Path) -> list[str]:
+    """List the stores of a folder or below a URL, one line each."""
     found = list_stores(folder)
     if not found:
         return [f"{folder}: no stores in it"]
-    width = max(len(path.name) for path in found)
-    return [f"{path.name:<{width}}  {_summary(store)}" for path, store in found.items()]
+    names = [str(path).rpartition("/")[2] for path in found]
+    width = max(map(len, names))
+    return [f"{name:<{width}}  {_summary(store)}" for name, store in zip(names, found.values(), strict=True)]
 
 
 def _summary(store: StoreInfo | StoreError) -> str:
@@ -139,7 +140,7 @@ def _summary(store: StoreInfo | StoreError) -> str:
     return f"{state}, {store.images:,} images, {regions.rows:,} regions, {store.bytes_:,} bytes, {store.embedding}"
 
 
-def verify_lines(path: Path, *, deep: bool) -> list[str]:
+def verify_lines(path: str | Path, *, deep: bool) -> list[str]:
     """Describe what is wrong with a store, one line for each problem."""
     return [str(damage) for damage in verify(path, deep=deep)]
 
@@ -156,7 +157,7 @@ def collect_lines(path: Path, *, strays: bool = False, dry_run: bool = False) ->
     return lines
 
 
-def compare_lines(first: Path, second: Path) -> list[str]:
+def compare_lines(first: str | Path, second: str | Path) -> list[str]:
     """Differences of two stores: settings, products, content."""
     found = compare(first, second)
     same = ", ".join(found.same_fingerprint) or "none"
@@ -170,6 +171,8 @@ def compare_lines(first: Path, second: Path) -> list[str]:
 def repair_lines(path: Path, report: RepairReport) -> list[str]:
     """Summary of a repair; the last line is the store's state now."""
     lines = [f"repaired {name}" for name in report.repaired]
+    if report.images:
+        lines.append(f"computed the rows of {report.images:,} images again")
     lines += [_left(damage) for damage in report.left]
     if not report.left:
         return [*lines, f"{path}: complete, every file is what was committed"]

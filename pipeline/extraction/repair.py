@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from ezsd.adapt import restore
 from ezsd.cache import (
+    JSON,
     Block,
     Manifest,
     RaggedRows,
     RepairReport,
     StoredValues,
     StoreError,
+    StoreMismatch,
+    differences,
     info,
     read_environment,
     repair,
@@ -33,6 +36,9 @@ from ezsd.pipeline.extraction.request import BuildRequest, read_annotations
 from ezsd.pipeline.extraction.run_proposer import run_digest
 from ezsd.pipeline.extraction.teacher import configured_teacher, with_recorded_normalisation
 from ezsd.pipeline.extraction.worker import block_rows
+from ezsd.pipeline.files import as_json
+from ezsd.pipeline.progress import Progress
+from ezsd.teacher.open_clip import Teacher
 
 
 def repair_store(path: Path, data_root: Path, *, weights: str | None, device: str) -> RepairReport:
@@ -50,6 +56,7 @@ def _source(path: Path, data_root: Path, *, weights: str | None, device: str) ->
     config = recorded_config(path, recorded)
     if weights is not None:
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=weights))
+    model = None
     # Where the manifest is what has to be repaired, only the settings can say it.
     with contextlib.suppress(StoreError):
         manifest = info(path).manifest
@@ -58,7 +65,9 @@ def _source(path: Path, data_root: Path, *, weights: str | None, device: str) ->
         if "proposer" in manifest.products:
             config = dataclasses.replace(config, proposer=_as_recorded(config.proposer, manifest))
     dataset = from_definition(recorded["dataset"], data_root).require()
-    return _Images(BuildRequest(dataset=dataset, config=config, out=path, limit=recorded["limit"], device=device))
+    return _Images(
+        BuildRequest(dataset=dataset, config=config, out=path, limit=recorded["limit"], device=device), model
+    )
 
 
 def _as_recorded(proposer: ProposerConfig, manifest: Manifest) -> ProposerConfig:
@@ -75,18 +84,36 @@ def _as_recorded(proposer: ProposerConfig, manifest: Manifest) -> ProposerConfig
 
 
 class _Images:
-    """The images of a store and what computes its rows: `ezsd.cache.RowSource`."""
+    """The images of a store, their annotations, and what computes its rows: `ezsd.cache.RowSource`.
 
-    def __init__(self, request: BuildRequest) -> None:
-        self._request = request
+    Args:
+        request: the store's build.
+        model: fingerprint of its published teacher; None where the store does not say it any more. With it, the
+            teacher is loaded and compared when rows have to be computed, and not for what the annotations say.
+    """
+
+    def __init__(self, request: BuildRequest, model: Mapping[str, JSON] | None) -> None:
+        self._request, self._model = request, model
         self._annotations = read_annotations(request)
-        self._teacher = configured_teacher(request.config.teacher, request.device)
 
     @cached_property
     def manifest(self) -> Manifest:
         """Manifest of the store."""
         request = self._request
-        return describe(request.dataset, self._annotations, request.config, self._teacher.fingerprint())
+        model = self._loaded_teacher().fingerprint() if self._model is None else self._model
+        return describe(request.dataset, self._annotations, request.config, model)
+
+    def _loaded_teacher(self) -> Teacher:
+        """The teacher as published; StoreMismatch where it is not the one of the store."""
+        teacher = configured_teacher(self._request.config.teacher, self._request.device)
+        changed = [] if self._model is None else differences(self._model, as_json(teacher.fingerprint()))
+        if changed:
+            raise StoreMismatch.between(
+                self._request.out,
+                changed,
+                cure="rows are computed by its own teacher alone: give the weights it was built with (`weights=FILE`)",
+            )
+        return teacher
 
     @property
     def images(self) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
@@ -98,11 +125,24 @@ class _Images:
             np.array([image.height for image in images], np.int32),
         )
 
+    def annotated(self, block: Block) -> RaggedRows:
+        """Boxes, classes and annotation ids of the base objects in a slice of the images."""
+        annotations = self._annotations
+        rows = [
+            slice(0, 0) if annotations.images[place].id in self._left_out else annotations.rows(place)
+            for place in range(block.start, block.stop)
+        ]
+        columns = {name: getattr(annotations, name) for name in ("box", "class_index", "annotation_id")}
+        return RaggedRows(
+            counts=np.array([at.stop - at.start for at in rows], np.int32),
+            fields={name: np.concatenate([values[at] for at in rows]) for name, values in columns.items()},
+        )
+
     def per_store(self, product: str, stored: Mapping[str, StoredValues]) -> NDArray[np.float32]:
         """The teacher's values, the text rows, or the proposer's weights."""
         if product == "proposer":
             return trained_proposer(self._request, self._annotations)[0]
-        teacher = configured_teacher(self._request.config.teacher, self._request.device)
+        teacher = self._loaded_teacher()
         if product == "teacher" or "teacher" not in stored:
             values, _ = adapted(self._request, teacher, self._annotations)
             if product == "teacher":
@@ -112,15 +152,19 @@ class _Images:
             restore(teacher.layer_norms(), values, attributes["parameters"])
         return embed_names(teacher, self._request.dataset.split.names)
 
-    def rows(self, block: Block, stored: Mapping[str, StoredValues]) -> Mapping[str, RaggedRows]:
-        """All rows of a slice of the images."""
+    def rows(self, blocks: Sequence[Block], stored: Mapping[str, StoredValues]) -> Iterator[Mapping[str, RaggedRows]]:
+        """All rows of slices of the images."""
+        self._loaded_teacher()
         (values, attributes), (text, _) = stored["teacher"], stored["text"]
         network = None
         if "proposer" in stored:
             weights, trained = stored["proposer"]
             network = proposer_weights({"values": weights}, trained)
         job = extract_job(self._request, attributes["parameters"], values, text, self.manifest.digest, proposer=network)
-        return block_rows(job, block, left_out=self._left_out)
+        with Progress("repair", sum(block.stop - block.start for block in blocks), unit="image") as progress:
+            for block in blocks:
+                yield block_rows(job, block, left_out=self._left_out)
+                progress.advance(block.stop - block.start)
 
     @cached_property
     def _left_out(self) -> Collection[int]:

@@ -170,10 +170,15 @@ class Images:
     def per_store(self, product, known):
         return next(iter(PER_STORE[product][0].values()))
 
-    def rows(self, block, per_store):
-        assert per_store.keys() == schema.per_store(self.manifest.products).keys()
-        self.asked.append((block.start, block.stop))
-        return block_rows(block, most=self._most)
+    def annotated(self, block):
+        rows = block_rows(block, most=self._most)["ground_truth"]
+        return RaggedRows(rows.counts, {name: of for name, of in rows.fields.items() if name != "embedding"})
+
+    def rows(self, blocks, stored):
+        assert stored.keys() == schema.per_store(self.manifest.products).keys()
+        for block in blocks:
+            self.asked.append((block.start, block.stop))
+            yield block_rows(block, most=self._most)
 
 
 def flip(file, bit):

@@ -134,19 +134,11 @@ TABLE = [
         works=lambda scene: push(scene.finished, scene.new.as_uri()),
     ),
     Advice(
-        situation="a push onto a damaged copy",
-        prepare=lambda scene: scene.cut_remote(),
-        meet=lambda scene: push(scene.finished, scene.url),
-        message="the copy is damaged: remove it and push again$",
-        cure=lambda scene, _: scene.remove_remote(),
-        works=lambda scene: (push(scene.finished, scene.url), Store(scene.url)),
-    ),
-    Advice(
         situation="a damaged copy that is read",
         prepare=lambda scene: scene.cut_remote(),
         meet=lambda scene: Store(scene.url),
-        message="remove this copy and push the store again$",
-        cure=lambda scene, _: (scene.remove_remote(), push(scene.finished, scene.url)),
+        message="push the store again, which sends what is damaged$",
+        cure=lambda scene, _: push(scene.finished, scene.url),
     ),
     Advice(
         situation="no store at a URL",

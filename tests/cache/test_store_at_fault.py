@@ -136,7 +136,7 @@ def test_a_chunk_that_cannot_be_decoded_is_damage_wherever_it_lies(copy, way, co
     ) as found:
         _ = Store(url, verify="quick").regions[FIRST]
     assert not isinstance(found.value, StoreUnreadable)
-    assert ("remove this copy and push" in str(found.value)) == (way != "folder")
+    assert ("push the store again" in str(found.value)) == (way != "folder")
 
 
 def test_metadata_at_a_url_that_describe_no_array_are_damage(copy):
@@ -154,7 +154,7 @@ def test_a_root_that_is_lost_while_a_url_is_read_is_damage_of_the_copy(finished)
     store = Store(url)
     files, root = fsspec.url_to_fs(url)
     files.rm_file(f"{root}/zarr.json")
-    with pytest.raises(StoreError, match="images/id: is missing; the store is damaged: remove this copy and push"):
+    with pytest.raises(StoreError, match="zarr.json: is not there; the store is damaged: push the store again"):
         _ = store.image_ids
 
 
@@ -220,7 +220,7 @@ def web(copy):
 
 def test_an_answer_that_cannot_be_decoded_is_the_copys_fault_in_one_line(web):
     web[1].encoding = "gzip"
-    with pytest.raises(StoreError, match="what is sent cannot be decoded .*the store is damaged: remove this") as found:
+    with pytest.raises(StoreError, match="what is sent cannot be decoded .*the store is damaged: push the") as found:
         Store(web[0])
     assert "\n" not in str(found.value)
 
@@ -254,8 +254,8 @@ def test_a_file_system_that_sends_more_than_asked_for_is_refused(finished, monke
     push(finished, url)
     store, plain = Store(url), fsspec.filesystem("memory").cat_file
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", lambda _, *a, **k: plain(*a, **k) + b"!")
-    with pytest.raises(StoreError, match=r"zarr.json: more is sent than the [\d,]+ bytes asked for"):
-        _ = store.image_ids
+    with pytest.raises(StoreError, match=r"regions/\w+/c/0(/0)?: more is sent than the [\d,]+ bytes asked for"):
+        _ = store.regions[FIRST]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")

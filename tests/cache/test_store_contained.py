@@ -605,7 +605,7 @@ def test_a_file_that_a_web_server_lacks_is_named_as_that(finished, web, tmp_path
     shutil.copytree(finished, tmp_path / "web/store")
     (tmp_path / "web/store/text/zarr.json").unlink()
     with pytest.raises(StoreError, match=r"/store/text/zarr.json: is not there; the store is damaged"):
-        Store(f"{url}/store")
+        _ = Store(f"{url}/store").text
 
 
 @pytest.mark.parametrize(

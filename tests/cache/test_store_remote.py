@@ -22,12 +22,14 @@ from ezsd.cache import (
     StoreIncomplete,
     StoreKeyError,
     collect,
+    compare,
     info,
     list_stores,
     repair,
     verify,
 )
 from ezsd.cache.tools.transfer import pull, push
+from ezsd.pipeline.console.store_messages import list_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = "import sys; from ezsd.cache.tools import transfer; getattr(transfer, sys.argv[1])(sys.argv[2], sys.argv[3])"
@@ -65,14 +67,38 @@ def place(request):
 
 
 @pytest.fixture
-def web(finished):
-    """A store on a web server, copied there by any means."""
+def asked():
+    """Method, path and range of every request to the web server."""
+    return []
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
+
+@pytest.fixture
+def web(finished, asked):
+    """A store on a web server that knows ranges, copied there by any means."""
+
+    class Ranges(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
-    handler = functools.partial(Quiet, directory=finished.parent)
+        def do_HEAD(self):
+            asked.append(("HEAD", self.path, None))
+            super().do_HEAD()
+
+        def do_GET(self):
+            wanted = self.headers["Range"]
+            asked.append(("GET", self.path, wanted))
+            file = Path(self.translate_path(self.path))
+            if wanted is None or not file.is_file():
+                return super().do_GET()
+            start, stop = map(int, wanted.removeprefix("bytes=").split("-"))
+            data = file.read_bytes()[start : stop + 1]
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+            return None
+
+    handler = functools.partial(Ranges, directory=finished.parent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -112,6 +138,55 @@ def test_a_store_on_a_web_server_is_read_and_pulled(finished, web, tmp_path):
     assert storekit.contents(tmp_path / "copy") == storekit.contents(finished)
 
 
+def test_a_store_on_a_web_server_is_opened_by_one_file(web, asked):
+    Store(web)
+    assert [(method, path.rpartition("/")[2]) for method, path, _ in asked] == [("GET", "COMMIT.json")]
+
+
+def test_each_file_on_a_web_server_is_compared_when_it_is_read(copy, finished, web):
+    for name in ("images/id/c/0", "zarr.json", "manifest.json", "regions/offset/c/0"):
+        storekit.flip(finished / name, 99)
+        try:
+            store = Store(web)
+            with pytest.raises(StoreError, match=f"{name}: its bytes are not those that were committed"):
+                _ = store.manifest, store.regions[storekit.IDS[0]], store.bad_images
+        finally:
+            storekit.flip(finished / name, 99)
+    same_store(Store(web), Store(copy))
+
+
+@pytest.mark.parametrize("kept", [0, 2**25])
+def test_a_batch_asks_for_each_index_once_and_for_no_chunk_twice(web, asked, kept, monkeypatch):
+    monkeypatch.setattr("ezsd.cache.storage.remote_arrays._KEPT_BYTES", kept)
+    store = Store(web)
+    store.regions.batch(storekit.IDS)
+    gets = [(path, wanted) for method, path, wanted in asked if method == "GET"]
+    assert len(gets) == len(set(gets))
+    assert all(method == "GET" for method, *_ in asked)
+    del asked[:]
+    store.regions.batch(storekit.IDS[::-1])
+    assert asked == []
+
+
+def test_the_rows_of_a_batch_are_asked_for_together(finished, monkeypatch):
+    url = f"memory://{secrets.token_hex(4)}"
+    push(finished, url)
+    fetch, together = MemoryFileSystem.cat_file, threading.Barrier(5, timeout=20)
+
+    def fetch_beside_others(files, path, start=None, end=None, **options):
+        if "/regions/" in path:
+            together.wait()
+        return fetch(files, path, start=start, end=end, **options)
+
+    store = Store(url)
+    batch = store.ground_truth.batch(storekit.IDS)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fetch_beside_others)
+    # Each of five columns is one shard, or more: whoever asks for one after another waits for ever.
+    first = store.regions.batch(storekit.IDS[:1])
+    assert first.counts.tolist() == Store(finished).regions.batch(storekit.IDS[:1]).counts.tolist()
+    assert batch.counts.tolist() == Store(finished).ground_truth.batch(storekit.IDS).counts.tolist()
+
+
 @pytest.mark.parametrize("place", ["memory", "s3"], indirect=True)
 def test_what_is_no_store_or_damaged_is_one_line(finished, place):
     with pytest.raises(StoreError, match=f"^{place}: is not a store \\(no COMMIT.json there\\)"):
@@ -140,6 +215,97 @@ def test_a_url_that_leads_nowhere_is_one_line(url, message):
         Store(url)
 
 
+# Looking after
+
+
+@pytest.mark.parametrize("place", ["memory", "s3"], indirect=True)
+def test_a_copy_is_looked_after_as_a_store_in_a_folder_is(finished, place, tmp_path):
+    push(finished, place)
+    assert compare(place, finished).content == ()
+    assert verify(place) == verify(place, deep=True) == []
+    there, here = info(place), info(finished)
+    assert (there.path, there.problems, there.complete) == (place, (), True)
+    for field in ("images", "products", "manifest", "files", "bytes_", "environment", "format_version", "embedding"):
+        assert getattr(there, field) == getattr(here, field), field
+    files, root = fsspec.url_to_fs(place)
+    damaged = shutil.copytree(finished, tmp_path / "damaged")
+    for name in ("regions/embedding/c/1/0", "regions/zarr.json", "checksums/text/embedding/c/0"):
+        storekit.flip(damaged / name, 77)
+        files.pipe_file(f"{root}/{name}", (damaged / name).read_bytes())
+    files.rm_file(f"{root}/regions/offset/c/0")
+    (damaged / "regions/offset/c/0").unlink()
+    files.pipe_file(f"{root}/regions/notes.txt", b"mine")
+    (damaged / "regions/notes.txt").write_bytes(b"mine")
+    for deep in (False, True):
+        found, expected = verify(place, deep=deep), verify(damaged, deep=deep)
+        assert sorted((one.name, one.reason, one.rows, one.images) for one in found) == sorted(
+            (one.name, one.reason, one.rows, one.images) for one in expected
+        )
+    assert str(verify(place)[0]).startswith(f"{place}/regions/")
+    with pytest.raises(StoreError, match=r"regions/offset/c/0: is not there"):
+        Store(place)
+
+
+@pytest.mark.parametrize("place", ["memory", "s3"], indirect=True)
+def test_stores_below_a_url_are_listed(finished, place):
+    push(finished, f"{place}/whole")
+    files, root = fsspec.url_to_fs(place)
+    files.pipe_file(f"{root}/begun/TRANSFER.json", b"{}")
+    files.pipe_file(f"{root}/pictures/a.txt", b"")
+    found = list_stores(place)
+    assert list(found) == [f"{place}/begun", f"{place}/whole"]
+    assert "not all files were copied here" in str(found[f"{place}/begun"])
+    assert found[f"{place}/whole"].complete
+    lines = list_lines(place)
+    assert lines[1].startswith("whole  complete, 11 images")
+
+
+def test_a_store_on_a_web_server_is_looked_after_but_for_its_list(finished, web):
+    assert verify(web, deep=True) == []
+    assert info(web).images == len(storekit.IDS)
+    assert compare(web, finished).content == ()
+    storekit.flip(finished / "regions/embedding/c/1/0", 77)
+    try:
+        (damage,) = verify(web, deep=True)
+        assert damage.images == verify(finished, deep=True)[0].images != ()
+    finally:
+        storekit.flip(finished / "regions/embedding/c/1/0", 77)
+    with pytest.raises(StoreError, match="a web server lists no folders; give the URL of a store to `ezsd cache info`"):
+        list_stores(web)
+
+
+@pytest.mark.parametrize("look", [verify, info, list_stores, lambda url: compare(url, url)])
+def test_what_cannot_be_looked_at_is_one_line(look):
+    with pytest.raises(StoreError, match=r"^http://127.0.0.1:9/store: (cannot be reached|a web server lists no)"):
+        look("http://127.0.0.1:9/store")
+
+
+@pytest.mark.parametrize("way", ["quick", "full"])
+def test_single_rows_are_read_from_large_shards_by_their_chunks(memory, monkeypatch, way):
+    store = storekit.build(memory / "store", shard_bytes=2**20)
+    url = f"memory://{secrets.token_hex(4)}"
+    push(store, url)
+    fetch, asked = MemoryFileSystem.cat_file, []
+
+    def fetch_and_note(files, path, start=None, end=None, **options):
+        asked.append((path, start, end))
+        return fetch(files, path, start=start, end=end, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fetch_and_note)
+    far = Store(url, verify=way)
+    del asked[:]
+    one = far.regions[storekit.IDS[1]].embedding
+    np.testing.assert_array_equal(one, Store(store).regions[storekit.IDS[1]].embedding)
+    size = (store / "regions/embedding/c/0/0").stat().st_size
+    (index, chunks) = [(start, end) for path, start, end in asked if path.endswith("regions/embedding/c/0/0")]
+    assert index[1] == size
+    assert chunks[1] - chunks[0] < size // 2
+    same_store(far, Store(store))
+    embeddings = [at for at in asked if at[0].endswith("regions/embedding/c/0/0")]
+    assert len(embeddings) == len(set(embeddings)) == 3
+    monkeypatch.undo()
+
+
 # Copies
 
 
@@ -152,6 +318,20 @@ def test_there_and_back_changes_no_byte(finished, place, tmp_path):
     assert storekit.contents(tmp_path / "copy") == storekit.contents(finished)
     assert (tmp_path / "copy/environment.json").read_bytes() == (finished / "environment.json").read_bytes()
     assert verify(tmp_path / "copy") == []
+
+
+@pytest.mark.parametrize("place", ["memory", "s3"], indirect=True)
+def test_a_push_mends_a_copy_with_wrong_bytes_of_the_right_size(finished, place):
+    push(finished, place)
+    files, root = fsspec.url_to_fs(place)
+    name = "regions/embedding/c/0/0"
+    files.pipe_file(f"{root}/{name}", bytes((finished / name).stat().st_size))
+    assert [found.name for found in verify(place, deep=True)] == [name]
+    assert push(finished, place) == 1
+    assert verify(place, deep=True) == []
+    assert push(finished, place) == 0
+    files.invalidate_cache()
+    assert not files.exists(f"{root}/TRANSFER.json")
 
 
 def killed(way, source, target, point):

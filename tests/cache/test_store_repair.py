@@ -1,5 +1,6 @@
 """Damage is traced to rows and images, and mended bit for bit or not at all."""
 
+import os
 import random
 import re
 import shutil
@@ -100,6 +101,179 @@ def test_only_the_images_whose_rows_were_lost_are_computed(copy):
     asked = [storekit.IDS[place] for start, stop in source.asked for place in range(start, stop)]
     assert set(damage.images) <= set(asked)
     assert len(asked) < len(storekit.IDS)
+
+
+@pytest.fixture(scope="module")
+def chunked(tmp_path_factory):
+    """A store with several chunks of embeddings in a shard; tests must not change it."""
+    return storekit.build(tmp_path_factory.mktemp("chunked") / "store", shard_bytes=2**20, block_images=4)
+
+
+@pytest.fixture
+def damaged(chunked, memory):
+    """A copy of it that a test may damage."""
+    return shutil.copytree(chunked, memory / "damaged")
+
+
+def computed(source):
+    """Ids of the images that were computed, as often as they were."""
+    return [storekit.IDS[place] for start, stop in source.asked for place in range(start, stop)]
+
+
+def test_one_flipped_bit_costs_the_images_of_its_chunk(chunked, damaged):
+    flip(damaged / "regions/embedding/c/0/0", 8 * 300 * storekit.DIM)
+    (damage,) = verify(damaged, deep=True)
+    source = Images()
+    report = repair(damaged, source)
+    assert computed(source) == list(damage.images)
+    assert 0 < report.images == len(damage.images) < len(storekit.IDS) - len(storekit.EMPTY)
+    assert storekit.contents(damaged) == storekit.contents(chunked)
+
+
+def test_an_image_is_computed_once_for_all_damaged_files(chunked, damaged):
+    for name in ("regions/embedding/c/0/0", "regions/score/c/0", "proposals/box/c/0/0", "proposals/offset/c/0"):
+        flip(damaged / name, 77)
+    source = Images()
+    assert not repair(damaged, source).left
+    assert len(computed(source)) == len(set(computed(source)))
+    assert storekit.contents(damaged) == storekit.contents(chunked)
+
+
+def test_what_annotations_say_needs_no_teacher(chunked, damaged):
+    names = ("offset/c/0", "box/c/0/0", "class_index/c/0", "annotation_id/c/0")
+    for name in names:
+        flip(damaged / "ground_truth" / name, 77)
+    source = Images()
+    report = repair(damaged, source)
+    assert set(report.repaired) == {f"ground_truth/{name}" for name in names}
+    assert (report.images, source.asked) == (0, [])
+    assert storekit.contents(damaged) == storekit.contents(chunked)
+
+
+def test_a_damaged_chunk_index_costs_no_image_and_needs_none(chunked, damaged):
+    for name in ("regions/embedding/c/0/0", "proposals/score/c/0"):
+        flip(damaged / name, 8 * (damaged / name).stat().st_size - 1)
+    with (damaged / "regions/box/c/0/0").open("ab") as file:
+        file.write(b"more")
+    assert not repair(damaged).left
+    assert storekit.contents(damaged) == storekit.contents(chunked)
+
+
+def test_the_good_half_of_a_file_that_was_cut_is_kept(chunked, damaged):
+    os.truncate(damaged / "regions/embedding/c/0/0", 2 * storekit.DIM * 600)
+    source = Images()
+    assert not repair(damaged, source).left
+    ids = storekit.IDS
+    assert ids[0] not in computed(source)
+    assert ids[-1] in computed(source)
+    assert storekit.contents(damaged) == storekit.contents(chunked)
+
+
+def test_a_damaged_checksum_beside_damaged_rows_costs_its_own_chunk(chunked, damaged):
+    flip(damaged / "regions/embedding/c/0/0", 77)
+    flip(damaged / "checksums/regions/embedding/c/0", 8 * 4 * 2)
+    source = Images()
+    assert not repair(damaged, source).left
+    assert len(computed(source)) < len(storekit.IDS) - len(storekit.EMPTY)
+    assert storekit.contents(damaged) == storekit.contents(chunked)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_damage_to_many_files_is_mended_to_the_same_bytes(store, memory, seed):
+    chance = random.Random(seed)
+    damaged = shutil.copytree(store, memory / "damaged")
+    shards = [name for name in read_mark(store).files if "/c/" in name]
+    for name in chance.sample(sorted(shards), 12):
+        file, way = damaged / name, chance.choice(["flip", "flip", "cut", "zero", "gone"])
+        if way == "gone":
+            file.unlink()
+        elif way == "cut":
+            os.truncate(file, chance.randrange(file.stat().st_size))
+        elif way == "zero":
+            file.write_bytes(bytes(file.stat().st_size))
+        else:
+            for _ in range(3):
+                flip(file, chance.randrange(8 * file.stat().st_size))
+    source = Images(embedding=info(store).embedding)
+    assert not repair(damaged, source).left
+    assert len(computed(source)) == len(set(computed(source)))
+    assert storekit.contents(damaged) == storekit.contents(store)
+
+
+def test_a_repair_goes_on_where_it_was_stopped(chunked, damaged):
+    class Stopped(Images):
+        def rows(self, blocks, stored):
+            for place, rows in enumerate(super().rows(blocks, stored)):
+                if place:
+                    raise KeyboardInterrupt
+                yield rows
+
+    flip(damaged / "regions/embedding/c/0/0", 8 * 300 * storekit.DIM)
+    flip(damaged / "ground_truth/box/c/0/0", 8)
+    flip(damaged / "proposals/box/c/0/0", 8)
+    with pytest.raises(KeyboardInterrupt):
+        repair(damaged, Stopped())
+    assert not (damaged / "journal").exists()
+    assert "ground_truth/box/c/0/0" not in {found.name for found in verify(damaged, deep=True)}
+    assert not repair(damaged, Images()).left
+    assert storekit.contents(damaged) == storekit.contents(chunked)
+
+
+@pytest.mark.parametrize("way", ["gone", "cut", "empty", "flipped", "version"])
+def test_a_lost_commit_mark_is_made_again_from_the_rest(store, way):
+    before, mark = storekit.contents(store), store / "COMMIT.json"
+    data = mark.read_bytes()
+    mark.unlink()
+    if way != "gone":
+        changed = {
+            "cut": data[:100],
+            "empty": b"",
+            "version": data.replace(b'"format_version":2', b'"format_version":6'),
+        }
+        mark.write_bytes(changed.get(way, data[:2000] + b"0" + data[2001:]))
+    for door in (Store, info, verify):
+        with pytest.raises(StoreError, match=re.escape(f"where all else is whole, `ezsd cache repair {store}` makes")):
+            door(store)
+    assert repair(store).repaired == ("COMMIT.json",)
+    assert storekit.contents(store) == before
+    assert verify(store, deep=True) == []
+
+
+def test_the_mark_of_a_store_set_aside_is_made_again_too(copy):
+    before = storekit.contents(copy)
+    (copy / "COMMIT.json").unlink()
+    (copy / "INCOMPLETE.json").write_bytes(b"{")
+    assert repair(copy).repaired == ("COMMIT.json",)
+    assert storekit.contents(copy) == before
+
+
+def test_no_mark_is_made_for_a_store_with_any_other_damage(store):
+    names = sorted(read_mark(store).files)
+    (store / "COMMIT.json").unlink()
+    chance = random.Random(2)
+    for name in names:
+        file = store / name
+        data = file.read_bytes()
+        for way in ("flip", "cut", "more", "gone"):
+            if way == "flip":
+                flip(file, chance.randrange(8 * len(data)))
+            elif way == "gone":
+                file.unlink()
+            else:
+                file.write_bytes(data[:-1] if way == "cut" else data + b"0")
+            with pytest.raises(StoreError, match="COMMIT.json|manifest.json|zarr.json"):
+                repair(store, None if way == "flip" else Images(embedding="float16"))
+            assert not (store / "COMMIT.json").exists()
+            file.write_bytes(data)
+    assert repair(store).repaired == ("COMMIT.json",)
+
+
+def test_no_mark_is_made_for_a_build_or_a_copy_that_is_not_finished(copy, tmp_path):
+    (copy / "COMMIT.json").rename(copy / "TRANSFER.json")
+    with pytest.raises(StoreIncomplete, match="not all files were copied here"):
+        repair(copy)
+    with pytest.raises(StoreError, match="is not a store"):
+        repair(tmp_path)
 
 
 def test_without_images_metadata_and_checksums_alone_are_mended_and_the_store_is_marked(copy):

@@ -15,6 +15,7 @@ from ezsd.pipeline.data.image_source import ImageFolder
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.repair import repair_store
 from ezsd.pipeline.extraction.request import BuildRequest
+from ezsd.pipeline.extraction.teacher import configured_teacher
 
 
 def files(store):
@@ -181,6 +182,29 @@ def test_a_lost_file_is_computed_again_from_the_images(name, shapes_store, shape
     assert files(damaged) == before
     assert verify(damaged, deep=True) == []
     assert compare(damaged, shapes_store).content == ()
+
+
+def test_boxes_and_classes_are_repaired_from_annotations_without_a_teacher(
+    shapes_store, shapes_root, tmp_path, monkeypatch
+):
+    damaged = shutil.copytree(shapes_store, tmp_path / "damaged")
+    for name in ("offset/c/0", "box/c/0/0", "class_index/c/0", "annotation_id/c/0"):
+        (damaged / "ground_truth" / name).unlink()
+    monkeypatch.setattr("ezsd.pipeline.extraction.repair.configured_teacher", None)
+    report = repair_store(damaged, shapes_root, weights=None, device="cpu")
+    assert (len(report.repaired), report.left, report.images) == (4, (), 0)
+    assert files(damaged) == files(shapes_store)
+
+
+def test_rows_are_not_computed_by_another_teacher(shapes_store, shapes_root, tmp_path, monkeypatch):
+    def another(config, device):
+        return configured_teacher(dataclasses.replace(config, template="not a photo of a {}"), device)
+
+    damaged = shutil.copytree(shapes_store, tmp_path / "damaged")
+    (damaged / "regions/box/c/0/0").unlink()
+    monkeypatch.setattr("ezsd.pipeline.extraction.repair.configured_teacher", another)
+    with pytest.raises(StoreMismatch, match="template: store has .* rows are computed by its own teacher alone"):
+        repair_store(damaged, shapes_root, weights=None, device="cpu")
 
 
 def test_a_store_is_not_repaired_from_other_images(shapes_store, tmp_path):
