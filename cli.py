@@ -17,7 +17,7 @@ import typer.core
 from ezsd.choices import Benchmark
 from ezsd.errors import EzsdError
 from ezsd.pipeline.console.options import OptionFormatter, as_options
-from ezsd.pipeline.errors import is_of_a_place
+from ezsd.pipeline.errors import is_of_a_place, with_cure
 from ezsd.pipeline.interrupts import Stopped, end_listening, keeping, listen
 from ezsd.pipeline.process_environment import (
     drop_output,
@@ -896,7 +896,8 @@ def main() -> None:
     except Exception as error:
         if not _is_users(error):
             raise
-        typer.echo(f"ezsd: {as_options(' '.join(str(error).split()))}", err=True)
+        said = with_cure(error) if isinstance(error, OSError) else str(error)
+        typer.echo(f"ezsd: {as_options(' '.join(said.split()))}", err=True)
         raise SystemExit(2) from None
     finally:
         end_listening()

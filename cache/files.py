@@ -131,7 +131,7 @@ def write_unhashed(
 
     `point` names a failpoint `POINT.half_written`, reached after each part.
     """
-    with path.open("xb") as file:
+    with placed(path), path.open("xb") as file:
         for part in parts:
             file.write(part)
             if point:
@@ -139,6 +139,17 @@ def write_unhashed(
         file.flush()
         if flush:
             os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def placed(path: Path) -> Iterator[None]:
+    """Let an error of the system that names no file name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_new(
@@ -280,12 +291,29 @@ PUSHED = "push the store again, which sends what is damaged"
 
 
 def sync(path: Path) -> None:
-    """Flush a file's bytes, or a folder's list of names, to the disk."""
+    """Flush a file's bytes, or a folder's list of names, to the disk.
+
+    Raises:
+        StoreError: the file system cannot do that.
+        OSError: the disk is full or refuses; it names the path.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with placed(path):
+            os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
+        raise StoreError(
+            f"{path}: cannot be flushed to the disk ({error.strerror}): its file system does not offer that, and what "
+            "is written there would be lost with the power; choose a folder on another file system"
+        ) from error
     finally:
         os.close(handle)
+
+
+_NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
+"""Errors with which a file system says that it does not know a call."""
 
 
 _TOGETHER = 8
@@ -355,10 +383,6 @@ def write_atomic(
     try:
         digest = write_new(temporary, [data], flush=flush)
         rename(temporary, path, point=point, flush=flush)
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
     finally:
         discard(temporary)
     return digest
@@ -397,8 +421,8 @@ class FileLock:
             owner: text for the file, which tells others who holds the lock.
 
         Raises:
-            StoreError: a link is in its place.
-            OSError: the file cannot be opened or locked.
+            StoreError: a link is in its place, or the file system has no locks.
+            OSError: the file cannot be opened.
         """
         self._path, self._busy = path, busy
         self.shared = shared
@@ -409,8 +433,9 @@ class FileLock:
             pass
         _held.add(self._key)
         if owner:
-            os.ftruncate(self._handle, 0)
-            os.write(self._handle, owner.encode())
+            with placed(path):
+                os.ftruncate(self._handle, 0)
+                os.write(self._handle, owner.encode())
 
     def _try(self) -> bool:
         """Lock the file; False when its last owner removed it meanwhile, and the lock is on nothing."""
@@ -426,6 +451,13 @@ class FileLock:
             owner = os.read(self._handle, _OWNER_BYTES).decode(errors="replace")
             os.close(self._handle)
             raise self._busy(owner) from error
+        except OSError as error:
+            os.close(self._handle)
+            raise StoreError(
+                f"{self._path}: cannot be locked ({error.strerror}): its file system offers no locks here; have them "
+                "switched on (the lock service of NFS, the mount option `flock` of Lustre), or choose a folder on "
+                "another file system"
+            ) from error
         try:
             if os.fstat(self._handle).st_ino == self._path.stat().st_ino:
                 return True

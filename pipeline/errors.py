@@ -41,17 +41,34 @@ class NonFiniteLoss(RunError, FloatingPointError):
     """A loss or a gradient of a training is infinite or no number."""
 
 
-_OF_THE_DISK = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOLCK),
-)
-"""A disk that is full, may not be written to, or has no locks."""
+_MODE = "have its mode changed (`chmod`), or choose another place"
+_CURES = {
+    errno.ENOSPC: "make room on that disk and run the same command again",
+    errno.EDQUOT: "make room, or have your quota raised, and run the same command again",
+    errno.EFBIG: "have the limit of a file's size raised (`ulimit -f unlimited`) and run the same command again",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`) and run the same command again",
+    errno.ENFILE: "end other programs, or have the machine's limit (fs.file-max) raised; run the same command again",
+    errno.EROFS: "choose a place on a disk that may be written to",
+    errno.EACCES: _MODE,
+    errno.EPERM: _MODE,
+    errno.EIO: "see the system's log about this disk and run the same command again",
+    errno.ESTALE: "mount its file system anew and run the same command again",
+}
+"""What to do about a disk, or a limit, whatever file it is about."""
 
 
 def is_of_a_place(error: OSError) -> bool:
-    """Test whether a system's error is about a file, disk or network that the user can do something about.
+    """Test whether a system's error is about a file, disk, limit or network that the user can do something about.
 
     Without the name of a file it says so of itself, or it comes from a call that ezsd got wrong.
     """
-    return (
-        error.filename is not None or error.errno in _OF_THE_DISK or isinstance(error, ConnectionError | TimeoutError)
-    )
+    return error.filename is not None or error.errno in _CURES or isinstance(error, ConnectionError | TimeoutError)
+
+
+def with_cure(error: OSError) -> str:
+    """Text of a system's error: its place and cause, and the cure where one is known."""
+    cure = _CURES.get(error.errno or 0)
+    if cure is None:
+        return str(error)
+    place = "" if error.filename is None else f"{error.filename}: "
+    return f"{place}{error.strerror}; {cure}"

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,14 +42,18 @@ _lock = threading.Lock()
 _servers = []
 
 
-def ezsd(*words, cwd=None, timeout=240, **environment):
-    """Run a command to its end: exit code, standard output and standard error, as `subprocess.run` gives them."""
+def ezsd(*words, cwd=None, timeout=240, faults=(), meanwhile=lambda process: None, **environment):
+    """Run a command to its end: exit code, standard output and standard error, as `subprocess.run` gives them.
+
+    `faults`: names of functions of tests/faults/faultkit.py with their arguments, called in the command's process.
+    `meanwhile` is called with the command's process once it is there.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     words = [str(word) for word in words]
     with _lock:
         server = _server()
         out, err = os.pipe(), os.pipe()
-        request = json.dumps({"words": words, "cwd": str(cwd or ROOT), "environment": environment})
+        request = json.dumps({"words": words, "cwd": str(cwd or ROOT), "environment": environment, "faults": faults})
         socket.send_fds(server, [request.encode()], [out[1], err[1]])
         os.close(out[1])
         os.close(err[1])
@@ -57,6 +62,7 @@ def ezsd(*words, cwd=None, timeout=240, **environment):
         for reader in readers:
             reader.start()
         process = int(server.recv(64))
+        meanwhile(process)
         server.settimeout(timeout)
         try:
             code = int(server.recv(64))
@@ -95,8 +101,6 @@ def _end(server, process):
 
 def serve(number):
     """Fork for each command, and say how it ended. Ends with whoever asks."""
-    from importlib import import_module
-
     for name in LOADED:
         import_module(name)
     import torch
@@ -136,5 +140,7 @@ def _become(request, out, err):
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    for name, *arguments in request["faults"]:
+        getattr(import_module("tests.faults.faultkit"), name)(*arguments)
     sys.argv = ["ezsd", *request["words"]]
     cli.main()
