@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Remade when the dependencies change.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test gpu-check lint clean
+.PHONY: demo test faults gpu-check lint clean
 
 demo: $(STAMP)
 	$(BIN)/ezsd demo
@@ -14,6 +14,10 @@ demo: $(STAMP)
 # files of few tests are the long ones, and would come last.
 test: lint
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# The long form of tests/faults, tens of minutes; another call goes on. FAULTS: options, see docs/faults.md.
+faults: $(STAMP)
+	PYTHONPATH=. $(BIN)/python benchmarks/faults.py $(FAULTS)
 
 # Accepts or refuses a machine with a GPU, in its last line; "Error 1" is refused, "Error 2" is no GPU.
 gpu-check: $(STAMP)

@@ -455,8 +455,7 @@ class FileLock:
             os.close(self._handle)
             raise StoreError(
                 f"{self._path}: cannot be locked ({error.strerror}): its file system offers no locks here; have them "
-                "switched on (the lock service of NFS, the mount option `flock` of Lustre), or choose a folder on "
-                "another file system"
+                "switched on (NFS: its lock service; Lustre: mount with `-o flock`), or choose a folder on another one"
             ) from error
         try:
             if os.fstat(self._handle).st_ino == self._path.stat().st_ino:

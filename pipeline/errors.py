@@ -41,7 +41,7 @@ class NonFiniteLoss(RunError, FloatingPointError):
     """A loss or a gradient of a training is infinite or no number."""
 
 
-_MODE = "have its mode changed (`chmod`), or choose another place"
+_MODE = "have its mode changed (`chmod -R u+rwX`), or choose another place"
 _CURES = {
     errno.ENOSPC: "make room on that disk and run the same command again",
     errno.EDQUOT: "make room, or have your quota raised, and run the same command again",
@@ -54,7 +54,7 @@ _CURES = {
     errno.EIO: "see the system's log about this disk and run the same command again",
     errno.ESTALE: "mount its file system anew and run the same command again",
 }
-"""What to do about a disk, or a limit, whatever file it is about."""
+"""Cures of errors about a disk, a limit or a mode, by number."""
 
 
 def is_of_a_place(error: OSError) -> bool:

@@ -112,9 +112,18 @@ def test_folders_that_may_not_be_written_are_named_with_what_to_do(store, build,
     without = [["without_rights"]]
     commands = [
         (lambda **how: build(closed / "new", **how), "choose another `out` folder"),
-        (lambda **how: train(closed / "run", **how), "have its mode changed (`chmod`), or choose another place"),
-        (lambda **how: ezsd("cache", "gc", copy, **how), "have its mode changed (`chmod`), or choose another place"),
-        (lambda **how: ezsd("cache", "repair", damaged, **how), "have its mode changed (`chmod`), or choose another"),
+        (
+            lambda **how: train(closed / "run", **how),
+            "have its mode changed (`chmod -R u+rwX`), or choose another place",
+        ),
+        (
+            lambda **how: ezsd("cache", "gc", copy, **how),
+            "have its mode changed (`chmod -R u+rwX`), or choose another place",
+        ),
+        (
+            lambda **how: ezsd("cache", "repair", damaged, **how),
+            "have its mode changed (`chmod -R u+rwX`), or choose another",
+        ),
         (lambda **how: ezsd("cache", "export", copy, "--format", "npz", "--out", closed / "out", **how), "choose an"),
     ]
     try:
