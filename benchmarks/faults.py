@@ -65,7 +65,7 @@ OF_RUN += [f"train.{one}" for one in ("batch_size=2", "reference_batch_size=2", 
 OF_RUN += ["train.rng=image"]
 WAIT_SECONDS = 600
 TRIES = 20
-"""A process that ended before its kill is started again so often."""
+"""A trial in which a process had ended before its kill is made again so often."""
 
 
 @dataclass
@@ -98,6 +98,8 @@ class Outcome:
     wrong: str = ""
 
 
+NOTHING = Outcome(faults=0)
+"""A process had ended before its kill."""
 Trial = Callable[["Scene", random.Random, int], Outcome]
 
 
@@ -180,12 +182,9 @@ def _settings(values: list[str]) -> list[str]:
 
 def builder(scene: Scene, chance: random.Random, number: int) -> Outcome:
     """A build is killed at a random moment and goes on to the same bytes."""
-    out = scene.empty() / "store"
-    for _ in range(TRIES):
-        if _killed(scene.build(out, meanwhile=_kill_after(chance.random() * scene.build_seconds))):
-            return _gone_on(scene, out)
-        shutil.rmtree(out, ignore_errors=True)
-    raise RuntimeError(f"build {number} always ended before its kill")
+    del number
+    seconds, out = chance.random() * scene.build_seconds, scene.empty() / "store"
+    return _gone_on(scene, out) if _killed(scene.build(out, meanwhile=_kill_after(seconds))) else NOTHING
 
 
 def failpoint(scene: Scene, chance: random.Random, number: int) -> Outcome:
@@ -193,7 +192,7 @@ def failpoint(scene: Scene, chance: random.Random, number: int) -> Outcome:
     del chance
     out, point = scene.empty() / "store", FAILPOINTS[number % len(FAILPOINTS)]
     if not _killed(scene.build(out, EZSD_FAILPOINT=point)):
-        raise RuntimeError(f"the failpoint {point} was not reached")
+        return Outcome(lost=f"the failpoint {point} is not reached any more")
     return _gone_on(scene, out)
 
 
@@ -219,12 +218,9 @@ def worker(scene: Scene, chance: random.Random, number: int) -> Outcome:
 
 def trainer(scene: Scene, chance: random.Random, number: int) -> Outcome:
     """A training is killed at a random moment and goes on to the same weights."""
-    out = scene.empty() / "run"
-    for _ in range(TRIES):
-        if _killed(scene.train(out, meanwhile=_kill_after(chance.random() * scene.train_seconds))):
-            return _trained_on(scene, out)
-        shutil.rmtree(out, ignore_errors=True)
-    raise RuntimeError(f"training {number} always ended before its kill")
+    del number
+    seconds, out = chance.random() * scene.train_seconds, scene.empty() / "run"
+    return _trained_on(scene, out) if _killed(scene.train(out, meanwhile=_kill_after(seconds))) else NOTHING
 
 
 def reader(scene: Scene, chance: random.Random, number: int) -> Outcome:
@@ -382,11 +378,16 @@ def save(scene: Scene, chance: random.Random, number: int) -> Outcome:
     folder = scene.empty() / "run"
     spec = {"names": ["cat"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": {"train": {"steps": 9}}}
     run = Run.create_or_resume(folder, spec, {"text": torch.eye(2)})
-    done = ezsd(faults=[["save_checkpoints", str(folder)]], meanwhile=_kill_after(0.1 + 0.3 * chance.random()))
-    # The last line may be cut.
+    seconds = 0.2 * chance.random()
+
+    def meanwhile(process: int) -> None:
+        while alive(process) and not _steps(folder):
+            time.sleep(0.002)
+        _kill_after(seconds)(process)
+
+    done = ezsd(faults=[["save_checkpoints", str(folder)]], meanwhile=meanwhile)
+    # The last line may be cut, or missing.
     told = max((int(line) for line in done.stdout.split("\n")[:-1]), default=0)
-    if not told:
-        return Outcome(faults=0)
     latest = run.latest()
     if latest is None or latest.step < told:
         return Outcome(lost=f"step {told} was saved, the newest is {latest and latest.step}")
@@ -503,7 +504,9 @@ def _rows(scene: Scene, part: str, wanted: int, arguments: argparse.Namespace) -
             count = Count()
             for number in range(done, done + size):
                 name = f"{part} {number} of seed {arguments.seed}"
-                count.add(name, PARTS[part](scene, random.Random(name), number))
+                chance = random.Random(name)
+                outcomes = (PARTS[part](scene, chance, number) for _ in range(TRIES))
+                count.add(name, next((one for one in outcomes if one != NOTHING), NOTHING))
         there.append(
             {
                 **{"part": part, "seed": arguments.seed, "tag": arguments.tag, "first": done, **vars(count)},
