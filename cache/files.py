@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from ezsd.cache.errors import StoreError, StoreUnreadable
 
@@ -205,6 +206,24 @@ def read_if_there(file: Path) -> bytes | None:
 
 MOST_UNSTATED = 256 * 2**20
 """Most bytes of a file that is read at once: a mark with a million files is smaller."""
+
+
+FileState: TypeAlias = tuple[int, ...]
+"""What tells one state of a file from another without a look at its bytes, see `file_state`."""
+
+
+def file_state(file: Path) -> FileState | None:
+    """Device, inode, size and time of change of a file; None for a missing one.
+
+    Files that are replaced by a rename and never written to in place differ in it whenever their bytes do.
+    """
+    try:
+        found = os.stat(file)
+    except ABSENT:
+        return None
+    except OSError as error:
+        raise unreadable(file, error) from error
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def open_to_read(file: Path) -> int:

@@ -1,7 +1,8 @@
 """The builder of a store: plan, journal, commit. Killed anywhere, it goes on where it was."""
 
+import operator
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -81,6 +82,7 @@ class StoreWriter:
         """Use `StoreWriter.open`; without a lock the store is complete."""
         self._plan = plan
         self._lock = lock
+        self._kept: Committer | None = None
 
     @classmethod
     def open(
@@ -255,7 +257,7 @@ class StoreWriter:
             return []
         entries = self._entries()
         missing = [block for block, entry in zip(self.blocks, entries, strict=True) if entry is None]
-        return missing or self._lost(Committer(self._plan, [entry for entry in entries if entry is not None]))
+        return missing or self._lost(self._committer_of([entry for entry in entries if entry is not None]))
 
     def bad_images(self) -> dict[int, str]:
         """Images of the finished blocks that could not be read, by id, and why."""
@@ -397,7 +399,13 @@ class StoreWriter:
             raise StoreIncomplete(
                 f"{self.path}: {len(present)} of {len(entries)} blocks are done; write the rest first"
             )
-        return Committer(self._plan, present)
+        return self._committer_of(present)
+
+    def _committer_of(self, entries: Sequence[Entry]) -> Committer:
+        """The committer of these entries: the one before, unless a block was written anew since."""
+        if self._kept is None or any(map(operator.is_not, self._kept.entries, entries)):
+            self._kept = Committer(self._plan, entries)
+        return self._kept
 
     def finish(self) -> None:
         """Write what is left and the commit mark, and remove the journal. The store is complete afterwards.

@@ -163,6 +163,13 @@ def is_count(value: object, *, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
 
 
+def are_counts(values: object) -> bool:
+    """True if a value from JSON is a list of `is_count`; the types of a long one are told fastest all at once."""
+    if not isinstance(values, list):
+        return False
+    return not values or ({int} == set(map(type, values)) and min(values) >= 0 and max(values) <= LARGEST)
+
+
 def is_sha256(value: object) -> bool:
     """True if a value from JSON is a sha256 as ezsd writes it: 64 hexadecimal digits of lower case."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None

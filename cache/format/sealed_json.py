@@ -13,6 +13,8 @@ JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[st
 
 _DEEPEST = 64
 """Most levels of JSON in JSON."""
+_SEAL = "sha256"
+"""Key of a record's checksum of itself."""
 _SHOWN = 60
 """Longest value shown in a difference, in characters."""
 _LISTED = 3
@@ -25,10 +27,11 @@ def canonical_json(value: JSON, where: str = "value") -> str:
     Raises:
         StoreError: a number that is not finite, a key that is not text, or a type JSON does not have.
     """
-    return _compact(plain_json(value, where))
+    return compact_json(plain_json(value, where))
 
 
-def _compact(value: JSON) -> str:
+def compact_json(value: JSON) -> str:
+    """`canonical_json` of what is known to be plain: it is not looked at."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -73,10 +76,11 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
         found = json.loads(text, parse_constant=_refuse_constant)
         if "\\u" in text:
             # Half of a character is legal in JSON, and ends whatever writes it later.
-            _compact(found).encode()
+            compact_json(found).encode()
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{where}: not valid JSON ({error}); the file is damaged or was edited") from error
-    if _deeper(found, _DEEPEST):
+    # Few brackets cannot be nested deeply, and most files have few.
+    if text.count("[") + text.count("{") > _DEEPEST and _deeper(found, _DEEPEST):
         raise StoreError(f"{where}: JSON nested deeper than {_DEEPEST} levels; the file is damaged or was edited")
     if not isinstance(found, dict):
         raise StoreError(f"{where}: expected a JSON object, found a {type(found).__name__}")
@@ -86,7 +90,13 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
 def _deeper(value: object, levels: int) -> bool:
     """True if JSON is nested deeper than `levels`: whatever walks through it later would end in a RecursionError."""
     inner: Iterable[object] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    # Most lists are long and hold numbers alone, which their types tell fastest.
+    if _CONTAINERS.isdisjoint(map(type, inner)):
+        return False
     return any(not levels or _deeper(item, levels - 1) for item in inner if isinstance(item, dict | list))
+
+
+_CONTAINERS = frozenset((dict, list))
 
 
 def _refuse_constant(name: str) -> None:
@@ -95,8 +105,21 @@ def _refuse_constant(name: str) -> None:
 
 def seal(record: Mapping[str, JSON]) -> bytes:
     """Canonical JSON that carries the sha256 of itself, so that one wrong bit anywhere shows."""
-    digest = hashlib.sha256(canonical_json(record).encode()).hexdigest()
-    return (canonical_json({**record, "sha256": digest}) + "\n").encode()
+    plain = plain_json(record, "value")
+    assert isinstance(plain, dict)
+    return _sealed(plain)
+
+
+def _sealed(plain: Mapping[str, JSON]) -> bytes:
+    """The sealed text of a plain record, which is made into text once: a journal has thousands of them."""
+    before = compact_json({key: value for key, value in plain.items() if key < _SEAL})[1:-1]
+    after = compact_json({key: value for key, value in plain.items() if key > _SEAL})[1:-1]
+    digest = hashlib.sha256(_object(before, after)).hexdigest()
+    return _object(before, f'"{_SEAL}":"{digest}"', after) + b"\n"
+
+
+def _object(*members: str) -> bytes:
+    return b"{%b}" % ",".join(filter(None, members)).encode()
 
 
 def unseal(data: bytes, where: str) -> dict[str, Any]:
@@ -106,10 +129,9 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         StoreError: the bytes are not exactly those that `seal` made.
     """
     record = parse_json(data, where)
-    digest = record.pop("sha256", None)
+    record.pop(_SEAL, None)
     # What was parsed is plain already: copying it, as for values from elsewhere, took most of the time.
-    sealed = (_compact({**record, "sha256": digest}) + "\n").encode()
-    if sealed == data and digest == hashlib.sha256(_compact(record).encode()).hexdigest():
+    if _sealed(record) == data:
         return record
     raise StoreError(f"{where}: its contents do not match the checksum it carries; the file is damaged or was edited")
 

@@ -3,9 +3,11 @@
 import hashlib
 import os
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,16 @@ class Committer:
 
     def rows(self, product: str) -> int:
         """Rows of a per-image product in the store."""
-        column = f"{product}/{PER_IMAGE[product][0].name}"
-        return sum(int(entry.arrays[column]["shape"][0]) for entry in self.entries)
+        return self._starts[product][-1]
+
+    @cached_property
+    def _starts(self) -> dict[str, list[int]]:
+        """First row of each block in the store, and the number of all rows, by per-image product."""
+        columns = {product: f"{product}/{fields[0].name}" for product, fields in PER_IMAGE.items()}
+        return {
+            product: [0, *accumulate(int(entry.arrays[column]["shape"][0]) for entry in self.entries)]
+            for product, column in columns.items()
+        }
 
     @cached_property
     def ragged(self) -> list[ArraySpec]:
@@ -84,22 +94,21 @@ class Committer:
         return hashlib.sha256("".join(task.sources for task in self.tasks).encode()).hexdigest()
 
     def _pieces(self, spec: ArraySpec, shard: int) -> Iterator[Piece]:
-        start, stop = spec.shard_range(shard)
-        first = 0
-        for index, entry in enumerate(self.entries):
-            place = entry.arrays[spec.name]
-            last = first + int(place["shape"][0])
+        (start, stop), starts = spec.shard_range(shard), self._starts[spec.name.partition("/")[0]]
+        index = bisect_right(starts, start) - 1
+        while index < len(self.entries) and starts[index] < stop:
+            first, last = starts[index], starts[index + 1]
             low, high = max(start, first), min(stop, last)
             if low < high:
-                yield Piece(index, low - first, high - first, place["crc32"])
-            first = last
+                yield Piece(index, low - first, high - first, self.entries[index].arrays[spec.name]["crc32"])
+            index += 1
 
     def _spec(self, name: str, dtype: str, shape: tuple[int, ...]) -> ArraySpec:
         return array_spec(name, dtype, shape, shard_bytes=self.plan.shard_bytes)
 
     def _offsets(self, product: str) -> NDArray[np.int64]:
         """Row at which each image begins, and the total at the end: (n + 1,)."""
-        counts = np.concatenate([np.array(entry.attributes["counts"][product]) for entry in self.entries])
+        counts = np.concatenate([entry.attributes["counts"][product] for entry in self.entries])
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
     def small_arrays(self, entries: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:

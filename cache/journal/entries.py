@@ -32,14 +32,15 @@ from ezsd.cache.files import (
     write_atomic,
     write_unhashed,
 )
-from ezsd.cache.format.commit_mark import LOCK
+from ezsd.cache.format.commit_mark import LOCK, are_counts
 from ezsd.cache.format.names import inside
 from ezsd.cache.format.sealed_json import JSON, seal, unseal
 
 _ALIGNMENT = 64
 _PIECE_BYTES = 2**19
 
-_DTYPES = ("<f2", "<f4", "<i4", "<i8", "|i1")
+_ITEM_BYTES = {name: np.dtype(name).itemsize for name in ("<f2", "<f4", "<i4", "<i8", "|i1")}
+"""Bytes of one value of each type that an entry may hold."""
 
 JOURNAL = "journal"
 DATA = "data.raw"
@@ -220,14 +221,10 @@ def _is_place(place: object, size: int) -> bool:
     """True if an array's description is one, of rows within the first `size` bytes."""
     if not isinstance(place, dict) or not isinstance(place.get("shape"), list):
         return False
-    counts = [*place["shape"], place.get("offset"), place.get("crc32")]
-    if not all(map(_is_count, counts)) or place.get("dtype") not in _DTYPES:
+    dtype = place.get("dtype")
+    if not are_counts([*place["shape"], place.get("offset"), place.get("crc32")]) or not isinstance(dtype, str):
         return False
-    return bool(place["offset"] + math.prod(place["shape"]) * np.dtype(place["dtype"]).itemsize <= size)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**62
+    return dtype in _ITEM_BYTES and bool(place["offset"] + math.prod(place["shape"]) * _ITEM_BYTES[dtype] <= size)
 
 
 def raw_bytes(rows: NDArray[Any]) -> memoryview:

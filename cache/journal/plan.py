@@ -4,8 +4,8 @@ import hashlib
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError, StoreIncomplete, StoreMismatch, StoreUnreadable
-from ezsd.cache.files import disk_room
-from ezsd.cache.format.commit_mark import is_count
+from ezsd.cache.files import FileState, disk_room, file_state
+from ezsd.cache.format.commit_mark import are_counts
 from ezsd.cache.format.manifest import Manifest, images_digest
 from ezsd.cache.format.quantise import quantise
 from ezsd.cache.format.schema import (
@@ -30,7 +30,7 @@ from ezsd.cache.format.schema import (
 )
 from ezsd.cache.format.sealed_json import JSON, Difference, canonical_json
 from ezsd.cache.journal.bad_images import all_bad_images, bad_attributes, require_no_rows
-from ezsd.cache.journal.entries import Entry, journal_folder, little_endian, set_aside, write_entry
+from ezsd.cache.journal.entries import DATA, ENTRY, Entry, journal_folder, little_endian, set_aside, write_entry
 from ezsd.cache.journal.validation import check_block, check_images, check_per_store
 
 PLAN = "plan"
@@ -68,6 +68,11 @@ class Plan:
         total = len(self.image_ids)
         starts = range(0, total, self.block_images)
         return [Block(index, start, min(start + self.block_images, total)) for index, start in enumerate(starts)]
+
+    @cached_property
+    def _known(self) -> dict[int, tuple[FileState | None, Entry]]:
+        """Entries of blocks that were read before, by index, and the state of their file then; for `read_block`."""
+        return {}
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -146,19 +151,28 @@ def plan_folder(store: Path) -> Path:
 def read_plan(store: Path) -> Plan:
     """The plan of the unfinished store at `store`.
 
+    A process reads, checks and keeps it once, as long as its files stay as they are: with millions of images that takes
+    seconds, and every block and shard asks for it.
+
     Raises:
         StoreError: no build is in progress here, the plan is damaged or of another format version.
     """
     folder = plan_folder(store)
     if not folder.is_dir():
         raise StoreError(f"{store}: no store is being built here; start one with StoreWriter.open")
+    return _read_plan(store, folder, (file_state(folder / ENTRY), file_state(folder / DATA)))
+
+
+@lru_cache(maxsize=1)
+def _read_plan(store: Path, folder: Path, _: tuple[FileState | None, ...]) -> Plan:
     entry = Entry.read(folder)
     require_supported(entry.attributes.get("format_version"), str(store))
     described = canonical_json([entry.arrays, entry.attributes])
     try:
         manifest = Manifest.from_fields(entry.attributes["manifest"], str(folder))
         geometry = {name: int(entry.attributes[name]) for name in _GEOMETRY}
-        columns = {name: entry.array(name) for name in ("id", "width", "height")}
+        # Copies: a file server keeps a mapped file when it is removed, and the journal's folder with it.
+        columns = {name: np.array(entry.array(name)) for name in ("id", "width", "height")}
     except StoreError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -166,6 +180,8 @@ def read_plan(store: Path) -> Plan:
             f"{folder}: does not describe a build ({type(error).__name__}: {error}); ezsd wrote no such file: "
             "do not use this folder"
         ) from error
+    for column in columns.values():
+        column.flags.writeable = False
     return Plan(
         store=store,
         manifest=manifest,
@@ -183,25 +199,36 @@ def block_name(index: int) -> str:
 
 
 def read_block(plan: Plan, index: int) -> Entry:
-    """The journal entry of block `index`; its data may have been dropped, see `Entry.dropped`.
+    """The journal entry of block `index`, its counts as arrays; its data may have been dropped, see `Entry.dropped`.
+
+    It is read once for each plan, and again when its file was replaced.
 
     Raises:
         StoreError: not there, damaged, or made for another plan.
     """
-    entry = Entry.read(journal_folder(plan.store) / block_name(index))
+    folder = journal_folder(plan.store) / block_name(index)
+    state = file_state(folder / ENTRY)
+    if index not in plan._known or plan._known[index][0] != state:
+        plan._known[index] = state, _checked_block(plan, index, Entry.read(folder))
+    return plan._known[index][1]
+
+
+def _checked_block(plan: Plan, index: int, entry: Entry) -> Entry:
     if {key: entry.attributes.get(key) for key in ("plan", "block")} != _block_attributes(plan, plan.blocks[index]):
         raise StoreError(f"{entry.folder}: belongs to another build; remove this folder and run the build again")
-    _require_rows(entry, plan, plan.blocks[index])
-    return entry
+    counts = _checked_counts(entry, plan, plan.blocks[index])
+    arrays = {product: np.array(found, np.int64) for product, found in counts.items()}
+    return replace(entry, attributes={**entry.attributes, "counts": arrays})
 
 
-def _require_rows(entry: Entry, plan: Plan, block: Block) -> None:
-    """Refuse an entry that says it is a block of this build and does not hold what a block does."""
+def _checked_counts(entry: Entry, plan: Plan, block: Block) -> dict[str, list[int]]:
+    """Rows of each image of a block, by product; refuses an entry that does not hold what a block does."""
     try:
+        counts = {product: _counts(entry, product, block.stop - block.start) for product in PER_IMAGE}
         shapes = {
             f"{product}/{field.name}": (field.dtype, [rows, *field.row_shape(plan.embed_dim)])
             for product in PER_IMAGE
-            for rows in [sum(_counts(entry, product, block.stop - block.start))]
+            for rows in [sum(counts[product])]
             for field in stored_fields(product, plan.manifest.embedding)
         }
         all_bad_images([entry.attributes])
@@ -212,13 +239,14 @@ def _require_rows(entry: Entry, plan: Plan, block: Block) -> None:
         raise StoreError(
             f"{entry.folder}: does not hold the rows of a block; remove this folder and run the build again"
         )
+    return counts
 
 
 def _counts(entry: Entry, product: str, images: int) -> list[int]:
     """Rows of each image of a block; ValueError where its entry does not say them."""
     counts = entry.attributes.get("counts")
     found = counts.get(product) if isinstance(counts, dict) else None
-    if not isinstance(found, list) or len(found) != images or not all(map(is_count, found)):
+    if not isinstance(found, list) or len(found) != images or not are_counts(found):
         raise ValueError("no counts")
     return found
 

@@ -4,7 +4,9 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from ezsd.cache.errors import StoreError, StoreUnreadable
 from ezsd.cache.files import (
@@ -22,16 +24,15 @@ from ezsd.cache.files import (
 )
 from ezsd.cache.format import zarr_bytes as encoding
 from ezsd.cache.format.checksums import ChunkSums
-from ezsd.cache.format.commit_mark import is_count, is_sha256
+from ezsd.cache.format.commit_mark import are_counts, is_sha256
 from ezsd.cache.format.names import inside
 from ezsd.cache.format.schema import ArraySpec
-from ezsd.cache.format.sealed_json import JSON, canonical_json, seal, unseal
+from ezsd.cache.format.sealed_json import JSON, compact_json, seal, unseal
 from ezsd.cache.journal.entries import drop_data, journal_folder, scratch_folder, set_aside
 from ezsd.cache.journal.plan import Plan, block_name, read_block, read_plan
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Rows `start` to `stop` (exclusive) of one array of one block; `crc32` is of the block's whole array."""
 
     block: int
@@ -59,9 +60,8 @@ class ShardTask:
     @property
     def sources(self) -> str:
         """Digest of all that goes into the shard; a shard made from anything else is not this one."""
-        pieces: list[JSON] = [[piece.block, piece.start, piece.stop, piece.crc32] for piece in self.pieces]
-        shape, shard_rows = list(self.array.shape), self.array.shard_rows
-        text = canonical_json([self.plan, self.array.name, shape, shard_rows, self.shard, pieces])
+        shape, shard_rows = self.array.shape, self.array.shard_rows
+        text = compact_json([self.plan, self.array.name, shape, shard_rows, self.shard, self.pieces])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -85,9 +85,12 @@ def commit_shard(path: str | os.PathLike[str], task: ShardTask) -> None:
     if recorded(store, task) is None:
         with disk_room(store, encoding.shard_bytes_on_disk(task.array, task.shard)):
             _write_shard(store, task)
-    for piece, records in zip(task.pieces, task.shared, strict=True):
-        if all((_records_folder(store) / name).exists() for name in records):
-            drop_data(journal_folder(store) / block_name(piece.block))
+    journal, records = journal_folder(store), _records_folder(store)
+    # Blocks share most of their shards: each record is looked for once.
+    there = cache(lambda name: (records / name).exists())
+    for piece, names in zip(task.pieces, task.shared, strict=True):
+        if all(map(there, names)):
+            drop_data(journal / block_name(piece.block))
 
 
 def _write_shard(store: Path, task: ShardTask) -> None:
@@ -154,7 +157,7 @@ def recorded(store: Path, task: ShardTask) -> ShardRecord | None:
         raise unreadable(store / task.file, error) from error
     digest, sums = record.get("digest"), record.get("chunk_crc32")
     # The digest of what it was made from covers neither of these: a record of a stranger's may say anything.
-    sound = is_sha256(digest) and isinstance(sums, list) and all(is_count(value) for value in sums)
+    sound = is_sha256(digest) and are_counts(sums)
     if not sound or record.get("sources") != task.sources or record.get("size") != size:
         return None
     return ShardRecord(FileDigest(size, str(digest)), tuple(record["chunk_crc32"]))

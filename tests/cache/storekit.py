@@ -1,6 +1,7 @@
 """Small synthetic stores: an image's rows follow from its id alone, so any order of work must give the same bytes."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +214,10 @@ if __name__ == "__main__":
     import sys
 
     build(sys.argv[1])
+
+
+def sources(task):
+    """The digest of what goes into a shard, made from its parts one by one."""
+    pieces = [[piece.block, piece.start, piece.stop, piece.crc32] for piece in task.pieces]
+    parts = [task.plan, task.array.name, list(task.array.shape), task.array.shard_rows, task.shard, pieces]
+    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()

@@ -28,6 +28,7 @@ from ezsd.cache.format.zarr_bytes import (
     shard_bytes_on_disk,
     shard_index,
 )
+from ezsd.cache.journal.plan import read_plan
 from ezsd.cache.reader import holds_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,6 +231,8 @@ def test_journaled_work_that_cannot_be_read_is_not_thrown_away(memory, monkeypat
         tasks = writer.commit_tasks()
         place = path / "journal/block-000000" / name
         if name == "entry.json":
+            # As a process does that has not read it before.
+            read_plan(path)._known.clear()
             plain = ezsd.cache.files.open_to_read
             monkeypatch.setattr(
                 ezsd.cache.files, "open_to_read", lambda file: denied(file) if file == place else plain(file)

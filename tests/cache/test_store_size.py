@@ -1,0 +1,107 @@
+"""What a build does for itself grows with its blocks and shards, and no faster; and gives the same."""
+
+import os
+from collections import Counter
+
+import pytest
+import storekit
+
+from ezsd.cache import StoreError, commit_numbered, commit_shard, read_plan
+from ezsd.cache.journal.commit import Committer
+from ezsd.cache.journal.entries import Entry
+from ezsd.cache.journal.plan import read_block
+
+
+@pytest.fixture
+def entries_read(monkeypatch):
+    """How often each journal entry was read, by its folder's name."""
+    found, plain = Counter(), Entry.read
+    monkeypatch.setattr(Entry, "read", lambda folder: (found.update([folder.name]), plain(folder))[1])
+    return found
+
+
+@pytest.fixture
+def journaled(memory):
+    """An open writer, all of whose blocks are written."""
+    path = memory / "store"
+    with storekit.open_writer(path) as writer:
+        storekit.write_per_store(writer)
+        for block in writer.pending():
+            storekit.write_one(path, block)
+        yield writer
+
+
+def test_a_process_reads_a_plan_and_each_block_once_for_a_whole_build(memory, entries_read, finished):
+    path = memory / "store"
+    with storekit.open_writer(path) as writer:
+        storekit.write_per_store(writer)
+        for block in writer.pending():
+            storekit.write_one(path, block)
+        assert entries_read["plan"] == 1
+        assert writer.pending() == []
+        digest, numbers = writer.commit_numbers()
+        for number in numbers:
+            commit_numbered(path, digest, number)
+        assert len(numbers) > len(writer.blocks)
+        writer.finish()
+    blocks = {name: times for name, times in entries_read.items() if name.startswith("block")}
+    # Looked for before there is one, and looked at before it is written.
+    assert len(blocks) == 6
+    assert max(blocks.values()) <= 3
+    assert entries_read["plan"] == 1
+    assert storekit.contents(path) == storekit.contents(finished)
+
+
+def test_a_block_that_was_written_anew_is_read_anew(journaled, entries_read):
+    path, block = journaled.path, journaled.blocks[1]
+    plan = read_plan(path)
+    before = read_block(plan, 1)
+    assert read_block(plan, 1) is before
+    storekit.flip(before.folder / "entry.json", 99)
+    with pytest.raises(StoreError, match="do not match the checksum|not valid JSON"):
+        read_block(plan, 1)
+    assert journaled.pending() == [block]
+    storekit.write_one(path, block)
+    assert read_block(plan, 1) is not before
+    assert read_block(plan, 1).arrays == before.arrays
+    assert entries_read[before.folder.name] > 1
+
+
+def test_a_plan_that_was_made_anew_is_read_anew(memory):
+    path = memory / "store"
+    with storekit.open_writer(path):
+        first = read_plan(path)
+        assert read_plan(path) is first
+    os.rename(path, memory / "elsewhere")
+    with pytest.raises(StoreError, match="no store is being built here"):
+        read_plan(path)
+    with storekit.open_writer(path, block_images=3):
+        assert [block.stop for block in read_plan(path).blocks] == [3, 6, 9, 11]
+        assert not read_plan(path).image_ids.flags.writeable
+
+
+def test_pieces_of_shards_are_those_that_a_walk_over_all_blocks_finds(journaled):
+    plan = read_plan(journaled.path)
+    committer = Committer(plan, [read_block(plan, block.index) for block in plan.blocks])
+    seen = 0
+    for task in committer.tasks:
+        (start, stop), first, expected = task.array.shard_range(task.shard), 0, []
+        for index, entry in enumerate(committer.entries):
+            place = entry.arrays[task.array.name]
+            low, high = max(start, first), min(stop, first + place["shape"][0])
+            if low < high:
+                expected.append((index, low - first, high - first, place["crc32"]))
+            first += place["shape"][0]
+        assert list(task.pieces) == expected
+        seen += len(expected)
+    # One block has no rows at all, and some lie in two shards.
+    assert seen > len(committer.tasks)
+    assert {piece.block for task in committer.tasks for piece in task.pieces} == {0, 1, 2, 4, 5}
+
+
+def test_a_shard_that_was_recorded_before_is_known_by_its_sources(journaled):
+    # The text is what earlier versions hashed: a build that was begun with one of them goes on.
+    task = journaled.commit_tasks()[0]
+    assert task.sources == storekit.sources(task)
+    commit_shard(journaled.path, task)
+    assert task.file not in {left.file for left in journaled.commit_tasks()}
