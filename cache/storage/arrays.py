@@ -142,7 +142,9 @@ class VerifiedArray:
         if len(sums) != chunks:
             raise damage(0, array.shape[0])
         self.shape, self.dtype, self._chunk_rows = array.shape, array.dtype, spec.chunk_rows
-        self._array, self._sums, self._damage = array, sums, damage
+        self._sums, self._damage = sums, damage
+        self.plain = array
+        """The same rows, compared with nothing."""
         self._good = bytearray(chunks)
         self.read_ahead = array.read_ahead
         self.file = array.file
@@ -156,10 +158,10 @@ class VerifiedArray:
         """
         first, last = start // self._chunk_rows, -(-stop // self._chunk_rows)
         if start >= stop or self._good.count(1, first, last) == last - first:
-            return self._array.read(start, stop)
+            return self.plain.read(start, stop)
         # Whole chunks are read once, and what was asked for is cut out: from far away a second read costs as much.
         low = first * self._chunk_rows
-        rows = self._array.read(low, min(last * self._chunk_rows, self.shape[0]))
+        rows = self.plain.read(low, min(last * self._chunk_rows, self.shape[0]))
         for chunk in range(first, last):
             at = chunk * self._chunk_rows - low
             self._check(chunk, rows[at : at + self._chunk_rows])

@@ -38,6 +38,8 @@ from ezsd.cache.storage.memory_maps import map_file, will_need
 _PAGE = mmap.PAGESIZE
 # The kernel reads as much around a page fault of its own accord; a hint then costs more than it gains.
 _HINTED = 16 * 2**10
+# Descriptors up to this one are kept at most, whatever the limit and however many shards there are.
+_KEPT = 256
 # Where a byte goes that nobody looks at.
 _PROBE = (bytearray(1),)
 
@@ -163,6 +165,8 @@ class MappedArray:
     def read_ahead(self, spans: Iterable[tuple[int, int]]) -> None:
         """Ask the system to have these ranges of rows in memory soon, all at once instead of page by page."""
         for start, stop in spans:
+            if (stop - start) * self._row_bytes + _PAGE <= _HINTED:
+                continue
             for shard, low, high in self._pieces(start, stop):
                 first = low * self._row_bytes // _PAGE * _PAGE
                 length = high * self._row_bytes - first
@@ -217,9 +221,13 @@ def _can_be_asked() -> bool:
 
 
 def _plenty(descriptor: int) -> bool:
-    """True if descriptors up to this one may be kept: a quarter of all, the rest is for others."""
+    """True if descriptors up to this one may be kept: a quarter of all, the rest is for others, and 256 at most.
+
+    A shard without one is read all the same, and its hints are given without a question.
+    """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return limit == resource.RLIM_INFINITY or descriptor < limit // 4
+    most = _KEPT if limit == resource.RLIM_INFINITY else min(limit // 4, _KEPT)
+    return descriptor < most
 
 
 class _Rearranged:

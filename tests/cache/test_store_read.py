@@ -171,6 +171,24 @@ def test_rows_handed_out_can_be_changed_and_the_files_cannot(finished):
     assert not array_of(store, "regions/embedding").read(0, 3).flags.writeable
 
 
+def test_an_image_is_the_same_the_first_time_and_later_and_its_memory_is_ones_own(finished):
+    store = Store(finished)
+    first = [store.regions[image] for image in storekit.IDS]
+    again = [store.regions[image] for image in storekit.IDS]
+    for one, other in zip(first, again, strict=True):
+        for name in storekit.FIELDS["regions"]:
+            a, b = getattr(one, name), getattr(other, name)
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+            assert b.flags.writeable
+            assert b.flags.owndata
+    for image, rows in zip(storekit.IDS, again, strict=True):
+        column, counts = store.regions.column("embedding", [image])
+        np.testing.assert_array_equal(column, rows.embedding)
+        assert counts.tolist() == [len(rows.embedding)]
+        assert column.flags.owndata
+
+
 # Batches
 
 
