@@ -2,6 +2,9 @@
 
     python benchmarks/store.py --work DIR [--images 4000] [--dim 512] [--rounds 7]
     python benchmarks/store.py --work DIR --verification    # what checking costs a training that reads a store
+    python benchmarks/store.py --work DIR --geometry [coco lvis objects365 open-images]    # of stores of that size
+
+`--geometry` is about all but the rows, see `store_geometry.py`.
 
 Everything is synthetic, made below DIR and removed at the end. All readers must first give the same bytes. Times
 are process CPU time per image in microseconds, medians over rounds in which the readers take turns.
@@ -14,16 +17,14 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import driver
 import numpy as np
+import store_geometry
 import torch
 import zarr
 from numpy.typing import NDArray
@@ -343,101 +344,6 @@ def coco_files(store: Path) -> int:
     return now + more
 
 
-OPENING = """
-import resource, sys, time
-import numpy as np, zarr
-from ezsd.cache import Store
-import ezsd.cache.storage.direct, ezsd.cache.reader
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-before, began, spent = resident(), time.perf_counter(), time.process_time()
-store = Store(sys.argv[1], verify="quick")
-ids = store.image_ids
-store.regions.batch(ids[:16].tolist())
-store.ground_truth.batch(ids[:16].tolist())
-print(time.perf_counter() - began, time.process_time() - spent, resident() - before)
-"""
-
-
-def opening(folder: Path) -> dict[str, float]:
-    """Open a store of COCO's size and read a first batch; its shards are sparse files, so its embeddings are zeros."""
-    sparse_coco(folder)
-    found = []
-    for _ in range(5):
-        done = subprocess.run([sys.executable, "-c", OPENING, str(folder)], capture_output=True, text=True, check=True)
-        found.append([float(value) for value in done.stdout.split()])
-    seconds, cpu, added = (statistics.median(column) for column in zip(*found, strict=True))
-    return {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3), "mb_resident": round(added / 1e6, 1)}
-
-
-def sparse_coco(folder: Path) -> None:
-    """A store of COCO's size with real metadata, offsets and indexes, and holes where the rows would be."""
-    from ezsd.cache.files import FileDigest, file_digest
-    from ezsd.cache.format.commit_mark import CommitMark
-    from ezsd.cache.format.names import groups
-    from ezsd.cache.format.zarr_bytes import (
-        array_metadata,
-        group_metadata,
-        metadata_bytes,
-        root_metadata,
-        shard_bytes_on_disk,
-        shard_index,
-        shard_parts,
-    )
-
-    n = COCO_IMAGES
-    ids = np.random.default_rng(0).permutation(10 * n)[:n].astype("<i8")
-    manifest = Manifest({name: Origin(1, {}) for name in NEEDED}, images_digest(ids, ids, ids))
-    files: dict[str, FileDigest] = {}
-
-    def note(file: Path) -> None:
-        # Holes have no digest that anybody looks at.
-        hole = "/c/" in file.as_posix() and file.stat().st_size > file.stat().st_blocks * 512
-        files[file.relative_to(folder).as_posix()] = (
-            FileDigest(file.stat().st_size, "0" * 64) if hole else file_digest(file)
-        )
-
-    def array(name: str, dtype: str, shape: tuple[int, ...], values: NDArray[Any] | None) -> None:
-        spec = array_spec(name, dtype, shape, shard_bytes=256 * 2**20)
-        (folder / name).mkdir()
-        (folder / name / "zarr.json").write_bytes(metadata_bytes(array_metadata(spec)))
-        note(folder / name / "zarr.json")
-        for index in range(spec.shards):
-            file = folder / spec.shard_file(index)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if values is not None:
-                file.write_bytes(b"".join(shard_parts(spec, index, [values.data])))
-            else:
-                tail = shard_index(spec, spec.shard_range(index)[1] - spec.shard_range(index)[0])
-                with file.open("wb") as handle:
-                    handle.seek(shard_bytes_on_disk(spec, index) - len(tail))
-                    handle.write(tail)
-            note(file)
-
-    for group in groups(NEEDED):
-        (folder / group).mkdir(parents=True)
-        (folder / group / "zarr.json").write_bytes(metadata_bytes(group_metadata({})))
-        note(folder / group / "zarr.json")
-    (folder / "zarr.json").write_bytes(metadata_bytes(root_metadata({}, {})))
-    note(folder / "zarr.json")
-    array("images/id", "<i8", (n,), ids)
-    for name, dtype, shape in (
-        ("images/width", "<i4", (n,)),
-        ("images/height", "<i4", (n,)),
-        ("text/embedding", "<f4", (65, 512)),
-        ("teacher/values", "<f4", (2**15,)),
-    ):
-        # Opening compares the digests of all but the rows.
-        array(name, dtype, shape, np.zeros(shape, dtype))
-    for product, each in {"proposals": COCO_ROWS, "regions": COCO_ROWS, "ground_truth": 7}.items():
-        array(f"{product}/offset", "<i8", (n + 1,), np.arange(n + 1, dtype="<i8") * each)
-        for field in stored_fields(product, "float16"):
-            array(f"{product}/{field.name}", field.dtype, (n * each, *field.row_shape(512)), None)
-    (folder / "manifest.json").write_text(manifest.to_json())
-    note(folder / "manifest.json")
-    (folder / "COMMIT.json").write_bytes(CommitMark(manifest.digest, 512, "float16", files).to_bytes())
-
-
 def verifying(store: Path, arguments: argparse.Namespace) -> driver.Row:
     """The row of `--verification`."""
     return {
@@ -459,13 +365,27 @@ def reading(work: Path, store: Path, arguments: argparse.Namespace) -> driver.Ro
         "loader": loader(readers, arguments.rounds),
         "cold": cold(readers, min(3, arguments.rounds)),
         "size": sizes(readers, store),
-        "opening_sparse_coco": opening(work / "sparse"),
     }
 
 
+def geometries(arguments: argparse.Namespace) -> Iterator[driver.Row]:
+    """The rows of `--geometry`; each store is removed before the next is made."""
+    for name in arguments.geometry or store_geometry.GEOMETRIES:
+        with tempfile.TemporaryDirectory(dir=arguments.work, prefix="store-") as folder:
+            yield store_geometry.measured(Path(folder), name)
+
+
+def shown(row: driver.Row) -> str:
+    """What is printed of a row."""
+    return store_geometry.shown(row) if row.get("what") == "geometry" else json.dumps(row, indent=1)
+
+
 def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
-    """One row, of all readers or of checking."""
+    """One row, of all readers or of checking, or one for each training set."""
     torch.set_num_threads(1)
+    if arguments.geometry is not None:
+        yield from geometries(arguments)
+        return
     with tempfile.TemporaryDirectory(dir=arguments.work, prefix="store-") as folder:
         work = Path(folder)
         store = build(work / "store", arguments.images, arguments.dim)
@@ -492,4 +412,8 @@ if __name__ == "__main__":
         driver.option("--json-images", type=int, default=64),
         driver.option("--rounds", default=7),
         driver.option("--verification", action="store_true", help="what checking costs, and nothing else"),
+        driver.option(
+            "--geometry", nargs="*", choices=list(store_geometry.GEOMETRIES), help="all, or these, and nothing else"
+        ),
+        show=shown,
     )

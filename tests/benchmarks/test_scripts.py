@@ -44,7 +44,7 @@ def test_every_script_imports_what_it_needs_and_says_its_question_and_options():
     assert done.stdout.count("show this help message") == len(scripts) - modules
     assert modules == len(
         {"ablation_arms", "ablation_boxes", "ablation_table", "cost_model", "driver", "gpu_check_stage"}
-        | {"gpu_check_step", "kernel_variants", "scoring"}
+        | {"gpu_check_step", "kernel_variants", "scoring", "store_geometry"}
     )
 
 
