@@ -209,7 +209,7 @@ MOST_UNSTATED = 256 * 2**20
 
 
 FileState: TypeAlias = tuple[int, ...]
-"""What tells one state of a file from another without a look at its bytes, see `file_state`."""
+"""State of a file, told without a look at its bytes, see `file_state`."""
 
 
 def file_state(file: Path) -> FileState | None:

@@ -305,7 +305,7 @@ class _Opened:
         self._arrays: dict[str, RowArray] = {}
         self._columns: dict[str, NDArray[Any]] = {}
         self.products: dict[str, _ProductRows] = {}
-        """Those that are open."""
+        """Open products, by name."""
 
     @cached_property
     def index(self) -> ImageIndex:

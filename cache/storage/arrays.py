@@ -144,7 +144,7 @@ class VerifiedArray:
         self.shape, self.dtype, self._chunk_rows = array.shape, array.dtype, spec.chunk_rows
         self._sums, self._damage = sums, damage
         self.plain = array
-        """The same rows, compared with nothing."""
+        """Unchecked rows: the same, compared with nothing."""
         self._good = bytearray(chunks)
         self.read_ahead = array.read_ahead
         self.file = array.file
