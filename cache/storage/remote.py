@@ -86,11 +86,12 @@ class RemotePlace:
 
     def path(self, name: str) -> str:
         """A file's name as the file system has it; StoreError where a link takes it out of the store's folder."""
-        return str(inside(Path(self._root), name)) if self._is_folder else f"{self._root}/{name}"
+        return str(inside(Path(self._root), name)) if self.is_folder else f"{self._root}/{name}"
 
     @property
-    def _is_folder(self) -> bool:
-        return self.url.startswith(_FILE)
+    def is_folder(self) -> bool:
+        """True for a folder of this machine."""
+        return "local" in self.files.protocol
 
     @property
     def not_ours(self) -> tuple[str, ...]:
@@ -121,7 +122,7 @@ class RemotePlace:
         if data is not None:
             mark = parse_mark(data, f"{self.url}/{COMMIT}")
             self.stated = mark.files
-            if self._is_folder:
+            if self.is_folder:
                 require_inside(Path(self._root), mark.files)
             return mark, data
         if self.read_if_there(TRANSFER) is not None:
@@ -277,7 +278,7 @@ class RemotePlace:
     def write_sign(self, name: str, data: bytes) -> None:
         """Write a small file that says what is here: all of it or nothing, as an object store does it by itself."""
         with self.sending(len(data)):
-            if not self._is_folder:
+            if not self.is_folder:
                 self.files.pipe_file(self.path(name), data)
                 return
             scratch = Path(self.path(ARRIVING))
@@ -369,12 +370,12 @@ class RemotePlace:
     @contextmanager
     def sending(self, needed: int) -> Iterator[None]:
         """Turn errors of writing `needed` bytes into StoreErrors; for a folder also a full disk."""
-        with self.errors(), copied_to(Path(self._root), needed) if self._is_folder else nullcontext():
+        with self.errors(), copied_to(Path(self._root), needed) if self.is_folder else nullcontext():
             yield
 
     def _failure(self, error: Exception) -> StoreError:
         refused = system_error(error)
-        if refused is not None and (self._is_folder or isinstance(error, MemoryError | RuntimeError | ImportError)):
+        if refused is not None and (self.is_folder or isinstance(error, MemoryError | RuntimeError | ImportError)):
             return unreadable(refused.filename or self._root, refused)
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if _is_undecodable(error):

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ezsd.cache.errors import StoreError
-from ezsd.cache.files import FileDigest, file_digest, read_bytes
+from ezsd.cache.files import FileDigest, read_bytes
 from ezsd.cache.format.commit_mark import COMMIT, ENVIRONMENT, CommitMark
 from ezsd.cache.format.names import inside
+from ezsd.cache.storage.locations import LocalPlace
 from ezsd.cache.storage.remote import RemotePlace
 
 
@@ -23,6 +24,13 @@ def not_as_committed(file: Path) -> StoreError:
         f"{file}: its bytes are not those that were committed (sha256 differs); the store is damaged: "
         "`ezsd cache repair` mends it"
     )
+
+
+def require_as_committed(source: Path, mark: CommitMark, names: Iterable[str]) -> None:
+    """Refuse to send any of these files of a store where one is damaged."""
+    for name, found in LocalPlace(source).digests(names):
+        if found != mark.files[name]:
+            raise not_as_committed(source / name)
 
 
 def is_repository(there: RemotePlace) -> bool:
@@ -44,16 +52,17 @@ def is_repository(there: RemotePlace) -> bool:
 
 
 def push_to_repository(
-    source: Path, there: RemotePlace, mark: CommitMark, data: bytes, environment: bytes | None
+    source: Path, there: RemotePlace, mark: CommitMark, data: bytes, environment: bytes | None, *, complete: bool
 ) -> int:
-    """Copy a store to a place in a repository that holds no other store; returns how many of its files were sent.
+    """Copy a store to a place in a repository that holds no other store; returns what `push` does.
 
     Args:
         source: the store's folder.
         there: the place.
         mark: the store's commit mark.
         data: the commit mark's bytes.
-        environment: the store's `environment.json`, if it has one.
+        environment: the store's `environment.json`, if it is to be sent.
+        complete: the same commit mark is there.
 
     Raises:
         StoreError: the store is damaged, something else is there, or the Hub refuses.
@@ -63,11 +72,9 @@ def push_to_repository(
     if foreign:
         raise StoreError(f"{there}: holds {foreign[0]!r}, which is not a file of this store; choose another URL")
     missing = _not_held(found, source, mark, mark.files)
-    if COMMIT in found and not missing:
+    if complete and not missing and environment is None:
         return 0
-    for name in missing:
-        if file_digest(inside(source, name)) != mark.files[name]:
-            raise not_as_committed(inside(source, name))
+    require_as_committed(source, mark, missing)
     contents: dict[str, str | bytes] = {name: str(inside(source, name)) for name in missing}
     contents |= {COMMIT: data} if environment is None else {COMMIT: data, ENVIRONMENT: environment}
     with there.errors():
@@ -75,7 +82,7 @@ def push_to_repository(
     left = _not_held(there.details(), source, mark, missing)
     if left:
         raise StoreError(f"{there}/{left[0]}: did not arrive as it was sent; push again")
-    return len(missing)
+    return len(missing) or 1
 
 
 def _commit(there: RemotePlace, contents: Mapping[str, str | bytes]) -> None:

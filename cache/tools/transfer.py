@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ezsd.cache.errors import StoreError
@@ -34,10 +34,11 @@ from ezsd.cache.format.commit_mark import (
     parse_mark,
 )
 from ezsd.cache.format.names import files_below, inside
+from ezsd.cache.format.sealed_json import is_sealed
 from ezsd.cache.journal.entries import lock_store
 from ezsd.cache.reader import Store
 from ezsd.cache.storage.remote import RemotePlace
-from ezsd.cache.tools.hub import is_repository, not_as_committed, push_to_repository
+from ezsd.cache.tools.hub import is_repository, not_as_committed, push_to_repository, require_as_committed
 
 _PIECE = 8 * 2**20
 
@@ -45,20 +46,23 @@ _PIECE = 8 * 2**20
 def push(store: str | os.PathLike[str], url: str) -> int:
     """Copy a store to a URL; files that are there already with the right bytes are not sent again.
 
-    Those that are there are read and compared with their digests, also in a copy that is complete.
+    Those that are there are read and compared with their digests, also in a copy that is complete. Nothing there is
+    changed before the files to be sent were compared with theirs.
 
     Args:
         store: a complete store's folder.
         url: place of the copy, in any file system fsspec can write to.
 
     Returns:
-        Number of files that were sent; 0 when the copy was complete before.
+        Number of listed files that were sent, 1 where it was the mark or the environment record alone; 0 when the copy
+        was complete before.
 
     Raises:
-        StoreError: the store is not whole, another one is at the URL, or the URL cannot be reached.
+        StoreError: the store is not whole, another one or this very folder is at the URL, or the URL cannot be reached.
     """
     source = Store(store)
     there = RemotePlace(url)
+    _require_elsewhere(source.path, there)
     data = read_bytes(source.path / COMMIT)
     mark = parse_mark(data, str(source.path / COMMIT))
     there.stated = mark.files
@@ -66,34 +70,55 @@ def push(store: str | os.PathLike[str], url: str) -> int:
     source.environment  # noqa: B018
     environment = read_if_there(inside(source.path, ENVIRONMENT))
     complete, started = _state(there, data)
+    if environment is not None and there.read_if_there(ENVIRONMENT) == environment:
+        # It is not sent again.
+        environment = None
     if is_repository(there):
-        return push_to_repository(source.path, there, mark, data, environment)
+        return push_to_repository(source.path, there, mark, data, environment, complete=complete)
     good = _present(there, mark)
-    if complete and good == mark.files.keys():
-        if started:
-            # Stopped between the last two steps.
-            _remove(there, TRANSFER)
-        return 0
+    missing = [name for name in mark.files if name not in good]
+    require_as_committed(source.path, mark, missing)
+    if environment is not None:
+        there.write_sign(ENVIRONMENT, environment)
+    if not complete or missing:
+        _send_all(source.path, there, mark, data, missing, complete=complete)
+    elif started:
+        # Stopped between the last two steps.
+        _remove(there, TRANSFER)
+    return len(missing) or int(not complete or environment is not None)
+
+
+def _require_elsewhere(source: Path, there: RemotePlace) -> None:
+    """Refuse a target in the store's own folder."""
+    if not there.is_folder:
+        return
+    with there.errors():
+        is_within = Path(there.path("")).resolve().is_relative_to(source.resolve())
+    if is_within:
+        raise StoreError(f"{there}: is the folder of the store to be copied, or lies in it; choose another URL")
+
+
+def _send_all(
+    source: Path, there: RemotePlace, mark: CommitMark, data: bytes, missing: Sequence[str], *, complete: bool
+) -> None:
+    """Send what is missing at the target, which is no store until its mark is written."""
     with there.sending(len(data)):
         there.files.makedirs(there.path(""), exist_ok=True)
     there.write_sign(TRANSFER, data)
     if complete:
-        # Nobody reads a copy that is being mended.
+        # Nobody opens a copy that is being mended.
         _remove(there, COMMIT)
-    sent = 0
-    for name, expected in mark.files.items():
-        if name in good:
-            continue
-        _send(inside(source.path, name), there, name, expected)
-        sent += 1
+    send = _send_to_folder if there.is_folder else _send
+    for name in missing:
+        send(inside(source, name), there, name, mark.files[name])
         failpoint("push.after_file")
-    with there.sending(len(data) + len(environment or b"")):
-        if environment is not None:
-            there.files.pipe_file(there.path(ENVIRONMENT), environment)
+    if there.is_folder:
+        with there.sending(0):
+            for parent in {Path(there.path(name)).parent for name in mark.files}:
+                sync(parent)
     # The mark makes it a store: last.
     there.write_sign(COMMIT, data)
     _remove(there, TRANSFER)
-    return sent
 
 
 def _remove(there: RemotePlace, name: str) -> None:
@@ -104,12 +129,13 @@ def _remove(there: RemotePlace, name: str) -> None:
 def _state(there: RemotePlace, data: bytes) -> tuple[bool, bool]:
     """True for a copy of this very store at the target that says it is complete, and for one that was begun."""
     found = there.read_if_there(COMMIT)
-    if found is not None and found != data:
+    # One that is damaged is nobody's, and is written again.
+    if found is not None and found != data and is_sealed(found):
         raise StoreError(f"{there}: holds another store; choose another URL, or remove that one first")
     started = there.read_if_there(TRANSFER)
-    if started is not None and started != data:
+    if started is not None and started != data and is_sealed(started):
         raise StoreError(f"{there}: another store is being copied there; choose another URL, or remove what is there")
-    return found is not None, started is not None
+    return found == data, started is not None
 
 
 def _present(there: RemotePlace, mark: CommitMark) -> set[str]:
@@ -121,6 +147,21 @@ def _present(there: RemotePlace, mark: CommitMark) -> set[str]:
         raise StoreError(f"{there}: holds {foreign[0]!r}, which is not a file of this store; choose another URL")
     sized = [name for name, expected in mark.files.items() if sizes.get(name) == expected.size]
     return {name for name, found in there.digests(sized) if found == mark.files[name]}
+
+
+def _send_to_folder(file: Path, there: RemotePlace, name: str, expected: FileDigest) -> None:
+    """Copy one file to a folder, in one step: who has the old file open keeps its bytes."""
+    with there.sending(expected.size):
+        temporary = scratch_name(Path(there.path(ARRIVING)), name.replace("/", "."))
+        make_folders(temporary.parent)
+        try:
+            if write_new(temporary, _pieces_of(file), point="push") != expected:
+                raise not_as_committed(file)
+            target = Path(there.path(name))
+            make_folders(target.parent)
+            rename(temporary, target, flush=False)
+        finally:
+            discard(temporary)
 
 
 def _send(file: Path, there: RemotePlace, name: str, expected: FileDigest) -> None:

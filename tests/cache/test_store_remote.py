@@ -421,6 +421,57 @@ def test_damage_is_not_copied(copy, tmp_path):
         Store(tmp_path / "target")
 
 
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_damage_in_the_source_takes_nothing_from_a_copy(copy, finished, tmp_path, kind):
+    url = (tmp_path / "there").as_uri() if kind == "file" else f"memory://{secrets.token_hex(4)}"
+    push(finished, url)
+    files, root = fsspec.url_to_fs(url)
+    name = "regions/embedding/c/0/0"
+    storekit.flip(copy / name, 80)
+    data = bytearray((finished / name).read_bytes())
+    data[9000] ^= 1
+    files.pipe_file(f"{root}/{name}", bytes(data))
+    before = {file: files.cat_file(file) for file in files.find(root)}
+    with pytest.raises(StoreError, match=f"{name}: its bytes are not those that were committed"):
+        push(copy, url)
+    assert {file: files.cat_file(file) for file in files.find(root)} == before
+    # The other rows of both are as readable as before.
+    assert [found.name for found in verify(url, deep=True)] == [name]
+
+
+def test_a_store_is_not_pushed_to_itself(copy, tmp_path):
+    storekit.flip(copy / "regions/embedding/c/0/0", 80)
+    before = storekit.contents(copy)
+    (tmp_path / "link").symlink_to(copy)
+    for target in (copy, tmp_path / "link", copy / "inside"):
+        with pytest.raises(StoreError, match="is the folder of the store to be copied, or lies in it; choose another"):
+            push(copy, target.as_uri())
+    assert storekit.contents(copy) == before
+
+
+@pytest.mark.parametrize("scheme", ["file", "local"])
+def test_a_reader_of_a_copy_that_is_mended_keeps_the_old_bytes(copy, finished, scheme):
+    name = "regions/embedding/c/0/0"
+    storekit.flip(copy / name, 80)
+    damaged = (copy / name).read_bytes()
+    with (copy / name).open("rb") as reader:
+        assert push(finished, f"{scheme}://{copy}") == 1
+        assert reader.read() == damaged
+    assert storekit.contents(copy) == storekit.contents(finished)
+    assert not (copy / ".transfer").exists()
+
+
+@pytest.mark.parametrize("place", ["memory"], indirect=True)
+@pytest.mark.parametrize("name", ["environment.json", "COMMIT.json", "TRANSFER.json"])
+def test_a_push_mends_what_no_mark_lists(finished, place, name):
+    push(finished, place)
+    files, root = fsspec.url_to_fs(place)
+    files.pipe_file(f"{root}/{name}", (finished / "COMMIT.json").read_bytes().replace(b'"embed_dim":', b'"embed_din":'))
+    assert push(finished, place) == (name != "TRANSFER.json")
+    assert verify(place, deep=True) == []
+    assert push(finished, place) == 0
+
+
 def test_a_copy_never_mixes_with_anything_else(finished, tmp_path):
     other = storekit.build(tmp_path / "other", block_images=3, embedding="int8")
     url = f"memory://{secrets.token_hex(4)}"

@@ -51,7 +51,14 @@ def test_a_commit_keeps_the_shards_that_are_written_and_goes_on(finished, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "failpoint", ["push_sign.before_rename", "push.half_written:3", "push.after_file:5", "push_sign.before_rename:2"]
+    "failpoint",
+    [
+        "push_sign.before_rename",
+        "push_sign.before_rename:2",
+        "push.half_written:3",
+        "push.after_file:5",
+        "push_sign.before_rename:3",
+    ],
 )
 def test_a_push_keeps_the_files_that_are_sent_and_goes_on(finished, tmp_path, failpoint):
     target = tmp_path / "copy"
