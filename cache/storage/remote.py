@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from ezsd.cache.errors import StoreError, StoreIncomplete
 from ezsd.cache.files import (
@@ -139,7 +139,10 @@ class RemotePlace:
         """
         if self._is_web:
             raise StoreError(f"{self.url}: a web server lists no folders; give the URL of a store to `ezsd cache info`")
-        return [self.url_of(name) for name, kind in self._listing() if kind == "directory"]
+        found = [name for name, kind in self._listing() if kind == "directory"]
+        # Of all URLs these alone are decoded.
+        is_quoted = self.url.startswith(_FILE)
+        return [self.url_of(quote_from_bytes(os.fsencode(name)) if is_quoted else name) for name in found]
 
     def names(self) -> list[str]:
         """Names of the files directly below the URL."""
@@ -185,10 +188,17 @@ class RemotePlace:
 
     def _size(self, name: str) -> int | None:
         try:
-            return int(self.files.info(self.path(name))["size"])
+            size = self.files.info(self.path(name))["size"]
+            return self._counted_size(name) if size is None else int(size)
         except FileNotFoundError as error:
             self._require_reached(error)
             return None
+
+    def _counted_size(self, name: str) -> int:
+        """Size of a file whose server does not state it, found by reading the file: one byte too many is the most."""
+        most = self.stated[name].size if name in self.stated else MOST_UNSTATED
+        with self.files.open(self.path(name), "rb", **_STREAM) as file:
+            return sum(map(len, _up_to(file, most + 1)))
 
     def _require_reached(self, error: FileNotFoundError) -> None:
         """Raise what is behind it: fsspec says "not found" whatever a web server answers, and also where none does."""

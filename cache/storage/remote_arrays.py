@@ -59,6 +59,10 @@ class _Run:
     data: "Future[bytes | None]"
 
 
+def _has_failed(data: "Future[bytes | None]") -> bool:
+    return data.done() and data.exception() is not None
+
+
 class RemoteArray:
     """An array of a store behind a URL, read-only; belongs to one process.
 
@@ -126,6 +130,10 @@ class RemoteArray:
     def _begin(self, chunks: Sequence[int]) -> list[_Run]:
         """The runs of these chunks, of which those that are not on their way are sent for now."""
         with self._lock:
+            for chunk in chunks:
+                if chunk in self._runs and _has_failed(self._runs[chunk].data):
+                    # Read ahead, and never read since: asked for again.
+                    del self._runs[chunk]
             missing = [chunk for chunk in chunks if chunk not in self._runs]
             # What was read ahead is kept until more is wanted than that.
             if missing and len(self._runs) * self._chunk_bytes > _KEPT_BYTES:

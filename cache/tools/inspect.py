@@ -189,9 +189,10 @@ def list_stores(folder: str | os.PathLike[str]) -> dict[Path | str, StoreInfo | 
     """
     place = find_place(folder)
     found: dict[Path | str, StoreInfo | StoreError] = {}
-    for path in _stores_at(place) if isinstance(place, RemotePlace) else _stores_in(Path(folder).absolute()):
+    for path in place.folders() if isinstance(place, RemotePlace) else _stores_in(Path(folder).absolute()):
         try:
-            found[path] = info(path)
+            if isinstance(path, Path) or _holds_store(path):
+                found[path] = info(path)
         except StoreError as error:
             found[path] = error
     return found
@@ -207,6 +208,5 @@ def _stores_in(folder: Path) -> list[Path]:
     ]
 
 
-def _stores_at(place: RemotePlace) -> list[str]:
-    signs = (COMMIT, INCOMPLETE, TRANSFER)
-    return [url for url in place.folders() if not set(RemotePlace(url).names()).isdisjoint(signs)]
+def _holds_store(url: str) -> bool:
+    return not {COMMIT, INCOMPLETE, TRANSFER}.isdisjoint(RemotePlace(url).names())

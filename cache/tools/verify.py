@@ -102,7 +102,11 @@ def _verify_remote(place: RemotePlace, *, deep: bool) -> list[Damage]:
     files = CopiedFiles(place, mark)
     files.look([name for name in mark.files if deep or name.endswith(".json")])
     locate = Locator(files, mark)
-    found = [locate.damage(name, reason) for name, reason in files.problems.items()]
+    damaged: dict[str, Damage] = {}
+    # To locate the damage of one file, others are looked at, and some of those turn out to be damaged too.
+    while new := files.problems.keys() - damaged.keys():
+        damaged |= {name: locate.damage(name, files.problems[name]) for name in sorted(new)}
+    found = list(damaged.values())
     # A web server has no list of its files.
     there = [] if place.checks_when_read else place.sizes()
     found += [

@@ -28,6 +28,7 @@ from ezsd.cache import (
     repair,
     verify,
 )
+from ezsd.cache.storage.remote import RemotePlace
 from ezsd.cache.tools.transfer import pull, push
 from ezsd.pipeline.console.store_messages import list_lines
 
@@ -304,6 +305,93 @@ def test_single_rows_are_read_from_large_shards_by_their_chunks(memory, monkeypa
     embeddings = [at for at in asked if at[0].endswith("regions/embedding/c/0/0")]
     assert len(embeddings) == len(set(embeddings)) == 3
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_damage_that_is_found_on_the_way_is_listed(finished, deep):
+    url = f"memory://{secrets.token_hex(4)}"
+    push(finished, url)
+    files, root = fsspec.url_to_fs(url)
+    shard, sums = "regions/embedding/c/0/0", "checksums/regions/embedding/c/0"
+    files.pipe_file(f"{root}/{shard}", files.cat_file(f"{root}/{shard}")[:-7])
+    data = files.cat_file(f"{root}/{sums}")
+    files.pipe_file(f"{root}/{sums}", bytes([data[0] ^ 1]) + data[1:])
+    assert sorted(found.name for found in verify(url, deep=deep)) == [sums, shard]
+
+
+def test_what_was_read_ahead_during_an_outage_is_asked_for_again(finished, monkeypatch):
+    url = f"memory://{secrets.token_hex(4)}"
+    push(finished, url)
+    fetch, gone = MemoryFileSystem.cat_file, []
+
+    def fetch_while_it_is_there(*arguments, **options):
+        if gone:
+            raise OSError("the peer has gone")
+        return fetch(*arguments, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fetch_while_it_is_there)
+    store = Store(url)
+    _ = store.image_ids
+    gone.append(True)
+    with pytest.raises(StoreError, match="the peer has gone"):
+        store.regions.batch(storekit.IDS)
+    # All that was under way has failed.
+    store._place.workers().shutdown()
+    store._place._pool = None
+    gone.clear()
+    same_store(store, Store(finished))
+
+
+def test_a_folder_with_any_name_is_listed_and_one_that_cannot_be_read_is_one_entry(finished, tmp_path, monkeypatch):
+    names = ["a b", "lr%41", "ok"]
+    for name in names:
+        shutil.copytree(finished, tmp_path / name)
+    expected = [(tmp_path / name).as_uri() for name in names]
+    found = list_stores(tmp_path.as_uri())
+    assert list(found) == expected
+    assert all(store.complete for store in found.values())
+    look = RemotePlace.names
+
+    def look_at_others(place):
+        if place.url == expected[1]:
+            raise StoreError("may not be read")
+        return look(place)
+
+    monkeypatch.setattr(RemotePlace, "names", look_at_others)
+    found = list_stores(tmp_path.as_uri())
+    assert list(found) == expected
+    assert [str(store) for store in found.values() if isinstance(store, StoreError)] == ["may not be read"]
+
+
+def test_a_web_server_that_states_no_sizes_is_looked_after(copy):
+    class Unstated(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            file = copy / self.path.lstrip("/")
+            self.send_response(200 if file.is_file() else 404)
+            self.end_headers()
+            if file.is_file() and self.command == "GET":
+                self.wfile.write(file.read_bytes())
+
+        do_HEAD = do_GET
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unstated) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_port}"
+            assert info(url).problems == ()
+            assert verify(url) == []
+            name = "regions/embedding/c/0/0"
+            size = (copy / name).stat().st_size
+            for data, said in [(b"ab", "is 2 bytes"), (bytes(size + 9), f"is {size + 1} bytes")]:
+                (copy / name).write_bytes(data)
+                assert [(one.name, one.reason.partition(" long")[0]) for one in verify(url)] == [(name, said)]
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 # Copies
