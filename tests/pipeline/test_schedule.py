@@ -34,9 +34,9 @@ def test_only_numbers_travel(shapes_dataset, quick_config, shapes_store, tmp_pat
     monkeypatch.setattr(Pool, "run", watched)
     out = tmp_path / "store"
     build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, scheduler="sync"))
-    assert sent.keys() == {"extract_numbered", "commit_numbered"}
+    assert sent.keys() == {"extract_numbered", "_write_shard"}
     for size, items in sent.values():
-        assert size < 600 + len(str(out))
+        assert size < 900 + 2 * len(str(out))
         assert items == list(range(len(items)))
         assert all(type(item) is int for item in items)
     assert files(out) == files(shapes_store)
