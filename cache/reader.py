@@ -300,6 +300,8 @@ class _Opened:
     def __init__(self, place: Place, mark: CommitMark, *, checked: bool) -> None:
         self.process = os.getpid()
         self._place = place
+        self.is_far = not isinstance(place, LocalPlace)
+        """True for files that may have to be fetched again, and are then looked at again."""
         self._mark = mark
         self._checked = checked
         self._arrays: dict[str, RowArray] = {}
@@ -410,7 +412,8 @@ class _ProductRows:
         # Numbers come out of a memoryview in a third of the time that an array takes.
         self._offset = np.ascontiguousarray(here.column(f"{product}/{OFFSET.name}"), np.int64).data
         # A byte for each image, and in it a bit for each field whose rows of that image are known to be good: their
-        # chunks match their checksums, and every number is finite. Zeros take no memory until they are changed.
+        # chunks match their checksums, and every number is finite. None from afar, where a chunk may be fetched again.
+        # Zeros take no memory until they are changed.
         self._seen = np.zeros(len(self._offset) - 1, np.uint8).data
         self._columns: dict[str, _Column] = {}
         self.names = tuple(field.name for field in PER_IMAGE[product])
@@ -494,7 +497,8 @@ class _ProductRows:
                 if not all_finite(rows[first:last]):
                     image = self._here.column("images/id")[at]
                     raise _not_finite(f"{self._here}: {self._product}/{column.name} of image {image}")
-                self._seen[at] |= column.bit
+                if not self._here.is_far:
+                    self._seen[at] |= column.bit
             first = last
 
 

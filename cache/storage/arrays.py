@@ -29,6 +29,11 @@ class RowArray(Protocol):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
+    @property
+    def renewed(self) -> int:
+        """A number that changes whenever rows that were read before may have to be fetched again: a new read."""
+        ...
+
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Rows `start` to `stop` (exclusive); not to be written to."""
         ...
@@ -63,11 +68,14 @@ class ZarrArray:
         self.dtype = array.dtype
         self._array = array
         self._errors = errors
+        self.renewed = 0
+        """Reads of an array that is too large to be kept, see `RowArray`."""
         self._kept: NDArray[Any] | None = None
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Rows `start` to `stop` (exclusive); not to be written to."""
         if self._array.nbytes > _KEPT_BYTES:
+            self.renewed += 1
             with self._errors():
                 return np.asarray(self._array[start:stop])
         if self._kept is None:
@@ -127,7 +135,7 @@ def zarr_errors(where: str, cure: str) -> Iterator[None]:
 
 
 class VerifiedArray:
-    """Another array whose chunks are compared with their checksums when they are first touched.
+    """Another array whose chunks are compared with their checksums when they are first touched, or fetched again.
 
     Args:
         array: the array.
@@ -146,9 +154,15 @@ class VerifiedArray:
         self.plain = array
         """Unchecked rows: the same, compared with nothing."""
         self._good = bytearray(chunks)
+        self._renewed = array.renewed
         self.read_ahead = array.read_ahead
         self.file = array.file
         self.shard_files = array.shard_files
+
+    @property
+    def renewed(self) -> int:
+        """See `RowArray`."""
+        return self.plain.renewed
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Rows `start` to `stop` (exclusive); not to be written to.
@@ -156,20 +170,30 @@ class VerifiedArray:
         Raises:
             StoreError: a chunk that holds some of these rows is damaged.
         """
-        first, last = start // self._chunk_rows, -(-stop // self._chunk_rows)
-        if start >= stop or self._good.count(1, first, last) == last - first:
+        if start >= stop:
             return self.plain.read(start, stop)
+        before = self.plain.renewed
+        if before != self._renewed:
+            # What was let go comes from afar again, and may be something else there by now.
+            self._good, self._renewed = bytearray(len(self._good)), before
+        good = self._good
+        first, last = start // self._chunk_rows, -(-stop // self._chunk_rows)
+        if good.count(1, first, last) == last - first:
+            rows = self.plain.read(start, stop)
+            if self.plain.renewed == before:
+                return rows
         # Whole chunks are read once, and what was asked for is cut out: from far away a second read costs as much.
         low = first * self._chunk_rows
         rows = self.plain.read(low, min(last * self._chunk_rows, self.shape[0]))
+        kept = self.plain.renewed == before
         for chunk in range(first, last):
             at = chunk * self._chunk_rows - low
-            self._check(chunk, rows[at : at + self._chunk_rows])
+            if not (kept and good[chunk]):
+                self._check(chunk, rows[at : at + self._chunk_rows])
+                good[chunk] = kept
         return rows[start - low : stop - low]
 
     def _check(self, chunk: int, rows: NDArray[Any]) -> None:
-        if self._good[chunk]:
-            return
         start = chunk * self._chunk_rows
         stop = start + len(rows)
         found = zlib.crc32(np.ascontiguousarray(rows).data)
@@ -179,7 +203,6 @@ class VerifiedArray:
             found = zlib.crc32(padding.tobytes(), found)
         if found != self._sums[chunk]:
             raise self._damage(start, stop)
-        self._good[chunk] = 1
 
 
 def all_finite(values: NDArray[Any]) -> bool:

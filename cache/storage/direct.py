@@ -101,6 +101,9 @@ def _in_file_order(mapped: NDArray[np.uint8], spec: ArraySpec, rows: int, file: 
 class MappedArray:
     """An array of a store on a local disk, read-only; safe to use on both sides of a fork."""
 
+    renewed = 0
+    """Always: a file that is mapped stays so."""
+
     def __init__(self, spec: ArraySpec, folder: Path, otherwise: Callable[[], RowArray]) -> None:
         """Use `open_mapped`."""
         self.shape = spec.shape

@@ -1,13 +1,18 @@
-"""Zarr's view of a store behind a URL: the files of the commit mark, and no byte more than it states."""
+"""Zarr's view of a store behind a URL: the files of the commit mark, and no byte more than it states.
+
+A file that holds no rows is taken whole, once it has its digest: of those nothing else is compared later.
+"""
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
+from threading import Lock
 
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import MemoryStore, WrapperStore
 
 from ezsd.cache.files import FileDigest
+from ezsd.cache.format.schema import holds_rows
 
 
 class Listed(WrapperStore[MemoryStore]):
@@ -15,20 +20,37 @@ class Listed(WrapperStore[MemoryStore]):
 
     Args:
         fetch: gives bytes `start` to `stop` (exclusive) of a file, or None where there is no such file.
+        read_file: gives a whole file, once it has its digest.
         stated: the files that there are.
     """
 
-    def __init__(self, fetch: Callable[[str, int, int], bytes | None], stated: Mapping[str, FileDigest]) -> None:
+    def __init__(
+        self,
+        fetch: Callable[[str, int, int], bytes | None],
+        read_file: Callable[[str], bytes],
+        stated: Mapping[str, FileDigest],
+    ) -> None:
         super().__init__(MemoryStore(read_only=True))
-        self._fetch, self._stated = fetch, stated
+        self._fetch, self._read_file, self._stated = fetch, read_file, stated
+        self._last: tuple[str, bytes] = "", b""
+        self._lock = Lock()
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """Bytes of a file; None for one that the mark does not list."""
         if key not in self._stated:
             return None
         start, stop = _range(byte_range, self._stated[key].size)
-        data = await asyncio.to_thread(self._fetch, key, start, stop)
+        array, is_shard, _ = key.partition("/c/")
+        read = self._fetch if is_shard and holds_rows(array) else self._cut
+        data = await asyncio.to_thread(read, key, start, stop)
         return None if data is None else prototype.buffer.from_bytes(data)
+
+    def _cut(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes of a file that holds no rows; the last one is kept, since zarr asks for its chunks one by one."""
+        with self._lock:
+            if self._last[0] != key:
+                self._last = key, self._read_file(key)
+            return self._last[1][start:stop]
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]

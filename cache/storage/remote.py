@@ -360,7 +360,7 @@ class RemotePlace:
 
         from ezsd.cache.storage.fetch import Listed
 
-        return zarr.open_group(Listed(self.fetch, self.stated), mode="r", zarr_format=3)
+        return zarr.open_group(Listed(self.fetch, self.read_file, self.stated), mode="r", zarr_format=3)
 
     @contextmanager
     def errors(self) -> Iterator[None]:

@@ -75,9 +75,11 @@ class RemoteArray:
 
     def __init__(self, spec: ArraySpec, files: RemoteFiles, otherwise: Callable[[], RowArray], *, whole: bool) -> None:
         self.shape, self.dtype = spec.shape, np.dtype(spec.dtype)
-        self._spec, self._files, self._otherwise, self._whole = spec, files, otherwise, whole
+        self._spec, self._files, self._through, self._whole = spec, files, otherwise, whole
         self._chunk_bytes = spec.chunk_rows * spec.row_bytes
         self._shard_chunks = spec.shard_rows // spec.chunk_rows
+        self.renewed = 0
+        """How often chunks were let go, see `RowArray`."""
         self._runs: dict[int, _Run] = {}
         self._ordered: dict[int, bool] = {}
         self._lock = Lock()
@@ -137,14 +139,21 @@ class RemoteArray:
             missing = [chunk for chunk in chunks if chunk not in self._runs]
             # What was read ahead is kept until more is wanted than that.
             if missing and len(self._runs) * self._chunk_bytes > _KEPT_BYTES:
+                self.renewed += 1
                 self._runs = {chunk: self._runs[chunk] for chunk in chunks if chunk in self._runs}
             for shard, first, last in self._together(missing):
                 run = _Run(first, self._files.workers().submit(self._fetch, shard, first, last))
                 self._runs |= dict.fromkeys(range(first, last), run)
             return [self._runs[chunk] for chunk in chunks]
 
+    def _otherwise(self) -> RowArray:
+        """The same array through zarr, which fetches its rows anew."""
+        self.renewed += 1
+        return self._through()
+
     def _forget(self, chunks: Iterable[int]) -> None:
         with self._lock:
+            self.renewed += 1
             for chunk in chunks:
                 self._runs.pop(chunk, None)
 

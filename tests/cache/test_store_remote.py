@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import os
 import secrets
 import shutil
@@ -154,6 +155,48 @@ def test_each_file_on_a_web_server_is_compared_when_it_is_read(copy, finished, w
         finally:
             storekit.flip(finished / name, 99)
     same_store(Store(web), Store(copy))
+
+
+def test_small_arrays_of_another_layout_are_compared_too(finished, web):
+    import zarr
+
+    store = shutil.copytree(finished, finished.parent / "layout")
+    try:
+        values = zarr.open_array(store / "images/id", mode="r")[:]
+        shutil.rmtree(store / "images/id")
+        zarr.create_array(store / "images/id", data=values, chunks=(4,), compressors=None, zarr_format=3)
+        root = json.loads((store / "zarr.json").read_text())
+        nodes = root["consolidated_metadata"]["metadata"]
+        nodes["images/id"] = json.loads((store / "images/id/zarr.json").read_text())
+        (store / "zarr.json").write_text(json.dumps(root))
+        storekit.recommit(store)
+        url = f"{web.rpartition('/')[0]}/layout"
+        same_store(Store(url), Store(finished))
+        storekit.flip(store / "images/id/c/1", 3)
+        with pytest.raises(StoreError, match="images/id/c/1: its bytes are not those that were committed"):
+            _ = Store(url).image_ids
+    finally:
+        shutil.rmtree(store)
+
+
+@pytest.mark.parametrize("read", [lambda rows, at: rows[at], lambda rows, at: rows.column("embedding", [at])])
+@pytest.mark.parametrize("way", ["chunks", "zarr"])
+def test_rows_that_are_fetched_again_are_compared_again(copy, monkeypatch, way, read):
+    monkeypatch.setattr("ezsd.cache.storage.remote_arrays._KEPT_BYTES", 0)
+    monkeypatch.setattr("ezsd.cache.storage.arrays._KEPT_BYTES", 0)
+    if way == "zarr":
+        monkeypatch.setattr("ezsd.cache.storage.remote.direct_spec", lambda *_: None)
+    url = f"memory://{secrets.token_hex(4)}"
+    push(copy, url)
+    regions = Store(url).regions
+    for image in storekit.IDS:
+        read(regions, image)
+    files, root = fsspec.url_to_fs(url)
+    storekit.flip(copy / "regions/embedding/c/0/0", 13)
+    files.pipe_file(f"{root}/regions/embedding/c/0/0", (copy / "regions/embedding/c/0/0").read_bytes())
+    read(regions, storekit.IDS[-1])
+    with pytest.raises(StoreError, match="rows 0 to .* of regions/embedding do not match their checksum"):
+        read(regions, storekit.IDS[0])
 
 
 @pytest.mark.parametrize("kept", [0, 2**25])
