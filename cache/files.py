@@ -213,9 +213,10 @@ FileState: TypeAlias = tuple[int, ...]
 
 
 def file_state(file: Path) -> FileState | None:
-    """Device, inode, size and time of change of a file; None for a missing one.
+    """Device, inode, size, and times of the last change of a file and of its inode; None for a missing one.
 
-    Files that are replaced by a rename and never written to in place differ in it whenever their bytes do.
+    Files that are replaced by a rename and never written to in place differ in it when their bytes do, as far as the
+    file system tells: NFS may answer for some seconds from its attribute cache.
     """
     try:
         found = os.stat(file)
@@ -223,7 +224,7 @@ def file_state(file: Path) -> FileState | None:
         return None
     except OSError as error:
         raise unreadable(file, error) from error
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def open_to_read(file: Path) -> int:

@@ -70,7 +70,7 @@ class Plan:
         return [Block(index, start, min(start + self.block_images, total)) for index, start in enumerate(starts)]
 
     @cached_property
-    def _known(self) -> dict[int, tuple[FileState | None, Entry]]:
+    def _known(self) -> dict[int, tuple[FileState, Entry]]:
         """Entries of blocks that were read before, by index, and the state of their file then; for `read_block`."""
         return {}
 
@@ -208,6 +208,9 @@ def read_block(plan: Plan, index: int) -> Entry:
     """
     folder = journal_folder(plan.store) / block_name(index)
     state = file_state(folder / ENTRY)
+    if state is None:
+        # Another worker may put it there before it is read; kept under no state, it would outlast its file.
+        return _checked_block(plan, index, Entry.read(folder))
     if index not in plan._known or plan._known[index][0] != state:
         plan._known[index] = state, _checked_block(plan, index, Entry.read(folder))
     return plan._known[index][1]

@@ -7,9 +7,10 @@ import pytest
 import storekit
 
 from ezsd.cache import StoreError, commit_numbered, commit_shard, read_plan
+from ezsd.cache.files import file_state
 from ezsd.cache.journal.commit import Committer
-from ezsd.cache.journal.entries import Entry
-from ezsd.cache.journal.plan import read_block
+from ezsd.cache.journal.entries import Entry, set_aside
+from ezsd.cache.journal.plan import block_done, read_block
 
 
 @pytest.fixture
@@ -65,6 +66,25 @@ def test_a_block_that_was_written_anew_is_read_anew(journaled, entries_read):
     assert read_block(plan, 1) is not before
     assert read_block(plan, 1).arrays == before.arrays
     assert entries_read[before.folder.name] > 1
+
+
+def test_a_block_that_came_while_it_was_looked_for_is_not_kept_for_ever(journaled, monkeypatch):
+    plan = read_plan(journaled.path)
+    with monkeypatch.context() as patch:
+        # What is seen just before another worker's rename.
+        patch.setattr("ezsd.cache.journal.plan.file_state", lambda _: None)
+        assert block_done(plan, 1)
+    set_aside(journaled.path, "block-000001")
+    assert not block_done(plan, 1)
+
+
+def test_a_file_written_anew_within_a_tick_of_its_time_has_another_state(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"1")
+    before, times = file_state(file), file.stat()
+    file.write_bytes(b"2")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file_state(file) != before
 
 
 def test_a_plan_that_was_made_anew_is_read_anew(memory):
