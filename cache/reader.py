@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError, StoreKeyError
 from ezsd.cache.files import MENDED, PUSHED
-from ezsd.cache.format.commit_mark import MANIFEST, CommitMark
+from ezsd.cache.format.commit_mark import CommitMark
 from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.offsets import image_places, of_images
 from ezsd.cache.format.quantise import dequantise
@@ -40,7 +40,7 @@ from ezsd.cache.journal.bad_images import bad_images_of
 from ezsd.cache.journal.plan import refuse
 from ezsd.cache.storage.arrays import RowArray, VerifiedArray, all_finite
 from ezsd.cache.storage.image_index import ImageIndex
-from ezsd.cache.storage.locations import LocalPlace, Place, find_place, read_environment
+from ezsd.cache.storage.locations import LocalPlace, Place, find_place, read_environment, read_manifest
 
 Verify: TypeAlias = Literal["quick", "full"]
 """Depth of the checks before values are handed out, see `Store`."""
@@ -91,13 +91,7 @@ class Store:
     @cached_property
     def manifest(self) -> Manifest:
         """Everything that shaped the store's bytes."""
-        expected, where = self._mark.manifest_digest, f"{self._place}/{MANIFEST}"
-        manifest = Manifest.from_json(self._place.read_file(MANIFEST), where)
-        if manifest.digest != expected:
-            raise StoreError(
-                f"{where}: is not the manifest this store was committed with; the store is damaged: {MENDED}"
-            )
-        return manifest
+        return read_manifest(self._place, self._mark)
 
     @property
     def digest(self) -> str:
@@ -149,6 +143,8 @@ class Store:
     @property
     def bad_images(self) -> dict[int, str]:
         """Images that could not be read when the store was built, by id, and why: they have no rows."""
+        # First: an unpickled store has compared nothing yet.
+        self._mark  # noqa: B018
         where = f"{self}/zarr.json"
         return bad_images_of(parse_json(self._place.read_file("zarr.json"), where), where)
 

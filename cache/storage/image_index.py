@@ -19,8 +19,8 @@ class ImageIndex:
 
     def __init__(self, ids: NDArray[np.int64]) -> None:
         """Ids in the store's order, (n,); not kept."""
-        self._low = int(ids.min(initial=0))
-        span = int(ids.max(initial=0)) - self._low + 1
+        self._low = int(ids.min()) if len(ids) else 0
+        span = int(ids.max()) - self._low + 1 if len(ids) else 0
         self._table: memoryview | None = None
         if 4 * span <= max(8 * len(ids), _TABLE_BYTES):
             self._span = span

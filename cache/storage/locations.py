@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ezsd.cache.errors import StoreError, StoreIncomplete
-from ezsd.cache.files import MENDED, FileDigest, file_digest, read_bytes, read_if_there, unreadable
+from ezsd.cache.files import MENDED, PUSHED, FileDigest, file_digest, read_bytes, read_if_there, unreadable
 from ezsd.cache.format.commit_mark import (
     ENVIRONMENT,
     MANIFEST,
@@ -18,6 +18,7 @@ from ezsd.cache.format.commit_mark import (
     require_not_set_aside,
     size_problems,
 )
+from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.journal.plan import Plan, block_done, plan_folder, read_plan
 from ezsd.cache.storage.arrays import RowArray, ZarrArray, zarr_errors
 from ezsd.cache.storage.direct import open_mapped
@@ -126,6 +127,16 @@ def read_environment(store: str | os.PathLike[str] | Place) -> dict[str, Any]:
     """A build's record of host, versions, settings and places; empty without one. StoreError for a damaged one."""
     place = find_place(store) if isinstance(store, str | os.PathLike) else store
     return parse_environment(place.read_if_there(ENVIRONMENT), f"{place}/{ENVIRONMENT}")
+
+
+def read_manifest(place: Place, mark: CommitMark) -> Manifest:
+    """The manifest of a complete store; StoreError where it is not the one that the mark was made with."""
+    where = f"{place}/{MANIFEST}"
+    manifest = Manifest.from_json(place.read_file(MANIFEST), where)
+    if manifest.digest != mark.manifest_digest:
+        cure = MENDED if isinstance(place, LocalPlace) else PUSHED
+        raise StoreError(f"{where}: is not the manifest this store was committed with; the store is damaged: {cure}")
+    return manifest
 
 
 def require_mark(store: Path) -> CommitMark:

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ezsd.cache.files import FileDigest
-from ezsd.cache.format.commit_mark import MANIFEST
 from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.sealed_json import Difference
-from ezsd.cache.storage.locations import find_place
+from ezsd.cache.storage.locations import find_place, read_manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +39,7 @@ def compare(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Co
 def _read(path: str | os.PathLike[str]) -> tuple[Manifest, Mapping[str, FileDigest]]:
     place = find_place(path)
     mark = place.mark()
-    return Manifest.from_json(place.read_file(MANIFEST), f"{place}/{MANIFEST}"), mark.files
+    return read_manifest(place, mark), mark.files
 
 
 def _content(left: Mapping[str, FileDigest], right: Mapping[str, FileDigest]) -> list[str]:

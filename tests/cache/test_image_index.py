@@ -22,6 +22,13 @@ def test_each_image_is_found_in_its_place_and_no_other_is(ids, table_bytes, monk
     assert {index.place(image) for image in others} == {-1}
 
 
+@pytest.mark.parametrize("first", [10**12, -(10**12)])
+def test_ids_close_together_take_a_table_wherever_they_begin(first, monkeypatch):
+    monkeypatch.setattr(image_index.np, "argsort", lambda *_: pytest.fail("a sorted copy"))
+    index = ImageIndex(np.arange(first, first + 1000))
+    assert [index.place(first + at) for at in (-1, 0, 999, 1000)] == [-1, 0, 999, -1]
+
+
 def test_ids_far_apart_take_no_table(monkeypatch):
     monkeypatch.setattr(image_index, "_table", lambda *_: pytest.fail("a table of 2**62 numbers"))
     assert ImageIndex(np.array([2**61, 3, -(2**61)])).place(3) == 1

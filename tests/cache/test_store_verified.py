@@ -182,6 +182,14 @@ def test_what_is_wrong_with_a_store_reaches_whoever_reads_it_in_another_process(
         regions[3]
 
 
+def test_a_store_that_was_unpickled_is_looked_at_before_its_bad_images_are(copy):
+    data = pickle.dumps(Store(copy))
+    root = copy / "zarr.json"
+    root.write_text(root.read_text().replace('"attributes":{}', '"attributes":{"bad_images":{"5":"x"}}'))
+    with pytest.raises(StoreError, match="zarr.json"):
+        _ = pickle.loads(data).bad_images
+
+
 # The system's errors
 
 
