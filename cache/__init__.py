@@ -9,7 +9,7 @@ from ezsd.cache.errors import (
     StoreUnreadable,
 )
 from ezsd.cache.files import FileLock, file_digest, rename, sync, write_atomic
-from ezsd.cache.format.commit_mark import is_committed
+from ezsd.cache.format.commit_mark import is_committed, is_mark_lost
 from ezsd.cache.format.manifest import Manifest, Origin, images_digest
 from ezsd.cache.format.records import GroundTruthRows, ProposalRows, RegionRows
 from ezsd.cache.format.schema import OPTIONAL, PER_IMAGE, PER_STORE, PRODUCTS, Block, EmbeddingType, RaggedRows
@@ -88,6 +88,7 @@ __all__ = [
     "images_digest",
     "info",
     "is_committed",
+    "is_mark_lost",
     "journaled_bad_images",
     "list_stores",
     "pull",

@@ -1,7 +1,9 @@
 """A lost commit mark made again from the rest of a store, once every checksum in it holds.
 
 A finished store says everything twice: metadata are in each `zarr.json` and in the root's, the manifest's digest is in
-the root, and every chunk has its checksum. Files that agree in all of this are those that were committed.
+the root, and every chunk has its checksum. Files that agree in all of this are those that were committed, unless some
+were exchanged: only the mark binds rows to the manifest, so that an array and its checksums, both from another store
+with the same shapes, are not noticed. Compare the new mark's digest with a run's record, or the store with a copy.
 """
 
 import hashlib
@@ -29,7 +31,7 @@ from ezsd.cache.storage.direct import direct_spec
 
 
 def remake_mark(store: Path) -> CommitMark:
-    """The commit mark that a finished store without one had.
+    """The commit mark that a finished store without one had, unless files were exchanged (see the module).
 
     Raises:
         StoreError: a file is missing, or does not match what the others say of it: names the first one.
@@ -69,9 +71,13 @@ class _Remake:
             rows = {product: int(nodes[f"{product}/box"]["shape"][0]) for product in PER_IMAGE}
             images, embed_dim = int(nodes["images/id"]["shape"][0]), int(nodes["regions/embedding"]["shape"][1])
             wanted = {*names, CHECKSUMS, *(f"{CHECKSUMS}/{name}" for name in names)}
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise self._refusal(ROOT, "does not describe the arrays of a store") from error
         self._require(nodes.keys() == wanted, ROOT, "describes other arrays than those of its manifest")
+        for name, node in nodes.items():
+            kind = _node_type(name)
+            sound = isinstance(node, dict) and node.get("node_type") == kind
+            self._require(sound, ROOT, f"does not describe {name!r} as of node_type {kind!r}")
         attributes = root_attributes(manifest, rows, images=images, embed_dim=embed_dim)
         self._take(ROOT, encoding.metadata_bytes(encoding.root_metadata(attributes, nodes)))
         for name, node in nodes.items():
@@ -79,8 +85,7 @@ class _Remake:
         return nodes, manifest, embed_dim
 
     def _spec(self, nodes: Mapping[str, Any], name: str) -> ArraySpec:
-        node = nodes[name]
-        spec = direct_spec(node, name) if isinstance(node, dict) else None
+        spec = direct_spec(nodes[name], name)
         if spec is None:
             raise self._refusal(f"{name}/{ROOT}", "describes another layout than the format's")
         return spec
@@ -145,6 +150,11 @@ class _Remake:
             f"{self.store}: its commit mark is lost, and cannot be made again where not all else is whole: "
             f"{self.store / name} {reason}; copy {COMMIT} from a copy of this store, or build it anew in another folder"
         )
+
+
+def _node_type(name: str) -> str:
+    """What a name stands for in every store."""
+    return "array" if "/" in name.removeprefix(f"{CHECKSUMS}/") else "group"
 
 
 def _digest(data: bytes) -> FileDigest:

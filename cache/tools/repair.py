@@ -99,6 +99,8 @@ class RepairReport:
     """Files that are not; where there are any, the store is marked incomplete."""
     images: int = 0
     """Images whose rows were computed again."""
+    remade: str | None = None
+    """Digest of the store, where its commit mark was made again, see `ezsd.cache.tools.remake_mark`; else None."""
 
 
 def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> RepairReport:
@@ -110,7 +112,7 @@ def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> Rep
     that were committed. A store that stays
     damaged loses its commit mark (`INCOMPLETE.json` takes its place), so that nobody reads it; one that is whole
     again gets it back. A commit mark that is itself lost or damaged is made again where every checksum of the store
-    holds. A damaged `environment.json`, which only tells who built the store, is removed.
+    holds, without `source`. A damaged `environment.json`, which only tells who built the store, is removed.
 
     Raises:
         StoreIncomplete: a copy that is not finished.
@@ -138,7 +140,7 @@ def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> Rep
             write_atomic(store / COMMIT, mark.to_bytes(), scratch=_scratch(store), point="commit")
             discard(store / INCOMPLETE)
         report = _Repair(store, mark, source).run()
-        return replace(report, repaired=(COMMIT, *report.repaired)) if lost else report
+        return replace(report, repaired=(COMMIT, *report.repaired), remade=mark.digest) if lost else report
     finally:
         discard(scratch_folder(store))
         journal = journal_folder(store)
@@ -257,7 +259,7 @@ class _Repair:
         """
         array, _, place = name.partition("/c/")
         shard, spec = int(place.partition("/")[0]), self._locate.spec(array)
-        if spec is None or shard >= spec.shards:
+        if spec is None or shard >= spec.shards or name not in self.mark.files:
             return None
         size = encoding.shard_bytes_on_disk(spec, shard)
         if self.mark.files[name].size != size:
@@ -390,6 +392,8 @@ class _Repair:
         assert self.source is not None
         spec, box = (self._locate.spec(f"{product}/{name}") for name in (OFFSET.name, "box"))
         if spec is None or box is None or spec.shape != (len(self.source.images[0]) + 1,):
+            return None
+        if any(spec.shard_file(shard) not in self.mark.files for shard in range(spec.shards)):
             return None
         values, known = np.zeros(spec.shape, np.int64), np.ones(spec.shape, bool)
         for shard in range(spec.shards):

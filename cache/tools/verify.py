@@ -305,11 +305,14 @@ class Locator:
         return self.doubtful(array)
 
     def doubtful(self, array: str) -> NDArray[Any] | None:
-        """A whole array as its files are now, damaged or not; None where one is missing or of another length."""
+        """An array as its files are now, damaged or not; None where one is missing, unlisted or of another length."""
         spec = self.spec(array)
         if spec is None:
             return None
         files = [(shard, spec.shard_file(shard)) for shard in range(spec.shards)]
+        # What the mark does not list is not looked at: it may be a link to anywhere.
+        if any(file not in self.mark.files for _, file in files):
+            return None
         if any(self.files.size(file) != shard_bytes_on_disk(spec, shard) for shard, file in files):
             return None
         parts = [shard_rows(spec, shard, self.files.held(file) or b"") for shard, file in files]

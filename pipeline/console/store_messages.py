@@ -174,6 +174,12 @@ def repair_lines(path: Path, report: RepairReport) -> list[str]:
     if report.images:
         lines.append(f"computed the rows of {report.images:,} images again")
     lines += [_left(damage) for damage in report.left]
+    if report.remade is not None:
+        lines.append(
+            f"the store's digest by its new commit mark is {report.remade}; compare it with the one in a run's "
+            "stores.json, or the store with a copy (`ezsd cache diff`): files exchanged for those of another store "
+            "do not show otherwise"
+        )
     if not report.left:
         return [*lines, f"{path}: complete, every file is what was committed"]
     return [*lines, f"{path}: marked incomplete, {len(report.left)} files are still damaged"]

@@ -23,6 +23,7 @@ from ezsd.cache import (
     StoreMismatch,
     differences,
     info,
+    is_mark_lost,
     read_environment,
     repair,
 )
@@ -44,10 +45,14 @@ from ezsd.teacher.open_clip import Teacher
 def repair_store(path: Path, data_root: Path, *, weights: str | None, device: str) -> RepairReport:
     """Repair a store, lost rows from its images.
 
+    A lost commit mark is made again where all else is whole, for which neither images nor teacher are looked at.
+
     Raises:
         ConfigError: the store does not say how it was built.
         StoreError: see `ezsd.cache.repair`.
     """
+    if is_mark_lost(path):
+        return repair(path)
     return repair(path, _source(path, data_root, weights=weights, device=device))
 
 

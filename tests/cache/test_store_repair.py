@@ -1,5 +1,6 @@
 """Damage is traced to rows and images, and mended bit for bit or not at all."""
 
+import json
 import os
 import random
 import re
@@ -22,8 +23,11 @@ from ezsd.cache import (
     repair,
     verify,
 )
-from ezsd.cache.format.commit_mark import read_mark
+from ezsd.cache.format.commit_mark import CommitMark, read_mark
 from ezsd.cache.format.quantise import dequantise, quantise
+from ezsd.cache.tools.verify import LocalFiles, Locator
+from ezsd.pipeline.console.store_messages import repair_lines
+from ezsd.pipeline.extraction.repair import repair_store
 
 
 @pytest.fixture(params=["float16", "int8"])
@@ -266,6 +270,73 @@ def test_no_mark_is_made_for_a_store_with_any_other_damage(store):
             assert not (store / "COMMIT.json").exists()
             file.write_bytes(data)
     assert repair(store).repaired == ("COMMIT.json",)
+
+
+def test_a_new_mark_is_told_by_its_digest(copy):
+    digest = Store(copy).digest
+    (copy / "COMMIT.json").unlink()
+    report = repair(copy)
+    assert report.remade == digest == Store(copy).digest
+    assert any(digest in line and "ezsd cache diff" in line for line in repair_lines(copy, report))
+    assert repair(copy).remade is None
+
+
+def test_a_new_mark_needs_neither_images_nor_teacher(copy, tmp_path):
+    (copy / "COMMIT.json").unlink()
+    assert repair_store(copy, tmp_path / "none", weights=None, device="cpu").repaired == ("COMMIT.json",)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("text", [], "does not describe 'text' as of node_type 'group'"),
+        ("images/id", {"shape": [1e999]}, "does not describe the arrays of a store"),
+        ("regions/score", {"node_type": "group"}, "does not describe 'regions/score' as of node_type 'array'"),
+        ("checksums/text", {"node_type": "array"}, "does not describe 'checksums/text' as of node_type 'group'"),
+    ],
+)
+def test_no_mark_is_made_where_a_node_is_not_what_its_name_says(copy, name, value, words):
+    root = json.loads((copy / "zarr.json").read_text())
+    nodes = root["consolidated_metadata"]["metadata"]
+    nodes[name] = {**nodes[name], **value} if isinstance(value, dict) else value
+    (copy / "COMMIT.json").unlink()
+    # Further digits than a float has are infinity, which JSON does not forbid to write.
+    (copy / "zarr.json").write_text(json.dumps(root, sort_keys=True).replace("Infinity", "1e999"))
+    with pytest.raises(StoreError, match=re.escape(words)):
+        repair(copy)
+
+
+def unlisted(store, name):
+    """Take a file out of the commit mark."""
+    mark = read_mark(store)
+    files = {file: digest for file, digest in mark.files.items() if file != name}
+    (store / "COMMIT.json").write_bytes(
+        CommitMark(mark.manifest_digest, mark.embed_dim, mark.embedding, files).to_bytes()
+    )
+
+
+def test_rows_whose_offsets_the_mark_does_not_list_are_left(copy):
+    unlisted(copy, "regions/offset/c/0")
+    flip(copy / "regions/score/c/0", 9)
+    assert [damage.name for damage in repair(copy, Images()).left] == ["regions/score/c/0"]
+
+
+def test_no_checksums_are_read_that_the_mark_does_not_list(copy, tmp_path):
+    name = "checksums/regions/score/c/0"
+    unlisted(copy, name)
+    (copy / name).rename(tmp_path / "outside")
+    (copy / name).symlink_to(tmp_path / "outside")
+    flip(copy / "regions/score/c/0", 9)
+    locate = Locator(LocalFiles(copy), read_mark(copy))
+    assert locate.doubtful("checksums/regions/score") is None
+    assert locate.doubtful("checksums/regions/box") is not None
+    assert repair(copy, Images()).left == ()
+
+
+def test_a_manifest_of_another_store_is_not_compared(copy, finished):
+    (copy / "manifest.json").write_text(storekit.manifest(teacher={"seed": 4}).to_json())
+    with pytest.raises(StoreError, match=r"manifest.json: is not the manifest this store was committed with"):
+        compare(copy, finished)
 
 
 def test_no_mark_is_made_for_a_build_or_a_copy_that_is_not_finished(copy, tmp_path):
