@@ -161,7 +161,7 @@ class VerifiedArray:
 
     @property
     def renewed(self) -> int:
-        """See `RowArray`."""
+        """Number of the array below, see `RowArray`."""
         return self.plain.renewed
 
     def read(self, start: int, stop: int) -> NDArray[Any]:

@@ -79,7 +79,7 @@ class RemoteArray:
         self._chunk_bytes = spec.chunk_rows * spec.row_bytes
         self._shard_chunks = spec.shard_rows // spec.chunk_rows
         self.renewed = 0
-        """How often chunks were let go, see `RowArray`."""
+        """Number of times that chunks were let go, see `RowArray`."""
         self._runs: dict[int, _Run] = {}
         self._ordered: dict[int, bool] = {}
         self._lock = Lock()
@@ -147,7 +147,7 @@ class RemoteArray:
             return [self._runs[chunk] for chunk in chunks]
 
     def _otherwise(self) -> RowArray:
-        """The same array through zarr, which fetches its rows anew."""
+        """Array through zarr, which fetches its rows anew."""
         self.renewed += 1
         return self._through()
 

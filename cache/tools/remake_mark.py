@@ -153,7 +153,7 @@ class _Remake:
 
 
 def _node_type(name: str) -> str:
-    """What a name stands for in every store."""
+    """Kind of the node that has this name in every store."""
     return "array" if "/" in name.removeprefix(f"{CHECKSUMS}/") else "group"
 
 
