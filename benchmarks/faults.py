@@ -3,9 +3,10 @@
 Real commands on tiny drawn data are killed at random moments and at every failpoint, bits of all files of a store are
 flipped, a random walk builds, kills, damages, mends and reads stores beside a model of them, and trainings are killed
 while they save. `lost` counts trials after which anything finished was gone or came out otherwise than in an unbroken
-run; `wrong` those in which damage was taken for data. Both must be 0: the exit code is 1 otherwise.
+run, and those in which a command failed by itself; `wrong` those in which damage was taken for data. Both must be 0,
+and each trial must have had a fault: the exit code is 1 otherwise. The folder of a bad trial is kept and named.
 
-Rows are kept in portions, and a second call goes on after those of the same commit, seed and tag; what a trial does
+Rows are kept in portions, and a second call goes on after those of the same code, seed and tag; what a trial does
 follows from the seed and its number. But for the moments of kills: they follow from the speed of the machine too.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import random
 import resource
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,9 +63,13 @@ OF_STORE = [
     "adapt.batch_size=16",
     "build.block_images=1",
 ]
-OF_RUN += [f"train.{one}" for one in ("batch_size=2", "reference_batch_size=2", "steps=4", "checkpoint_every=1")]
-OF_RUN += ["train.rng=image"]
+STEPS = 4
+"""Of a training."""
+OF_RUN += [f"train.{one}" for one in ("batch_size=2", "reference_batch_size=2", "checkpoint_every=1", "rng=image")]
+OF_RUN += [f"train.steps={STEPS}"]
 WAIT_SECONDS = 600
+ROOM = 2**30
+"""Bytes that data, stores and runs of all trials need at most."""
 TRIES = 20
 """A trial in which a process had ended before its kill is made again so often."""
 
@@ -80,13 +86,15 @@ class Count:
     failures: list[str] = field(default_factory=list)
 
     def add(self, trial: str, outcome: Outcome) -> None:
-        """Take in one trial."""
+        """Take in one trial; one that no fault has met is not survived."""
         self.trials += 1
         self.faults += outcome.faults
         self.lost += bool(outcome.lost)
         self.wrong += bool(outcome.wrong)
-        self.survived += not (outcome.lost or outcome.wrong)
+        self.survived += bool(outcome.faults) and not outcome.is_bad
         self.failures += [f"{trial}: {said}" for said in (outcome.lost, outcome.wrong) if said]
+        if outcome == NOTHING:
+            self.failures.append(f"{trial}: what was to be killed had ended before, {TRIES} times")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +104,11 @@ class Outcome:
     faults: int = 1
     lost: str = ""
     wrong: str = ""
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether anything was lost or taken for data."""
+        return bool(self.lost or self.wrong)
 
 
 NOTHING = Outcome(faults=0)
@@ -109,12 +122,16 @@ class Scene:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    @property
+    def trial(self) -> Path:
+        """What the trial works on."""
+        return self.folder / "trial"
+
     def empty(self) -> Path:
         """A folder for one trial, with nothing of the last one."""
-        folder = self.folder / "trial"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        return folder
+        shutil.rmtree(self.trial, ignore_errors=True)
+        self.trial.mkdir()
+        return self.trial
 
     @cached_property
     def data(self) -> Path:
@@ -152,7 +169,7 @@ class Scene:
     @cached_property
     def shared_run(self) -> Path:
         """The run of an unbroken training in two processes."""
-        return self._whole("shared_run", lambda out: _torchrun(self, out).wait_for())
+        return self._whole("shared_run", lambda out: _done_by_two(self, out))
 
     def _whole(self, name: str, command: Callable[[Path], subprocess.CompletedProcess[str]]) -> Path:
         done = command(self.folder / name)
@@ -184,15 +201,17 @@ def builder(scene: Scene, chance: random.Random, number: int) -> Outcome:
     """A build is killed at a random moment and goes on to the same bytes."""
     del number
     seconds, out = chance.random() * scene.build_seconds, scene.empty() / "store"
-    return _gone_on(scene, out) if _killed(scene.build(out, meanwhile=_kill_after(seconds))) else NOTHING
+    done = scene.build(out, meanwhile=_kill_after(seconds))
+    return _gone_on(scene, out) if _killed(done) else _by_itself(done)
 
 
 def failpoint(scene: Scene, chance: random.Random, number: int) -> Outcome:
     """A build is killed at one of the failpoints, in turn, and goes on to the same bytes."""
     del chance
     out, point = scene.empty() / "store", FAILPOINTS[number % len(FAILPOINTS)]
-    if not _killed(scene.build(out, EZSD_FAILPOINT=point)):
-        return Outcome(lost=f"the failpoint {point} is not reached any more")
+    done = scene.build(out, EZSD_FAILPOINT=point)
+    if not _killed(done):
+        return Outcome(faults=0, lost=f"the failpoint {point} is not reached any more: {_last_words(done)}")
     return _gone_on(scene, out)
 
 
@@ -211,8 +230,8 @@ def worker(scene: Scene, chance: random.Random, number: int) -> Outcome:
         killed.extend(_kill(chance.choice(workers)) if workers and alive(process) else ())
 
     done = scene.build(out, "--workers", "2", meanwhile=meanwhile)
-    if done.returncode not in (0, 2):
-        return Outcome(len(killed), lost=f"exit code {done.returncode}: {done.stderr[-500:]}")
+    if done.returncode not in ((0, 2) if killed else (0,)):
+        return Outcome(len(killed), lost=_last_words(done))
     return _gone_on(scene, out, faults=len(killed))
 
 
@@ -220,7 +239,8 @@ def trainer(scene: Scene, chance: random.Random, number: int) -> Outcome:
     """A training is killed at a random moment and goes on to the same weights."""
     del number
     seconds, out = chance.random() * scene.train_seconds, scene.empty() / "run"
-    return _trained_on(scene, out) if _killed(scene.train(out, meanwhile=_kill_after(seconds))) else NOTHING
+    done = scene.train(out, meanwhile=_kill_after(seconds))
+    return _trained_on(scene, out) if _killed(done) else _by_itself(done)
 
 
 def reader(scene: Scene, chance: random.Random, number: int) -> Outcome:
@@ -239,8 +259,8 @@ def reader(scene: Scene, chance: random.Random, number: int) -> Outcome:
         killed.extend(_kill(found[0]) if found and alive(process) else ())
 
     done = scene.train(out, "train.num_workers=1", meanwhile=meanwhile)
-    if done.returncode not in (0, 2) or "Traceback" in done.stderr:
-        return Outcome(len(killed), lost=f"exit code {done.returncode}: {done.stderr[-500:]}")
+    if done.returncode not in ((0, 2) if killed else (0,)) or "Traceback" in done.stderr:
+        return Outcome(len(killed), lost=_last_words(done))
     return _trained_on(scene, out, faults=len(killed))
 
 
@@ -249,18 +269,22 @@ def rank(scene: Scene, chance: random.Random, number: int) -> Outcome:
     del number
     expected, out = scene.shared_run, scene.empty() / "run"
     step, delay, which = chance.randrange(3), chance.random() * 0.3, chance.randrange(2)
-    job = _torchrun(scene, out)
-    ranks: list[int] = []
-    while job.process.poll() is None and (len(ranks) < 2 or _steps(out) < step):
-        ranks = [child for child in descendants(job.process.pid) if b"torch.distributed.run" not in _words(child)]
-        time.sleep(0.01)
-    time.sleep(delay)
-    killed = _kill(sorted(ranks)[which]) if len(ranks) > which and job.process.poll() is None else []
-    job.wait_for()
-    if left := [one for one in ranks if alive(one)]:
+    with _torchrun(scene, out) as job:
+        ranks: list[int] = []
+        while job.process.poll() is None and (len(ranks) < 2 or _steps(out) < step):
+            ranks = [one for one in descendants(job.process.pid) if b"torch.distributed.run" not in _words(one)]
+            time.sleep(0.01)
+        time.sleep(delay)
+        killed = _kill(sorted(ranks)[which]) if len(ranks) > which and job.process.poll() is None else []
+        done = job.wait_for()
+    if left := [one for one in ranks if _kill(one)]:
         return Outcome(len(killed), lost=f"processes {left} are still there")
-    again = _torchrun(scene, out).wait_for()
-    return Outcome(len(killed), lost=again.stderr[-500:] if again.returncode else _other_weights(expected, out))
+    if done.returncode and not killed:
+        return _by_itself(done)
+    before = _newest(out)
+    again = _done_by_two(scene, out)
+    lost = _last_words(again) if again.returncode else _begun_elsewhere(out, before) or _other_weights(expected, out)
+    return Outcome(len(killed), lost=lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,12 +296,25 @@ class _Job:
         return subprocess.CompletedProcess([], self.process.returncode, "", said)
 
 
-def _torchrun(scene: Scene, run: Path) -> _Job:
+@contextlib.contextmanager
+def _torchrun(scene: Scene, run: Path) -> Iterator[_Job]:
+    """Two processes that train; nothing of them is left at the end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "ezsd"]
     command += map(str, scene.training(run))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "EZSD_CACHE_DIR": str(scene.folder / "parsed")}
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return _Job(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **streams))
+    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **streams) as process:
+        try:
+            yield _Job(process)
+        finally:
+            if process.poll() is None:
+                for one in [process.pid, *descendants(process.pid)]:
+                    _kill(one)
+
+
+def _done_by_two(scene: Scene, run: Path) -> subprocess.CompletedProcess[str]:
+    with _torchrun(scene, run) as job:
+        return job.wait_for()
 
 
 def _kill_after(seconds: float) -> Callable[[int], None]:
@@ -304,6 +341,15 @@ def _killed(done: subprocess.CompletedProcess[str]) -> bool:
     return done.returncode == -signal.SIGKILL
 
 
+def _by_itself(done: subprocess.CompletedProcess[str]) -> Outcome:
+    """What a command came to that nothing has killed: it must have ended well."""
+    return Outcome(faults=0, lost=_last_words(done)) if done.returncode else NOTHING
+
+
+def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    return f"exit code {done.returncode}: {done.stderr[-500:]}"
+
+
 def _of_kind(process: int, word: str) -> list[int]:
     return [child for child in descendants(process) if word.encode() in _words(child)]
 
@@ -322,6 +368,11 @@ def _steps(run: Path) -> int:
     return len(list(run.glob("checkpoints/step-*")))
 
 
+def _newest(run: Path) -> int:
+    """Step of the newest checkpoint that is in place; 0 without one."""
+    return max((int(one.name[5:]) for one in run.glob("checkpoints/step-*")), default=0)
+
+
 def _gone_on(scene: Scene, out: Path, *, faults: int = 1) -> Outcome:
     """What is left is refused or whole, and the same command makes the bytes of an unbroken build of it."""
     expected = storekit.contents(scene.store)
@@ -332,37 +383,56 @@ def _gone_on(scene: Scene, out: Path, *, faults: int = 1) -> Outcome:
         with contextlib.suppress(StoreError):
             Store(out)
             return Outcome(faults, wrong="an unfinished store was opened")
-    # Blocks of the journal are taken over as they are, until all of them are in the store.
-    finished = {block: block.stat().st_mtime_ns for block in out.glob("journal/block-*/entry.json")}
+    finished = _finished(out)
     done = scene.build(out, EZSD_FAILPOINT="record.before_rename")
-    redone = [block for block, made in finished.items() if block.exists() and block.stat().st_mtime_ns != made]
-    if redone:
-        return Outcome(faults, lost=f"{redone[0]} was finished and is made again")
+    redone = _redone(finished)
     if _killed(done):
         done = scene.build(out)
+    if redone := redone or _redone(finished):
+        return Outcome(faults, lost=f"{redone[0]} was finished and is made again")
     if done.returncode:
-        return Outcome(faults, lost=done.stderr[-500:])
+        return Outcome(faults, lost=_last_words(done))
     differing = {name for name, _ in expected.items() ^ storekit.contents(out).items()}
     return Outcome(faults, lost=f"other bytes than an unbroken build has: {sorted(differing)}" if differing else "")
 
 
+def _finished(out: Path) -> dict[Path, int]:
+    """Times at which blocks of the journal and shards with a record were made: they are taken over as they are."""
+    records = [json.loads(record.read_bytes()) for record in out.glob("journal/shards/*.json")]
+    files = [*out.glob("journal/block-*/entry.json"), *(out / record["file"] for record in records)]
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+def _redone(finished: dict[Path, int]) -> list[Path]:
+    """Those that were made again. Blocks go when all of their rows are in the store."""
+    return [file for file, made in finished.items() if file.exists() and file.stat().st_mtime_ns != made]
+
+
 def _trained_on(scene: Scene, out: Path, *, faults: int = 1) -> Outcome:
     """The newest checkpoint is whole, and the same command trains what an unbroken training does."""
-    before = max((int(one.name[5:]) for one in out.glob("checkpoints/step-*")), default=0)
+    before = _newest(out)
     latest = Run(out).latest() if (out / "run.json").exists() else None
     if before and (latest is None or latest.step != before):
         return Outcome(faults, lost=f"the checkpoint of step {before} was in place and is not taken")
     done = scene.train(out)
     if done.returncode:
-        return Outcome(faults, lost=done.stderr[-500:])
-    return Outcome(faults, lost=_other_weights(scene.run, out))
+        return Outcome(faults, lost=_last_words(done))
+    return Outcome(faults, lost=_begun_elsewhere(out, before) or _other_weights(scene.run, out))
+
+
+def _begun_elsewhere(run: Path, before: int) -> str:
+    """What to say where a training did not go on from its newest checkpoint."""
+    starts = Run(run).starts()
+    if before == STEPS or (starts and starts[-1]["step"] == before):
+        return ""
+    return f"the checkpoint of step {before} was in place, and the training began at {starts[-1:]}"
 
 
 def _other_weights(expected: Path, found: Path) -> str:
     ours, theirs = (
         {
             file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted((run / "checkpoints/step-00000004").glob("*.safetensors"))
+            for file in sorted((run / f"checkpoints/step-{STEPS:08d}").glob("*.safetensors"))
         }
         for run in (found, expected)
     )
@@ -386,6 +456,8 @@ def save(scene: Scene, chance: random.Random, number: int) -> Outcome:
         _kill_after(seconds)(process)
 
     done = ezsd(faults=[["save_checkpoints", str(folder)]], meanwhile=meanwhile)
+    if not _killed(done):
+        return Outcome(faults=0, lost=_last_words(done))
     # The last line may be cut, or missing.
     told = max((int(line) for line in done.stdout.split("\n")[:-1]), default=0)
     latest = run.latest()
@@ -468,9 +540,14 @@ def walk(seed: int, steps: int) -> Count:
         run_state_machine_as_test(seeded(seed)(Counted), settings=quiet)
     except Exception as error:
         count.wrong += 1
-        count.failures.append(f"walk {seed}: {type(error).__name__}: {error}")
+        count.failures.append(f"walk {seed}: {_told(error)}")
     count.faults, count.survived = count.trials, count.trials - count.wrong
     return count
+
+
+def _told(error: Exception) -> str:
+    """An exception's kind, text and notes: Hypothesis says in notes how it comes about."""
+    return "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
 PARTS: dict[str, Trial] = {
@@ -484,17 +561,39 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     wanted = {name: round(arguments.kills * share / sum(KILLS.values())) for name, share in KILLS.items()}
     wanted |= {"failpoint": arguments.rounds * len(FAILPOINTS), "saves": arguments.saves, "flips": arguments.flips}
     wanted["steps"] = arguments.steps
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(dir=memory, prefix="ezsd-faults-") as folder:
+    with tempfile.TemporaryDirectory(dir=_memory(), prefix="ezsd-faults-") as folder:
         scene = Scene(Path(folder))
         for part in arguments.parts or wanted:
             yield from _rows(scene, part, wanted[part], arguments)
+
+
+def _memory() -> str | None:
+    """A folder in memory with room for all trials; None without one."""
+    place = Path("/dev/shm")
+    fits = os.access(place, os.W_OK) and shutil.disk_usage(place).free >= ROOM
+    return str(place) if fits else None
+
+
+def _outcome(scene: Scene, part: str, chance: random.Random, number: int) -> Outcome:
+    """What one trial came to; what it raises is lost, and the folder of a bad one is kept."""
+    shutil.rmtree(scene.trial, ignore_errors=True)
+    try:
+        outcome = PARTS[part](scene, chance, number)
+    except Exception as error:
+        outcome = Outcome(faults=0, lost=_told(error))
+    if not outcome.is_bad or not scene.trial.exists():
+        return outcome
+    kept = shutil.move(scene.trial, tempfile.mkdtemp(prefix=f"ezsd-faults-{part}-{number}-"))
+    said = {name: f"{said} (kept: {kept})" for name in ("lost", "wrong") if (said := getattr(outcome, name))}
+    return replace(outcome, **said)
 
 
 def _rows(scene: Scene, part: str, wanted: int, arguments: argparse.Namespace) -> Iterator[Row]:
     """Rows of one part, until all is done or something went wrong."""
     there = [row for row in _there(arguments) if row["part"] == part]
     done = sum(row["trials"] for row in there)
+    if there:
+        print(f"{part}: {done} trials are there already, in {len(there)} rows", flush=True)
     while done < wanted and not any(map(_is_bad, there)):
         size = min(PORTION.get(part, 10), wanted - done)
         began, cpu = time.perf_counter(), _cpu()
@@ -505,11 +604,12 @@ def _rows(scene: Scene, part: str, wanted: int, arguments: argparse.Namespace) -
             for number in range(done, done + size):
                 name = f"{part} {number} of seed {arguments.seed}"
                 chance = random.Random(name)
-                outcomes = (PARTS[part](scene, chance, number) for _ in range(TRIES))
+                outcomes = (_outcome(scene, part, chance, number) for _ in range(TRIES))
                 count.add(name, next((one for one in outcomes if one != NOTHING), NOTHING))
         there.append(
             {
                 **{"part": part, "seed": arguments.seed, "tag": arguments.tag, "first": done, **vars(count)},
+                "changes": _changes(),
                 "wall_seconds": round(time.perf_counter() - began, 1),
                 "cpu_seconds": round(_cpu() - cpu, 1),
                 "note": arguments.note,
@@ -520,13 +620,22 @@ def _rows(scene: Scene, part: str, wanted: int, arguments: argparse.Namespace) -
 
 
 def _there(arguments: argparse.Namespace) -> list[Row]:
-    """Rows of earlier calls of the same commit."""
-    same = {"seed": arguments.seed, "tag": arguments.tag, "commit": driver.commit()}
+    """Rows of earlier calls of the same code."""
+    same = {"seed": arguments.seed, "tag": arguments.tag, "commit": driver.commit(), "changes": _changes()}
     return [row for row in driver.read("faults", arguments.results) if same.items() <= row.items()]
 
 
+def _changes() -> str:
+    """Digest of what is changed since the commit, but for results; empty without changes."""
+    if driver.commit() is None:
+        return ""
+    command = ["git", "diff", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
+    changed = subprocess.run(command, capture_output=True, cwd=ROOT, check=True).stdout
+    return hashlib.sha256(changed).hexdigest()[:12] if changed else ""
+
+
 def _is_bad(row: Row) -> bool:
-    return bool(row["lost"] or row["wrong"])
+    return bool(row["lost"] or row["wrong"] or row["faults"] < row["trials"])
 
 
 def _cpu() -> float:
@@ -547,7 +656,7 @@ def show(row: Row) -> str:
 
 
 def main() -> int:
-    """Exit code 1 where anything was lost or damage was taken for data."""
+    """Exit code 1 where anything was lost, damage was taken for data, or a trial met no fault."""
     bad: list[Row] = []
 
     def measured(arguments: argparse.Namespace) -> Iterator[Row]:

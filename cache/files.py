@@ -442,7 +442,7 @@ class FileLock:
 
         Raises:
             StoreError: a link is in its place, or the file system has no locks.
-            OSError: the file cannot be opened.
+            OSError: the file cannot be opened or locked; it names the file.
         """
         self._path, self._busy = path, busy
         self.shared = shared
@@ -466,17 +466,14 @@ class FileLock:
                 raise
             raise StoreError(f"{self._path}: is a link, expected a file of ezsd's own; remove it") from error
         try:
-            fcntl.lockf(self._handle, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            self._lock(shared=self.shared)
         except (BlockingIOError, PermissionError) as error:
             owner = os.read(self._handle, _OWNER_BYTES).decode(errors="replace")
             os.close(self._handle)
             raise self._busy(owner) from error
-        except OSError as error:
+        except BaseException:
             os.close(self._handle)
-            raise StoreError(
-                f"{self._path}: cannot be locked ({error.strerror}): its file system offers no locks here; have them "
-                "switched on (NFS: its lock service; Lustre: mount with `-o flock`), or choose a folder on another one"
-            ) from error
+            raise
         try:
             if os.fstat(self._handle).st_ino == self._path.stat().st_ino:
                 return True
@@ -485,6 +482,19 @@ class FileLock:
         os.close(self._handle)
         return False
 
+    def _lock(self, *, shared: bool) -> None:
+        """Lock the open file; PermissionError or BlockingIOError where another process holds it."""
+        try:
+            with placed(self._path):
+                fcntl.lockf(self._handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (*_NOT_OFFERED, errno.ENOLCK):
+                raise
+            raise StoreError(
+                f"{self._path}: cannot be locked ({error.strerror}): its file system offers no locks here; have them "
+                "switched on (NFS: its lock service; Lustre: mount with `-o flock`), or choose a folder on another one"
+            ) from error
+
     def __enter__(self) -> "FileLock":
         return self
 
@@ -492,8 +502,13 @@ class FileLock:
         self.release()
 
     def share(self) -> None:
-        """Let others share the lock from now on."""
-        fcntl.lockf(self._handle, fcntl.LOCK_SH)
+        """Let others share the lock from now on.
+
+        Raises:
+            StoreError: the file system has no locks any more.
+            OSError: the system refuses for another reason; it names the file.
+        """
+        self._lock(shared=True)
         self.shared = True
 
     def release(self) -> None:

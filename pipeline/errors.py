@@ -68,7 +68,8 @@ def is_of_a_place(error: OSError) -> bool:
 def with_cure(error: OSError) -> str:
     """Text of a system's error: its place and cause, and the cure where one is known."""
     cure = _CURES.get(error.errno or 0)
-    if cure is None:
+    # Without a file's name it is a socket that may not be used, which has no mode.
+    if cure is None or (cure is _MODE and error.filename is None):
         return str(error)
     place = "" if error.filename is None else f"{error.filename}: "
     return f"{place}{error.strerror}; {cure}"

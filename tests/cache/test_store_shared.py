@@ -1,5 +1,7 @@
 """Several builders of one store: who may do what beside whom, and work that outlives its builder."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -105,6 +107,29 @@ def test_nobody_shares_a_store_that_is_not_prepared(tmp_path):
         with pytest.raises(StoreIncomplete, match="text was not written yet"):
             writer.share()
         assert not writer.shared
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "said"),
+    [
+        (errno.ENOLCK, StoreError, "cannot be locked .No locks available.: .* have them switched on"),
+        (errno.EIO, OSError, "Input/output error"),
+    ],
+)
+def test_locks_that_fail_are_named_also_when_a_store_is_shared_and_only_absent_ones_called_so(
+    tmp_path, monkeypatch, number, kind, said
+):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    with storekit.open_writer(tmp_path / "store") as writer:
+        storekit.write_per_store(writer)
+        monkeypatch.setattr(fcntl, "lockf", refuse)
+        for call in (writer.share, lambda: storekit.open_writer(tmp_path / "other")):
+            with pytest.raises(kind, match=said) as caught:
+                call()
+            assert "/.lock" in str(caught.value)
+            assert ("switched on" in str(caught.value)) == (number == errno.ENOLCK)
 
 
 def test_a_builder_that_shares_cannot_commit(tmp_path):

@@ -51,6 +51,22 @@ def no_locks(name="ENOLCK"):
     _call("prctl", _SET_SECCOMP, _FILTER, ctypes.byref(program), 0, 0)
 
 
+def require_refusable_locks():
+    """Skip the test where the kernel cannot be told to refuse locks."""
+    machine = platform.machine()
+    if machine not in _CALLS:
+        pytest.skip(f"no numbers of system calls are known for {machine}")
+    process = os.fork()
+    if process == 0:
+        try:
+            no_locks()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(process, 0)[1]:
+        pytest.skip("the kernel lets nobody filter system calls here (seccomp)")
+
+
 def no_folder_flush(name="EINVAL"):
     """Folders cannot be flushed, as on some FUSE and CIFS mounts."""
     flush = os.fsync

@@ -16,15 +16,17 @@ class FlakyProxy:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self._thread = threading.Thread(target=self._accept)
-        self._thread.start()
         self._pumps = []
+        self._thread.start()
 
     @contextlib.contextmanager
     def doing(self, kind, every=1):
         """Inside, of so many pieces of answers one is slow, stalled, reset or truncated, or all in turn ("any")."""
         self.kind, self.every, self.faults, self._answers = kind, every, 0, 0
-        yield
-        self.kind = None
+        try:
+            yield
+        finally:
+            self.kind = None
 
     def close(self):
         self._open = False

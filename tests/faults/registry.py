@@ -135,6 +135,7 @@ FAULTS = {
             "test_cli.py::test_train_refuses_a_store_whose_annotations_have_changed",
             "pipeline/test_trained_on.py::test_other_bytes_of_equal_settings_are_refused_until_they_are_accepted",
         ),
+        not_applied="other bytes of an image of the same name and size: a store does not record images' bytes",
     ),
     "R11": Fault(
         "an image is damaged or of a rare kind",
@@ -171,7 +172,7 @@ FAULTS = {
     ),
     "R14": Fault(
         "teacher or detector give what is no number",
-        "no such row is written or read; a training stops with the parts of the loss and keeps its last checkpoint",
+        "no such row is written or read; a training stops with the parts of the loss and the step's images",
         (
             f"{STORE}refusals.py::test_bad_rows_are_refused_by_name_and_image",
             f"{STORE}read.py::test_a_row_that_is_not_finite_is_refused_with_image_and_field",
@@ -285,7 +286,7 @@ FAULTS = {
     ),
     "R25": Fault(
         "there is no network",
-        "all works from local files; what would be fetched is one line",
+        "a teacher whose files are not on this machine is refused in one line that says the way round",
         (
             "ezsd/test_teacher.py::test_a_hub_that_cannot_be_reached_is_asked_once",
             "ezsd/test_teacher.py::test_a_tag_without_a_network_is_refused_with_the_way_round",

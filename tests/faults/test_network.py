@@ -1,5 +1,6 @@
 """An S3 server that stalls, resets and truncates: no byte is wrong, each end is one line, the same call goes on."""
 
+import contextlib
 import secrets
 import time
 
@@ -12,6 +13,8 @@ from tests.cache import storekit
 from tests.commandkit import ezsd
 from tests.faults.flaky_proxy import FlakyProxy
 
+PATIENT = {"config_kwargs": {"connect_timeout": 120, "read_timeout": 120}}
+"""A busy machine is slow without any fault."""
 IMPATIENT = {"config_kwargs": {"connect_timeout": 1, "read_timeout": 1, "retries": {"max_attempts": 1}}}
 """S3's clients wait for 15 s five times otherwise."""
 
@@ -33,12 +36,20 @@ def proxy():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (keys | {"AWS_ENDPOINT_URL": made.url}).items():
             patch.setenv(name, value)
-        patch.setitem(fsspec.config.conf, "s3", IMPATIENT)
-        patch.setattr("s3fs.core.S3FileSystem.retries", 2)
+        patch.setitem(fsspec.config.conf, "s3", PATIENT)
         fsspec.filesystem("s3").mkdir("bucket")
         yield made
     made.close()
     server.stop()
+
+
+@contextlib.contextmanager
+def flaky(proxy, kind, every=1):
+    """Inside, the server is as `FlakyProxy.doing` says, and its clients of this process do not wait for long."""
+    with pytest.MonkeyPatch.context() as patch, proxy.doing(kind, every):
+        patch.setitem(fsspec.config.conf, "s3", IMPATIENT)
+        patch.setattr("s3fs.core.S3FileSystem.retries", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +81,7 @@ def until_done(call, url):
 
 def test_a_store_goes_to_a_flaky_server_and_back_without_a_wrong_byte(proxy, finished, tmp_path):
     url = f"s3://bucket/{secrets.token_hex(4)}"
-    with proxy.doing("any", every=40):
+    with flaky(proxy, "any", every=40):
         until_done(lambda: push(finished, url), url)
         until_done(lambda: pull(url, tmp_path / "copy"), url)
         assert proxy.faults > 3
@@ -80,7 +91,7 @@ def test_a_store_goes_to_a_flaky_server_and_back_without_a_wrong_byte(proxy, fin
 @pytest.mark.parametrize("kind", ["slow", "reset", "truncate"])
 def test_rows_read_from_a_flaky_server_are_right_or_refused(proxy, pushed, finished, kind):
     expected = storekit.read_embedding(Store(finished), storekit.IDS[0])
-    with proxy.doing(kind, every=25):
+    with flaky(proxy, kind, every=25):
         found = until_done(lambda: storekit.read_embedding(Store(pushed), storekit.IDS[0]), pushed)
         assert proxy.faults
     assert found == expected
@@ -89,7 +100,7 @@ def test_rows_read_from_a_flaky_server_are_right_or_refused(proxy, pushed, finis
 @pytest.mark.parametrize("kind", ["stall", "reset", "truncate"])
 def test_a_server_that_stays_so_is_one_line_in_bounded_time_and_the_same_call_goes_on(proxy, pushed, tmp_path, kind):
     began = time.monotonic()
-    with proxy.doing(kind), pytest.raises(StoreError, match=f"^{pushed}: cannot be reached: "):
+    with flaky(proxy, kind), pytest.raises(StoreError, match=f"^{pushed}: cannot be reached: "):
         pull(pushed, tmp_path / "copy")
     # Retries are counted, each waits for a while.
     assert time.monotonic() - began < 200

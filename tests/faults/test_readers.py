@@ -43,49 +43,73 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def look(finished, tmp_path):
-    """Start a look of another process at `tmp_path/store`, and get what became of the last one."""
+    """Start a look of another process at `tmp_path/store`, and get what became of it or go on beside it."""
     command = [sys.executable, "-c", READER, str(tmp_path / "store"), str(finished)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes) as reader:
         assert reader.stdout.readline() == "ready\n"
 
+        asked, found = 0, []
+
         def ask(wait=True):
+            nonlocal asked
             reader.stdin.write("look\n")
             reader.stdin.flush()
-            return reader.stdout.readline().strip() if wait else None
+            asked += 1
+            while wait and len(found) < asked:
+                found.append(reader.stdout.readline().strip())
+            return found[-1] if wait else None
 
-        ask.rest = lambda: reader.communicate()[0].split()
+        ask.all = lambda: found + reader.communicate()[0].split()
         yield ask
     assert reader.returncode == 0
 
 
 def test_a_reader_beside_a_build_sees_nothing_or_all(look, finished, tmp_path):
     def arrange(items):
-        # Looks that nobody waits for fall into the writing of blocks and shards.
-        for item in items:
-            look(wait=False)
+        # Every other look falls between two blocks or shards, the others into the writing of one.
+        for number, item in enumerate(items):
+            assert look(wait=number % 2 == 0) in ("refused", None)
             yield item
 
     assert look() == "refused"
     storekit.build(tmp_path / "store", arrange=arrange)
     assert storekit.contents(tmp_path / "store") == storekit.contents(finished)
     look(wait=False)
-    found = look.rest()
+    found = look.all()
     assert found[-1] == "right"
     # Once it is there it stays.
     assert found == sorted(found, key=lambda one: one == "right")
 
 
 def test_a_reader_beside_a_repair_sees_right_rows_or_one_line(look, finished, tmp_path):
+    inside = []
+
+    class Looking(storekit.Images):
+        """In the middle of a repair, whenever it asks for something, the damaged store is looked at."""
+
+        def per_store(self, product, known):
+            inside.append(look())
+            return super().per_store(product, known)
+
+        def annotated(self, block):
+            inside.append(look())
+            return super().annotated(block)
+
+        def rows(self, blocks, stored):
+            inside.append(look())
+            return super().rows(blocks, stored)
+
     store = storekit.build(tmp_path / "store")
     assert look() == "right"
     for name in ("regions/embedding/c/0/0", "ground_truth/offset/c/0", "text/zarr.json"):
         storekit.flip(store / name, 9)
         for _ in range(3):
             look(wait=False)
-        assert repair(store, storekit.Images()).repaired == (name,)
+        assert repair(store, Looking()).repaired == (name,)
         look(wait=False)
-    found = look.rest()
-    assert len(found) == 12
+    assert inside
+    found = look.all()
+    assert len(found) == 13 + len(inside)
     assert found[-1] == "right"
     assert storekit.contents(store) == storekit.contents(finished)

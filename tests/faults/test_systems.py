@@ -7,7 +7,7 @@ import pytest
 from tests.cache.storekit import contents
 from tests.commandkit import ezsd
 from tests.conftest import QUICK
-from tests.faults.faultkit import small_disk
+from tests.faults.faultkit import require_refusable_locks, small_disk
 
 OF_RUN = [one for one in QUICK if one.startswith(("model.", "train."))]
 TINY = [one for one in QUICK if one not in OF_RUN]
@@ -51,6 +51,7 @@ def line(done):
 
 
 def test_a_disk_without_locks_is_named_with_what_to_do(store, build, train, tmp_path):
+    require_refusable_locks()
     copy = shutil.copytree(store, tmp_path / "copy")
     commands = [
         ("ENOLCK", tmp_path / "new/.lock", lambda **how: build(tmp_path / "new", **how)),
@@ -139,13 +140,22 @@ def test_folders_that_may_not_be_written_are_named_with_what_to_do(store, build,
             folder.chmod(0o700)
 
 
-def test_a_disk_that_fills_up_ends_a_build_in_one_line_and_room_lets_it_go_on(store, build, tmp_path):
-    with small_disk(tmp_path / "small", "200k") as disk:
+@pytest.mark.parametrize(
+    ("size", "expected", "cure"),
+    [
+        ("60k", ": the disk is full (No space left on device): ", "; nothing is damaged, make room and "),
+        ("200k", " bytes are still to be written here, but only ", " more and "),
+    ],
+)
+def test_a_disk_that_fills_up_ends_a_build_in_one_line_and_room_lets_it_go_on(
+    store, build, tmp_path, size, expected, cure
+):
+    with small_disk(tmp_path / "small", size) as disk:
         out = disk.folder / "store"
         said = line(build(out, faults=disk.faults))
         assert str(out) in said
-        assert "the same command again" in said
-        assert "bytes" in said
+        assert expected in said
+        assert said.endswith(f"{cure}run the same command again")
         assert not (disk.seen / "store/COMMIT.json").exists()
         disk.remount("size=64M")
         assert build(out, faults=disk.faults).returncode == 0
