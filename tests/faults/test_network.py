@@ -37,7 +37,7 @@ def proxy():
         for name, value in (keys | {"AWS_ENDPOINT_URL": made.url}).items():
             patch.setenv(name, value)
         patch.setitem(fsspec.config.conf, "s3", PATIENT)
-        fsspec.filesystem("s3").mkdir("bucket")
+        fsspec.filesystem("s3").mkdir("flaky")
         yield made
     made.close()
     server.stop()
@@ -55,7 +55,7 @@ def flaky(proxy, kind, every=1):
 @pytest.fixture(scope="module")
 def pushed(proxy, finished):
     """A whole copy on the server."""
-    url = f"s3://bucket/{secrets.token_hex(4)}"
+    url = f"s3://flaky/{secrets.token_hex(4)}"
     push(finished, url)
     return url
 
@@ -80,7 +80,7 @@ def until_done(call, url):
 
 
 def test_a_store_goes_to_a_flaky_server_and_back_without_a_wrong_byte(proxy, finished, tmp_path):
-    url = f"s3://bucket/{secrets.token_hex(4)}"
+    url = f"s3://flaky/{secrets.token_hex(4)}"
     with flaky(proxy, "any", every=40):
         until_done(lambda: push(finished, url), url)
         until_done(lambda: pull(url, tmp_path / "copy"), url)
