@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import storekit
 import zarr
-from fsspec.implementations.local import LocalFileSystem
 
 from ezsd.cache import Store, StoreError, StoreUnreadable
 from ezsd.cache.files import system_error
@@ -337,12 +336,8 @@ def test_a_file_here_that_cannot_be_read_is_not_the_urls_fault(copy, monkeypatch
 @pytest.mark.parametrize(("failure", "said"), [(full, "the disk is full .No space left"), (None, "cannot be read or")])
 def test_a_folder_that_cannot_be_pushed_into_is_named_by_its_path(finished, tmp_path, monkeypatch, failure, said):
     target = tmp_path / "target"
-    failure, plain = failure or denied(target / "zarr.json"), LocalFileSystem._open
-
-    def refuse(files, path, mode="rb", **options):
-        return failure() if mode == "wb" else plain(files, path, mode, **options)
-
-    monkeypatch.setattr(LocalFileSystem, "_open", refuse)
+    failure = failure or denied(target / "zarr.json")
+    monkeypatch.setattr("ezsd.cache.tools.transfer.write_new", lambda *_, **__: failure())
     with pytest.raises(StoreError, match=f"^{target}[a-z./]*: {said}") as found:
         push(finished, target.as_uri())
     assert "reached" not in str(found.value)
