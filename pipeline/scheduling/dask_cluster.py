@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +124,8 @@ class Needs:
     """The module that the tasks come from."""
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """Versions that shape the bytes, in this process; builds of one release for different hardware count as one."""
     found = {name: importlib.metadata.version(name).partition("+")[0] for name in SHAPES_BYTES}
     return {"python": ".".join(map(str, sys.version_info[:2])), **found}
@@ -200,13 +202,15 @@ def require_fit(wanted: Mapping[str, str] | None = None, *, file: Path | None = 
     Raises:
         ClusterError: its threads or versions are others, or it does not see the file.
     """
-    from distributed import get_worker
-
     problem = None if wanted is None else other_versions(wanted)
     if file is not None and not file.is_file():
         problem = _not_seen(str(file))
-    with contextlib.suppress(ValueError):
-        problem = other_threads(get_worker()) or problem
+    # A worker has loaded it; any other process would spend half a second on it.
+    if "distributed" in sys.modules:
+        from distributed import get_worker
+
+        with contextlib.suppress(ValueError):
+            problem = other_threads(get_worker()) or problem
     if problem is not None:
         raise ClusterError(f"{platform.node()}: a worker {problem}")
 
