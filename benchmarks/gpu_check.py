@@ -13,7 +13,6 @@ is a row of results/gpu_check.jsonl.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -43,6 +42,7 @@ from gpu_check_step import Differs
 
 from ezsd.errors import BackendError
 from ezsd.kernels import require_backend
+from ezsd.pipeline.doctor import compiler, version_of
 from ezsd.precision import has_bfloat16
 
 Row = driver.Row
@@ -283,11 +283,6 @@ def environment(check: Check) -> Row:
     return found
 
 
-def compiler() -> str | None:
-    """C compiler that Triton would take."""
-    return os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
-
-
 def driver_version() -> str | None:
     """Version of the GPU's driver; None where there is none to ask."""
     if shutil.which("nvidia-smi") is None:
@@ -295,14 +290,6 @@ def driver_version() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
     return (done.stdout.splitlines() or [""])[0].strip() or None
-
-
-def version_of(name: str) -> str | None:
-    """Version of a distribution; None if it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def kernels(check: Check) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,11 @@ _WORDS = re.compile(
     r"CUBLAS_STATUS_NOT_INITIALIZED",
     re.IGNORECASE,
 )
+
+
+def usable_cores() -> int:
+    """Number of CPU cores that this process may use: a job on a shared machine has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def require_device_name(name: str) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from packaging.requirements import Requirement
 
 from ezsd.errors import EzsdError
+from ezsd.pipeline.devices import is_out_of_memory, usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -65,9 +66,12 @@ def _checked(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
     try:
         return list(check())
     except (ImportError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         cure = "install the packages again, in versions that belong together"
-        return [Finding("problem", "packages", f"a package does not load: {reason}", cure)]
+        return [Finding("problem", "packages", f"a package does not load: {_first_line(error)}", cure)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _packages() -> Iterator[Finding]:
@@ -77,7 +81,7 @@ def _packages() -> Iterator[Finding]:
         wanted = Requirement(text)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
-        version = _version(wanted.name)
+        version = version_of(wanted.name)
         if version is None or not wanted.specifier.contains(version, prereleases=True):
             wrong += 1
             yield Finding(
@@ -88,12 +92,13 @@ def _packages() -> Iterator[Finding]:
             )
         elif wanted.name in ("torch", "torchvision", "open_clip_torch", "zarr", "dask"):
             found.append(f"{wanted.name} {version}")
-    found += [f"{name} {version}" for name in OPTIONAL if (version := _version(name)) is not None]
+    found += [f"{name} {version}" for name in OPTIONAL if (version := version_of(name)) is not None]
     if not wrong:
         yield Finding("ok", "packages", ", ".join(found))
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -101,12 +106,11 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # A container has less than its machine.
     limit = _CONTAINER_MEMORY.read_text().strip() if _CONTAINER_MEMORY.is_file() else "max"
     memory = memory if limit == "max" else min(memory, int(limit))
-    text = f"{cores} cores, {memory / _GIB:.0f} GiB of memory ({platform.machine()})"
+    text = f"{usable_cores()} cores, {memory / _GIB:.0f} GiB of memory ({platform.machine()})"
     if memory >= _LEAST_MEMORY:
         yield Finding("ok", "processor", text)
     else:
@@ -122,11 +126,16 @@ def _gpus() -> Iterator[Finding]:
         return
     for number in range(torch.cuda.device_count()):
         yield from _gpu(torch.device("cuda", number))
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         yield Finding("warning", "compiler", "no C compiler, which Triton needs", "install gcc, or set CC")
     else:
-        yield Finding("ok", "compiler", compiler)
+        yield Finding("ok", "compiler", found)
+
+
+def compiler() -> str | None:
+    """C compiler that Triton would take; None if there is none."""
+    return os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
 
 
 def _no_gpu() -> Finding:
@@ -161,16 +170,14 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
     import torch
 
     from ezsd.kernels import device_obstacle
-    from ezsd.pipeline.devices import is_out_of_memory
 
     try:
         name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         free, total = torch.cuda.mem_get_info(device)
         obstacle = device_obstacle(device)
     except RuntimeError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         cure = "end what holds its memory (`nvidia-smi`)" if is_out_of_memory(error) else "restart it, or the machine"
-        yield Finding("problem", str(device), f"does not work: {reason}", cure)
+        yield Finding("problem", str(device), f"does not work: {_first_line(error)}", cure)
         return
     text = f"{name}, compute capability {major}.{minor}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
     if free < _LEAST_GPU:

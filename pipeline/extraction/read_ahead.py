@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ezsd.pipeline.devices import usable_cores
 from ezsd.pipeline.read_ahead import read_ahead
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ def reading_threads(device: torch.device) -> int:
     """Number of threads that read images for a device: a GPU wants more of them a second than one thread decodes."""
     if device.type == "cpu":
         return 1
-    return min(_MOST_READERS, len(os.sched_getaffinity(0)))
+    return min(_MOST_READERS, usable_cores())
 
 
 def read_images(

@@ -14,6 +14,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from ezsd.pipeline.devices import usable_cores
 from ezsd.pipeline.errors import ClusterError
 from ezsd.pipeline.interrupts import shielded
 from ezsd.pipeline.progress import Progress
@@ -203,8 +204,7 @@ def _workers_seen(client: Client, seen: float, alone: float) -> float:
 def _processes(device: str) -> int:
     """Worker processes by default: one for each GPU that may be used, or for each core."""
     if device == "cpu":
-        # A job on a shared machine has fewer cores than the machine.
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return usable_cores()
     return len(_visible_gpus()) if device == "cuda" else 1
 
 

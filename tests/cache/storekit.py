@@ -140,6 +140,13 @@ def write_one(path, block):
     write_block(path, block, block_rows(block))
 
 
+def journal_all(writer):
+    """Journal all that a store is committed from."""
+    write_per_store(writer)
+    for block in writer.pending():
+        write_one(writer.path, block)
+
+
 def read_embedding(store, image_id):
     """What a reading worker sees, as bytes."""
     return store.regions[image_id].embedding.tobytes()

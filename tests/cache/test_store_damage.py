@@ -115,9 +115,7 @@ def journaled(memory):
     """A build with all blocks journaled and nothing committed."""
     path = memory / "store"
     with storekit.open_writer(path) as writer:
-        storekit.write_per_store(writer)
-        for block in writer.pending():
-            storekit.write_one(path, block)
+        storekit.journal_all(writer)
     return path
 
 

@@ -362,9 +362,9 @@ def test_damage_that_is_found_on_the_way_is_listed(finished, deep):
     assert sorted(found.name for found in verify(url, deep=deep)) == [sums, shard]
 
 
-def test_what_was_read_ahead_during_an_outage_is_asked_for_again(finished, monkeypatch):
-    url = f"memory://{secrets.token_hex(4)}"
-    push(finished, url)
+@pytest.fixture
+def gone(monkeypatch):
+    """A list; while it holds something, no file in memory can be fetched."""
     fetch, gone = MemoryFileSystem.cat_file, []
 
     def fetch_while_it_is_there(*arguments, **options):
@@ -373,6 +373,12 @@ def test_what_was_read_ahead_during_an_outage_is_asked_for_again(finished, monke
         return fetch(*arguments, **options)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", fetch_while_it_is_there)
+    return gone
+
+
+def test_what_was_read_ahead_during_an_outage_is_asked_for_again(finished, gone):
+    url = f"memory://{secrets.token_hex(4)}"
+    push(finished, url)
     store = Store(url)
     _ = store.image_ids
     gone.append(True)
@@ -523,17 +529,9 @@ def test_a_file_with_the_right_size_and_wrong_bytes_is_copied_again(finished, tm
     assert storekit.contents(copy) == storekit.contents(finished)
 
 
-def test_a_network_that_fails_while_rows_are_read_is_one_line(finished, monkeypatch):
+def test_a_network_that_fails_while_rows_are_read_is_one_line(finished, gone):
     url = f"memory://{secrets.token_hex(4)}"
     push(finished, url)
-    fetch, gone = MemoryFileSystem.cat_file, []
-
-    def fetch_while_it_is_there(*arguments, **options):
-        if gone:
-            raise OSError("the peer has gone")
-        return fetch(*arguments, **options)
-
-    monkeypatch.setattr(MemoryFileSystem, "cat_file", fetch_while_it_is_there)
     store = Store(url)
     first = int(store.image_ids[0])
     gone.append(True)

@@ -27,18 +27,14 @@ def journaled(memory):
     """An open writer, all of whose blocks are written."""
     path = memory / "store"
     with storekit.open_writer(path) as writer:
-        storekit.write_per_store(writer)
-        for block in writer.pending():
-            storekit.write_one(path, block)
+        storekit.journal_all(writer)
         yield writer
 
 
 def test_a_process_reads_a_plan_and_each_block_once_for_a_whole_build(memory, entries_read, finished):
     path = memory / "store"
     with storekit.open_writer(path) as writer:
-        storekit.write_per_store(writer)
-        for block in writer.pending():
-            storekit.write_one(path, block)
+        storekit.journal_all(writer)
         assert entries_read["plan"] == 1
         assert writer.pending() == []
         digest, numbers = writer.commit_numbers()

@@ -233,9 +233,7 @@ def test_an_error_of_the_system_is_not_called_damage(copy, monkeypatch, number, 
 def test_journaled_work_that_cannot_be_read_is_not_thrown_away(memory, monkeypatch, name):
     path = memory / "store"
     with storekit.open_writer(path) as writer:
-        storekit.write_per_store(writer)
-        for block in writer.pending():
-            storekit.write_one(path, block)
+        storekit.journal_all(writer)
         tasks = writer.commit_tasks()
         place = path / "journal/block-000000" / name
         if name == "entry.json":

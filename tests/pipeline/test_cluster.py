@@ -88,6 +88,12 @@ class Cluster:
             process.wait()
 
 
+def finished(command, folder):
+    """A command of a process of its own, run to its end."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+
+
 def module(name):
     return [sys.executable, "-m", f"distributed.cli.{name}"]
 
@@ -302,15 +308,9 @@ def test_a_cluster_that_starts_workers_on_demand_is_waited_for(shapes_dataset, q
         silence_logs=50,
     ) as adaptive:
         adaptive.adapt(minimum=0, maximum=2, interval="100ms", wait_count=1)
-        words = build_command(shapes_dataset, quick_config, out, workers=0)
-        done = subprocess.run(
-            [*words, "--scheduler", adaptive.scheduler_address, "--wait-for-workers", str(WAIT_SECONDS)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = build_command(shapes_dataset, quick_config, out, workers=0)
+        options = ["--scheduler", adaptive.scheduler_address, "--wait-for-workers", str(WAIT_SECONDS)]
+        done = finished([*command, *options], tmp_path)
     assert done.returncode == 0, done.stderr
     assert files(out) == files(shapes_store)
 
@@ -490,14 +490,7 @@ def test_workers_in_another_network_make_the_same_bytes(
         cluster.worker(host=other_host, inside=across)
         out = tmp_path / "store"
         command = build_command(shapes_dataset, quick_config, out, workers=0)
-        done = subprocess.run(
-            [*here, *command, "--scheduler", cluster.address],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = finished([*here, *command, "--scheduler", cluster.address], tmp_path)
         assert done.returncode == 0, done.stderr
         assert doomed.wait(WAIT_SECONDS) == -signal.SIGKILL
         assert files(out) == files(shapes_store)
