@@ -47,8 +47,9 @@ class FlakyProxy:
                     self._pumps.append(pump)
 
     def _pump(self, source, target, answers):
-        source.settimeout(0.2)
+        # The other direction may have ended already, and closed both.
         with contextlib.suppress(OSError):
+            source.settimeout(0.2)
             while self._open:
                 try:
                     data = source.recv(2**16)

@@ -195,7 +195,7 @@ cli.main()
 
 def test_a_command_without_memory_is_one_line_and_its_advice_trains(shapes_store, tmp_path):
     words = ["train", "--cache", str(shapes_store), "--run", str(tmp_path / "run"), "--device", "cpu"]
-    for setting in ("steps=1", "batch_size=12", "min_size=448", "max_size=448"):
+    for setting in ("steps=1", "batch_size=12", "min_size=640", "max_size=640"):
         words += ["--set", f"train.{setting}"]
     tries = 0
     while True:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ BOUNDS = {
     "an image of the store, learned proposals": (14, 164_168),
     "a step of 4 images": (2, 203_244),
     "a first step of 16 images, preset coco": (2, 1_061_356),
-    "an evaluated image": (3.25, 64_877),
-    "a detected image": (3.25, 52_600),
+    "an evaluated image": (3.25, 50_477),
+    "a detected image": (3.25, 50_477),
 }
 """Most waits of the host and bytes that cross, as they are today: whoever needs fewer lowers the numbers."""
 
@@ -53,6 +54,14 @@ def bounded(what, counts, parts=1):
     waits, moved = BOUNDS[what]
     assert counts.waits.total() / parts <= waits, f"{what}:\n{counts}"
     assert counts.moved.total() / parts <= moved, f"{what}:\n{counts}"
+
+
+def bounded_but_for_results(what, counts, images, most):
+    """A bound on all but the detections themselves, whose number hangs on how a CPU rounds."""
+    results = {place: size for place, size in counts.moved.items() if place.endswith(" _on_host")}
+    # Four corners, score and class in float64.
+    assert 0 < sum(results.values()) <= images * most * 6 * 8
+    bounded(what, dataclasses.replace(counts, moved=counts.moved - Counter(results)), parts=images)
 
 
 def most(counts):
@@ -206,7 +215,7 @@ def test_a_run_is_evaluated(trained, monkeypatch):
         found = gpu.calls_of(monkeypatch, TrainedDetector, "detect_each")
         evaluate_run(run, data_root=None, device="cuda")
         evaluate_crops(run, data_root=None, device="cuda")
-    bounded("an evaluated image", sum(found, Counts()), parts=8)
+    bounded_but_for_results("an evaluated image", sum(found, Counts()), images=8, most=300)
 
 
 def test_any_names_are_detected(trained, shapes_root, monkeypatch):
@@ -218,7 +227,7 @@ def test_any_names_are_detected(trained, shapes_root, monkeypatch):
         found = gpu.calls_of(monkeypatch, TrainedDetector, "detect_each")
         detected = model(images, ["red ring", "bar"], threshold=0.0)
     assert len(detected) == len(images) == 8
-    bounded("a detected image", sum(found, Counts()), parts=len(images))
+    bounded_but_for_results("a detected image", sum(found, Counts()), images=len(images), most=100)
 
 
 def test_a_step_of_the_preset_for_coco():
