@@ -47,7 +47,7 @@ BEFORE = {
             "config",
             "data",
         ),
-        *("scheduling", "runs", "extraction", "inference", "training", "doctor", "console"),
+        *("scheduling", "runs", "extraction", "inference", "training", "audit", "doctor", "console"),
         *("report", "look", "demo"),
     ),
 }
