@@ -151,7 +151,9 @@ def _store(request: AuditRequest, run: Run | None) -> Store:
     recorded = run.spec["store"]
     assert isinstance(recorded, dict)
     if store.manifest.digest != recorded["digest"]:
-        raise StoreMismatch(f"{store}: another store than the run {run.folder} was trained from; give `cache=STORE`")
+        raise StoreMismatch(
+            f"{store}: another store than the run {run.folder} was trained from; give `cache=STORE` of that one"
+        )
     return store
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
 from ezsd.cache import JSON, short_json
 from ezsd.pipeline.config.schema import PRESET_ALIASES, load_preset, preset_names, to_tables
-from ezsd.pipeline.files import read_object, write_text
+from ezsd.pipeline.files import as_json, read_object, write_text
 from ezsd.pipeline.runs.run import Checkpoint, Run
 from ezsd.pipeline.runs.store_digests import read_stores
 from ezsd.pipeline.runs.training_boxes import read_boxes
@@ -51,8 +51,8 @@ class _Card:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.name = run.folder.absolute().name
-        self.spec: Mapping[str, Any] = run.spec
-        self.environment: Mapping[str, Any] = run.environment
+        self.spec = cast("Mapping[str, Any]", run.spec)
+        self.environment = run.environment
         self.base: list[str] = self.spec["names"][: self.spec["base_count"]]
         self.novel: list[str] = self.spec["names"][self.spec["base_count"] :]
         self.figures = _figures(_table(run, "eval.json"))
@@ -202,16 +202,17 @@ class _Card:
         return _plain(", ".join(map(str, words)))
 
     def _versions(self) -> dict[str, str]:
-        found = dict(self.environment.get("versions") or {})
-        machine = self.environment.get("machine")
-        return found | ({"Python": machine["python"]} if isinstance(machine, Mapping) else {})
+        found, machine = self.environment.get("versions"), self.environment.get("machine")
+        return (dict(found) if isinstance(found, Mapping) else {}) | (
+            {"Python": machine["python"]} if isinstance(machine, Mapping) else {}
+        )
 
     def _settings(self) -> list[str]:
         preset = self.environment.get("preset")
         lines = ["## Settings", ""]
         if not isinstance(preset, str) or PRESET_ALIASES.get(preset, preset) not in preset_names():
             return [*lines, f"The preset that they came from was {_UNKNOWN}; `run.json` has all of them."]
-        usual, own = to_tables(load_preset(preset)), self.spec["config"]
+        usual, own = as_json(to_tables(load_preset(preset))), self.spec["config"]
         changed = [
             f"| `{section}.{key}` | {_setting(key, value)} | {_setting(key, usual[section].get(key))} |"
             for section, table in own.items()
@@ -312,5 +313,5 @@ def _code(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Text that Markdown takes for nothing else."""
-    escaped = "".join(f"\\{letter}" if letter in "\\`*_[]<>|#" else letter for letter in text)
+    escaped = "".join(f"\\{letter}" if letter in "\\`*[]<>|#" else letter for letter in text)
     return " ".join(escaped.split())
