@@ -843,7 +843,7 @@ def report(
 
 
 @app.command(epilog="Example:  ezsd audit runs/a --setting ovd-strict")
-@keeping("no verdict is written; run the same command again")
+@keeping("a check leaves nothing behind; run the same command again")
 def audit(
     target: Annotated[str, typer.Argument(metavar="RUN|STORE", help="A run folder, a complete store, or its URL.")],
     setting: Annotated[
