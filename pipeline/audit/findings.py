@@ -26,7 +26,7 @@ class NamedBox:
     stored_class: str | None
     """Class name that the store has for it; None for a region."""
     reason: str
-    """What is wrong with it."""
+    """Fault, in words."""
     novel: dict[str, Any] | None = None
     """`annotation_id`, `class` and `iou` of the novel annotation that it is, or lies on; None for none."""
 

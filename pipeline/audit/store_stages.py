@@ -145,7 +145,7 @@ class StoreStages:
         return Finding(level="unproven", subject=subject, text=text, boxes=boxes, digest=digest)
 
     def _proposals(self) -> Iterator[Finding]:
-        """Where proposals come from: windows, a network of the build, a run's, or a file."""
+        """Origin of the proposals: windows, a network of the build, a run's, or a file."""
         products = self.store.manifest.products
         boxes = _text(products["proposals"].inputs, "boxes_sha256")
         if boxes is not None:
@@ -204,7 +204,7 @@ class StoreStages:
             return Finding(level="ok", subject="regions", text=text)
         of_windows = not self._from_network and self.settings["refine"] == "none"
         text = f"{len(named)} of {compared:,} regions and proposals have exactly the box of a novel annotation"
-        text += ": windows of whole pixels may" if of_windows else ""
+        text += ": windows of a grid may, by chance" if of_windows else ""
         return Finding(level="note" if of_windows else "violation", subject="regions", text=text, named=tuple(named))
 
     @property

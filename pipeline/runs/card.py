@@ -15,6 +15,8 @@ import yaml
 
 from ezsd.cache import JSON, short_json
 from ezsd.pipeline.config.schema import PRESET_ALIASES, load_preset, preset_names, to_tables
+from ezsd.pipeline.data.datasets import DRAWN
+from ezsd.pipeline.errors import DamagedFile
 from ezsd.pipeline.files import as_json, read_object, write_text
 from ezsd.pipeline.runs.run import Checkpoint, Run
 from ezsd.pipeline.runs.store_digests import read_stores
@@ -132,7 +134,7 @@ class _Card:
         lines += ["", f"All classes at once, limit {evaluation['limit']}, on {_code(source['file'])} (sha256 "]
         lines[-1] += f"{source['sha256'][:12]})."
         crops = _table(self.run, "crops.json")
-        if crops is not None:
+        if crops is not None and {"raw", "re_normalised"} <= crops.keys():
             raw, tuned = crops["raw"], crops["re_normalised"]
             lines += ["", "Accuracy of the teacher on crops of these objects, before and after re-normalisation: base "]
             lines[-1] += f"{_percent(raw['base'])} and {_percent(tuned['base'])}, novel {_percent(raw['novel'])} and "
@@ -233,6 +235,10 @@ class _Card:
     def _audit(self) -> list[str]:
         lines = ["## Audit", ""]
         found = [result for name in AUDITS if (result := _table(self.run, name)) is not None]
+        if not all({"setting", "summary", "date", "step"} <= one.keys() for one in found):
+            raise DamagedFile(
+                f"{self.run.folder}: {' or '.join(AUDITS)} is damaged; remove it and run `ezsd audit` again"
+            )
         if not found:
             return [*lines, "None yet: `ezsd audit` looks for novel boxes in every stage."]
         return lines + [
@@ -249,6 +255,8 @@ class _Card:
             )
         else:
             lines.append("- Nothing was measured: neither the names above nor others.")
+        if self.spec["dataset"] in DRAWN:
+            lines.append("- The images are drawn: nothing is said about photos.")
         return [
             *lines,
             f"- One training, seed {self.spec['config']['train']['seed']}: another seed gives other figures.",

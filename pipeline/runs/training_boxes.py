@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ezsd.cache import Store, file_digest
+from ezsd.cache import Store, StoreError, file_digest
 from ezsd.data.records import boxes_digest
 from ezsd.pipeline.errors import DamagedFile
 from ezsd.pipeline.files import read_objects, write_json
@@ -49,10 +49,17 @@ class StoredBoxes:
 
 
 def stored_boxes(store: Store, image_ids: Sequence[int]) -> StoredBoxes:
-    """Read the base objects of images of a store, in the order of the ids."""
+    """Read the base objects of images of a store, in the order of the ids.
+
+    Raises:
+        StoreError: an object has a class that the store has no name for, or a value is damaged.
+    """
     annotation_id, counts = store.ground_truth.column("annotation_id", image_ids)
     class_index, _ = store.ground_truth.column("class_index", image_ids)
     box, _ = store.ground_truth.column("box", image_ids)
+    classes = len(store.text[0])
+    if np.any((class_index < 0) | (class_index >= classes)):
+        raise StoreError(f"{store}: ground_truth has a class_index beyond its {classes} class names")
     return StoredBoxes(
         image_id=np.repeat(np.array(image_ids, np.int64), counts),
         annotation_id=annotation_id,

@@ -175,6 +175,11 @@ def test_a_row_with_another_class_or_id_is_named(field, value, store, truth):
     assert named.reason == said[field]
 
 
+def test_a_row_of_no_class_is_refused(store):
+    rewrite(store, "ground_truth/class_index", 2, np.array(99, "<i4"))
+    assert refused(lambda: examine(store)).endswith("ground_truth has a class_index beyond its 20 class names")
+
+
 def test_an_object_with_two_labels_is_named_and_no_violation(shapes_store, truth, tmp_path):
     document, name_of = truth
     one = annotations_of(truth, SHAPES_SPLIT.base)[0]
@@ -253,6 +258,11 @@ def test_boxes_of_the_very_file_that_are_not_its_base_boxes_are_a_violation(run)
     assert "others than the base boxes of the very file" in texts(result, "training")
     write_json(run / "training_boxes.json", [{**known[0], "sha256": "ab" * 32, "annotations_sha256": "cd" * 32}])
     assert levels(examine(run))["training"] == "unproven"
+    # An earlier version began it.
+    write_json(run / "training_boxes.json", [{**known[0], "step": 4}])
+    result = examine(run)
+    assert levels(result)["training"] == "unproven"
+    assert texts(result, "training").startswith("not recorded: which boxes entered before step 4 ")
 
 
 def test_masks_need_the_file_that_they_were_read_from(run):
@@ -304,6 +314,15 @@ def test_a_card_says_whether_anything_was_measured(run, figures):
         (run / "eval.json").unlink()
     text = write_card(Run.open(run)).read_text()
     assert ("Nothing was measured" in text, "model-index" in text) == (not figures, figures)
+
+
+def test_a_damaged_audit_is_removed_and_made_again(run):
+    examine(run, "ovd-strict")
+    (run / "audit-ovd-strict.json").write_text("{}")
+    said = refused(lambda: examine(run))
+    assert said.endswith("audit-ovd-strict.json is damaged; remove it and run `ezsd audit` again")
+    (run / "audit-ovd-strict.json").unlink()
+    assert examine(run).verdict == "passed"
 
 
 def refused(call):
