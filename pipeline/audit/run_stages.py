@@ -51,13 +51,15 @@ class RunStages:
         return Finding(level="unproven", subject="store", text=text)
 
     def _training(self) -> Iterator[Finding]:
-        known = read_boxes(self.run)
+        known, digests = read_boxes(self.run), {one["sha256"] for one in read_stores(self.run)}
+        same_bytes = digests == {self.store.store.digest}
         if not known or known[0]["step"] > 0:
             steps = f" before step {known[0]['step']}" if known else ""
             yield Finding(level="unproven", subject="training", text=f"not recorded: which boxes entered{steps}")
         for one in known:
             subject = "training" if len(known) == 1 else f"training from step {one['step']}"
-            images, annotations = self.store.trained_images, one["annotations_sha256"]
+            # Other bytes may have had rows of other images.
+            images, annotations = self.store.trained_images, one["annotations_sha256"] if same_bytes else ""
             yield self.store.stage(subject, one["sha256"], boxes=one["boxes"], read=images, annotations=annotations)
         if self.config.model.masks:
             yield self._masks([one["annotations_sha256"] for one in known])

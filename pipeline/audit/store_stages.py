@@ -123,7 +123,8 @@ class StoreStages:
             digest: sha256 of ids, classes and boxes; None where it was not recorded.
             boxes: their number as recorded, if it was.
             read: ids of the images that the stage read; None for all of the store.
-            annotations: sha256 of the annotation file as recorded with them; None takes the store's record.
+            annotations: sha256 of the annotation file as recorded with them, "" where the images that could be read may have
+                been others; None takes the store's record.
         """
         if digest is None:
             return Finding(level="unproven", subject=subject, text="not recorded: which boxes entered")
@@ -138,7 +139,7 @@ class StoreStages:
             text = f"{len(self.stored.box):,} boxes, digest {digest[:12]}: the rows of the ground truth, see there"
             return Finding(level=level, subject=subject, text=text, boxes=len(self.stored.box), digest=digest)
         known = f"boxes of digest {digest[:12]}" if boxes is None else known
-        if (annotations or self.environment.get("annotations_sha256")) == self.file.sha256:
+        if (self.environment.get("annotations_sha256") if annotations is None else annotations) == self.file.sha256:
             text = f"{known}: others than the base boxes of the very file that was read"
             return Finding(level="violation", subject=subject, text=text, boxes=boxes, digest=digest)
         text = f"{known}: neither the base boxes of this annotation file nor the rows of the store"
