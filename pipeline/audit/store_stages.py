@@ -123,8 +123,8 @@ class StoreStages:
             digest: sha256 of ids, classes and boxes; None where it was not recorded.
             boxes: their number as recorded, if it was.
             read: ids of the images that the stage read; None for all of the store.
-            annotations: sha256 of the annotation file as recorded with them, "" where the images that could be read may have
-                been others; None takes the store's record.
+            annotations: sha256 of the annotation file as recorded with them, "" where the images that could be read
+                may have been others; None takes the store's record.
         """
         if digest is None:
             return Finding(level="unproven", subject=subject, text="not recorded: which boxes entered")
