@@ -190,7 +190,7 @@ def _annotations(request: AuditRequest, store: Store, dataset: Dataset | None) -
 
 
 def _names(setting: Setting, store: StoreStages, run: RunStages | None) -> Iterator[Finding]:
-    """Uses of novel names before evaluation, by stage."""
+    """Uses of novel names, by stage."""
     novel = store.file.split.novel
     if not novel:
         yield Finding(level="ok", subject="names", text="no novel name is known to the store")
@@ -207,6 +207,10 @@ def _names(setting: Setting, store: StoreStages, run: RunStages | None) -> Itera
         else:
             text = f"{listed} take part before evaluation, by {', '.join(uses)}"
             yield Finding(level="violation", subject=subject, text=text)
+    files = [] if run is None else run.evaluation_files()
+    if files:
+        text = f"novel names may be asked for here: {', '.join(file.name for file in files)}"
+        yield Finding(level="ok", subject="names in evaluation", text=text)
 
 
 def _unlabelled(setting: Setting, novel: dict[str, int], other: dict[str, int], images: int, of: int) -> Finding:

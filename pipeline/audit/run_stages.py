@@ -81,9 +81,13 @@ class RunStages:
         )
         return Finding(level="ok", subject="pseudo-labels", text=text)
 
+    def evaluation_files(self) -> list[Path]:
+        """Results of `ezsd eval` in the run's folder."""
+        return sorted(self.run.folder.glob("eval*.json"))
+
     def _evaluations(self) -> Iterator[Finding]:
         places = {self.dataset.annotations(part).name: self.dataset.annotations(part) for part in self.dataset.parts}
-        found = sorted(self.run.folder.glob("eval*.json"))
+        found = self.evaluation_files()
         if not found:
             yield Finding(level="ok", subject="evaluation", text="none yet")
         for file in found:
