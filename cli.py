@@ -594,7 +594,8 @@ def train(
 ) -> None:
     """Train the detector from base boxes and cached regions; on several GPUs with `torchrun`."""
     require_launcher(os.environ)
-    from ezsd.pipeline.console.defaults import train_config
+    from ezsd.cache import Store
+    from ezsd.pipeline.console.defaults import preset_of, train_config
     from ezsd.pipeline.devices import require_device_name, resolve_device
 
     # What can be refused is, before anything heavy is loaded.
@@ -613,6 +614,7 @@ def train(
         device=resolve_device(device),
         verify=verify,
         accept_store=accept_store,
+        preset=preset or preset_of(Store(cache, verify="quick")),
     )
     trained, steps = start(request), request.config.train.steps
     if trained.began_at == steps:
@@ -838,6 +840,36 @@ def report(
 
     others = [Run.open(folder) for folder in compare or []]
     typer.echo(str(write_report(Run.open(run), data_root=data_root, compare=others)))
+
+
+@app.command(epilog="Example:  ezsd audit runs/a --setting ovd-strict")
+@keeping("a check leaves nothing behind; run the same command again")
+def audit(
+    target: Annotated[str, typer.Argument(metavar="RUN|STORE", help="A run folder, a complete store, or its URL.")],
+    setting: Annotated[
+        Literal["zad", "ovd-strict"],
+        typer.Option(help="zad: novel names may be known in training; ovd-strict: not before evaluation."),
+    ] = "zad",
+    cache: Annotated[Path | None, typer.Option(help="The run's store, if it has moved.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder of images and annotations, if it has moved.")] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            help="Training annotations to compare with, such as the published ones; the dataset's by default."
+        ),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Trace which boxes and names entered each stage; exit code 1 unless it is proven that no novel box did."""
+    from ezsd.pipeline.audit import AuditRequest
+    from ezsd.pipeline.audit import audit as examine
+    from ezsd.pipeline.console.audit_messages import audit_json, audit_lines
+
+    request = AuditRequest(target=target, setting=setting, cache=cache, data_root=data_root, annotations=annotations)
+    result = examine(request)
+    typer.echo(audit_json(result) if json_ else "\n".join(audit_lines(result)))
+    if result.verdict != "passed":
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example:  ezsd doctor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,20 @@ _WORDS = re.compile(
 def usable_cores() -> int:
     """Number of CPU cores that this process may use: a job on a shared machine has fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """Kind of this machine, without its name: processor, system, Python, and the GPU where one is used."""
+    found = {
+        "processor": f"{platform.machine()}, {usable_cores()} cores",
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
 
 
 def require_device_name(name: str) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOADED = (
     "ezsd.cli",
+    "ezsd.pipeline.audit",
+    "ezsd.pipeline.console.audit_messages",
     "ezsd.pipeline.extraction.build",
     "ezsd.pipeline.data.check",
     "ezsd.pipeline.console.defaults",

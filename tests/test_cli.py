@@ -49,6 +49,8 @@ def test_a_search_without_competitors_is_offered(command):
     [
         (["cache", "build", "--dataset", "coco", "--data-root", "nowhere"], ["nowhere", "instances_train2017.json"]),
         (["cache", "build", "--dataset", "cocoa"], ["cocoa", "shapes"]),
+        (["audit", "nowhere"], ["nowhere: no such folder; give that of a run or a store"]),
+        (["audit", "docs", "--cache", "b"], ["--cache b: goes with a run"]),
         (["cache", "build", "--dataset", "a.json"], ["--dataset a.json", "give --novel NAMES"]),
         (["cache", "build", "--dataset", "a.json", "--novel", "cat"], ["--dataset a.json", "no such file"]),
         (["cache", "build", "--dataset", "voc-16-4"], ["--data-root data/voc", "train.json", "val.json"]),

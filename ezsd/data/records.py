@@ -188,21 +188,53 @@ class Annotations:
             `load_training`. Formatting, order and other contents of the file leave both unchanged,
             as do the file's path and the order of `names`.
         """
-        images = [[image.id, image.width, image.height, image.file_name] for image in self.images]
-        return {"images": hashlib.sha256(_canonical(images)).hexdigest(), "boxes": self._boxes_digest()}
+        boxes = boxes_digest(
+            self.names,
+            image_id=self.images.id[self.image_index],
+            annotation_id=self.annotation_id,
+            class_index=self.class_index,
+            box=self.box,
+            crowd=self.crowd,
+        )
+        return {"images": image_list_digest(self.images), "boxes": boxes}
 
-    def _boxes_digest(self) -> str:
-        """Hash the used names in alphabetical order, then the arrays, little-endian, row by row."""
-        used = sorted({self.names[index] for index in np.unique(self.class_index)})
-        alphabetical = {name: position for position, name in enumerate(used)}
-        rank = np.array([alphabetical.get(name, -1) for name in self.names], dtype="<i4")
-        digest = hashlib.sha256(_canonical(used))
-        digest.update(self.images.id.astype("<i8")[self.image_index].tobytes())
-        digest.update(self.annotation_id.astype("<i8").tobytes())
-        digest.update(rank[self.class_index].tobytes())
-        digest.update(self.box.astype("<f4").tobytes())
-        digest.update(self.crowd.astype("u1").tobytes())
-        return digest.hexdigest()
+
+def image_list_digest(images: ImageTable) -> str:
+    """Sha256 of id, width, height and file name of images, see `Annotations.digest`."""
+    listed = [[image.id, image.width, image.height, image.file_name] for image in images]
+    return hashlib.sha256(_canonical(listed)).hexdigest()
+
+
+def boxes_digest(
+    names: Sequence[str],
+    *,
+    image_id: npt.NDArray[np.int64],
+    annotation_id: npt.NDArray[np.int64],
+    class_index: npt.NDArray[np.int32],
+    box: npt.NDArray[np.float32],
+    crowd: npt.NDArray[np.bool_],
+) -> str:
+    """Sha256 of N boxes sorted by image and then annotation id, see `Annotations.digest`.
+
+    Args:
+        names: the class table.
+        image_id: (N,).
+        annotation_id: (N,).
+        class_index: positions in `names`, (N,).
+        box: xyxy, (N, 4), see `ezsd.boxes`.
+        crowd: (N,).
+    """
+    # The used names in alphabetical order, then the arrays, little-endian, row by row.
+    used = sorted({names[index] for index in np.unique(class_index)})
+    alphabetical = {name: position for position, name in enumerate(used)}
+    rank = np.array([alphabetical.get(name, -1) for name in names], dtype="<i4")
+    digest = hashlib.sha256(_canonical(used))
+    digest.update(image_id.astype("<i8").tobytes())
+    digest.update(annotation_id.astype("<i8").tobytes())
+    digest.update(rank[class_index].tobytes())
+    digest.update(box.astype("<f4").tobytes())
+    digest.update(crowd.astype("u1").tobytes())
+    return digest.hexdigest()
 
 
 def refine(raw: RawAnnotations, *, keep_crowd: bool) -> Annotations:

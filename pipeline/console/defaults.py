@@ -119,17 +119,22 @@ def train_config(
 
     # No rows are read of it here.
     store = Store(cache, verify="quick")
-    if preset is None:
-        preset = store.environment.get("preset")
-    if preset is None:
-        from ezsd.pipeline.extraction.provenance import dataset_inputs
-
-        preset = str(dataset_inputs(store.manifest)["name"])
+    preset = preset or preset_of(store)
     config = load_settings(preset, [*overrides, *_without_objectness(store, preset, overrides)])
     from ezsd.detector.requirements import require_backbone
 
     require_backbone(config.model.backbone)
     return config
+
+
+def preset_of(store: Store) -> str:
+    """The preset that a training from a store begins with: the one that the store was built with."""
+    recorded = store.environment.get("preset")
+    if recorded is not None:
+        return str(recorded)
+    from ezsd.pipeline.extraction.provenance import dataset_inputs
+
+    return str(dataset_inputs(store.manifest)["name"])
 
 
 def _refuse_frozen(overrides: Sequence[str]) -> None:

@@ -13,6 +13,8 @@ from ezsd.pipeline.config.schema import Config, to_tables
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.files import as_json
 from ezsd.pipeline.progress import now
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.runs.training_boxes import read_boxes
 from ezsd.teacher.open_clip import shipped_weights
 from ezsd.teacher.requirements import TINY_SHAPES
 
@@ -37,6 +39,9 @@ def describe_build(request: BuildRequest, *, workers: int, shares: int | None) -
         "teacher": dataclasses.asdict(request.config.teacher),
         "weights_file_sha256": weights_file_digest(request.config),
         "config": as_json(to_tables(request.config)),
+        # The boxes that products are made from have digests in the manifest; these are for `ezsd audit`.
+        "annotations_sha256": file_digest(request.dataset.annotations("train")).sha256,
+        "proposer_run": _taught_by(request.config),
         "reused_from": None if request.reuse is None else str(request.reuse.absolute()),
         "host": platform.node(),
         "python": platform.python_version(),
@@ -51,6 +56,18 @@ def describe_build(request: BuildRequest, *, workers: int, shares: int | None) -
         # Of the images that were extracted by the last call of the build.
         "encoded": {},
     }
+
+
+def _taught_by(config: Config) -> dict[str, JSON] | None:
+    """Classes and boxes that the run whose proposal network proposes has learned from; None where no run's does."""
+    if not config.proposals.learned or config.proposer.run is None:
+        return None
+    run = Run.open(Path(config.proposer.run))
+    spec = run.spec
+    names, count = spec["names"], spec["base_count"]
+    assert isinstance(names, list)
+    assert isinstance(count, int)
+    return as_json({"dataset": spec["dataset"], "base_names": names[:count], "boxes": read_boxes(run)})
 
 
 def weights_file_digest(config: Config) -> str | None:

@@ -49,6 +49,7 @@ from ezsd.pipeline.inference.predictor import (
 )
 from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.read_ahead import read_ahead
+from ezsd.pipeline.runs.card import write_card
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.open_clip import device_of
 
@@ -166,6 +167,7 @@ def evaluate_run(
     first = next(iter(found.values()))
     write_text(run.folder / f"detections{suffix}.json", coco_results(first, truth))
     run.record_seconds("eval", time.perf_counter() - began)
+    write_card(run)
     return result
 
 
@@ -263,6 +265,7 @@ def evaluate_crops(run: Run, *, data_root: Path | None, device: str, weights: Pa
         "crops": {"base": int((is_base & single).sum()), "novel": int((~is_base & single).sum())},
     }
     write_json(run.folder / "crops.json", result)
+    write_card(run)
     return result
 
 

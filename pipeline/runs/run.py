@@ -3,16 +3,18 @@
 run.json                configuration, store's manifest, names, digest of their text rows, table of LayerNorms
 environment.json        places, definition of the dataset, teacher, device, versions: recorded, not compared
 stores.json             which bytes of a store it was trained on, from which step on
+training_boxes.json     number and digest of the base boxes that it was trained on, from which step on
 tables.safetensors      text rows of all classes, re-normalised LayerNorms
 metrics.jsonl           one line per step
 checkpoints/            step-00000400/{model.safetensors, optimiser.safetensors, state.json}, average.safetensors where
                         an average of the weights is kept, and class_counts.safetensors with Seesaw loss
 seconds.json            time of each stage
+card.md                 model card, written at the end of training and anew by later commands
 train.lock              locked while a training writes here
 
 If asked for: validation_slice.json (annotations of the images looked at while training), validation.jsonl (AP50 on
 them), tensorboard/. Written by the later commands: eval.json and detections.json, also with a suffix for another split
-or label space (eval-train-novel.json), crops.json, report.html.
+or label space (eval-train-novel.json), crops.json, audit.json and audit-ovd-strict.json, report.html.
 """
 
 from __future__ import annotations

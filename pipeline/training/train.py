@@ -28,17 +28,19 @@ from ezsd.pipeline.config.schema import Config, TrainConfig, to_tables
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
 from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.data.mask_cache import training_masks
-from ezsd.pipeline.devices import is_out_of_memory, require_backend_there, said_instead
+from ezsd.pipeline.devices import describe_machine, is_out_of_memory, require_backend_there, said_instead
 from ezsd.pipeline.errors import ConfigError, DatasetError, NonFiniteLoss, OutOfMemory, RunError
 from ezsd.pipeline.extraction.annotation_check import checked_annotations
 from ezsd.pipeline.extraction.provenance import as_built, dataset_inputs, scored_by_objectness
 from ezsd.pipeline.inference.predictor import load_weights
 from ezsd.pipeline.interrupts import Request, Stopped, finishing
 from ezsd.pipeline.progress import Progress
+from ezsd.pipeline.runs.card import has_card, write_card
 from ezsd.pipeline.runs.loggers import MetricsLog
 from ezsd.pipeline.runs.model import build_detector, read_backbone, require_sizes, warn_of_random_weights
 from ezsd.pipeline.runs.run import CHANGEABLE, Run, restore_optimiser, rows_digest
 from ezsd.pipeline.runs.store_digests import record_store, require_same_bytes
+from ezsd.pipeline.runs.training_boxes import record_boxes
 from ezsd.pipeline.training.dataloader import load_batches
 from ezsd.pipeline.training.distributed import Distributed, join_process_group, local_device
 from ezsd.pipeline.training.out_of_memory import step_does_not_fit
@@ -75,6 +77,8 @@ class TrainRequest:
     """Checks of the store's bytes when they are read, see `Store`."""
     accept_store: bool = False
     """Allow a run to go on with other bytes than it was trained on so far."""
+    preset: str | None = None
+    """Name of the preset that the configuration came from, for the run's card."""
 
 
 def train(request: TrainRequest) -> Run:
@@ -107,7 +111,7 @@ def train(request: TrainRequest) -> Run:
         if distributed.is_main:
             run = stack.enter_context(Run.claim(request.run, spec, tables))
             require_same_bytes(run, store, accept=request.accept_store)
-            run.write_environment(_environment(store, dataset, request.device))
+            run.write_environment(_environment(store, dataset, request))
         distributed.barrier()
         run = Run.open(request.run)
         base = len(dataset.split.base)
@@ -115,8 +119,12 @@ def train(request: TrainRequest) -> Run:
         run.began_at = step = _resume(run, trainer)
         if distributed.is_main and step < request.config.train.steps:
             record_store(run, store, step)
+            record_boxes(run, store, samples.image_ids, dataset.annotations("train"), step)
         validation = Validation.of_run(run, trainer, dataset, request.config, samples.epoch_images)
         if step == request.config.train.steps and not validation.missing(step):
+            if distributed.is_main and not has_card(run):
+                # A training that was killed after its last checkpoint has left none.
+                write_card(run)
             return run
         if distributed.is_main:
             run.record_start(step, _changeable_settings(request.config, request.device, distributed))
@@ -132,6 +140,8 @@ def train(request: TrainRequest) -> Run:
         )
         batches = stack.enter_context(closing(loading))
         _Training(run, trainer, samples, validation, stop, step).finish(batches)
+        if distributed.is_main:
+            write_card(run)
     return run
 
 
@@ -495,7 +505,7 @@ def _resume(run: Run, trainer: Trainer) -> int:
     return step
 
 
-def _environment(store: Store, dataset: Dataset, device: str) -> dict[str, object]:
+def _environment(store: Store, dataset: Dataset, request: TrainRequest) -> dict[str, object]:
     """Paths and environment of a run: recorded, never compared."""
     built = store.environment
     return {
@@ -504,7 +514,9 @@ def _environment(store: Store, dataset: Dataset, device: str) -> dict[str, objec
         "cache": str(store.path.absolute()),
         "teacher": built.get("teacher"),
         "build_seconds": built.get("seconds", {}),
-        "device": device,
+        "preset": request.preset,
+        "device": request.device,
+        "machine": describe_machine(torch.device(request.device)),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "ezsd")},
     }
 

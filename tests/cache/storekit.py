@@ -201,7 +201,8 @@ def flip(file, bit):
 def recommit(store):
     """Make the files as they are now what the commit mark lists."""
     mark = read_mark(store)
-    listed = [f for f in store.rglob("*") if f.is_file() and f.name not in ("COMMIT.json", "environment.json")]
+    unlisted = ("COMMIT.json", "environment.json", "build.log")
+    listed = [f for f in store.rglob("*") if f.is_file() and f.name not in unlisted]
     files = {file.relative_to(store).as_posix(): file_digest(file) for file in listed}
     (store / "COMMIT.json").write_bytes(
         CommitMark(mark.manifest_digest, mark.embed_dim, mark.embedding, files).to_bytes()

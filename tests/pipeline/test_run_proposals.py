@@ -11,8 +11,10 @@ import torch
 
 from ezsd.boxes import iou
 from ezsd.cache import Store, read_environment, verify
+from ezsd.cache.format.sealed_json import seal
 from ezsd.data.dataset import pad_images
 from ezsd.detector.backbone import normalise
+from ezsd.pipeline.audit import AuditRequest, audit
 from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.console.defaults import build_config
@@ -93,6 +95,25 @@ def test_proposals_are_the_best_boxes_of_the_runs_proposal_network(shapes_run, r
         found = detector.rpn.propose(detector.rpn(maps, padded.shape[2:]), sizes)
     np.testing.assert_allclose(store.proposals[record.id].box, found.boxes[0].numpy(), atol=1e-4)
     np.testing.assert_allclose(store.proposals[record.id].score, found.scores[0].numpy(), atol=1e-6)
+
+
+def test_an_audit_knows_what_the_run_had_learned_from(run_store, shapes_dataset, tmp_path):
+    result = audit(AuditRequest(target=str(run_store)))
+    (found,) = [one for one in result.findings if one.subject == "proposer"]
+    assert (result.verdict, found.level) == ("passed", "ok")
+    assert found.digest == Store(run_store).manifest.products["regions"].inputs["base_boxes_sha256"]
+    store = shutil.copytree(run_store, tmp_path / "store")
+    record = read_environment(store)
+    for changed, level, said in (
+        ({"base_names": ["circle", "star"]}, "violation", "learned from boxes of star, novel here"),
+        ({"boxes": []}, "unproven", "not recorded which boxes"),
+        ({"boxes": [{**record["proposer_run"]["boxes"][0], "sha256": "ab"}]}, "unproven", "learned from other boxes"),
+        (None, "unproven", "not recorded which classes and boxes"),
+    ):
+        taught = changed and {**record["proposer_run"], **changed}
+        (store / "environment.json").write_bytes(seal({**record, "proposer_run": taught}))
+        (found,) = [one for one in audit(AuditRequest(target=str(store))).findings if one.subject == "proposer"]
+        assert (found.level, said in found.text) == (level, True), found.text
 
 
 def test_a_report_asks_for_as_many_proposals_of_the_run_as_the_store_has(run, run_store):

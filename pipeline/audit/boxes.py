@@ -1,0 +1,201 @@
+"""Boxes of a store beside the annotations of a file: which are no base annotation, and which are novel ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ezsd.boxes import iou
+from ezsd.cache import Store
+from ezsd.pipeline.audit.annotation_file import BASE, NOVEL, AnnotationFile
+from ezsd.pipeline.audit.findings import NAMED, NamedBox
+from ezsd.pipeline.runs.training_boxes import StoredBoxes
+
+_NEAR = 0.5
+"""Least IoU with a novel annotation of a box that is said to lie on it."""
+_IMAGES_AT_ONCE = 2000
+_SIDES = 2
+"""Most sides on the image's border of a box whose equality with another one says anything."""
+_MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
+
+
+def wrong_boxes(stored: StoredBoxes, names: Sequence[str], file: AnnotationFile) -> tuple[int, list[NamedBox]]:
+    """Find stored base objects that are no base annotation of a file, with the same image, class and box.
+
+    Args:
+        stored: of a store.
+        names: class names of the store.
+        file: annotations to compare with.
+
+    Returns:
+        Their number, and the first `NAMED` of them.
+    """
+    known = np.flatnonzero((file.kind == BASE) & ~file.left_out)
+    ids = file.annotation_id[known]
+    order = np.argsort(ids, kind="stable")
+    place = np.minimum(np.searchsorted(ids[order], stored.annotation_id), max(len(ids) - 1, 0))
+    if not len(ids):
+        wrong = np.arange(len(stored.box))
+        return len(wrong), [_named(int(row), None, stored, names, file) for row in wrong[:NAMED]]
+    match = known[order[place]]
+    found = file.annotation_id[match] == stored.annotation_id
+    file_names = np.array([*file.names, ""], object)
+    right = (
+        found
+        & (file.image_id[match] == stored.image_id)
+        & (file_names[file.name_index[match]] == np.array(names, object)[stored.class_index])
+        & (file.box[match] == stored.box).all(1)
+    )
+    wrong = np.flatnonzero(~right)
+    described = [
+        _named(row, int(match[row]) if found[row] else None, stored, names, file) for row in wrong[:NAMED].tolist()
+    ]
+    return len(wrong), described
+
+
+def _named(row: int, match: int | None, stored: StoredBoxes, names: Sequence[str], file: AnnotationFile) -> NamedBox:
+    """Name a stored object; `match` is the base annotation of its id, None where there is none."""
+    image_id, annotation_id = int(stored.image_id[row]), int(stored.annotation_id[row])
+    stored_class = names[stored.class_index[row]]
+    novel = _novel_below(file, image_id, stored.box[row])
+    if match is not None:
+        differs = {
+            "image": int(file.image_id[match]) != image_id,
+            "class": file.names[file.name_index[match]] != stored_class,
+            "box": bool((file.box[match] != stored.box[row]).any()),
+        }
+        said = " and ".join(key for key, value in differs.items() if value)
+        reason = f"the annotation file has another {said} for it"
+    else:
+        own = np.flatnonzero(file.annotation_id == annotation_id)
+        # Ids of novel annotations need not be unique: the image decides.
+        own = own[np.argsort(file.image_id[own] != image_id, kind="stable")]
+        reason = "the annotation file has no such annotation"
+        if len(own):
+            name, kind = file.names[file.name_index[own[0]]], file.kind[own[0]]
+            reason = f"the annotation file has {name!r}, which is no base class"
+            if kind == NOVEL:
+                reason = f"the annotation file has novel class {name!r}"
+                overlap = _overlap(stored.box[row], file.box[own[:1]])
+                novel = {"annotation_id": annotation_id, "class": name, "iou": float(overlap[0])}
+            elif kind == BASE:
+                reason = "the annotation file has a crowd, or a box without area, which no training takes"
+    return NamedBox(
+        annotation_id=annotation_id,
+        image_id=image_id,
+        image=file.file_name(image_id),
+        stored_class=stored_class,
+        reason=reason,
+        novel=novel,
+    )
+
+
+def _overlap(box: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = iou(torch.from_numpy(box[None].copy()), torch.from_numpy(others.copy()))[0].numpy()
+    return found
+
+
+def _novel_below(file: AnnotationFile, image_id: int, box: NDArray[np.float32]) -> dict[str, Any] | None:
+    """The novel annotation of an image that a box lies on."""
+    rows = file.rows(NOVEL, np.array([image_id]))
+    if not len(rows):
+        return None
+    overlap = _overlap(box, file.box[rows])
+    best = int(overlap.argmax())
+    if overlap[best] < _NEAR:
+        return None
+    return _as_novel(file, int(rows[best]), float(overlap[best]))
+
+
+def _as_novel(file: AnnotationFile, row: int, overlap: float) -> dict[str, Any]:
+    name = file.names[file.name_index[row]]
+    return {"annotation_id": int(file.annotation_id[row]), "class": name, "iou": overlap}
+
+
+def objects_on_novel_ones(stored: StoredBoxes, names: Sequence[str], file: AnnotationFile) -> list[NamedBox]:
+    """Find stored objects with exactly the box of a novel annotation, whatever else they are; the first `NAMED`."""
+    novel = _NovelBoxes(file)
+    return [
+        NamedBox(
+            annotation_id=int(stored.annotation_id[row]),
+            image_id=int(stored.image_id[row]),
+            image=file.file_name(int(stored.image_id[row])),
+            stored_class=names[stored.class_index[row]],
+            reason="a novel annotation has the very same box",
+            novel=_as_novel(file, at, 1.0),
+        )
+        for row, at in novel.equal(stored.image_id, stored.box)
+    ][:NAMED]
+
+
+def regions_on_novel_ones(store: Store, file: AnnotationFile) -> tuple[int, list[NamedBox]]:
+    """Find regions and proposals of a store with exactly the box of a novel annotation.
+
+    A network's boxes have fractions of pixels: equal ones come from the annotations. Boxes that end at the border of
+    the image on most sides are passed over.
+
+    Returns:
+        Number of boxes that were compared, and those found, the first `NAMED`.
+    """
+    novel, found, compared = _NovelBoxes(file), list[NamedBox](), 0
+    for product in ("regions", "proposals"):
+        for image_id, box in _boxes(store, product):
+            compared += len(box)
+            for row, at in novel.equal(image_id, box):
+                found.append(
+                    NamedBox(
+                        annotation_id=None,
+                        image_id=int(image_id[row]),
+                        image=file.file_name(int(image_id[row])),
+                        stored_class=None,
+                        reason=f"a row of {product} has the very box of a novel annotation",
+                        novel=_as_novel(file, at, 1.0),
+                    )
+                )
+    return compared, found[:NAMED]
+
+
+def _boxes(store: Store, product: str) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    ids = store.image_ids.tolist()
+    for start in range(0, len(ids), _IMAGES_AT_ONCE):
+        some = ids[start : start + _IMAGES_AT_ONCE]
+        box, counts = (store.regions if product == "regions" else store.proposals).column("box", some)
+        yield np.repeat(np.array(some, np.int64), counts), box
+
+
+class _NovelBoxes:
+    """Novel boxes of a file, to be found by image and corners."""
+
+    def __init__(self, file: AnnotationFile) -> None:
+        rows = np.flatnonzero((file.kind == NOVEL) & ~file.left_out)
+        width, height = (size[file.image_index[rows]] for size in (file.images.width, file.images.height))
+        corner = file.box[rows]
+        on_border = (corner[:, :2] <= 0).sum(1) + (corner[:, 2] >= width) + (corner[:, 3] >= height)
+        rows = rows[on_border <= _SIDES]
+        self._rows = {
+            (int(image), box.tobytes()): int(row)
+            for image, box, row in zip(file.image_id[rows], file.box[rows] + np.float32(0), rows, strict=True)
+        }
+        self._keys = np.unique(_keys(file.image_id[rows], file.box[rows]))
+
+    def equal(self, image_id: NDArray[np.int64], box: NDArray[np.float32]) -> Iterator[tuple[int, int]]:
+        """Positions of the boxes that are a novel one, and of that annotation."""
+        # Numbers first: there are millions of boxes.
+        for row in np.flatnonzero(np.isin(_keys(image_id, box), self._keys)).tolist():
+            at = self._rows.get((int(image_id[row]), (box[row] + np.float32(0)).tobytes()))
+            if at is not None:
+                yield row, at
+
+
+def _keys(image_id: NDArray[np.int64], box: NDArray[np.float32]) -> NDArray[np.uint64]:
+    """Numbers that are equal for equal boxes, and seldom for others."""
+    # Adding zero makes one zero of two.
+    words = np.ascontiguousarray(box + np.float32(0)).view(np.uint64).reshape(-1, 2)
+    mixed: NDArray[np.uint64] = image_id.astype(np.uint64) * _MIX[0]
+    for word, factor in zip(words.T, _MIX[1:], strict=True):
+        mixed = (mixed ^ (mixed >> np.uint64(29)) ^ word) * factor
+    return mixed

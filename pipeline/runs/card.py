@@ -1,0 +1,325 @@
+"""Run card: card.md in a run's folder, which says to others what the model is, as model cards do.
+
+Written when a training ends, and anew by `ezsd eval` and `ezsd audit`. Everything in it comes from files of the run's
+folder; of files elsewhere it has the names alone.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, cast
+
+import yaml
+
+from ezsd.cache import JSON, short_json
+from ezsd.pipeline.config.schema import PRESET_ALIASES, load_preset, preset_names, to_tables
+from ezsd.pipeline.data.datasets import DRAWN
+from ezsd.pipeline.errors import DamagedFile
+from ezsd.pipeline.files import as_json, read_object, write_text
+from ezsd.pipeline.runs.run import Checkpoint, Run
+from ezsd.pipeline.runs.store_digests import read_stores
+from ezsd.pipeline.runs.training_boxes import read_boxes
+
+AUDITS = ("audit.json", "audit-ovd-strict.json")
+"""Results of `ezsd audit` in a run's folder."""
+_FILE = "card.md"
+_NAMED = 80
+"""Most class names in a list."""
+_UNKNOWN = "not recorded"
+
+
+def has_card(run: Run) -> bool:
+    """True if the run's folder has a card."""
+    return (run.folder / _FILE).is_file()
+
+
+def write_card(run: Run) -> Path:
+    """Write the card of a run anew from what its folder holds now; returns its path.
+
+    Raises:
+        DamagedFile: a file of the run holds something else.
+        OSError: the folder cannot be written to.
+    """
+    path = run.folder / _FILE
+    write_text(path, _Card(run).text())
+    return path
+
+
+class _Card:
+    """Contents of a run's folder, as a card shows them."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.name = run.folder.absolute().name
+        self.spec = cast("Mapping[str, Any]", run.spec)
+        self.environment = run.environment
+        self.base: list[str] = self.spec["names"][: self.spec["base_count"]]
+        self.novel: list[str] = self.spec["names"][self.spec["base_count"] :]
+        self.figures = _figures(_table(run, "eval.json"))
+
+    def text(self) -> str:
+        """The whole card, Markdown with YAML in front."""
+        front = yaml.safe_dump(self._front(), sort_keys=False, allow_unicode=True, width=1000)
+        parts = [self._summary(), self._use(), self._classes(), self._results(), self._training()]
+        parts += [self._settings(), self._audit(), self._limits()]
+        return f"---\n{front}---\n\n" + "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+
+    def _front(self) -> dict[str, object]:
+        found: dict[str, object] = {
+            "library_name": "ezsd",
+            "pipeline_tag": "zero-shot-object-detection",
+            "tags": ["ezsd", "object-detection", "zero-shot-object-detection", "open-vocabulary-detection"],
+        }
+        if self.figures:
+            dataset = str(self.spec["dataset"])
+            metrics = [
+                {"type": "ap50", "name": f"AP50, {group} classes", "value": round(100 * value, 1)}
+                for group, value in ((group, row["AP50"]) for group, row in self.figures.items())
+                if value is not None
+            ]
+            result = {
+                "task": {"type": "object-detection"},
+                "dataset": {"name": dataset, "type": dataset},
+                "metrics": metrics,
+            }
+            found["model-index"] = [{"name": self.name, "results": [result]}]
+        return found
+
+    def _summary(self) -> list[str]:
+        model = self.spec["config"]["model"]
+        return [
+            f"# {_plain(self.name)}",
+            "",
+            f"An object detector made with ezsd: backbone `{model['backbone']}`, head `{model['head']}`. It was given "
+            f"boxes of {_count(len(self.base), 'base class', 'base classes')} and the names alone of "
+            f"{_count(len(self.novel), 'novel class', 'novel classes')}, and can be asked for other names too. What it "
+            f"knows of them it has from the teacher {_code(self._model()['name'])}.",
+        ]
+
+    def _use(self) -> list[str]:
+        run = shlex.quote(self.name)
+        return [
+            "## How to use it",
+            "",
+            "```sh",
+            f'ezsd detect photo.jpg --run {run} --classes "cat,red umbrella" --out found.png',
+            f"ezsd eval --run {run} --data-root DIR",
+            f"ezsd audit {run} --data-root DIR --cache STORE",
+            "```",
+        ]
+
+    def _classes(self) -> list[str]:
+        novel = _listed(self.novel) if self.novel else "none"
+        return [
+            "## Classes",
+            "",
+            f"**Base**, with boxes: {_listed(self.base)}",
+            "",
+            f"**Novel**, by name alone: {novel}",
+        ]
+
+    def _results(self) -> list[str]:
+        lines = ["## Evaluation", ""]
+        evaluation = _table(self.run, "eval.json")
+        if evaluation is None or not self.figures:
+            return [*lines, "None yet."]
+        source = evaluation["annotations"]
+        lines += ["| | AP | AP50 | AP75 |", "|---|---|---|---|"]
+        lines += [
+            f"| {group} | {' | '.join(_percent(row.get(key)) for key in ('AP', 'AP50', 'AP75'))} |"
+            for group, row in self.figures.items()
+        ]
+        lines += ["", f"All classes at once, limit {evaluation['limit']}, on {_code(source['file'])} (sha256 "]
+        lines[-1] += f"{source['sha256'][:12]})."
+        crops = _table(self.run, "crops.json")
+        if crops is not None and {"raw", "re_normalised"} <= crops.keys():
+            raw, tuned = crops["raw"], crops["re_normalised"]
+            lines += ["", "Accuracy of the teacher on crops of these objects, before and after re-normalisation: base "]
+            lines[-1] += f"{_percent(raw['base'])} and {_percent(tuned['base'])}, novel {_percent(raw['novel'])} and "
+            lines[-1] += f"{_percent(tuned['novel'])}."
+        return lines
+
+    def _training(self) -> list[str]:
+        rows = {
+            "dataset": _plain(str(self.spec["dataset"])),
+            "boxes": self._boxes(),
+            "teacher": self._teacher(),
+            "store": self._store(),
+            "backbone's first weights": self._digest(self.spec.get("backbone_weights"), "random"),
+            **self._progress(),
+            "time": self._seconds(),
+            "machine": self._machine(),
+            "versions": ", ".join(f"{name} {version}" for name, version in self._versions().items()) or _UNKNOWN,
+        }
+        return ["## Training", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+    def _boxes(self) -> str:
+        known = read_boxes(self.run)
+        if not known:
+            return _UNKNOWN
+        return "; ".join(
+            f"{one['boxes']:,} of base classes in {one['images']:,} images (digest {one['sha256'][:12]})"
+            for one in known
+        )
+
+    def _model(self) -> Mapping[str, Any]:
+        found = self.spec["store"].get("manifest", {}).get("products", {}).get("teacher", {}).get("inputs", {})
+        model: Mapping[str, Any] = found.get("model", {})
+        return {**model, "name": str(model.get("name", "unknown"))}
+
+    def _teacher(self) -> str:
+        model = self._model()
+        return f"{_code(model['name'])}, weights {self._digest(model.get('weights_sha256'), _UNKNOWN)}"
+
+    def _store(self) -> str:
+        known = read_stores(self.run)
+        if not known:
+            return f"manifest {self.spec['store']['digest'][:12]}; bytes {_UNKNOWN}"
+        return ", then ".join(f"sha256 {one['sha256']}" for one in known)
+
+    def _digest(self, digest: object, without: str) -> str:
+        return f"sha256 {digest}" if digest else without
+
+    def _progress(self) -> dict[str, str]:
+        train = self.spec["config"]["train"]
+        checkpoint = self.run.latest()
+        done = 0 if checkpoint is None else checkpoint.step
+        rows = {
+            "steps": f"{done:,} of {train['steps']:,}, {_count(train['batch_size'], 'image', 'images')} each",
+            "seed": str(train["seed"]),
+        }
+        return rows if checkpoint is None else {**rows, "weights": f"sha256 {_weights_digest(checkpoint)}"}
+
+    def _seconds(self) -> str:
+        stages = {**_numbers(self.environment.get("build_seconds")), **self.run.seconds()}
+        return ", ".join(f"{stage} {spent:,.0f} s" for stage, spent in stages.items()) or _UNKNOWN
+
+    def _machine(self) -> str:
+        machine = self.environment.get("machine")
+        if not isinstance(machine, Mapping):
+            return _UNKNOWN
+        words = [machine[key] for key in ("gpu", "processor", "system") if key in machine]
+        return _plain(", ".join(map(str, words)))
+
+    def _versions(self) -> dict[str, str]:
+        found, machine = self.environment.get("versions"), self.environment.get("machine")
+        return (dict(found) if isinstance(found, Mapping) else {}) | (
+            {"Python": machine["python"]} if isinstance(machine, Mapping) else {}
+        )
+
+    def _settings(self) -> list[str]:
+        preset = self.environment.get("preset")
+        lines = ["## Settings", ""]
+        if not isinstance(preset, str) or PRESET_ALIASES.get(preset, preset) not in preset_names():
+            return [*lines, f"The preset that they came from was {_UNKNOWN}; `run.json` has all of them."]
+        usual, own = as_json(to_tables(load_preset(preset))), self.spec["config"]
+        changed = [
+            f"| `{section}.{key}` | {_setting(key, value)} | {_setting(key, usual[section].get(key))} |"
+            for section, table in own.items()
+            for key, value in table.items()
+            if section in usual and value != usual[section].get(key)
+        ]
+        if not changed:
+            return [*lines, f"Those of the preset `{preset}`."]
+        return [
+            *lines,
+            f"Those of the preset `{preset}`, but for:",
+            "",
+            "| setting | here | preset |",
+            "|---|---|---|",
+            *changed,
+        ]
+
+    def _audit(self) -> list[str]:
+        lines = ["## Audit", ""]
+        found = [result for name in AUDITS if (result := _table(self.run, name)) is not None]
+        if not all({"setting", "summary", "date", "step"} <= one.keys() for one in found):
+            raise DamagedFile(
+                f"{self.run.folder}: {' or '.join(AUDITS)} is damaged; remove it and run `ezsd audit` again"
+            )
+        if not found:
+            return [*lines, "None yet: `ezsd audit` looks for novel boxes in every stage."]
+        return lines + [
+            f"- `{one['setting']}`: {_plain(one['summary'])} ({one['date'][:10]}, at step {one['step']:,})"
+            for one in found
+        ]
+
+    def _limits(self) -> list[str]:
+        lines = ["## Limits", ""]
+        if self.figures:
+            lines.append(
+                "- The figures of novel classes are for the names above, on that file and with all classes competing; "
+                "for other names, images or prompts nothing was measured."
+            )
+        else:
+            lines.append("- Nothing was measured: neither the names above nor others.")
+        if self.spec["dataset"] in DRAWN:
+            lines.append("- The images are drawn: nothing is said about photos.")
+        return [
+            *lines,
+            f"- One training, seed {self.spec['config']['train']['seed']}: another seed gives other figures.",
+            "- What the teacher and a pretrained backbone were trained on was not examined; they may have seen "
+            "objects, names or images of the novel classes.",
+            "- Scores are for ranking and thresholds; they are not calibrated probabilities.",
+        ]
+
+
+def _table(run: Run, name: str) -> dict[str, Any] | None:
+    path = run.folder / name
+    return read_object(path) if path.is_file() else None
+
+
+def _figures(evaluation: Mapping[str, Any] | None) -> dict[str, Mapping[str, float | None]]:
+    """AP, AP50 and AP75 of groups of classes in an eval.json, as today's version writes it."""
+    if evaluation is None or not {"generalised", "limit", "annotations"} <= evaluation.keys():
+        return {}
+    at: Mapping[str, Any] = evaluation["generalised"]["at"][evaluation["limit"]]
+    return {group: at[group] for group in ("base", "novel", "all") if group in at}
+
+
+def _weights_digest(checkpoint: Checkpoint) -> str:
+    """Sha256 of the file of weights to detect with."""
+    digests: Mapping[str, str] = read_object(checkpoint.folder / "state.json")["sha256"]
+    return digests.get("average.safetensors", digests["model.safetensors"])
+
+
+def _numbers(table: object) -> dict[str, float]:
+    return {key: value for key, value in table.items() if value} if isinstance(table, Mapping) else {}
+
+
+def _setting(key: str, value: JSON) -> str:
+    """A setting's value; of sentences from a file, and of places, the name alone."""
+    if key == "descriptions" and value:
+        return "`FILE`"
+    if isinstance(value, str):
+        # Of whichever system it is a place.
+        for kind in (PurePosixPath, PureWindowsPath):
+            if kind(value).is_absolute():
+                value = kind(value).name
+    return _code(short_json(value))
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number:,} {one if number == 1 else more}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED
+    return _plain(", ".join(names[:_NAMED])) + (f" and {more:,} more (`run.json`)" if more > 0 else "")
+
+
+def _code(text: str) -> str:
+    """Text as code, in a table too."""
+    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown takes for nothing else."""
+    escaped = "".join(f"\\{letter}" if letter in "\\`*[]<>|#" else letter for letter in text)
+    return " ".join(escaped.split())
