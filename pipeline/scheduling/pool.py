@@ -244,29 +244,38 @@ def _local(schedule: Schedule, workers: int) -> Iterator[Client]:
         with shielded():
             stack.enter_context(config.set({"distributed.nanny.pre-spawn-environ": threads}))
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="ezsd-dask-"))
-            cluster = SpecCluster(
-                scheduler={
-                    "cls": Scheduler,
-                    # Any free port, and nothing to look at there unless it was asked for.
-                    "options": {"host": host, "dashboard": schedule.dashboard, "dashboard_address": f"{host}:0"},
-                },
-                workers={
-                    number: {
-                        "cls": Nanny,
-                        "options": {
-                            "host": host,
-                            "nthreads": 1,
-                            "dashboard": False,
-                            "env": environment,
-                            "memory_limit": None,
-                            "local_directory": scratch,
-                            "silence_logs": logging.CRITICAL,
-                        },
-                    }
-                    for number, environment in enumerate(worker_environments(schedule.device, workers))
-                },
-                silence_logs=logging.CRITICAL,
-            )
+            try:
+                cluster = SpecCluster(
+                    scheduler={
+                        "cls": Scheduler,
+                        # Any free port, and nothing to look at there unless it was asked for.
+                        "options": {"host": host, "dashboard": schedule.dashboard, "dashboard_address": f"{host}:0"},
+                    },
+                    workers={
+                        number: {
+                            "cls": Nanny,
+                            "options": {
+                                "host": host,
+                                "nthreads": 1,
+                                "dashboard": False,
+                                "env": environment,
+                                "memory_limit": None,
+                                "local_directory": scratch,
+                                "silence_logs": logging.CRITICAL,
+                            },
+                        }
+                        for number, environment in enumerate(worker_environments(schedule.device, workers))
+                    },
+                    silence_logs=logging.CRITICAL,
+                )
+            except RuntimeError as error:
+                # Dask has closed what it had begun.
+                if "Nanny" not in str(error):
+                    raise
+                raise ClusterError(
+                    "a worker process ended while it was starting (out of memory, or killed from outside?); what is "
+                    "finished stays, run the same command again"
+                ) from error
             stack.push(partial(_close, cluster))
             client = stack.enter_context(Client(cluster, set_as_default=False))
             stack.push(partial(_kill_workers, cluster))

@@ -5,7 +5,9 @@ import os
 import pickle
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 import ezsd.pipeline.scheduling.pool
@@ -73,6 +75,26 @@ def _visible(_):
 def test_a_worker_that_always_dies_is_named_by_its_item():
     with pytest.raises(ClusterError, match=r"^5: the worker processes that had it died \(4 in all"):
         run(Schedule(workers=2), os._exit, [5, 5])
+
+
+def _starting():
+    """Processes that Dask has begun."""
+    return [one for one in psutil.Process().children() if any("spawn_main" in word for word in one.cmdline())]
+
+
+def test_a_worker_killed_while_it_starts_is_one_line_and_what_is_there_goes_on():
+    def kill_the_first():
+        while not (found := _starting()):
+            time.sleep(0.001)
+        found[0].kill()
+
+    with ThreadPoolExecutor(1) as threads:
+        killing = threads.submit(kill_the_first)
+        with pytest.raises(ClusterError, match=r"^a worker process ended while it was starting \(out of memory"):
+            run(Schedule(workers=2), abs, [-1, -2])
+        killing.result()
+    assert not _starting()
+    assert sorted(run(Schedule(workers=2), abs, [-1, -2])) == [1, 2]
 
 
 def _fail_or_wait(item):
