@@ -16,6 +16,7 @@ from ezsd.cache.files import (
     disk_room,
     make_folders,
     read_bytes,
+    require_can_write,
     require_room,
     writable,
     write_atomic,
@@ -146,6 +147,7 @@ class StoreWriter:
 
     @classmethod
     def _locked(cls, wanted: Plan, *, shared: bool) -> Self:
+        require_can_write(wanted.store)
         with writable(wanted.store):
             make_folders(wanted.store)
             lock = lock_store(wanted.store, shared=shared)

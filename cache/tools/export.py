@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
-from ezsd.cache.files import discard, rename
+from ezsd.cache.files import discard, rename, require_can_write
 from ezsd.cache.format.commit_mark import MANIFEST
 from ezsd.cache.format.schema import PER_IMAGE, per_store
 from ezsd.cache.reader import Store, Verify
@@ -54,6 +54,7 @@ def export(
     if format not in FORMATS:
         raise StoreError(f"`format={format}`: expected {', '.join(FORMATS)}")
     source, target = Store(store, verify=verify), Path(folder).absolute()
+    require_can_write(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: exists and is not empty; choose a new folder")
     write = _writer(format)

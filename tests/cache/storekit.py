@@ -189,6 +189,11 @@ class Images:
             yield block_rows(block, most=self._most)
 
 
+def sha256(rows):
+    """Digest of an array's bytes."""
+    return hashlib.sha256(rows.tobytes()).hexdigest()
+
+
 def flip(file, bit):
     """Turn one bit of a file over."""
     with file.open("r+b") as opened:
