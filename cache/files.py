@@ -102,7 +102,9 @@ def writable(store: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _READ_ONLY:
             raise
-        raise StoreError(f"{store}: cannot be written to ({error.strerror}); choose another `out` folder") from error
+        raise StoreError(
+            f"{store}: cannot be written to ({error.strerror}); choose another folder: `path=NEW`"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -294,7 +296,7 @@ _CURES = {
     errno.EACCES: "you may not read it: ask its owner, or change its mode (`chmod -R u+rX` on the store)",
     errno.EPERM: "you may not read it: ask its owner",
     errno.EIO: "the disk or the network has a fault, see the system's log, and run the same command again; if the file "
-    "stays so, remove it: `ezsd cache repair`, or the build that goes on, makes it anew",
+    "stays so, remove it: `repair()`, or the build that goes on, makes it anew",
     errno.ESTALE: "the file server replaced it: run the same command again, or mount its file system anew",
     errno.ENOMEM: "the system has no memory for it, or no more maps (vm.max_map_count): give it more and run the same "
     "command again",
@@ -328,7 +330,7 @@ def system_error(error: BaseException) -> OSError | None:
 _SAID_BY_KIND = (*ABSENT, ConnectionError, PermissionError, TimeoutError)
 
 
-MENDED = "`ezsd cache verify --deep` lists all damage, `ezsd cache repair` mends it"
+MENDED = "`verify(deep=True)` lists all damage, `repair()` mends it"
 """Advice for a damaged store."""
 PUSHED = "push the store again, which sends what is damaged"
 """Advice for a damaged store behind a URL."""

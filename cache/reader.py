@@ -120,9 +120,7 @@ class Store:
             StoreError: it is read from a URL and has none.
         """
         if not isinstance(self._place, LocalPlace):
-            raise StoreError(
-                f"{self._place}: is not a local folder; copy it with `ezsd cache pull {self._place} DIR` first"
-            )
+            raise StoreError(f"{self._place}: is not a local folder; copy it with `pull({self._place}, DIR)` first")
         return self._place.path
 
     @property
@@ -213,7 +211,7 @@ class Store:
         Raises:
             StoreMismatch: names each difference with both values.
         """
-        cure = "use a store made for these settings (`ezsd cache build --out NEW_FOLDER`), or change them back"
+        cure = "use a store made for these settings (`StoreWriter.open(NEW_FOLDER, ...)`), or change them back"
         refuse(str(self), self.manifest.differences(wanted), cure=cure)
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ezsd.cache.errors import StoreBusy, StoreError, StoreIncomplete
+from ezsd.cache.errors import StoreBusy, StoreError, StoreIncomplete, StoreMismatch
 from ezsd.cache.files import (
     FileLock,
     disk_room,
@@ -33,7 +33,7 @@ from ezsd.cache.format.commit_mark import (
 )
 from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.schema import SHARD_BYTES, Block, per_store, per_store_field
-from ezsd.cache.format.sealed_json import JSON, canonical_json, seal
+from ezsd.cache.format.sealed_json import JSON, Difference, canonical_json, seal
 from ezsd.cache.journal.bad_images import all_bad_images
 from ezsd.cache.journal.commit import Committer, Finisher, remove_journal
 from ezsd.cache.journal.disk_room import room_to_commit, small_bytes
@@ -52,9 +52,9 @@ from ezsd.cache.journal.entries import (
 )
 from ezsd.cache.journal.plan import (
     Plan,
-    another_folder,
     finished_block,
     forget_block,
+    free_folder,
     geometry_differences,
     journaled_bad_images,
     per_store_entry,
@@ -62,7 +62,6 @@ from ezsd.cache.journal.plan import (
     plan_folder,
     read_per_store,
     read_plan,
-    refuse,
 )
 from ezsd.cache.journal.shards import ShardTask, forget_record, recorded
 from ezsd.cache.journal.unfinished import Unfinished
@@ -183,11 +182,12 @@ class StoreWriter:
         file = store / MANIFEST
         found = Manifest.from_json(read_bytes(file), str(file))
         differences = found.differences(wanted.manifest)
-        cure = another_folder(store, found, wanted.manifest)
-        refuse(store, differences + geometry_differences({"embed_dim": mark.embed_dim}, wanted), cure=cure)
+        differences += geometry_differences({"embed_dim": mark.embed_dim}, wanted)
+        if differences:
+            raise _another_store(store, differences, found.same_products(wanted.manifest))
         problems = size_problems(store, mark)
         if problems:
-            raise StoreError(f"{problems[0]}; the store is damaged: run `ezsd cache repair {store}`")
+            raise StoreError(f"{problems[0]}; the store is damaged: run `repair({store})`")
         if journal_folder(store).exists() or (store / LOCK).exists():
             lock = lock_store(store)
             try:
@@ -449,6 +449,15 @@ class StoreWriter:
             raise StoreError(f"{self.path}: the store is complete; cannot {action} any more")
 
 
+def _another_store(store: Path, differences: Sequence[Difference], same: Sequence[str]) -> StoreMismatch:
+    """The error about a complete store of other settings; `same` are products that need not be made again."""
+    folder = free_folder(store)
+    equal = f"; equal there: {', '.join(same)}" if same else ""
+    error = StoreMismatch.between(store, differences, cure=f"build into another folder: `path={folder}`{equal}")
+    error.shared, error.folder = same, folder
+    return error
+
+
 def _unprepared(store: Path) -> StoreBusy:
     return StoreBusy(f"{store}: is not prepared yet for builders that share it")
 
@@ -468,11 +477,11 @@ def _integers(values: ArrayLike, dtype: str) -> NDArray[Any]:
 def _require_own(store: Path) -> None:
     """Refuse a folder that holds something else than a store being built."""
     if store.exists() and not store.is_dir():
-        raise StoreError(f"{store}: is a file; choose another `out` folder")
+        raise StoreError(f"{store}: is a file; choose another folder: `path=NEW`")
     if plan_folder(store).is_dir() or not store.is_dir():
         return
     # A build killed before its plan leaves these at most.
     own = {LOCK, LOG, ENVIRONMENT, journal_folder(store).name}
     foreign = sorted(file.name for file in store.iterdir() if file.name not in own)
     if foreign:
-        raise StoreError(f"{store}: holds {foreign[0]!r} but no store; choose an empty or new `out` folder")
+        raise StoreError(f"{store}: holds {foreign[0]!r} but no store; choose an empty or new folder: `path=NEW`")

@@ -92,7 +92,7 @@ def _read(store: Path, name: str) -> CommitMark | None:
     except StoreError as error:
         if is_sealed(data):
             raise
-        raise StoreError(f"{error}; where all else is whole, `ezsd cache repair {store}` makes it again") from error
+        raise StoreError(f"{error}; where all else is whole, `repair({store})` makes it again") from error
     require_inside(store, [name, ENVIRONMENT, LOG, *mark.files])
     return mark
 
@@ -191,7 +191,7 @@ def parse_environment(data: bytes | None, where: str) -> dict[str, Any]:
     try:
         return unseal(data, where)
     except StoreError as error:
-        cure = "nothing but this record is lost: `ezsd cache repair` or you may remove it"
+        cure = "nothing but this record is lost: `repair()` or you may remove it"
         raise StoreError(f"{error}; {cure}") from error
 
 
@@ -204,7 +204,7 @@ def require_not_set_aside(store: Path) -> None:
     if (store / INCOMPLETE).exists():
         raise StoreIncomplete(
             f"{store}: this store is damaged and was marked incomplete; "
-            f"`ezsd cache repair {store} --data-root DIR` rebuilds what is lost from the images in DIR"
+            f"`repair({store}, source)` computes again what is lost"
         )
 
 

@@ -78,8 +78,8 @@ def lock_store(
     store: Path,
     *,
     shared: bool = False,
-    busy: str = "another process is building this store, or a share of it; wait for it to end, or choose another `out` "
-    "folder",
+    busy: str = "another process is building this store, or a share of it; wait for it to end, or choose another "
+    "folder: `path=NEW`",
 ) -> FileLock:
     """Lock a store's folder against other builders and repairs; with `shared`, beside those that share it.
 

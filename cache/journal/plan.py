@@ -107,23 +107,15 @@ class Plan:
         refuse(self.store, found, cure=unfinished_folder(self.store))
 
 
-def another_folder(store: Path, found: Manifest, wanted: Manifest) -> str:
-    """Advice for a store of other settings: a folder to build in, and the products to take over from this one."""
-    same = found.same_products(wanted)
-    if not same:
-        return f"build into another folder: `out={_free(store)}`"
-    return f"build into another folder: `out={_free(store)}` `reuse={store}` takes over {', '.join(same)}"
-
-
 def unfinished_folder(store: Path) -> str:
     """Advice for an unfinished store of other settings, from which nothing can be taken over."""
     return (
         f"it is not finished: go on with the settings that it was begun with, or remove the folder {store}, or build "
-        f"into another folder: `out={_free(store)}`"
+        f"into another folder: `path={free_folder(store)}`"
     )
 
 
-def _free(store: Path) -> Path:
+def free_folder(store: Path) -> Path:
     """A folder beside a store that is not there yet."""
     return next(name for n in itertools.count(2) if not (name := store.with_name(f"{store.name}-{n}")).exists())
 

@@ -126,10 +126,8 @@ class RemotePlace:
                 require_inside(Path(self._root), mark.files)
             return mark, data
         if self.read_if_there(TRANSFER) is not None:
-            raise StoreIncomplete(f"{self.url}: not all files were copied here; run the same `ezsd cache push` again")
-        raise StoreError(
-            f"{self.url}: is not a store (no {COMMIT} there); `ezsd cache push STORE {self.url}` makes one"
-        )
+            raise StoreIncomplete(f"{self.url}: not all files were copied here; run the same `push(...)` again")
+        raise StoreError(f"{self.url}: is not a store (no {COMMIT} there); `push(STORE, {self.url})` makes one")
 
     def folders(self) -> list[str]:
         """URLs of the folders directly below this one.
@@ -138,7 +136,7 @@ class RemotePlace:
             StoreError: it is a web server's, which has no list of them, or there is no such folder.
         """
         if self._is_web:
-            raise StoreError(f"{self.url}: a web server lists no folders; give the URL of a store to `ezsd cache info`")
+            raise StoreError(f"{self.url}: a web server lists no folders; give the URL of a store to `info()`")
         found = [name for name, kind in self._listing() if kind == "directory"]
         # Of all URLs these alone are decoded.
         is_quoted = self.url.startswith(_FILE)

@@ -174,7 +174,7 @@ def _load(place: Place, mark: CommitMark, name: str) -> dict[str, Any]:
     if isinstance(place, LocalPlace):
         reason = file_problem(place.path / name, mark.files[name], deep=True)
         if reason is not None:
-            raise StoreError(f"{where}: {reason}; the store is damaged: `ezsd cache repair {place}` mends it")
+            raise StoreError(f"{where}: {reason}; the store is damaged: `repair({place})` mends it")
     return parse_json(place.read_file(name), where)
 
 

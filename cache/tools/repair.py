@@ -130,7 +130,7 @@ def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> Rep
     if source is not None and source.manifest.digest != mark.manifest_digest:
         raise StoreMismatch(
             f"{store}: these images and settings make another store than this one (manifest digest "
-            f"{source.manifest.digest[:12]}, here {mark.manifest_digest[:12]}); give the `data_root` it was made from"
+            f"{source.manifest.digest[:12]}, here {mark.manifest_digest[:12]}); give the `source` it was made from"
         )
     # Refuses a link in its place, before a lock file would be put there.
     scratch_folder(store)
@@ -155,7 +155,7 @@ def _require_finished(store: Path) -> None:
     if (store / MANIFEST).is_file() and not (store / TRANSFER).exists() and not plan_folder(store).exists():
         return
     unfinished_plan(store)
-    raise StoreError(f"{store}: was never finished, so there is nothing to repair; run `ezsd cache build` again")
+    raise StoreError(f"{store}: was never finished, so there is nothing to repair; run `StoreWriter.open(...)` again")
 
 
 def _scratch(store: Path) -> Path:
@@ -169,7 +169,7 @@ def _require_readable(found: Sequence[Damage]) -> None:
     hidden = [damage for damage in found if damage.kind == "unreadable"]
     if hidden:
         more = f" and {len(hidden) - 1} more files cannot be read," if len(hidden) > 1 else ""
-        raise StoreUnreadable(f"{hidden[0]};{more} then run `ezsd cache repair` again")
+        raise StoreUnreadable(f"{hidden[0]};{more} then run `repair()` again")
 
 
 @dataclass(frozen=True)

@@ -301,7 +301,16 @@ def _writer(
             shared=shared,
         )
     except StoreMismatch as error:
-        raise error.reworded(as_settings) from None
+        raise error.reworded(as_settings, cure=_cure(error, request.out.absolute())) from None
+
+
+def _cure(error: StoreMismatch, store: Path) -> str | None:
+    """Advice where a complete store has other settings: the products that a build in another folder takes over."""
+    if error.folder is None:
+        return None
+    if not error.shared:
+        return f"build into another folder: `out={error.folder}`"
+    return f"build into another folder: `out={error.folder}` `reuse={store}` takes over {', '.join(error.shared)}"
 
 
 def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
