@@ -34,12 +34,13 @@ from ezsd.cache.files import (
 )
 from ezsd.cache.format.commit_mark import LOCK, are_counts
 from ezsd.cache.format.names import inside
+from ezsd.cache.format.schema import DTYPES
 from ezsd.cache.format.sealed_json import JSON, seal, unseal
 
 _ALIGNMENT = 64
 _PIECE_BYTES = 2**19
 
-_ITEM_BYTES = {name: np.dtype(name).itemsize for name in ("<f2", "<f4", "<i4", "<i8", "|i1")}
+_ITEM_BYTES = {name: np.dtype(name).itemsize for name in DTYPES}
 """Bytes of one value of each type that an entry may hold."""
 
 JOURNAL = "journal"

@@ -136,6 +136,8 @@ def read_manifest(place: Place, mark: CommitMark) -> Manifest:
     if manifest.digest != mark.manifest_digest:
         cure = MENDED if isinstance(place, LocalPlace) else PUSHED
         raise StoreError(f"{where}: is not the manifest this store was committed with; the store is damaged: {cure}")
+    if manifest.schema != mark.recorded:
+        raise StoreError(f"{where}: has another schema than the commit mark; ezsd wrote no such store: do not use it")
     return manifest
 
 

@@ -30,7 +30,7 @@ from ezsd.cache.files import (
 )
 from ezsd.cache.format.commit_mark import ARRIVING, COMMIT, TRANSFER, CommitMark, parse_mark
 from ezsd.cache.format.names import ROOT, inside, require_inside
-from ezsd.cache.format.schema import holds_rows
+from ezsd.cache.format.schema import Schema
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.format.zarr_bytes import consolidated
 from ezsd.cache.storage.arrays import RowArray, ZarrArray, zarr_errors
@@ -71,6 +71,7 @@ class RemotePlace:
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self.url = url.rstrip("/")
         self._root = root.rstrip("/")
+        self._schema: Schema | None = None
         self.stated: Mapping[str, FileDigest] = {}
         """The files that a commit mark lists, once one was read: no more than the stated bytes are read of each."""
 
@@ -121,7 +122,7 @@ class RemotePlace:
         data = self.read_if_there(COMMIT)
         if data is not None:
             mark = parse_mark(data, f"{self.url}/{COMMIT}")
-            self.stated = mark.files
+            self.stated, self._schema = mark.files, mark.schema
             if self.is_folder:
                 require_inside(Path(self._root), mark.files)
             return mark, data
@@ -335,7 +336,11 @@ class RemotePlace:
             raise StoreError(f"{self.url}/{error}") from error
         if spec is None:
             return self._through_zarr(name)
-        return RemoteArray(spec, self, partial(self._through_zarr, name), whole=not holds_rows(name))
+        return RemoteArray(spec, self, partial(self._through_zarr, name), whole=not self._holds_rows(name))
+
+    def _holds_rows(self, array: str) -> bool:
+        """True if an array of the store whose mark was read holds rows of images."""
+        return self._schema is not None and self._schema.holds_rows(array)
 
     @cached_property
     def _root_metadata(self) -> dict[str, Any]:
@@ -358,7 +363,9 @@ class RemotePlace:
 
         from ezsd.cache.storage.fetch import Listed
 
-        return zarr.open_group(Listed(self.fetch, self.read_file, self.stated), mode="r", zarr_format=3)
+        return zarr.open_group(
+            Listed(self.fetch, self.read_file, self.stated, self._holds_rows), mode="r", zarr_format=3
+        )
 
     @contextmanager
     def errors(self) -> Iterator[None]:

@@ -136,8 +136,12 @@ def _summary(store: StoreInfo | StoreError) -> str:
         return f"cannot be read: {as_options(str(store))}"
     done = f"{store.blocks_done} of {store.blocks} blocks" if store.blocks else "marked incomplete"
     state = ("damaged" if store.problems else "complete") if store.complete else f"unfinished, {done}"
-    regions = next(product for product in store.products if product.name == "regions")
-    return f"{state}, {store.images:,} images, {regions.rows:,} regions, {store.bytes_:,} bytes, {store.embedding}"
+    shown = [
+        one for one in store.products if one.name == "regions" or (store.embedding is None and one.rows is not None)
+    ]
+    rows = ", ".join(f"{one.rows:,} {one.name}" for one in shown)
+    ending = f", {store.embedding}" if store.embedding else ""
+    return f"{state}, {store.images:,} images, {rows}, {store.bytes_:,} bytes{ending}"
 
 
 def verify_lines(path: str | Path, *, deep: bool) -> list[str]:

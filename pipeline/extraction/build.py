@@ -337,6 +337,7 @@ def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
     if wanted != found.manifest:
         return False
     # The store may have leftovers of its build, which opening it for writing removes.
+    assert found.embed_dim is not None
     _writer(request, wanted, annotations, found.embed_dim).close()
     return True
 

@@ -270,7 +270,7 @@ def test_another_format_version_is_refused_by_every_door(copy, tmp_path):
     mark.pop("sha256")
     (copy / "COMMIT.json").write_bytes(seal({**mark, "format_version": 1}))
     for door in (Store, info, storekit.open_writer):
-        with pytest.raises(StoreError, match="store format 1, this version reads formats 2 and 3"):
+        with pytest.raises(StoreError, match="store format 1, this version reads formats 2, 3, 4"):
             door(copy)
     path = tmp_path / "unfinished"
     storekit.open_writer(path).close()
