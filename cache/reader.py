@@ -126,7 +126,7 @@ class Store:
         Raises:
             StoreError: no store of regions.
         """
-        self._require_regions()
+        self.require_regions()
         assert self._mark.embed_dim is not None
         return self._mark.embed_dim
 
@@ -156,33 +156,37 @@ class Store:
         """
         return Product(self, name, dict)
 
-    def _require_regions(self) -> None:
-        """Refuse a store of another schema, whatever its products are called."""
+    def require_regions(self) -> None:
+        """Refuse a store of another schema than ezsd's, whatever its products are called.
+
+        Raises:
+            StoreError: it is one; says what the store holds.
+        """
         if self._mark.recorded is not None:
             raise StoreError(f"{self}: holds {', '.join(self._mark.products)}, expected a store of regions")
 
     @property
     def proposals(self) -> "Product[ProposalRows]":
         """Image id -> ProposalRows."""
-        self._require_regions()
+        self.require_regions()
         return Product(self, "proposals", ProposalRows)
 
     @property
     def regions(self) -> "Product[RegionRows]":
         """Image id -> RegionRows."""
-        self._require_regions()
+        self.require_regions()
         return Product(self, "regions", RegionRows)
 
     @property
     def ground_truth(self) -> "Product[GroundTruthRows]":
         """Image id -> GroundTruthRows."""
-        self._require_regions()
+        self.require_regions()
         return Product(self, "ground_truth", GroundTruthRows)
 
     @property
     def text(self) -> tuple[tuple[str, ...], NDArray[np.float32]]:
         """Class names, and their text embeddings (C, D) float32, unit."""
-        self._require_regions()
+        self.require_regions()
         arrays, attributes = self.read_per_store("text")
         names, rows = attributes.get("names"), arrays["embedding"]
         if not isinstance(names, list) or len(names) != len(rows) or not all(isinstance(name, str) for name in names):
@@ -195,7 +199,7 @@ class Store:
     @property
     def teacher(self) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """The tuned parameters one after another (K,) float32, and the attributes that describe them."""
-        self._require_regions()
+        self.require_regions()
         arrays, attributes = self.read_per_store("teacher")
         return arrays["values"], attributes
 

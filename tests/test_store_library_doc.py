@@ -35,6 +35,7 @@ from ezsd.cache import (
 from ezsd.cache.format.commit_mark import parse_mark
 from ezsd.cache.format.sealed_json import parse_json, seal
 from ezsd.pipeline.console.store_messages import info_text, list_lines
+from tests.commandkit import ezsd
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs/store-library.md").read_text(encoding="utf-8")
@@ -277,6 +278,22 @@ def test_what_needs_regions_says_what_the_store_has(features):
     with pytest.raises(StoreError, match="has no per-image product 'object'; it has tokens, objects"):
         store.product("object")
     assert "<th>objects</th>" in store._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("train", "--run", "run", "--cache"), "holds model, tokens, objects, expected a store of regions"),
+        (("cache", "look"), "holds model, tokens, objects, expected a store of regions"),
+        (("cache", "repair", "--data-root", "."), "environment.json does not say how it was built"),
+    ],
+)
+def test_a_command_that_needs_regions_refuses_in_one_line(features, tmp_path, command, said):
+    done = ezsd(*command, features, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{features}: {said}" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_feature_map_is_a_chunk_of_few_rows(tmp_path):

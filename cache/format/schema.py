@@ -39,7 +39,7 @@ EMBED = -1
 Values: TypeAlias = Literal["number", "box", "unit"]
 """Values of a field: any (finite) numbers, boxes within their image, or vectors of unit length."""
 Kept: TypeAlias = Literal["as given", "int8"]
-"""How a field is kept: as it is given, or a unit vector as int8 with one float32 scale per row."""
+"""Form in which a field is kept: as it is given, or a unit vector as int8 with one float32 scale per row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Field:
     """An array of a product.
 
     Args:
-        name: lower-case letters, digits and `_`.
+        name: lower-case letters, digits and underscores.
         dtype: as numpy spells it: float16, float32, float64, int8 to int64 or uint8 to uint64.
         trailing: shape of one row, () for a number.
         values: "box" for float32 (4,), x1, y1, x2, y2 in pixels within the image; "unit" for floating-point vectors of
@@ -282,7 +282,7 @@ def _check_field(field: Field, where: str, *, of_images: bool) -> None:
 def _check_name(name: object, where: str, taken: frozenset[str]) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or _DEVICES.fullmatch(name) or name in taken:
         raise StoreError(
-            f"{where}: expected a name of at most 64 lower-case letters, digits and `_` that begins with a letter and "
+            f"{where}: expected a name of at most 64 lower-case letters, digits and underscores, the first a letter, "
             "that neither stores nor systems use themselves"
         )
 

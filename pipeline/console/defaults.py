@@ -119,6 +119,7 @@ def train_config(
 
     # No rows are read of it here.
     store = Store(cache, verify="quick")
+    store.require_regions()
     if preset is None:
         preset = store.environment.get("preset")
     if preset is None:

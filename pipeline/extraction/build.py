@@ -216,7 +216,7 @@ def _source(request: BuildRequest) -> _Source | None:
     require_buildable(request, annotations)
     if request.reuse is not None:
         # Whether there is anything to reuse shows without the teacher.
-        Store(request.reuse)
+        Store(request.reuse).require_regions()
     _tell_of_undescribed(request)
     teacher = configured_teacher(request.config.teacher, request.device)
     require_words(teacher, request.dataset.split.names, request.config.teacher.backgrounds)
