@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ezsd.cache import EmbeddingType, forecast
+from ezsd.cache import EmbeddingType, forecast, region_schema
 from ezsd.crops import distinct_crops
 from ezsd.detector.model import Detector
 from ezsd.losses import distillation_loss
@@ -236,7 +236,7 @@ def store_table(row: Row) -> list[list[str]]:
             "ground_truth": round(images * row["base_boxes"]),
         }
         for embedding in get_args(EmbeddingType):
-            size = forecast(counts, images=images, embed_dim=EMBED_DIM, embedding=embedding)
+            size = forecast(counts, images=images, schema=region_schema(EMBED_DIM, embedding))
             lines.append([data, f"`{embedding}`", f"{size.final / 1e9:.0f}", f"{size.peak / 1e9:.0f}"])
     return [["data", "`build.embedding`", "GB", "GB while it is built"], *lines]
 

@@ -40,9 +40,10 @@ from ezsd.cache import (
     Verify,
     commit_shard,
     images_digest,
+    region_schema,
     write_block,
 )
-from ezsd.cache.format.schema import array_spec, stored_fields
+from ezsd.cache.format.schema import array_spec
 
 BATCH = 16
 MODES: tuple[Verify, ...] = ("quick", "full")
@@ -337,8 +338,8 @@ def coco_files(store: Path) -> int:
     rows = {"proposals": COCO_ROWS, "regions": COCO_ROWS, "ground_truth": 7}
     more = 0
     for product, each in rows.items():
-        for field in stored_fields(product, "float16"):
-            shape = (COCO_IMAGES * each, *field.row_shape(512))
+        for field in region_schema(512, "float16").stored(product):
+            shape = (COCO_IMAGES * each, *field.trailing)
             spec = array_spec("", field.dtype, shape, shard_bytes=256 * 2**20)
             more += spec.shards - len([f for f in (store / product / field.name / "c").rglob("*") if f.is_file()])
     return now + more

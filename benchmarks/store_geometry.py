@@ -22,15 +22,8 @@ from unittest import mock
 import driver
 import numpy as np
 
-from ezsd.cache import Block, Manifest, Origin, StoreWriter, commit_numbered, images_digest
-from ezsd.cache.format.schema import (
-    OPTIONAL,
-    PRODUCTS,
-    SHARD_BYTES,
-    ArraySpec,
-    array_spec,
-    stored_fields,
-)
+from ezsd.cache import OPTIONAL, PRODUCTS, Block, Manifest, Origin, StoreWriter, commit_numbered, images_digest
+from ezsd.cache.format.schema import SHARD_BYTES, ArraySpec, array_spec
 from ezsd.cache.format.sealed_json import JSON, seal
 from ezsd.cache.format.zarr_bytes import fill_value, shard_bytes_on_disk, shard_index
 from ezsd.cache.journal import commit, plan
@@ -92,8 +85,8 @@ def write_block(of: plan.Plan, block: Block, geometry: Geometry, random: np.rand
     places: dict[str, JSON] = {}
     end = 0
     for product, found in counts.items():
-        for field in stored_fields(product, of.manifest.embedding):
-            shape, crc = [int(found.sum()), *field.row_shape(DIM)], int(random.integers(2**32))
+        for field in of.schema.stored(product):
+            shape, crc = [int(found.sum()), *field.trailing], int(random.integers(2**32))
             places[f"{product}/{field.name}"] = {"dtype": field.dtype, "shape": shape, "offset": end, "crc32": crc}
             end += -(-int(np.prod(shape)) * np.dtype(field.dtype).itemsize // 64) * 64
     attributes: dict[str, JSON] = {

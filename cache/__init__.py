@@ -12,7 +12,8 @@ from ezsd.cache.files import FileLock, file_digest, rename, sync, write_atomic
 from ezsd.cache.format.commit_mark import is_committed, is_mark_lost
 from ezsd.cache.format.manifest import Manifest, Origin, images_digest
 from ezsd.cache.format.records import GroundTruthRows, ProposalRows, RegionRows
-from ezsd.cache.format.schema import OPTIONAL, PER_IMAGE, PER_STORE, PRODUCTS, Block, EmbeddingType, RaggedRows
+from ezsd.cache.format.regions import OPTIONAL, PER_IMAGE, PER_STORE, PRODUCTS, EmbeddingType, region_schema
+from ezsd.cache.format.schema import Block, Field, PerImage, PerStore, RaggedRows, Schema
 from ezsd.cache.format.sealed_json import JSON, Difference, canonical_json, differences, short_json
 from ezsd.cache.journal.commit import commit_numbered
 from ezsd.cache.journal.disk_room import Forecast, forecast
@@ -43,6 +44,7 @@ __all__ = [
     "Damage",
     "Difference",
     "EmbeddingType",
+    "Field",
     "FileLock",
     "Forecast",
     "Format",
@@ -55,6 +57,8 @@ __all__ = [
     "PER_IMAGE",
     "PER_STORE",
     "PRODUCTS",
+    "PerImage",
+    "PerStore",
     "Product",
     "ProductInfo",
     "ProposalRows",
@@ -62,6 +66,7 @@ __all__ = [
     "RegionRows",
     "RepairReport",
     "RowSource",
+    "Schema",
     "ShardTask",
     "Store",
     "StoreBusy",
@@ -97,6 +102,7 @@ __all__ = [
     "read_note",
     "read_per_store",
     "read_plan",
+    "region_schema",
     "rename",
     "repair",
     "short_json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ezsd.errors import EzsdError
@@ -27,6 +28,10 @@ class StoreMismatch(StoreError):
 
     differences: Sequence[Difference] = ()
     """The values that differ, where these are the reason."""
+    shared: Sequence[str] = ()
+    """Products that are the same in the store and in what is wanted, where the store is complete."""
+    folder: Path | None = None
+    """Folder beside the store that is not there yet, where what is wanted has to be built in another one."""
     _frame = ("", "")
     """The message before and after them."""
 
@@ -35,10 +40,14 @@ class StoreMismatch(StoreError):
         """The error about differences between a store and what is wanted; `cure` says what to do."""
         return cls._framed(f"{store}: this store was made from something else: ", differences, f"; {cure}")
 
-    def reworded(self, reword: Callable[[Sequence[Difference]], Sequence[Difference]]) -> StoreMismatch:
-        """Reword the differences; equal lines are listed once."""
+    def reworded(
+        self, reword: Callable[[Sequence[Difference]], Sequence[Difference]], *, cure: str | None = None
+    ) -> StoreMismatch:
+        """Reword the differences, and the `cure` if one is given; equal lines are listed once."""
+        if not self.differences:
+            return self
         before, after = self._frame
-        return self._framed(before, reword(self.differences), after) if self.differences else self
+        return self._framed(before, reword(self.differences), after if cure is None else f"; {cure}")
 
     @classmethod
     def _framed(cls, before: str, differences: Sequence[Difference], after: str) -> StoreMismatch:

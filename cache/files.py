@@ -2,10 +2,8 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
-import resource
 import secrets
 import shutil
 import signal
@@ -14,9 +12,22 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TypeAlias
 
 from ezsd.cache.errors import StoreError, StoreUnreadable
+
+fcntl: ModuleType | None
+resource: ModuleType | None
+# Windows has neither. Stores are read without them.
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+try:
+    import resource
+except ImportError:
+    resource = None
 
 FAILPOINTS: tuple[str, ...] = (
     "plan.half_written",
@@ -91,7 +102,9 @@ def writable(store: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _READ_ONLY:
             raise
-        raise StoreError(f"{store}: cannot be written to ({error.strerror}); choose another `out` folder") from error
+        raise StoreError(
+            f"{store}: cannot be written to ({error.strerror}); choose another folder: `path=NEW`"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -249,8 +262,16 @@ def open_to_read(file: Path) -> int:
     raise OSError(errno.EINVAL, "is not a regular file", str(file))
 
 
+def open_files_limit() -> int | None:
+    """Most files that this process may have open at once; None for any number, and where the system does not say."""
+    limit = None if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if resource is None or limit == resource.RLIM_INFINITY else limit
+
+
 def _raise_limit() -> None:
     """Let this process open as many files as it may; where the system refuses, the next `os.open` says so."""
+    if resource is None:
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     raised = _DESCRIPTORS if hard == resource.RLIM_INFINITY else hard
     if soft != resource.RLIM_INFINITY and soft < raised:
@@ -258,7 +279,12 @@ def _raise_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
 
 
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+def _flags(*names: str) -> int:
+    """Flags of `os.open` by name, without those that this system does not have."""
+    return sum(getattr(os, name, 0) for name in names)
+
+
+_READ = os.O_RDONLY | _flags("O_CLOEXEC", "O_NONBLOCK", "O_BINARY", "O_NOINHERIT")
 _DESCRIPTORS = 2**16
 """The new limit of open files where any number is allowed."""
 ABSENT = (FileNotFoundError, NotADirectoryError)
@@ -270,7 +296,7 @@ _CURES = {
     errno.EACCES: "you may not read it: ask its owner, or change its mode (`chmod -R u+rX` on the store)",
     errno.EPERM: "you may not read it: ask its owner",
     errno.EIO: "the disk or the network has a fault, see the system's log, and run the same command again; if the file "
-    "stays so, remove it: `ezsd cache repair`, or the build that goes on, makes it anew",
+    "stays so, remove it: `repair()`, or the build that goes on, makes it anew",
     errno.ESTALE: "the file server replaced it: run the same command again, or mount its file system anew",
     errno.ENOMEM: "the system has no memory for it, or no more maps (vm.max_map_count): give it more and run the same "
     "command again",
@@ -304,19 +330,33 @@ def system_error(error: BaseException) -> OSError | None:
 _SAID_BY_KIND = (*ABSENT, ConnectionError, PermissionError, TimeoutError)
 
 
-MENDED = "`ezsd cache verify --deep` lists all damage, `ezsd cache repair` mends it"
+MENDED = "`verify(deep=True)` lists all damage, `repair()` mends it"
 """Advice for a damaged store."""
 PUSHED = "push the store again, which sends what is damaged"
 """Advice for a damaged store behind a URL."""
+
+
+def require_can_write(where: Path) -> None:
+    """Refuse to write on a system without POSIX locks, which has no flush of folders either.
+
+    Raises:
+        StoreError: it is such a system.
+    """
+    if fcntl is None:
+        raise StoreError(
+            f"{where}: cannot be written to on this system, whose Python has no fcntl (POSIX file locks); stores can "
+            "be read here, write them on Linux or macOS"
+        )
 
 
 def sync(path: Path) -> None:
     """Flush a file's bytes, or a folder's list of names, to the disk.
 
     Raises:
-        StoreError: the file system cannot do that.
+        StoreError: the file system cannot do that, or this system cannot.
         OSError: the disk is full or refuses; it names the path.
     """
+    require_can_write(path)
     handle = os.open(path, os.O_RDONLY)
     try:
         with placed(path):
@@ -441,9 +481,10 @@ class FileLock:
             owner: text for the file, which tells others who holds the lock.
 
         Raises:
-            StoreError: a link is in its place, or the file system has no locks.
+            StoreError: a link is in its place, or the file system, or this system, has no locks.
             OSError: the file cannot be opened or locked; it names the file.
         """
+        require_can_write(path)
         self._path, self._busy = path, busy
         self.shared = shared
         self._key = (os.getpid(), str(path.resolve()))
@@ -460,7 +501,7 @@ class FileLock:
     def _try(self) -> bool:
         """Lock the file; False when its last owner removed it meanwhile, and the lock is on nothing."""
         try:
-            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | _flags("O_NOFOLLOW"), 0o666)
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
@@ -484,6 +525,7 @@ class FileLock:
 
     def _lock(self, *, shared: bool) -> None:
         """Lock the open file; PermissionError or BlockingIOError where another process holds it."""
+        assert fcntl is not None
         try:
             with placed(self._path):
                 fcntl.lockf(self._handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -23,18 +23,7 @@ from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.offsets import image_places, of_images
 from ezsd.cache.format.quantise import dequantise
 from ezsd.cache.format.records import GroundTruthRows, ProposalRows, RegionRows, RowBatch, Rows
-from ezsd.cache.format.schema import (
-    CHECKSUM,
-    CHECKSUMS,
-    IMAGES,
-    OFFSET,
-    PER_IMAGE,
-    PER_STORE,
-    EmbeddingType,
-    holds_rows,
-    per_store_field,
-    stored_fields,
-)
+from ezsd.cache.format.schema import CHECKSUM, CHECKSUMS, OFFSET, SCALE, Field, PerImage, Schema
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.journal.bad_images import bad_images_of
 from ezsd.cache.journal.plan import refuse
@@ -103,8 +92,10 @@ class Store:
 
     def _repr_html_(self) -> str:
         """A table, in a notebook."""
-        counts = {"images": len(self.image_ids), "classes": len(self.text[0]), "embedding width": self.embed_dim}
-        for product in PER_IMAGE:
+        counts = {"images": len(self.image_ids)}
+        if self._mark.recorded is None:
+            counts |= {"classes": len(self.text[0]), "embedding width": self.embed_dim}
+        for product in self.schema.per_image:
             counts[product.replace("_", " ")] = int(self._here.column(f"{product}/{OFFSET.name}")[-1])
         rows = "".join(f"<tr><th>{name}</th><td>{count:,}</td></tr>" for name, count in counts.items())
         return f"<table><caption>{html.escape(str(self))}</caption>{rows}</table>"
@@ -120,14 +111,23 @@ class Store:
             StoreError: it is read from a URL and has none.
         """
         if not isinstance(self._place, LocalPlace):
-            raise StoreError(
-                f"{self._place}: is not a local folder; copy it with `ezsd cache pull {self._place} DIR` first"
-            )
+            raise StoreError(f"{self._place}: is not a local folder; copy it with `pull({self._place}, DIR)` first")
         return self._place.path
 
     @property
+    def schema(self) -> Schema:
+        """Products of the store and their arrays."""
+        return self._mark.schema
+
+    @property
     def embed_dim(self) -> int:
-        """D, the width of the embeddings."""
+        """D, the width of the embeddings.
+
+        Raises:
+            StoreError: no store of regions.
+        """
+        self.require_regions()
+        assert self._mark.embed_dim is not None
         return self._mark.embed_dim
 
     @property
@@ -148,24 +148,45 @@ class Store:
         where = f"{self}/zarr.json"
         return bad_images_of(parse_json(self._place.read_file("zarr.json"), where), where)
 
+    def product(self, name: str) -> "Product[dict[str, NDArray[Any]]]":
+        """Image id -> its rows of a per-image product: one array for each field, by name.
+
+        Raises:
+            StoreError: the store has no such product.
+        """
+        return Product(self, name, dict)
+
+    def require_regions(self) -> None:
+        """Refuse a store of another schema than ezsd's, whatever its products are called.
+
+        Raises:
+            StoreError: it is one; says what the store holds.
+        """
+        if self._mark.recorded is not None:
+            raise StoreError(f"{self}: holds {', '.join(self._mark.products)}, expected a store of regions")
+
     @property
     def proposals(self) -> "Product[ProposalRows]":
         """Image id -> ProposalRows."""
+        self.require_regions()
         return Product(self, "proposals", ProposalRows)
 
     @property
     def regions(self) -> "Product[RegionRows]":
         """Image id -> RegionRows."""
+        self.require_regions()
         return Product(self, "regions", RegionRows)
 
     @property
     def ground_truth(self) -> "Product[GroundTruthRows]":
         """Image id -> GroundTruthRows."""
+        self.require_regions()
         return Product(self, "ground_truth", GroundTruthRows)
 
     @property
     def text(self) -> tuple[tuple[str, ...], NDArray[np.float32]]:
         """Class names, and their text embeddings (C, D) float32, unit."""
+        self.require_regions()
         arrays, attributes = self.read_per_store("text")
         names, rows = attributes.get("names"), arrays["embedding"]
         if not isinstance(names, list) or len(names) != len(rows) or not all(isinstance(name, str) for name in names):
@@ -178,6 +199,7 @@ class Store:
     @property
     def teacher(self) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """The tuned parameters one after another (K,) float32, and the attributes that describe them."""
+        self.require_regions()
         arrays, attributes = self.read_per_store("teacher")
         return arrays["values"], attributes
 
@@ -191,21 +213,22 @@ class Store:
         return read_environment(self._place)
 
     def read_per_store(self, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """Arrays and attributes of a per-store product: `teacher`, `text`, or `proposer` where the manifest has it.
+        """Arrays and attributes of a per-store product, such as `teacher` and `text` in a store of regions.
 
         Raises:
             StoreError: the store has no such product.
         """
-        field = per_store_field(product, self._mark.products, self)
-        name = f"{product}/{field.name}"
-        values = self._here.column(name).copy()
-        if not all_finite(values):
-            raise _not_finite(f"{self}: {name}")
+        arrays = {}
+        for field in self.schema.per_store_product(product, self).fields:
+            name = f"{product}/{field.name}"
+            values = arrays[field.name] = self._here.column(name).copy()
+            if not all_finite(values):
+                raise _not_finite(f"{self}: {name}")
         file = f"{product}/zarr.json"
         attributes = parse_json(self._place.read_file(file), f"{self}/{file}").get("attributes")
         if not isinstance(attributes, dict):
             raise StoreError(f"{self}/{file}: has no attributes; the store is damaged: {MENDED}")
-        return {field.name: values}, attributes
+        return arrays, attributes
 
     def require(self, wanted: Manifest) -> None:
         """Refuse to use this store for an experiment that needs another one.
@@ -213,7 +236,7 @@ class Store:
         Raises:
             StoreMismatch: names each difference with both values.
         """
-        cure = "use a store made for these settings (`ezsd cache build --out NEW_FOLDER`), or change them back"
+        cure = "use a store made for these settings (`StoreWriter.open(NEW_FOLDER, ...)`), or change them back"
         refuse(str(self), self.manifest.differences(wanted), cure=cure)
 
     @property
@@ -228,7 +251,8 @@ class Product(Mapping[int, Rows], Generic[Rows]):
     """A product of a store as a mapping from image id to that image's rows, which may be none."""
 
     def __init__(self, store: Store, name: str, record: type[Rows]) -> None:
-        """Use `Store.regions` and its like."""
+        """Use `Store.product`, or `Store.regions` and its like."""
+        store.schema.per_image_product(name, store)
         self._store, self._name = store, name
         self._record = record
 
@@ -288,6 +312,8 @@ class Product(Mapping[int, Rows], Generic[Rows]):
 
 
 _COUNT = np.dtype(np.int64)
+_BITS = ((8, np.uint8), (16, np.uint16), (32, np.uint32), (64, np.uint64))
+"""Numbers with a bit for each of so many arrays."""
 
 
 class _Opened:
@@ -314,10 +340,13 @@ class _Opened:
         """Open a product's rows."""
         return self.products.setdefault(name, _ProductRows(self, name))
 
-    @property
-    def embedding(self) -> EmbeddingType:
-        """Stored type of the embeddings."""
-        return self._mark.embedding
+    def per_image(self, product: str) -> PerImage:
+        """A product with rows of images."""
+        return self._mark.schema.per_image_product(product, self)
+
+    def stored(self, product: str) -> tuple[Field, ...]:
+        """Arrays of a product as they are in the store."""
+        return self._mark.schema.stored(product)
 
     def __str__(self) -> str:
         return str(self._place)
@@ -333,7 +362,7 @@ class _Opened:
             found = self._place.open_array(name)
             self._require_listed(name, found)
             self._require_geometry(name, found)
-            if self._checked and holds_rows(name) and _has_checksums(self._mark, name):
+            if self._checked and self._mark.schema.holds_rows(name) and _has_checksums(self._mark, name):
                 sums = self.column(f"{CHECKSUMS}/{name}")
                 found = VerifiedArray(found, sums, partial(self._damage, name, found))
             self._arrays[name] = found
@@ -371,16 +400,15 @@ class _Opened:
         product, _, field = name.partition("/")
         if product == CHECKSUMS:
             return CHECKSUM.dtype, own or (0,)
-        if product in PER_STORE:
-            return PER_STORE[product].dtype, (*(own or (0,)), *PER_STORE[product].row_shape(self._mark.embed_dim))
+        schema = self._mark.schema
+        of = schema.arrays[name]
+        if product in schema.per_store or name == "images/id":
+            return of.dtype, (*(own or (0,)), *of.trailing)
         if product == "images":
-            dtype = next(column.dtype for column in IMAGES if column.name == field)
-            return dtype, (own or (0,)) if field == IMAGES[0].name else self.column("images/id").shape
+            return of.dtype, self.column("images/id").shape
         if field == OFFSET.name:
-            return OFFSET.dtype, (len(self.column("images/id")) + 1,)
-        rows = self.column(f"{product}/{OFFSET.name}").item(-1)
-        of = next(column for column in stored_fields(product, self._mark.embedding) if column.name == field)
-        return of.dtype, (rows, *of.row_shape(self._mark.embed_dim))
+            return of.dtype, (len(self.column("images/id")) + 1,)
+        return of.dtype, (self.column(f"{product}/{OFFSET.name}").item(-1), *of.trailing)
 
     def column(self, name: str) -> NDArray[Any]:
         """A whole small array, read once, read-only.
@@ -407,17 +435,21 @@ class _ProductRows:
         self._place = here.index.place
         # Numbers come out of a memoryview in a third of the time that an array takes.
         self._offset = np.ascontiguousarray(here.column(f"{product}/{OFFSET.name}"), np.int64).data
-        # A byte for each image, and in it a bit for each field whose rows of that image are known to be good: their
-        # chunks match their checksums, and every number is finite. None from afar, where a chunk may be fetched again.
+        # A number for each image, a byte for up to eight arrays, and in it a bit for each array whose rows of the image
+        # are known to be good: their chunks match their checksums, and every number is finite. None from afar, where a
+        # chunk may be fetched again.
         # Zeros take no memory until they are changed.
-        self._seen = np.zeros(len(self._offset) - 1, np.uint8).data
+        fields = here.stored(product)
+        bits = next(kind for size, kind in _BITS if len(fields) <= size)
+        self._seen = np.zeros(len(self._offset) - 1, bits).data
         self._columns: dict[str, _Column] = {}
-        self.names = tuple(field.name for field in PER_IMAGE[product])
+        given = here.per_image(product).fields
+        self.names = tuple(field.name for field in given)
         """The product's fields, in their order."""
-        fields = stored_fields(product, here.embedding)
+        self._scaled = frozenset(field.name for field in given if field.kept == "int8")
         self._bits = {field.name: 1 << number for number, field in enumerate(fields)}
         # Of an image whose fields may all be copied as they are: none that has a scale.
-        self._all = sum(self._bits.values()) if len(fields) == len(self.names) else -1
+        self._all = -1 if self._scaled else sum(self._bits.values())
 
     def again(self, image_id: int) -> dict[str, NDArray[Any]] | None:
         """All fields of an image that this process has looked at before, as `read` gives them; None for any other."""
@@ -464,7 +496,7 @@ class _ProductRows:
     def _open(self, name: str) -> "_Column":
         array = self._here.array(f"{self._product}/{name}")
         plain = array.plain if isinstance(array, VerifiedArray) else array
-        self._columns[name] = _Column(name, self._bits[name], array.dtype == np.int8, array, plain)
+        self._columns[name] = _Column(name, self._bits[name], name in self._scaled, array, plain)
         return self._columns[name]
 
     def _gather(self, column: "_Column", places: Sequence[int], spans: Sequence[tuple[int, int]]) -> NDArray[Any]:
@@ -478,7 +510,7 @@ class _ProductRows:
             self._look(column, places, spans, rows)
         if not column.scaled:
             return rows
-        name = f"{column.name}_scale"
+        name = f"{column.name}{SCALE}"
         scale = self._gather(self._columns.get(name) or self._open(name), places, spans)
         return dequantise(rows, scale).astype(np.float16)
 
@@ -542,7 +574,7 @@ def _digest_problems(place: Place, mark: CommitMark, *, full: bool) -> list[str]
     With `full` those too, unless they have checksums to be read by.
     """
     arrays = {name: name.partition("/c/")[0] for name in mark.files}
-    small = {name for name, array in arrays.items() if array == name or not holds_rows(array)}
+    small = {name for name, array in arrays.items() if array == name or not mark.schema.holds_rows(array)}
     found = {} if place.checks_when_read else dict(place.digests(sorted(small)))
     if full:
         left = [name for name, array in arrays.items() if name not in small and not _has_checksums(mark, array)]

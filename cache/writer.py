@@ -10,12 +10,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ezsd.cache.errors import StoreBusy, StoreError, StoreIncomplete
+from ezsd.cache.errors import StoreBusy, StoreError, StoreIncomplete, StoreMismatch
 from ezsd.cache.files import (
     FileLock,
     disk_room,
     make_folders,
     read_bytes,
+    require_can_write,
     require_room,
     writable,
     write_atomic,
@@ -31,8 +32,8 @@ from ezsd.cache.format.commit_mark import (
     size_problems,
 )
 from ezsd.cache.format.manifest import Manifest
-from ezsd.cache.format.schema import SHARD_BYTES, Block, per_store, per_store_field
-from ezsd.cache.format.sealed_json import JSON, canonical_json, seal
+from ezsd.cache.format.schema import SHARD_BYTES, Block
+from ezsd.cache.format.sealed_json import JSON, Difference, canonical_json, seal
 from ezsd.cache.journal.bad_images import all_bad_images
 from ezsd.cache.journal.commit import Committer, Finisher, remove_journal
 from ezsd.cache.journal.disk_room import room_to_commit, small_bytes
@@ -51,9 +52,9 @@ from ezsd.cache.journal.entries import (
 )
 from ezsd.cache.journal.plan import (
     Plan,
-    another_folder,
     finished_block,
     forget_block,
+    free_folder,
     geometry_differences,
     journaled_bad_images,
     per_store_entry,
@@ -61,21 +62,20 @@ from ezsd.cache.journal.plan import (
     plan_folder,
     read_per_store,
     read_plan,
-    refuse,
+    require_per_store,
 )
 from ezsd.cache.journal.shards import ShardTask, forget_record, recorded
 from ezsd.cache.journal.unfinished import Unfinished
-from ezsd.cache.journal.validation import check_per_store
 from ezsd.cache.storage.locations import unfinished_plan
 
 
 class StoreWriter:
     """The builder of one store; a context manager, since it holds the build lock.
 
-    Its steps: `write_per_store` for each per-store product of the manifest (teacher, text, and proposer where there is
-    one), `write_block` for each of `pending()`, `commit_shard` for each of `commit_tasks()`, `finish()`. Blocks and
-    shards may be written by other processes, in any order. Once the per-store products are written, several builders
-    may `share` the lock, each for some of the blocks.
+    Its steps: `write_per_store` for each per-store product of the schema (of a store of regions: teacher, text, and
+    proposer where there is one), `write_block` for each of `pending()`, `commit_shard` for each of `commit_tasks()`,
+    `finish()`. Blocks and shards may be written by other processes, in any order. Once the per-store products are
+    written, several builders may `share` the lock, each for some of the blocks.
     """
 
     def __init__(self, plan: Plan, lock: FileLock | None) -> None:
@@ -93,7 +93,7 @@ class StoreWriter:
         image_ids: ArrayLike,
         widths: ArrayLike,
         heights: ArrayLike,
-        embed_dim: int,
+        embed_dim: int | None = None,
         block_images: int,
         shard_bytes: int = SHARD_BYTES,
         shared: bool = False,
@@ -106,7 +106,7 @@ class StoreWriter:
             image_ids: whole numbers, each once, (n,).
             widths: of the images in pixels, (n,).
             heights: of the images in pixels, (n,).
-            embed_dim: D, the width of the embeddings.
+            embed_dim: D, the width of the embeddings, for a store of regions; None where the manifest has a schema.
             block_images: images per block, the unit of work that survives a kill.
             shard_bytes: about how large a shard of the finished store may be.
             shared: beside other builders that share the lock, of a store with its per-store products; see `share`.
@@ -123,7 +123,7 @@ class StoreWriter:
             image_ids=_integers(image_ids, "<i8"),
             widths=_integers(widths, "<i4"),
             heights=_integers(heights, "<i4"),
-            embed_dim=int(embed_dim),
+            embed_dim=None if embed_dim is None else int(embed_dim),
             block_images=int(block_images),
             shard_bytes=int(shard_bytes),
         )
@@ -146,6 +146,7 @@ class StoreWriter:
 
     @classmethod
     def _locked(cls, wanted: Plan, *, shared: bool) -> Self:
+        require_can_write(wanted.store)
         with writable(wanted.store):
             make_folders(wanted.store)
             lock = lock_store(wanted.store, shared=shared)
@@ -181,11 +182,13 @@ class StoreWriter:
         file = store / MANIFEST
         found = Manifest.from_json(read_bytes(file), str(file))
         differences = found.differences(wanted.manifest)
-        cure = another_folder(store, found, wanted.manifest)
-        refuse(store, differences + geometry_differences({"embed_dim": mark.embed_dim}, wanted), cure=cure)
+        if mark.embed_dim is not None and wanted.embed_dim is not None:
+            differences += geometry_differences({"embed_dim": mark.embed_dim}, wanted)
+        if differences:
+            raise _another_store(store, differences, found.same_products(wanted.manifest))
         problems = size_problems(store, mark)
         if problems:
-            raise StoreError(f"{problems[0]}; the store is damaged: run `ezsd cache repair {store}`")
+            raise StoreError(f"{problems[0]}; the store is damaged: run `repair({store})`")
         if journal_folder(store).exists() or (store / LOCK).exists():
             lock = lock_store(store)
             try:
@@ -297,7 +300,7 @@ class StoreWriter:
 
     @property
     def _per_store(self) -> list[str]:
-        return list(per_store(self._plan.manifest.products))
+        return list(self._plan.schema.per_store)
 
     @property
     def _unwritten(self) -> list[str]:
@@ -308,19 +311,19 @@ class StoreWriter:
         """Write a per-store product, all of it or nothing; the same contents a second time are accepted.
 
         Args:
-            product: `teacher` or `proposer` (array `values`, (K,) float32), or `text` (array `embedding`, (C, D)
-                float32).
+            product: in a store of regions `teacher` or `proposer` (array `values`, (K,) float32), or `text` (array
+                `embedding`, (C, D) float32).
             arrays: by name.
-            attributes: a JSON object; for `text` it holds `names`, the C class names.
+            attributes: a JSON object; for `text` of a store of regions it holds `names`, the C class names.
 
         Raises:
             StoreError: contents that must not get into a store, or others than those written before; or the store has
                 no such product.
         """
-        field = per_store_field(product, self._plan.manifest.products, self.path)
-        check_per_store(product, arrays, attributes, embed_dim=self._plan.embed_dim)
+        fields = self._plan.schema.per_store_product(product, self.path).fields
+        require_per_store(self._plan, product, arrays, attributes)
         self._require_unfinished(f"write {product}")
-        rows = {field.name: little_endian(arrays[field.name], field.dtype)}
+        rows = {field.name: little_endian(arrays[field.name], field.dtype) for field in fields}
         described: dict[str, JSON] = {"plan": self._plan.digest, "user": attributes}
         canonical_json(described, product)
         if self.has_per_store(product):
@@ -328,7 +331,7 @@ class StoreWriter:
             if _fingerprint(*before) != _fingerprint(*after):
                 raise StoreError(f"{self.path}: {product} was written before, with other contents; use read_per_store")
             return
-        with disk_room(self.path, rows[field.name].nbytes):
+        with disk_room(self.path, sum(values.nbytes for values in rows.values())):
             name = per_store_folder(self._plan, product).name
             set_aside(self.path, name)
             write_entry(self.path, name, rows, described, point="whole")
@@ -340,7 +343,7 @@ class StoreWriter:
         Raises:
             StoreError: the store has no such product, or is complete.
         """
-        per_store_field(product, self._plan.manifest.products, self.path)
+        self._plan.schema.per_store_product(product, self.path)
         self._require_unfinished(f"work on {product}")
         return Unfinished(self._plan, product)
 
@@ -447,6 +450,15 @@ class StoreWriter:
             raise StoreError(f"{self.path}: the store is complete; cannot {action} any more")
 
 
+def _another_store(store: Path, differences: Sequence[Difference], same: Sequence[str]) -> StoreMismatch:
+    """The error about a complete store of other settings; `same` are products that need not be made again."""
+    folder = free_folder(store)
+    equal = f"; equal there: {', '.join(same)}" if same else ""
+    error = StoreMismatch.between(store, differences, cure=f"build into another folder: `path={folder}`{equal}")
+    error.shared, error.folder = same, folder
+    return error
+
+
 def _unprepared(store: Path) -> StoreBusy:
     return StoreBusy(f"{store}: is not prepared yet for builders that share it")
 
@@ -466,11 +478,11 @@ def _integers(values: ArrayLike, dtype: str) -> NDArray[Any]:
 def _require_own(store: Path) -> None:
     """Refuse a folder that holds something else than a store being built."""
     if store.exists() and not store.is_dir():
-        raise StoreError(f"{store}: is a file; choose another `out` folder")
+        raise StoreError(f"{store}: is a file; choose another folder: `path=NEW`")
     if plan_folder(store).is_dir() or not store.is_dir():
         return
     # A build killed before its plan leaves these at most.
     own = {LOCK, LOG, ENVIRONMENT, journal_folder(store).name}
     foreign = sorted(file.name for file in store.iterdir() if file.name not in own)
     if foreign:
-        raise StoreError(f"{store}: holds {foreign[0]!r} but no store; choose an empty or new `out` folder")
+        raise StoreError(f"{store}: holds {foreign[0]!r} but no store; choose an empty or new folder: `path=NEW`")

@@ -30,6 +30,7 @@ from ezsd.pipeline.console.arguments import (
     require_one_source,
     require_output,
 )
+from ezsd.pipeline.console.options import COMMANDS
 from ezsd.pipeline.data.shapes import write_shapes
 from ezsd.pipeline.data.split import chosen_split
 from ezsd.pipeline.runs.run import Run
@@ -344,8 +345,10 @@ VERBS = (
     "install|join|keep|leave|lower|make|mend|mount|move|name|pip install|pull|push|put|raise|remove|rename|run|save|"
     "say|scale|set|start|take|train|try|use|wait|write"
 )
+_CALLS = "|".join(map(re.escape, COMMANDS))
 ADVICE = re.compile(
-    rf"`ezsd |`[a-z]+\.[\w{{}}]+=|did you mean|(?:^|[;.:,] |\b(?:or|and|then|next:) )(?:{VERBS})\b(?![.,(]| must be\b)",
+    rf"`ezsd |`(?:{_CALLS})\(|`[a-z]+\.[\w{{}}]+=|did you mean"
+    rf"|(?:^|[;.:,] |\b(?:or|and|then|next:) )(?:{VERBS})\b(?![.,(]| must be\b)",
     re.IGNORECASE,
 )
 

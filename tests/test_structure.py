@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import typer.main
 
+import ezsd.cache
 from ezsd.cli import app
-from ezsd.pipeline.console.options import OPTIONS
+from ezsd.pipeline.console.options import ALIASES, COMMANDS, OPTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("cli", "pipeline", "ezsd", "cache")
@@ -329,7 +330,16 @@ def test_what_is_named_as_a_parameter_has_an_option():
         for name in re.findall(r"`([a-z_]+)(?:=[^`]*)?`", text)
     }
     assert "weights" in named
-    assert named <= OPTIONS | PROGRAMS | {"overrides"}
+    assert named <= OPTIONS | PROGRAMS | ALIASES.keys() | {"overrides"}
+
+
+def test_the_store_names_calls_and_no_command():
+    """A message of it reaches people who have no `ezsd` to type; `as_options` makes commands of its calls."""
+    said = [text for path in sources("cache") for _, text in texts(path)]
+    assert [text for text in said if "`ezsd " in text or re.search("`(?:out|data_root|reuse)[`=]", text)] == []
+    calls = {call for text in said for call in re.findall(r"`([\w.]+)\(", text)}
+    assert calls == COMMANDS.keys()
+    assert {name.partition(".")[0] for name in calls} <= set(ezsd.cache.__all__)
 
 
 def commands_of(group):

@@ -10,8 +10,15 @@ from typing import Any
 
 from ezsd.cache.errors import StoreError, StoreIncomplete
 from ezsd.cache.files import ABSENT, FileDigest, file_digest, read_if_there, unreadable
-from ezsd.cache.format.names import MANIFEST_FILE, is_store_file, needed_files, products_of_files, require_inside
-from ezsd.cache.format.schema import EMBEDDING_TYPES, EmbeddingType, format_version, require_supported
+from ezsd.cache.format.names import MANIFEST_FILE, is_store_file, needed_files, require_inside
+from ezsd.cache.format.regions import (
+    EMBEDDING_TYPES,
+    EmbeddingType,
+    format_version,
+    products_of_files,
+    region_schema,
+)
+from ezsd.cache.format.schema import SCHEMA_VERSION, Schema, require_supported
 from ezsd.cache.format.sealed_json import JSON, is_sealed, parse_json, seal, unseal
 
 COMMIT = "COMMIT.json"
@@ -34,14 +41,26 @@ class CommitMark:
     """Contents of `COMMIT.json`: the store is complete and consists of exactly these files."""
 
     manifest_digest: str
-    embed_dim: int
-    embedding: EmbeddingType
+    embed_dim: int | None
+    """D of a store of regions; None where the store records its schema."""
+    embedding: EmbeddingType | None
     files: Mapping[str, FileDigest]
+    recorded: Schema | None = None
+    """The schema, where the store records it."""
 
     @cached_property
+    def schema(self) -> Schema:
+        """Schema of the store."""
+        if self.recorded is not None:
+            return self.recorded
+        assert self.embed_dim is not None
+        assert self.embedding is not None
+        return region_schema(self.embed_dim, self.embedding, products_of_files(self.files))
+
+    @property
     def products(self) -> tuple[str, ...]:
         """Names of the store's products, in the order in which they are made."""
-        return products_of_files(self.files)
+        return self.schema.names
 
     @property
     def digest(self) -> str:
@@ -51,15 +70,11 @@ class CommitMark:
     def to_bytes(self) -> bytes:
         """The mark as it is on disk."""
         files: JSON = {name: {"size": at.size, "sha256": at.sha256} for name, at in self.files.items()}
-        return seal(
-            {
-                "format_version": format_version(self.products),
-                "manifest_digest": self.manifest_digest,
-                "embed_dim": self.embed_dim,
-                "embedding": self.embedding,
-                "files": files,
-            }
-        )
+        described: dict[str, JSON] = {"manifest_digest": self.manifest_digest, "files": files}
+        if self.recorded is not None:
+            return seal({**described, "format_version": SCHEMA_VERSION, "schema": self.recorded.to_json()})
+        version = format_version(products_of_files(self.files))
+        return seal({**described, "format_version": version, "embed_dim": self.embed_dim, "embedding": self.embedding})
 
 
 def is_committed(store: Path) -> bool:
@@ -92,7 +107,7 @@ def _read(store: Path, name: str) -> CommitMark | None:
     except StoreError as error:
         if is_sealed(data):
             raise
-        raise StoreError(f"{error}; where all else is whole, `ezsd cache repair {store}` makes it again") from error
+        raise StoreError(f"{error}; where all else is whole, `repair({store})` makes it again") from error
     require_inside(store, [name, ENVIRONMENT, LOG, *mark.files])
     return mark
 
@@ -120,10 +135,16 @@ def parse_mark(data: bytes, where: str) -> CommitMark:
     version = parse_json(data, where)
     require_supported(version.get("format_version"), where)
     record = unseal(data, where)
-    problem = _mark_problem(record)
+    try:
+        problem = _mark_problem(record)
+    except StoreError as error:
+        # Of the schema, which another version may have written.
+        raise StoreError(f"{where}: {error}") from error
     if problem is not None:
         raise StoreError(f"{where}: {problem}; ezsd wrote no such mark: do not use this store")
     files = {name: FileDigest(at["size"], at["sha256"]) for name, at in record["files"].items()}
+    if record["format_version"] == SCHEMA_VERSION:
+        return CommitMark(record["manifest_digest"], None, None, files, Schema.from_json(record["schema"], where))
     return CommitMark(record["manifest_digest"], record["embed_dim"], record["embedding"], files)
 
 
@@ -132,30 +153,45 @@ LARGEST = 2**62
 
 
 def _mark_problem(record: Mapping[str, Any]) -> str | None:
-    """The fault of a commit mark; None for a sound one."""
-    files, embedding = record.get("files"), record.get("embedding")
+    """The fault of a commit mark; None for a sound one. StoreError for a schema that this version does not know."""
+    files = record.get("files")
     if not is_sha256(record.get("manifest_digest")):
         return "manifest_digest: expected 64 hexadecimal digits"
-    if not is_count(record.get("embed_dim"), least=1):
-        return f"embed_dim: expected a whole number from 1, found {_shown(record.get('embed_dim'))}"
-    if not isinstance(embedding, str) or embedding not in EMBEDDING_TYPES:
-        return f"embedding: expected {' or '.join(EMBEDDING_TYPES)}, found {_shown(embedding)}"
+    problem = None if record["format_version"] == SCHEMA_VERSION else _region_problem(record)
+    if problem is not None:
+        return problem
     if not isinstance(files, dict):
         return f"files: expected an object, found {_shown(files)}"
+    schema = _schema_of(record, files)
     for name, at in files.items():
-        if not is_store_file(name):
+        if not is_store_file(name, schema):
             return f"files: {_shown(name)} is not a file of a store"
         if not isinstance(at, dict) or not is_count(at.get("size")) or not is_sha256(at.get("sha256")):
             return f"files: {name}: expected a size from 0 and a sha256, found {_shown(at)}"
     if sum(at["size"] for at in files.values()) > LARGEST:
         return "files: more bytes than any disk holds"
-    products = products_of_files(files)
-    missing = [name for name in needed_files(embedding, products) if name not in files]
+    missing = [name for name in needed_files(schema) if name not in files]
     if missing:
         return f"files: {missing[0]} is not listed, and every store has it"
-    if record["format_version"] != format_version(products):
-        return f"format_version: {record['format_version']}, and its files are those of {format_version(products)}"
+    if record["format_version"] not in (SCHEMA_VERSION, format_version(schema.names)):
+        return f"format_version: {record['format_version']}, and its files are those of {format_version(schema.names)}"
     return None
+
+
+def _region_problem(record: Mapping[str, Any]) -> str | None:
+    """The fault of the mark of a store of regions in what shapes its arrays; None for a sound one."""
+    embedding = record.get("embedding")
+    if not is_count(record.get("embed_dim"), least=1):
+        return f"embed_dim: expected a whole number from 1, found {_shown(record.get('embed_dim'))}"
+    if not isinstance(embedding, str) or embedding not in EMBEDDING_TYPES:
+        return f"embedding: expected {' or '.join(EMBEDDING_TYPES)}, found {_shown(embedding)}"
+    return None
+
+
+def _schema_of(record: Mapping[str, Any], files: Mapping[str, Any]) -> Schema:
+    if record["format_version"] == SCHEMA_VERSION:
+        return Schema.from_json(record.get("schema"), "mark")
+    return region_schema(record["embed_dim"], record["embedding"], products_of_files(files))
 
 
 def is_count(value: object, *, least: int = 0) -> bool:
@@ -191,7 +227,7 @@ def parse_environment(data: bytes | None, where: str) -> dict[str, Any]:
     try:
         return unseal(data, where)
     except StoreError as error:
-        cure = "nothing but this record is lost: `ezsd cache repair` or you may remove it"
+        cure = "nothing but this record is lost: `repair()` or you may remove it"
         raise StoreError(f"{error}; {cure}") from error
 
 
@@ -204,7 +240,7 @@ def require_not_set_aside(store: Path) -> None:
     if (store / INCOMPLETE).exists():
         raise StoreIncomplete(
             f"{store}: this store is damaged and was marked incomplete; "
-            f"`ezsd cache repair {store} --data-root DIR` rebuilds what is lost from the images in DIR"
+            f"`repair({store}, source)` computes again what is lost"
         )
 
 

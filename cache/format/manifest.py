@@ -11,17 +11,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ezsd.cache.errors import StoreError
-from ezsd.cache.format.schema import (
-    EMBED,
+from ezsd.cache.format.regions import (
     EMBEDDING_TYPES,
-    IMAGES,
     OPTIONAL,
     PER_IMAGE,
     PRODUCTS,
     EmbeddingType,
     format_version,
-    require_supported,
+    region_schema,
 )
+from ezsd.cache.format.schema import IMAGES, SCHEMA_VERSION, Schema, require_supported
 from ezsd.cache.format.sealed_json import JSON, Difference, canonical_json, differences, parse_json, plain_json
 
 
@@ -55,21 +54,23 @@ class Manifest:
     """Everything that shaped a store's bytes, product by product; equal manifests mean equal stores."""
 
     products: Mapping[str, Origin]
-    """Origin of each name in `PRODUCTS`, in that order; those in `OPTIONAL` may be absent."""
+    """Origin of each product of the schema; in a store of regions those in `OPTIONAL` may be absent."""
     images_sha256: str
     """Sha256 of the image list, as of `images_digest`."""
     embedding: EmbeddingType = "float16"
-    """Stored type of the embeddings of regions and ground truth."""
+    """Stored type of the embeddings of regions and ground truth, in a store of regions."""
+    schema: Schema | None = None
+    """Schema of the store; None for a store of regions."""
 
     def __post_init__(self) -> None:
-        required = [name for name in PRODUCTS if name not in OPTIONAL]
-        if not isinstance(self.products, Mapping) or not set(required) <= set(self.products) <= set(PRODUCTS):
+        known = PRODUCTS if self.schema is None else self.schema.names
+        optional = OPTIONAL if self.schema is None else ()
+        required = [name for name in known if name not in optional]
+        if not isinstance(self.products, Mapping) or not set(required) <= set(self.products) <= set(known):
             found = sorted(self.products) if isinstance(self.products, Mapping) else type(self.products).__name__
-            raise StoreError(
-                f"manifest: expected the products {', '.join(required)} and, where there is one, "
-                f"{', '.join(OPTIONAL)}; found {found}"
-            )
-        made = [name for name in PRODUCTS if name in self.products]
+            more = f" and, where there is one, {', '.join(optional)}" if optional else ""
+            raise StoreError(f"manifest: expected the products {', '.join(required)}{more}; found {found}")
+        made = [name for name in known if name in self.products]
         object.__setattr__(self, "products", {name: self.products[name] for name in made})
         if self.embedding not in EMBEDDING_TYPES:
             raise StoreError(f"manifest: embedding {self.embedding!r} is not one of {', '.join(EMBEDDING_TYPES)}")
@@ -87,7 +88,21 @@ class Manifest:
     @property
     def format_version(self) -> int:
         """Version of the format of a store with these products."""
-        return format_version(self.products)
+        return format_version(self.products) if self.schema is None else SCHEMA_VERSION
+
+    def layout(self, embed_dim: int | None) -> Schema:
+        """Schema of the store; `embed_dim` is D in a store of regions, and None in any other.
+
+        Raises:
+            StoreError: no D is given where one is needed, or one where it means nothing.
+        """
+        if (self.schema is None) != (embed_dim is not None):
+            expected = "expected None, the schema has all shapes" if self.schema else "expected a width of embeddings"
+            raise StoreError(f"embed_dim: {expected}, found {embed_dim}")
+        if self.schema is not None:
+            return self.schema
+        assert embed_dim is not None
+        return region_schema(embed_dim, self.embedding, self.products)
 
     @cached_property
     def fields(self) -> dict[str, JSON]:
@@ -95,9 +110,14 @@ class Manifest:
         return {
             "format_version": self.format_version,
             "images_sha256": self.images_sha256,
-            "embedding": self.embedding,
+            **self._shapes,
             "products": {name: origin.fields for name, origin in self.products.items()},
         }
+
+    @property
+    def _shapes(self) -> dict[str, JSON]:
+        """Values that shape the arrays and belong to no product."""
+        return {"embedding": self.embedding} if self.schema is None else {"schema": self.schema.to_json()}
 
     @cached_property
     def digest(self) -> str:
@@ -112,17 +132,18 @@ class Manifest:
     def fingerprint(self, product: str, *, embedding: EmbeddingType | None = None) -> str:
         """Sha256 of all that shaped a product; with `embedding`, as if the store kept its embeddings so."""
         origin = self.products[product]
-        ragged = PER_IMAGE.get(product, ())
-        return _sha256(
-            {
-                "product": product,
-                "version": origin.version,
-                "inputs": origin.inputs,
-                "needs": {needed: self.fingerprint(needed) for needed in origin.needs},
-                "images_sha256": self.images_sha256 if ragged else None,
-                "embedding": (embedding or self.embedding) if any(EMBED in f.trailing for f in ragged) else None,
-            }
-        )
+        of_images = product in (PER_IMAGE if self.schema is None else self.schema.per_image)
+        described: dict[str, JSON] = {
+            "product": product,
+            "version": origin.version,
+            "inputs": origin.inputs,
+            "needs": {needed: self.fingerprint(needed) for needed in origin.needs},
+            "images_sha256": self.images_sha256 if of_images else None,
+        }
+        if self.schema is not None:
+            return _sha256({**described, "schema": self.schema.described(product)})
+        units = any(field.values == "unit" for field in PER_IMAGE.get(product, ()))
+        return _sha256({**described, "embedding": (embedding or self.embedding) if units else None})
 
     def same_products(self, other: "Manifest") -> tuple[str, ...]:
         """Names of the products that both have, made from the same things in the same way."""
@@ -139,7 +160,11 @@ class Manifest:
             name: {**origin.inputs, "algorithm_version": origin.version, "needs": list(origin.needs)}
             for name, origin in self.products.items()
         }
-        return {"images_sha256": self.images_sha256, "embedding": self.embedding, **origins}
+        shapes = self._shapes
+        if self.schema is not None:
+            # By name: what differs is then said of the product that it is in.
+            shapes = {"schema": {name: self.schema.described(name) for name in self.schema.names}}
+        return {"images_sha256": self.images_sha256, **shapes, **origins}
 
     def to_json(self) -> str:
         """Indented JSON with sorted keys, for people; `from_json` reads it back exactly."""
@@ -162,7 +187,11 @@ class Manifest:
             products = {
                 name: Origin(at["version"], at["inputs"], tuple(at["needs"])) for name, at in fields["products"].items()
             }
-            manifest = cls(products, str(fields["images_sha256"]), fields["embedding"])
+            listed = str(fields["images_sha256"])
+            if fields["format_version"] == SCHEMA_VERSION:
+                manifest = cls(products, listed, schema=Schema.from_json(fields["schema"], where))
+            else:
+                manifest = cls(products, listed, fields["embedding"])
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{where}: is not a manifest ({error}); the file is damaged or was edited") from error
         if manifest.format_version != fields["format_version"]:

@@ -7,74 +7,46 @@ and no link on the way to a file may lead out of the store's folder.
 import errno
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
 from ezsd.cache.errors import StoreError
 from ezsd.cache.files import unreadable
-from ezsd.cache.format.schema import (
-    CHECKSUMS,
-    EMBEDDING_TYPES,
-    IMAGES,
-    OFFSET,
-    OPTIONAL,
-    PER_IMAGE,
-    PRODUCTS,
-    EmbeddingType,
-    per_store,
-    stored_fields,
-)
+from ezsd.cache.format.schema import CHECKSUMS, Schema
 
 MANIFEST_FILE = "manifest.json"
 ROOT = "zarr.json"
 
 
-def groups(products: Collection[str]) -> tuple[str, ...]:
-    """Groups of data of a store with these products; each has its like below `checksums`."""
-    return ("images", *PER_IMAGE, *per_store(products))
-
-
-def _arrays(embedding: EmbeddingType, products: Collection[str]) -> dict[str, int]:
-    """The arrays of data by name, and how many dimensions each has."""
-    columns = [("images", field) for field in IMAGES]
-    columns += [(product, field) for product in PER_IMAGE for field in (OFFSET, *stored_fields(product, embedding))]
-    columns += per_store(products).items()
-    return {f"{product}/{field.name}": 1 + len(field.trailing) for product, field in columns}
-
-
-def _pattern() -> str:
-    found = {name: axes for embedding in EMBEDDING_TYPES for name, axes in _arrays(embedding, PRODUCTS).items()}
-    arrays, root = "|".join(sorted(found)), re.escape(ROOT)
-    tables = "|".join(name for name in sorted(found) if found[name] == 2)
+@lru_cache(maxsize=16)
+def _pattern(schema: Schema) -> re.Pattern[str]:
+    found = {name: 1 + len(field.trailing) for name, field in schema.arrays.items()}
+    groups, arrays, root = "|".join(schema.groups), "|".join(sorted(found)), re.escape(ROOT)
     number = "(?:0|[1-9][0-9]{0,8})"
-    return (
-        rf"{root}|{re.escape(MANIFEST_FILE)}|{CHECKSUMS}/{root}"
-        rf"|(?:{CHECKSUMS}/)?(?:{'|'.join(groups(PRODUCTS))}|{arrays})/{root}"
-        rf"|(?:{tables})/c/{number}/{number}|(?!(?:{tables})/)(?:{CHECKSUMS}/)?(?:{arrays})/c/{number}"
+    # A shard's name has a number for each axis, and only the first axis is cut.
+    shards = "|".join(
+        rf"(?:{'|'.join(name for name in sorted(found) if found[name] == axes)})/c/{number}{'/0' * (axes - 1)}"
+        for axes in sorted(set(found.values()))
+    )
+    return re.compile(
+        rf"{root}|{re.escape(MANIFEST_FILE)}|{CHECKSUMS}/{root}|(?:{CHECKSUMS}/)?(?:{groups}|{arrays})/{root}"
+        rf"|{shards}|{CHECKSUMS}/(?:{arrays})/c/{number}"
     )
 
 
-_FILE = re.compile(_pattern())
-
-
-def is_store_file(name: str) -> bool:
-    """True if a commit mark may list this name: root, manifest, and the metadata and shards of the known arrays.
+def is_store_file(name: str, schema: Schema) -> bool:
+    """True if a commit mark may list this name: root, manifest, and the metadata and shards of the schema's arrays.
 
     All of these are relative, of lower case, and without `..`, `.` or empty parts; none is the folder of another.
     """
-    return _FILE.fullmatch(name) is not None
+    return _pattern(schema).fullmatch(name) is not None
 
 
-def needed_files(embedding: EmbeddingType, products: Collection[str]) -> list[str]:
-    """Files that every store with these products has: its manifest, the metadata of its groups and arrays of data."""
-    return [MANIFEST_FILE, ROOT, *(f"{node}/{ROOT}" for node in (*groups(products), *_arrays(embedding, products)))]
-
-
-def products_of_files(names: Iterable[str]) -> tuple[str, ...]:
-    """The products of a store that lists these files, in the order in which they are made."""
-    found = {name.removeprefix(f"{CHECKSUMS}/").partition("/")[0] for name in names}
-    return tuple(product for product in PRODUCTS if product not in OPTIONAL or product in found)
+def needed_files(schema: Schema) -> list[str]:
+    """Files that every store of a schema has: its manifest, the metadata of its groups and arrays of data."""
+    return [MANIFEST_FILE, ROOT, *(f"{node}/{ROOT}" for node in (*schema.groups, *schema.arrays))]
 
 
 def inside(store: Path, name: str) -> Path:

@@ -1,7 +1,7 @@
 """The rows of images as a reader hands them out."""
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +44,7 @@ class GroundTruthRows:
     embedding: NDArray[np.float16]
 
 
-Rows = TypeVar("Rows", bound=ProposalRows | RegionRows | GroundTruthRows)
+Rows = TypeVar("Rows", bound=ProposalRows | RegionRows | GroundTruthRows | dict[str, NDArray[Any]])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

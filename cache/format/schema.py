@@ -1,96 +1,322 @@
-"""Schema of a store: products, fields and array geometry.
+"""Schema of a store: products, their arrays, and the geometry of arrays. `regions` has the schema of ezsd's own stores.
 
 Conventions of every array: little-endian; rows of one image are together, images in the order of `images/id`;
-boxes are x1, y1, x2, y2 in pixels of the original image; embeddings have unit length.
+boxes are x1, y1, x2, y2 in pixels of the original image; floating-point numbers are finite.
 """
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Literal, TypeAlias, get_args
+import re
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
 
-FORMAT_VERSIONS = (2, 3)
-"""Versions that this code reads and writes, see `format_version`.
+SCHEMA_VERSION = 4
+"""Version of the format of a store that records its schema."""
+FORMAT_VERSIONS = (2, 3, SCHEMA_VERSION)
+"""Versions that this code reads and writes; for 2 and 3 see `regions.format_version`.
 
 They change only together with a migration, or a clear refusal of the older stores."""
 
 SHARD_BYTES = 256 * 2**20
 """Largest size of one shard's rows, in bytes; a shard is what one commit task writes."""
 
+_CHUNK_BYTES = 2**24
+"""Largest size of a chunk of more than one row, in bytes."""
+
 UNIT_TOLERANCE = 1e-3
 """Largest |length - 1| of an embedding. Rounding to float16 alone moves the length by up to 5e-4."""
 
 EMBED = -1
-"""Stands for the embedding width D in a field's trailing shape."""
+"""Stands for the embedding width D in a field's trailing shape, in declarations of ezsd's own schema."""
 
-EmbeddingType: TypeAlias = Literal["float16", "int8"]
-"""Stored type of the embeddings of regions and ground truth; with int8 each row has a float32 scale."""
-EMBEDDING_TYPES: tuple[EmbeddingType, ...] = get_args(EmbeddingType)
+Values: TypeAlias = Literal["number", "box", "unit"]
+"""Values of a field: any (finite) numbers, boxes within their image, or vectors of unit length."""
+Kept: TypeAlias = Literal["as given", "int8"]
+"""Form in which a field is kept: as it is given, or a unit vector as int8 with one float32 scale per row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A column of a product: `dtype` as numpy spells it, `trailing` the shape of one row."""
+    """An array of a product.
+
+    Args:
+        name: lower-case letters, digits and underscores.
+        dtype: as numpy spells it: float16, float32, float64, int8 to int64 or uint8 to uint64.
+        trailing: shape of one row, () for a number.
+        values: "box" for float32 (4,), x1, y1, x2, y2 in pixels within the image; "unit" for floating-point vectors of
+            length 1.
+        kept: "int8" for "unit" vectors of float16 that take one byte a number in the store.
+    """
 
     name: str
     dtype: str
     trailing: tuple[int, ...] = ()
+    values: Values = "number"
+    kept: Kept = "as given"
+
+    def __post_init__(self) -> None:
+        try:
+            dtype = np.dtype(self.dtype)
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"field {self.name!r}: numpy knows no type {self.dtype!r}") from error
+        object.__setattr__(self, "dtype", dtype.newbyteorder("<").str)
+        object.__setattr__(self, "trailing", tuple(self.trailing))
 
     def row_shape(self, embed_dim: int) -> tuple[int, ...]:
         """Shape of one row when embeddings have `embed_dim` numbers."""
         return tuple(embed_dim if size == EMBED else size for size in self.trailing)
 
-
-_BOX = Field("box", "<f4", (4,))
-_SCORE = Field("score", "<f4")
-_CLASS = Field("class_index", "<i4")
-_EMBEDDING = Field("embedding", "<f2", (EMBED,))
-
-PER_IMAGE: Mapping[str, tuple[Field, ...]] = MappingProxyType(
-    {
-        "proposals": (_BOX, _SCORE),
-        "regions": (_BOX, _SCORE, Field("confidence", "<f4"), _CLASS, _EMBEDDING),
-        "ground_truth": (_BOX, _CLASS, Field("annotation_id", "<i8"), _EMBEDDING),
-    }
-)
-"""Products with any number of rows per image, zero included: the columns that a writer is given and a reader gives."""
-
-_INT8 = (Field("embedding", "|i1", (EMBED,)), Field("embedding_scale", "<f4"))
+    @property
+    def stored(self) -> "tuple[Field, ...]":
+        """The field's arrays in the store: itself, or whole numbers and their scale."""
+        if self.kept != "int8":
+            return (self,)
+        return Field(self.name, "|i1", self.trailing), Field(f"{self.name}{SCALE}", "<f4")
 
 
-def stored_fields(product: str, embedding: EmbeddingType) -> tuple[Field, ...]:
-    """The columns of a ragged product as they are in the store.
+SCALE = "_scale"
+"""End of the name of the array with the scales of a field that is kept as int8."""
 
-    They are those of `PER_IMAGE`, but for int8: there `embedding` is int8 (N, D), and `embedding_scale` float32 (N,)
-    follows it. A row's unit vector is then `embedding * embedding_scale`, in float32.
+
+@dataclass(frozen=True, slots=True)
+class PerImage:
+    """Product with rows of images: any number of each image, or `rows` of every image that could be read."""
+
+    name: str
+    fields: Sequence[Field]
+    rows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PerStore:
+    """Product of the whole store: small arrays, each of any length, with JSON attributes."""
+
+    name: str
+    fields: Sequence[Field]
+
+
+_NAME = re.compile("[a-z][a-z0-9_]{0,63}")
+# Folders of every store, and names that stand beside products where manifests are compared.
+_NO_PRODUCTS = frozenset(("images", "checksums", "journal", "schema", "embedding", "images_sha256"))
+# The array of every product with rows of images, and the folder of an array's shards.
+_NO_FIELDS = frozenset(("offset", "c"))
+# Names that are no files on Windows, where stores are read.
+_DEVICES = re.compile("con|prn|aux|nul|(?:com|lpt)[0-9]")
+DTYPES = ("<f2", "<f4", "<f8", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8")
+"""Types of the arrays of stores."""
+_MOST_FIELDS = 64
+"""Arrays of one product: a reader notes in the bits of one number which of them it has looked at."""
+_MOST_ROW_NUMBERS = 2**20
+
+
+class Schema:
+    """Products of a store, in the order in which they are made, and the arrays of each.
+
+    Args:
+        products: one or more, at least one of them with rows of images; names differ, and a product may be made from
+            those before it.
+
+    Raises:
+        StoreError: a name, type or shape that no store can have; says which.
     """
-    if embedding == "float16":
-        return PER_IMAGE[product]
-    return tuple(
-        stored for field in PER_IMAGE[product] for stored in (_INT8 if field.name == "embedding" else (field,))
+
+    def __init__(self, products: Iterable[PerImage | PerStore]) -> None:
+        self.products = tuple(replace(product, fields=tuple(product.fields)) for product in products)
+        """The products, in order."""
+        for product in self.products:
+            _check_product(product)
+        if len(set(self.names)) != len(self.names):
+            raise StoreError(f"schema: two products have the same name; found {', '.join(self.names)}")
+        if not self.per_image:
+            raise StoreError("schema: expected a product with rows of images, found none")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schema) and self.products == other.products
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.products)
+
+    def __repr__(self) -> str:
+        return f"Schema({list(self.products)!r})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the products, in order."""
+        return tuple(product.name for product in self.products)
+
+    @cached_property
+    def per_image(self) -> Mapping[str, PerImage]:
+        """Products with rows of images, by name."""
+        return {product.name: product for product in self.products if isinstance(product, PerImage)}
+
+    @cached_property
+    def per_store(self) -> Mapping[str, PerStore]:
+        """Products of the whole store, by name."""
+        return {product.name: product for product in self.products if isinstance(product, PerStore)}
+
+    def stored(self, product: str) -> tuple[Field, ...]:
+        """Arrays of a product as they are in the store, without offsets."""
+        found = self.per_image.get(product) or self.per_store[product]
+        return tuple(stored for field in found.fields for stored in field.stored)
+
+    def per_store_product(self, product: str, where: object) -> PerStore:
+        """A product of the whole store `where`.
+
+        Raises:
+            StoreError: this is none.
+        """
+        found = self.per_store.get(product)
+        if found is None:
+            raise StoreError(f"{where}: has no per-store product {product!r}; it has {', '.join(self.per_store)}")
+        return found
+
+    def per_image_product(self, product: str, where: object) -> PerImage:
+        """A product with rows of images of the store `where`.
+
+        Raises:
+            StoreError: this is none.
+        """
+        found = self.per_image.get(product)
+        if found is None:
+            raise StoreError(f"{where}: has no per-image product {product!r}; it has {', '.join(self.per_image)}")
+        return found
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Groups of data; each has its like below `checksums`."""
+        return ("images", *self.per_image, *self.per_store)
+
+    @cached_property
+    def arrays(self) -> Mapping[str, Field]:
+        """All arrays of data by their path in the store, but for those below `checksums`."""
+        columns = [("images", field) for field in IMAGES]
+        columns += [(product, field) for product in self.per_image for field in (OFFSET, *self.stored(product))]
+        columns += [(product, field) for product in self.per_store for field in self.stored(product)]
+        return {f"{product}/{field.name}": field for product, field in columns}
+
+    def holds_rows(self, array: str) -> bool:
+        """True if an array holds rows of images; all others are small."""
+        product, _, field = array.partition("/")
+        return product in self.per_image and field != OFFSET.name
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The schema as JSON."""
+        return [_described(product) for product in self.products]
+
+    def described(self, product: str) -> dict[str, Any]:
+        """One product of `to_json`."""
+        return _described(self.per_image.get(product) or self.per_store[product])
+
+    @classmethod
+    def from_json(cls, found: object, where: str) -> "Schema":
+        """The inverse of `to_json`; `where` names the source in errors.
+
+        Raises:
+            StoreError: no schema, or one with something that this version does not know.
+        """
+        if not isinstance(found, list) or not found:
+            raise StoreError(f"{where}: schema: expected a list of products, found {reprlib.repr(found)}")
+        try:
+            schema = cls(map(_product_of, found))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoreError(
+                f"{where}: schema: does not describe products ({type(error).__name__}: {error}); the file is damaged, "
+                "or a later version wrote it"
+            ) from error
+        except StoreError as error:
+            raise StoreError(f"{where}: {error}") from error
+        if schema.to_json() != found:
+            raise StoreError(
+                f"{where}: schema: says more than this version knows; use the version that wrote it, or a later one"
+            )
+        return schema
+
+
+def _check_product(product: PerImage | PerStore) -> None:
+    where = f"schema: product {product.name!r}"
+    _check_name(product.name, where, _NO_PRODUCTS)
+    if isinstance(product, PerImage) and product.rows is not None and not _is_count(product.rows):
+        raise StoreError(f"{where}: rows must be a whole number from 1, or None, found {product.rows!r}")
+    if not all(isinstance(field, Field) for field in product.fields):
+        raise StoreError(f"{where}: expected fields, found {reprlib.repr(product.fields)}")
+    names = [stored.name for field in product.fields for stored in field.stored]
+    if not 1 <= len(names) <= _MOST_FIELDS:
+        raise StoreError(f"{where}: has {len(names)} arrays, expected 1 to {_MOST_FIELDS}")
+    if len(set(names)) != len(names):
+        raise StoreError(f"{where}: two arrays have the same name; found {', '.join(names)}")
+    for field in product.fields:
+        _check_field(field, f"{where}, field {field.name!r}", of_images=isinstance(product, PerImage))
+
+
+def _check_field(field: Field, where: str, *, of_images: bool) -> None:
+    _check_name(field.name, where, _NO_FIELDS)
+    kind = np.dtype(field.dtype)
+    if field.dtype not in DTYPES:
+        raise StoreError(f"{where}: {kind.name} is not stored; expected {', '.join(np.dtype(d).name for d in DTYPES)}")
+    if not all(map(_is_count, field.trailing)) or math.prod(field.trailing) > _MOST_ROW_NUMBERS:
+        raise StoreError(
+            f"{where}: the shape of a row must be whole numbers from 1, at most {_MOST_ROW_NUMBERS:,} values in all, "
+            f"found {reprlib.repr(field.trailing)}"
+        )
+    if field.values not in get_args(Values) or field.kept not in get_args(Kept):
+        raise StoreError(f"{where}: values {field.values!r}, kept {field.kept!r}: not known to this version")
+    if field.values == "box" and not (of_images and field.dtype == "<f4" and field.trailing == (4,)):
+        raise StoreError(f"{where}: a box is float32 of shape (4,) of an image, found {kind.name} {field.trailing}")
+    if field.values == "unit" and not (kind.kind == "f" and len(field.trailing) == 1):
+        raise StoreError(f"{where}: a unit vector is floating-point with one axis, found {kind.name} {field.trailing}")
+    if field.kept == "int8" and not (of_images and field.values == "unit" and field.dtype == "<f2"):
+        raise StoreError(f"{where}: only unit vectors of float16 of images are kept as int8")
+
+
+def _check_name(name: object, where: str, taken: frozenset[str]) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or _DEVICES.fullmatch(name) or name in taken:
+        raise StoreError(
+            f"{where}: expected a name of at most 64 lower-case letters, digits and underscores, the first a letter, "
+            "that neither stores nor systems use themselves"
+        )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def _described(product: PerImage | PerStore) -> dict[str, Any]:
+    arrays = [
+        {
+            "name": field.name,
+            "data_type": np.dtype(field.dtype).name,
+            "shape": list(field.trailing),
+            "values": field.values,
+            "kept": field.kept,
+        }
+        for field in product.fields
+    ]
+    if isinstance(product, PerStore):
+        return {"name": product.name, "per": "store", "arrays": arrays}
+    return {"name": product.name, "per": "image", "rows": product.rows, "arrays": arrays}
+
+
+def _product_of(found: Mapping[str, Any]) -> PerImage | PerStore:
+    fields = tuple(
+        Field(one["name"], one["data_type"], tuple(one["shape"]), one["values"], one["kept"]) for one in found["arrays"]
     )
+    if found["per"] not in ("image", "store"):
+        raise StoreError(f"schema: product {found['name']!r}: per {found['per']!r} is not known to this version")
+    if found["per"] == "store":
+        return PerStore(found["name"], fields)
+    return PerImage(found["name"], fields, found["rows"])
 
-
-PER_STORE: Mapping[str, Field] = MappingProxyType(
-    {
-        "teacher": Field("values", "<f4"),
-        "text": Field("embedding", "<f4", (EMBED,)),
-        "proposer": Field("values", "<f4"),
-    }
-)
-"""Products that belong to the whole store: one small array each, with JSON attributes."""
-
-PRODUCTS = ("teacher", "text", "proposer", "proposals", "regions", "ground_truth")
-"""All products, in the order in which they are made: one may need those before it."""
-
-OPTIONAL = ("proposer",)
-"""Products that a store may lack; its manifest and the files that its commit mark lists say whether it has them."""
 
 IMAGES: tuple[Field, ...] = (Field("id", "<i8"), Field("width", "<i4"), Field("height", "<i4"))
 OFFSET = Field("offset", "<i8")
@@ -155,10 +381,11 @@ def array_spec(name: str, dtype: str, shape: tuple[int, ...], *, shard_bytes: in
     """Geometry of an array: a function of its shape and `shard_bytes` alone, so every build agrees.
 
     Chunks hold 256 rows, or 4096 where a row is under 64 bytes: 256 scores would be a chunk of 1 KiB, and the
-    index of a shard as long as a tenth of its data. A small array is one shard just large enough.
+    index of a shard as long as a tenth of its data. Of rows above 64 KiB, as feature maps are, a chunk holds as many as
+    fit into 16 MiB, at least one. A small array is one shard just large enough.
     """
     row_bytes = _row_bytes(dtype, shape[1:])
-    chunk_rows = 256 if row_bytes >= 64 else 4096
+    chunk_rows = min(256, max(1, _CHUNK_BYTES // row_bytes)) if row_bytes >= 64 else 4096
     most_chunks = max(1, shard_bytes // (row_bytes * chunk_rows))
     needed_chunks = max(1, -(-shape[0] // chunk_rows))
     return ArraySpec(name, dtype, shape, chunk_rows, chunk_rows * min(most_chunks, needed_chunks))
@@ -168,38 +395,10 @@ def _row_bytes(dtype: str, trailing: tuple[int, ...]) -> int:
     return int(np.dtype(dtype).itemsize * math.prod(trailing))
 
 
-def holds_rows(array: str) -> bool:
-    """True if an array holds rows of images; all others are small."""
-    product, _, field = array.partition("/")
-    return product in PER_IMAGE and field != OFFSET.name
-
-
-def per_store(products: Collection[str]) -> dict[str, Field]:
-    """Fields of the per-store products among a store's `products`, by name."""
-    return {name: field for name, field in PER_STORE.items() if name in products}
-
-
-def per_store_field(product: str, products: Collection[str], where: object) -> Field:
-    """Field of one per-store product of the store `where`, which has `products`.
-
-    Raises:
-        StoreError: this is none of them.
-    """
-    known = per_store(products)
-    if product not in known:
-        raise StoreError(f"{where}: has no per-store product {product!r}; it has {', '.join(known)}")
-    return known[product]
-
-
-def format_version(products: Collection[str]) -> int:
-    """Version of the format of a store with these products: 2, or 3 with an optional one, which version 2 lacks."""
-    return 2 if set(OPTIONAL).isdisjoint(products) else 3
-
-
 def require_supported(found: object, where: str) -> None:
     """Refuse a store written in a format this code cannot read faithfully."""
     if found not in FORMAT_VERSIONS:
         raise StoreError(
-            f"{where}: store format {found!r}, this version reads formats {' and '.join(map(str, FORMAT_VERSIONS))}; "
+            f"{where}: store format {found!r}, this version reads formats {', '.join(map(str, FORMAT_VERSIONS))}; "
             "build the store anew in another folder, or use the version that wrote it"
         )

@@ -20,17 +20,8 @@ from ezsd.cache.format import zarr_bytes as encoding
 from ezsd.cache.format.checksums import ChunkSums, checksum_spec
 from ezsd.cache.format.commit_mark import COMMIT, LOCK, MANIFEST, CommitMark
 from ezsd.cache.format.manifest import Manifest
-from ezsd.cache.format.names import empty_folders, files_below, groups, inside
-from ezsd.cache.format.schema import (
-    CHECKSUM,
-    CHECKSUMS,
-    OFFSET,
-    PER_IMAGE,
-    ArraySpec,
-    array_spec,
-    per_store,
-    stored_fields,
-)
+from ezsd.cache.format.names import empty_folders, files_below, inside
+from ezsd.cache.format.schema import CHECKSUM, CHECKSUMS, OFFSET, SCALE, ArraySpec, Schema, array_spec
 from ezsd.cache.format.sealed_json import JSON
 from ezsd.cache.journal.bad_images import all_bad_images, bad_attributes
 from ezsd.cache.journal.entries import Entry, journal_folder, little_endian, raw_bytes, scratch_folder
@@ -52,7 +43,7 @@ class Committer:
     @cached_property
     def _starts(self) -> dict[str, list[int]]:
         """First row of each block in the store, and the number of all rows, by per-image product."""
-        columns = {product: f"{product}/{fields[0].name}" for product, fields in PER_IMAGE.items()}
+        columns = {name: f"{name}/{product.fields[0].name}" for name, product in self.plan.schema.per_image.items()}
         return {
             product: [0, *accumulate(int(entry.arrays[column]["shape"][0]) for entry in self.entries)]
             for product, column in columns.items()
@@ -62,10 +53,10 @@ class Committer:
     def ragged(self) -> list[ArraySpec]:
         """Geometry of the arrays of per-image products."""
         return [
-            self._spec(f"{product}/{field.name}", field.dtype, (rows, *field.row_shape(self.plan.embed_dim)))
-            for product in PER_IMAGE
+            self._spec(f"{product}/{field.name}", field.dtype, (rows, *field.trailing))
+            for product in self.plan.schema.per_image
             for rows in [self.rows(product)]
-            for field in stored_fields(product, self.plan.manifest.embedding)
+            for field in self.plan.schema.stored(product)
         ]
 
     @cached_property
@@ -115,11 +106,13 @@ class Committer:
         """All arrays of data that are not written by tasks, by name; `entries` of the per-store products."""
         arrays: dict[str, NDArray[Any]] = {f"images/{name}": rows for name, rows in self.plan.arrays.items()}
         arrays |= {
-            f"{product}/{OFFSET.name}": little_endian(self._offsets(product), OFFSET.dtype) for product in PER_IMAGE
+            f"{product}/{OFFSET.name}": little_endian(self._offsets(product), OFFSET.dtype)
+            for product in self.plan.schema.per_image
         }
         arrays |= {
-            f"{product}/{field.name}": entries[product].array(field.name)
-            for product, field in per_store(self.plan.manifest.products).items()
+            f"{name}/{field.name}": entries[name].array(field.name)
+            for name, product in self.plan.schema.per_store.items()
+            for field in product.fields
         }
         return arrays
 
@@ -143,25 +136,28 @@ def _committer(store: Path, digest: str) -> Committer:
     return committer
 
 
-def root_attributes(manifest: Manifest, rows: Mapping[str, int], *, images: int, embed_dim: int) -> dict[str, JSON]:
+def root_attributes(
+    manifest: Manifest, rows: Mapping[str, int], *, images: int, embed_dim: int | None
+) -> dict[str, JSON]:
     """Attributes of the store's root group for any Zarr reader; `rows` of each per-image product."""
+    of_regions = {} if manifest.schema else {"embed_dim": embed_dim, "embedding": manifest.embedding}
     return {
         "ezsd_store": {
             "format_version": manifest.format_version,
             "manifest_digest": manifest.digest,
             "fingerprints": manifest.fingerprints,
-            "embed_dim": embed_dim,
-            "embedding": manifest.embedding,
+            **of_regions,
             "images": images,
             "rows": rows,
         }
     }
 
 
-def array_attributes(name: str, embedding: str) -> dict[str, JSON]:
+def array_attributes(name: str, schema: Schema) -> dict[str, JSON]:
     """Attributes of an array for any Zarr reader: the rule from int8 to unit vectors."""
-    if embedding == "int8" and name in ("regions/embedding", "ground_truth/embedding"):
-        return {"unit_vector": "embedding[row] * embedding_scale[row]"}
+    product, _, column = name.partition("/")
+    if any(field.name == column and field.kept == "int8" for field in schema.per_image[product].fields):
+        return {"unit_vector": f"{column}[row] * {column}{SCALE}[row]"}
     return {}
 
 
@@ -181,7 +177,7 @@ class Finisher:
 
     @property
     def _groups(self) -> tuple[str, ...]:
-        return groups(self.committer.plan.manifest.products)
+        return self.committer.plan.schema.groups
 
     def finish(self, entries: Mapping[str, Entry]) -> None:
         """Small arrays, checksums, metadata and manifest, then the commit mark, then the journal goes.
@@ -199,7 +195,7 @@ class Finisher:
             nodes[name] = encoding.group_metadata({})
         sums: list[tuple[ArraySpec, list[int]]] = []
         for spec in self.committer.ragged:
-            attributes = array_attributes(spec.name, plan.manifest.embedding)
+            attributes = array_attributes(spec.name, plan.schema)
             nodes[spec.name] = encoding.array_metadata(spec, attributes)
             shards = range(spec.shards)
             sums.append((spec, [crc for n in shards for crc in self.shards[spec.shard_file(n)].chunk_crc32]))
@@ -214,7 +210,8 @@ class Finisher:
         self._write_metadata(nodes)
         self._remove_strays()
         self._flush()
-        mark = CommitMark(plan.manifest.digest, plan.embed_dim, plan.manifest.embedding, self.files)
+        embedding = None if plan.manifest.schema else plan.manifest.embedding
+        mark = CommitMark(plan.manifest.digest, plan.embed_dim, embedding, self.files, plan.manifest.schema)
         write_atomic(self._store / COMMIT, mark.to_bytes(), scratch=scratch_folder(self._store), point="commit")
         remove_journal(self._store)
 
@@ -223,7 +220,7 @@ class Finisher:
             assert isinstance(metadata, dict)
             self._write(f"{name}/zarr.json", encoding.metadata_bytes(metadata))
         plan = self.committer.plan
-        rows = {product: self.committer.rows(product) for product in PER_IMAGE}
+        rows = {product: self.committer.rows(product) for product in plan.schema.per_image}
         attributes = root_attributes(plan.manifest, rows, images=len(plan.image_ids), embed_dim=plan.embed_dim)
         self._write("zarr.json", encoding.metadata_bytes(encoding.root_metadata(attributes, nodes)))
         self._write(MANIFEST, plan.manifest.to_json().encode())

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ezsd.cache.format.schema import PER_IMAGE, SHARD_BYTES, EmbeddingType, array_spec, stored_fields
+from ezsd.cache.format.schema import SHARD_BYTES, Schema, array_spec
 from ezsd.cache.format.zarr_bytes import shard_bytes_on_disk
 from ezsd.cache.journal.commit import Committer
 from ezsd.cache.journal.entries import Entry
@@ -25,8 +25,7 @@ def forecast(
     rows: Mapping[str, int],
     *,
     images: int,
-    embed_dim: int,
-    embedding: EmbeddingType,
+    schema: Schema,
     shard_bytes: int = SHARD_BYTES,
 ) -> Forecast:
     """Bytes of a store with this many rows of each per-image product.
@@ -34,12 +33,12 @@ def forecast(
     At the peak all narrow arrays are on the disk twice, once in the journal, and of the largest array two shards:
     its blocks go as soon as the shards that hold their rows are there.
     """
-    columns = [(product, field) for product in PER_IMAGE for field in stored_fields(product, embedding)]
-    shapes = [(field.dtype, (rows[product], *field.row_shape(embed_dim))) for product, field in columns]
+    columns = [(product, field) for product in schema.per_image for field in schema.stored(product)]
+    shapes = [(field.dtype, (rows[product], *field.trailing)) for product, field in columns]
     arrays = [array_spec("", dtype, shape, shard_bytes=shard_bytes) for dtype, shape in shapes]
     sizes = [[shard_bytes_on_disk(spec, shard) for shard in range(spec.shards)] for spec in arrays]
     largest = max(sizes, key=sum)
-    final = sum(map(sum, sizes)) + images * (16 + 8 * len(PER_IMAGE)) + _METADATA
+    final = sum(map(sum, sizes)) + images * (16 + 8 * len(schema.per_image)) + _METADATA
     return Forecast(final, 2 * final - sum(largest) + 2 * max(largest, default=0))
 
 
@@ -64,4 +63,5 @@ def room_to_commit(committer: Committer, tasks: Iterable[ShardTask]) -> int:
 def small_bytes(committer: Committer, entries: Mapping[str, Entry]) -> int:
     """Bytes that the end of a commit writes: offsets, images, per-store products (their `entries`), metadata."""
     images = len(committer.plan.image_ids)
-    return images * (16 + 8 * len(PER_IMAGE)) + sum(entry.bytes_ for entry in entries.values()) + _METADATA
+    offsets = 8 * len(committer.plan.schema.per_image)
+    return images * (16 + offsets) + sum(entry.bytes_ for entry in entries.values()) + _METADATA

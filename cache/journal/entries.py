@@ -34,12 +34,13 @@ from ezsd.cache.files import (
 )
 from ezsd.cache.format.commit_mark import LOCK, are_counts
 from ezsd.cache.format.names import inside
+from ezsd.cache.format.schema import DTYPES
 from ezsd.cache.format.sealed_json import JSON, seal, unseal
 
 _ALIGNMENT = 64
 _PIECE_BYTES = 2**19
 
-_ITEM_BYTES = {name: np.dtype(name).itemsize for name in ("<f2", "<f4", "<i4", "<i8", "|i1")}
+_ITEM_BYTES = {name: np.dtype(name).itemsize for name in DTYPES}
 """Bytes of one value of each type that an entry may hold."""
 
 JOURNAL = "journal"
@@ -78,8 +79,8 @@ def lock_store(
     store: Path,
     *,
     shared: bool = False,
-    busy: str = "another process is building this store, or a share of it; wait for it to end, or choose another `out` "
-    "folder",
+    busy: str = "another process is building this store, or a share of it; wait for it to end, or choose another "
+    "folder: `path=NEW`",
 ) -> FileLock:
     """Lock a store's folder against other builders and repairs; with `shared`, beside those that share it.
 

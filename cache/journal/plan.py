@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,23 +18,14 @@ from ezsd.cache.files import FileState, disk_room, file_state
 from ezsd.cache.format.commit_mark import are_counts
 from ezsd.cache.format.manifest import Manifest, images_digest
 from ezsd.cache.format.quantise import quantise
-from ezsd.cache.format.schema import (
-    IMAGES,
-    PER_IMAGE,
-    Block,
-    EmbeddingType,
-    RaggedRows,
-    per_store_field,
-    require_supported,
-    stored_fields,
-)
+from ezsd.cache.format.schema import IMAGES, SCALE, Block, Field, RaggedRows, Schema, require_supported
 from ezsd.cache.format.sealed_json import JSON, Difference, canonical_json
 from ezsd.cache.journal.bad_images import all_bad_images, bad_attributes, require_no_rows
 from ezsd.cache.journal.entries import DATA, ENTRY, Entry, journal_folder, little_endian, set_aside, write_entry
-from ezsd.cache.journal.validation import check_block, check_images, check_per_store
+from ezsd.cache.journal.validation import check_block, check_images, check_per_store, check_text_names
 
 PLAN = "plan"
-_GEOMETRY = ("embed_dim", "block_images", "shard_bytes")
+_BLOCKS = ("block_images", "shard_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +40,7 @@ class Plan:
     image_ids: NDArray[np.int64]
     widths: NDArray[np.int32]
     heights: NDArray[np.int32]
-    embed_dim: int
+    embed_dim: int | None
     block_images: int
     shard_bytes: int
     digest: str = ""
@@ -58,9 +49,22 @@ class Plan:
         check_images(self.image_ids, self.widths, self.heights)
         if self.manifest.images_sha256 != self.images_digest:
             raise StoreError(f"{self.store}: the manifest was made for another list of images than the one given")
-        for name in _GEOMETRY:
+        # First: what has no schema has no geometry.
+        self.manifest.layout(self.embed_dim if self.embed_dim is None else max(self.embed_dim, 1))
+        for name in self.geometry:
             if getattr(self, name) < 1:
                 raise StoreError(f"{self.store}: {name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def geometry(self) -> dict[str, int]:
+        """Numbers that shape the store and are in no manifest; D only in a store of regions."""
+        found = {name: getattr(self, name) for name in _BLOCKS}
+        return found if self.embed_dim is None else {"embed_dim": self.embed_dim, **found}
+
+    @cached_property
+    def schema(self) -> Schema:
+        """Schema of the store."""
+        return self.manifest.layout(self.embed_dim)
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -87,11 +91,10 @@ class Plan:
 
     def write(self) -> "Plan":
         """Write the plan as the journal's first entry; a store exists from this rename on."""
-        geometry = {name: getattr(self, name) for name in _GEOMETRY}
         attributes: dict[str, JSON] = {
             "format_version": self.manifest.format_version,
             "manifest": self.manifest.fields,
-            **geometry,
+            **self.geometry,
         }
         write_entry(self.store, PLAN, self.arrays, attributes, point="plan")
         return read_plan(self.store)
@@ -103,27 +106,19 @@ class Plan:
             StoreMismatch: names each difference.
         """
         found = self.manifest.differences(wanted.manifest)
-        found += geometry_differences({name: getattr(self, name) for name in _GEOMETRY}, wanted)
+        found += geometry_differences(self.geometry, wanted)
         refuse(self.store, found, cure=unfinished_folder(self.store))
-
-
-def another_folder(store: Path, found: Manifest, wanted: Manifest) -> str:
-    """Advice for a store of other settings: a folder to build in, and the products to take over from this one."""
-    same = found.same_products(wanted)
-    if not same:
-        return f"build into another folder: `out={_free(store)}`"
-    return f"build into another folder: `out={_free(store)}` `reuse={store}` takes over {', '.join(same)}"
 
 
 def unfinished_folder(store: Path) -> str:
     """Advice for an unfinished store of other settings, from which nothing can be taken over."""
     return (
         f"it is not finished: go on with the settings that it was begun with, or remove the folder {store}, or build "
-        f"into another folder: `out={_free(store)}`"
+        f"into another folder: `path={free_folder(store)}`"
     )
 
 
-def _free(store: Path) -> Path:
+def free_folder(store: Path) -> Path:
     """A folder beside a store that is not there yet."""
     return next(name for n in itertools.count(2) if not (name := store.with_name(f"{store.name}-{n}")).exists())
 
@@ -170,7 +165,9 @@ def _read_plan(store: Path, folder: Path, _: tuple[FileState | None, ...]) -> Pl
     described = canonical_json([entry.arrays, entry.attributes])
     try:
         manifest = Manifest.from_fields(entry.attributes["manifest"], str(folder))
-        geometry = {name: int(entry.attributes[name]) for name in _GEOMETRY}
+        names = _BLOCKS if manifest.schema is not None else ("embed_dim", *_BLOCKS)
+        geometry = {name: int(entry.attributes[name]) for name in names}
+        embed_dim = geometry.pop("embed_dim", None)
         # Copies: a file server keeps a mapped file when it is removed, and the journal's folder with it.
         columns = {name: np.array(entry.array(name)) for name in ("id", "width", "height")}
     except StoreError:
@@ -188,6 +185,7 @@ def _read_plan(store: Path, folder: Path, _: tuple[FileState | None, ...]) -> Pl
         image_ids=columns["id"],
         widths=columns["width"],
         heights=columns["height"],
+        embed_dim=embed_dim,
         **geometry,
         digest=hashlib.sha256(described.encode()).hexdigest(),
     )
@@ -227,12 +225,12 @@ def _checked_block(plan: Plan, index: int, entry: Entry) -> Entry:
 def _checked_counts(entry: Entry, plan: Plan, block: Block) -> dict[str, list[int]]:
     """Rows of each image of a block, by product; refuses an entry that does not hold what a block does."""
     try:
-        counts = {product: _counts(entry, product, block.stop - block.start) for product in PER_IMAGE}
+        counts = {product: _counts(entry, product, block.stop - block.start) for product in plan.schema.per_image}
         shapes = {
-            f"{product}/{field.name}": (field.dtype, [rows, *field.row_shape(plan.embed_dim)])
-            for product in PER_IMAGE
+            f"{product}/{field.name}": (field.dtype, [rows, *field.trailing])
+            for product in plan.schema.per_image
             for rows in [sum(counts[product])]
-            for field in stored_fields(product, plan.manifest.embedding)
+            for field in plan.schema.stored(product)
         }
         all_bad_images([entry.attributes])
         sound = shapes == {name: (place["dtype"], place["shape"]) for name, place in entry.arrays.items()}
@@ -260,7 +258,7 @@ def per_store_folder(plan: Plan, product: str) -> Path:
     Raises:
         StoreError: the store has no such product.
     """
-    per_store_field(product, plan.manifest.products, plan.store)
+    plan.schema.per_store_product(product, plan.store)
     return journal_folder(plan.store) / f"whole-{product}"
 
 
@@ -280,10 +278,22 @@ def per_store_entry(plan: Plan, product: str) -> Entry:
     arrays = {name: entry.array(name) for name in entry.arrays}
     try:
         # The seal of an entry tells damage, not malice.
-        check_per_store(product, arrays, entry.attributes.get("user"), embed_dim=plan.embed_dim)
+        require_per_store(plan, product, arrays, entry.attributes.get("user"))
     except StoreError as error:
         raise StoreError(f"{folder}: {error}; remove this folder and run the build again") from error
     return entry
+
+
+def require_per_store(plan: Plan, product: str, arrays: Mapping[str, NDArray[Any]], attributes: object) -> None:
+    """Refuse a per-store product that must not get into the store.
+
+    Raises:
+        StoreError: says which field, row or attribute.
+    """
+    check_per_store(product, arrays, attributes, schema=plan.schema)
+    if plan.manifest.schema is None and product == "text":
+        assert isinstance(attributes, Mapping)
+        check_text_names(attributes.get("names"), len(arrays["embedding"]))
 
 
 def read_per_store(plan: Plan, product: str) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -312,21 +322,22 @@ def _block_attributes(plan: Plan, block: Block) -> dict[str, JSON]:
     return {"plan": plan.digest, "block": [block.index, block.start, block.stop]}
 
 
-def _block_arrays(products: Mapping[str, RaggedRows], embedding: EmbeddingType) -> dict[str, NDArray[Any]]:
+def _block_arrays(products: Mapping[str, RaggedRows], schema: Schema) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {}
-    for product in PER_IMAGE:
-        columns = stored_columns(products[product].fields, embedding)
-        for field in stored_fields(product, embedding):
-            arrays[f"{product}/{field.name}"] = little_endian(columns[field.name], field.dtype)
+    for product in schema.per_image.values():
+        columns = stored_columns(products[product.name].fields, product.fields)
+        for field in schema.stored(product.name):
+            arrays[f"{product.name}/{field.name}"] = little_endian(columns[field.name], field.dtype)
     return arrays
 
 
-def stored_columns(given: Mapping[str, NDArray[Any]], embedding: EmbeddingType) -> dict[str, NDArray[Any]]:
-    """Checked columns as they are stored: with int8, the embedding becomes whole numbers and a scale."""
-    if embedding == "float16" or "embedding" not in given:
-        return dict(given)
-    codes, scale = quantise(given["embedding"])
-    return {**given, "embedding": codes, "embedding_scale": scale}
+def stored_columns(given: Mapping[str, NDArray[Any]], fields: Iterable[Field]) -> dict[str, NDArray[Any]]:
+    """Checked columns of a product as they are stored: what is kept as int8 becomes whole numbers and a scale."""
+    columns = dict(given)
+    for field in fields:
+        if field.kept == "int8" and field.name in given:
+            columns[field.name], columns[f"{field.name}{SCALE}"] = quantise(given[field.name])
+    return columns
 
 
 def write_block(
@@ -341,8 +352,8 @@ def write_block(
     Args:
         path: the store's folder, created by `StoreWriter.open`.
         block: one of `StoreWriter.blocks`.
-        products: the rows of proposals, regions and ground_truth of the block's images; embeddings are float16, also
-            where the store keeps them as int8.
+        products: the rows of each per-image product of the block's images; what the store keeps as int8 is given as
+            float16.
         bad_images: by id, why an image of the block could not be read; it has no rows.
 
     Raises:
@@ -357,13 +368,14 @@ def write_block(
         image_ids=plan.image_ids[images],
         widths=plan.widths[images],
         heights=plan.heights[images],
-        embed_dim=plan.embed_dim,
+        schema=plan.schema,
+        bad_images=bad_images,
         where=f"block {block.index}",
     )
     require_no_rows(bad_images, products, plan.image_ids[images], where=f"block {block.index}")
     name = block_name(block.index)
-    arrays = _block_arrays(products, plan.manifest.embedding)
-    counts: dict[str, JSON] = {product: products[product].counts.tolist() for product in PER_IMAGE}
+    arrays = _block_arrays(products, plan.schema)
+    counts: dict[str, JSON] = {product: products[product].counts.tolist() for product in plan.schema.per_image}
     attributes = {**_block_attributes(plan, block), "counts": counts, **bad_attributes(bad_images)}
     # Looked at last: another worker may have finished it while this one computed.
     done = finished_block(plan, block.index)

@@ -1,6 +1,6 @@
 """Validation of rows before they enter a store; errors name the product, the field, the row and the image."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
-from ezsd.cache.format.schema import EMBED, PER_IMAGE, PER_STORE, UNIT_TOLERANCE, Field, RaggedRows
+from ezsd.cache.format.schema import UNIT_TOLERANCE, Field, PerImage, RaggedRows, Schema
 
 
 def check_images(image_ids: NDArray[np.int64], widths: NDArray[np.int32], heights: NDArray[np.int32]) -> None:
@@ -35,7 +35,8 @@ def check_block(
     image_ids: NDArray[np.int64],
     widths: NDArray[np.int32],
     heights: NDArray[np.int32],
-    embed_dim: int,
+    schema: Schema,
+    bad_images: Collection[int],
     where: str,
 ) -> None:
     """Refuse rows that do not belong into a store.
@@ -45,41 +46,55 @@ def check_block(
         image_ids: the block's images, (n,).
         widths: theirs in pixels, (n,).
         heights: theirs in pixels, (n,).
-        embed_dim: D.
+        schema: of the store.
+        bad_images: ids of images that could not be read, which have no rows.
         where: names the block in errors.
 
     Raises:
         StoreError: for the first thing that is wrong.
     """
-    _check_names(products.keys(), PER_IMAGE.keys(), f"{where}: products")
-    for product, fields in PER_IMAGE.items():
-        rows = products[product]
-        place = f"{where}, {product}"
-        _check_names(rows.fields.keys(), {field.name for field in fields}, f"{place}: fields")
+    _check_names(products.keys(), schema.per_image.keys(), f"{where}: products")
+    for product in schema.per_image.values():
+        rows = products[product.name]
+        place = f"{where}, {product.name}"
+        _check_names(rows.fields.keys(), {field.name for field in product.fields}, f"{place}: fields")
         total = _check_counts(rows.counts, len(image_ids), place)
+        _check_fixed(product, rows.counts, image_ids, bad_images, place)
         owner = np.repeat(np.arange(len(image_ids)), rows.counts)
-        for field in fields:
+        for field in product.fields:
             column = _Column(rows.fields[field.name], f"{place}.{field.name}", image_ids[owner])
-            column.check_form(field.dtype, (total, *field.row_shape(embed_dim)))
+            column.check_form(field.dtype, (total, *field.trailing))
             column.check_values(field)
-            if field.name == "box":
+            if field.values == "box":
                 column.check_boxes(widths[owner], heights[owner])
 
 
-def check_per_store(product: str, arrays: Mapping[str, NDArray[Any]], attributes: object, *, embed_dim: int) -> None:
+def check_per_store(product: str, arrays: Mapping[str, NDArray[Any]], attributes: object, *, schema: Schema) -> None:
     """Refuse a per-store product that is not as the schema says: arrays by field name, attributes a JSON object."""
-    field = PER_STORE[product]
-    _check_names(arrays.keys(), {field.name}, f"{product}: arrays")
+    fields = schema.per_store[product].fields
+    _check_names(arrays.keys(), {field.name for field in fields}, f"{product}: arrays")
     if not isinstance(attributes, Mapping):
         raise StoreError(f"{product}: the attributes must be a JSON object, found {type(attributes).__name__}")
-    column = _Column(arrays[field.name], f"{product}.{field.name}", None)
-    column.check_form(field.dtype, (len(np.atleast_1d(arrays[field.name])), *field.row_shape(embed_dim)))
-    column.check_values(field)
-    if product == "text":
-        _check_text_names(attributes.get("names"), len(arrays[field.name]))
+    for field in fields:
+        column = _Column(arrays[field.name], f"{product}.{field.name}", None)
+        column.check_form(field.dtype, (len(np.atleast_1d(arrays[field.name])), *field.trailing))
+        column.check_values(field)
 
 
-def _check_text_names(names: object, total: int) -> None:
+def _check_fixed(
+    product: PerImage, counts: NDArray[np.int32], image_ids: NDArray[np.int64], bad: Collection[int], where: str
+) -> None:
+    """Refuse another number of rows than a product has of each image that could be read."""
+    if product.rows is None:
+        return
+    wrong = np.flatnonzero((counts != product.rows) & ~np.isin(image_ids, np.array([*bad], np.int64)))
+    if len(wrong):
+        at = int(wrong[0])
+        raise StoreError(f"{where}: expected {product.rows} rows of each image, found {counts[at]} of {image_ids[at]}")
+
+
+def check_text_names(names: object, total: int) -> None:
+    """Refuse class names that do not name the rows of the product `text` of a store of regions, one each."""
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise StoreError('text: the attributes must hold "names", a list with the class name of each row')
     if len(names) != total or len(set(names)) != total:
@@ -121,7 +136,7 @@ class _Column:
         """Refuse values that are not finite, and embeddings that are not of unit length."""
         if self.values.dtype.kind != "f":
             return
-        if EMBED not in field.trailing:
+        if field.values != "unit":
             finite = np.isfinite(self.values).all(axis=tuple(range(1, self.values.ndim)))
             self._refuse(~finite, "is not finite")
             return

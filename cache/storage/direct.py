@@ -9,7 +9,6 @@ as long as there are plenty.
 
 import mmap
 import os
-import resource
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
-from ezsd.cache.files import MENDED, open_to_read, read_bytes, unreadable
+from ezsd.cache.files import MENDED, open_files_limit, open_to_read, read_bytes, unreadable
 from ezsd.cache.format.schema import ArraySpec
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.format.zarr_bytes import (
@@ -228,8 +227,8 @@ def _plenty(descriptor: int) -> bool:
 
     A shard without one is read all the same, and its hints are given without a question.
     """
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    most = _KEPT if limit == resource.RLIM_INFINITY else min(limit // 4, _KEPT)
+    limit = open_files_limit()
+    most = _KEPT if limit is None else min(limit // 4, _KEPT)
     return descriptor < most
 
 

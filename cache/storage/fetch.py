@@ -12,7 +12,6 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import MemoryStore, WrapperStore
 
 from ezsd.cache.files import FileDigest
-from ezsd.cache.format.schema import holds_rows
 
 
 class Listed(WrapperStore[MemoryStore]):
@@ -22,6 +21,7 @@ class Listed(WrapperStore[MemoryStore]):
         fetch: gives bytes `start` to `stop` (exclusive) of a file, or None where there is no such file.
         read_file: gives a whole file, once it has its digest.
         stated: the files that there are.
+        holds_rows: tells arrays with rows of images, by name, from small ones.
     """
 
     def __init__(
@@ -29,8 +29,10 @@ class Listed(WrapperStore[MemoryStore]):
         fetch: Callable[[str, int, int], bytes | None],
         read_file: Callable[[str], bytes],
         stated: Mapping[str, FileDigest],
+        holds_rows: Callable[[str], bool],
     ) -> None:
         super().__init__(MemoryStore(read_only=True))
+        self._holds_rows = holds_rows
         self._fetch, self._read_file, self._stated = fetch, read_file, stated
         self._last: tuple[str, bytes] = "", b""
         self._lock = Lock()
@@ -41,7 +43,7 @@ class Listed(WrapperStore[MemoryStore]):
             return None
         start, stop = _range(byte_range, self._stated[key].size)
         array, is_shard, _ = key.partition("/c/")
-        read = self._fetch if is_shard and holds_rows(array) else self._cut
+        read = self._fetch if is_shard and self._holds_rows(array) else self._cut
         data = await asyncio.to_thread(read, key, start, stop)
         return None if data is None else prototype.buffer.from_bytes(data)
 

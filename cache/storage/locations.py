@@ -136,6 +136,8 @@ def read_manifest(place: Place, mark: CommitMark) -> Manifest:
     if manifest.digest != mark.manifest_digest:
         cure = MENDED if isinstance(place, LocalPlace) else PUSHED
         raise StoreError(f"{where}: is not the manifest this store was committed with; the store is damaged: {cure}")
+    if manifest.schema != mark.recorded:
+        raise StoreError(f"{where}: has another schema than the commit mark; ezsd wrote no such store: do not use it")
     return manifest
 
 
@@ -153,7 +155,7 @@ def require_mark(store: Path) -> CommitMark:
     done = sum(block_done(plan, block.index) for block in plan.blocks)
     raise StoreIncomplete(
         f"{store}: the store is not finished, {done} of {len(plan.blocks)} blocks are done; "
-        "run the same `ezsd cache build` command again to go on"
+        "run the same `StoreWriter.open(...)` again to go on"
     )
 
 
@@ -166,11 +168,11 @@ def unfinished_plan(store: Path) -> Plan:
     """
     require_not_set_aside(store)
     if (store / TRANSFER).exists():
-        raise StoreIncomplete(f"{store}: not all files were copied here; run the same `ezsd cache pull` again to go on")
+        raise StoreIncomplete(f"{store}: not all files were copied here; run the same `pull(...)` again to go on")
     if not plan_folder(store).is_dir():
         if (store / MANIFEST).is_file():
             raise StoreError(
-                f"{store}: COMMIT.json is lost; where all else is whole, `ezsd cache repair {store}` makes one again"
+                f"{store}: COMMIT.json is lost; where all else is whole, `repair({store})` makes one again"
             )
-        raise StoreError(f"{store}: is not a store (no COMMIT.json, no journal); `ezsd cache build` makes one")
+        raise StoreError(f"{store}: is not a store (no COMMIT.json, no journal); `StoreWriter.open(...)` makes one")
     return read_plan(store)

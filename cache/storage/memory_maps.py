@@ -1,7 +1,8 @@
 """Files in memory that keep no descriptor open, however many there are.
 
 `mmap.mmap` holds a copy of the descriptor for as long as the map lives (from Python 3.13 on not with trackfd=False), so
-a process could look at no more files than it may have open.
+a process could look at no more files than it may have open. Windows has no such limit to run into, nor the calls of
+POSIX that are used elsewhere: there it is the map.
 """
 
 import ctypes
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FAILED = ctypes.c_void_p(-1).value
+_HAS_POSIX = hasattr(mmap, "PROT_READ")
 
 
 @cache
@@ -36,6 +38,8 @@ def map_file(descriptor: int, size: int) -> NDArray[np.uint8]:
     """
     if not size:
         return np.empty(0, np.uint8)
+    if not _HAS_POSIX:
+        return np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)
     address = _libc().mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
     if address == _FAILED:
         error = ctypes.get_errno()
@@ -49,4 +53,5 @@ def map_file(descriptor: int, size: int) -> NDArray[np.uint8]:
 
 def will_need(data: NDArray[np.uint8], first: int, length: int) -> None:
     """Ask the system to read a range of a mapped file from the disk; `first` is the start of a page. Only a hint."""
-    _libc().madvise(data.ctypes.data + first, length, mmap.MADV_WILLNEED)
+    if _HAS_POSIX:
+        _libc().madvise(data.ctypes.data + first, length, mmap.MADV_WILLNEED)

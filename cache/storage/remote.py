@@ -30,7 +30,7 @@ from ezsd.cache.files import (
 )
 from ezsd.cache.format.commit_mark import ARRIVING, COMMIT, TRANSFER, CommitMark, parse_mark
 from ezsd.cache.format.names import ROOT, inside, require_inside
-from ezsd.cache.format.schema import holds_rows
+from ezsd.cache.format.schema import Schema
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.format.zarr_bytes import consolidated
 from ezsd.cache.storage.arrays import RowArray, ZarrArray, zarr_errors
@@ -71,6 +71,7 @@ class RemotePlace:
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self.url = url.rstrip("/")
         self._root = root.rstrip("/")
+        self._schema: Schema | None = None
         self.stated: Mapping[str, FileDigest] = {}
         """The files that a commit mark lists, once one was read: no more than the stated bytes are read of each."""
 
@@ -121,15 +122,13 @@ class RemotePlace:
         data = self.read_if_there(COMMIT)
         if data is not None:
             mark = parse_mark(data, f"{self.url}/{COMMIT}")
-            self.stated = mark.files
+            self.stated, self._schema = mark.files, mark.schema
             if self.is_folder:
                 require_inside(Path(self._root), mark.files)
             return mark, data
         if self.read_if_there(TRANSFER) is not None:
-            raise StoreIncomplete(f"{self.url}: not all files were copied here; run the same `ezsd cache push` again")
-        raise StoreError(
-            f"{self.url}: is not a store (no {COMMIT} there); `ezsd cache push STORE {self.url}` makes one"
-        )
+            raise StoreIncomplete(f"{self.url}: not all files were copied here; run the same `push(...)` again")
+        raise StoreError(f"{self.url}: is not a store (no {COMMIT} there); `push(STORE, {self.url})` makes one")
 
     def folders(self) -> list[str]:
         """URLs of the folders directly below this one.
@@ -138,7 +137,7 @@ class RemotePlace:
             StoreError: it is a web server's, which has no list of them, or there is no such folder.
         """
         if self._is_web:
-            raise StoreError(f"{self.url}: a web server lists no folders; give the URL of a store to `ezsd cache info`")
+            raise StoreError(f"{self.url}: a web server lists no folders; give the URL of a store to `info()`")
         found = [name for name, kind in self._listing() if kind == "directory"]
         # Of all URLs these alone are decoded.
         is_quoted = self.url.startswith(_FILE)
@@ -337,7 +336,11 @@ class RemotePlace:
             raise StoreError(f"{self.url}/{error}") from error
         if spec is None:
             return self._through_zarr(name)
-        return RemoteArray(spec, self, partial(self._through_zarr, name), whole=not holds_rows(name))
+        return RemoteArray(spec, self, partial(self._through_zarr, name), whole=not self._holds_rows(name))
+
+    def _holds_rows(self, array: str) -> bool:
+        """True if an array of the store whose mark was read holds rows of images."""
+        return self._schema is not None and self._schema.holds_rows(array)
 
     @cached_property
     def _root_metadata(self) -> dict[str, Any]:
@@ -360,7 +363,9 @@ class RemotePlace:
 
         from ezsd.cache.storage.fetch import Listed
 
-        return zarr.open_group(Listed(self.fetch, self.read_file, self.stated), mode="r", zarr_format=3)
+        return zarr.open_group(
+            Listed(self.fetch, self.read_file, self.stated, self._holds_rows), mode="r", zarr_format=3
+        )
 
     @contextmanager
     def errors(self) -> Iterator[None]:

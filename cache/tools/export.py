@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
-from ezsd.cache.files import discard, rename
+from ezsd.cache.files import discard, rename, require_can_write
 from ezsd.cache.format.commit_mark import MANIFEST
-from ezsd.cache.format.schema import PER_IMAGE, per_store
 from ezsd.cache.reader import Store, Verify
 
 Format: TypeAlias = Literal["npz", "parquet", "webdataset"]
@@ -29,8 +28,8 @@ def export(
 ) -> Path:
     """Write everything a store holds into a new folder; it appears when it is whole.
 
-    In each format `manifest.json` tells what it was made from, and `text.npz`, `teacher.npz` and, where there is one,
-    `proposer.npz` hold these products with their attributes as JSON text. Rows of `IMAGES_PER_FILE` images make one
+    In each format `manifest.json` tells what it was made from, and a file such as `text.npz` holds each product of the
+    whole store, with its attributes as JSON text (`attributes`). Rows of `IMAGES_PER_FILE` images make one
     file NUMBER:
 
     - npz: `PRODUCT-NUMBER.npz`: arrays `image_id` (n,), `offset` (n + 1,), and one per field.
@@ -54,6 +53,7 @@ def export(
     if format not in FORMATS:
         raise StoreError(f"`format={format}`: expected {', '.join(FORMATS)}")
     source, target = Store(store, verify=verify), Path(folder).absolute()
+    require_can_write(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise StoreError(f"{target}: exists and is not empty; choose a new folder")
     write = _writer(format)
@@ -62,7 +62,7 @@ def export(
     temporary.mkdir()
     try:
         (temporary / MANIFEST).write_text(source.manifest.to_json())
-        for product in per_store(source.manifest.products):
+        for product in source.schema.per_store:
             arrays, attributes = source.read_per_store(product)
             _save(temporary / f"{product}.npz", {**arrays, "attributes": np.array(json.dumps(attributes))})
         write(source, temporary)
@@ -92,16 +92,12 @@ def _parts(store: Store) -> Iterator[tuple[str, NDArray[np.int64]]]:
         yield f"{number:05d}", ids[start : start + IMAGES_PER_FILE]
 
 
-def _fields(rows: object, product: str) -> dict[str, NDArray[Any]]:
-    return {field.name: getattr(rows, field.name) for field in PER_IMAGE[product]}
-
-
 def _write_npz(store: Store, folder: Path) -> None:
     for number, ids in _parts(store):
-        for product in PER_IMAGE:
-            batch = getattr(store, product).batch(ids.tolist())
+        for product in store.schema.per_image:
+            batch = store.product(product).batch(ids.tolist())
             offset = np.concatenate([[0], np.cumsum(batch.counts)])
-            arrays = {"image_id": ids, "offset": offset, **_fields(batch.rows, product)}
+            arrays = {"image_id": ids, "offset": offset, **batch.rows}
             _save(folder / f"{product}-{number}.npz", arrays)
     width, height = store.sizes.T
     _save(folder / "images.npz", {"id": store.image_ids, "width": width, "height": height})
@@ -119,12 +115,14 @@ def _write_parquet(store: Store, folder: Path) -> None:
     images = {"id": store.image_ids, "width": np.ascontiguousarray(width), "height": np.ascontiguousarray(height)}
     pq.write_table(pa.table(images), folder / "images.parquet")
     for number, ids in _parts(store):
-        for product in PER_IMAGE:
-            batch = getattr(store, product).batch(ids.tolist())
+        for product in store.schema.per_image:
+            batch = store.product(product).batch(ids.tolist())
             columns = {"image_id": pa.array(np.repeat(ids, batch.counts))}
-            for name, values in _fields(batch.rows, product).items():
+            for name, values in batch.rows.items():
                 flat = pa.array(values.reshape(-1))
-                columns[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+                for size in reversed(values.shape[1:]):
+                    flat = pa.FixedSizeListArray.from_arrays(flat, size)
+                columns[name] = flat
             pq.write_table(pa.table(columns), folder / f"{product}-{number}.parquet")
 
 
@@ -139,8 +137,8 @@ def _write_webdataset(store: Store, folder: Path) -> None:
                 about = json.dumps({"id": image_id, "width": width, "height": height})
                 # Samples are told apart by what stands before the first dot.
                 _add(tar, f"{image_id:012d}.json", about.encode())
-                for product in PER_IMAGE:
-                    for name, values in _fields(getattr(store, product)[image_id], product).items():
+                for product in store.schema.per_image:
+                    for name, values in store.product(product)[image_id].items():
                         _add(tar, f"{image_id:012d}.{product}.{name}.npy", _npy(values))
 
 

@@ -22,7 +22,7 @@ def not_as_committed(file: Path) -> StoreError:
     """The error for a file of a store to be sent that is damaged."""
     return StoreError(
         f"{file}: its bytes are not those that were committed (sha256 differs); the store is damaged: "
-        "`ezsd cache repair` mends it"
+        "`repair()` mends it"
     )
 
 

@@ -19,7 +19,7 @@ from ezsd.cache.format.commit_mark import (
 )
 from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.names import ROOT, files_below, size_of
-from ezsd.cache.format.schema import PER_IMAGE, EmbeddingType
+from ezsd.cache.format.regions import EmbeddingType
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.journal.bad_images import NO_ROOT, all_bad_images, bad_images_of
 from ezsd.cache.journal.commit import Committer
@@ -50,8 +50,9 @@ class StoreInfo:
     blocks_done: int
     """Blocks of an unfinished build; both numbers are 0 in a complete store, which knows no blocks."""
     blocks: int
-    embed_dim: int
-    embedding: EmbeddingType
+    embed_dim: int | None
+    """D of a store of regions; None for any other schema."""
+    embedding: EmbeddingType | None
     products: tuple[ProductInfo, ...]
     bytes_: int
     """Bytes of all files in the folder."""
@@ -90,7 +91,7 @@ def _committed_info(place: Place, mark: CommitMark, *, complete: bool) -> StoreI
     try:
         attributes = root["attributes"]["ezsd_store"]
         images = int(attributes["images"])
-        rows = {product: int(attributes["rows"][product]) for product in PER_IMAGE}
+        rows = {product: int(attributes["rows"][product]) for product in mark.schema.per_image}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StoreError(f"{where}: {NO_ROOT.format(type(error).__name__, error)}") from error
     bad_images = bad_images_of(root, where)
@@ -122,8 +123,8 @@ def _unfinished_info(plan: Plan) -> StoreInfo:
         blocks_done=len(done),
         blocks=len(plan.blocks),
         embed_dim=plan.embed_dim,
-        embedding=plan.manifest.embedding,
-        products=_products(plan.manifest, {product: rows.rows(product) for product in PER_IMAGE}, present),
+        embedding=None if plan.manifest.schema else plan.manifest.embedding,
+        products=_products(plan.manifest, {product: rows.rows(product) for product in plan.schema.per_image}, present),
         bad_images=all_bad_images(entry.attributes for entry in rows.entries),
         manifest=plan.manifest,
         problems=(),
@@ -174,7 +175,7 @@ def _load(place: Place, mark: CommitMark, name: str) -> dict[str, Any]:
     if isinstance(place, LocalPlace):
         reason = file_problem(place.path / name, mark.files[name], deep=True)
         if reason is not None:
-            raise StoreError(f"{where}: {reason}; the store is damaged: `ezsd cache repair {place}` mends it")
+            raise StoreError(f"{where}: {reason}; the store is damaged: `repair({place})` mends it")
     return parse_json(place.read_file(name), where)
 
 

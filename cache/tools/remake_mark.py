@@ -22,8 +22,8 @@ from ezsd.cache.format import zarr_bytes as encoding
 from ezsd.cache.format.checksums import ChunkSums
 from ezsd.cache.format.commit_mark import COMMIT, MANIFEST, CommitMark, parse_mark
 from ezsd.cache.format.manifest import Manifest, images_digest
-from ezsd.cache.format.names import ROOT, inside, is_store_file, needed_files
-from ezsd.cache.format.schema import CHECKSUM, CHECKSUMS, IMAGES, PER_IMAGE, ArraySpec
+from ezsd.cache.format.names import ROOT, inside
+from ezsd.cache.format.schema import CHECKSUM, CHECKSUMS, IMAGES, ArraySpec
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.journal.commit import root_attributes
 from ezsd.cache.journal.entries import little_endian, raw_bytes
@@ -48,6 +48,7 @@ class _Remake:
 
     def mark(self) -> CommitMark:
         nodes, manifest, embed_dim = self._described()
+        embedding = None if manifest.schema else manifest.embedding
         arrays = [name for name, node in nodes.items() if node.get("node_type") == "array"]
         columns = dict[str, NDArray[Any]]()
         for name in arrays:
@@ -55,21 +56,23 @@ class _Remake:
                 self._check_array(self._spec(nodes, name), self._spec(nodes, f"{CHECKSUMS}/{name}"), columns)
         listed = images_digest(*(columns[f"images/{column.name}"] for column in IMAGES))
         self._require(listed == manifest.images_sha256, MANIFEST, "was made for another list of images")
-        data = CommitMark(manifest.digest, embed_dim, manifest.embedding, self.files).to_bytes()
+        data = CommitMark(manifest.digest, embed_dim, embedding, self.files, manifest.schema).to_bytes()
         return parse_mark(data, str(self.store / COMMIT))
 
-    def _described(self) -> tuple[Mapping[str, Any], Manifest, int]:
-        """Metadata of all nodes, the manifest, and the width of embeddings, once all that says them agrees."""
+    def _described(self) -> tuple[Mapping[str, Any], Manifest, int | None]:
+        """Metadata of all nodes, the manifest, and D of a store of regions, once all that says them agrees."""
         where = str(self.store / ROOT)
         root = self._read(ROOT)
         manifest = Manifest.from_json(self._read(MANIFEST), str(self.store / MANIFEST))
         self._take(MANIFEST, manifest.to_json().encode())
-        data = [name.removesuffix(f"/{ROOT}") for name in needed_files(manifest.embedding, manifest.products)]
-        names = [name for name in data if name not in (MANIFEST, ROOT)]
         try:
             nodes = parse_json(root, where)["consolidated_metadata"]["metadata"]
-            rows = {product: int(nodes[f"{product}/box"]["shape"][0]) for product in PER_IMAGE}
-            images, embed_dim = int(nodes["images/id"]["shape"][0]), int(nodes["regions/embedding"]["shape"][1])
+            embed_dim = None if manifest.schema else int(nodes["regions/embedding"]["shape"][1])
+            schema = manifest.layout(embed_dim)
+            lengths = {name: f"{name}/{product.fields[0].name}" for name, product in schema.per_image.items()}
+            rows = {product: int(nodes[name]["shape"][0]) for product, name in lengths.items()}
+            images = int(nodes["images/id"]["shape"][0])
+            names = [*schema.groups, *schema.arrays]
             wanted = {*names, CHECKSUMS, *(f"{CHECKSUMS}/{name}" for name in names)}
         except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise self._refusal(ROOT, "does not describe the arrays of a store") from error
@@ -131,7 +134,6 @@ class _Remake:
 
     def _read(self, name: str, *, most: int = MOST_UNSTATED) -> bytes:
         """The bytes of a file, and one more than `most` of a longer one."""
-        self._require(is_store_file(name), ROOT, f"describes {name!r}, which no store has")
         file = inside(self.store, name)
         try:
             with os.fdopen(open_to_read(file), "rb") as opened:

@@ -38,18 +38,7 @@ from ezsd.cache.format.commit_mark import (
 )
 from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.names import inside
-from ezsd.cache.format.schema import (
-    CHECKSUM,
-    CHECKSUMS,
-    IMAGES,
-    OFFSET,
-    PER_IMAGE,
-    PER_STORE,
-    ArraySpec,
-    Block,
-    RaggedRows,
-    per_store,
-)
+from ezsd.cache.format.schema import CHECKSUM, CHECKSUMS, IMAGES, OFFSET, ArraySpec, Block, RaggedRows
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.journal.commit import root_attributes
 from ezsd.cache.journal.entries import journal_folder, little_endian, lock_store, raw_bytes, scratch_folder
@@ -130,7 +119,7 @@ def repair(path: str | os.PathLike[str], source: RowSource | None = None) -> Rep
     if source is not None and source.manifest.digest != mark.manifest_digest:
         raise StoreMismatch(
             f"{store}: these images and settings make another store than this one (manifest digest "
-            f"{source.manifest.digest[:12]}, here {mark.manifest_digest[:12]}); give the `data_root` it was made from"
+            f"{source.manifest.digest[:12]}, here {mark.manifest_digest[:12]}); give the `source` it was made from"
         )
     # Refuses a link in its place, before a lock file would be put there.
     scratch_folder(store)
@@ -155,7 +144,7 @@ def _require_finished(store: Path) -> None:
     if (store / MANIFEST).is_file() and not (store / TRANSFER).exists() and not plan_folder(store).exists():
         return
     unfinished_plan(store)
-    raise StoreError(f"{store}: was never finished, so there is nothing to repair; run `ezsd cache build` again")
+    raise StoreError(f"{store}: was never finished, so there is nothing to repair; run `StoreWriter.open(...)` again")
 
 
 def _scratch(store: Path) -> Path:
@@ -169,7 +158,7 @@ def _require_readable(found: Sequence[Damage]) -> None:
     hidden = [damage for damage in found if damage.kind == "unreadable"]
     if hidden:
         more = f" and {len(hidden) - 1} more files cannot be read," if len(hidden) > 1 else ""
-        raise StoreUnreadable(f"{hidden[0]};{more} then run `ezsd cache repair` again")
+        raise StoreUnreadable(f"{hidden[0]};{more} then run `repair()` again")
 
 
 @dataclass(frozen=True)
@@ -185,8 +174,8 @@ class _Repair:
         if ENVIRONMENT in names:
             discard(self.store / ENVIRONMENT)
         # Each kind serves the later ones.
-        checksums, rows = set(filter(_is_checksums, names)), set(filter(_is_of_images, names))
-        for name in sorted(names - {ENVIRONMENT} - checksums - rows, key=_turn):
+        checksums, rows = set(filter(_is_checksums, names)), set(filter(self._is_of_images, names))
+        for name in sorted(names - {ENVIRONMENT} - checksums - rows, key=self._turn):
             self._put(name, self._metadata(name) if name.endswith(".json") else self._whole(name))
         images = self._mend_rows(rows)
         for name in sorted(checksums):
@@ -196,6 +185,22 @@ class _Repair:
         self._mark_as(complete=not left)
         repaired = names - {damage.name for damage in left}
         return RepairReport(repaired=tuple(sorted(repaired)), left=tuple(left), images=images)
+
+    def _is_of_images(self, name: str) -> bool:
+        """True if a file is a shard of a per-image product."""
+        return name.partition("/")[0] in self.mark.schema.per_image and "/c/" in name
+
+    def _turn(self, name: str) -> tuple[int, str]:
+        """Order of the repairs, each serves the later ones: metadata, the image list, per-store products."""
+        turns = (
+            name == MANIFEST,
+            name == "zarr.json",
+            name.endswith("zarr.json"),
+            name.startswith("images/"),
+            *(name.startswith(f"{product}/") for product in self.mark.schema.per_store),
+            True,
+        )
+        return turns.index(True), name
 
     def _damages(self) -> list[Damage]:
         return damaged_files(self.store, self.mark, deep=True)
@@ -246,11 +251,15 @@ class _Repair:
 
     def _root(self, files: list[str]) -> bytes:
         nodes = {file.removesuffix("/zarr.json"): self._json(file) for file in files}
-        rows = {product: _length(nodes[f"{product}/box"]) for product in PER_IMAGE}
+        rows = {product: _length(nodes[self._first(product)]) for product in self.mark.schema.per_image}
         manifest = Manifest.from_fields(self._json(MANIFEST), str(self.store / MANIFEST))
         images = _length(nodes["images/id"])
         attributes = root_attributes(manifest, rows, images=images, embed_dim=self.mark.embed_dim)
         return encoding.metadata_bytes(encoding.root_metadata(attributes, nodes))
+
+    def _first(self, product: str) -> str:
+        """Name of an array whose length is the number of a per-image product's rows."""
+        return f"{product}/{self.mark.schema.per_image[product].fields[0].name}"
 
     def _shard(self, name: str) -> tuple[ArraySpec, int] | None:
         """Array and number of a shard; None for one that cannot become what was committed.
@@ -285,7 +294,9 @@ class _Repair:
         if product == "images":
             place = [column.name for column in IMAGES].index(field)
             return little_endian(self.source.images[place], spec.dtype)
-        return little_endian(self.source.per_store(product, self._stored()), spec.dtype)
+        # A source makes one array of each product, as those of regions have.
+        fields = self.mark.schema.per_store[product].fields
+        return little_endian(self.source.per_store(product, self._stored()), spec.dtype) if len(fields) == 1 else None
 
     def _checksums(self, array: str) -> NDArray[Any] | None:
         spec = self._locate.spec(array)
@@ -308,8 +319,8 @@ class _Repair:
     def _stored(self) -> dict[str, StoredValues]:
         """The per-store products that the store has undamaged by now."""
         found: dict[str, StoredValues] = {}
-        for product, field in per_store(self.mark.products).items():
-            values, file = self._locate.values(f"{product}/{field.name}"), f"{product}/zarr.json"
+        for product, of in self.mark.schema.per_store.items():
+            values, file = self._locate.values(f"{product}/{of.fields[0].name}"), f"{product}/zarr.json"
             attributes = self._json(file).get("attributes") if self._locate.intact(file) else None
             # A stranger's may say anything there, and nothing can be computed with that.
             if values is not None and isinstance(attributes, dict):
@@ -325,9 +336,11 @@ class _Repair:
                 self._finish(self._patch(one, np.zeros(0, np.int64)))
         if self.source is None:
             return 0
-        self._mend_from([one for one in lost if one.chunks and _is_annotated(one)], partial(_annotated, self.source))
-        computed = [one for one in lost if one.chunks and not _is_annotated(one)]
-        if not computed or self._per_store.keys() != per_store(self.mark.products).keys():
+        # Only ezsd's own stores have annotated boxes.
+        annotated = [one for one in lost if self.mark.recorded is None and one.chunks and _is_annotated(one)]
+        self._mend_from(annotated, partial(_annotated, self.source))
+        computed = [one for one in lost if one.chunks and one not in annotated]
+        if not computed or self._per_store.keys() != self.mark.schema.per_store.keys():
             return 0
         return self._mend_from(computed, partial(self.source.rows, stored=self._per_store))
 
@@ -374,7 +387,11 @@ class _Repair:
                 for product, values in offsets.items():
                     first = values.fill(block, computed[product].counts)
                     here = [one for one in patches if one.lost.product == product and one.has_rows_of(block)]
-                    self._fill(here, first, stored_columns(computed[product].fields, self.mark.embedding))
+                    self._fill(
+                        here,
+                        first,
+                        stored_columns(computed[product].fields, self.mark.schema.per_image[product].fields),
+                    )
                 for patch in patches:
                     if patch.ends_in(block):
                         self._finish(patch)
@@ -390,7 +407,7 @@ class _Repair:
     def _offsets(self, product: str) -> Offsets | None:
         """Offsets of a per-image product, as far as they are undamaged; None where nothing says how many there are."""
         assert self.source is not None
-        spec, box = (self._locate.spec(f"{product}/{name}") for name in (OFFSET.name, "box"))
+        spec, box = (self._locate.spec(name) for name in (f"{product}/{OFFSET.name}", self._first(product)))
         if spec is None or box is None or spec.shape != (len(self.source.images[0]) + 1,):
             return None
         if any(spec.shard_file(shard) not in self.mark.files for shard in range(spec.shards)):
@@ -430,25 +447,7 @@ def _is_checksums(name: str) -> bool:
     return name.startswith(f"{CHECKSUMS}/") and "/c/" in name
 
 
-def _is_of_images(name: str) -> bool:
-    """True if a file is a shard of a per-image product."""
-    return name.partition("/")[0] in PER_IMAGE and "/c/" in name
-
-
 def _length(node: Mapping[str, Any]) -> int:
     """Rows that an array's metadata tell of; 0 where they tell of none, and the root is then not what it was."""
     shape = node.get("shape")
     return int(shape[0]) if isinstance(shape, list) and shape and isinstance(shape[0], int) else 0
-
-
-def _turn(name: str) -> tuple[int, str]:
-    """Order of the repairs, each serves the later ones: metadata, the image list, per-store products."""
-    turns = (
-        name == MANIFEST,
-        name == "zarr.json",
-        name.endswith("zarr.json"),
-        name.startswith("images/"),
-        *(name.startswith(f"{product}/") for product in PER_STORE),
-        True,
-    )
-    return turns.index(True), name

@@ -17,6 +17,7 @@ from ezsd.cache.files import (
     read_bytes,
     read_if_there,
     rename,
+    require_can_write,
     require_room,
     scratch_name,
     sync,
@@ -89,9 +90,10 @@ def push(store: str | os.PathLike[str], url: str) -> int:
 
 
 def _require_elsewhere(source: Path, there: RemotePlace) -> None:
-    """Refuse a target in the store's own folder."""
+    """Refuse a target in the store's own folder, and any folder on a system that cannot write to one."""
     if not there.is_folder:
         return
+    require_can_write(Path(there.path("")))
     with there.errors():
         is_within = Path(there.path("")).resolve().is_relative_to(source.resolve())
     if is_within:
@@ -202,6 +204,7 @@ def pull(url: str, folder: str | os.PathLike[str]) -> int:
         StoreError: there is no store, a file does not arrive as it was committed, or the folder holds other things.
     """
     there, here = RemotePlace(url), Path(folder).absolute()
+    require_can_write(here)
     mark, data = there.committed()
     with copied_to(here, sum(expected.size for expected in mark.files.values())):
         if here.exists() and not here.is_dir():

@@ -24,7 +24,7 @@ from ezsd.cache.format.commit_mark import (
 )
 from ezsd.cache.format.names import empty_folders, files_below
 from ezsd.cache.format.offsets import image_places, of_images
-from ezsd.cache.format.schema import CHECKSUMS, PER_IMAGE, ArraySpec, per_store
+from ezsd.cache.format.schema import CHECKSUMS, ArraySpec
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.format.zarr_bytes import consolidated, shard_bytes_on_disk, shard_rows
 from ezsd.cache.journal.entries import JOURNAL, Entry, journal_folder
@@ -340,7 +340,7 @@ class Locator:
             return []
         if product == "images":
             return [int(ids[place]) for start, stop in rows for place in range(start, min(stop, len(ids)))]
-        if product not in PER_IMAGE:
+        if product not in self.mark.schema.per_image:
             return []
         if field == "offset":
             # Entry k ends image k - 1 and begins image k.
@@ -355,7 +355,7 @@ class Locator:
 def damaged_entries(plan: Plan, *, deep: bool) -> list[Damage]:
     """Pieces of an unfinished build that are not as they were journaled."""
     folders = [journal_folder(plan.store) / block_name(block.index) for block in plan.blocks]
-    folders += [per_store_folder(plan, product) for product in per_store(plan.manifest.products)]
+    folders += [per_store_folder(plan, product) for product in plan.schema.per_store]
     return [
         damage for folder in folders if folder.exists() for damage in _entry_problems(plan.store, folder, deep=deep)
     ]

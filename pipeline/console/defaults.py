@@ -119,6 +119,7 @@ def train_config(
 
     # No rows are read of it here.
     store = Store(cache, verify="quick")
+    store.require_regions()
     preset = preset or preset_of(store)
     config = load_settings(preset, [*overrides, *_without_objectness(store, preset, overrides)])
     from ezsd.detector.requirements import require_backbone

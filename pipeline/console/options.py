@@ -16,7 +16,27 @@ OPTIONS = frozenset(
 )
 """Parameters whose options have their names."""
 
+ALIASES = {"path": "out", "source": "data_root"}
+"""Options of parameters of `ezsd.cache` that have another name there."""
+COMMANDS = {
+    "StoreWriter.open": "ezsd cache build",
+    **{name: f"ezsd cache {name}" for name in ("info", "pull", "push", "repair", "verify")},
+}
+"""Commands that do what these calls of `ezsd.cache` do."""
+_ARGUMENTS = (
+    (re.compile("^deep=True$"), "--deep"),
+    (re.compile("^NEW_FOLDER, [.]{3}$"), "--out NEW_FOLDER"),
+    (re.compile("^[.]{3}$"), ""),
+    (re.compile("^STORE, "), "STORE "),
+    (re.compile(", DIR$"), " DIR"),
+    (re.compile(", source$"), " --data-root DIR"),
+)
+"""Arguments of such calls, as the command takes them; a path or URL stays."""
+
 # Alone between spaces or punctuation, so that backticks in a quoted name or in a path stay as they are.
+_CALL = re.compile(
+    rf"(?<![^\s(])`(?P<call>{'|'.join(map(re.escape, COMMANDS))})\((?P<given>[^`]*)\)`(?=[,.:;?)]*(?:\s|$))"
+)
 _PARAMETER = re.compile(
     r"(?<![^\s(])`(?:(?P<setting>[a-z]+\.[a-z_0-9]+)(?P<to>=[^`]*)?"
     r"|(?P<name>[a-z_]+)(?:=(?P<value>[^`]*))?)`(?=[,.:;?)]*(?:\s|$))"
@@ -28,9 +48,17 @@ def as_options(message: str) -> str:
 
     Below the command line a message names a parameter in backticks, alone or with its value, and a setting likewise:
     "`weights=FILE`" becomes "--weights FILE", "`overrides`" becomes "--set", "`train.steps=9`" becomes
-    "--set train.steps=9". What else stands in backticks, such as a command, stays.
+    "--set train.steps=9". The store is a library and names its calls: "`repair(/a/store)`" becomes
+    "`ezsd cache repair /a/store`". What else stands in backticks, such as a command, stays.
     """
-    return _PARAMETER.sub(_option, message)
+    return _CALL.sub(_command, _PARAMETER.sub(_option, message))
+
+
+def _command(found: re.Match[str]) -> str:
+    given = found["given"]
+    for pattern, said in _ARGUMENTS:
+        given = pattern.sub(said, given)
+    return f"`{COMMANDS[found['call']]} {given}".rstrip() + "`"
 
 
 @cache
@@ -45,7 +73,7 @@ def _settings() -> frozenset[str]:
 def _option(found: re.Match[str]) -> str:
     if found["setting"] is not None:
         return f"--set {found['setting']}{found['to'] or ''}" if found["setting"] in _settings() else found[0]
-    name = found["name"]
+    name = ALIASES.get(found["name"], found["name"])
     if name not in OPTIONS and name != "overrides":
         return found[0]
     option = "--set" if name == "overrides" else f"--{name.replace('_', '-')}"

@@ -133,16 +133,20 @@ def list_lines(folder: str | Path) -> list[str]:
 
 def _summary(store: StoreInfo | StoreError) -> str:
     if isinstance(store, StoreError):
-        return f"cannot be read: {store}"
+        return f"cannot be read: {as_options(str(store))}"
     done = f"{store.blocks_done} of {store.blocks} blocks" if store.blocks else "marked incomplete"
     state = ("damaged" if store.problems else "complete") if store.complete else f"unfinished, {done}"
-    regions = next(product for product in store.products if product.name == "regions")
-    return f"{state}, {store.images:,} images, {regions.rows:,} regions, {store.bytes_:,} bytes, {store.embedding}"
+    shown = [
+        one for one in store.products if one.name == "regions" or (store.embedding is None and one.rows is not None)
+    ]
+    rows = ", ".join(f"{one.rows:,} {one.name}" for one in shown)
+    ending = f", {store.embedding}" if store.embedding else ""
+    return f"{state}, {store.images:,} images, {rows}, {store.bytes_:,} bytes{ending}"
 
 
 def verify_lines(path: str | Path, *, deep: bool) -> list[str]:
     """Describe what is wrong with a store, one line for each problem."""
-    return [str(damage) for damage in verify(path, deep=deep)]
+    return [as_options(str(damage)) for damage in verify(path, deep=deep)]
 
 
 def collect_lines(path: Path, *, strays: bool = False, dry_run: bool = False) -> list[str]:
@@ -186,7 +190,7 @@ def repair_lines(path: Path, report: RepairReport) -> list[str]:
 
 
 def _left(damage: Damage) -> str:
-    return f"not repaired {damage}"
+    return f"not repaired {as_options(str(damage))}"
 
 
 def transfer_line(way: Literal["push", "pull"], source: str, target: str) -> str:

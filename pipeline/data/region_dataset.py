@@ -27,6 +27,7 @@ class RegionDataset(Dataset[dict[str, Tensor]]):
 
     def __init__(self, store: Store | str | os.PathLike[str], image_ids: Sequence[int] | None = None) -> None:
         self.store = store if isinstance(store, Store) else Store(store)
+        self.store.require_regions()
         self._position = {int(image): place for place, image in enumerate(self.store.image_ids)}
         self._sizes = self.store.sizes
         self.image_ids = tuple(self._position) if image_ids is None else tuple(map(int, image_ids))

@@ -216,7 +216,7 @@ def _source(request: BuildRequest) -> _Source | None:
     require_buildable(request, annotations)
     if request.reuse is not None:
         # Whether there is anything to reuse shows without the teacher.
-        Store(request.reuse)
+        Store(request.reuse).require_regions()
     _tell_of_undescribed(request)
     teacher = configured_teacher(request.config.teacher, request.device)
     require_words(teacher, request.dataset.split.names, request.config.teacher.backgrounds)
@@ -301,7 +301,16 @@ def _writer(
             shared=shared,
         )
     except StoreMismatch as error:
-        raise error.reworded(as_settings) from None
+        raise error.reworded(as_settings, cure=_cure(error, request.out.absolute())) from None
+
+
+def _cure(error: StoreMismatch, store: Path) -> str | None:
+    """Advice where a complete store has other settings: the products that a build in another folder takes over."""
+    if error.folder is None:
+        return None
+    if not error.shared:
+        return f"build into another folder: `out={error.folder}`"
+    return f"build into another folder: `out={error.folder}` `reuse={store}` takes over {', '.join(error.shared)}"
 
 
 def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
@@ -328,6 +337,7 @@ def _known_complete(request: BuildRequest, annotations: Annotations) -> bool:
     if wanted != found.manifest:
         return False
     # The store may have leftovers of its build, which opening it for writing removes.
+    assert found.embed_dim is not None
     _writer(request, wanted, annotations, found.embed_dim).close()
     return True
 

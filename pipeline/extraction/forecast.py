@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ezsd.boxes import clip
-from ezsd.cache import Forecast, forecast
+from ezsd.cache import Forecast, forecast, region_schema
 from ezsd.data.annotations import Annotations, ImageRecord
 from ezsd.pipeline.config.schema import Config, ProposalConfig
 from ezsd.pipeline.data.images import most_bad_images, require_few_bad
@@ -171,7 +171,7 @@ def _at_most(request: BuildRequest, annotations: Annotations, embed_dim: int) ->
         "regions": images * min(proposals, settings.max_regions),
         "ground_truth": len(annotations.box),
     }
-    most = forecast(rows, images=images, embed_dim=embed_dim, embedding=request.config.build.embedding)
+    most = forecast(rows, images=images, schema=region_schema(embed_dim, request.config.build.embedding))
     if not settings.learned:
         return most
     network = 4 * sum(

@@ -49,9 +49,11 @@ def plan_reuse(path: Path, wanted: Manifest) -> Reuse:
     are wanted: float16 becomes int8 in the writer. The other way something would be missing.
 
     Raises:
-        StoreError: no complete store.
+        StoreError: no complete store of regions.
     """
-    found = Store(path).manifest
+    store = Store(path)
+    store.require_regions()
+    found = store.manifest
     convertible = found.embedding in ("float16", wanted.embedding)
     products = tuple(
         name

@@ -96,6 +96,7 @@ class _Looked:
     def __init__(self, request: LookRequest) -> None:
         self.request = request
         self.store = Store(request.store)
+        self.store.require_regions()
         self.dataset: Dataset = store_dataset(self.store, request.data_root)
         self.annotations: Annotations = checked_annotations(self.store, self.dataset)
         self.settings = proposal_settings(self.store.manifest)

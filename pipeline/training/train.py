@@ -97,6 +97,7 @@ def train(request: TrainRequest) -> Run:
         distributed = stack.enter_context(join_process_group(device))
         _check_distributed(request.config.train, distributed)
         store = Store(request.cache, verify=request.verify)
+        store.require_regions()
         _require_regions(store, request.config)
         _require_objectness(store, request.config.train)
         dataset = store_dataset(store, request.data_root)

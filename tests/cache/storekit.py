@@ -17,7 +17,6 @@ from ezsd.cache import (
     write_block,
 )
 from ezsd.cache.files import file_digest
-from ezsd.cache.format import schema
 from ezsd.cache.format.commit_mark import CommitMark, read_mark
 
 IDS = [70, 3, 11, 900000000001, 5, 42, 8, 9, 10, 77, 12]
@@ -129,7 +128,7 @@ def fitting_manifest(arguments, embedding):
 
 def write_per_store(writer):
     """The per-store products of the manifest, unless they are there."""
-    for product in schema.per_store(read_plan(writer.path).manifest.products):
+    for product in read_plan(writer.path).schema.per_store:
         arrays, attributes = PER_STORE[product]
         if not writer.has_per_store(product):
             writer.write_per_store(product, arrays, attributes)
@@ -183,10 +182,15 @@ class Images:
         return RaggedRows(rows.counts, {name: of for name, of in rows.fields.items() if name != "embedding"})
 
     def rows(self, blocks, stored):
-        assert stored.keys() == schema.per_store(self.manifest.products).keys()
+        assert stored.keys() == self.manifest.layout(DIM).per_store.keys()
         for block in blocks:
             self.asked.append((block.start, block.stop))
             yield block_rows(block, most=self._most)
+
+
+def sha256(rows):
+    """Digest of an array's bytes."""
+    return hashlib.sha256(rows.tobytes()).hexdigest()
 
 
 def flip(file, bit):
@@ -205,7 +209,7 @@ def recommit(store):
     listed = [f for f in store.rglob("*") if f.is_file() and f.name not in unlisted]
     files = {file.relative_to(store).as_posix(): file_digest(file) for file in listed}
     (store / "COMMIT.json").write_bytes(
-        CommitMark(mark.manifest_digest, mark.embed_dim, mark.embedding, files).to_bytes()
+        CommitMark(mark.manifest_digest, mark.embed_dim, mark.embedding, files, mark.recorded).to_bytes()
     )
 
 

@@ -80,13 +80,13 @@ TABLE = [
     Advice(
         situation="a build into a file",
         meet=lambda scene: storekit.build(scene.full / "notes.txt"),
-        message="is a file; choose another --out folder$",
+        message="is a file; choose another folder: --out NEW$",
         works=lambda scene: storekit.build(scene.new),
     ),
     Advice(
         situation="a build into a folder of other things",
         meet=lambda scene: storekit.build(scene.full),
-        message="holds 'notes.txt' but no store; choose an empty or new --out folder$",
+        message="holds 'notes.txt' but no store; choose an empty or new folder: --out NEW$",
         works=lambda scene: storekit.build(scene.new),
     ),
     Advice(

@@ -32,6 +32,7 @@ from ezsd.cache import (
 from ezsd.cache.files import FileDigest, file_digest
 from ezsd.cache.format.commit_mark import parse_mark, read_mark
 from ezsd.cache.format.names import files_below, is_store_file, needed_files
+from ezsd.cache.format.regions import region_schema
 from ezsd.cache.format.sealed_json import canonical_json, parse_json, seal
 from ezsd.cache.journal.commit import commit_shard
 from ezsd.cache.storage.remote import RemotePlace
@@ -228,7 +229,7 @@ def test_names_near_the_known_ones_stay_below_the_store_too(name):
 
 
 def assert_contained(name):
-    if is_store_file(name):
+    if is_store_file(name, region_schema(storekit.DIM, "int8")):
         store = Path("/a/store")
         parts = name.split("/")
         assert not set(parts) & {"", ".", ".."}
@@ -241,7 +242,7 @@ def test_every_file_that_stores_have_is_a_name_of_the_format(finished, tmp_path)
     int8 = storekit.build(tmp_path / "int8", embedding="int8")
     for store in (finished, int8):
         mark = read_mark(store)
-        assert set(needed_files(mark.embedding, mark.products)) < set(mark.files)
+        assert set(needed_files(mark.schema)) < set(mark.files)
         names = list(mark.files)
         # No name is another's folder, and none differs from another by case alone.
         assert not any(other.startswith(f"{name}/") for name in names for other in names)

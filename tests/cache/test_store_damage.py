@@ -67,7 +67,7 @@ def test_a_flipped_bit_in_the_commit_mark_is_found(copy):
 def test_a_flipped_bit_in_a_key_that_describes_the_store_is_one_clear_line(copy, name, key):
     file = copy / name
     flip(file, 8 * (file.read_bytes().index(key) + 2) + 1)
-    with pytest.raises(StoreError, match=f"{name}: {re.escape(REASON)}; the store is damaged: `ezsd cache repair"):
+    with pytest.raises(StoreError, match=f"{name}: {re.escape(REASON)}; the store is damaged: `repair"):
         info(copy)
     assert name in str(list_stores(copy.parent)[copy])
 

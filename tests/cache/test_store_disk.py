@@ -39,7 +39,7 @@ assert storekit.open_writer(store).complete
 try:
     storekit.open_writer(f"{folder}/another")
 except StoreError as error:
-    assert "another: cannot be written to (Read-only file system); choose another `out` folder" in str(error)
+    assert "another: cannot be written to (Read-only file system); choose another folder: `path=NEW`" in str(error)
     storekit.build(other)
 else:
     sys.exit("the disk was not read-only")

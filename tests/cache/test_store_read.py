@@ -413,7 +413,7 @@ SMALL = (
 @pytest.mark.parametrize("name", SMALL)
 def test_damage_to_a_file_that_holds_no_rows_is_found_at_once(copy, name, verify):
     flip(copy / name, 0)
-    with pytest.raises(StoreError, match=f"{name}: its bytes are not those that were committed.*`ezsd cache repair`"):
+    with pytest.raises(StoreError, match=f"{name}: its bytes are not those that were committed.*`repair\\(\\)`"):
         Store(copy, verify=verify)
 
 

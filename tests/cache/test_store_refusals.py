@@ -165,10 +165,10 @@ def test_another_manifest_is_refused_by_the_name_of_the_difference(finished, tmp
     )
     # Nothing can be taken over from a store that is not finished.
     message += (
-        f"build into another folder: `out={path}-2` `reuse={path}` takes over teacher, ground_truth"
+        f"build into another folder: `path={path}-2`; equal there: teacher, ground_truth"
         if complete
         else f"it is not finished: go on with the settings that it was begun with, or remove the folder {path}, or "
-        f"build into another folder: `out={path}-2`"
+        f"build into another folder: `path={path}-2`"
     )
     with pytest.raises(StoreMismatch, match=re.escape(message)):
         storekit.open_writer(path, manifest=OTHER)
@@ -179,7 +179,7 @@ def test_the_proposed_folder_is_a_free_one_and_nothing_is_promised_of_a_store_th
     taken = finished.with_name(f"{finished.name}-2")
     taken.mkdir()
     try:
-        with pytest.raises(StoreMismatch, match=f"build into another folder: `out={finished}-3`$"):
+        with pytest.raises(StoreMismatch, match=f"build into another folder: `path={finished}-3`$"):
             storekit.open_writer(finished, manifest=other)
     finally:
         taken.rmdir()
@@ -270,7 +270,7 @@ def test_another_format_version_is_refused_by_every_door(copy, tmp_path):
     mark.pop("sha256")
     (copy / "COMMIT.json").write_bytes(seal({**mark, "format_version": 1}))
     for door in (Store, info, storekit.open_writer):
-        with pytest.raises(StoreError, match="store format 1, this version reads formats 2 and 3"):
+        with pytest.raises(StoreError, match="store format 1, this version reads formats 2, 3, 4"):
             door(copy)
     path = tmp_path / "unfinished"
     storekit.open_writer(path).close()

@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -130,7 +131,7 @@ def test_a_pushed_store_is_read_where_it_lies(finished, place):
         same_store(Store(place, verify=kept), Store(finished))
     with pytest.raises(StoreKeyError, match=f"^{place}: has no image with id 1"):
         Store(place).regions[1]
-    with pytest.raises(StoreError, match=f"{place}: is not a local folder; copy it with `ezsd cache pull"):
+    with pytest.raises(StoreError, match=f"{place}: is not a local folder; copy it with `pull"):
         Store(place).path  # noqa: B018
 
 
@@ -314,7 +315,7 @@ def test_a_store_on_a_web_server_is_looked_after_but_for_its_list(finished, web)
         assert damage.images == verify(finished, deep=True)[0].images != ()
     finally:
         storekit.flip(finished / "regions/embedding/c/1/0", 77)
-    with pytest.raises(StoreError, match="a web server lists no folders; give the URL of a store to `ezsd cache info`"):
+    with pytest.raises(StoreError, match="a web server lists no folders; give the URL of a store to `info\\(\\)`"):
         list_stores(web)
 
 
@@ -481,7 +482,7 @@ def killed(way, source, target, point):
 def test_a_killed_pull_is_refused_and_gone_on_with(finished, tmp_path, point):
     url, copy = finished.as_uri(), tmp_path / "copy"
     killed("pull", url, str(copy), point)
-    with pytest.raises(StoreIncomplete, match="not all files were copied here; run the same `ezsd cache pull` again"):
+    with pytest.raises(StoreIncomplete, match="not all files were copied here; run the same `pull"):
         Store(copy)
     done = sum(1 for name in storekit.contents(copy) if name.startswith(("checksums/", "ground_truth/")))
     total = len(storekit.contents(finished)) - 1
@@ -492,11 +493,11 @@ def test_a_killed_pull_is_refused_and_gone_on_with(finished, tmp_path, point):
 
 
 def test_a_half_pulled_folder_is_named_as_such_by_every_command(finished, tmp_path):
-    copy, said = tmp_path / "copy", "copy: not all files were copied here; run the same `ezsd cache pull` again"
+    copy, said = tmp_path / "copy", "copy: not all files were copied here; run the same `pull(...)` again"
     killed("pull", finished.as_uri(), str(copy), "pull.after_rename:7")
     before = storekit.contents(copy)
     for command in (Store, info, verify, collect, repair):
-        with pytest.raises(StoreIncomplete, match=said):
+        with pytest.raises(StoreIncomplete, match=re.escape(said)):
             command(copy)
     assert said in str(list_stores(tmp_path)[copy])
     assert storekit.contents(copy) == before
@@ -514,7 +515,7 @@ def test_a_pull_killed_just_before_its_mark_needs_no_file_again(finished, tmp_pa
 def test_a_killed_push_is_refused_and_gone_on_with(finished, s3):
     url = f"{s3}/{secrets.token_hex(4)}"
     killed("push", str(finished), url, "push.after_file:5")
-    with pytest.raises(StoreIncomplete, match="not all files were copied here; run the same `ezsd cache push` again"):
+    with pytest.raises(StoreIncomplete, match="not all files were copied here; run the same `push"):
         Store(url)
     assert push(finished, url) == len(storekit.contents(finished)) - 1 - 5
     same_store(Store(url), Store(finished))

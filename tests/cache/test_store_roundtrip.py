@@ -203,7 +203,7 @@ def test_info_describes_an_unfinished_store_and_reading_it_is_refused(tmp_path):
     assert (found.complete, found.blocks_done, found.blocks, found.images) == (False, 2, 6, 11)
     assert found.environment is None
     assert found.products[3].rows > 0
-    with pytest.raises(StoreIncomplete, match="2 of 6 blocks are done; run the same `ezsd cache build`"):
+    with pytest.raises(StoreIncomplete, match="2 of 6 blocks are done; run the same `StoreWriter.open"):
         Store(path)
 
 

@@ -112,7 +112,7 @@ def test_folders_that_may_not_be_written_are_named_with_what_to_do(store, build,
         folder.chmod(0o500)
     without = [["without_rights"]]
     commands = [
-        (lambda **how: build(closed / "new", **how), "choose another `out` folder"),
+        (lambda **how: build(closed / "new", **how), "choose another folder: `path=NEW`"),
         (
             lambda **how: train(closed / "run", **how),
             "have its mode changed (`chmod -R u+rwX`), or choose another place",
@@ -132,7 +132,7 @@ def test_folders_that_may_not_be_written_are_named_with_what_to_do(store, build,
             said = line(command(faults=without))
             assert f"{closed}/" in said
             assert "Permission denied" in said
-            assert cure in said.replace("--out", "`out`")
+            assert cure in said.replace("--out NEW", "`path=NEW`")
         assert ezsd("cache", "verify", "--deep", copy, faults=without).returncode == 0
         assert contents(closed) == before
     finally:

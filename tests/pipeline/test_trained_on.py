@@ -100,7 +100,7 @@ def test_a_damaged_row_ends_a_training_with_one_line(copy, with_settings, tmp_pa
     file.write_bytes(data)
     config = with_settings(train={"num_workers": workers})
     request = TrainRequest(cache=copy, run=tmp_path / "run", config=config)
-    damage = f"^{file}: rows 0 to .* of the images .*`ezsd cache repair` mends it$"
+    damage = f"^{file}: rows 0 to .* of the images .*`repair\\(\\)` mends it$"
     with pytest.raises(StoreError, match=damage) as caught:
         train(request)
     assert "\n" not in str(caught.value)
