@@ -371,7 +371,7 @@ def load_weights(detector: Detector, state: Mapping[str, Tensor], run: Run) -> N
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+        reason = (str(error).splitlines()[1:] or [str(error)])[0].strip()
         raise RunError(
             f"`run={run.folder}`: was trained by another version of ezsd ({reason}); train it again in another `run` "
             "folder"
@@ -409,7 +409,14 @@ def adapt_back(run: Run, teacher: Teacher) -> None:
     """Load the run's re-normalised LayerNorms into a teacher."""
     table = run.spec["layer_norms"]
     assert isinstance(table, list)
-    restore(teacher.layer_norms(), run.embeddings()["layer_norms"].numpy(), table)
+    norms = run.embeddings().get("layer_norms")
+    try:
+        if norms is None or norms.dtype != torch.float32:
+            raise ValueError("there are none of float32")
+        restore(teacher.layer_norms(), norms.numpy(), table)
+    except (ValueError, RuntimeError) as error:
+        # RuntimeError: fewer numbers than the table says.
+        raise RunError(f"`run={run.folder}`: its LayerNorms do not fit its teacher: {error}; train it again") from error
 
 
 def crop_settings(run: Run) -> Config:

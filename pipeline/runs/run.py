@@ -22,13 +22,14 @@ import hashlib
 import logging
 import os
 import re
+import reprlib
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ezsd.cache import Difference, FileLock, differences, file_digest, rename, short_json, sync, write_atomic
+from ezsd.data.stream import is_finite
 from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import STAGE_ONE, Config, from_tables, with_defaults
 from ezsd.pipeline.errors import DamagedFile, RunError
@@ -62,6 +64,7 @@ _SPEC = {
     "embed_dim": int,
     "layer_norms": list,
     "re_normalisation": dict,
+    "text_sha256": str,
 }
 """Types of the values in run.json that later commands read."""
 CHANGEABLE = (
@@ -108,21 +111,21 @@ class Checkpoint:
 
     def trained(self) -> dict[str, Tensor]:
         """The state to go on training from."""
-        return load_file(self.folder / "model.safetensors")
+        return read_tensors(self.folder / "model.safetensors")
 
     def average(self) -> dict[str, Tensor] | None:
         """The moving average of the weights; None if none was kept."""
         path = self.folder / "average.safetensors"
-        return load_file(path) if path.exists() else None
+        return read_tensors(path) if path.exists() else None
 
     def class_counts(self) -> Tensor | None:
         """Objects of each base class that training had shown, (B,) int64; None if none were counted."""
         path = self.folder / "class_counts.safetensors"
-        return load_file(path)["class_counts"] if path.exists() else None
+        return _tensor(read_tensors(path), "class_counts", path) if path.exists() else None
 
     def optimiser(self) -> dict[str, Tensor]:
         """Flattened optimiser state, see `flatten_optimiser`."""
-        return load_file(self.folder / "optimiser.safetensors")
+        return read_tensors(self.folder / "optimiser.safetensors")
 
 
 class Run:
@@ -151,6 +154,9 @@ class Run:
                     f"`run={folder}`: run.json has no {key}; another version made it, train it again in another `run` "
                     "folder"
                 )
+        wrong = _spec_fault(spec)
+        if wrong:
+            raise RunError(f"`run={folder}`: run.json: {wrong}; train it again in another `run` folder")
         return run
 
     @classmethod
@@ -230,6 +236,8 @@ class Run:
         """For each start that trained, oldest first: its first `step`, and the `settings` that starts may differ in."""
         path = self.folder / "environment.json"
         found: list[dict[str, object]] = read_object(path).get("starts", []) if path.exists() else []
+        if not isinstance(found, list) or not all(isinstance(one, dict) and _is_step(one.get("step")) for one in found):
+            raise RunError(f"{path}: starts: expected a list of objects with a step; remove the key and start again")
         return [
             {**start, "settings": with_todays_names({"train": start["settings"]})["train"]}
             if "settings" in start
@@ -246,11 +254,9 @@ class Run:
     def embeddings(self) -> dict[str, Tensor]:
         """`text` (C, D) and `layer_norms` (K,), float32."""
         path = self.folder / "tables.safetensors"
-        try:
-            embeddings = load_file(path)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise RunError(f"{path}: is damaged or gone ({error}); train again in another `run` folder") from error
-        if rows_digest(embeddings["text"].numpy()) != self.spec["text_sha256"]:
+        embeddings = read_tensors(path)
+        text = _tensor(embeddings, "text", path)
+        if text.dtype != torch.float32 or rows_digest(text.numpy()) != self.spec["text_sha256"]:
             raise RunError(f"{path}: holds other text rows than run.json says; train again in another `run` folder")
         return embeddings
 
@@ -376,6 +382,49 @@ class Run:
                 write_text(path, "".join(line + "\n" for line in kept))
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file of a run. RunError when it is damaged or gone."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        # ValueError and KeyError: a type or a shape in its head that no tensor has.
+        reason = " ".join(str(error).split())
+        raise RunError(f"{path}: is damaged or gone ({reason}); train again in another `run` folder") from error
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+    """A tensor of a file by its name. RunError when the file has none."""
+    if name not in tensors:
+        raise RunError(f"{path}: holds no {name}; train again in another `run` folder")
+    return tensors[name]
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _spec_fault(spec: Mapping[str, Any]) -> str | None:
+    """The fault within a value of run.json that is of the right type; None for none."""
+    names, base, store = spec["names"], spec["base_count"], spec["store"]
+    if not names or not all(isinstance(name, str) for name in names):
+        return "names: expected a list of names"
+    if not 1 <= base <= len(names):
+        return f"base_count: expected a number from 1 to {len(names)}, found {base}"
+    if not 1 <= spec["embed_dim"] <= _WIDEST:
+        return f"embed_dim: expected a number from 1 to {_WIDEST}, found {spec['embed_dim']}"
+    if not isinstance(store.get("digest"), str) or not isinstance(store.get("manifest"), dict):
+        return "store: expected a digest and a manifest"
+    if not all(isinstance(norm, dict) for norm in spec["layer_norms"]):
+        return "layer_norms: expected a list of objects"
+    if "backbone_weights" not in spec:
+        return "backbone_weights: expected a digest or null, found nothing"
+    return None
+
+
+_WIDEST = 2**16
+"""Largest width of embeddings."""
+
+
 def _intact_state(folder: Path) -> dict[str, Any] | None:
     """Content of state.json of a checkpoint; None if its files differ or are not exactly those of a checkpoint."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -442,23 +491,30 @@ def _with_effect(spec: Mapping[str, object]) -> Mapping[str, object]:
     """
     if "in_effect" in spec:
         return spec
-    loss, train = _nested(spec, "config", "loss"), _nested(spec, "config", "train")
-    assert isinstance(loss, Mapping)
-    assert isinstance(train, Mapping)
-    rate, of = train["learning_rate"], train.get("reference_batch_size", 0)
+    rate, size = (_number(spec, "config", "train", key) for key in ("learning_rate", "batch_size"))
+    train = _nested(spec, "config", "train")
+    of = _number(spec, "config", "train", "reference_batch_size") if "reference_batch_size" in cast("Any", train) else 0
     return {
         **spec,
         "in_effect": {
-            "distillation_weight": loss["distillation"],
-            "peak_rate": rate * train["batch_size"] / of if of else rate,
+            "distillation_weight": _nested(spec, "config", "loss", "distillation"),
+            "peak_rate": rate * size / of if of else rate,
         },
     }
+
+
+def _number(spec: Mapping[str, object], *keys: str) -> float:
+    value = _nested(spec, *keys)
+    if not is_finite(value):
+        raise RunError(f"run.json: {'.'.join(keys)}: expected a number, found {reprlib.repr(value)}")
+    return value
 
 
 def _nested(spec: Mapping[str, object], *keys: str) -> object:
     value: object = spec
     for key in keys:
-        assert isinstance(value, Mapping)
+        if not isinstance(value, Mapping) or key not in value:
+            raise RunError(f"run.json: has no {'.'.join(keys)}; train again in another `run` folder")
         value = value[key]
     return value
 
