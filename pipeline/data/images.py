@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, Union
 from urllib.parse import urlsplit
@@ -72,8 +73,7 @@ _WIDE_MODES = {"I": "32-bit integers", "F": "32-bit floats"}
 
 _ORIENTATION = 0x0112
 FORMATS = (
-    *("AVIF", "BMP", "DDS", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF"),
-    *("WEBP",),
+    *("AVIF", "BMP", "DDS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
 )
 """Formats that are read, by Pillow's names. Pillow knows others: it starts Ghostscript for EPS, which runs the file."""
 _STRIP = 2**22
@@ -93,8 +93,8 @@ _DAMAGE = (
     *(OSError, SyntaxError, ValueError, RuntimeError, MemoryError, EOFError, ArithmeticError, LookupError, TypeError),
     *(AttributeError, AssertionError, struct.error, zlib.error),
 )
-"""Errors of Pillow's decoders about damaged files: SyntaxError of a broken table of EXIF, ValueError of a broken head of
-a PNG, and most others of whatever they do not check."""
+"""Errors of Pillow's decoders about damaged files: SyntaxError of a broken table of EXIF, ValueError of a broken head
+of a PNG, and most others of whatever they do not check."""
 
 _NAMED = 3
 """Most images that one error names."""
@@ -134,7 +134,15 @@ class Reading:
 
 def image_endings() -> tuple[str, ...]:
     """Endings of the names of images that are read, in lower case and with the dot."""
-    return tuple(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
+    # MPO is JPEG with more pictures behind the first.
+    return tuple(ending for ending, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO"))
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def look(path: ImageFile, stated: tuple[int, int] | None = None, exif: Exif = "turn") -> Reading:
@@ -323,7 +331,7 @@ def opened_image(path: ImageFile | str, file: IO[bytes] | None = None) -> Iterat
             opened = path if isinstance(path, Path | str) else stack.enter_context(path.open("rb"))
         else:
             opened = file
-        image = stack.enter_context(Image.open(opened, formats=FORMATS))
+        image = stack.enter_context(Image.open(opened, formats=_known_formats()))
         _require_pixels(path, image)
         yield image
 

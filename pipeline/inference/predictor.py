@@ -410,9 +410,9 @@ def adapt_back(run: Run, teacher: Teacher) -> None:
     table = run.spec["layer_norms"]
     assert isinstance(table, list)
     norms = run.embeddings().get("layer_norms")
+    if norms is None or norms.dtype != torch.float32:
+        raise RunError(f"`run={run.folder}`: holds no LayerNorms of float32; train it again")
     try:
-        if norms is None or norms.dtype != torch.float32:
-            raise ValueError("there are none of float32")
         restore(teacher.layer_norms(), norms.numpy(), table)
     except (ValueError, RuntimeError) as error:
         # RuntimeError: fewer numbers than the table says.

@@ -33,7 +33,10 @@ _PROCESSES = frozenset(
 _NETWORK = frozenset(("socket.connect", "socket.getaddrinfo", "socket.bind", "urllib.Request"))
 _CODE = frozenset(("pickle.find_class",))
 _CHANGES = frozenset(
-    (*("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod"), "os.utime")
+    (
+        *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod"),
+        "os.utime",
+    )
 )
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 

@@ -14,12 +14,56 @@ from collections.abc import Callable, Sequence
 Chance = random.Random
 
 NUMBERS = (
-    *(0, -1, 1, 2, 7, 127, 255, 256, 65535, 2**24, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**62, 2**63 - 1, 2**63, -(2**63)),
-    *(2**64, 2**70, -(2**70), 10**400, 0.5, -0.0, 1e-320, 1e15, 1e308, -1e308, float("nan"), float("inf"), -float("inf")),
+    *(
+        0,
+        -1,
+        1,
+        2,
+        7,
+        127,
+        255,
+        256,
+        65535,
+        2**24,
+        2**31 - 1,
+        2**31,
+        2**32,
+        2**53 + 1,
+        2**62,
+        2**63 - 1,
+        2**63,
+        -(2**63),
+    ),
+    *(
+        2**64,
+        2**70,
+        -(2**70),
+        10**400,
+        0.5,
+        -0.0,
+        1e-320,
+        1e15,
+        1e308,
+        -1e308,
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+    ),
 )
 TEXTS = (
     *("", " ", "x", "0", "-1", "1e999", "null", "\0", "a\0b", "a\nb", "\r", "\x1b[31m", "\u2028", "\ufeff", "\ud800"),
-    *("é", "e\u0301", "ﬁ", "\U0001f984", "../outside/secret", "../../etc/passwd", "/etc/passwd", "/dev/zero", "..", "."),
+    *(
+        "é",
+        "e\u0301",
+        "ﬁ",
+        "\U0001f984",
+        "../outside/secret",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "/dev/zero",
+        "..",
+        ".",
+    ),
     *("a\\..\\b", "C:\\x", "C:x", "//host/x", "a//b", "./a", "~/.bashrc", "$HOME", "file:///etc/passwd", "s3://x/y"),
     *("%s%n", "{}", "{0.__class__}", "<script>", "&amp;", "'\"", "-", "--", "con", "a" * 300, "b" * 5000, "{" * 300),
     *("plugin:ezsd_no_such:thing", "plugin:a", "NaN", "Infinity", "true", "a/" * 200, "*", "[", "a.tar", "a.tar/../x"),
@@ -57,7 +101,9 @@ def odd_value(chance: Chance) -> object:
             lambda: Raw("[" * (depth := chance.choice((20, 70, 900, 5000))) + "]" * depth),
             lambda: Raw('{"a":' * (depth := chance.choice((20, 70, 900))) + "1" + "}" * depth),
             lambda: Raw("9" * chance.choice((20, 400, 5000))),
-            lambda: Raw(chance.choice(("1e5", "1E400", "-0", "0.1e-400", "NaN", "-Infinity", '"\\ud800"', '"\\u0000"'))),
+            lambda: Raw(
+                chance.choice(("1e5", "1E400", "-0", "0.1e-400", "NaN", "-Infinity", '"\\ud800"', '"\\u0000"'))
+            ),
         )
     )()
 

@@ -36,6 +36,7 @@ from ezsd.data.masks import read_outlines
 from ezsd.data.pascal_voc import read_voc
 from ezsd.data.records import Annotations
 from ezsd.data.yolo import read_yolo
+from ezsd.pipeline.config.descriptions import read_descriptions
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.console.arguments import class_names, find_images
 from ezsd.pipeline.console.store_messages import info_text, verify_lines
@@ -49,7 +50,6 @@ from ezsd.pipeline.data.shapes import write_shapes
 from ezsd.pipeline.data.split import chosen_split
 from ezsd.pipeline.data.split_images import split_images
 from ezsd.pipeline.data.yolo_names import read_names
-from ezsd.pipeline.config.descriptions import read_descriptions
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.external_proposals import given_proposals
 from ezsd.pipeline.extraction.request import BuildRequest
@@ -76,7 +76,7 @@ class Target(ABC):
 
     name: str
     ways: Sequence[str] = ("as",)
-    examples = 200
+    examples = 100
     """Mutations in the fast form."""
     reads_outside = False
     """True where the file's owner may name places anywhere, and links are followed."""
@@ -263,7 +263,9 @@ class AnnotationFiles(Target):
             if not isinstance(found, Exception):
                 require_sound(found)
         made = tried(
-            lambda: split_images(path, folder / "out", data_root=folder / "images", val=0.5, seed=0, base=None, novel=["dog"])
+            lambda: split_images(
+                path, folder / "out", data_root=folder / "images", val=0.5, seed=0, base=None, novel=["dog"]
+            )
         )
         if not isinstance(made, Exception):
             find_dataset(str(next((folder / "out").glob("*.toml"))))
@@ -334,7 +336,7 @@ class ImageFiles(Target):
     """Image files of all kinds, with EXIF and without."""
 
     name = "images"
-    examples = 400
+    examples = 200
 
     def _seeds(self) -> dict[str, bytes]:
         exif = b"Exif\0\0" + ORIENTED
@@ -454,6 +456,7 @@ SEALED = ("COMMIT.json", "INCOMPLETE.json", "TRANSFER.json", "environment.json",
 class StoreFiles(Target):
     """A finished store; the file of an input is one of some kinds of its files."""
 
+    examples = 25
     ways = ("as", "fit", "gone", "link")
     reads_outside = True
 
@@ -570,7 +573,6 @@ class StoreMarks(StoreFiles):
     """COMMIT.json and what stands in its place while a store is mended or copied."""
 
     name = "store-marks"
-    examples = 100
 
     def is_changed(self, name: str) -> bool:
         """See `StoreFiles.is_changed`."""
@@ -600,7 +602,7 @@ class StoreJournal(StoreFiles):
     """The journal of an unfinished store."""
 
     name = "store-journal"
-    examples = 60
+    examples = 15
 
     @cached_property
     def whole(self) -> Path:
@@ -666,7 +668,7 @@ class RunFolders(Target):
 
     name = "runs"
     ways = ("as", "fit", "gone", "link")
-    examples = 60
+    examples = 20
     reads_outside = True
 
     @cached_property
@@ -689,7 +691,9 @@ class RunFolders(Target):
 
     def _seeds(self) -> dict[str, bytes]:
         left_out = ("report.html", "train.lock")
-        names = sorted(one.relative_to(self.run_folder).as_posix() for one in self.run_folder.rglob("*") if one.is_file())
+        names = sorted(
+            one.relative_to(self.run_folder).as_posix() for one in self.run_folder.rglob("*") if one.is_file()
+        )
         return {name: (self.run_folder / name).read_bytes() for name in names if name not in left_out}
 
     def set_up(self, folder: Path) -> None:
@@ -812,7 +816,12 @@ class DetectionFiles(Target):
     def _seeds(self) -> dict[str, bytes]:
         found = document()
         results = [
-            {"image_id": box["image_id"], "category_id": box["category_id"], "bbox": box["bbox"], "score": 0.9 - 0.1 * at}
+            {
+                "image_id": box["image_id"],
+                "category_id": box["category_id"],
+                "bbox": box["bbox"],
+                "score": 0.9 - 0.1 * at,
+            }
             for at, box in enumerate(found["annotations"])
         ]
         masks = [{**one, "segmentation": box["segmentation"]} for one, box in zip(results, found["annotations"])]
@@ -903,9 +912,7 @@ class NameFiles(Target):
 
     def _split(self, path: Path) -> None:
         table = dict.fromkeys(("cat", "red car", "dog"), "")
-        found = tried(
-            lambda: chosen_split(list(table), table, where=path, base=None, novel=None, split_file=path)
-        )
+        found = tried(lambda: chosen_split(list(table), table, where=path, base=None, novel=None, split_file=path))
         if not isinstance(found, Exception):
             _require_names(found.names)
 
@@ -966,7 +973,9 @@ class LabelFiles(Target):
             tried(lambda: read_yolo(folder / name, 2))
         for corners in ("inclusive", "edges"):
             out = folder / f"out-{corners}"
-            made = tried(lambda corners=corners, out=out: convert_folder(folder / kind, out, corners=corners, copy=True))
+            made = tried(
+                lambda corners=corners, out=out: convert_folder(folder / kind, out, corners=corners, copy=True)
+            )
             if isinstance(made, Exception):
                 assert not out.exists()
                 continue
