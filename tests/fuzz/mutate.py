@@ -65,7 +65,22 @@ TEXTS = (
         ".",
     ),
     *("a\\..\\b", "C:\\x", "C:x", "//host/x", "a//b", "./a", "~/.bashrc", "$HOME", "file:///etc/passwd", "s3://x/y"),
-    *("%s%n", "{}", "{0.__class__}", "<script>", "&amp;", "'\"", "-", "--", "con", "a" * 300, "b" * 5000, "{" * 300),
+    *(
+        ".",
+        "/dev/zero",
+        "%s%n",
+        "{}",
+        "{0.__class__}",
+        "<script>",
+        "&amp;",
+        "'\"",
+        "-",
+        "--",
+        "con",
+        "a" * 300,
+        "b" * 5000,
+        "{" * 300,
+    ),
     *("plugin:ezsd_no_such:thing", "plugin:a", "NaN", "Infinity", "true", "a/" * 200, "*", "[", "a.tar", "a.tar/../x"),
 )
 PARTS = (b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\r", b"\n", b"\x80", b"{", b"[", b'"', b"\\", b"\xed\xa0\x80")

@@ -99,7 +99,7 @@ class Target(ABC):
     def read(self, folder: Path, way: str, name: str, content: bytes) -> None:
         """Do with the scene in a folder, one of whose files is the input's, what commands do."""
 
-    def set_up(self, folder: Path) -> None:
+    def set_up(self, folder: Path) -> None:  # noqa: B027 - most need nothing
         """Make what is beside the file."""
 
     def place(self, folder: Path, way: str, name: str, content: bytes) -> None:
@@ -258,8 +258,8 @@ class AnnotationFiles(Target):
             require_sound(training)
             assert not set(training.names) & set(split.novel)
             tried(lambda: list(self._outlines(path, training)))
-        for load in (load_evaluation, evaluation_annotations):
-            found = tried(lambda load=load: load(path, split))
+        for read in (load_evaluation, evaluation_annotations):
+            found = tried(lambda read=read: read(path, split))
             if not isinstance(found, Exception):
                 require_sound(found)
         made = tried(
@@ -824,7 +824,8 @@ class DetectionFiles(Target):
             }
             for at, box in enumerate(found["annotations"])
         ]
-        masks = [{**one, "segmentation": box["segmentation"]} for one, box in zip(results, found["annotations"])]
+        boxes = zip(results, found["annotations"], strict=True)
+        masks = [{**one, "segmentation": box["segmentation"]} for one, box in boxes]
         whole = {**found, "annotations": [{"id": at, **one} for at, one in enumerate(results)]}
         return {"results.json": as_bytes(results), "masks.json": as_bytes(masks), "document.json": as_bytes(whole)}
 

@@ -1,5 +1,6 @@
 """Hostile files of every kind, in the fast form of `make fuzz`: an answer, or an error of ezsd, and nothing else."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -91,10 +92,8 @@ def process(folder):
 
 
 def swallowed(folder):
-    try:
+    with contextlib.suppress(BaseException):
         os.system("true")
-    except BaseException:
-        pass
 
 
 def too_large(folder):
@@ -147,9 +146,13 @@ def test_what_no_file_may_do_is_a_finding(tmp_path, does, kind):
 
 def test_a_loop_without_an_end_is_a_finding(tmp_path, monkeypatch):
     monkeypatch.setattr("tests.fuzz.guard.CPU_SECONDS", 0.2)
-    with pytest.raises(Finding, match="^time: "), watched(tmp_path):
+
+    def forever():
         while True:
             pass
+
+    with pytest.raises(Finding, match="^time: "), watched(tmp_path):
+        forever()
 
 
 def test_errors_of_ezsd_and_of_places_are_answers(tmp_path):
@@ -165,11 +168,15 @@ def test_errors_of_ezsd_and_of_places_are_answers(tmp_path):
 
 
 def test_the_long_form_without_atheris_says_what_to_install(tmp_path):
-    code = "import sys; sys.modules['atheris'] = None; sys.argv = ['fuzz', '--work', sys.argv[1]]; import fuzz; fuzz.main()"
+    code = "import sys; sys.modules['atheris'] = None; import fuzz; sys.exit(fuzz.main())"
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "benchmarks"), str(root)])}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code, "--work", str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert "pip install 'ezsd[fuzz]'" in done.stderr
