@@ -28,7 +28,7 @@ from ezsd.pipeline.extraction.provenance import model_inputs, proposal_settings
 from ezsd.pipeline.extraction.teacher import recorded_teacher
 from ezsd.pipeline.inference.ensemble import TeacherEnsemble
 from ezsd.pipeline.runs.model import build_detector, require_same_body
-from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.runs.run import Run, unlike_a_run
 from ezsd.precision import FiniteOutputs, autocast, network_dtype
 from ezsd.teacher.open_clip import Teacher
 from ezsd.vocabulary import texts
@@ -409,14 +409,14 @@ def adapt_back(run: Run, teacher: Teacher) -> None:
     """Load the run's re-normalised LayerNorms into a teacher."""
     table = run.spec["layer_norms"]
     assert isinstance(table, list)
-    norms = run.embeddings().get("layer_norms")
+    norms, where = run.embeddings().get("layer_norms"), f"`run={run.folder}`"
     if norms is None or norms.dtype != torch.float32:
-        raise RunError(f"`run={run.folder}`: holds no LayerNorms of float32; train it again")
+        raise unlike_a_run(where, "holds no LayerNorms of float32")
     try:
         restore(teacher.layer_norms(), norms.numpy(), table)
     except (ValueError, RuntimeError) as error:
         # RuntimeError: fewer numbers than the table says.
-        raise RunError(f"`run={run.folder}`: its LayerNorms do not fit its teacher: {error}; train it again") from error
+        raise unlike_a_run(where, f"its LayerNorms do not fit its teacher: {error}") from error
 
 
 def crop_settings(run: Run) -> Config:

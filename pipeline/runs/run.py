@@ -156,7 +156,7 @@ class Run:
                 )
         wrong = _spec_fault(spec)
         if wrong:
-            raise RunError(f"`run={folder}`: run.json: {wrong}; train it again in another `run` folder")
+            raise unlike_a_run(f"`run={folder}`", f"run.json: {wrong}")
         return run
 
     @classmethod
@@ -237,7 +237,7 @@ class Run:
         path = self.folder / "environment.json"
         found: list[dict[str, object]] = read_object(path).get("starts", []) if path.exists() else []
         if not isinstance(found, list) or not all(isinstance(one, dict) and _is_step(one.get("step")) for one in found):
-            raise RunError(f"{path}: starts: expected a list of objects with a step; remove the key and start again")
+            raise unlike_a_run(path, "starts: expected a list of objects with a step")
         return [
             {**start, "settings": with_todays_names({"train": start["settings"]})["train"]}
             if "settings" in start
@@ -382,6 +382,11 @@ class Run:
                 write_text(path, "".join(line + "\n" for line in kept))
 
 
+def unlike_a_run(where: object, reason: str) -> RunError:
+    """The error of a file of a run that says what no run of ezsd does."""
+    return RunError(f"{where}: {reason}; train again in another `run` folder")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a file of a run. RunError when it is damaged or gone."""
     try:
@@ -395,7 +400,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _tensor(tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
     """A tensor of a file by its name. RunError when the file has none."""
     if name not in tensors:
-        raise RunError(f"{path}: holds no {name}; train again in another `run` folder")
+        raise unlike_a_run(path, f"holds no {name}")
     return tensors[name]
 
 
@@ -506,7 +511,7 @@ def _with_effect(spec: Mapping[str, object]) -> Mapping[str, object]:
 def _number(spec: Mapping[str, object], *keys: str) -> float:
     value = _nested(spec, *keys)
     if not is_finite(value):
-        raise RunError(f"run.json: {'.'.join(keys)}: expected a number, found {reprlib.repr(value)}")
+        raise unlike_a_run("run.json", f"{'.'.join(keys)}: expected a number, found {reprlib.repr(value)}")
     return value
 
 
@@ -514,7 +519,7 @@ def _nested(spec: Mapping[str, object], *keys: str) -> object:
     value: object = spec
     for key in keys:
         if not isinstance(value, Mapping) or key not in value:
-            raise RunError(f"run.json: has no {'.'.join(keys)}; train again in another `run` folder")
+            raise unlike_a_run("run.json", f"has no {'.'.join(keys)}")
         value = value[key]
     return value
 

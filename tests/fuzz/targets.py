@@ -356,11 +356,10 @@ class ImageFiles(Target):
             "cmyk.jpg": encoded(drawn(mode="CMYK"), "JPEG"),
         }
         kinds = ("GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO", "JPEG2000", "DDS", "PCX", "SGI", "EPS", "ICNS")
-        for kind in (*kinds, "MPO", "AVIF", "IM", "MSP", "SPIDER", "XBM", "QOI"):
-            mode = {"MSP": "1", "XBM": "1", "SPIDER": "F"}.get(kind, "RGB")
+        for kind in (*kinds, "MPO", "AVIF", "QOI"):
             # Which formats can be written depends on how Pillow was built.
             with contextlib.suppress(OSError, KeyError, ValueError):
-                files[f"x.{kind.lower()}"] = encoded(drawn(mode=mode), kind)
+                files[f"x.{kind.lower()}"] = encoded(drawn(), kind)
         for compression in ("tiff_lzw", "jpeg", "tiff_adobe_deflate", "packbits", "group4"):
             mode = "1" if compression == "group4" else "RGB"
             with contextlib.suppress(OSError, KeyError, ValueError):
