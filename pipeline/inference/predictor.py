@@ -324,7 +324,7 @@ def load_trained(
     assert isinstance(base_count, int)
     state = checkpoint.model()
     # Frozen normalisation is chosen by the presence of weights; the state replaces them whole.
-    frozen = spec["backbone_weights"] is not None
+    frozen = run.had_weights
     shaped = dataclasses.replace(config, model=dataclasses.replace(config.model, masks=own.model.masks))
     try:
         detector = build_detector(shaped, embed_dim, None, frozen_norms=frozen)
@@ -429,5 +429,7 @@ def crop_settings(run: Run) -> Config:
 def run_manifest(run: Run) -> Manifest:
     """Manifest of the store that a run was trained from."""
     store = run.spec["store"]
-    assert isinstance(store, dict)
-    return Manifest.from_fields(store["manifest"], str(run.folder))
+    manifest = store.get("manifest") if isinstance(store, dict) else None
+    if not isinstance(manifest, dict):
+        raise unlike_a_run(f"`run={run.folder}`", "run.json: store: expected a manifest")
+    return Manifest.from_fields(manifest, str(run.folder))

@@ -64,7 +64,6 @@ _SPEC = {
     "embed_dim": int,
     "layer_norms": list,
     "re_normalisation": dict,
-    "text_sha256": str,
 }
 """Types of the values in run.json that later commands read."""
 CHANGEABLE = (
@@ -219,6 +218,11 @@ class Run:
         return from_tables(tables, where=str(self.folder / "run.json"))
 
     @property
+    def had_weights(self) -> bool:
+        """True if the backbone began with pretrained weights."""
+        return _nested(self.spec, "backbone_weights") is not None
+
+    @property
     def environment(self) -> dict[str, object]:
         """Content of environment.json: places and versions, never compared."""
         path = self.folder / "environment.json"
@@ -256,7 +260,7 @@ class Run:
         path = self.folder / "tables.safetensors"
         embeddings = read_tensors(path)
         text = _tensor(embeddings, "text", path)
-        if text.dtype != torch.float32 or rows_digest(text.numpy()) != self.spec["text_sha256"]:
+        if text.dtype != torch.float32 or rows_digest(text.numpy()) != _nested(self.spec, "text_sha256"):
             raise RunError(f"{path}: holds other text rows than run.json says; train again in another `run` folder")
         return embeddings
 
@@ -333,10 +337,10 @@ class Run:
         """Values that tell a checkpoint from others, and that its use with any names needs."""
         spec = self.spec
         return {
-            "names": spec["names"],
-            "text_sha256": spec["text_sha256"],
+            "names": _nested(spec, "names"),
+            "text_sha256": _nested(spec, "text_sha256"),
             "store_digest": _nested(spec, "store", "digest"),
-            "config": spec["config"],
+            "config": _nested(spec, "config"),
         }
 
     def _forget_others(self, step: int) -> None:
@@ -417,12 +421,10 @@ def _spec_fault(spec: Mapping[str, Any]) -> str | None:
         return f"base_count: expected a number from 1 to {len(names)}, found {base}"
     if not 1 <= spec["embed_dim"] <= _WIDEST:
         return f"embed_dim: expected a number from 1 to {_WIDEST}, found {spec['embed_dim']}"
-    if not isinstance(store.get("digest"), str) or not isinstance(store.get("manifest"), dict):
-        return "store: expected a digest and a manifest"
+    if not isinstance(store.get("digest"), str):
+        return "store: expected a digest"
     if not all(isinstance(norm, dict) for norm in spec["layer_norms"]):
         return "layer_norms: expected a list of objects"
-    if "backbone_weights" not in spec:
-        return "backbone_weights: expected a digest or null, found nothing"
     return None
 
 
