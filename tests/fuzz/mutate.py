@@ -450,6 +450,7 @@ CHANGES: dict[str, Callable[[bytes, Chance], bytes]] = {
     ".toml": change_toml,
     ".xml": change_xml,
     ".txt": change_text,
+    ".names": change_text,
     ".yaml": change_text,
     ".csv": change_text,
     ".png": change_image,

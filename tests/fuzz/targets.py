@@ -455,7 +455,7 @@ SEALED = ("COMMIT.json", "INCOMPLETE.json", "TRANSFER.json", "environment.json",
 class StoreFiles(Target):
     """A finished store; the file of an input is one of some kinds of its files."""
 
-    examples = 25
+    examples = 15
     ways = ("as", "fit", "gone", "link")
     reads_outside = True
 
@@ -667,7 +667,7 @@ class RunFolders(Target):
 
     name = "runs"
     ways = ("as", "fit", "gone", "link")
-    examples = 20
+    examples = 10
     reads_outside = True
 
     @cached_property
@@ -883,6 +883,7 @@ class NameFiles(Target):
     def _seeds(self) -> dict[str, bytes]:
         return {
             "classes.txt": b"# of the farm\ncat\nred car\n\ndog\n",
+            "obj.names": b"cat\nred car\ndog\n",
             "list.csv": b'cat, red car, "tench, Tinca tinca"',
             "data.yaml": b"path: .\nnc: 3\nnames:\n  0: cat\n  1: red car\n  2: 'no'\n",
             "list.yaml": b"names: [cat, 'red car', &a dog]\ntrain: images\nwhen: 2026-01-01\n",
@@ -898,7 +899,7 @@ class NameFiles(Target):
             with contextlib.suppress(UnicodeDecodeError):
                 text = content.decode("utf-8", "surrogateescape")
                 _require_names(tried(lambda: class_names("--classes", lists=[text])))
-        elif ending == ".yaml":
+        elif ending in (".yaml", ".names"):
             _require_names(tried(lambda: read_names(path)))
         elif ending == ".json":
             found = tried(lambda: read_descriptions(path))
@@ -908,7 +909,6 @@ class NameFiles(Target):
             self._split(path)
         else:
             _require_names(tried(lambda: class_names("--classes", files=[path])))
-            _require_names(tried(lambda: read_names(path)))
 
     def _split(self, path: Path) -> None:
         table = dict.fromkeys(("cat", "red car", "dog"), "")
@@ -938,6 +938,15 @@ VOC = b"""<annotation>
 """
 
 
+VOC_TURNED = (
+    VOC.replace(b"a.png", b"b.jpg")
+    .replace(b"<width>24", b"<width>16")
+    .replace(b"<height>16", b"<height>20")
+    .replace(b"<xmax>24", b"<xmax>16")
+)
+"""The same of the other image, which has another size."""
+
+
 class LabelFiles(Target):
     """Pascal-VOC XML, YOLO text, their lists and names."""
 
@@ -947,7 +956,7 @@ class LabelFiles(Target):
     def _seeds(self) -> dict[str, bytes]:
         return {
             "voc/Annotations/a.xml": VOC,
-            "voc/Annotations/named.xml": VOC.replace(b"a.png", b"b.jpg"),
+            "voc/Annotations/named.xml": VOC_TURNED,
             "listed/ImageSets/Main/trainval.txt": b"a\nb\n",
             "yolo/labels/a.txt": b"0 0.5 0.5 0.25 0.5\n1 0.25 0.25 0.5 0.5\n",
             "yolo/data.yaml": b"nc: 2\nnames: [cat, dog]\n",
@@ -956,14 +965,10 @@ class LabelFiles(Target):
     def set_up(self, folder: Path) -> None:
         for kind, images in (("voc", "JPEGImages"), ("listed", "JPEGImages"), ("yolo", "images")):
             put_images(folder / kind / images)
-        for name, content in {**self.seeds, "listed/Annotations/a.xml": VOC, "listed/Annotations/b.xml": VOC}.items():
-            if name != "voc/Annotations/b.xml":
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).write_bytes(content)
-        # Its image is another size than a.png, which its XML is of.
-        b = VOC.replace(b"24", b"16").replace(b"<height>16<", b"<height>20<")
-        (folder / "listed/Annotations/b.xml").write_bytes(b)
-        (folder / "voc/Annotations/named.xml").write_bytes(b.replace(b"a.png", b"b.jpg"))
+        listed = {"listed/Annotations/a.xml": VOC, "listed/Annotations/b.xml": VOC_TURNED}
+        for name, content in (self.seeds | listed).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
 
     def read(self, folder: Path, way: str, name: str, content: bytes) -> None:
         kind = name.partition("/")[0]

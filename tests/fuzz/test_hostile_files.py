@@ -49,7 +49,7 @@ def test_what_once_was_neither_is_now(target, case):
 @pytest.mark.parametrize("name", ["annotations", "toml", "detections", "names", "labels", "runs", "store-metadata"])
 def test_sound_files_are_not_refused(target, name):
     # A target whose sound files were refused would try nothing of what comes behind.
-    for data in target(name).inputs()[:8]:
+    for data in target(name).inputs()[:5]:
         assert target(name).run(data) == []
 
 
@@ -97,7 +97,8 @@ def swallowed(folder):
 
 
 def too_large(folder):
-    np.ones(MEMORY + 2**20, np.uint8)
+    # What earlier inputs have left free is no new memory.
+    np.empty(3 * MEMORY, np.uint8)
 
 
 def untyped(folder):
