@@ -13,7 +13,7 @@ from pathlib import Path
 
 _INSTRUMENTED = ("ezsd", "PIL", "tomllib", "json")
 """Packages whose branches guide: ezsd, and the parsers in Python below it."""
-_LARGEST = 2**17
+_LARGEST = 2**22
 """Bytes of an input."""
 
 
