@@ -16,17 +16,20 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import driver
 from driver import ROOT, Row
 
+from ezsd.cache import FileLock
 from tests.fuzz.guard import CPU_SECONDS, MEMORY
 from tests.fuzz.targets import BY_NAME
 
@@ -44,13 +47,19 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
         if driver.is_there("fuzz", wanted, arguments.results):
             print(f"{name}: its row is there", flush=True)
             continue
-        yield {**wanted, **fuzz(name, arguments), "note": arguments.note}
+        folder = arguments.work / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock", busy=partial(_busy, folder), owner=f"process {os.getpid()}\n"):
+            row = {**wanted, **fuzz(name, folder, arguments), "note": arguments.note}
+        yield row
 
 
-def fuzz(name: str, arguments: argparse.Namespace) -> Row:
-    """Fuzz one target until its minutes are over, and count."""
-    folder = arguments.work / name
-    folder.mkdir(parents=True, exist_ok=True)
+def _busy(folder: Path, owner: str) -> Exception:
+    return driver.UsageError(f"{folder}: {owner.strip()} fuzzes there; take other --targets, or another --work")
+
+
+def fuzz(name: str, folder: Path, arguments: argparse.Namespace) -> Row:
+    """Fuzz one target in its folder until its minutes are over, and count."""
     file = folder / "progress.json"
     empty = {"seconds": 0.0, "executions": 0, "edges": 0, "features": 0, "processes": 0}
     progress: dict[str, Any] = json.loads(file.read_text()) if file.exists() else empty
