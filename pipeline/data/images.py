@@ -73,7 +73,8 @@ _WIDE_MODES = {"I": "32-bit integers", "F": "32-bit floats"}
 
 _ORIENTATION = 0x0112
 FORMATS = (
-    *("AVIF", "BMP", "DDS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
+    *("AVIF", "BMP", "DDS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX"),
+    *("PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
 )
 """Formats that are read, by Pillow's names. Pillow knows others: it starts Ghostscript for EPS, which runs the file."""
 _STRIP = 2**22
