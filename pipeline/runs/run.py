@@ -43,7 +43,7 @@ from ezsd.data.stream import is_finite
 from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import STAGE_ONE, Config, from_tables, with_defaults
 from ezsd.pipeline.errors import DamagedFile, RunError
-from ezsd.pipeline.files import as_json, parse_object, read_object, write_json, write_text
+from ezsd.pipeline.files import as_json, parse_object, read_object, require_shallow, write_json, write_text
 from ezsd.pipeline.runs.folder import require_run
 
 log = logging.getLogger("ezsd")
@@ -206,6 +206,7 @@ class Run:
     def spec(self) -> dict[str, object]:
         """Contents of run.json."""
         found = read_object(self.folder / "run.json")
+        require_shallow(found, str(self.folder / "run.json"))
         if isinstance(found.get("config"), dict):
             found["config"] = with_todays_names(found["config"])
         return found
@@ -436,6 +437,7 @@ def _intact_state(folder: Path) -> dict[str, Any] | None:
     """Content of state.json of a checkpoint; None if its files differ or are not exactly those of a checkpoint."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         state = read_object(folder / "state.json")
+        require_shallow(state, str(folder))
         names = state["sha256"].keys()
         # Names from a file are not joined to a path before they are known.
         if not _PARTS <= names <= _PARTS | _OPTIONAL or not isinstance(state["step"], int):

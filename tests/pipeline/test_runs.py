@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.errors import DamagedFile, RunError
 from ezsd.pipeline.runs.run import Run, rows_digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -311,3 +311,18 @@ def test_starts_that_are_none_are_refused(tmp_path, starts):
     (tmp_path / "run/environment.json").write_text(json.dumps({"starts": starts}))
     with pytest.raises(RunError, match="starts: expected a list of objects with a step"):
         run.starts()
+
+
+@pytest.mark.parametrize("levels", [70, 900])
+def test_nests_deeper_than_any_record_are_damage(tmp_path, levels):
+    run = start(tmp_path / "run")
+    run.save(8, *model_at(8))
+    run.save(9, *model_at(9))
+    state = tmp_path / "run/checkpoints/step-00000009/state.json"
+    nest = "[" * levels + "]" * levels
+    state.write_text(state.read_text().replace('"step": 9', f'"step": 9, "nest": {nest}'))
+    assert run.latest().step == 8
+    (tmp_path / "run/run.json").write_text(f'{{"names": {nest}}}')
+    for read in (lambda: Run.open(tmp_path / "run"), lambda: start(tmp_path / "run")):
+        with pytest.raises(DamagedFile, match="run.json: is damaged, JSON nested deeper than 64 levels"):
+            read()
