@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Remade when the dependencies change.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test faults gpu-check lint clean
+.PHONY: demo test faults fuzz gpu-check lint clean
 
 demo: $(STAMP)
 	$(BIN)/ezsd demo
@@ -18,6 +18,12 @@ test: lint
 # The long form of tests/faults, tens of minutes; another call goes on. FAULTS: options, see docs/faults.md.
 faults: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/faults.py $(FAULTS)
+
+# The long form of tests/fuzz, half an hour for each kind of file; another call goes on. FUZZ: options, see SECURITY.md. Its
+# fuzzer has wheels for Linux alone, and is installed here, where it is needed.
+fuzz: $(STAMP)
+	$(BIN)/pip install --quiet --editable ".[fuzz]"
+	PYTHONPATH=. $(BIN)/python benchmarks/fuzz.py --work $(VENV)/fuzz $(FUZZ)
 
 # Accepts or refuses a machine with a GPU, in its last line; "Error 1" is refused, "Error 2" is no GPU.
 gpu-check: $(STAMP)

@@ -929,10 +929,22 @@ def main() -> None:
         if not _is_users(error):
             raise
         said = with_cure(error) if isinstance(error, OSError) else str(error)
-        typer.echo(f"ezsd: {as_options(' '.join(said.split()))}", err=True)
+        typer.echo(f"ezsd: {as_options(_one_line(said))}", err=True)
         raise SystemExit(2) from None
     finally:
         end_listening()
+
+
+_LONGEST = 4000
+"""Characters of an error's line; what a hostile file is quoted with may be a million."""
+
+
+def _one_line(said: str) -> str:
+    """Text of an error as a terminal may have it: without control characters, and not without an end."""
+    line = " ".join(said.split())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in line)
 
 
 def _is_users(error: BaseException) -> bool:

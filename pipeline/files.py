@@ -34,6 +34,23 @@ def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
     return found
 
 
+DEEPEST = 64
+"""Most levels of JSON in JSON in a record of ezsd."""
+
+
+def require_shallow(value: object, where: str) -> None:
+    """DamagedFile for JSON that is nested deeper than any record: whatever walks through it would end in no good."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
+        ]
+    if level:
+        raise DamagedFile(f"{where}: is damaged, JSON nested deeper than {DEEPEST} levels")
+
+
 def as_json(table: Mapping[str, object]) -> dict[str, Any]:
     """A table as it comes back from a JSON file: tuples become lists."""
     return parse_object(json.dumps(table), "table")

@@ -108,6 +108,18 @@ def test_misuse_is_one_clear_line(arguments, words, tmp_path):
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "data"])
 
 
+def test_what_an_error_quotes_cannot_command_a_terminal_nor_fill_it(tmp_path):
+    done = ezsd("data", "check", "--dataset", "\x1b[31mred.toml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "\\x1b[31mred.toml" in done.stderr
+    assert "\x1b" not in done.stderr
+    (tmp_path / "names.txt").write_text("x" * 10**6 + "\0")
+    done = ezsd("detect", "a.png", "--run", ".", "--classes-file", "names.txt", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "names.txt: line 1: expected class names, found a control character" in done.stderr
+    assert len(done.stderr) < 5000
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -153,8 +153,8 @@ def _is_torchscript(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             # Everything lies below one folder, named after the file.
             return any(member.split("/")[1:2] == ["code"] for member in archive.namelist())
-    except zipfile.BadZipFile:
-        # The loader says what is wrong with it.
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        # The loader says what is wrong with it. ValueError: a name that is not UTF-8.
         return False
 
 

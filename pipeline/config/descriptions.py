@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
 
 from ezsd.errors import VocabularyError
@@ -44,5 +45,6 @@ def _is_sentence(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    text = ascii(dict(value) if isinstance(value, tuple) else value)
+    """A value in one short line: strangers' nests may be deeper than `repr` goes."""
+    text = reprlib.repr(dict(value) if isinstance(value, tuple) else value).encode("ascii", "backslashreplace").decode()
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -13,7 +13,7 @@ from PIL import Image
 from ezsd.errors import VocabularyError
 from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import at_test_time, from_tables
-from ezsd.pipeline.data.images import look
+from ezsd.pipeline.data.images import image_endings, look
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.files import read_object
 from ezsd.vocabulary import (
@@ -221,7 +221,7 @@ def picture_places(images: Sequence[Path], out: str | Path | None, *, alone: boo
 
 
 def _folder_images(folder: Path) -> list[Path]:
-    known = Image.registered_extensions()
+    known = image_endings()
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in known and p.is_file())
     if not found:
         raise ArgumentError(f"{folder}: no images in this folder; folders in it are not looked into")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import os
+import struct
 import warnings
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, Union
 from urllib.parse import urlsplit
@@ -69,16 +72,30 @@ _ALPHA_MODES = ("LA", "PA", "RGBA", "RGBa")
 _WIDE_MODES = {"I": "32-bit integers", "F": "32-bit floats"}
 
 _ORIENTATION = 0x0112
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+FORMATS = (
+    *("AVIF", "BMP", "DDS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX"),
+    *("PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
+)
+"""Formats that are read, by Pillow's names. Pillow knows others: it starts Ghostscript for EPS, which runs the file."""
+_STRIP = 2**22
+"""Pixels that are converted at a time."""
+_STORED: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+    1: lambda shown: shown,
+    2: lambda shown: shown[:, ::-1],
+    3: lambda shown: shown[::-1, ::-1],
+    4: lambda shown: shown[::-1],
+    5: lambda shown: shown.swapaxes(0, 1),
+    6: lambda shown: shown[:, ::-1].swapaxes(0, 1),
+    7: lambda shown: shown[::-1, ::-1].swapaxes(0, 1),
+    8: lambda shown: shown[::-1].swapaxes(0, 1),
 }
-"""Transposition for each EXIF orientation."""
+"""For each EXIF orientation a view of shown pixels (H, W, 3) as they are stored."""
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, RuntimeError, MemoryError, EOFError, ArithmeticError, LookupError, TypeError),
+    *(AttributeError, AssertionError, struct.error, zlib.error),
+)
+"""Errors of Pillow's decoders about damaged files: SyntaxError of a broken table of EXIF, ValueError of a broken head
+of a PNG, and most others of whatever they do not check."""
 
 _NAMED = 3
 """Most images that one error names."""
@@ -114,6 +131,19 @@ class Reading:
             ignored = ', which this dataset ignores (exif = "ignore")' if exif == "ignore" else ""
             text += f", or {turned}{ignored}"
         raise ImageError(text)
+
+
+def image_endings() -> tuple[str, ...]:
+    """Endings of the names of images that are read, in lower case and with the dot."""
+    # MPO is JPEG with more pictures behind the first.
+    return tuple(ending for ending, kind in Image.registered_extensions().items() if kind in (*FORMATS, "MPO"))
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    """Formats of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def look(path: ImageFile, stated: tuple[int, int] | None = None, exif: Exif = "turn") -> Reading:
@@ -155,10 +185,17 @@ def _pixels(path: ImageFile | str, image: Image.Image, stated: tuple[int, int] |
         reading.require_size(path, stated, exif)
     if exif == "legacy":
         _warn_of_legacy(path, image)
-    rgb = image.convert("RGB") if exif == "legacy" else _to_rgb(image, reading.conversion)
-    if reading.turned:
-        rgb = rgb.transpose(_TRANSPOSE[reading.orientation])
-    return np.array(rgb)
+    image.load()
+    pixels = np.empty((reading.size[1], reading.size[0], 3), np.uint8)
+    stored = _STORED[reading.orientation if reading.turned else 1](pixels)
+    # A large image and copies of it in other modes would not fit in 2 GB.
+    rows = max(1, _STRIP // max(1, image.width))
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = image if bottom - top == image.height else image.crop((0, top, image.width, bottom))
+        rgb = strip.convert("RGB") if exif == "legacy" else _to_rgb(strip, reading.conversion)
+        stored[top:bottom] = np.asarray(rgb)
+    return pixels
 
 
 def reads_as_before(path: ImageFile, reading: Reading) -> bool:
@@ -217,7 +254,7 @@ def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":
         return 1
     said = Image.Image.getexif(image).get(_ORIENTATION)
-    return said if said in _TRANSPOSE else 1
+    return said if said in _STORED else 1
 
 
 def _conversion(path: ImageFile | str, image: Image.Image) -> str:
@@ -295,7 +332,7 @@ def opened_image(path: ImageFile | str, file: IO[bytes] | None = None) -> Iterat
             opened = path if isinstance(path, Path | str) else stack.enter_context(path.open("rb"))
         else:
             opened = file
-        image = stack.enter_context(Image.open(opened))
+        image = stack.enter_context(Image.open(opened, formats=_known_formats()))
         _require_pixels(path, image)
         yield image
 
@@ -310,10 +347,10 @@ def _image_errors(path: ImageFile | str) -> Iterator[None]:
     except FileNotFoundError:
         raise ImageError(f"{path}: no such image") from None
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: is not an image") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        # Pillow says SyntaxError of a broken table of EXIF, ValueError of a broken head of a PNG.
-        raise ImageError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+        raise ImageError(f"{path}: is not an image of a format that is read ({', '.join(FORMATS)})") from error
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{path}: cannot be read: {reason}") from error
 
 
 def _require_pixels(path: ImageFile | str, image: Image.Image) -> None:

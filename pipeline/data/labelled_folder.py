@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from PIL import Image
-
 from ezsd.data.label_file import FILE_CURE
 from ezsd.data.pascal_voc import read_voc
 from ezsd.data.records import unfit
 from ezsd.errors import AnnotationError
 from ezsd.pipeline.data.findings import Findings
+from ezsd.pipeline.data.images import image_endings
 from ezsd.pipeline.errors import DatasetError
 
 LabelFormat = Literal["voc", "yolo"]
@@ -189,7 +188,7 @@ def find_format(root: Path, parts: Sequence[Part]) -> LabelFormat:
 
 def image_names(folder: Path) -> list[str]:
     """Images below a folder, by name, as paths with forward slashes."""
-    return list(_files(folder, tuple(Image.registered_extensions())))
+    return list(_files(folder, image_endings()))
 
 
 def _files(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:

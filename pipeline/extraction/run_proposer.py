@@ -41,7 +41,7 @@ def with_run_network(request: BuildRequest) -> BuildRequest:
     run = _open(config.proposer.run)
     run.finished()
     _require_base_boxes(run, request.dataset.split)
-    own, weights = run.config, run.spec["backbone_weights"]
+    own, weights = run.config, run.spec.get("backbone_weights")
     network = dataclasses.replace(
         config.proposer,
         backbone=own.model.backbone,

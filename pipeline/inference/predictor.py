@@ -28,7 +28,7 @@ from ezsd.pipeline.extraction.provenance import model_inputs, proposal_settings
 from ezsd.pipeline.extraction.teacher import recorded_teacher
 from ezsd.pipeline.inference.ensemble import TeacherEnsemble
 from ezsd.pipeline.runs.model import build_detector, require_same_body
-from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.runs.run import Run, unlike_a_run
 from ezsd.precision import FiniteOutputs, autocast, network_dtype
 from ezsd.teacher.open_clip import Teacher
 from ezsd.vocabulary import texts
@@ -324,7 +324,7 @@ def load_trained(
     assert isinstance(base_count, int)
     state = checkpoint.model()
     # Frozen normalisation is chosen by the presence of weights; the state replaces them whole.
-    frozen = spec["backbone_weights"] is not None
+    frozen = run.had_weights
     shaped = dataclasses.replace(config, model=dataclasses.replace(config.model, masks=own.model.masks))
     try:
         detector = build_detector(shaped, embed_dim, None, frozen_norms=frozen)
@@ -371,7 +371,7 @@ def load_weights(detector: Detector, state: Mapping[str, Tensor], run: Run) -> N
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+        reason = (str(error).splitlines()[1:] or [str(error)])[0].strip()
         raise RunError(
             f"`run={run.folder}`: was trained by another version of ezsd ({reason}); train it again in another `run` "
             "folder"
@@ -409,7 +409,14 @@ def adapt_back(run: Run, teacher: Teacher) -> None:
     """Load the run's re-normalised LayerNorms into a teacher."""
     table = run.spec["layer_norms"]
     assert isinstance(table, list)
-    restore(teacher.layer_norms(), run.embeddings()["layer_norms"].numpy(), table)
+    norms, where = run.embeddings().get("layer_norms"), f"`run={run.folder}`"
+    if norms is None or norms.dtype != torch.float32:
+        raise unlike_a_run(where, "holds no LayerNorms of float32")
+    try:
+        restore(teacher.layer_norms(), norms.numpy(), table)
+    except (ValueError, RuntimeError) as error:
+        # RuntimeError: fewer numbers than the table says.
+        raise unlike_a_run(where, f"its LayerNorms do not fit its teacher: {error}") from error
 
 
 def crop_settings(run: Run) -> Config:
@@ -422,5 +429,7 @@ def crop_settings(run: Run) -> Config:
 def run_manifest(run: Run) -> Manifest:
     """Manifest of the store that a run was trained from."""
     store = run.spec["store"]
-    assert isinstance(store, dict)
-    return Manifest.from_fields(store["manifest"], str(run.folder))
+    manifest = store.get("manifest") if isinstance(store, dict) else None
+    if not isinstance(manifest, dict):
+        raise unlike_a_run(f"`run={run.folder}`", "run.json: store: expected a manifest")
+    return Manifest.from_fields(manifest, str(run.folder))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template, UndefinedError
 
+from ezsd.errors import EzsdError
 from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.files import write_text
 from ezsd.pipeline.inference.evaluate import run_dataset
@@ -46,8 +47,19 @@ def write_report(run: Run, *, data_root: Path | None, compare: Sequence[Run] = (
     if data_root is not None:
         run_dataset(run, data_root)
     path = run.folder / "report.html"
+    try:
+        page = _page(runs, data_root, max(images, 0))
+    except EzsdError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UndefinedError) as error:
+        # The files of a run are somebody's JSON, of which a page shows hundreds of values.
+        where = ", ".join(str(one.run.folder) for one in runs)
+        raise RunError(
+            f"{where}: the records of a run do not say what a page shows ({type(error).__name__}: {error}); run "
+            f"`{runs[0].command('eval')}` again"
+        ) from error
     # Pure ASCII, so that no locale can change it on the way to the disk.
-    write_text(path, _page(runs, data_root, max(images, 0)).encode("ascii", "xmlcharrefreplace").decode())
+    write_text(path, page.encode("ascii", "xmlcharrefreplace").decode())
     return path
 
 

@@ -23,7 +23,7 @@ from ezsd.errors import BackboneError
 from ezsd.pipeline.config.schema import Config, ModelConfig, ProposerConfig, TrainConfig
 from ezsd.pipeline.errors import ConfigError, RunError
 from ezsd.pipeline.files import as_json
-from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.runs.run import Run, unlike_a_run
 from ezsd.plugins import PLUGIN
 
 log = logging.getLogger("ezsd")
@@ -114,7 +114,8 @@ def rate_groups(model: Detector | Proposer, backbone_lr_mult: float) -> list[tup
 def require_same_body(run: Run, backbone: Pyramid) -> None:
     """Raise RunError where a run was trained with another body of the same name."""
     recorded = run.spec.get("backbone") or {}
-    assert isinstance(recorded, Mapping)
+    if not isinstance(recorded, Mapping):
+        raise unlike_a_run(f"`run={run.folder}`", "run.json: backbone: expected an object")
     changed = differences(recorded, as_json(backbone.fingerprint or {}))
     if changed:
         listed = [f"{one.name}: {short_json(one.stored)} then, {short_json(one.wanted)} now" for one in changed]

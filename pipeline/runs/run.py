@@ -24,13 +24,14 @@ import hashlib
 import logging
 import os
 import re
+import reprlib
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,10 +41,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ezsd.cache import Difference, FileLock, differences, file_digest, rename, short_json, sync, write_atomic
+from ezsd.data.stream import is_finite
 from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import STAGE_ONE, Config, from_tables, with_defaults
 from ezsd.pipeline.errors import DamagedFile, RunError
-from ezsd.pipeline.files import as_json, parse_object, read_object, write_json, write_text
+from ezsd.pipeline.files import as_json, parse_object, read_object, require_shallow, write_json, write_text
 from ezsd.pipeline.runs.folder import require_run
 
 log = logging.getLogger("ezsd")
@@ -110,21 +112,21 @@ class Checkpoint:
 
     def trained(self) -> dict[str, Tensor]:
         """The state to go on training from."""
-        return load_file(self.folder / "model.safetensors")
+        return read_tensors(self.folder / "model.safetensors")
 
     def average(self) -> dict[str, Tensor] | None:
         """The moving average of the weights; None if none was kept."""
         path = self.folder / "average.safetensors"
-        return load_file(path) if path.exists() else None
+        return read_tensors(path) if path.exists() else None
 
     def class_counts(self) -> Tensor | None:
         """Objects of each base class that training had shown, (B,) int64; None if none were counted."""
         path = self.folder / "class_counts.safetensors"
-        return load_file(path)["class_counts"] if path.exists() else None
+        return _tensor(read_tensors(path), "class_counts", path) if path.exists() else None
 
     def optimiser(self) -> dict[str, Tensor]:
         """Flattened optimiser state, see `flatten_optimiser`."""
-        return load_file(self.folder / "optimiser.safetensors")
+        return read_tensors(self.folder / "optimiser.safetensors")
 
 
 class Run:
@@ -153,6 +155,9 @@ class Run:
                     f"`run={folder}`: run.json has no {key}; another version made it, train it again in another `run` "
                     "folder"
                 )
+        wrong = _spec_fault(spec)
+        if wrong:
+            raise unlike_a_run(f"`run={folder}`", f"run.json: {wrong}")
         return run
 
     @classmethod
@@ -203,6 +208,7 @@ class Run:
     def spec(self) -> dict[str, object]:
         """Contents of run.json."""
         found = read_object(self.folder / "run.json")
+        require_shallow(found, str(self.folder / "run.json"))
         if isinstance(found.get("config"), dict):
             found["config"] = with_todays_names(found["config"])
         return found
@@ -213,6 +219,11 @@ class Run:
         tables = self.spec["config"]
         assert isinstance(tables, dict)
         return from_tables(tables, where=str(self.folder / "run.json"))
+
+    @property
+    def had_weights(self) -> bool:
+        """True if the backbone began with pretrained weights."""
+        return _nested(self.spec, "backbone_weights") is not None
 
     @property
     def environment(self) -> dict[str, object]:
@@ -232,6 +243,8 @@ class Run:
         """For each start that trained, oldest first: its first `step`, and the `settings` that starts may differ in."""
         path = self.folder / "environment.json"
         found: list[dict[str, object]] = read_object(path).get("starts", []) if path.exists() else []
+        if not isinstance(found, list) or not all(isinstance(one, dict) and _is_step(one.get("step")) for one in found):
+            raise unlike_a_run(path, "starts: expected a list of objects with a step")
         return [
             {**start, "settings": with_todays_names({"train": start["settings"]})["train"]}
             if "settings" in start
@@ -248,11 +261,9 @@ class Run:
     def embeddings(self) -> dict[str, Tensor]:
         """`text` (C, D) and `layer_norms` (K,), float32."""
         path = self.folder / "tables.safetensors"
-        try:
-            embeddings = load_file(path)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise RunError(f"{path}: is damaged or gone ({error}); train again in another `run` folder") from error
-        if rows_digest(embeddings["text"].numpy()) != self.spec["text_sha256"]:
+        embeddings = read_tensors(path)
+        text = _tensor(embeddings, "text", path)
+        if text.dtype != torch.float32 or rows_digest(text.numpy()) != _nested(self.spec, "text_sha256"):
             raise RunError(f"{path}: holds other text rows than run.json says; train again in another `run` folder")
         return embeddings
 
@@ -329,10 +340,10 @@ class Run:
         """Values that tell a checkpoint from others, and that its use with any names needs."""
         spec = self.spec
         return {
-            "names": spec["names"],
-            "text_sha256": spec["text_sha256"],
+            "names": _nested(spec, "names"),
+            "text_sha256": _nested(spec, "text_sha256"),
             "store_digest": _nested(spec, "store", "digest"),
-            "config": spec["config"],
+            "config": _nested(spec, "config"),
         }
 
     def _forget_others(self, step: int) -> None:
@@ -378,10 +389,57 @@ class Run:
                 write_text(path, "".join(line + "\n" for line in kept))
 
 
+def unlike_a_run(where: object, reason: str) -> RunError:
+    """The error of a file of a run that says what no run of ezsd does."""
+    return RunError(f"{where}: {reason}; train again in another `run` folder")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a file of a run. RunError when it is damaged or gone."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        # ValueError and KeyError: a type or a shape in its head that no tensor has.
+        reason = " ".join(str(error).split())
+        raise RunError(f"{path}: is damaged or gone ({reason}); train again in another `run` folder") from error
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+    """A tensor of a file by its name. RunError when the file has none."""
+    if name not in tensors:
+        raise unlike_a_run(path, f"holds no {name}")
+    return tensors[name]
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _spec_fault(spec: Mapping[str, Any]) -> str | None:
+    """The fault within a value of run.json that is of the right type; None for none."""
+    names, base, store = spec["names"], spec["base_count"], spec["store"]
+    if not names or not all(isinstance(name, str) for name in names):
+        return "names: expected a list of names"
+    if not 1 <= base <= len(names):
+        return f"base_count: expected a number from 1 to {len(names)}, found {base}"
+    if not 1 <= spec["embed_dim"] <= _WIDEST:
+        return f"embed_dim: expected a number from 1 to {_WIDEST}, found {spec['embed_dim']}"
+    if not isinstance(store.get("digest"), str):
+        return "store: expected a digest"
+    if not all(isinstance(norm, dict) for norm in spec["layer_norms"]):
+        return "layer_norms: expected a list of objects"
+    return None
+
+
+_WIDEST = 2**16
+"""Largest width of embeddings."""
+
+
 def _intact_state(folder: Path) -> dict[str, Any] | None:
     """Content of state.json of a checkpoint; None if its files differ or are not exactly those of a checkpoint."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         state = read_object(folder / "state.json")
+        require_shallow(state, str(folder))
         names = state["sha256"].keys()
         # Names from a file are not joined to a path before they are known.
         if not _PARTS <= names <= _PARTS | _OPTIONAL or not isinstance(state["step"], int):
@@ -444,23 +502,30 @@ def _with_effect(spec: Mapping[str, object]) -> Mapping[str, object]:
     """
     if "in_effect" in spec:
         return spec
-    loss, train = _nested(spec, "config", "loss"), _nested(spec, "config", "train")
-    assert isinstance(loss, Mapping)
-    assert isinstance(train, Mapping)
-    rate, of = train["learning_rate"], train.get("reference_batch_size", 0)
+    rate, size = (_number(spec, "config", "train", key) for key in ("learning_rate", "batch_size"))
+    train = _nested(spec, "config", "train")
+    of = _number(spec, "config", "train", "reference_batch_size") if "reference_batch_size" in cast("Any", train) else 0
     return {
         **spec,
         "in_effect": {
-            "distillation_weight": loss["distillation"],
-            "peak_rate": rate * train["batch_size"] / of if of else rate,
+            "distillation_weight": _nested(spec, "config", "loss", "distillation"),
+            "peak_rate": rate * size / of if of else rate,
         },
     }
+
+
+def _number(spec: Mapping[str, object], *keys: str) -> float:
+    value = _nested(spec, *keys)
+    if not is_finite(value):
+        raise unlike_a_run("run.json", f"{'.'.join(keys)}: expected a number, found {reprlib.repr(value)}")
+    return value
 
 
 def _nested(spec: Mapping[str, object], *keys: str) -> object:
     value: object = spec
     for key in keys:
-        assert isinstance(value, Mapping)
+        if not isinstance(value, Mapping) or key not in value:
+            raise unlike_a_run("run.json", f"has no {'.'.join(keys)}")
         value = value[key]
     return value
 

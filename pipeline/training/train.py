@@ -388,7 +388,7 @@ class _Training:
                 world_size=self._distributed.world_size,
                 step=self.step,
                 saved=self._saved,
-                frozen_norms=self.run.spec["backbone_weights"] is not None,
+                frozen_norms=self.run.had_weights,
                 said=said_instead(error),
             ) from error
 

@@ -444,3 +444,33 @@ def test_a_large_image_within_the_limit_is_opened_without_a_word(tmp_path):
         [sys.executable, "-c", command, tmp_path / "large.png"], capture_output=True, text=True, check=True
     )
     assert (done.stdout.strip(), done.stderr) == (f"({width}, {MAX_PIXELS // width})", "")
+
+
+@pytest.mark.parametrize("exif", ["turn", "ignore", "legacy"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "I;16"])
+def test_a_large_image_is_converted_in_strips_to_the_same_pixels(tmp_path, monkeypatch, mode, exif):
+    values = np.random.default_rng(7).integers(0, 2**16 if mode == "I;16" else 256, (13, 9, 4))
+    if mode == "I;16":
+        picture = Image.fromarray(values[..., 0].astype(np.uint16))
+    else:
+        picture = Image.fromarray(values.astype(np.uint8)).convert(mode)
+    for orientation in range(1, 9):
+        picture.getexif()[ORIENTATION] = orientation
+        more = {"transparency": 3} if mode in ("P", "L", "I;16") else {}
+        picture.save(tmp_path / "a.png", exif=picture.getexif(), **more)
+        whole = read_pixels(tmp_path / "a.png", None, exif)
+        with monkeypatch.context() as patch:
+            # Two rows of pixels at a time.
+            patch.setattr(images, "_STRIP", 18)
+            np.testing.assert_array_equal(read_pixels(tmp_path / "a.png", None, exif), whole)
+
+
+def test_formats_that_start_programs_are_refused_by_name_and_not_looked_for_in_folders(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
+    shutil.copy(tmp_path / "a.eps", tmp_path / "a.jpg")
+    for name in ("a.eps", "a.jpg"):
+        with pytest.raises(ImageError, match=f"{name}: is not an image of a format that is read"):
+            look(tmp_path / name)
+    Image.new("RGB", (9, 9)).save(tmp_path / "b.png")
+    (tmp_path / "a.jpg").unlink()
+    assert find_images([tmp_path]) == [tmp_path / "b.png"]

@@ -600,3 +600,16 @@ def test_wrong_arguments_are_refused():
         draw_boxes(grey(8, 8), boxes, ["a"])
     with pytest.raises(ValueError, match="2 boxes need one colour, or as many, got 3"):
         draw_boxes(grey(8, 8), boxes, ["a", "b"], ["red"] * 3)
+
+
+@pytest.mark.parametrize("value", [{}, 3, {"bbox": []}])
+def test_an_evaluation_that_no_page_can_show_is_made_again(home, value):
+    file = home.run.folder / "eval.json"
+    good = json.loads(file.read_text())
+    write_json(file, {**good, "generalised": value})
+    with pytest.raises(
+        RunError, match=r"the records of a run do not say what a page shows .*run `ezsd eval .*` again$"
+    ):
+        report(home)
+    write_json(file, good)
+    assert report(home)

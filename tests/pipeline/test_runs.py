@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from ezsd.pipeline.errors import RunError
-from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.errors import DamagedFile, RunError
+from ezsd.pipeline.runs.run import Run, rows_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = {"names": ["cat", "ox"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": {"train": {"steps": 9}}}
@@ -247,3 +247,82 @@ def test_a_read_only_folder_is_an_error(tmp_path):
     (run.folder / "checkpoints").chmod(0o500)
     with pytest.raises(PermissionError, match="checkpoints"):
         run.save(4, *model_at(4))
+
+
+WHOLE = {
+    **SPEC,
+    "text_sha256": rows_digest(torch.eye(2).numpy()),
+    "store": {"digest": "cd", "manifest": {}},
+    "dataset": "shapes",
+    "base_count": 1,
+    "embed_dim": 2,
+    "layer_norms": [],
+    "re_normalisation": {},
+    "backbone_weights": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"names": []}, "names: expected a list of names"),
+        ({"names": ["cat", 3]}, "names: expected a list of names"),
+        ({"base_count": 3}, "base_count: expected a number from 1 to 2, found 3"),
+        ({"embed_dim": 2**40}, "embed_dim: expected a number from 1 to 65536"),
+        ({"store": {"digest": 3}}, "store: expected a digest"),
+        ({"layer_norms": [3]}, "layer_norms: expected a list of objects"),
+        ({"config": {"train": {}}}, "has no config.train.steps"),
+        ({"text_sha256": "ab"}, "holds other text rows than run.json says"),
+    ],
+)
+def test_what_no_run_says_is_refused_and_another_folder_is_trained_in(tmp_path, changes, said):
+    def read(folder):
+        run = Run.open(folder)
+        run.embeddings()
+        run.save(9, *model_at(9))
+        assert run.finished().step == 9
+
+    Run.create_or_resume(tmp_path / "run", WHOLE | changes, TABLES)
+    with pytest.raises(RunError, match=f"{said}.*; train again in another `run` folder$"):
+        read(tmp_path / "run")
+    Run.create_or_resume(tmp_path / "other", WHOLE, TABLES)
+    read(tmp_path / "other")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b'\x20\0\0\0\0\0\0\0{"a":{"dtype":"X","shape":[1],"d'])
+def test_tensors_that_are_none_are_refused_though_their_digest_fits(tmp_path, content):
+    run = start(tmp_path / "run")
+    run.save(9, *model_at(9))
+    folder = tmp_path / "run/checkpoints/step-00000009"
+    state = json.loads((folder / "state.json").read_text())
+    for name in state["sha256"]:
+        (folder / name).write_bytes(content)
+        state["sha256"][name] = hashlib.sha256(content).hexdigest()
+    (folder / "state.json").write_text(json.dumps(state))
+    latest = run.latest()
+    for read in (latest.model, latest.trained, latest.optimiser):
+        with pytest.raises(RunError, match=r"safetensors: is damaged or gone \(.*\); train again in another `run`"):
+            read()
+
+
+@pytest.mark.parametrize("starts", [3, [3], [{"step": "2"}], [{}]])
+def test_starts_that_are_none_are_refused(tmp_path, starts):
+    run = start(tmp_path / "run")
+    (tmp_path / "run/environment.json").write_text(json.dumps({"starts": starts}))
+    with pytest.raises(RunError, match="starts: expected a list of objects with a step"):
+        run.starts()
+
+
+@pytest.mark.parametrize("levels", [70, 900])
+def test_nests_deeper_than_any_record_are_damage(tmp_path, levels):
+    run = start(tmp_path / "run")
+    run.save(8, *model_at(8))
+    run.save(9, *model_at(9))
+    state = tmp_path / "run/checkpoints/step-00000009/state.json"
+    nest = "[" * levels + "]" * levels
+    state.write_text(state.read_text().replace('"step": 9', f'"step": 9, "nest": {nest}'))
+    assert run.latest().step == 8
+    (tmp_path / "run/run.json").write_text(f'{{"names": {nest}}}')
+    for read in (lambda: Run.open(tmp_path / "run"), lambda: start(tmp_path / "run")):
+        with pytest.raises(DamagedFile, match="run.json: is damaged, JSON nested deeper than 64 levels"):
+            read()
