@@ -91,11 +91,11 @@ _STORED: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
 }
 """For each EXIF orientation a view of shown pixels (H, W, 3) as they are stored."""
 _DAMAGE = (
-    *(OSError, SyntaxError, ValueError, RuntimeError, MemoryError, EOFError, ArithmeticError, LookupError, TypeError),
+    *(OSError, SyntaxError, ValueError, RuntimeError, EOFError, ArithmeticError, LookupError, TypeError),
     *(AttributeError, AssertionError, struct.error, zlib.error),
 )
 """Errors of Pillow's decoders about damaged files: SyntaxError of a broken table of EXIF, ValueError of a broken head
-of a PNG, and most others of whatever they do not check."""
+of a PNG, and most others of whatever they do not check. Too little memory says nothing about an image."""
 
 _NAMED = 3
 """Most images that one error names."""

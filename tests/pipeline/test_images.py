@@ -465,6 +465,19 @@ def test_a_large_image_is_converted_in_strips_to_the_same_pixels(tmp_path, monke
             np.testing.assert_array_equal(read_pixels(tmp_path / "a.png", None, exif), whole)
 
 
+def test_too_little_memory_is_not_called_a_damaged_image(tmp_path, monkeypatch):
+    def short_of_memory(*_):
+        raise MemoryError
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "convert", short_of_memory)
+        patch.setattr(Image.Image, "__array_interface__", property(short_of_memory))
+        with pytest.raises(MemoryError):
+            read_pixels(tmp_path / "a.png")
+    assert read_pixels(tmp_path / "a.png").shape == (8, 8, 3)
+
+
 def test_formats_that_start_programs_are_refused_by_name_and_not_looked_for_in_folders(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")
     shutil.copy(tmp_path / "a.eps", tmp_path / "a.jpg")
