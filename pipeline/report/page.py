@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template, UndefinedError
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 
 from ezsd.errors import EzsdError
 from ezsd.pipeline.errors import RunError
@@ -51,7 +51,7 @@ def write_report(run: Run, *, data_root: Path | None, compare: Sequence[Run] = (
         page = _page(runs, data_root, max(images, 0))
     except EzsdError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, UndefinedError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # The files of a run are somebody's JSON, of which a page shows hundreds of values.
         where = ", ".join(str(one.run.folder) for one in runs)
         raise RunError(
