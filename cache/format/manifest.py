@@ -49,6 +49,10 @@ class Origin:
         return {"version": self.version, "inputs": self.inputs, "needs": list(self.needs)}
 
 
+_OWN_NAMES = frozenset(("algorithm_version", "needs"))
+"""Names that stand beside the inputs of a product where manifests are compared."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Everything that shaped a store's bytes, product by product; equal manifests mean equal stores."""
@@ -78,6 +82,9 @@ class Manifest:
             late = [needed for needed in self.products[name].needs if needed not in made[:place]]
             if late:
                 raise StoreError(f"manifest: {name} cannot need {late[0]}; products are made as {', '.join(made)}")
+            taken = _OWN_NAMES & self.products[name].inputs.keys() if self.schema is not None else ()
+            if taken:
+                raise StoreError(f"manifest: {name}: an input is named {min(taken)!r}, as a value of every product is")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Manifest) and self.digest == other.digest
@@ -150,8 +157,12 @@ class Manifest:
         return tuple(name for name, found in self.fingerprints.items() if other.fingerprints.get(name) == found)
 
     def differences(self, wanted: "Manifest") -> list[Difference]:
-        """The values in which this store's manifest differs from `wanted`, by dotted name."""
-        return differences(self._named, wanted._named)
+        """The values in which this store's manifest differs from `wanted`, by dotted name; none for equal ones alone."""
+        found = differences(self._named, wanted._named)
+        if not found and self.digest != wanted.digest:
+            # The digests decide, whatever the names can tell apart.
+            return [Difference("manifest_digest", self.digest, wanted.digest)]
+        return found
 
     @property
     def _named(self) -> dict[str, JSON]:
@@ -163,7 +174,8 @@ class Manifest:
         shapes = self._shapes
         if self.schema is not None:
             # By name: what differs is then said of the product that it is in.
-            shapes = {"schema": {name: self.schema.described(name) for name in self.schema.names}}
+            described = {name: self.schema.described(name) for name in self.schema.names}
+            shapes = {"schema": described, "schema.products": list(self.schema.names)}
         return {"images_sha256": self.images_sha256, **shapes, **origins}
 
     def to_json(self) -> str:

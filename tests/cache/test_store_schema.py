@@ -1,0 +1,67 @@
+"""Stores of other schemas: settings that differ, hostile schemas, every type, and wrong use of the interface."""
+
+import numpy as np
+import pytest
+import storekit
+
+from ezsd.cache import (
+    Field,
+    Manifest,
+    Origin,
+    PerImage,
+    RaggedRows,
+    Schema,
+    Store,
+    StoreError,
+    StoreMismatch,
+    StoreWriter,
+    commit_shard,
+    images_digest,
+    write_block,
+)
+
+A, B = PerImage("a", [Field("x", "int16")]), PerImage("b", [Field("x", "int16")])
+IMAGES = {"image_ids": [1], "widths": [8], "heights": [8]}
+DIGEST = images_digest(*IMAGES.values())
+
+
+def manifest_of(*products, **inputs):
+    return Manifest({one.name: Origin(1, inputs) for one in products}, DIGEST, schema=Schema(products))
+
+
+def build(path, manifest, rows):
+    """A store of one image; `rows` of each product by field, whole arrays of those of the whole store."""
+    with StoreWriter.open(path, manifest, **IMAGES, block_images=1) as writer:
+        for name in manifest.schema.per_store:
+            writer.write_per_store(name, rows[name], {})
+        counts = {name: len(next(iter(rows[name].values()))) for name in manifest.schema.per_image}
+        block = {name: RaggedRows(np.array([count], "i4"), rows[name]) for name, count in counts.items()}
+        write_block(path, writer.blocks[0], block)
+        for task in writer.commit_tasks():
+            commit_shard(path, task)
+        writer.finish()
+    return path
+
+
+ONE = {"x": np.array([3, 4], "i2")}
+
+
+def test_products_in_another_order_are_another_store(tmp_path):
+    path = build(tmp_path / "s", manifest_of(A, B), {"a": ONE, "b": ONE})
+    with pytest.raises(StoreMismatch, match=r"schema.products\[0\]: store has \"a\", wanted \"b\""):
+        StoreWriter.open(path, manifest_of(B, A), **IMAGES, block_images=1)
+    with pytest.raises(StoreMismatch, match="schema.products"):
+        Store(path).require(manifest_of(B, A))
+
+
+@pytest.mark.parametrize("name", ["needs", "algorithm_version"])
+def test_an_input_with_the_name_of_another_value_is_refused(name):
+    with pytest.raises(StoreError, match=f"manifest: a: an input is named '{name}'"):
+        manifest_of(A, **{name: 1})
+
+
+def test_what_names_cannot_tell_apart_the_digest_does():
+    # In a store of regions such an input may have been recorded.
+    stored, wanted = storekit.manifest(text={"needs": 1}), storekit.manifest(text={"needs": 2})
+    assert [one.name for one in stored.differences(wanted)] == ["manifest_digest"]
+    assert stored.differences(stored) == []
