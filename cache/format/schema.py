@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -64,7 +65,7 @@ class Field:
     def __post_init__(self) -> None:
         try:
             dtype = np.dtype(self.dtype)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, SyntaxError) as error:
             raise StoreError(f"field {self.name!r}: numpy knows no type {self.dtype!r}") from error
         object.__setattr__(self, "dtype", dtype.newbyteorder("<").str)
         object.__setattr__(self, "trailing", tuple(self.trailing))
@@ -111,6 +112,8 @@ _NO_FIELDS = frozenset(("offset", "c"))
 _DEVICES = re.compile("con|prn|aux|nul|(?:com|lpt)[0-9]")
 DTYPES = ("<f2", "<f4", "<f8", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8")
 """Types of the arrays of stores."""
+TYPES_BY_NAME: Mapping[str, str] = MappingProxyType({np.dtype(dtype).name: dtype for dtype in DTYPES})
+"""The same by the names that files have for them. A file's word is looked up here: numpy reads more than names."""
 _MOST_FIELDS = 64
 """Arrays of one product: a reader notes in the bits of one number which of them it has looked at."""
 _MOST_ROW_NUMBERS = 2**20
@@ -307,9 +310,15 @@ def _described(product: PerImage | PerStore) -> dict[str, Any]:
     return {"name": product.name, "per": "image", "rows": product.rows, "arrays": arrays}
 
 
+def _type_named(name: object) -> str:
+    if not isinstance(name, str) or name not in TYPES_BY_NAME:
+        raise StoreError(f"schema: data_type {reprlib.repr(name)} is not known to this version")
+    return TYPES_BY_NAME[name]
+
+
 def _product_of(found: Mapping[str, Any]) -> PerImage | PerStore:
     fields = tuple(
-        Field(one["name"], one["data_type"], tuple(one["shape"]), one["values"], one["kept"]) for one in found["arrays"]
+        Field(one["name"], _type_named(one["data_type"]), tuple(one["shape"]), one["values"], one["kept"]) for one in found["arrays"]
     )
     if found["per"] not in ("image", "store"):
         raise StoreError(f"schema: product {found['name']!r}: per {found['per']!r} is not known to this version")

@@ -1,5 +1,7 @@
 """Stores of other schemas: settings that differ, hostile schemas, every type, and wrong use of the interface."""
 
+import json
+
 import numpy as np
 import pytest
 import storekit
@@ -17,8 +19,10 @@ from ezsd.cache import (
     StoreWriter,
     commit_shard,
     images_digest,
+    verify,
     write_block,
 )
+from ezsd.cache.storage.direct import direct_spec
 
 A, B = PerImage("a", [Field("x", "int16")]), PerImage("b", [Field("x", "int16")])
 IMAGES = {"image_ids": [1], "widths": [8], "heights": [8]}
@@ -65,3 +69,17 @@ def test_what_names_cannot_tell_apart_the_digest_does():
     stored, wanted = storekit.manifest(text={"needs": 1}), storekit.manifest(text={"needs": 2})
     assert [one.name for one in stored.differences(wanted)] == ["manifest_digest"]
     assert stored.differences(stored) == []
+
+
+@pytest.mark.parametrize("written", ["i4,(", "i4,i4", "object", ["i4"], {"names": []}])
+def test_a_type_in_a_file_is_looked_up_and_never_read_by_numpy(tmp_path, written):
+    path = build(tmp_path / "s", manifest_of(A), {"a": ONE})
+    metadata = json.loads((path / "a/x/zarr.json").read_text()) | {"data_type": written}
+    assert direct_spec(metadata, "x") is None
+    (path / "a/x/zarr.json").write_text(json.dumps(metadata))
+    assert [damage.name for damage in verify(path, deep=True)] == ["a/x/zarr.json"]
+
+
+def test_a_type_that_numpy_cannot_parse_is_one_line():
+    with pytest.raises(StoreError, match="field 'x': numpy knows no type"):
+        Field("x", "i4,(")
