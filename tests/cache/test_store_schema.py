@@ -11,6 +11,7 @@ from ezsd.cache import (
     Manifest,
     Origin,
     PerImage,
+    PerStore,
     RaggedRows,
     Schema,
     Store,
@@ -22,6 +23,7 @@ from ezsd.cache import (
     verify,
     write_block,
 )
+from ezsd.cache.format.names import is_store_file
 from ezsd.cache.storage.direct import direct_spec
 
 A, B = PerImage("a", [Field("x", "int16")]), PerImage("b", [Field("x", "int16")])
@@ -83,3 +85,45 @@ def test_a_type_in_a_file_is_looked_up_and_never_read_by_numpy(tmp_path, written
 def test_a_type_that_numpy_cannot_parse_is_one_line():
     with pytest.raises(StoreError, match="field 'x': numpy knows no type"):
         Field("x", "i4,(")
+
+
+@pytest.mark.parametrize(
+    ("products", "said"),
+    [
+        ([PerImage("a", [Field("x", "int16", (1,) * 9)])], "a row has 9 axes, expected at most 8"),
+        ([PerImage("a", [Field("x", "int16", (2**30,) * 100_000)])], "a row has 100000 axes"),
+        ([PerImage(f"a{number}", A.fields) for number in range(65)], "has 65 products, expected at most 64"),
+    ],
+)
+def test_a_schema_has_a_limited_size(products, said):
+    with pytest.raises(StoreError, match=said):
+        Schema(products)
+
+
+def test_what_a_stranger_wrote_is_cut_in_messages():
+    long = "x" * 10_000
+    array = Schema([A]).to_json()[0]["arrays"][0]
+    for change in ({"name": long}, {"per": long}, {"rows": long}, {"arrays": [array | {"values": long}]}):
+        with pytest.raises(StoreError) as error:
+            Schema.from_json([Schema([A]).to_json()[0] | change], "mark")
+        assert len(str(error.value)) < 500
+    with pytest.raises(StoreError) as error:
+        Schema.from_json([Schema([A]).to_json()[0] | {"arrays": [array | {"name": long}] * 2}], "mark")
+    assert len(str(error.value)) < 500
+
+
+def test_the_files_of_a_store_are_those_of_its_schema():
+    schema = Schema([PerImage("a", [Field("x", "int16", (2, 3))]), PerStore("b", [Field("y", "int8")])])
+    for name in (
+        *("zarr.json", "manifest.json", "checksums/zarr.json", "a/zarr.json", "a/x/zarr.json", "images/id/zarr.json"),
+        *("checksums/a/zarr.json", "checksums/a/x/zarr.json", "a/x/c/0/0/0", "a/x/c/123456789/0/0", "b/y/c/7"),
+        *("a/offset/c/0", "checksums/a/x/c/0"),
+    ):
+        assert is_store_file(name, schema), name
+    for name in (
+        *("", "/zarr.json", "a", "a/x", "a/x/c", "a/x/c/", "a/x/c/0", "a/x/c/0/0", "a/x/c/0/0/0/0", "a/x/c/0/0/1"),
+        *("a/x/c/00/0/0", "a/x/c/1234567890/0/0", "a/x/c/-1/0/0", "a/x/c/0/0/0\n", "a/x/c/\u0661/0/0", "a/z/c/0"),
+        *("checksums/a/x/c/0/0/0", "checksums/manifest.json", "checksums/checksums/zarr.json", "../a/x/zarr.json"),
+        *("COMMIT.json", "b/y/c/7/c/0", "a/y/zarr.json", "checksums/checksums/a/zarr.json", "a/x/c/0/0/0/"),
+    ):
+        assert not is_store_file(name, schema), name
