@@ -286,6 +286,8 @@ def test_what_needs_regions_says_what_the_store_has(features):
     [
         (("train", "--run", "run", "--cache"), "holds model, tokens, objects, expected a store of regions"),
         (("cache", "look"), "holds model, tokens, objects, expected a store of regions"),
+        (("cache", "commit"), "holds model, tokens, objects, expected a store of regions"),
+        (("audit", "--data-root", "."), "holds model, tokens, objects, expected a store of regions"),
         (("cache", "repair", "--data-root", "."), "environment.json does not say how it was built"),
     ],
 )
