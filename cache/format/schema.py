@@ -107,8 +107,9 @@ class PerStore:
 _NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 # Folders of every store, and names that stand beside products where manifests are compared.
 _NO_PRODUCTS = frozenset(("images", "checksums", "journal", "schema", "embedding", "images_sha256"))
-# The array of every product with rows of images, and the folder of an array's shards.
-_NO_FIELDS = frozenset(("offset", "c"))
+# The array of every product with rows of images, the folder of an array's shards, and what `export` puts beside arrays
+# or numpy's writer takes as its own arguments.
+_NO_FIELDS = frozenset(("offset", "c", "image_id", "attributes", "file", "allow_pickle"))
 # Names that are no files on Windows, where stores are read.
 _DEVICES = re.compile("con|prn|aux|nul|(?:com|lpt)[0-9]")
 DTYPES = ("<f2", "<f4", "<f8", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8")

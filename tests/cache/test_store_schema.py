@@ -127,3 +127,10 @@ def test_the_files_of_a_store_are_those_of_its_schema():
         *("COMMIT.json", "b/y/c/7/c/0", "a/y/zarr.json", "checksums/checksums/a/zarr.json", "a/x/c/0/0/0/"),
     ):
         assert not is_store_file(name, schema), name
+
+
+@pytest.mark.parametrize("name", ["image_id", "attributes", "file", "allow_pickle"])
+@pytest.mark.parametrize("kind", [PerImage, PerStore])
+def test_a_field_whose_name_exports_use_is_refused(kind, name):
+    with pytest.raises(StoreError, match=f"field '{name}': expected a name"):
+        Schema([A, kind("b", [Field(name, "int64")])])
