@@ -241,7 +241,10 @@ def test_a_region_store_has_no_other_schema_and_others_no_width(module):
         (lambda s: s[1]["arrays"][0].update(values="quaternion"), "'quaternion', kept 'as given': not known to this"),
         (lambda s: s[1].update(codec="zstd"), "says more than this version knows; use the version that wrote it"),
         (lambda s: s[1].pop("arrays"), "does not describe products .* or a later version wrote it"),
-        (lambda s: s[1]["arrays"][0].update(data_type={"names": ["a"], "formats": []}), "data_type {.* is not known to"),
+        (
+            lambda s: s[1]["arrays"][0].update(data_type={"names": ["a"], "formats": []}),
+            "data_type {.* is not known to",
+        ),
         (lambda s: s[1]["arrays"][0].update(data_type="i4,("), r"data_type 'i4,\(' is not known to this version"),
         (lambda s: s.clear(), "expected a list of products, found"),
         (lambda s: s[1].update(name="../../x"), "expected a name of at most 64"),

@@ -157,7 +157,7 @@ class Manifest:
         return tuple(name for name, found in self.fingerprints.items() if other.fingerprints.get(name) == found)
 
     def differences(self, wanted: "Manifest") -> list[Difference]:
-        """The values in which this store's manifest differs from `wanted`, by dotted name; none for equal ones alone."""
+        """The values in which this manifest differs from `wanted`, by dotted name; none where the digests are equal."""
         found = differences(self._named, wanted._named)
         if not found and self.digest != wanted.digest:
             # The digests decide, whatever the names can tell apart.

@@ -333,7 +333,8 @@ def _type_named(name: object) -> str:
 
 def _product_of(found: Mapping[str, Any]) -> PerImage | PerStore:
     fields = tuple(
-        Field(one["name"], _type_named(one["data_type"]), tuple(one["shape"]), one["values"], one["kept"]) for one in found["arrays"]
+        Field(one["name"], _type_named(one["data_type"]), tuple(one["shape"]), one["values"], one["kept"])
+        for one in found["arrays"]
     )
     if found["per"] not in ("image", "store"):
         name, per = reprlib.repr(found["name"]), reprlib.repr(found["per"])

@@ -24,6 +24,7 @@ from ezsd.cache import (
     write_block,
 )
 from ezsd.cache.format.names import is_store_file
+from ezsd.cache.format.schema import TYPES_BY_NAME
 from ezsd.cache.storage.direct import direct_spec
 
 A, B = PerImage("a", [Field("x", "int16")]), PerImage("b", [Field("x", "int16")])
@@ -134,3 +135,21 @@ def test_the_files_of_a_store_are_those_of_its_schema():
 def test_a_field_whose_name_exports_use_is_refused(kind, name):
     with pytest.raises(StoreError, match=f"field '{name}': expected a name"):
         Schema([A, kind("b", [Field(name, "int64")])])
+
+
+def test_every_type_is_written_and_read_with_all_values_that_it_may_have(tmp_path):
+    fields = [Field(f"number_{name}", name, (2,)) for name in TYPES_BY_NAME]
+    fields += [Field(f"unit_{name}", name, (2,), values="unit") for name in ("float16", "float32", "float64")]
+    fields += [Field("kept", "float16", (2,), values="unit", kept="int8"), Field("box", "float32", (4,), values="box")]
+    of_store = [field for field in fields if field.name not in ("kept", "box")]
+    rows = {
+        field.name: np.array([[1, 0]] if field.trailing == (2,) else [[1, 2, 3, 4]], field.dtype) for field in fields
+    }
+    manifest = manifest_of(PerImage("image", fields), PerStore("whole", of_store))
+    whole = {field.name: rows[field.name] for field in of_store}
+    store = Store(build(tmp_path / "s", manifest, {"image": rows, "whole": whole}))
+    arrays, _ = store.read_per_store("whole")
+    for found, given in ((store.product("image")[1], rows), (arrays, whole)):
+        assert {name: (found[name].dtype, found[name].tolist()) for name in found} == {
+            name: (values.dtype, values.tolist()) for name, values in given.items()
+        }
