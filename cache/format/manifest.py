@@ -61,8 +61,10 @@ class Manifest:
     """Origin of each product of the schema; in a store of regions those in `OPTIONAL` may be absent."""
     images_sha256: str
     """Sha256 of the image list, as of `images_digest`."""
-    embedding: EmbeddingType = "float16"
-    """Stored type of the embeddings of regions and ground truth, in a store of regions."""
+    embedding: EmbeddingType | None = None
+    """Stored type of the embeddings of regions and ground truth, in a store of regions: float16 if none is given.
+
+    None in a store with a schema, which says itself how its fields are kept."""
     schema: Schema | None = None
     """Schema of the store; None for a store of regions."""
 
@@ -76,7 +78,13 @@ class Manifest:
             raise StoreError(f"manifest: expected the products {', '.join(required)}{more}; found {found}")
         made = [name for name in known if name in self.products]
         object.__setattr__(self, "products", {name: self.products[name] for name in made})
-        if self.embedding not in EMBEDDING_TYPES:
+        if self.schema is not None and self.embedding is not None:
+            raise StoreError(
+                f"manifest: embedding {self.embedding!r} is of stores of regions; in a schema each field has its `kept`"
+            )
+        if self.schema is None and self.embedding is None:
+            object.__setattr__(self, "embedding", "float16")
+        elif self.schema is None and self.embedding not in EMBEDDING_TYPES:
             raise StoreError(f"manifest: embedding {self.embedding!r} is not one of {', '.join(EMBEDDING_TYPES)}")
         for place, name in enumerate(made):
             late = [needed for needed in self.products[name].needs if needed not in made[:place]]
@@ -109,6 +117,7 @@ class Manifest:
         if self.schema is not None:
             return self.schema
         assert embed_dim is not None
+        assert self.embedding is not None
         return region_schema(embed_dim, self.embedding, self.products)
 
     @cached_property
@@ -202,6 +211,8 @@ class Manifest:
             listed = str(fields["images_sha256"])
             if fields["format_version"] == SCHEMA_VERSION:
                 manifest = cls(products, listed, schema=Schema.from_json(fields["schema"], where))
+            elif fields["embedding"] is None:
+                raise TypeError("embedding: null")
             else:
                 manifest = cls(products, listed, fields["embedding"])
         except (KeyError, TypeError, AttributeError) as error:

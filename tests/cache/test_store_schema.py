@@ -153,3 +153,13 @@ def test_every_type_is_written_and_read_with_all_values_that_it_may_have(tmp_pat
         assert {name: (found[name].dtype, found[name].tolist()) for name in found} == {
             name: (values.dtype, values.tolist()) for name, values in given.items()
         }
+
+
+def test_a_schema_and_a_type_of_embeddings_do_not_go_together():
+    with pytest.raises(StoreError, match="manifest: embedding 'int8' is of stores of regions"):
+        Manifest({"a": Origin(1, {})}, DIGEST, embedding="int8", schema=Schema([A]))
+
+
+def test_a_manifest_of_regions_without_a_type_of_embeddings_is_damaged():
+    with pytest.raises(StoreError, match="here: is not a manifest"):
+        Manifest.from_fields(storekit.manifest().fields | {"embedding": None}, "here")
