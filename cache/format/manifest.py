@@ -80,7 +80,7 @@ class Manifest:
         object.__setattr__(self, "products", {name: self.products[name] for name in made})
         if self.schema is not None and self.embedding is not None:
             raise StoreError(
-                f"manifest: embedding {self.embedding!r} is of stores of regions; in a schema each field has its `kept`"
+                f"manifest: embedding {self.embedding!r} is of stores of regions; a schema says it of each field"
             )
         if self.schema is None and self.embedding is None:
             object.__setattr__(self, "embedding", "float16")
@@ -211,12 +211,12 @@ class Manifest:
             listed = str(fields["images_sha256"])
             if fields["format_version"] == SCHEMA_VERSION:
                 manifest = cls(products, listed, schema=Schema.from_json(fields["schema"], where))
-            elif fields["embedding"] is None:
-                raise TypeError("embedding: null")
             else:
                 manifest = cls(products, listed, fields["embedding"])
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{where}: is not a manifest ({error}); the file is damaged or was edited") from error
+        if manifest.schema is None and fields["embedding"] is None:
+            raise StoreError(f"{where}: is not a manifest (embedding: null); the file is damaged or was edited")
         if manifest.format_version != fields["format_version"]:
             raise StoreError(
                 f"{where}: says format {fields['format_version']}, and with these products it is "

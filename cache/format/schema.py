@@ -69,6 +69,9 @@ class Field:
             shown = reprlib.repr(self.dtype)
             raise StoreError(f"field {reprlib.repr(self.name)}: numpy knows no type {shown}") from error
         object.__setattr__(self, "dtype", dtype.newbyteorder("<").str)
+        if not isinstance(self.trailing, Iterable):
+            shown = reprlib.repr(self.trailing)
+            raise StoreError(f"field {reprlib.repr(self.name)}: trailing: expected a shape such as (4,), found {shown}")
         object.__setattr__(self, "trailing", tuple(self.trailing))
 
     def row_shape(self, embed_dim: int) -> tuple[int, ...]:
@@ -115,7 +118,7 @@ _DEVICES = re.compile("con|prn|aux|nul|(?:com|lpt)[0-9]")
 DTYPES = ("<f2", "<f4", "<f8", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8")
 """Types of the arrays of stores."""
 TYPES_BY_NAME: Mapping[str, str] = MappingProxyType({np.dtype(dtype).name: dtype for dtype in DTYPES})
-"""The same by the names that files have for them. A file's word is looked up here: numpy reads more than names."""
+"""Types of the arrays of stores by the names that files have for them; numpy itself would read more than names."""
 _MOST_FIELDS = 64
 """Arrays of one product: a reader notes in the bits of one number which of them it has looked at."""
 _MOST_ROW_NUMBERS = 2**20
@@ -136,7 +139,13 @@ class Schema:
     """
 
     def __init__(self, products: Iterable[PerImage | PerStore]) -> None:
-        self.products = tuple(replace(product, fields=tuple(product.fields)) for product in products)
+        if not isinstance(products, Iterable):
+            raise StoreError(f"schema: expected a list of products, found {reprlib.repr(products)}")
+        given = tuple(products)
+        for one in given:
+            if not isinstance(one, PerImage | PerStore) or not isinstance(one.fields, Iterable):
+                raise StoreError(f"schema: expected products with fields, found {reprlib.repr(one)}")
+        self.products = tuple(replace(product, fields=tuple(product.fields)) for product in given)
         """The products, in order."""
         _require_few(len(self.products))
         for product in self.products:

@@ -163,3 +163,24 @@ def test_a_schema_and_a_type_of_embeddings_do_not_go_together():
 def test_a_manifest_of_regions_without_a_type_of_embeddings_is_damaged():
     with pytest.raises(StoreError, match="here: is not a manifest"):
         Manifest.from_fields(storekit.manifest().fields | {"embedding": None}, "here")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Field("v", "int8", 4), r"field 'v': trailing: expected a shape such as \(4,\), found 4"),
+        (lambda: Schema([Field("v", "int8")]), "schema: expected products with fields, found Field"),
+        (lambda: Schema(A), "schema: expected a list of products, found PerImage"),
+        (lambda: Schema([PerImage("a", Field("v", "int8"))]), "schema: expected products with fields, found PerImage"),
+    ],
+)
+def test_what_is_no_schema_is_one_line(make, said):
+    with pytest.raises(StoreError, match=said):
+        make()
+
+
+def test_fields_come_in_their_order_whichever_was_read_first(tmp_path):
+    manifest = manifest_of(PerImage("a", [Field("x", "int16"), Field("y", "int16")]))
+    product = Store(build(tmp_path / "s", manifest, {"a": {"x": ONE["x"], "y": ONE["x"]}})).product("a")
+    product.column("y", [1])
+    assert [list(product[1]) for _ in range(2)] == [["x", "y"]] * 2
