@@ -459,7 +459,7 @@ class _ProductRows:
         start, stop = self._offset[at], self._offset[at + 1]
         for column in self._columns.values():
             column.array.read_ahead([(start, stop)])
-        return {name: column.plain.read(start, stop).copy() for name, column in self._columns.items()}
+        return {name: self._columns[name].plain.read(start, stop).copy() for name in self.names}
 
     def column_again(self, name: str, image_id: int) -> NDArray[Any] | None:
         """One field, like `again`."""

@@ -49,6 +49,10 @@ class Origin:
         return {"version": self.version, "inputs": self.inputs, "needs": list(self.needs)}
 
 
+_OWN_NAMES = frozenset(("algorithm_version", "needs"))
+"""Names that stand beside the inputs of a product where manifests are compared."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Everything that shaped a store's bytes, product by product; equal manifests mean equal stores."""
@@ -57,8 +61,10 @@ class Manifest:
     """Origin of each product of the schema; in a store of regions those in `OPTIONAL` may be absent."""
     images_sha256: str
     """Sha256 of the image list, as of `images_digest`."""
-    embedding: EmbeddingType = "float16"
-    """Stored type of the embeddings of regions and ground truth, in a store of regions."""
+    embedding: EmbeddingType | None = None
+    """Stored type of the embeddings of regions and ground truth, in a store of regions: float16 if none is given.
+
+    None in a store with a schema, which says itself how its fields are kept."""
     schema: Schema | None = None
     """Schema of the store; None for a store of regions."""
 
@@ -72,12 +78,21 @@ class Manifest:
             raise StoreError(f"manifest: expected the products {', '.join(required)}{more}; found {found}")
         made = [name for name in known if name in self.products]
         object.__setattr__(self, "products", {name: self.products[name] for name in made})
-        if self.embedding not in EMBEDDING_TYPES:
+        if self.schema is not None and self.embedding is not None:
+            raise StoreError(
+                f"manifest: embedding {self.embedding!r} is of stores of regions; a schema says it of each field"
+            )
+        if self.schema is None and self.embedding is None:
+            object.__setattr__(self, "embedding", "float16")
+        elif self.schema is None and self.embedding not in EMBEDDING_TYPES:
             raise StoreError(f"manifest: embedding {self.embedding!r} is not one of {', '.join(EMBEDDING_TYPES)}")
         for place, name in enumerate(made):
             late = [needed for needed in self.products[name].needs if needed not in made[:place]]
             if late:
                 raise StoreError(f"manifest: {name} cannot need {late[0]}; products are made as {', '.join(made)}")
+            taken = _OWN_NAMES & self.products[name].inputs.keys() if self.schema is not None else ()
+            if taken:
+                raise StoreError(f"manifest: {name}: an input is named {min(taken)!r}, as a value of every product is")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Manifest) and self.digest == other.digest
@@ -102,6 +117,7 @@ class Manifest:
         if self.schema is not None:
             return self.schema
         assert embed_dim is not None
+        assert self.embedding is not None
         return region_schema(embed_dim, self.embedding, self.products)
 
     @cached_property
@@ -150,8 +166,12 @@ class Manifest:
         return tuple(name for name, found in self.fingerprints.items() if other.fingerprints.get(name) == found)
 
     def differences(self, wanted: "Manifest") -> list[Difference]:
-        """The values in which this store's manifest differs from `wanted`, by dotted name."""
-        return differences(self._named, wanted._named)
+        """The values in which this manifest differs from `wanted`, by dotted name; none where the digests are equal."""
+        found = differences(self._named, wanted._named)
+        if not found and self.digest != wanted.digest:
+            # The digests decide, whatever the names can tell apart.
+            return [Difference("manifest_digest", self.digest, wanted.digest)]
+        return found
 
     @property
     def _named(self) -> dict[str, JSON]:
@@ -163,7 +183,8 @@ class Manifest:
         shapes = self._shapes
         if self.schema is not None:
             # By name: what differs is then said of the product that it is in.
-            shapes = {"schema": {name: self.schema.described(name) for name in self.schema.names}}
+            described = {name: self.schema.described(name) for name in self.schema.names}
+            shapes = {"schema": described, "schema.products": list(self.schema.names)}
         return {"images_sha256": self.images_sha256, **shapes, **origins}
 
     def to_json(self) -> str:
@@ -194,6 +215,8 @@ class Manifest:
                 manifest = cls(products, listed, fields["embedding"])
         except (KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{where}: is not a manifest ({error}); the file is damaged or was edited") from error
+        if manifest.schema is None and fields["embedding"] is None:
+            raise StoreError(f"{where}: is not a manifest (embedding: null); the file is damaged or was edited")
         if manifest.format_version != fields["format_version"]:
             raise StoreError(
                 f"{where}: says format {fields['format_version']}, and with these products it is "

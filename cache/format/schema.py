@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -64,9 +65,13 @@ class Field:
     def __post_init__(self) -> None:
         try:
             dtype = np.dtype(self.dtype)
-        except (TypeError, ValueError) as error:
-            raise StoreError(f"field {self.name!r}: numpy knows no type {self.dtype!r}") from error
+        except (TypeError, ValueError, SyntaxError) as error:
+            shown = reprlib.repr(self.dtype)
+            raise StoreError(f"field {reprlib.repr(self.name)}: numpy knows no type {shown}") from error
         object.__setattr__(self, "dtype", dtype.newbyteorder("<").str)
+        if not isinstance(self.trailing, Iterable):
+            shown = reprlib.repr(self.trailing)
+            raise StoreError(f"field {reprlib.repr(self.name)}: trailing: expected a shape such as (4,), found {shown}")
         object.__setattr__(self, "trailing", tuple(self.trailing))
 
     def row_shape(self, embed_dim: int) -> tuple[int, ...]:
@@ -105,15 +110,21 @@ class PerStore:
 _NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 # Folders of every store, and names that stand beside products where manifests are compared.
 _NO_PRODUCTS = frozenset(("images", "checksums", "journal", "schema", "embedding", "images_sha256"))
-# The array of every product with rows of images, and the folder of an array's shards.
-_NO_FIELDS = frozenset(("offset", "c"))
+# The array of every product with rows of images, the folder of an array's shards, and what `export` puts beside arrays
+# or numpy's writer takes as its own arguments.
+_NO_FIELDS = frozenset(("offset", "c", "image_id", "attributes", "file", "allow_pickle"))
 # Names that are no files on Windows, where stores are read.
 _DEVICES = re.compile("con|prn|aux|nul|(?:com|lpt)[0-9]")
 DTYPES = ("<f2", "<f4", "<f8", "|i1", "<i2", "<i4", "<i8", "|u1", "<u2", "<u4", "<u8")
 """Types of the arrays of stores."""
+TYPES_BY_NAME: Mapping[str, str] = MappingProxyType({np.dtype(dtype).name: dtype for dtype in DTYPES})
+"""Types of the arrays of stores by the names that files have for them; numpy itself would read more than names."""
 _MOST_FIELDS = 64
 """Arrays of one product: a reader notes in the bits of one number which of them it has looked at."""
 _MOST_ROW_NUMBERS = 2**20
+_MOST_AXES = 8
+"""Axes of one row; numpy stops at 64 of an array."""
+_MOST_PRODUCTS = 64
 
 
 class Schema:
@@ -128,8 +139,15 @@ class Schema:
     """
 
     def __init__(self, products: Iterable[PerImage | PerStore]) -> None:
-        self.products = tuple(replace(product, fields=tuple(product.fields)) for product in products)
+        if not isinstance(products, Iterable):
+            raise StoreError(f"schema: expected a list of products, found {reprlib.repr(products)}")
+        given = tuple(products)
+        for one in given:
+            if not isinstance(one, PerImage | PerStore) or not isinstance(one.fields, Iterable):
+                raise StoreError(f"schema: expected products with fields, found {reprlib.repr(one)}")
+        self.products = tuple(replace(product, fields=tuple(product.fields)) for product in given)
         """The products, in order."""
+        _require_few(len(self.products))
         for product in self.products:
             _check_product(product)
         if len(set(self.names)) != len(self.names):
@@ -227,6 +245,7 @@ class Schema:
         """
         if not isinstance(found, list) or not found:
             raise StoreError(f"{where}: schema: expected a list of products, found {reprlib.repr(found)}")
+        _require_few(len(found))
         try:
             schema = cls(map(_product_of, found))
         except (KeyError, TypeError, AttributeError) as error:
@@ -243,20 +262,25 @@ class Schema:
         return schema
 
 
+def _require_few(products: int) -> None:
+    if products > _MOST_PRODUCTS:
+        raise StoreError(f"schema: has {products} products, expected at most {_MOST_PRODUCTS}")
+
+
 def _check_product(product: PerImage | PerStore) -> None:
-    where = f"schema: product {product.name!r}"
+    where = f"schema: product {reprlib.repr(product.name)}"
     _check_name(product.name, where, _NO_PRODUCTS)
     if isinstance(product, PerImage) and product.rows is not None and not _is_count(product.rows):
-        raise StoreError(f"{where}: rows must be a whole number from 1, or None, found {product.rows!r}")
+        raise StoreError(f"{where}: rows must be a whole number from 1, or None, found {reprlib.repr(product.rows)}")
     if not all(isinstance(field, Field) for field in product.fields):
         raise StoreError(f"{where}: expected fields, found {reprlib.repr(product.fields)}")
     names = [stored.name for field in product.fields for stored in field.stored]
     if not 1 <= len(names) <= _MOST_FIELDS:
         raise StoreError(f"{where}: has {len(names)} arrays, expected 1 to {_MOST_FIELDS}")
+    for field in product.fields:
+        _check_field(field, f"{where}, field {reprlib.repr(field.name)}", of_images=isinstance(product, PerImage))
     if len(set(names)) != len(names):
         raise StoreError(f"{where}: two arrays have the same name; found {', '.join(names)}")
-    for field in product.fields:
-        _check_field(field, f"{where}, field {field.name!r}", of_images=isinstance(product, PerImage))
 
 
 def _check_field(field: Field, where: str, *, of_images: bool) -> None:
@@ -264,13 +288,16 @@ def _check_field(field: Field, where: str, *, of_images: bool) -> None:
     kind = np.dtype(field.dtype)
     if field.dtype not in DTYPES:
         raise StoreError(f"{where}: {kind.name} is not stored; expected {', '.join(np.dtype(d).name for d in DTYPES)}")
+    if len(field.trailing) > _MOST_AXES:
+        raise StoreError(f"{where}: a row has {len(field.trailing)} axes, expected at most {_MOST_AXES}")
     if not all(map(_is_count, field.trailing)) or math.prod(field.trailing) > _MOST_ROW_NUMBERS:
         raise StoreError(
             f"{where}: the shape of a row must be whole numbers from 1, at most {_MOST_ROW_NUMBERS:,} values in all, "
             f"found {reprlib.repr(field.trailing)}"
         )
     if field.values not in get_args(Values) or field.kept not in get_args(Kept):
-        raise StoreError(f"{where}: values {field.values!r}, kept {field.kept!r}: not known to this version")
+        said = f"values {reprlib.repr(field.values)}, kept {reprlib.repr(field.kept)}"
+        raise StoreError(f"{where}: {said}: not known to this version")
     if field.values == "box" and not (of_images and field.dtype == "<f4" and field.trailing == (4,)):
         raise StoreError(f"{where}: a box is float32 of shape (4,) of an image, found {kind.name} {field.trailing}")
     if field.values == "unit" and not (kind.kind == "f" and len(field.trailing) == 1):
@@ -307,12 +334,20 @@ def _described(product: PerImage | PerStore) -> dict[str, Any]:
     return {"name": product.name, "per": "image", "rows": product.rows, "arrays": arrays}
 
 
+def _type_named(name: object) -> str:
+    if not isinstance(name, str) or name not in TYPES_BY_NAME:
+        raise StoreError(f"schema: data_type {reprlib.repr(name)} is not known to this version")
+    return TYPES_BY_NAME[name]
+
+
 def _product_of(found: Mapping[str, Any]) -> PerImage | PerStore:
     fields = tuple(
-        Field(one["name"], one["data_type"], tuple(one["shape"]), one["values"], one["kept"]) for one in found["arrays"]
+        Field(one["name"], _type_named(one["data_type"]), tuple(one["shape"]), one["values"], one["kept"])
+        for one in found["arrays"]
     )
     if found["per"] not in ("image", "store"):
-        raise StoreError(f"schema: product {found['name']!r}: per {found['per']!r} is not known to this version")
+        name, per = reprlib.repr(found["name"]), reprlib.repr(found["per"])
+        raise StoreError(f"schema: product {name}: per {per} is not known to this version")
     if found["per"] == "store":
         return PerStore(found["name"], fields)
     return PerImage(found["name"], fields, found["rows"])

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
-from ezsd.cache.format.schema import ArraySpec
+from ezsd.cache.format.schema import TYPES_BY_NAME, ArraySpec
 from ezsd.cache.format.sealed_json import JSON, canonical_json
 
 _ABSENT = 2**64 - 1
@@ -99,7 +99,7 @@ def _spec(name: str, metadata: Mapping[str, Any]) -> ArraySpec:
     sharding = metadata["codecs"][0]["configuration"]
     return ArraySpec(
         name=name,
-        dtype=np.dtype(metadata["data_type"]).newbyteorder("<").str,
+        dtype=TYPES_BY_NAME[metadata["data_type"]],
         shape=tuple(metadata["shape"]),
         chunk_rows=int(sharding["chunk_shape"][0]),
         shard_rows=int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0]),

@@ -210,7 +210,7 @@ class Finisher:
         self._write_metadata(nodes)
         self._remove_strays()
         self._flush()
-        embedding = None if plan.manifest.schema else plan.manifest.embedding
+        embedding = plan.manifest.embedding
         mark = CommitMark(plan.manifest.digest, plan.embed_dim, embedding, self.files, plan.manifest.schema)
         write_atomic(self._store / COMMIT, mark.to_bytes(), scratch=scratch_folder(self._store), point="commit")
         remove_journal(self._store)

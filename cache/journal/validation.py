@@ -140,9 +140,10 @@ class _Column:
             finite = np.isfinite(self.values).all(axis=tuple(range(1, self.values.ndim)))
             self._refuse(~finite, "is not finite")
             return
-        # Sums of squares in float32: a value that is not finite makes its row's length not finite too.
+        # Sums of squares in float32 at least: a value that is not finite makes its row's length not finite too.
         with np.errstate(over="ignore", invalid="ignore"):
-            lengths = np.sqrt(np.einsum("nd,nd->n", self.values, self.values, dtype=np.float32))
+            wide = np.result_type(self.values.dtype, np.float32)
+            lengths = np.sqrt(np.einsum("nd,nd->n", self.values, self.values, dtype=wide))
         self._refuse(~np.isfinite(lengths), "is not finite")
         self._refuse(np.abs(lengths - 1) > UNIT_TOLERANCE, f"is not of unit length (within {UNIT_TOLERANCE})")
 

@@ -123,7 +123,7 @@ def _unfinished_info(plan: Plan) -> StoreInfo:
         blocks_done=len(done),
         blocks=len(plan.blocks),
         embed_dim=plan.embed_dim,
-        embedding=None if plan.manifest.schema else plan.manifest.embedding,
+        embedding=plan.manifest.embedding,
         products=_products(plan.manifest, {product: rows.rows(product) for product in plan.schema.per_image}, present),
         bad_images=all_bad_images(entry.attributes for entry in rows.entries),
         manifest=plan.manifest,

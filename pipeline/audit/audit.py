@@ -93,7 +93,7 @@ def audit(request: AuditRequest) -> AuditResult:
         ArgumentError: the target is neither a run nor a store.
         DatasetError: the annotations are not there.
         AnnotationError: they are not in order, or of other images.
-        StoreError: the store is gone, unfinished or damaged; StoreMismatch if it is not the run's.
+        StoreError: the store is gone, unfinished, damaged or of another schema; StoreMismatch if it is not the run's.
         RunError: another version made the run.
         OSError: a run's folder cannot be written to.
     """
@@ -143,11 +143,14 @@ def _store(request: AuditRequest, run: Run | None) -> Store:
     if run is None:
         if "://" not in request.target and not Path(request.target).is_dir():
             raise ArgumentError(f"{request.target}: no such folder; give that of a run or a store")
-        return Store(request.target)
+        store = Store(request.target)
+        store.require_regions()
+        return store
     place = str(run.environment["cache"]) if request.cache is None else str(request.cache)
     if "://" not in place and not Path(place).is_dir():
         raise ArgumentError(f"`run={run.folder}`: its store is not in {place}; give `cache=STORE`")
     store = Store(place)
+    store.require_regions()
     recorded = run.spec["store"]
     assert isinstance(recorded, dict)
     if store.manifest.digest != recorded["digest"]:

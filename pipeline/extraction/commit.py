@@ -9,10 +9,12 @@ from pathlib import Path
 
 from ezsd.cache import (
     Block,
+    StoreError,
     StoreIncomplete,
     StoreWriter,
     commit_numbered,
     file_digest,
+    info,
     is_committed,
     read_environment,
 )
@@ -46,8 +48,11 @@ def commit_cache(store: Path, schedule: Schedule) -> float | None:
     Raises:
         StoreIncomplete: blocks are missing; says which, and what makes them.
         ImageError: more images cannot be read than the build may leave out.
-        StoreError: no store, or another process is at work on it.
+        StoreError: no store, or one of another schema, or another process is at work on it.
     """
+    schema = info(store).manifest.schema
+    if schema is not None:
+        raise StoreError(f"{store}: holds {', '.join(schema.names)}, expected a store of regions")
     if is_committed(store):
         return None
     seconds: dict[str, float] = {}
