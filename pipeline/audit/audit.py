@@ -20,7 +20,7 @@ from ezsd.pipeline.audit.store_stages import StoreStages
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
 from ezsd.pipeline.errors import ArgumentError, DatasetError
 from ezsd.pipeline.extraction.provenance import dataset_inputs
-from ezsd.pipeline.files import write_json
+from ezsd.pipeline.files import reading, write_json
 from ezsd.pipeline.progress import now
 from ezsd.pipeline.runs.card import write_card
 from ezsd.pipeline.runs.run import Run
@@ -95,6 +95,7 @@ def audit(request: AuditRequest) -> AuditResult:
         AnnotationError: they are not in order, or of other images.
         StoreError: the store is gone, unfinished or damaged; StoreMismatch if it is not the run's.
         RunError: another version made the run.
+        DamagedFile: a record of the run or the store holds something else.
         OSError: a run's folder cannot be written to.
     """
     target = Path(request.target)
@@ -165,7 +166,13 @@ def _dataset(request: AuditRequest, run: Run | None, store: Store) -> Dataset:
         if "data_root" not in environment:
             raise DatasetError(f"{store}: does not say where its annotations lie; give `data_root=DIR`")
         root = Path(str(environment["data_root"]))
-    return recorded_dataset(environment.get("dataset"), str(dataset_inputs(store.manifest)["name"]), root)
+    where = f"{store if run is None else run.folder}/environment.json"
+    with reading(Path(where), "give `annotations=FILE`" if run is None else "run the same `ezsd train` again"):
+        found = recorded_dataset(environment.get("dataset"), str(dataset_inputs(store.manifest)["name"]), root)
+        # Another type shows here first.
+        for part in found.parts:
+            found.annotations(part)
+        return found
 
 
 def _annotations(request: AuditRequest, store: Store, dataset: Dataset | None) -> AnnotationFile:

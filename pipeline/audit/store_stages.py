@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ezsd.pipeline.audit.annotation_file import BASE, NOVEL, OTHER, AnnotationFi
 from ezsd.pipeline.audit.boxes import objects_on_novel_ones, regions_on_novel_ones, wrong_boxes
 from ezsd.pipeline.audit.findings import Finding, Level
 from ezsd.pipeline.extraction.provenance import dataset_inputs, model_inputs, proposal_settings
+from ezsd.pipeline.files import reading
 from ezsd.pipeline.runs.training_boxes import StoredBoxes, stored_boxes
 from ezsd.vocabulary import canonical, first_few
 
@@ -172,6 +174,11 @@ class StoreStages:
         if not isinstance(record, Mapping):
             text = f"{known}: not recorded which classes and boxes it had learned from"
             return Finding(level="unproven", subject="proposer", text=text)
+        with reading(Path(f"{self.store}/environment.json"), "build the store anew in another folder"):
+            return self._of_record(known, record)
+
+    def _of_record(self, known: str, record: Mapping[str, Any]) -> Finding:
+        """Judge a run's network by what the build recorded of the run."""
         novel = {canonical(name) for name in self.file.split.novel}
         learned = [name for name in record["base_names"] if canonical(name) in novel]
         if learned:

@@ -320,9 +320,47 @@ def test_a_damaged_audit_is_removed_and_made_again(run):
     examine(run, "ovd-strict")
     (run / "audit-ovd-strict.json").write_text("{}")
     said = refused(lambda: examine(run))
-    assert said.endswith("audit-ovd-strict.json is damaged; remove it and run `ezsd audit` again")
+    assert "audit-ovd-strict.json: is damaged" in said
+    assert said.endswith("; remove it and run `ezsd audit` again")
     (run / "audit-ovd-strict.json").unlink()
     assert examine(run).verdict == "passed"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "cure"),
+    [
+        ("eval.json", {"generalised": 3, "limit": "x", "annotations": {}}, "remove it and run `ezsd eval` again"),
+        ("crops.json", {"raw": 3, "re_normalised": []}, "remove it and run `ezsd eval --crops` again"),
+        ("audit.json", {"step": "x"}, "remove it and run `ezsd audit` again"),
+        ("audit.json", {"date": 3}, "remove it and run `ezsd audit` again"),
+        ("environment.json", {"build_seconds": {"a": "b"}}, "run the same `ezsd train` again to write it"),
+        ("environment.json", {"machine": {}}, "run the same `ezsd train` again to write it"),
+        ("seconds.json", {"train": []}, "remove it"),
+    ],
+)
+def test_an_odd_record_is_one_line_of_the_card(run, name, changes, cure):
+    examine(run)
+    before = (run / "card.md").read_text()
+    old = read_object(run / name) if (run / name).is_file() else {}
+    write_json(run / name, {**old, **changes})
+    said = refused(lambda: write_card(Run.open(run)))
+    assert said.startswith(f"{run / name}: is damaged")
+    assert said.endswith(cure)
+    assert "\n" not in said
+    assert (run / "card.md").read_text() == before
+
+
+def test_half_a_surrogate_pair_in_a_record_is_no_end_of_a_card(run):
+    environment = read_object(run / "environment.json")
+    write_json(run / "environment.json", {**environment, "machine": {"python": "3", "gpu": "\ud800"}})
+    assert "ud800" in write_card(Run.open(run)).read_text()
+
+
+@pytest.mark.parametrize("definition", [{}, {"split": 3}, {"split": {"base": ["a"], "novel": []}, "name": "x"}])
+def test_an_odd_definition_of_a_dataset_is_one_line(run, definition):
+    environment = read_object(run / "environment.json")
+    write_json(run / "environment.json", {**environment, "dataset": definition})
+    assert refused(lambda: examine(run)).startswith(f"{run / 'environment.json'}: is damaged")
 
 
 def refused(call):

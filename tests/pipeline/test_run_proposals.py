@@ -18,7 +18,7 @@ from ezsd.pipeline.audit import AuditRequest, audit
 from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.console.defaults import build_config
-from ezsd.pipeline.errors import ArgumentError, ConfigError, RunError
+from ezsd.pipeline.errors import ArgumentError, ConfigError, DamagedFile, RunError
 from ezsd.pipeline.extraction import build as build_module
 from ezsd.pipeline.extraction.build import build_cache, build_share
 from ezsd.pipeline.extraction.commit import commit_cache
@@ -114,6 +114,10 @@ def test_an_audit_knows_what_the_run_had_learned_from(run_store, shapes_dataset,
         (store / "environment.json").write_bytes(seal({**record, "proposer_run": taught}))
         (found,) = [one for one in audit(AuditRequest(target=str(store))).findings if one.subject == "proposer"]
         assert (found.level, said in found.text) == (level, True), found.text
+    for odd in ({}, {"base_names": 3}, {"base_names": [], "boxes": [3], "dataset": "x"}):
+        (store / "environment.json").write_bytes(seal({**record, "proposer_run": odd}))
+        with pytest.raises(DamagedFile, match="environment.json: is damaged"):
+            audit(AuditRequest(target=str(store)))
 
 
 def test_a_report_asks_for_as_many_proposals_of_the_run_as_the_store_has(run, run_store):
