@@ -39,8 +39,8 @@ class AuditRequest:
     """Folder of a run or a store, or a store's URL."""
     setting: Setting = "zad"
     """"zad": names of novel classes may be known in training. "ovd-strict": not before evaluation."""
-    cache: Path | None = None
-    """Store of a run, if it has moved."""
+    cache: Path | str | None = None
+    """Folder or URL of a run's store, if it has moved."""
     data_root: Path | None = None
     """Folder of the images and annotations, if it has moved."""
     annotations: Path | None = None
@@ -146,6 +146,12 @@ def _store(request: AuditRequest, run: Run | None) -> Store:
             raise ArgumentError(f"{request.target}: no such folder; give that of a run or a store")
         return Store(request.target)
     place = str(run.environment["cache"]) if request.cache is None else str(request.cache)
+    if request.cache is None and "://" in place:
+        # No file makes ezsd ask an address.
+        raise ArgumentError(
+            f"`run={run.folder}`: its record says that its store is at {place}, and addresses are asked only where you "
+            "give them; give `cache=URL`, or a folder"
+        )
     if "://" not in place and not Path(place).is_dir():
         raise ArgumentError(f"`run={run.folder}`: its store is not in {place}; give `cache=STORE`")
     store = Store(place)

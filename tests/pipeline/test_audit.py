@@ -15,8 +15,10 @@ from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.errors import EzsdError
 from ezsd.pipeline.audit import AuditRequest, audit
 from ezsd.pipeline.console.options import as_options
+from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.extraction.provenance import dataset_inputs
 from ezsd.pipeline.files import read_object, write_json
+from ezsd.pipeline.report.run_data import collect, run_store
 from ezsd.pipeline.runs.card import write_card
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.runs.training_boxes import read_boxes, record_boxes
@@ -392,6 +394,20 @@ def test_who_gives_what_is_asked_for_gets_a_verdict(run, store, shapes_root, sha
         write_json(file, found)
     said = refused(lambda: examine(run, cache=shapes_store))
     assert said.endswith(f"another store than the run {run} was trained from; give --cache STORE of that one")
+
+
+def test_an_address_in_a_record_is_not_asked(run, shapes_store):
+    environment = read_object(run / "environment.json")
+    # A place that would answer.
+    address = f"file://{shapes_store}"
+    write_json(run / "environment.json", {**environment, "cache": address})
+    said = refused(lambda: examine(run))
+    assert said.endswith(f"at {address}, and addresses are asked only where you give them; give --cache URL, or a folder")
+    (main,) = collect([Run.open(run)])
+    with pytest.raises(RunError, match="which is no folder"):
+        run_store(main)
+    assert examine(run, cache=address).verdict == "passed"
+    assert ezsd("audit", run, "--cache", address).returncode == 0
 
 
 def test_a_store_that_does_not_know_its_data_asks_for_them(store, shapes_root):
