@@ -204,6 +204,10 @@ def _annotations(request: AuditRequest, store: Store, dataset: Dataset | None) -
 
 def _names(setting: Setting, store: StoreStages, run: RunStages | None) -> Iterator[Finding]:
     """Uses of novel names, by stage."""
+    told = store.names_of_run()
+    if told and setting == "ovd-strict":
+        text = f"the run whose network proposes was told {len(told)} novel names ({first_few(told, _FEW)})"
+        yield Finding(level="violation", subject="names in proposer", text=text)
     novel = store.file.split.novel
     if not novel:
         yield Finding(level="ok", subject="names", text="no novel name is known to the store")

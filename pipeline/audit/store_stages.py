@@ -188,10 +188,16 @@ class StoreStages:
         if not entries:
             text = f"{known}: not recorded which boxes it had learned from; its base classes are none of the novel ones"
             return Finding(level="unproven", subject="proposer", text=text)
-        found = [
-            self.stage("proposer", one["sha256"], boxes=one["boxes"], annotations=one["annotations_sha256"])
-            for one in entries
-        ]
+        if entries[0]["step"] > 0:
+            text = f"{known}: not recorded which boxes it had learned from before step {entries[0]['step']}"
+            return Finding(level="unproven", subject="proposer", text=text)
+        found = [self._of_entry(one) for one in entries]
+        own = record.get("proposals_from")
+        if own != "build" and all(one.level == "ok" for one in found):
+            said = {"file": "a file", "run": "another run"}.get(str(own), "a place that was not recorded")
+            text = f"{known}: learned from base boxes; the proposals of its own store came from {said}; audit that run "
+            text += "too: `ezsd audit RUN`"
+            return Finding(level="unproven", subject="proposer", text=text, digest=entries[-1]["sha256"])
         if all(one.level == "ok" for one in found):
             return Finding(
                 level="ok",
@@ -203,6 +209,20 @@ class StoreStages:
         names = f"base classes of dataset {record['dataset']}, none of them novel here"
         text = f"{known}: learned from other boxes (digest {entries[-1]['sha256'][:12]}) of {names}; audit that run too"
         return Finding(level="unproven", subject="proposer", text=text, digest=entries[-1]["sha256"])
+
+    def _of_entry(self, one: Mapping[str, Any]) -> Finding:
+        """Judge the boxes that a run had learned from; it had drawn the images that it could read."""
+        every, readable = (
+            self.stage("proposer", one["sha256"], boxes=one["boxes"], read=ids, annotations=one["annotations_sha256"])
+            for ids in (self.store.image_ids, self.trained_images)
+        )
+        return readable if readable.level == "ok" else every
+
+    def names_of_run(self) -> list[str]:
+        """Novel names that the run whose network proposes was told, as recorded; none where no run's does."""
+        record = self.environment.get("proposer_run")
+        names = record.get("novel_names") if isinstance(record, Mapping) else None
+        return list(map(str, names)) if isinstance(names, list) else []
 
     def _regions(self) -> Finding:
         """Regions and proposals that are a novel box, bit for bit."""
