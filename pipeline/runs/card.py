@@ -28,6 +28,8 @@ _FILE = "card.md"
 _NAMED = 80
 """Most class names in a list."""
 _UNKNOWN = "not recorded"
+_PLACES = frozenset(("teacher.weights", "proposals.boxes", "proposer.weights", "proposer.run"))
+"""Settings that may name a file or a folder."""
 _EVALUATE = "remove it and run `ezsd eval` again"
 _MEASURE_CROPS = "remove it and run `ezsd eval --crops` again"
 _AUDIT = "remove it and run `ezsd audit` again"
@@ -68,6 +70,7 @@ class _Card:
         self.config = run.config
         with reading(run.folder / "eval.json", _EVALUATE):
             self.figures = _figures(_table(run, "eval.json"))
+        self.has_leak = self._has_leak()
 
     def text(self) -> str:
         """The whole card, Markdown with YAML in front."""
@@ -101,14 +104,19 @@ class _Card:
         return found
 
     def _summary(self) -> list[str]:
-        model = self.config.model
+        model, novel = self.config.model, _count(len(self.novel), "novel class", "novel classes")
+        if self.has_leak:
+            given = f"; that it was given no more than the names of {novel} is not claimed, for an audit found a violation "
+            given += "(see below). It"
+        else:
+            given = f" and the names alone of {novel}, and"
         return [
             f"# {_plain(self.name)}",
             "",
             f"An object detector made with ezsd: backbone `{model.backbone}`, head `{model.head}`. It was given "
-            f"boxes of {_count(len(self.base), 'base class', 'base classes')} and the names alone of "
-            f"{_count(len(self.novel), 'novel class', 'novel classes')}, and can be asked for other names too. What it "
-            f"knows of them it has from the teacher {_code(self._model()['name'])}.",
+            f"boxes of {_count(len(self.base), 'base class', 'base classes')}{given} can be asked for other names too. "
+            f"What it knows of {'those' if self.has_leak else 'them'} it has from the teacher "
+            f"{_code(self._model()['name'])}.",
         ]
 
     def _use(self) -> list[str]:
@@ -130,7 +138,7 @@ class _Card:
             "",
             f"**Base**, with boxes: {_listed(self.base)}",
             "",
-            f"**Novel**, by name alone: {novel}",
+            f"**Novel**{'' if self.has_leak else ', by name alone'}: {novel}",
         ]
 
     def _results(self) -> list[str]:
@@ -234,7 +242,7 @@ class _Card:
             return [*lines, f"The preset that they came from was {_UNKNOWN}; `run.json` has all of them."]
         usual, own = as_json(to_tables(load_preset(preset))), self.spec["config"]
         changed = [
-            f"| `{section}.{key}` | {_setting(key, value)} | {_setting(key, usual[section].get(key))} |"
+            f"| `{section}.{key}` | {_setting(section, key, value)} | {_setting(section, key, usual[section].get(key))} |"
             for section, table in own.items()
             for key, value in table.items()
             if section in usual and value != usual[section].get(key)
@@ -256,9 +264,26 @@ class _Card:
             with reading(self.run.folder / name, _AUDIT):
                 one = _table(self.run, name)
                 if one is not None:
-                    said = f"- `{one['setting']}`: {_plain(one['summary'])} "
-                    lines.append(f"{said}({one['date'][:10]}, at step {one['step']:,})")
+                    file = one["annotations"]
+                    said = f"- `{one['setting']}`: {_plain(one['summary'])} ({one['date'][:10]}, at step {one['step']:,}, "
+                    said += f"compared with {_code(file['file'])}, sha256 {file['sha256'][:12]})"
+                    lines.append(f"{said}; outdated: the run has changed since" if self._is_outdated(one) else said)
         return lines if len(lines) > 2 else [*lines, "None yet: `ezsd audit` looks for novel boxes in every stage."]
+
+    def _is_outdated(self, result: Mapping[str, Any]) -> bool:
+        """True for an audit of another step, or of other bytes of the store, than the run's now."""
+        checkpoint, stores = self.run.latest(), read_stores(self.run)
+        step = 0 if checkpoint is None else checkpoint.step
+        return result["step"] != step or bool(stores) and result["store"]["sha256"] != stores[-1]["sha256"]
+
+    def _has_leak(self) -> bool:
+        """True if a last audit found boxes that must not have entered; of names alone, they are what is claimed."""
+        for name in AUDITS:
+            with reading(self.run.folder / name, _AUDIT):
+                found = (_table(self.run, name) or {"findings": []})["findings"]
+                if any(one["level"] == "violation" and not one["subject"].startswith("names ") for one in found):
+                    return True
+        return False
 
     def _limits(self) -> list[str]:
         lines = ["## Limits", ""]
@@ -308,15 +333,15 @@ def _numbers(table: object) -> dict[str, float]:
     return {key: value for key, value in table.items() if value}
 
 
-def _setting(key: str, value: JSON) -> str:
+def _setting(section: str, key: str, value: JSON) -> str:
     """A setting's value; of sentences from a file, and of places, the name alone."""
     if key == "descriptions" and value:
         return "`FILE`"
     if isinstance(value, str):
-        # Of whichever system it is a place.
-        for kind in (PurePosixPath, PureWindowsPath):
-            if kind(value).is_absolute():
-                value = kind(value).name
+        place = PureWindowsPath(value)
+        # Of whichever system it is a place; without a drive or a root only where a place is meant.
+        if f"{section}.{key}" in _PLACES or place.is_absolute() or PurePosixPath(value).is_absolute():
+            value = place.name
     return _code(short_json(value))
 
 
