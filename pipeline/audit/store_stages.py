@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ezsd.cache import Store
 from ezsd.data.records import image_list_digest
 from ezsd.pipeline.audit.annotation_file import BASE, NOVEL, OTHER, AnnotationFile
-from ezsd.pipeline.audit.boxes import objects_on_novel_ones, regions_on_novel_ones, wrong_boxes
-from ezsd.pipeline.audit.findings import Finding, Level
+from ezsd.pipeline.audit.boxes import Source, objects_on_novel_ones, regions_on_novel_ones, wrong_boxes
+from ezsd.pipeline.audit.findings import Finding, Level, NamedBox
 from ezsd.pipeline.extraction.provenance import dataset_inputs, model_inputs, proposal_settings
 from ezsd.pipeline.files import reading
 from ezsd.pipeline.runs.training_boxes import StoredBoxes, stored_boxes
@@ -50,8 +50,12 @@ class StoreStages:
         return self.stored.digest(self.names)
 
     @cached_property
+    def _wrong(self) -> tuple[NDArray[np.int64], list[NamedBox]]:
+        return wrong_boxes(self.stored, self.names, self.file)
+
+    @cached_property
     def _objects(self) -> Finding:
-        count, named = wrong_boxes(self.stored, self.names, self.file)
+        count, named = len(self._wrong[0]), self._wrong[1]
         boxes, digest = len(self.stored.box), self.stored_digest
         if count:
             return Finding(
@@ -80,13 +84,11 @@ class StoreStages:
         yield self.stage("filters", _text(regions, "base_boxes_sha256"))
         yield self.stage("cached objects", _text(dataset, "base_boxes_sha256"))
         yield self._objects
-        same = objects_on_novel_ones(self.stored, self.names, self.file)
-        wrong = {one.annotation_id for one in self._objects.named}
-        doubled = tuple(one for one in same if one.annotation_id not in wrong)
-        if doubled:
-            text = f"{len(doubled)} base annotations have exactly the box of a novel one: one object with two labels?"
-            yield Finding(level="note", subject="ground truth", text=text, named=doubled)
-        yield self._regions()
+        count, doubled = objects_on_novel_ones(self.stored, self.names, self.file, but=self._wrong[0])
+        if count:
+            text = f"{count:,} base annotations have exactly the box of a novel one: one object with two labels?"
+            yield Finding(level="note", subject="ground truth", text=text, named=tuple(doubled))
+        yield from self._regions()
 
     def _annotations(self) -> Finding:
         file, ids = self.file, self.store.image_ids
@@ -102,6 +104,9 @@ class StoreStages:
             said = "the file that the store was built from"
         else:
             level, said = "note", f"another file than the store was built from (sha256 {str(recorded)[:12]})"
+        if file.unread:
+            level = "note"
+            text += f"; {file.unread:,} that may be novel have no image, class or box that can be read"
         if not same_images:
             level, said = "note", f"{said}; another list of images"
         return Finding(level=level, subject="annotations", text=f"{text}; sha256 {file.sha256[:12]}, {said}")
@@ -224,16 +229,26 @@ class StoreStages:
         names = record.get("novel_names") if isinstance(record, Mapping) else None
         return list(map(str, names)) if isinstance(names, list) else []
 
-    def _regions(self) -> Finding:
+    def _regions(self) -> Iterator[Finding]:
         """Regions and proposals that are a novel box, bit for bit."""
-        compared, named = regions_on_novel_ones(self.store, self.file)
-        if not named:
+        compared, certain, chance = regions_on_novel_ones(self.store, self.file, self._source)
+        if not certain.count and not chance.count:
             text = f"{compared:,} regions and proposals, none with exactly the box of a novel annotation"
-            return Finding(level="ok", subject="regions", text=text)
-        of_windows = not self._from_network and self.settings["refine"] == "none"
-        text = f"{len(named)} of {compared:,} regions and proposals have exactly the box of a novel annotation"
-        text += ": windows of a grid may, by chance" if of_windows else ""
-        return Finding(level="note" if of_windows else "violation", subject="regions", text=text, named=tuple(named))
+            yield Finding(level="ok", subject="regions", text=text)
+        if certain.count:
+            text = f"{certain.count:,} of {compared:,} regions and proposals have exactly the box of a novel annotation"
+            yield Finding(level="violation", subject="regions", text=text, named=tuple(certain.named))
+        if chance.count:
+            text = f"{chance.count:,} of {compared:,} regions and proposals have exactly the box of a novel annotation: "
+            text += "windows" if self._source == "windows" else "boxes of whole pixels"
+            text += " may, by chance"
+            yield Finding(level="note", subject="regions", text=text, named=tuple(chance.named))
+
+    @property
+    def _source(self) -> Source:
+        if "boxes_sha256" in self.store.manifest.products["proposals"].inputs:
+            return "file"
+        return "network" if self._from_network else "windows"
 
     @property
     def _from_network(self) -> bool:

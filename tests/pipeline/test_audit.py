@@ -14,6 +14,8 @@ from ezsd.cache import Store
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.errors import EzsdError
 from ezsd.pipeline.audit import AuditRequest, audit
+from ezsd.pipeline.audit.annotation_file import read_annotation_file
+from ezsd.pipeline.audit.boxes import objects_on_novel_ones, regions_on_novel_ones, wrong_boxes
 from ezsd.pipeline.console.options import as_options
 from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.extraction.provenance import dataset_inputs
@@ -21,7 +23,7 @@ from ezsd.pipeline.files import read_object, write_json
 from ezsd.pipeline.report.run_data import collect, run_store
 from ezsd.pipeline.runs.card import write_card
 from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.runs.training_boxes import read_boxes, record_boxes
+from ezsd.pipeline.runs.training_boxes import StoredBoxes, read_boxes, record_boxes
 from tests.advicekit import Place
 from tests.cache.storekit import recommit
 from tests.commandkit import ezsd
@@ -194,6 +196,81 @@ def test_an_object_with_two_labels_is_named_and_no_violation(shapes_store, truth
     assert (named.annotation_id, named.novel["annotation_id"]) == (one["id"], 10**6)
 
 
+@pytest.mark.parametrize(
+    ("source", "at", "levels_of"),
+    [
+        # A window, and a region that no vote has moved; a region that no window is; a file's boxes; a network's.
+        ("windows", ([10, 20, 30, 40], [10, 20, 30, 40]), (0, 2)),
+        ("windows", (None, [10.5, 20, 30, 40]), (1, 0)),
+        ("file", ([10, 20, 30, 40], [10.5, 20, 30, 40]), (1, 1)),
+        ("network", ([10, 20, 30, 40], None), (1, 0)),
+    ],
+)
+def test_equal_boxes_are_a_violation_only_where_chance_makes_none(source, at, levels_of, store, truth, tmp_path):
+    document, name_of = truth
+    star = next(number for number, name in name_of.items() if name == "star")
+    image = document["images"][0]["id"]
+    for number, (product, box) in enumerate(zip(("proposals", "regions"), at, strict=True)):
+        if box is None:
+            continue
+        rewrite(store, f"{product}/box", 0, np.array(box, "<f4"))
+        novel = {"id": 10**6 + number, "image_id": image, "category_id": star, "iscrowd": 0}
+        x1, y1, x2, y2 = box
+        document["annotations"].append({**novel, "bbox": [x1, y1, x2 - x1, y2 - y1]})
+    (tmp_path / "more.json").write_text(json.dumps(document))
+    file = read_annotation_file(tmp_path / "more.json", SHAPES_SPLIT)
+    _, certain, chance = regions_on_novel_ones(Store(store), file, source)
+    assert (certain.count, chance.count) == levels_of
+
+
+def test_regions_are_compared_with_crowds_and_boxes_without_an_id_too(store, truth, tmp_path):
+    document, name_of = truth
+    star = next(number for number, name in name_of.items() if name == "star")
+    image = document["images"][0]["id"]
+    rewrite(store, "proposals/box", 0, np.array([10, 20, 30, 40], "<f4"))
+    rewrite(store, "proposals/box", 1, np.array([11, 20, 30, 40], "<f4"))
+    novel = {"image_id": image, "category_id": star}
+    document["annotations"] += [
+        {**novel, "id": 10**6, "bbox": [10, 20, 20, 20], "iscrowd": 1},
+        {**novel, "id": "x", "bbox": [11, 20, 19, 20], "iscrowd": 0},
+        {**novel, "id": 10**6 + 1, "bbox": "x", "iscrowd": 0},
+    ]
+    (tmp_path / "more.json").write_text(json.dumps(document))
+    result = examine(store, annotations=tmp_path / "more.json")
+    (found,) = [one for one in result.findings if one.subject == "regions"]
+    assert len(found.named) == 2
+    assert "1 that may be novel have no image, class or box" in texts(result, "annotations")
+    clean = examine(store)
+    assert "that may be novel" not in texts(clean, "annotations")
+    assert texts(result, "unlabelled") == texts(clean, "unlabelled")
+
+
+def test_all_boxes_are_counted_and_a_hundred_named(truth, tmp_path):
+    document, name_of = truth
+    star = next(number for number, name in name_of.items() if name == "star")
+    image = document["images"][0]
+    boxes = [[x, 3, 5.5, 5] for x in range(150)]
+    image["width"] = 400
+    document["annotations"] = [
+        {"id": number, "image_id": image["id"], "category_id": star, "bbox": box, "iscrowd": 0}
+        for number, box in enumerate(boxes, start=1)
+    ]
+    (tmp_path / "many.json").write_text(json.dumps(document))
+    file = read_annotation_file(tmp_path / "many.json", SHAPES_SPLIT)
+    stored = StoredBoxes(
+        image_id=np.full(150, image["id"]),
+        annotation_id=np.arange(1, 151),
+        class_index=np.zeros(150, np.int32),
+        box=np.array([[x, y, x + width, y + height] for x, y, width, height in boxes], np.float32),
+    )
+    names = SHAPES_SPLIT.base
+    wrong, named = wrong_boxes(stored, names, file)
+    assert (len(wrong), len(named)) == (150, 100)
+    count, named = objects_on_novel_ones(stored, names, file, but=np.array([], np.int64))
+    assert (count, len(named)) == (150, 100)
+    assert objects_on_novel_ones(stored, names, file, but=wrong) == (0, [])
+
+
 def test_proposals_from_outside_are_flagged_and_true_boxes_among_them_named(shapes_root, truth, tmp_path):
     place = Place(shapes_root, tmp_path)
     novel = annotations_of(truth, SHAPES_SPLIT.novel)
@@ -308,6 +385,45 @@ def test_a_card_is_a_model_card_without_places_of_its_machine(run, shapes_root, 
     assert f"| novel | {100 * evaluation['generalised']['at'][evaluation['limit']]['novel']['AP']:.1f} |" in text
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "ezsd"
     assert "None yet: `ezsd audit`" in text
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "place"),
+    [
+        ("teacher", "weights", "../../home/me/x.pt"),
+        ("proposer", "weights", "~/secret/x.pt"),
+        ("proposer", "run", "secret\\x.pt"),
+        ("teacher", "background", "C:\\secret\\x.pt"),
+    ],
+)
+def test_of_a_place_a_card_has_the_last_part(run, section, key, place):
+    change_config(run, section, key, place)
+    environment = read_object(run / "environment.json")
+    write_json(run / "environment.json", {**environment, "preset": "shapes"})
+    text = write_card(Run.open(run)).read_text()
+    assert f'| `{section}.{key}` | `"x.pt"` |' in text
+
+
+def test_a_card_says_what_an_audit_compared_and_whether_the_run_has_changed_since(run, truth, tmp_path):
+    document, name_of = truth
+    injected = annotations_of(truth, SHAPES_SPLIT.base)[3]
+    injected["category_id"] = next(number for number, name in name_of.items() if name == "star")
+    (tmp_path / "published.json").write_text(json.dumps(document))
+    result = examine(run, annotations=tmp_path / "published.json")
+    card = (run / "card.md").read_text()
+    assert f"compared with `published.json`, sha256 {result.facts['annotations']['sha256'][:12]})" in card
+    assert "is not claimed, for an audit found a violation" in card
+    assert ("names alone" in card, "by name alone" in card, "outdated" in card) == (False, False, False)
+    # Names are none of its boxes.
+    assert examine(run, "ovd-strict").verdict == "violation"
+    examine(run)
+    card = (run / "card.md").read_text()
+    assert "compared with `instances_train.json`" in card
+    assert ("names alone" in card, "outdated" in card) == (True, False)
+    write_json(run / "audit.json", {**read_object(run / "audit.json"), "step": 2})
+    assert "; outdated: the run has changed since" in write_card(Run.open(run)).read_text()
+    write_json(run / "stores.json", [{"step": 0, "sha256": "ab" * 32}])
+    assert write_card(Run.open(run)).read_text().count("outdated") == 2
 
 
 @pytest.mark.parametrize("figures", [True, False])
