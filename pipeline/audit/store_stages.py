@@ -239,7 +239,9 @@ class StoreStages:
             text = f"{certain.count:,} of {compared:,} regions and proposals have exactly the box of a novel annotation"
             yield Finding(level="violation", subject="regions", text=text, named=tuple(certain.named))
         if chance.count:
-            text = f"{chance.count:,} of {compared:,} regions and proposals have exactly the box of a novel annotation: "
+            text = (
+                f"{chance.count:,} of {compared:,} regions and proposals have exactly the box of a novel annotation: "
+            )
             text += "windows" if self._source == "windows" else "boxes of whole pixels"
             text += " may, by chance"
             yield Finding(level="note", subject="regions", text=text, named=tuple(chance.named))

@@ -72,15 +72,19 @@ def _taught_by(config: Config) -> dict[str, JSON] | None:
     assert isinstance(count, int)
     own = spec["store"]
     assert isinstance(own, dict)
-    products = Manifest.from_fields(own["manifest"], str(run.folder)).products
-    from_run = "proposer" in products and "run_sha256" in products["proposer"].inputs
-    from_file = "boxes_sha256" in products["proposals"].inputs
+    # An early run has none: then an audit says that it was not recorded.
+    manifest, proposals_from = own.get("manifest"), None
+    if isinstance(manifest, dict):
+        products = Manifest.from_fields(manifest, str(run.folder)).products
+        from_run = "proposer" in products and "run_sha256" in products["proposer"].inputs
+        from_file = "boxes_sha256" in products["proposals"].inputs
+        proposals_from = "file" if from_file else "run" if from_run else "build"
     return as_json(
         {
             "dataset": spec["dataset"],
             "base_names": names[:count],
             "novel_names": names[count:],
-            "proposals_from": "file" if from_file else "run" if from_run else "build",
+            "proposals_from": proposals_from,
             "boxes": read_boxes(run),
         }
     )

@@ -74,10 +74,10 @@ class _Card:
 
     def text(self) -> str:
         """The whole card, Markdown with YAML in front."""
-        front = yaml.safe_dump(self._front(), sort_keys=False, allow_unicode=True, width=1000)
         with reading(self.run.folder / "run.json", _TRAIN):
             parts = [self._summary(), self._use(), self._classes()]
         with reading(self.run.folder / "eval.json", _EVALUATE):
+            front = yaml.safe_dump(self._front(), sort_keys=False, allow_unicode=True, width=1000)
             parts.append([*self._results(), *self._crops()])
         parts += [self._training(), self._settings(), self._audit(), self._limits()]
         return f"---\n{front}---\n\n" + "\n\n".join("\n".join(lines) for lines in parts) + "\n"
@@ -106,7 +106,9 @@ class _Card:
     def _summary(self) -> list[str]:
         model, novel = self.config.model, _count(len(self.novel), "novel class", "novel classes")
         if self.has_leak:
-            given = f"; that it was given no more than the names of {novel} is not claimed, for an audit found a violation "
+            given = (
+                f"; that it was given no more than the names of {novel} is not claimed, for an audit found a violation "
+            )
             given += "(see below). It"
         else:
             given = f" and the names alone of {novel}, and"
@@ -242,7 +244,8 @@ class _Card:
             return [*lines, f"The preset that they came from was {_UNKNOWN}; `run.json` has all of them."]
         usual, own = as_json(to_tables(load_preset(preset))), self.spec["config"]
         changed = [
-            f"| `{section}.{key}` | {_setting(section, key, value)} | {_setting(section, key, usual[section].get(key))} |"
+            f"| `{section}.{key}` | {_setting(f'{section}.{key}', value)} | "
+            f"{_setting(f'{section}.{key}', usual[section].get(key))} |"
             for section, table in own.items()
             for key, value in table.items()
             if section in usual and value != usual[section].get(key)
@@ -265,7 +268,9 @@ class _Card:
                 one = _table(self.run, name)
                 if one is not None:
                     file = one["annotations"]
-                    said = f"- `{one['setting']}`: {_plain(one['summary'])} ({one['date'][:10]}, at step {one['step']:,}, "
+                    said = (
+                        f"- `{one['setting']}`: {_plain(one['summary'])} ({one['date'][:10]}, at step {one['step']:,}, "
+                    )
                     said += f"compared with {_code(file['file'])}, sha256 {file['sha256'][:12]})"
                     lines.append(f"{said}; outdated: the run has changed since" if self._is_outdated(one) else said)
         return lines if len(lines) > 2 else [*lines, "None yet: `ezsd audit` looks for novel boxes in every stage."]
@@ -333,14 +338,14 @@ def _numbers(table: object) -> dict[str, float]:
     return {key: value for key, value in table.items() if value}
 
 
-def _setting(section: str, key: str, value: JSON) -> str:
+def _setting(name: str, value: JSON) -> str:
     """A setting's value; of sentences from a file, and of places, the name alone."""
-    if key == "descriptions" and value:
+    if name == "teacher.descriptions" and value:
         return "`FILE`"
     if isinstance(value, str):
         place = PureWindowsPath(value)
         # Of whichever system it is a place; without a drive or a root only where a place is meant.
-        if f"{section}.{key}" in _PLACES or place.is_absolute() or PurePosixPath(value).is_absolute():
+        if name in _PLACES or place.is_absolute() or PurePosixPath(value).is_absolute():
             value = place.name
     return _code(short_json(value))
 

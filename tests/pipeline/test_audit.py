@@ -448,6 +448,11 @@ def test_a_damaged_audit_is_removed_and_made_again(run):
     ("name", "changes", "cure"),
     [
         ("eval.json", {"generalised": 3, "limit": "x", "annotations": {}}, "remove it and run `ezsd eval` again"),
+        (
+            "eval.json",
+            {"generalised": {"at": {"x": {"base": {}}}}, "limit": "x", "annotations": {}},
+            "remove it and run `ezsd eval` again",
+        ),
         ("crops.json", {"raw": 3, "re_normalised": []}, "remove it and run `ezsd eval --crops` again"),
         ("audit.json", {"step": "x"}, "remove it and run `ezsd audit` again"),
         ("audit.json", {"date": 3}, "remove it and run `ezsd audit` again"),
@@ -466,6 +471,9 @@ def test_an_odd_record_is_one_line_of_the_card(run, name, changes, cure):
     assert said.endswith(cure)
     assert "\n" not in said
     assert (run / "card.md").read_text() == before
+    if cure.startswith("remove it"):
+        (run / name).unlink()
+        assert write_card(Run.open(run)).is_file()
 
 
 def test_half_a_surrogate_pair_in_a_record_is_no_end_of_a_card(run):
@@ -518,7 +526,9 @@ def test_an_address_in_a_record_is_not_asked(run, shapes_store):
     address = f"file://{shapes_store}"
     write_json(run / "environment.json", {**environment, "cache": address})
     said = refused(lambda: examine(run))
-    assert said.endswith(f"at {address}, and addresses are asked only where you give them; give --cache URL, or a folder")
+    assert said.endswith(
+        f"at {address}, and addresses are asked only where you give them; give --cache URL, or a folder"
+    )
     (main,) = collect([Run.open(run)])
     with pytest.raises(RunError, match="which is no folder"):
         run_store(main)
