@@ -31,6 +31,8 @@ def wrong_boxes(
 ) -> tuple[NDArray[np.int64], list[NamedBox]]:
     """Find stored base objects that are no base annotation of a file, with the same image, class and box.
 
+    The id decides between annotations; an object with another id is one of the same image, class and box.
+
     Args:
         stored: of a store.
         names: class names of the store.
@@ -55,11 +57,36 @@ def wrong_boxes(
         & (file_names[file.name_index[match]] == np.array(names, object)[stored.class_index])
         & (file.box[match] == stored.box).all(1)
     )
+    # A published file may have numbered the same objects otherwise.
+    others = np.flatnonzero(~right)
+    near = known[np.isin(file.image_id[known], stored.image_id[others])]
+    there = {
+        (int(image), file.names[name], box.tobytes())
+        for image, name, box in zip(file.image_id[near], file.name_index[near], file.box[near], strict=True)
+    }
+    for row in others.tolist():
+        key = (int(stored.image_id[row]), names[stored.class_index[row]], stored.box[row].tobytes())
+        right[row] = key in there
     wrong = np.flatnonzero(~right)
     described = [
         _named(row, int(match[row]) if found[row] else None, stored, names, file) for row in wrong[:NAMED].tolist()
     ]
     return wrong, described
+
+
+def is_on_novel_one(stored: StoredBoxes, rows: NDArray[np.int64], file: AnnotationFile) -> bool:
+    """Test whether any of some stored objects is a novel annotation by image and id, or lies on one."""
+    novel = np.flatnonzero(file.kind == NOVEL)
+    image = file.image_id[novel]
+    for image_id in np.unique(stored.image_id[rows]).tolist():
+        own = rows[stored.image_id[rows] == image_id]
+        there = novel[np.searchsorted(image, image_id) : np.searchsorted(image, image_id, side="right")]
+        if not len(there):
+            continue
+        overlap = iou(torch.from_numpy(stored.box[own].copy()), torch.from_numpy(file.box[there].copy()))
+        if np.isin(stored.annotation_id[own], file.annotation_id[there]).any() or bool((overlap >= _NEAR).any()):
+            return True
+    return False
 
 
 def _named(row: int, match: int | None, stored: StoredBoxes, names: Sequence[str], file: AnnotationFile) -> NamedBox:

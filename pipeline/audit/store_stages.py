@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ezsd.cache import Store
 from ezsd.data.records import image_list_digest
 from ezsd.pipeline.audit.annotation_file import BASE, NOVEL, OTHER, AnnotationFile
-from ezsd.pipeline.audit.boxes import Source, objects_on_novel_ones, regions_on_novel_ones, wrong_boxes
+from ezsd.pipeline.audit.boxes import Source, is_on_novel_one, objects_on_novel_ones, regions_on_novel_ones, wrong_boxes
 from ezsd.pipeline.audit.findings import Finding, Level, NamedBox
 from ezsd.pipeline.extraction.provenance import dataset_inputs, model_inputs, proposal_settings
 from ezsd.pipeline.files import reading
@@ -58,10 +58,12 @@ class StoreStages:
         count, named = len(self._wrong[0]), self._wrong[1]
         boxes, digest = len(self.stored.box), self.stored_digest
         if count:
+            on_novel = is_on_novel_one(self.stored, self._wrong[0], self.file)
+            text = f"{count:,} of {boxes:,} rows are no base annotation of {self.file.path.name}"
             return Finding(
-                level="violation",
+                level="violation" if on_novel else "unproven",
                 subject="ground truth",
-                text=f"{count:,} of {boxes:,} rows are no base annotation of {self.file.path.name}",
+                text=text if on_novel else f"{text}, and on no novel one",
                 boxes=boxes,
                 digest=digest,
                 named=tuple(named),
@@ -142,7 +144,7 @@ class StoreStages:
             text = f"{known}: the base boxes of the annotation file, all of them and no others"
             return Finding(level="ok", subject=subject, text=text, boxes=expected, digest=digest)
         if digest == self.stored_digest:
-            level: Level = "violation" if self._objects.level == "violation" else "ok"
+            level: Level = "ok" if self._objects.level == "note" else self._objects.level
             text = f"{len(self.stored.box):,} boxes, digest {digest[:12]}: the rows of the ground truth, see there"
             return Finding(level=level, subject=subject, text=text, boxes=len(self.stored.box), digest=digest)
         known = f"boxes of digest {digest[:12]}" if boxes is None else known
