@@ -850,7 +850,7 @@ def audit(
         Literal["zad", "ovd-strict"],
         typer.Option(help="zad: novel names may be known in training; ovd-strict: not before evaluation."),
     ] = "zad",
-    cache: Annotated[Path | None, typer.Option(help="The run's store, if it has moved.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Folder or URL of the run's store, if it has moved.")] = None,
     data_root: Annotated[Path | None, typer.Option(help="Folder of images and annotations, if it has moved.")] = None,
     annotations: Annotated[
         Path | None,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ezsd.cache import rename, write_atomic
+from ezsd.errors import EzsdError
 from ezsd.pipeline.errors import ArgumentError, DamagedFile
 
 
@@ -32,6 +33,23 @@ def parse_object(text: bytes | str, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise DamagedFile(f"{where}: is damaged, expected a JSON object, found {type(found).__name__}")
     return found
+
+
+@contextmanager
+def reading(path: Path, cure: str) -> Iterator[None]:
+    """Raise DamagedFile for values of a record that are not of the types that the context takes them for.
+
+    Args:
+        path: file of the record.
+        cure: what to do about it, the end of the message.
+    """
+    try:
+        yield
+    except EzsdError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DamagedFile(f"{path}: is damaged, a value is not what it must be ({reason}); {cure}") from error
 
 
 DEEPEST = 64

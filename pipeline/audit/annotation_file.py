@@ -25,7 +25,7 @@ BASE, NOVEL, OTHER = 0, 1, 2
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AnnotationFile:
-    """M annotations of a file, sorted by image and then id; malformed ones that are not base are absent."""
+    """M annotations of a file, sorted by image and then id; those without a sound image, class or box are absent."""
 
     path: Path
     sha256: str
@@ -44,7 +44,9 @@ class AnnotationFile:
     box: NDArray[np.float32]
     """xyxy, clipped to the image, pixels, (M, 4)."""
     left_out: NDArray[np.bool_]
-    """True for what no training takes: crowd boxes and boxes without area, (M,)."""
+    """True for what no training takes: crowd boxes, boxes without area and ones without a sound id, (M,)."""
+    unread: int
+    """Number of annotations without a sound image, class or box that are not known to be of another class."""
 
     @property
     def image_id(self) -> NDArray[np.int64]:
@@ -99,14 +101,17 @@ def read_annotation_file(path: Path, split: Split) -> AnnotationFile:
     columns = table.annotations
     image_id, category = np.array(columns.image_id, np.int64), np.array(columns.category_id, np.int64)
     sound = np.isin(image_id, images.id)
-    # What is wrong with a novel annotation nobody but an evaluation has to know.
-    for key in ("id", "image_id", "category_id", "bbox"):
+    # What is wrong with a novel annotation nobody but an evaluation has to know: a box without an id is one to find.
+    for key in ("image_id", "category_id", "bbox"):
         sound &= table.sound("annotations", key)
     rows = np.flatnonzero(sound)
+    ids = np.array(table.categories.id, np.int64)
+    elsewhere = table.sound("annotations", "category_id") & np.isin(category, ids[kinds != NOVEL])
     image_index = np.searchsorted(images.id, image_id[rows])
     xywh = np.array(columns.xywh, np.float64).reshape(-1, 4)[rows]
     box, empty, _ = clip_boxes(xywh, images.width[image_index], images.height[image_index])
-    ids, annotation_id = np.array(table.categories.id, np.int64), np.array(columns.id, np.int64)[rows]
+    annotation_id = np.array(columns.id, np.int64)[rows]
+    without_id = ~table.sound("annotations", "id")[rows]
     by_id = np.argsort(ids)
     order = np.lexsort((annotation_id, image_index))
     return AnnotationFile(
@@ -120,7 +125,8 @@ def read_annotation_file(path: Path, split: Split) -> AnnotationFile:
         annotation_id=annotation_id[order],
         name_index=by_id[np.searchsorted(ids, category[rows], sorter=by_id)][order],
         box=box[order],
-        left_out=(np.array(columns.crowd, np.bool_)[rows] | empty)[order],
+        left_out=(np.array(columns.crowd, np.bool_)[rows] | empty | without_id)[order],
+        unread=int((~sound & ~elsewhere).sum()),
     )
 
 

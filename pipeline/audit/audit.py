@@ -20,7 +20,7 @@ from ezsd.pipeline.audit.store_stages import StoreStages
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
 from ezsd.pipeline.errors import ArgumentError, DatasetError
 from ezsd.pipeline.extraction.provenance import dataset_inputs
-from ezsd.pipeline.files import write_json
+from ezsd.pipeline.files import reading, write_json
 from ezsd.pipeline.progress import now
 from ezsd.pipeline.runs.card import write_card
 from ezsd.pipeline.runs.run import Run
@@ -39,8 +39,8 @@ class AuditRequest:
     """Folder of a run or a store, or a store's URL."""
     setting: Setting = "zad"
     """"zad": names of novel classes may be known in training. "ovd-strict": not before evaluation."""
-    cache: Path | None = None
-    """Store of a run, if it has moved."""
+    cache: Path | str | None = None
+    """Folder or URL of a run's store, if it has moved."""
     data_root: Path | None = None
     """Folder of the images and annotations, if it has moved."""
     annotations: Path | None = None
@@ -95,6 +95,7 @@ def audit(request: AuditRequest) -> AuditResult:
         AnnotationError: they are not in order, or of other images.
         StoreError: the store is gone, unfinished, damaged or of another schema; StoreMismatch if it is not the run's.
         RunError: another version made the run.
+        DamagedFile: a record of the run or the store holds something else.
         OSError: a run's folder cannot be written to.
     """
     target = Path(request.target)
@@ -147,6 +148,12 @@ def _store(request: AuditRequest, run: Run | None) -> Store:
         store.require_regions()
         return store
     place = str(run.environment["cache"]) if request.cache is None else str(request.cache)
+    if request.cache is None and "://" in place:
+        # No file makes ezsd ask an address.
+        raise ArgumentError(
+            f"`run={run.folder}`: its record says that its store is at {place}, and addresses are asked only where you "
+            "give them; give `cache=URL`, or a folder"
+        )
     if "://" not in place and not Path(place).is_dir():
         raise ArgumentError(f"`run={run.folder}`: its store is not in {place}; give `cache=STORE`")
     store = Store(place)
@@ -168,7 +175,13 @@ def _dataset(request: AuditRequest, run: Run | None, store: Store) -> Dataset:
         if "data_root" not in environment:
             raise DatasetError(f"{store}: does not say where its annotations lie; give `data_root=DIR`")
         root = Path(str(environment["data_root"]))
-    return recorded_dataset(environment.get("dataset"), str(dataset_inputs(store.manifest)["name"]), root)
+    where = f"{store if run is None else run.folder}/environment.json"
+    with reading(Path(where), "give `annotations=FILE`" if run is None else "run the same `ezsd train` again"):
+        found = recorded_dataset(environment.get("dataset"), str(dataset_inputs(store.manifest)["name"]), root)
+        # Another type shows here first.
+        for part in found.parts:
+            found.annotations(part)
+        return found
 
 
 def _annotations(request: AuditRequest, store: Store, dataset: Dataset | None) -> AnnotationFile:
@@ -194,6 +207,10 @@ def _annotations(request: AuditRequest, store: Store, dataset: Dataset | None) -
 
 def _names(setting: Setting, store: StoreStages, run: RunStages | None) -> Iterator[Finding]:
     """Uses of novel names, by stage."""
+    told = store.names_of_run()
+    if told and setting == "ovd-strict":
+        text = f"the run whose network proposes was told {len(told)} novel names ({first_few(told, _FEW)})"
+        yield Finding(level="violation", subject="names in proposer", text=text)
     novel = store.file.split.novel
     if not novel:
         yield Finding(level="ok", subject="names", text="no novel name is known to the store")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from ezsd.cache import Store
 from ezsd.data.records import image_list_digest
 from ezsd.pipeline.audit.annotation_file import BASE, NOVEL, OTHER, AnnotationFile
-from ezsd.pipeline.audit.boxes import objects_on_novel_ones, regions_on_novel_ones, wrong_boxes
-from ezsd.pipeline.audit.findings import Finding, Level
+from ezsd.pipeline.audit.boxes import Source, is_on_novel_one, objects_on_novel_ones, regions_on_novel_ones, wrong_boxes
+from ezsd.pipeline.audit.findings import Finding, Level, NamedBox
 from ezsd.pipeline.extraction.provenance import dataset_inputs, model_inputs, proposal_settings
+from ezsd.pipeline.files import reading
 from ezsd.pipeline.runs.training_boxes import StoredBoxes, stored_boxes
 from ezsd.vocabulary import canonical, first_few
 
@@ -48,14 +50,20 @@ class StoreStages:
         return self.stored.digest(self.names)
 
     @cached_property
+    def _wrong(self) -> tuple[NDArray[np.int64], list[NamedBox]]:
+        return wrong_boxes(self.stored, self.names, self.file)
+
+    @cached_property
     def _objects(self) -> Finding:
-        count, named = wrong_boxes(self.stored, self.names, self.file)
+        count, named = len(self._wrong[0]), self._wrong[1]
         boxes, digest = len(self.stored.box), self.stored_digest
         if count:
+            on_novel = is_on_novel_one(self.stored, self._wrong[0], self.file)
+            text = f"{count:,} of {boxes:,} rows are no base annotation of {self.file.path.name}"
             return Finding(
-                level="violation",
+                level="violation" if on_novel else "unproven",
                 subject="ground truth",
-                text=f"{count:,} of {boxes:,} rows are no base annotation of {self.file.path.name}",
+                text=text if on_novel else f"{text}, and on no novel one",
                 boxes=boxes,
                 digest=digest,
                 named=tuple(named),
@@ -78,13 +86,11 @@ class StoreStages:
         yield self.stage("filters", _text(regions, "base_boxes_sha256"))
         yield self.stage("cached objects", _text(dataset, "base_boxes_sha256"))
         yield self._objects
-        same = objects_on_novel_ones(self.stored, self.names, self.file)
-        wrong = {one.annotation_id for one in self._objects.named}
-        doubled = tuple(one for one in same if one.annotation_id not in wrong)
-        if doubled:
-            text = f"{len(doubled)} base annotations have exactly the box of a novel one: one object with two labels?"
-            yield Finding(level="note", subject="ground truth", text=text, named=doubled)
-        yield self._regions()
+        count, doubled = objects_on_novel_ones(self.stored, self.names, self.file, but=self._wrong[0])
+        if count:
+            text = f"{count:,} base annotations have exactly the box of a novel one: one object with two labels?"
+            yield Finding(level="note", subject="ground truth", text=text, named=tuple(doubled))
+        yield from self._regions()
 
     def _annotations(self) -> Finding:
         file, ids = self.file, self.store.image_ids
@@ -100,6 +106,9 @@ class StoreStages:
             said = "the file that the store was built from"
         else:
             level, said = "note", f"another file than the store was built from (sha256 {str(recorded)[:12]})"
+        if file.unread:
+            level = "note"
+            text += f"; {file.unread:,} that may be novel have no image, class or box that can be read"
         if not same_images:
             level, said = "note", f"{said}; another list of images"
         return Finding(level=level, subject="annotations", text=f"{text}; sha256 {file.sha256[:12]}, {said}")
@@ -135,7 +144,7 @@ class StoreStages:
             text = f"{known}: the base boxes of the annotation file, all of them and no others"
             return Finding(level="ok", subject=subject, text=text, boxes=expected, digest=digest)
         if digest == self.stored_digest:
-            level: Level = "violation" if self._objects.level == "violation" else "ok"
+            level: Level = "ok" if self._objects.level == "note" else self._objects.level
             text = f"{len(self.stored.box):,} boxes, digest {digest[:12]}: the rows of the ground truth, see there"
             return Finding(level=level, subject=subject, text=text, boxes=len(self.stored.box), digest=digest)
         known = f"boxes of digest {digest[:12]}" if boxes is None else known
@@ -172,6 +181,11 @@ class StoreStages:
         if not isinstance(record, Mapping):
             text = f"{known}: not recorded which classes and boxes it had learned from"
             return Finding(level="unproven", subject="proposer", text=text)
+        with reading(Path(f"{self.store}/environment.json"), "build the store anew in another folder"):
+            return self._of_record(known, record)
+
+    def _of_record(self, known: str, record: Mapping[str, Any]) -> Finding:
+        """Judge a run's network by what the build recorded of the run."""
         novel = {canonical(name) for name in self.file.split.novel}
         learned = [name for name in record["base_names"] if canonical(name) in novel]
         if learned:
@@ -181,10 +195,16 @@ class StoreStages:
         if not entries:
             text = f"{known}: not recorded which boxes it had learned from; its base classes are none of the novel ones"
             return Finding(level="unproven", subject="proposer", text=text)
-        found = [
-            self.stage("proposer", one["sha256"], boxes=one["boxes"], annotations=one["annotations_sha256"])
-            for one in entries
-        ]
+        if entries[0]["step"] > 0:
+            text = f"{known}: not recorded which boxes it had learned from before step {entries[0]['step']}"
+            return Finding(level="unproven", subject="proposer", text=text)
+        found = [self._of_entry(one) for one in entries]
+        own = record.get("proposals_from")
+        if own != "build" and all(one.level == "ok" for one in found):
+            said = {"file": "a file", "run": "another run"}.get(str(own), "a place that was not recorded")
+            text = f"{known}: learned from base boxes; the proposals of its own store came from {said}; audit that run "
+            text += "too: `ezsd audit RUN`"
+            return Finding(level="unproven", subject="proposer", text=text, digest=entries[-1]["sha256"])
         if all(one.level == "ok" for one in found):
             return Finding(
                 level="ok",
@@ -197,16 +217,42 @@ class StoreStages:
         text = f"{known}: learned from other boxes (digest {entries[-1]['sha256'][:12]}) of {names}; audit that run too"
         return Finding(level="unproven", subject="proposer", text=text, digest=entries[-1]["sha256"])
 
-    def _regions(self) -> Finding:
+    def _of_entry(self, one: Mapping[str, Any]) -> Finding:
+        """Judge the boxes that a run had learned from; it had drawn the images that it could read."""
+        every, readable = (
+            self.stage("proposer", one["sha256"], boxes=one["boxes"], read=ids, annotations=one["annotations_sha256"])
+            for ids in (self.store.image_ids, self.trained_images)
+        )
+        return readable if readable.level == "ok" else every
+
+    def names_of_run(self) -> list[str]:
+        """Novel names that the run whose network proposes was told, as recorded; none where no run's does."""
+        record = self.environment.get("proposer_run")
+        names = record.get("novel_names") if isinstance(record, Mapping) else None
+        return list(map(str, names)) if isinstance(names, list) else []
+
+    def _regions(self) -> Iterator[Finding]:
         """Regions and proposals that are a novel box, bit for bit."""
-        compared, named = regions_on_novel_ones(self.store, self.file)
-        if not named:
+        compared, certain, chance = regions_on_novel_ones(self.store, self.file, self._source)
+        if not certain.count and not chance.count:
             text = f"{compared:,} regions and proposals, none with exactly the box of a novel annotation"
-            return Finding(level="ok", subject="regions", text=text)
-        of_windows = not self._from_network and self.settings["refine"] == "none"
-        text = f"{len(named)} of {compared:,} regions and proposals have exactly the box of a novel annotation"
-        text += ": windows of a grid may, by chance" if of_windows else ""
-        return Finding(level="note" if of_windows else "violation", subject="regions", text=text, named=tuple(named))
+            yield Finding(level="ok", subject="regions", text=text)
+        if certain.count:
+            text = f"{certain.count:,} of {compared:,} regions and proposals have exactly the box of a novel annotation"
+            yield Finding(level="violation", subject="regions", text=text, named=tuple(certain.named))
+        if chance.count:
+            text = (
+                f"{chance.count:,} of {compared:,} regions and proposals have exactly the box of a novel annotation: "
+            )
+            text += "windows" if self._source == "windows" else "boxes of whole pixels"
+            text += " may, by chance"
+            yield Finding(level="note", subject="regions", text=text, named=tuple(chance.named))
+
+    @property
+    def _source(self) -> Source:
+        if "boxes_sha256" in self.store.manifest.products["proposals"].inputs:
+            return "file"
+        return "network" if self._from_network else "windows"
 
     @property
     def _from_network(self) -> bool:

@@ -8,7 +8,7 @@ import platform
 from importlib.resources import as_file
 from pathlib import Path
 
-from ezsd.cache import JSON, file_digest
+from ezsd.cache import JSON, Manifest, file_digest
 from ezsd.pipeline.config.schema import Config, to_tables
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.files import as_json
@@ -59,7 +59,10 @@ def describe_build(request: BuildRequest, *, workers: int, shares: int | None) -
 
 
 def _taught_by(config: Config) -> dict[str, JSON] | None:
-    """Classes and boxes that the run whose proposal network proposes has learned from; None where no run's does."""
+    """Classes and boxes that the run whose proposal network proposes has learned from; None where no run's does.
+
+    `proposals_from` says where that run's own proposals came from: "build", "file" or "run".
+    """
     if not config.proposals.learned or config.proposer.run is None:
         return None
     run = Run.open(Path(config.proposer.run))
@@ -67,7 +70,24 @@ def _taught_by(config: Config) -> dict[str, JSON] | None:
     names, count = spec["names"], spec["base_count"]
     assert isinstance(names, list)
     assert isinstance(count, int)
-    return as_json({"dataset": spec["dataset"], "base_names": names[:count], "boxes": read_boxes(run)})
+    own = spec["store"]
+    assert isinstance(own, dict)
+    # An early run has none: then an audit says that it was not recorded.
+    manifest, proposals_from = own.get("manifest"), None
+    if isinstance(manifest, dict):
+        products = Manifest.from_fields(manifest, str(run.folder)).products
+        from_run = "proposer" in products and "run_sha256" in products["proposer"].inputs
+        from_file = "boxes_sha256" in products["proposals"].inputs
+        proposals_from = "file" if from_file else "run" if from_run else "build"
+    return as_json(
+        {
+            "dataset": spec["dataset"],
+            "base_names": names[:count],
+            "novel_names": names[count:],
+            "proposals_from": proposals_from,
+            "boxes": read_boxes(run),
+        }
+    )
 
 
 def weights_file_digest(config: Config) -> str | None:

@@ -125,8 +125,11 @@ def flat_settings(tables: Mapping[str, Mapping[str, object]]) -> dict[str, objec
 
 
 def run_store(main: RunData) -> Store:
-    """The run's store, where it was when the run was trained."""
-    store = Store(str(main.environment["cache"]))
+    """The run's store, where it was when the run was trained. RunError for an address, which no file makes ezsd ask."""
+    recorded = str(main.environment["cache"])
+    if "://" in recorded:
+        raise RunError(f"`run={main.run.folder}`: its record says that its store is at {recorded}, which is no folder")
+    store = Store(recorded)
     if store.manifest.digest != main.spec["store"]["digest"]:
         raise StoreMismatch(f"{store.path}: holds another store now than the one this run was trained from")
     trained_on = read_stores(main.run)

@@ -14,10 +14,10 @@ from typing import Any, cast
 import yaml
 
 from ezsd.cache import JSON, short_json
+from ezsd.data.stream import is_finite
 from ezsd.pipeline.config.schema import PRESET_ALIASES, load_preset, preset_names, to_tables
 from ezsd.pipeline.data.datasets import DRAWN
-from ezsd.pipeline.errors import DamagedFile
-from ezsd.pipeline.files import as_json, read_object, write_text
+from ezsd.pipeline.files import as_json, read_object, reading, write_text
 from ezsd.pipeline.runs.run import Checkpoint, Run
 from ezsd.pipeline.runs.store_digests import read_stores
 from ezsd.pipeline.runs.training_boxes import read_boxes
@@ -28,6 +28,13 @@ _FILE = "card.md"
 _NAMED = 80
 """Most class names in a list."""
 _UNKNOWN = "not recorded"
+_PLACES = frozenset(("teacher.weights", "proposals.boxes", "proposer.weights", "proposer.run"))
+"""Settings that may name a file or a folder."""
+_EVALUATE = "remove it and run `ezsd eval` again"
+_MEASURE_CROPS = "remove it and run `ezsd eval --crops` again"
+_AUDIT = "remove it and run `ezsd audit` again"
+_RECORD = "run the same `ezsd train` again to write it"
+_TRAIN = "train again in another `run` folder"
 
 
 def has_card(run: Run) -> bool:
@@ -40,10 +47,12 @@ def write_card(run: Run) -> Path:
 
     Raises:
         DamagedFile: a file of the run holds something else.
+        ConfigError: run.json has a setting that is none.
         OSError: the folder cannot be written to.
     """
     path = run.folder / _FILE
-    write_text(path, _Card(run).text())
+    # Half of a surrogate pair can stand in JSON and in no text file.
+    write_text(path, _Card(run).text().encode("utf-8", "backslashreplace").decode())
     return path
 
 
@@ -57,13 +66,20 @@ class _Card:
         self.environment = run.environment
         self.base: list[str] = self.spec["names"][: self.spec["base_count"]]
         self.novel: list[str] = self.spec["names"][self.spec["base_count"] :]
-        self.figures = _figures(_table(run, "eval.json"))
+        # Refuses settings that are none.
+        self.config = run.config
+        with reading(run.folder / "eval.json", _EVALUATE):
+            self.figures = _figures(_table(run, "eval.json"))
+        self.has_leak = self._has_leak()
 
     def text(self) -> str:
         """The whole card, Markdown with YAML in front."""
-        front = yaml.safe_dump(self._front(), sort_keys=False, allow_unicode=True, width=1000)
-        parts = [self._summary(), self._use(), self._classes(), self._results(), self._training()]
-        parts += [self._settings(), self._audit(), self._limits()]
+        with reading(self.run.folder / "run.json", _TRAIN):
+            parts = [self._summary(), self._use(), self._classes()]
+        with reading(self.run.folder / "eval.json", _EVALUATE):
+            front = yaml.safe_dump(self._front(), sort_keys=False, allow_unicode=True, width=1000)
+            parts.append([*self._results(), *self._crops()])
+        parts += [self._training(), self._settings(), self._audit(), self._limits()]
         return f"---\n{front}---\n\n" + "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
     def _front(self) -> dict[str, object]:
@@ -88,14 +104,21 @@ class _Card:
         return found
 
     def _summary(self) -> list[str]:
-        model = self.spec["config"]["model"]
+        model, novel = self.config.model, _count(len(self.novel), "novel class", "novel classes")
+        if self.has_leak:
+            given = (
+                f"; that it was given no more than the names of {novel} is not claimed, for an audit found a violation "
+            )
+            given += "(see below). It"
+        else:
+            given = f" and the names alone of {novel}, and"
         return [
             f"# {_plain(self.name)}",
             "",
-            f"An object detector made with ezsd: backbone `{model['backbone']}`, head `{model['head']}`. It was given "
-            f"boxes of {_count(len(self.base), 'base class', 'base classes')} and the names alone of "
-            f"{_count(len(self.novel), 'novel class', 'novel classes')}, and can be asked for other names too. What it "
-            f"knows of them it has from the teacher {_code(self._model()['name'])}.",
+            f"An object detector made with ezsd: backbone `{model.backbone}`, head `{model.head}`. It was given "
+            f"boxes of {_count(len(self.base), 'base class', 'base classes')}{given} can be asked for other names too. "
+            f"What it knows of {'those' if self.has_leak else 'them'} it has from the teacher "
+            f"{_code(self._model()['name'])}.",
         ]
 
     def _use(self) -> list[str]:
@@ -117,7 +140,7 @@ class _Card:
             "",
             f"**Base**, with boxes: {_listed(self.base)}",
             "",
-            f"**Novel**, by name alone: {novel}",
+            f"**Novel**{'' if self.has_leak else ', by name alone'}: {novel}",
         ]
 
     def _results(self) -> list[str]:
@@ -133,26 +156,35 @@ class _Card:
         ]
         lines += ["", f"All classes at once, limit {evaluation['limit']}, on {_code(source['file'])} (sha256 "]
         lines[-1] += f"{source['sha256'][:12]})."
-        crops = _table(self.run, "crops.json")
-        if crops is not None and {"raw", "re_normalised"} <= crops.keys():
-            raw, tuned = crops["raw"], crops["re_normalised"]
-            lines += ["", "Accuracy of the teacher on crops of these objects, before and after re-normalisation: base "]
-            lines[-1] += f"{_percent(raw['base'])} and {_percent(tuned['base'])}, novel {_percent(raw['novel'])} and "
-            lines[-1] += f"{_percent(tuned['novel'])}."
         return lines
 
+    def _crops(self) -> list[str]:
+        crops = _table(self.run, "crops.json")
+        if not self.figures or crops is None or not {"raw", "re_normalised"} <= crops.keys():
+            return []
+        raw, tuned = crops["raw"], crops["re_normalised"]
+        with reading(self.run.folder / "crops.json", _MEASURE_CROPS):
+            line = "Accuracy of the teacher on crops of these objects, before and after re-normalisation: base "
+            line += f"{_percent(raw['base'])} and {_percent(tuned['base'])}, novel {_percent(raw['novel'])} and "
+            return ["", f"{line}{_percent(tuned['novel'])}."]
+
     def _training(self) -> list[str]:
-        rows = {
-            "dataset": _plain(str(self.spec["dataset"])),
-            "boxes": self._boxes(),
-            "teacher": self._teacher(),
-            "store": self._store(),
-            "backbone's first weights": self._digest(self.spec.get("backbone_weights"), "random"),
-            **self._progress(),
-            "time": self._seconds(),
-            "machine": self._machine(),
-            "versions": ", ".join(f"{name} {version}" for name, version in self._versions().items()) or _UNKNOWN,
-        }
+        with reading(self.run.folder / "run.json", _TRAIN):
+            rows = {
+                "dataset": _plain(str(self.spec["dataset"])),
+                "boxes": self._boxes(),
+                "teacher": self._teacher(),
+                "store": self._store(),
+                "backbone's first weights": self._digest(self.spec.get("backbone_weights"), "random"),
+                **self._progress(),
+            }
+        with reading(self.run.folder / "environment.json", _RECORD):
+            stages = _numbers(self.environment.get("build_seconds"))
+            rows |= {"time": "", "machine": self._machine()}
+            rows["versions"] = ", ".join(f"{name} {version}" for name, version in self._versions().items()) or _UNKNOWN
+        with reading(self.run.folder / "seconds.json", "remove it"):
+            stages |= _numbers(self.run.seconds())
+        rows["time"] = ", ".join(f"{stage} {spent:,.0f} s" for stage, spent in stages.items()) or _UNKNOWN
         return ["## Training", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
 
     def _boxes(self) -> str:
@@ -183,18 +215,14 @@ class _Card:
         return f"sha256 {digest}" if digest else without
 
     def _progress(self) -> dict[str, str]:
-        train = self.spec["config"]["train"]
+        train = self.config.train
         checkpoint = self.run.latest()
         done = 0 if checkpoint is None else checkpoint.step
         rows = {
-            "steps": f"{done:,} of {train['steps']:,}, {_count(train['batch_size'], 'image', 'images')} each",
-            "seed": str(train["seed"]),
+            "steps": f"{done:,} of {train.steps:,}, {_count(train.batch_size, 'image', 'images')} each",
+            "seed": str(train.seed),
         }
         return rows if checkpoint is None else {**rows, "weights": f"sha256 {_weights_digest(checkpoint)}"}
-
-    def _seconds(self) -> str:
-        stages = {**_numbers(self.environment.get("build_seconds")), **self.run.seconds()}
-        return ", ".join(f"{stage} {spent:,.0f} s" for stage, spent in stages.items()) or _UNKNOWN
 
     def _machine(self) -> str:
         machine = self.environment.get("machine")
@@ -216,7 +244,8 @@ class _Card:
             return [*lines, f"The preset that they came from was {_UNKNOWN}; `run.json` has all of them."]
         usual, own = as_json(to_tables(load_preset(preset))), self.spec["config"]
         changed = [
-            f"| `{section}.{key}` | {_setting(key, value)} | {_setting(key, usual[section].get(key))} |"
+            f"| `{section}.{key}` | {_setting(f'{section}.{key}', value)} | "
+            f"{_setting(f'{section}.{key}', usual[section].get(key))} |"
             for section, table in own.items()
             for key, value in table.items()
             if section in usual and value != usual[section].get(key)
@@ -234,17 +263,32 @@ class _Card:
 
     def _audit(self) -> list[str]:
         lines = ["## Audit", ""]
-        found = [result for name in AUDITS if (result := _table(self.run, name)) is not None]
-        if not all({"setting", "summary", "date", "step"} <= one.keys() for one in found):
-            raise DamagedFile(
-                f"{self.run.folder}: {' or '.join(AUDITS)} is damaged; remove it and run `ezsd audit` again"
-            )
-        if not found:
-            return [*lines, "None yet: `ezsd audit` looks for novel boxes in every stage."]
-        return lines + [
-            f"- `{one['setting']}`: {_plain(one['summary'])} ({one['date'][:10]}, at step {one['step']:,})"
-            for one in found
-        ]
+        for name in AUDITS:
+            with reading(self.run.folder / name, _AUDIT):
+                one = _table(self.run, name)
+                if one is not None:
+                    file = one["annotations"]
+                    said = (
+                        f"- `{one['setting']}`: {_plain(one['summary'])} ({one['date'][:10]}, at step {one['step']:,}, "
+                    )
+                    said += f"compared with {_code(file['file'])}, sha256 {file['sha256'][:12]})"
+                    lines.append(f"{said}; outdated: the run has changed since" if self._is_outdated(one) else said)
+        return lines if len(lines) > 2 else [*lines, "None yet: `ezsd audit` looks for novel boxes in every stage."]
+
+    def _is_outdated(self, result: Mapping[str, Any]) -> bool:
+        """True for an audit of another step, or of other bytes of the store, than the run's now."""
+        checkpoint, stores = self.run.latest(), read_stores(self.run)
+        step = 0 if checkpoint is None else checkpoint.step
+        return result["step"] != step or bool(stores) and result["store"]["sha256"] != stores[-1]["sha256"]
+
+    def _has_leak(self) -> bool:
+        """True if a last audit found boxes that must not have entered; of names alone, they are what is claimed."""
+        for name in AUDITS:
+            with reading(self.run.folder / name, _AUDIT):
+                found = (_table(self.run, name) or {"findings": []})["findings"]
+                if any(one["level"] == "violation" and not one["subject"].startswith("names ") for one in found):
+                    return True
+        return False
 
     def _limits(self) -> list[str]:
         lines = ["## Limits", ""]
@@ -259,7 +303,7 @@ class _Card:
             lines.append("- The images are drawn: nothing is said about photos.")
         return [
             *lines,
-            f"- One training, seed {self.spec['config']['train']['seed']}: another seed gives other figures.",
+            f"- One training, seed {self.config.train.seed}: another seed gives other figures.",
             "- What the teacher and a pretrained backbone were trained on was not examined; they may have seen "
             "objects, names or images of the novel classes.",
             "- Scores are for ranking and thresholds; they are not calibrated probabilities.",
@@ -286,18 +330,23 @@ def _weights_digest(checkpoint: Checkpoint) -> str:
 
 
 def _numbers(table: object) -> dict[str, float]:
-    return {key: value for key, value in table.items() if value} if isinstance(table, Mapping) else {}
+    """Numbers of a table that are not 0. TypeError for what is none."""
+    if not isinstance(table, Mapping):
+        return {}
+    if not all(value is None or is_finite(value) for value in table.values()):
+        raise TypeError("expected numbers of seconds")
+    return {key: value for key, value in table.items() if value}
 
 
-def _setting(key: str, value: JSON) -> str:
+def _setting(name: str, value: JSON) -> str:
     """A setting's value; of sentences from a file, and of places, the name alone."""
-    if key == "descriptions" and value:
+    if name == "teacher.descriptions" and value:
         return "`FILE`"
     if isinstance(value, str):
-        # Of whichever system it is a place.
-        for kind in (PurePosixPath, PureWindowsPath):
-            if kind(value).is_absolute():
-                value = kind(value).name
+        place = PureWindowsPath(value)
+        # Of whichever system it is a place; without a drive or a root only where a place is meant.
+        if name in _PLACES or place.is_absolute() or PurePosixPath(value).is_absolute():
+            value = place.name
     return _code(short_json(value))
 
 

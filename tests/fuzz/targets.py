@@ -36,6 +36,7 @@ from ezsd.data.masks import read_outlines
 from ezsd.data.pascal_voc import read_voc
 from ezsd.data.records import Annotations
 from ezsd.data.yolo import read_yolo
+from ezsd.pipeline.audit import AuditRequest, audit
 from ezsd.pipeline.config.descriptions import read_descriptions
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.console.arguments import class_names, find_images
@@ -57,6 +58,7 @@ from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import Classes, evaluate_results, evaluation_tables
 from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.report import write_report
+from ezsd.pipeline.runs.card import write_card
 from ezsd.pipeline.runs.model import read_backbone
 from ezsd.pipeline.runs.run import Run, restore_optimiser, rows_digest
 from ezsd.pipeline.training.train import TrainRequest, train
@@ -673,9 +675,9 @@ class RunFolders(Target):
 
     @cached_property
     def run_folder(self) -> Path:
-        """A finished and evaluated run on drawn data."""
+        """A finished, evaluated and audited run on drawn data."""
         path = self.work / "run"
-        if not (path / "eval.json").exists():
+        if not (path / "audit.json").exists():
             self._train(path)
         return path
 
@@ -688,6 +690,7 @@ class RunFolders(Target):
         build_cache(BuildRequest(dataset=dataset, config=config, out=self.work / "store", workers=1, scheduler="sync"))
         run = train(TrainRequest(cache=self.work / "store", run=path, config=config))
         evaluate_run(run, data_root=None, device="cpu")
+        audit(AuditRequest(target=str(path)))
 
     def _seeds(self) -> dict[str, bytes]:
         left_out = ("report.html", "train.lock")
@@ -749,6 +752,8 @@ class RunFolders(Target):
                 assert way == "fit" or torch.isfinite(seen.boxes).all()
         if not weighed:
             tried(lambda: write_report(run, data_root=None, images=1))
+            tried(lambda: audit(AuditRequest(target=str(folder / "run"))))
+            tried(lambda: write_card(run))
         spec = json.loads(self.seeds["run.json"])
         resumed = tried(lambda: Run.create_or_resume(folder / "run", spec, {"text": torch.eye(2)}))
         if not isinstance(resumed, Exception):

@@ -14,12 +14,16 @@ from ezsd.cache import Store
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.errors import EzsdError
 from ezsd.pipeline.audit import AuditRequest, audit
+from ezsd.pipeline.audit.annotation_file import read_annotation_file
+from ezsd.pipeline.audit.boxes import objects_on_novel_ones, regions_on_novel_ones, wrong_boxes
 from ezsd.pipeline.console.options import as_options
+from ezsd.pipeline.errors import RunError
 from ezsd.pipeline.extraction.provenance import dataset_inputs
 from ezsd.pipeline.files import read_object, write_json
+from ezsd.pipeline.report.run_data import collect, run_store
 from ezsd.pipeline.runs.card import write_card
 from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.runs.training_boxes import read_boxes, record_boxes
+from ezsd.pipeline.runs.training_boxes import StoredBoxes, read_boxes, record_boxes
 from tests.advicekit import Place
 from tests.cache.storekit import recommit
 from tests.commandkit import ezsd
@@ -162,17 +166,24 @@ def test_a_row_that_was_put_on_a_novel_box_is_found_and_named(run, store, truth)
     assert result.verdict == "violation"
 
 
-@pytest.mark.parametrize(("field", "value"), [("class_index", 14), ("annotation_id", 10**9)])
-def test_a_row_with_another_class_or_id_is_named(field, value, store, truth):
-    rewrite(store, f"ground_truth/{field}", 2, np.array(value, "<i4" if field == "class_index" else "<i8"))
-    (named,) = next(one for one in examine(store).findings if one.subject == "ground truth").named
+def test_a_row_with_another_class_is_named(store):
+    rewrite(store, "ground_truth/class_index", 2, np.array(14, "<i4"))
+    result = examine(store)
+    (named,) = next(one for one in result.findings if one.subject == "ground truth").named
     known = Store(store).ground_truth.column("annotation_id", Store(store).image_ids.tolist())[0]
     assert named.annotation_id == known[2]
-    said = {
-        "class_index": "the annotation file has another class for it",
-        "annotation_id": "the annotation file has no such annotation",
-    }
-    assert named.reason == said[field]
+    assert named.reason == "the annotation file has another class for it"
+    # It lies on no novel box.
+    assert (levels(result)["ground truth"], result.verdict) == ("unproven", "not proven")
+
+
+def test_a_file_with_other_ids_has_the_same_objects(shapes_store, truth, tmp_path):
+    document, _ = truth
+    for one in document["annotations"]:
+        one["id"] += 10**6
+    (tmp_path / "published.json").write_text(json.dumps(document))
+    result = examine(shapes_store, annotations=tmp_path / "published.json")
+    assert (levels(result)["ground truth"], levels(result)["cached objects"]) == ("ok", "ok")
 
 
 def test_a_row_of_no_class_is_refused(store):
@@ -190,6 +201,81 @@ def test_an_object_with_two_labels_is_named_and_no_violation(shapes_store, truth
     assert result.verdict == "passed"
     (named,) = [named for finding in result.findings for named in finding.named]
     assert (named.annotation_id, named.novel["annotation_id"]) == (one["id"], 10**6)
+
+
+@pytest.mark.parametrize(
+    ("source", "at", "levels_of"),
+    [
+        # A window, and a region that no vote has moved; a region that no window is; a file's boxes; a network's.
+        ("windows", ([10, 20, 30, 40], [10, 20, 30, 40]), (0, 2)),
+        ("windows", (None, [10.5, 20, 30, 40]), (1, 0)),
+        ("file", ([10, 20, 30, 40], [10.5, 20, 30, 40]), (1, 1)),
+        ("network", ([10, 20, 30, 40], None), (1, 0)),
+    ],
+)
+def test_equal_boxes_are_a_violation_only_where_chance_makes_none(source, at, levels_of, store, truth, tmp_path):
+    document, name_of = truth
+    star = next(number for number, name in name_of.items() if name == "star")
+    image = document["images"][0]["id"]
+    for number, (product, box) in enumerate(zip(("proposals", "regions"), at, strict=True)):
+        if box is None:
+            continue
+        rewrite(store, f"{product}/box", 0, np.array(box, "<f4"))
+        novel = {"id": 10**6 + number, "image_id": image, "category_id": star, "iscrowd": 0}
+        x1, y1, x2, y2 = box
+        document["annotations"].append({**novel, "bbox": [x1, y1, x2 - x1, y2 - y1]})
+    (tmp_path / "more.json").write_text(json.dumps(document))
+    file = read_annotation_file(tmp_path / "more.json", SHAPES_SPLIT)
+    _, certain, chance = regions_on_novel_ones(Store(store), file, source)
+    assert (certain.count, chance.count) == levels_of
+
+
+def test_regions_are_compared_with_crowds_and_boxes_without_an_id_too(store, truth, tmp_path):
+    document, name_of = truth
+    star = next(number for number, name in name_of.items() if name == "star")
+    image = document["images"][0]["id"]
+    rewrite(store, "proposals/box", 0, np.array([10, 20, 30, 40], "<f4"))
+    rewrite(store, "proposals/box", 1, np.array([11, 20, 30, 40], "<f4"))
+    novel = {"image_id": image, "category_id": star}
+    document["annotations"] += [
+        {**novel, "id": 10**6, "bbox": [10, 20, 20, 20], "iscrowd": 1},
+        {**novel, "id": "x", "bbox": [11, 20, 19, 20], "iscrowd": 0},
+        {**novel, "id": 10**6 + 1, "bbox": "x", "iscrowd": 0},
+    ]
+    (tmp_path / "more.json").write_text(json.dumps(document))
+    result = examine(store, annotations=tmp_path / "more.json")
+    (found,) = [one for one in result.findings if one.subject == "regions"]
+    assert len(found.named) == 2
+    assert "1 that may be novel have no image, class or box" in texts(result, "annotations")
+    clean = examine(store)
+    assert "that may be novel" not in texts(clean, "annotations")
+    assert texts(result, "unlabelled") == texts(clean, "unlabelled")
+
+
+def test_all_boxes_are_counted_and_a_hundred_named(truth, tmp_path):
+    document, name_of = truth
+    star = next(number for number, name in name_of.items() if name == "star")
+    image = document["images"][0]
+    boxes = [[x, 3, 5.5, 5] for x in range(150)]
+    image["width"] = 400
+    document["annotations"] = [
+        {"id": number, "image_id": image["id"], "category_id": star, "bbox": box, "iscrowd": 0}
+        for number, box in enumerate(boxes, start=1)
+    ]
+    (tmp_path / "many.json").write_text(json.dumps(document))
+    file = read_annotation_file(tmp_path / "many.json", SHAPES_SPLIT)
+    stored = StoredBoxes(
+        image_id=np.full(150, image["id"]),
+        annotation_id=np.arange(1, 151),
+        class_index=np.zeros(150, np.int32),
+        box=np.array([[x, y, x + width, y + height] for x, y, width, height in boxes], np.float32),
+    )
+    names = SHAPES_SPLIT.base
+    wrong, named = wrong_boxes(stored, names, file)
+    assert (len(wrong), len(named)) == (150, 100)
+    count, named = objects_on_novel_ones(stored, names, file, but=np.array([], np.int64))
+    assert (count, len(named)) == (150, 100)
+    assert objects_on_novel_ones(stored, names, file, but=wrong) == (0, [])
 
 
 def test_proposals_from_outside_are_flagged_and_true_boxes_among_them_named(shapes_root, truth, tmp_path):
@@ -308,6 +394,45 @@ def test_a_card_is_a_model_card_without_places_of_its_machine(run, shapes_root, 
     assert "None yet: `ezsd audit`" in text
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "place"),
+    [
+        ("teacher", "weights", "../../home/me/x.pt"),
+        ("proposer", "weights", "~/secret/x.pt"),
+        ("proposer", "run", "secret\\x.pt"),
+        ("teacher", "background", "C:\\secret\\x.pt"),
+    ],
+)
+def test_of_a_place_a_card_has_the_last_part(run, section, key, place):
+    change_config(run, section, key, place)
+    environment = read_object(run / "environment.json")
+    write_json(run / "environment.json", {**environment, "preset": "shapes"})
+    text = write_card(Run.open(run)).read_text()
+    assert f'| `{section}.{key}` | `"x.pt"` |' in text
+
+
+def test_a_card_says_what_an_audit_compared_and_whether_the_run_has_changed_since(run, truth, tmp_path):
+    document, name_of = truth
+    injected = annotations_of(truth, SHAPES_SPLIT.base)[3]
+    injected["category_id"] = next(number for number, name in name_of.items() if name == "star")
+    (tmp_path / "published.json").write_text(json.dumps(document))
+    result = examine(run, annotations=tmp_path / "published.json")
+    card = (run / "card.md").read_text()
+    assert f"compared with `published.json`, sha256 {result.facts['annotations']['sha256'][:12]})" in card
+    assert "is not claimed, for an audit found a violation" in card
+    assert ("names alone" in card, "by name alone" in card, "outdated" in card) == (False, False, False)
+    # Names are none of its boxes.
+    assert examine(run, "ovd-strict").verdict == "violation"
+    examine(run)
+    card = (run / "card.md").read_text()
+    assert "compared with `instances_train.json`" in card
+    assert ("names alone" in card, "outdated" in card) == (True, False)
+    write_json(run / "audit.json", {**read_object(run / "audit.json"), "step": 2})
+    assert "; outdated: the run has changed since" in write_card(Run.open(run)).read_text()
+    write_json(run / "stores.json", [{"step": 0, "sha256": "ab" * 32}])
+    assert write_card(Run.open(run)).read_text().count("outdated") == 2
+
+
 @pytest.mark.parametrize("figures", [True, False])
 def test_a_card_says_whether_anything_was_measured(run, figures):
     if not figures:
@@ -320,9 +445,55 @@ def test_a_damaged_audit_is_removed_and_made_again(run):
     examine(run, "ovd-strict")
     (run / "audit-ovd-strict.json").write_text("{}")
     said = refused(lambda: examine(run))
-    assert said.endswith("audit-ovd-strict.json is damaged; remove it and run `ezsd audit` again")
+    assert "audit-ovd-strict.json: is damaged" in said
+    assert said.endswith("; remove it and run `ezsd audit` again")
     (run / "audit-ovd-strict.json").unlink()
     assert examine(run).verdict == "passed"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "cure"),
+    [
+        ("eval.json", {"generalised": 3, "limit": "x", "annotations": {}}, "remove it and run `ezsd eval` again"),
+        (
+            "eval.json",
+            {"generalised": {"at": {"x": {"base": {}}}}, "limit": "x", "annotations": {}},
+            "remove it and run `ezsd eval` again",
+        ),
+        ("crops.json", {"raw": 3, "re_normalised": []}, "remove it and run `ezsd eval --crops` again"),
+        ("audit.json", {"step": "x"}, "remove it and run `ezsd audit` again"),
+        ("audit.json", {"date": 3}, "remove it and run `ezsd audit` again"),
+        ("environment.json", {"build_seconds": {"a": "b"}}, "run the same `ezsd train` again to write it"),
+        ("environment.json", {"machine": {}}, "run the same `ezsd train` again to write it"),
+        ("seconds.json", {"train": []}, "remove it"),
+    ],
+)
+def test_an_odd_record_is_one_line_of_the_card(run, name, changes, cure):
+    examine(run)
+    before = (run / "card.md").read_text()
+    old = read_object(run / name) if (run / name).is_file() else {}
+    write_json(run / name, {**old, **changes})
+    said = refused(lambda: write_card(Run.open(run)))
+    assert said.startswith(f"{run / name}: is damaged")
+    assert said.endswith(cure)
+    assert "\n" not in said
+    assert (run / "card.md").read_text() == before
+    if cure.startswith("remove it"):
+        (run / name).unlink()
+        assert write_card(Run.open(run)).is_file()
+
+
+def test_half_a_surrogate_pair_in_a_record_is_no_end_of_a_card(run):
+    environment = read_object(run / "environment.json")
+    write_json(run / "environment.json", {**environment, "machine": {"python": "3", "gpu": "\ud800"}})
+    assert "ud800" in write_card(Run.open(run)).read_text()
+
+
+@pytest.mark.parametrize("definition", [{}, {"split": 3}, {"split": {"base": ["a"], "novel": []}, "name": "x"}])
+def test_an_odd_definition_of_a_dataset_is_one_line(run, definition):
+    environment = read_object(run / "environment.json")
+    write_json(run / "environment.json", {**environment, "dataset": definition})
+    assert refused(lambda: examine(run)).startswith(f"{run / 'environment.json'}: is damaged")
 
 
 def refused(call):
@@ -354,6 +525,22 @@ def test_who_gives_what_is_asked_for_gets_a_verdict(run, store, shapes_root, sha
         write_json(file, found)
     said = refused(lambda: examine(run, cache=shapes_store))
     assert said.endswith(f"another store than the run {run} was trained from; give --cache STORE of that one")
+
+
+def test_an_address_in_a_record_is_not_asked(run, shapes_store):
+    environment = read_object(run / "environment.json")
+    # A place that would answer.
+    address = f"file://{shapes_store}"
+    write_json(run / "environment.json", {**environment, "cache": address})
+    said = refused(lambda: examine(run))
+    assert said.endswith(
+        f"at {address}, and addresses are asked only where you give them; give --cache URL, or a folder"
+    )
+    (main,) = collect([Run.open(run)])
+    with pytest.raises(RunError, match="which is no folder"):
+        run_store(main)
+    assert examine(run, cache=address).verdict == "passed"
+    assert ezsd("audit", run, "--cache", address).returncode == 0
 
 
 def test_a_store_that_does_not_know_its_data_asks_for_them(store, shapes_root):

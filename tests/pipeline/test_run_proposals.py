@@ -15,10 +15,12 @@ from ezsd.cache.format.sealed_json import seal
 from ezsd.data.dataset import pad_images
 from ezsd.detector.backbone import normalise
 from ezsd.pipeline.audit import AuditRequest, audit
+from ezsd.pipeline.audit.annotation_file import read_annotation_file
+from ezsd.pipeline.audit.store_stages import StoreStages
 from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.console.defaults import build_config
-from ezsd.pipeline.errors import ArgumentError, ConfigError, RunError
+from ezsd.pipeline.errors import ArgumentError, ConfigError, DamagedFile, RunError
 from ezsd.pipeline.extraction import build as build_module
 from ezsd.pipeline.extraction.build import build_cache, build_share
 from ezsd.pipeline.extraction.commit import commit_cache
@@ -104,7 +106,13 @@ def test_an_audit_knows_what_the_run_had_learned_from(run_store, shapes_dataset,
     assert found.digest == Store(run_store).manifest.products["regions"].inputs["base_boxes_sha256"]
     store = shutil.copytree(run_store, tmp_path / "store")
     record = read_environment(store)
+    strict = audit(AuditRequest(target=str(store), setting="ovd-strict"))
+    assert [one.level for one in strict.findings if one.subject == "names in proposer"] == ["violation"]
+    assert record["proposer_run"]["proposals_from"] == "build"
     for changed, level, said in (
+        ({"proposals_from": "file"}, "unproven", "its own store came from a file; audit that run too"),
+        ({"proposals_from": None}, "unproven", "not recorded; audit that run too"),
+        ({"boxes": [{**record["proposer_run"]["boxes"][0], "step": 4}]}, "unproven", "before step 4"),
         ({"base_names": ["circle", "star"]}, "violation", "learned from boxes of star, novel here"),
         ({"boxes": []}, "unproven", "not recorded which boxes"),
         ({"boxes": [{**record["proposer_run"]["boxes"][0], "sha256": "ab"}]}, "unproven", "learned from other boxes"),
@@ -114,6 +122,21 @@ def test_an_audit_knows_what_the_run_had_learned_from(run_store, shapes_dataset,
         (store / "environment.json").write_bytes(seal({**record, "proposer_run": taught}))
         (found,) = [one for one in audit(AuditRequest(target=str(store))).findings if one.subject == "proposer"]
         assert (found.level, said in found.text) == (level, True), found.text
+    # Its store had an image that could not be read.
+    (store / "environment.json").write_bytes(seal(record))
+    opened = Store(store)
+    words = opened.manifest.products["text"].inputs
+    file = read_annotation_file(
+        shapes_dataset.annotations("train"), Split(base=tuple(words["base_names"]), novel=tuple(words["novel_names"]))
+    )
+    stages = StoreStages(opened, file)
+    stages.trained_images = opened.image_ids[1:]
+    entry = {**record["proposer_run"]["boxes"][0], "sha256": file.base_digest(opened.image_ids[1:])}
+    assert stages._of_entry(entry).level == "ok"
+    for odd in ({}, {"base_names": 3}, {"base_names": [], "boxes": [3], "dataset": "x"}):
+        (store / "environment.json").write_bytes(seal({**record, "proposer_run": odd}))
+        with pytest.raises(DamagedFile, match="environment.json: is damaged"):
+            audit(AuditRequest(target=str(store)))
 
 
 def test_a_report_asks_for_as_many_proposals_of_the_run_as_the_store_has(run, run_store):
