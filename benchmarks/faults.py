@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -347,7 +348,8 @@ def _by_itself(done: subprocess.CompletedProcess[str]) -> Outcome:
 
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    return f"exit code {done.returncode}: {done.stderr[-500:]}"
+    # Of a traceback's files the names alone: rows are read elsewhere.
+    return f"exit code {done.returncode}: {re.sub(r'(?<=File ")/[^"]*/', '', done.stderr)[-500:]}"
 
 
 def _of_kind(process: int, word: str) -> list[int]:
