@@ -349,7 +349,8 @@ def _by_itself(done: subprocess.CompletedProcess[str]) -> Outcome:
 
 def _last_words(done: subprocess.CompletedProcess[str]) -> str:
     # Of a traceback's files the names alone: rows are read elsewhere.
-    return f"exit code {done.returncode}: {re.sub(r'(?<=File ")/[^"]*/', '', done.stderr)[-500:]}"
+    said = re.sub(r'(?<=File ")/[^"]*/', "", done.stderr)
+    return f"exit code {done.returncode}: {said[-500:]}"
 
 
 def _of_kind(process: int, word: str) -> list[int]:
