@@ -78,22 +78,25 @@ def test_a_worker_that_always_dies_is_named_by_its_item():
 
 
 def _starting():
-    """Processes that Dask has begun."""
-    return [one for one in psutil.Process().children() if any("spawn_main" in word for word in one.cmdline())]
+    """Processes that Dask has begun; one that has just ended has no command line."""
+    return {one for one in psutil.Process().children() if any("spawn_main" in word for word in one.cmdline())}
 
 
 def test_a_worker_killed_while_it_starts_is_one_line_and_what_is_there_goes_on():
+    # Workers of an earlier test may still be ending.
+    before = _starting()
+
     def kill_the_first():
-        while not (found := _starting()):
+        while not (found := _starting() - before):
             time.sleep(0.001)
-        found[0].kill()
+        found.pop().kill()
 
     with ThreadPoolExecutor(1) as threads:
         killing = threads.submit(kill_the_first)
         with pytest.raises(ClusterError, match=r"^a worker process ended while it was starting \(out of memory"):
             run(Schedule(workers=2), abs, [-1, -2])
         killing.result()
-    assert not _starting()
+    assert not _starting() - before
     assert sorted(run(Schedule(workers=2), abs, [-1, -2])) == [1, 2]
 
 
