@@ -21,6 +21,7 @@ from ezsd.pipeline.errors import is_of_a_place, with_cure
 from ezsd.pipeline.interrupts import Stopped, end_listening, keeping, listen
 from ezsd.pipeline.process_environment import (
     drop_output,
+    keep_freed_memory,
     nobody_reads,
     prepare_streams,
     require_launcher,
@@ -915,6 +916,7 @@ def main() -> None:
     try:
         listen()
         prepare_streams()
+        keep_freed_memory()
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(OptionFormatter())
         logging.basicConfig(level=logging.WARNING, handlers=[handler])

@@ -1,8 +1,9 @@
-"""Process environment of a command: its standard streams, and the variables of a launcher. Loads no torch."""
+"""Process environment of a command: standard streams, memory allocation, variables of a launcher. Loads no torch."""
 
 from __future__ import annotations
 
 import codecs
+import ctypes
 import io
 import os
 import select
@@ -10,6 +11,13 @@ import sys
 from collections.abc import Mapping
 
 _LAUNCHER = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+
+_MOST = 2**31 - 1
+_MALLOC = {"MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, _MOST), "MALLOC_TOP_PAD_": (-2, 2**28)}
+"""Variables of glibc's malloc, with the parameter of mallopt(3) and the value: no block is mapped alone, nothing is
+given back before the end, and memory is fetched by 256 MiB."""
+MALLOC_ENVIRONMENT: Mapping[str, int] = {"MALLOC_ARENA_MAX": 1} | {name: value for name, (_, value) in _MALLOC.items()}
+"""Variables with which a new process does as `keep_freed_memory` says, in all its threads."""
 
 
 def prepare_streams() -> None:
@@ -39,6 +47,21 @@ def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeError:
         return codecs.backslashreplace_errors(error)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's malloc keep freed memory for the next tensor, for the rest of this process.
+
+    As it comes it maps every block above 32 MiB alone and unmaps it when it is freed, so each large tensor on a CPU
+    costs a page fault per 4 KiB. The peak of the memory stays the same, but what was freed is not given back before the
+    process ends. Variables of malloc that a user has set stay in force; other C libraries are left as they are.
+    """
+    if "malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, value in _MALLOC.values():
+            mallopt(parameter, value)
 
 
 def nobody_reads() -> bool:

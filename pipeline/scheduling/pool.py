@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from ezsd.pipeline.devices import usable_cores
 from ezsd.pipeline.errors import ClusterError
 from ezsd.pipeline.interrupts import shielded
+from ezsd.pipeline.process_environment import MALLOC_ENVIRONMENT
 from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.scheduling.dask_cluster import (
     LOST,
@@ -237,12 +238,12 @@ def _local(schedule: Schedule, workers: int) -> Iterator[Client]:
     silence_dask()
     # Dask tells its workers' allocator to give memory back at once; every tensor then costs a system call and fresh
     # pages, which took a third of the time here. One thread per process is what it sets besides, and stays.
-    threads = {f"{library}_NUM_THREADS": 1 for library in ("OMP", "MKL", "OPENBLAS")}
+    variables = {f"{library}_NUM_THREADS": 1 for library in ("OMP", "MKL", "OPENBLAS")} | MALLOC_ENVIRONMENT
     host = "127.0.0.1"
     with ExitStack() as stack:
         # A terminal sends SIGINT to workers too; this process ends them, and threads of its own start others.
         with shielded():
-            stack.enter_context(config.set({"distributed.nanny.pre-spawn-environ": threads}))
+            stack.enter_context(config.set({"distributed.nanny.pre-spawn-environ": variables}))
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="ezsd-dask-"))
             try:
                 cluster = SpecCluster(
