@@ -108,11 +108,17 @@ def prepare_data(plan: Plan) -> None:
     judged = {"photos": (split, val), "oracle": (Split(base=split.names, novel=()), val)}
     if asked.dev:
         dev = plan.folder.absolute() / "dev.json"
-        write_text(dev, json.dumps(dev_annotations(asked.data_root / "train.json", split, trained_on=asked.photos)))
+        _write(dev, json.dumps(dev_annotations(asked.data_root / "train.json", split, trained_on=asked.photos)))
         judged["dev"] = split, Places("train", str(dev))
     for name, (names, places) in judged.items():
         text = dataset_toml(f"{asked.split}-{name}", {"train": train, "val": places}, names)
-        write_text(plan.folder / f"{name}.toml", text)
+        _write(plan.folder / f"{name}.toml", text)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file unless it is there: arms side by side would write it at the same time."""
+    if not path.is_file() or path.read_text() != text:
+        write_text(path, text)
 
 
 def dev_annotations(path: Path, split: Split, *, trained_on: int) -> Mapping[str, object]:

@@ -238,7 +238,7 @@ def _local(schedule: Schedule, workers: int) -> Iterator[Client]:
     silence_dask()
     # Dask tells its workers' allocator to give memory back at once; every tensor then costs a system call and fresh
     # pages, which took a third of the time here. One thread per process is what it sets besides, and stays.
-    variables = {f"{library}_NUM_THREADS": 1 for library in ("OMP", "MKL", "OPENBLAS")} | MALLOC_ENVIRONMENT
+    variables = {**{f"{library}_NUM_THREADS": 1 for library in ("OMP", "MKL", "OPENBLAS")}, **MALLOC_ENVIRONMENT}
     host = "127.0.0.1"
     with ExitStack() as stack:
         # A terminal sends SIGINT to workers too; this process ends them, and threads of its own start others.
