@@ -20,7 +20,7 @@ from typing import Literal
 import driver
 import numpy as np
 import torch
-from ablation_arms import NONE, UNFILTERED, Arm, StoreSpec, chosen
+from ablation_arms import NONE, UNFILTERED, UNSPARED, Arm, StoreSpec, chosen
 from ablation_boxes import random_anchors, write_boxes
 from scoring import permuted, score
 from torchvision.ops import box_iou
@@ -64,6 +64,8 @@ ARMS = {
     for arm in (
         Arm(name="ours", against="none"),
         Arm(name="none", train=(NONE,)),
+        # Without distillation a novel name that competes with base names is only ever pushed down.
+        Arm(name="plain", train=(NONE, UNSPARED, "loss.novel_names=false")),
         Arm(name="grid", store="grid"),
         Arm(name="random boxes", store="random"),
         Arm(name="refined", store="refined"),
