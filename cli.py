@@ -843,6 +843,48 @@ def report(
     typer.echo(str(write_report(Run.open(run), data_root=data_root, compare=others)))
 
 
+@app.command(epilog="Example:  ezsd view runs/a --compare runs/plain")
+@keeping("the page is closed; run the same command to open it again")
+def view(
+    target: Annotated[Path, typer.Argument(metavar="RUN|STORE", help="A run folder or a complete store.")],
+    compare: Annotated[Path | None, typer.Option(help="Another run, to see side by side.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on this machine; 0 for any free one.")] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the page's address.")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Show novel boxes of training images too: to report, not to choose by.")
+    ] = False,
+    weights: MovedWeights = None,
+    data_root: DataRoot = None,
+    device: Device = "auto",
+    set_: TestTimeSet = None,
+) -> None:
+    """Serve a page, on this machine alone, to browse a run or a store and to try a run on images of your own."""
+    from ezsd.pipeline.console.arguments import require_weights
+    from ezsd.pipeline.devices import require_device_name, resolve_device
+    from ezsd.pipeline.runs.folder import require_run
+
+    require_device_name(device)
+    require_weights(weights)
+    if compare is not None:
+        require_run(compare)
+    from ezsd.pipeline.view import Viewer, ViewRequest
+
+    request = ViewRequest(
+        target=target,
+        compare=compare,
+        evaluate=evaluate,
+        data_root=data_root,
+        weights=weights,
+        device=resolve_device(device),
+        overrides=tuple(set_ or []),
+    )
+    with Viewer(request, port) as viewer:
+        typer.echo(f"{viewer.address}  (Ctrl-C closes it)")
+        if not no_browser:
+            viewer.open_browser()
+        viewer.serve()
+
+
 @app.command(epilog="Example:  ezsd audit runs/a --setting ovd-strict")
 @keeping("a check leaves nothing behind; run the same command again")
 def audit(

@@ -34,6 +34,7 @@ LOADED = (
     "ezsd.pipeline.extraction.repair",
     "ezsd.pipeline.report",
     "ezsd.pipeline.look",
+    "ezsd.pipeline.view",
     "ezsd.pipeline.console.store_messages",
     "ezsd.pipeline.training.train",
     "distributed",

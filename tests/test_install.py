@@ -49,7 +49,7 @@ def test_a_wheel_holds_one_package_and_every_file_of_it(wheel):
         for part, folder in parts.items()
         for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
-        if part == "ezsd" or path.suffix in (".py", ".toml", ".j2")
+        if part == "ezsd" or path.suffix in (".py", ".toml", ".j2", ".html", ".js", ".svg")
     }
     assert names == wanted
 

@@ -49,7 +49,7 @@ BEFORE = {
             "data",
         ),
         *("scheduling", "runs", "extraction", "inference", "training", "audit", "doctor", "console"),
-        *("report", "look", "demo"),
+        *("report", "look", "view", "demo"),
     ),
 }
 """The rooms of each part in their order: a room imports only what stands before it."""

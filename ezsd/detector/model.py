@@ -107,6 +107,29 @@ class Totals:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Likeliest:
+    """The likeliest names of detections' regions, requested or competing, the likeliest first."""
+
+    labels: Tensor
+    """(N, K) int64, positions in the text rows that were asked for and, behind them, in those that compete."""
+    scores: Tensor
+    """(N, K) in [0, 1], of the same kind as the detections' scores."""
+
+    def take(self, rows: Tensor) -> Likeliest:
+        """Names of some detections, see `Detections.take`."""
+        return Likeliest(labels=self.labels[rows], scores=self.scores[rows])
+
+    def cpu(self) -> Likeliest:
+        """A copy on the CPU."""
+        return Likeliest(labels=self.labels.cpu(), scores=self.scores.cpu())
+
+    def split(self, counts: list[int]) -> list[Likeliest]:
+        """Names of consecutive detections, so many at a time."""
+        parts = zip(self.labels.split(counts), self.scores.split(counts), strict=True)
+        return [Likeliest(labels=labels, scores=scores) for labels, scores in parts]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Detections:
     """Detections of one image, best first; `Detector.detect_each` gives their boxes in batched-input pixels."""
 
@@ -118,11 +141,19 @@ class Detections:
     """(N,) int64, positions in the text rows that were asked for."""
     masks: Tensor | None = None
     """Probability that each cell of a box is the object, (N, M, M) float32; None where none were asked for."""
+    likeliest: Likeliest | None = None
+    """Names that competed for each detection, its own among them; None where they were not asked for."""
 
     def take(self, rows: Tensor) -> Detections:
         """Detections of some rows: their positions in the new order, or a mark for each, (N,) bool."""
         masks = None if self.masks is None else self.masks[rows]
-        return Detections(boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows], masks=masks)
+        return Detections(
+            boxes=self.boxes[rows],
+            scores=self.scores[rows],
+            labels=self.labels[rows],
+            masks=masks,
+            likeliest=None if self.likeliest is None else self.likeliest.take(rows),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +286,7 @@ class Detector(nn.Module):
         class_agnostic_nms: bool = False,
         objectness: float = 0,
         masks: bool = False,
+        likeliest: int = 0,
     ) -> list[list[Detections]]:
         """Find objects of several vocabularies, each as if it were alone, in one pass of the network.
 
@@ -268,6 +300,7 @@ class Detector(nn.Module):
             class_agnostic_nms: whether classes suppress each other too, competing ones as well.
             objectness: weight a in [0, 1) of the proposal network in a score: p(class)^(1 - a) p(object)^a.
             masks: whether to say which part of a box is the object; for a detector that has learned it.
+            likeliest: number of the likeliest names to give with each detection; 0 for none.
 
         Returns:
             Detections of each image, for each vocabulary.
@@ -289,28 +322,38 @@ class Detector(nn.Module):
         )
         found = []
         for vocabulary in vocabularies:
-            moved, own, probability = self._named(seen, vocabulary, class_agnostic=class_agnostic_nms)
+            moved, own, every = self._named(seen, vocabulary)
+            # Where classes do not suppress each other, the competitors' part ends here, before anything is counted.
+            probability = every if class_agnostic_nms else every[:, : len(vocabulary.text)]
+            own = own[:, : probability.shape[1]]
             if objectness:
                 probability = probability ** (1 - objectness) * seen.objectness[:, None] ** objectness
+            of_images: Sequence[Likeliest | None] = [None] * len(sizes)
+            if likeliest:
+                of_images = _likeliest(every, seen.objectness, objectness, likeliest).split(seen.counts)
             # Padding has no score that reaches a floor.
             probability = torch.where(seen.marks[:, None], probability, -1)
             parts = zip(*(one.split(seen.counts) for one in (moved, own, probability)), sizes, strict=True)
             detections = [
                 _suppress(
                     *part,
+                    likeliest=names,
                     asked=len(vocabulary.text),
                     score_floor=score_floor,
                     nms_iou=nms_iou,
                     class_agnostic=class_agnostic_nms,
                     keep=keep,
                 )
-                for part in parts
+                for part, names in zip(parts, of_images, strict=True)
             ]
             found.append(self._filled(levels, detections) if masks else detections)
         return found
 
-    def _named(self, seen: _Seen, vocabulary: Vocabulary, *, class_agnostic: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes of regions (R, K, 4), which of them is each name's (R, C), and the probability of each name (R, C)."""
+    def _named(self, seen: _Seen, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes of regions (R, K, 4), which of them is each name's (R, C), and the probability of each name (R, C).
+
+        The names that compete are the last ones.
+        """
         text, competing = vocabulary.text, vocabulary.competing
         known = text if competing is None else torch.cat([text, competing])
         every = self.head.classifier(seen.regions.embedding, known).float().softmax(1)
@@ -325,9 +368,7 @@ class Detector(nn.Module):
         own = torch.zeros_like(probability, dtype=torch.int64).scatter_(
             1, names, torch.arange(count, device=names.device).expand_as(names)
         )
-        # Where classes do not suppress each other, the competitors' part ends here, before anything is counted.
-        asked = len(known) if class_agnostic else len(text)
-        return moved, own[:, :asked], probability[:, :asked]
+        return moved, own, probability
 
     def _filled(self, maps: list[Tensor], found: list[Detections]) -> list[Detections]:
         """Add masks to detections, image by image: hundreds of regions need much memory."""
@@ -447,6 +488,7 @@ def _suppress(
     nms_iou: float,
     class_agnostic: bool,
     keep: int,
+    likeliest: Likeliest | None,
 ) -> Detections:
     """Drop low scores and empty boxes, apply NMS, keep the best detections of the first classes.
 
@@ -460,6 +502,7 @@ def _suppress(
         nms_iou: see there.
         class_agnostic: whether NMS is between all classes instead of within each.
         keep: see there.
+        likeliest: of each region; None for none.
     """
     height, width = size
     limit = torch.tensor([width, height, width, height], dtype=boxes.dtype)
@@ -471,7 +514,18 @@ def _suppress(
     if asked < probability.shape[1]:
         kept = kept[label[kept] < asked]
     kept = kept[:keep]
-    return Detections(boxes=box[kept], scores=score[kept], labels=label[kept])
+    return Detections(
+        boxes=box[kept],
+        scores=score[kept],
+        labels=label[kept],
+        likeliest=None if likeliest is None else likeliest.take(region[kept]),
+    )
+
+
+def _likeliest(probability: Tensor, objectness: Tensor, weight: float, count: int) -> Likeliest:
+    """The `count` likeliest names of regions by their probabilities (R, C), scored as detections are."""
+    best = probability.topk(min(count, probability.shape[1]), 1)
+    return Likeliest(labels=best.indices, scores=best.values ** (1 - weight) * objectness[:, None] ** weight)
 
 
 def _pooled_levels(backbone: Pyramid) -> int:

@@ -10,7 +10,19 @@ OPTIONS = frozenset(
     [
         *("accept_store", "activation", "annotations", "backbone_weights", "base", "blocks", "cache", "classes"),
         *("compare", "copy", "corners", "dashboard", "data_root", "dataset", "detections", "device", "format", "limit"),
-        *("max_detections", "names", "novel", "out", "reuse", "root", "run", "scheduler", "split", "split_file"),
+        *(
+            "max_detections",
+            "names",
+            "novel",
+            "out",
+            "port",
+            "reuse",
+            "root",
+            "run",
+            "scheduler",
+            "split",
+            "split_file",
+        ),
         *("teacher", "val", "wait_for_workers", "weights", "workers"),
     ]
 )

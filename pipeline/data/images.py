@@ -436,8 +436,13 @@ def _fetched(url: str) -> NDArray[np.uint8]:
     except Exception as error:
         # Each file system's library has exceptions of its own, and none of them can be imported here.
         raise ImageError(f"{url}: cannot be read: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
-    with opened_image(url, io.BytesIO(data)) as image:
-        return _pixels(url, image, None, "turn")
+    return pixels_of_bytes(url, data)
+
+
+def pixels_of_bytes(name: str, data: bytes) -> NDArray[np.uint8]:
+    """The pixels of an image file's content, see `read_pixels`; errors call it by `name`."""
+    with opened_image(name, io.BytesIO(data)) as image:
+        return _pixels(name, image, None, "turn")
 
 
 def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:

@@ -46,6 +46,8 @@ class Detection:
     """Corners x1, y1, x2, y2 in pixels of the image as it is shown."""
     mask: bytes | None
     """Run lengths of the mask over the image as it is shown; None without masks."""
+    competitors: tuple[tuple[str, float], ...] = ()
+    """The likeliest other names of its region, with scores of the detector alone; empty unless asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,11 +237,18 @@ class Model:
         return results[0] if single else results
 
     def each(
-        self, images: Sequence[ImageLike], names: Sequence[str], *, threshold: float, alone: bool
+        self,
+        images: Sequence[ImageLike],
+        names: Sequence[str],
+        *,
+        threshold: float,
+        alone: bool,
+        competitors: int = 0,
     ) -> Iterator[tuple[Tensor, ImageDetections]]:
         """Iterate over images: pixels (3, H, W) uint8 and detections of each, computed a few images at a time.
 
-        Arguments are those of `__call__`, with names as `resolve_names` gives them.
+        Arguments are those of `__call__`, with names as `resolve_names` gives them, and the number of `competitors`
+        that are given with each detection.
         """
         search = self.search(names, alone=alone)
         chunks = [images[start : start + BATCH_IMAGES] for start in range(0, len(images), BATCH_IMAGES)]
@@ -249,10 +258,12 @@ class Model:
 
         for sources, read_images in read_ahead(chunks, read):
             resized = read_images()
-            (found,) = self._trained.detect_each(resized, [search], least=threshold)
+            likeliest = competitors + 1 if competitors else 0
+            (found,) = self._trained.detect_each(resized, [search], least=threshold, likeliest=likeliest)
             for source, image, detections in zip(sources, resized, found, strict=True):
                 where = os.fsdecode(source) if isinstance(source, str | os.PathLike) else ""
-                yield image.original, _named_detections(where, image.original, detections, names, threshold)
+                known = (*names, *search.competitors)
+                yield image.original, _named_detections(where, image.original, detections, known, threshold)
 
     def search(self, names: Sequence[str], *, alone: bool = False) -> Search:
         """Prepare a search for names, see `TrainedDetector.search`; the last search is kept.
@@ -362,16 +373,23 @@ def coco_document(detections: Sequence[ImageDetections], classes: Sequence[str])
 def _named_detections(
     source: str, pixels: Tensor, detections: Detections, names: Sequence[str], threshold: float
 ) -> ImageDetections:
-    """Name the detections of an image whose score reaches a threshold."""
+    """Name the detections of an image whose score reaches a threshold; behind the requested names stand others."""
     height, width = pixels.shape[1:]
     masks = encode_masks(detections, height, width)
     objects = [
-        Detection(name=names[label], score=score, box=(box[0], box[1], box[2], box[3]), mask=mask)
-        for box, score, label, mask in zip(
+        Detection(
+            name=names[label],
+            score=score,
+            box=(box[0], box[1], box[2], box[3]),
+            mask=mask,
+            competitors=tuple((names[other], other_score) for other, other_score in others if other != label),
+        )
+        for box, score, label, mask, others in zip(
             detections.boxes.tolist(),
             detections.scores.tolist(),
             detections.labels.tolist(),
             repeat(None, len(detections.boxes)) if masks is None else masks,
+            _others(detections),
             strict=True,
         )
         if score >= threshold
@@ -379,6 +397,14 @@ def _named_detections(
     return ImageDetections(
         source=source, width=width, height=height, objects=tuple(objects), has_masks=masks is not None
     )
+
+
+def _others(detections: Detections) -> list[list[tuple[int, float]]]:
+    """Positions and scores of the likeliest names of each detection; nothing where they were not asked for."""
+    found = detections.likeliest
+    if found is None:
+        return [[] for _ in detections.boxes]
+    return [list(zip(*one, strict=True)) for one in zip(found.labels.tolist(), found.scores.tolist(), strict=True)]
 
 
 def _draw(detections: ImageDetections, pixels: Tensor, path: Path, base: frozenset[str]) -> None:

@@ -46,6 +46,8 @@ class Search:
     """Marks the base classes of the run among them, (C,) bool."""
     competing: Tensor
     """Unit rows of the names that compete, (K, D); K = 0 when the names are searched alone."""
+    competitors: tuple[str, ...]
+    """Names that compete, (K,)."""
     excluded: tuple[str, ...]
     """Names of the run that do not compete, because they mean nearly what an asked name means."""
 
@@ -95,6 +97,15 @@ class Rounding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """Options of a pass of the network, see `TrainedDetector.detect_each`."""
+
+    keep: int | None
+    masks: bool
+    likeliest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainedDetector:
     """Detector of a run with its settings and text embeddings."""
 
@@ -123,10 +134,11 @@ class TrainedDetector:
         """
         base = among(text, self.text[: self.base_count])
         if alone:
-            return Search(text=text, base=base, competing=text[:0], excluded=())
+            return Search(text=text, base=base, competing=text[:0], competitors=(), excluded=())
         competing, aside = competition(text, self.text)
+        competitors = tuple(name for name, takes_part in zip(self.names, competing.tolist(), strict=True) if takes_part)
         excluded = tuple(name for name, out in zip(self.names, aside.tolist(), strict=True) if out)
-        return Search(text=text, base=base, competing=self.text[competing], excluded=excluded)
+        return Search(text=text, base=base, competing=self.text[competing], competitors=competitors, excluded=excluded)
 
     def detect(
         self,
@@ -164,9 +176,14 @@ class TrainedDetector:
         keep: int | None = None,
         masks: bool = True,
         least: float = 0.0,
+        likeliest: int = 0,
     ) -> list[list[Detections]]:
-        """Detect the names of several searches as `detect` does those of one, in one pass of the network."""
-        found = self._detect_resized([image.pixels for image in images], searches, keep=keep, masks=masks)
+        """Detect the names of several searches as `detect` does those of one, in one pass of the network.
+
+        `likeliest` is the number of the likeliest names to give with each detection, scored by the detector alone.
+        """
+        options = _Options(keep=keep, masks=masks, likeliest=likeliest)
+        found = self._detect_resized([image.pixels for image in images], searches, options)
         return [
             [self._finished(image, one, search, least) for image, one in zip(images, _on_host(of_search), strict=True)]
             for of_search, search in zip(found, searches, strict=True)
@@ -182,7 +199,7 @@ class TrainedDetector:
         return self.ensemble.rescore(image.original, found, text, asked_base=search.base, least=least)
 
     def _detect_resized(
-        self, images: Sequence[Tensor], searches: Sequence[Search], *, keep: int | None, masks: bool
+        self, images: Sequence[Tensor], searches: Sequence[Search], options: _Options
     ) -> list[list[Detections]]:
         """Detections in the pixels of resized images, of each search."""
         vocabularies = [
@@ -201,7 +218,7 @@ class TrainedDetector:
             done = 0
             while done < len(places):
                 some = places[done : done + (self.room.images or len(places))]
-                each = self._detect_batch([images[place] for place in some], vocabularies, keep=keep, masks=masks)
+                each = self._detect_batch([images[place] for place in some], vocabularies, options)
                 if each is None:
                     self.room.halve(len(some))
                     continue
@@ -211,7 +228,7 @@ class TrainedDetector:
         return [[of_search[place] for place in range(len(images))] for of_search in found]
 
     def _detect_batch(
-        self, images: Sequence[Tensor], vocabularies: Sequence[Vocabulary], *, keep: int | None, masks: bool
+        self, images: Sequence[Tensor], vocabularies: Sequence[Vocabulary], options: _Options
     ) -> list[list[Detections]] | None:
         """Detections in resized images of one padded size; None where the memory is too small for so many.
 
@@ -220,7 +237,7 @@ class TrainedDetector:
         """
         batch, sizes = pad_images(images)
         try:
-            found = self._run(self._on_device(batch), sizes, vocabularies, keep=keep, masks=masks)
+            found = self._run(self._on_device(batch), sizes, vocabularies, options)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -238,9 +255,7 @@ class TrainedDetector:
         batch: Tensor,
         sizes: list[tuple[int, int]],
         vocabularies: Sequence[Vocabulary],
-        *,
-        keep: int | None,
-        masks: bool,
+        options: _Options,
     ) -> list[list[Detections]]:
         """Detections in a batch, again in float32 where an activation is beyond float16."""
         narrow = not self.rounding.exact and network_dtype(self.device, training=False) == torch.float16
@@ -254,15 +269,16 @@ class TrainedDetector:
                 vocabularies,
                 score_floor=self.config.eval.score_threshold,
                 nms_iou=self.config.eval.nms_iou,
-                keep=self.config.eval.max_detections if keep is None else keep,
+                keep=self.config.eval.max_detections if options.keep is None else options.keep,
                 class_agnostic_nms=self.config.eval.class_agnostic_nms,
                 objectness=self.config.eval.objectness,
-                masks=masks and self.config.model.masks,
+                masks=options.masks and self.config.model.masks,
+                likeliest=options.likeliest,
             )
         if finite is None or finite:
             return found
         self.rounding.widen()
-        return self._run(batch, sizes, vocabularies, keep=keep, masks=masks)
+        return self._run(batch, sizes, vocabularies, options)
 
     def _on_device(self, batch: Tensor) -> Tensor:
         batch = batch.to(self.device, non_blocking=True)
@@ -283,6 +299,7 @@ def _on_host(found: Sequence[Detections]) -> list[Detections]:
             scores=rows[:, 4].float(),
             labels=rows[:, 5].long(),
             masks=None if one.masks is None else one.masks.cpu(),
+            likeliest=None if one.likeliest is None else one.likeliest.cpu(),
         )
         for rows, one in zip(table.cpu().split(counts), found, strict=True)
     ]

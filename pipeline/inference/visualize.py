@@ -80,11 +80,16 @@ def draw_boxes(
     return canvas
 
 
-def jpeg_url(picture: Image.Image, **options: int) -> str:
-    """A picture as the data URL of a JPEG, with Pillow's options of one."""
+def jpeg_bytes(picture: Image.Image, **options: int) -> bytes:
+    """A picture as a JPEG, with Pillow's options of one."""
     data = io.BytesIO()
     picture.save(data, "JPEG", optimize=True, **options)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return data.getvalue()
+
+
+def jpeg_url(picture: Image.Image, **options: int) -> str:
+    """A picture as the data URL of a JPEG, with Pillow's options of one."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg_bytes(picture, **options)).decode()}"
 
 
 def fit_scale(width: int, height: int, side: int = READABLE_SIDE) -> float:

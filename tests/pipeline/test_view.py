@@ -1,0 +1,609 @@
+"""`ezsd view`: the server by plain requests, in this process, and the page in a real browser where there is one."""
+
+import http.client
+import io
+import json
+import re
+import shutil
+import socket
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlencode
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ezsd as product
+from ezsd.data.annotations import load_evaluation, load_training
+from ezsd.data.shapes import SHAPES_SPLIT
+from ezsd.metrics.error_kinds import KINDS
+from ezsd.pipeline.data.images import read_image, read_pixels
+from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.inference.predictor import load_trained
+from ezsd.pipeline.view import Viewer, ViewRequest
+from ezsd.pipeline.view.boxes import Found, Objects, images_with, judge
+from ezsd.pipeline.view.server import MAX_UPLOAD
+from ezsd.pipeline.view.trial import parse_names
+from tests.commandkit import ezsd
+
+NAMES = SHAPES_SPLIT.names
+
+
+@contextmanager
+def served(target, **options):
+    with Viewer(ViewRequest(target=Path(target), **options)) as viewer:
+        thread = threading.Thread(target=viewer.serve, daemon=True)
+        thread.start()
+        try:
+            yield viewer
+        finally:
+            viewer.close()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def run_page(shapes_run):
+    with served(shapes_run.folder) as viewer:
+        yield viewer
+
+
+def ask(viewer, path, *, method=None, body=None, headers=None, **query):
+    """Status, headers and body of an answer."""
+    host, port = re.fullmatch("http://(.*):(.*)/", viewer.address).groups()
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
+    url = f"{path}?{urlencode(query)}" if query else path
+    connection.request(method or ("GET" if body is None else "POST"), url, body, headers or {})
+    answer = connection.getresponse()
+    data = answer.read()
+    connection.close()
+    return answer.status, answer.headers, data
+
+
+def data_of(viewer, path, **options):
+    status, _, data = ask(viewer, path, **options)
+    assert status == 200, data
+    return json.loads(data)
+
+
+def error_of(viewer, path, **options):
+    status, _, data = ask(viewer, path, **options)
+    (error,) = json.loads(data).values()
+    return status, error
+
+
+# Which images show an error
+
+
+def small_part():
+    """Two images: a cup and a cat in the first, a cup in the second; a cup found twice, a cat taken for a cup."""
+    objects = Objects(
+        image=np.array([0, 0, 1]),
+        box=np.array([[0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 10]], float),
+        class_index=np.array([0, 1, 0]),
+        ignored=np.array([False, False, False]),
+    )
+    found = Found(
+        image=np.array([0, 0, 0]),
+        box=np.array([[0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 9]], float),
+        class_index=np.array([0, 0, 0]),
+        score=np.array([0.9, 0.6, 0.3]),
+        judged=np.array([True, True, True]),
+    )
+    return objects, found, judge(objects, found)
+
+
+@pytest.mark.parametrize(
+    ("class_index", "kind", "threshold", "images"),
+    [
+        (None, "right", 0.0, [0]),
+        (None, "right", 0.95, []),
+        (None, "confused", 0.5, [0]),
+        (None, "confused", 0.7, []),
+        # The class of the object, and of the detection.
+        (1, "confused", 0.5, [0]),
+        (0, "confused", 0.5, [0]),
+        (None, "doubled", 0.3, [0]),
+        (None, "doubled", 0.31, []),
+        (None, "missed", 0.0, [1]),
+        (1, "missed", 0.6, []),
+        (1, "missed", 0.61, [0]),
+        (0, None, 0.0, [0, 1]),
+        (1, None, 0.0, [0]),
+    ],
+)
+def test_images_are_found_by_class_and_kind_of_error(class_index, kind, threshold, images):
+    objects, found, errors = small_part()
+    errors = None if kind is None else errors
+    shown = images_with(class_index, kind, objects=objects, found=found, errors=errors, threshold=threshold)
+    assert shown.tolist() == images
+
+
+def test_a_class_that_nobody_looked_for_is_not_judged():
+    objects, found, _ = small_part()
+    errors = judge(objects, Found(**{**{k: getattr(found, k) for k in ("image", "box", "class_index", "score")},
+                                     "judged": np.array([True, False, True])}))  # fmt: skip
+    assert [KINDS[kind] if kind >= 0 else None for kind in errors.kind] == ["right", None, "doubled"]
+    assert errors.found_at.tolist() == [0.9, -1, -1]
+
+
+# The server
+
+
+def test_the_page_allows_nothing_but_its_own_files(run_page):
+    for path, kind in (("/", "text/html"), ("/view.js", "text/javascript"), ("/view.css", "text/css")):
+        status, headers, data = ask(run_page, path)
+        assert status == 200
+        assert headers["Content-Type"].startswith(kind)
+        assert headers["Content-Security-Policy"].startswith("default-src 'self'; ")
+        assert b"://" not in data
+    assert b"style=" not in ask(run_page, "/")[2]
+
+
+def test_another_page_and_another_name_of_this_machine_are_refused(run_page):
+    """A name of a stranger that leads to 127.0.0.1 makes no page of his ours."""
+    port = run_page.address.rsplit(":", 1)[1].rstrip("/")
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", ""):
+        assert error_of(run_page, "/api/index", headers={"Host": host})[0] == 403
+    for headers in ({"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert error_of(run_page, "/api/index", headers=headers)[0] == 403
+        assert error_of(run_page, "/api/given", body=b"x", headers=headers)[0] == 403
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", "localhost:9000"):
+        assert ask(run_page, "/api/index", headers={"Host": host, "Origin": f"http://{host}"})[0] == 200
+
+
+def test_only_this_machine_is_served(run_page):
+    assert run_page._server.server_address[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "status", "words"),
+    [
+        ("/../../../etc/passwd", {}, 404, "nothing here"),
+        ("/view.css.j2", {}, 404, "nothing here"),
+        ("//[", {}, 404, "nothing here"),
+        ("/api/part", {"part": "test"}, 422, "one of val, train"),
+        ("/image", {"part": "val", "image": "8"}, 422, "0 to 7"),
+        ("/image", {"part": "val", "image": "-1"}, 400, "whole number"),
+        ("/api/boxes", {"part": "val"}, 400, "whole number"),
+        ("/api/find", {"part": "val", "kind": "odd"}, 400, "expected one of right"),
+        ("/api/find", {"part": "val", "threshold": "high"}, 400, "a number"),
+        ("/api/find", {"part": "train", "kind": "missed"}, 422, "no errors are known"),
+        ("/given", {"key": "0123"}, 422, "forgotten"),
+    ],
+)
+def test_what_is_not_there_is_one_line(run_page, path, query, status, words):
+    found, error = error_of(run_page, path, **query)
+    assert found == status
+    assert words in error
+    assert "\n" not in error
+
+
+def test_a_runs_images_are_shown_with_all_their_objects_and_detections(run_page, shapes_run, shapes_root):
+    index = data_of(run_page, "/api/index")
+    assert (index["parts"], index["base"], index["novel"]) == (
+        ["val", "train"],
+        list(SHAPES_SPLIT.base),
+        list(SHAPES_SPLIT.novel),
+    )
+    truth = load_evaluation(shapes_root / "annotations/instances_val.json", SHAPES_SPLIT)
+    part = data_of(run_page, "/api/part", part="val")
+    assert part["files"] == [one.file_name for one in truth.images]
+    detections = json.loads((shapes_run.folder / "detections.json").read_text())
+    for position, record in enumerate(truth.images):
+        shown = data_of(run_page, "/api/boxes", part="val", image=position)
+        rows = truth.rows(position)
+        assert sorted(one[4] for one in shown["objects"]) == sorted(truth.class_index[rows].tolist())
+        np.testing.assert_allclose(
+            sorted(one[:4] for one in shown["objects"]), sorted(truth.box[rows].tolist()), atol=0.01
+        )
+        of_image = [one for one in detections if one["image_id"] == record.id]
+        (run,) = shown["runs"]
+        assert [(NAMES[one[4]], one[5]) for one in run["boxes"]] == [
+            (one["name"], round(one["score"], 4)) for one in of_image
+        ]
+        assert {one[6] for one in run["boxes"]} <= set(KINDS)
+    status, headers, data = ask(run_page, "/image", part="val", image=2)
+    assert (status, headers["Content-Type"]) == (200, "image/png")
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(data))), read_pixels(shapes_root / "val" / part["files"][2])
+    )
+    thumbnail = Image.open(io.BytesIO(ask(run_page, "/thumbnail", part="val", image=2)[2]))
+    assert max(thumbnail.size) == 96
+
+
+def test_images_are_found_by_their_objects(run_page, shapes_root):
+    truth = load_evaluation(shapes_root / "annotations/instances_val.json", SHAPES_SPLIT)
+    name = NAMES[truth.class_index[0]]
+    # No detection is that sure: what is left are the objects.
+    found = data_of(run_page, "/api/find", part="val", **{"class": int(truth.class_index[0])}, threshold=1.01)["images"]
+    assert found == sorted(set(truth.image_index[truth.class_index == NAMES.index(name)].tolist()))
+    missed = data_of(run_page, "/api/find", part="val", kind="missed", threshold=1.01)["images"]
+    assert missed == sorted(set(truth.image_index.tolist()))
+
+
+def test_training_images_have_base_objects_alone_unless_it_is_evaluation(shapes_store, shapes_root):
+    base = load_training(shapes_root / "annotations/instances_train.json", SHAPES_SPLIT)
+    every = load_evaluation(shapes_root / "annotations/instances_train.json", SHAPES_SPLIT)
+    assert len(every.box) > len(base.box)
+    for evaluate, truth in ((False, base), (True, every)):
+        with served(shapes_store, evaluate=evaluate) as viewer:
+            index = data_of(viewer, "/api/index")
+            assert (index["parts"], index["runs"], index["evaluated"]) == (["train"], [], evaluate)
+            shown = [data_of(viewer, "/api/boxes", part="train", image=n) for n in range(len(base.images))]
+            assert sum(len(one["objects"]) for one in shown) == len(truth.box)
+            assert sum(len(one["proposals"]) for one in shown) > sum(len(one["regions"]) for one in shown) > 0
+            assert error_of(viewer, "/api/detect", body=json.dumps({"part": "train", "image": 0}))[0] == 422
+
+
+def give(viewer, data, name="a.png"):
+    return ask(viewer, "/api/given", body=data, headers={}, method="POST", name=name)
+
+
+def test_a_given_image_is_detected_in_as_ezsd_detect_does(run_page, shapes_run, shapes_root):
+    path = shapes_root / "val/000001.png"
+    status, _, answer = give(run_page, path.read_bytes(), "odd <b>.png")
+    given = json.loads(answer)
+    assert (status, given["name"], given["width"], given["height"]) == (200, "odd <b>.png", 128, 128)
+    shown = Image.open(io.BytesIO(ask(run_page, "/given", key=given["key"])[2]))
+    np.testing.assert_array_equal(np.asarray(shown), read_pixels(path))
+    asked = {"key": given["key"], "names": "ring, star\ncross"}
+    (run,) = data_of(run_page, "/api/detect", body=json.dumps(asked))["runs"]
+    expected = product.load(shapes_run.folder)(path, ["ring", "star", "cross"], threshold=0)
+    assert len(expected)
+    assert [(one["name"], one["score"]) for one in run["boxes"]] == [
+        (one.name, round(one.score, 4)) for one in expected
+    ]
+    assert {one["name"]: one["base"] for one in run["boxes"]}.items() <= {
+        name: name in SHAPES_SPLIT.base for name in ("ring", "star", "cross")
+    }.items()
+    for one in run["boxes"]:
+        names = [name for name, _ in one["competitors"]]
+        scores = [score for _, score in one["competitors"]]
+        assert len(names) == 5
+        assert one["name"] not in names
+        assert set(names) <= set(NAMES)
+        assert scores == sorted(scores, reverse=True)
+    # Where others are asked for, the same names compete, from other places of the table.
+    name = run["boxes"][0]["name"]
+    (again,) = data_of(run_page, "/api/detect", body=json.dumps({"key": given["key"], "names": f"gear,{name}"}))["runs"]
+    first, second = (next(one for one in found["boxes"] if one["name"] == name) for found in (run, again))
+    assert first["box"] == pytest.approx(second["box"], abs=0.05)
+    assert first["score"] == pytest.approx(second["score"], abs=2e-4)
+    both = dict(first["competitors"]).keys() & dict(second["competitors"]).keys()
+    # Equal scores may come in another order.
+    assert len(both) >= 4
+    for other in both:
+        assert dict(first["competitors"])[other] == pytest.approx(dict(second["competitors"])[other], abs=2e-4)
+
+
+def test_a_detection_is_among_the_likeliest_names_of_its_region(shapes_run, shapes_root):
+    trained = load_trained(shapes_run, "cpu")
+    images = trained.resized([read_image(shapes_root / "val/000002.png")])
+    search = trained.search(trained.text[:3])
+    ((found,),) = trained.detect_each(images, [search], likeliest=len(trained.names))
+    ((plain,),) = trained.detect_each(images, [search])
+    assert plain.likeliest is None
+    assert len(found.boxes)
+    assert torch.equal(found.boxes, plain.boxes)
+    own = found.likeliest.labels == found.labels[:, None]
+    assert own.sum(1).tolist() == [1] * len(own)
+    torch.testing.assert_close(found.likeliest.scores[own], found.scores)
+    assert (found.likeliest.scores.sum(1) <= 1 + 1e-5).all()
+
+
+def test_competitors_of_an_evaluations_detection_are_asked_for_anew(run_page):
+    shown = data_of(run_page, "/api/boxes", part="val", image=0)["runs"][0]["boxes"][0]
+    asked = {"part": "val", "image": 0, "run": 0, "box": shown[:4], "name": NAMES[shown[4]]}
+    competitors = data_of(run_page, "/api/competitors", body=json.dumps(asked))["competitors"]
+    assert len(competitors) == 5
+    assert NAMES[shown[4]] not in [name for name, _ in competitors]
+    elsewhere = {**asked, "box": [0, 0, 1, 1]}
+    assert data_of(run_page, "/api/competitors", body=json.dumps(elsewhere))["competitors"] is None
+
+
+def test_what_is_no_image_and_names_that_are_none_are_one_line(run_page, shapes_root):
+    status, _, answer = give(run_page, b"no image", "notes.txt")
+    assert status == 422
+    assert "notes.txt: is not an image" in json.loads(answer)["error"]
+    key = json.loads(give(run_page, (shapes_root / "val/000001.png").read_bytes())[2])["key"]
+    for names, words in (("ring, ring", "ring"), ("ring\nring", "ring"), ("ring;star", "semicolon")):
+        status, error = error_of(run_page, "/api/detect", body=json.dumps({"key": key, "names": names}))
+        assert status == 422
+        assert words in error
+    assert error_of(run_page, "/api/detect", body="[1]")[0] == 422
+    assert error_of(run_page, "/api/detect", body=json.dumps({"key": key, "names": 3}))[0] == 400
+
+
+def test_an_upload_that_is_too_large_is_refused_unread(run_page):
+    host, port = re.fullmatch("http://(.*):(.*)/", run_page.address).groups()
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        head = f"POST /api/given HTTP/1.1\r\nHost: {host}\r\nContent-Length: {MAX_UPLOAD + 1}\r\n\r\n"
+        connection.sendall(head.encode())
+        answer = connection.makefile("rb").read()
+    assert b" 413 " in answer.splitlines()[0]
+    assert b"Connection: close" in answer
+    for headers in ({"Transfer-Encoding": "chunked"}, {"Content-Length": "-1"}, {"Content-Length": "9" * 5000}):
+        assert error_of(run_page, "/api/given", method="POST", headers=headers)[0] == 411
+
+
+def test_only_the_last_images_are_remembered(run_page, shapes_root):
+    data = (shapes_root / "val/000001.png").read_bytes()
+    keys = [json.loads(give(run_page, data)[2])["key"] for _ in range(5)]
+    assert error_of(run_page, "/given", key=keys[0]) == (422, "this image is forgotten; give it again")
+    assert [ask(run_page, "/given", key=key)[0] for key in keys[1:]] == [200] * 4
+
+
+def test_names_come_with_commas_or_one_a_line():
+    assert parse_names('cat, dog\n\n "tench, Tinca tinca" \r\nred ball,') == (
+        "cat",
+        "dog",
+        "tench, Tinca tinca",
+        "red ball",
+    )
+
+
+# The command
+
+
+def test_a_port_that_is_taken_is_one_line_and_the_advice_works(shapes_store):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ArgumentError, match=f"`port={port}`: is in use; give another `port`, or `port=0`"):
+            Viewer(ViewRequest(target=shapes_store), port)
+    with Viewer(ViewRequest(target=shapes_store), 0) as viewer:
+        assert viewer.address != f"http://127.0.0.1:{port}/"
+
+
+def test_misuse_is_one_line(shapes_store, shapes_run, tmp_path):
+    for words, said in (
+        ((tmp_path / "none",), "no such folder"),
+        ((shapes_store, "--compare", shapes_run.folder), "goes with a run"),
+        ((shapes_run.folder, "--compare", tmp_path), "no run here"),
+    ):
+        result = ezsd("view", *words, "--no-browser", "--device", "cpu")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert said in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+BROWSER = """
+import os, signal, sys, urllib.request
+page = urllib.request.urlopen(sys.argv[1], timeout=200).read()
+open(sys.argv[2], "wb").write(page)
+os.kill(os.getppid(), signal.SIGTERM)
+"""
+"""A browser that reads the page once it is served, and ends the command."""
+
+
+def test_the_command_opens_a_browser_prints_the_address_and_ends_with_the_first_signal(shapes_store, tmp_path):
+    script, page = tmp_path / "browser.py", tmp_path / "page.html"
+    script.write_text(BROWSER)
+    browser = {"DISPLAY": ":0", "BROWSER": f"{sys.executable} -I -S {script} %s {page} &"}
+    for _ in range(2):
+        result = ezsd("view", shapes_store, "--device", "cpu", **browser)
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/  \(Ctrl-C closes it\)\n", result.stdout)
+        assert result.returncode == 143
+        assert "the page is closed; run the same command to open it again" in result.stderr
+        assert b"<title>ezsd view</title>" in page.read_bytes()
+        page.unlink()
+
+
+# The page in a browser
+
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+LONG = 60_000
+"""Milliseconds that a busy machine may take for a step; nothing waits that long where all is well."""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Chromium of this machine, as Debian's package and others install it."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium):
+    """Open a page; every error that it meets fails the test."""
+    wrong = []
+    context = chromium.new_context(viewport={"width": 1200, "height": 800})
+
+    def open_page(address):
+        page = context.new_page()
+        page.set_default_timeout(LONG)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        # A refusal is an error on the console by itself.
+        page.on(
+            "console", lambda one: one.type == "error" and "status of 422" not in one.text and wrong.append(one.text)
+        )
+        page.on("request", lambda request: request.url.startswith(address) or wrong.append(request.url))
+        page.goto(address)
+        page.wait_for_selector(".row")
+        return page
+
+    yield open_page
+    context.close()
+    assert wrong == []
+
+
+def shown_boxes(page, layer):
+    """Captions of the boxes of a layer, once the image's boxes are there."""
+    return page.eval_on_selector_all(f".pane:first-child .box.{layer}", "all => all.map(one => one.textContent)")
+
+
+def wait_for_image(page, name):
+    page.wait_for_selector(f"#place:has-text({json.dumps(name)})")
+    page.wait_for_selector(".box.object")
+
+
+def set_threshold(page, value):
+    page.eval_on_selector(
+        "#threshold", "(one, value) => { one.value = value; one.dispatchEvent(new Event('input')); }", str(value)
+    )
+
+
+def copy_with_detections(run, folder, detections):
+    """A copy of a run with other detections, [image id, category id, xywh, score] each."""
+    shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("eval*.json"))
+    table = [dict(zip(("image_id", "category_id", "bbox", "score"), one, strict=True)) for one in detections]
+    (folder / "detections.json").write_text(json.dumps(table))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def known_run(shapes_run, shapes_root, tmp_path_factory):
+    """A run whose detections are known, and its validation images of two objects or more, as ids.
+
+    The first object of each image is found surely; the second is confused, in images of odd ids with a higher score.
+    """
+    truth = json.loads((shapes_root / "annotations/instances_val.json").read_text())
+    categories = {one["id"] for one in truth["categories"]}
+    detections, several = [], []
+    for image in (one["id"] for one in truth["images"]):
+        objects = [one for one in truth["annotations"] if one["image_id"] == image]
+        there = [one["category_id"] for one in objects]
+        detections.append([image, there[0], objects[0]["bbox"], 0.9])
+        if len(objects) > 1:
+            other = min(categories - set(there))
+            detections.append([image, other, objects[1]["bbox"], 0.5 if image % 2 else 0.2])
+            several.append(image)
+    folder = copy_with_detections(shapes_run, tmp_path_factory.mktemp("known") / "known", detections)
+    return folder, several
+
+
+def test_the_page_shows_filters_and_turns_over_images(opened, known_run, shapes_run):
+    """One test, for starting a page costs most."""
+    folder, several = known_run
+    odd = [image for image in several if image % 2]
+    with served(folder, compare=shapes_run.folder) as viewer:
+        page = opened(viewer.address)
+        wait_for_image(page, "000001.png")
+        # Arrow keys, and a click on the list.
+        page.keyboard.press("ArrowRight")
+        wait_for_image(page, "000002.png")
+        page.keyboard.press("ArrowLeft")
+        wait_for_image(page, "000001.png")
+        page.click(f".row >> nth={odd[-1] - 1}")
+        wait_for_image(page, f"{odd[-1]:06d}.png")
+        assert page.locator(".pane").count() == 2
+        assert page.text_content(".pane:first-child h3") == "known"
+        # Detections with their error, and what they leave out.
+        assert len(shown_boxes(page, "detection")) == 2
+        assert "confused with" in "".join(shown_boxes(page, "detection"))
+        missed = [text for text in shown_boxes(page, "object") if text.endswith("missed")]
+        assert len(missed) == len(shown_boxes(page, "object")) - 2
+        # The threshold moves without a question to the server.
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        set_threshold(page, 0.6)
+        assert len(shown_boxes(page, "detection")) == 1
+        set_threshold(page, 0.95)
+        assert shown_boxes(page, "detection") == []
+        assert all(text.endswith("missed") for text in shown_boxes(page, "object"))
+        set_threshold(page, 0.3)
+        # Layers, by a click and by a key.
+        page.click("#layer-object")
+        assert shown_boxes(page, "object") == []
+        page.keyboard.press("d")
+        assert shown_boxes(page, "detection") == []
+        page.keyboard.press("d")
+        page.keyboard.press("t")
+        assert len(shown_boxes(page, "detection")) == 2
+        assert asked == []
+        # Errors of a kind, and of how sure detections.
+        page.select_option("#kind", "confused")
+        page.wait_for_selector(f"#count:has-text('{len(odd)} of 8')")
+        names = page.eval_on_selector_all(".row", "all => all.map(one => one.title)")
+        assert sorted(names) == [f"{image:06d}.png" for image in odd]
+        set_threshold(page, 0.1)
+        all_of_kind = f"{len(several)} of 8" if len(several) < 8 else "8 images"
+        page.wait_for_selector(f"#count:has-text('{all_of_kind}')")
+        page.select_option("#kind", "")
+        page.wait_for_selector("#count:has-text('8 images')")
+        # Zoom by the wheel and by keys, of both runs at once.
+        wide = widths(page)
+        page.hover(".pane >> nth=0", position={"x": 50, "y": 60})
+        page.mouse.wheel(0, -500)
+        page.wait_for_selector("#zoom:has-text('2.5×')")
+        assert widths(page) == pytest.approx([2.46 * one for one in wide], rel=0.01)
+        page.keyboard.press("0")
+        assert widths(page) == pytest.approx(wide)
+        page.keyboard.press("+")
+        assert widths(page) == pytest.approx([1.4 * one for one in wide], rel=0.01)
+
+
+def widths(page):
+    """Widths of the images of all panes, pixels."""
+    return page.eval_on_selector_all(".canvas", "all => all.map(one => one.getBoundingClientRect().width)")
+
+
+def test_an_image_that_is_dropped_is_detected_in_with_its_competitors(opened, run_page, shapes_root):
+    page = opened(run_page.address)
+    page.click("#tab-try")
+    page.fill("#names", "ring, star\ncross")
+    data = list((shapes_root / "val/000004.png").read_bytes())
+    transfer = page.evaluate_handle(
+        """data => { const made = new DataTransfer();
+        made.items.add(new File([new Uint8Array(data)], "<img src=x>.png", {type: "image/png"})); return made; }""",
+        data,
+    )
+    page.dispatch_event("body", "drop", {"dataTransfer": transfer})
+    page.wait_for_selector("#given:has-text('<img src=x>.png')")
+    set_threshold(page, 0)
+    page.wait_for_selector(".box.detection")
+    captions = shown_boxes(page, "detection")
+    assert {text.split()[0] for text in captions} <= {"ring", "star", "cross"}
+    page.click("#boxes button >> nth=0")
+    rows = page.eval_on_selector_all("#chosen .bars dt", "all => all.map(one => one.textContent)")
+    assert rows[0] == page.text_content("#boxes button[aria-pressed=true] .name")
+    assert len(rows) == 6
+    assert set(rows) <= set(NAMES)
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#chosen")
+    # What is refused is one line, and nothing else changes.
+    page.fill("#names", "ring, ring")
+    page.click("#detect")
+    page.wait_for_selector("#message.wrong:has-text('ring')")
+    assert shown_boxes(page, "detection") == captions
+
+
+def test_a_list_of_2000_images_has_rows_for_those_in_sight_alone(opened, shapes_run, shapes_root, tmp_path):
+    root = tmp_path / "many"
+    shutil.copytree(shapes_root, root)
+    path = root / "annotations/instances_val.json"
+    document = json.loads(path.read_text())
+    (first,) = [one for one in document["images"] if one["id"] == document["images"][0]["id"]]
+    hostile = '"><img src=x onerror=document.title="taken">.png'
+    shutil.copy(root / "val" / first["file_name"], root / "val" / hostile)
+    for number in range(1, 2000 - len(document["images"]) + 1):
+        name = f"{number:05d}.png" if number > 1 else hostile
+        document["images"].append({**first, "id": 10**6 + number, "file_name": name})
+    path.write_text(json.dumps(document))
+    with served(copy_with_detections(shapes_run, tmp_path / "run", []), data_root=root) as viewer:
+        page = opened(viewer.address)
+        page.wait_for_selector("#count:has-text('2,000 images')")
+        assert 5 < page.locator(".row").count() < 40
+        page.eval_on_selector("#list", "one => { one.scrollTop = 1000 * 64; }")
+        page.wait_for_selector(".row[style*='translateY(64000px)']")
+        assert page.locator(".row").count() < 40
+        page.keyboard.press("End")
+        page.wait_for_selector("#place:has-text('2,000 / 2,000')")
+        assert page.locator(".row").count() < 40
+        # The first one behind the benchmark's own.
+        page.goto(f"{viewer.address}#val/8")
+        page.reload()
+        page.wait_for_selector("#place:has-text('onerror')")
+        assert page.title() == "run - ezsd view"
