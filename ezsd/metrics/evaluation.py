@@ -110,7 +110,7 @@ def evaluate_at(
     asked = np.isin(results.class_index, chosen) & np.logical_or.reduce(list(counting.values()))
     rows = np.flatnonzero(asked)
     if truth.federated:
-        rows = rows[_is_verified(truth, results, rows)]
+        rows = rows[is_verified(truth, results, rows)]
     matches = match(truth, results, rows, shape)
     return {
         limit.label: _summary(truth, chosen, _curves(truth, results, matches, chosen, kept), limit, shape)
@@ -129,7 +129,7 @@ def _check_references(results: Results, truth: Truth) -> None:
         raise ValueError(f"detections with class index {index}; the split has 0 .. {len(truth.split.names) - 1}")
 
 
-def _is_verified(truth: Truth, results: Results, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def is_verified(truth: Truth, results: Results, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """True for a detection whose class a federated file knows to be present or absent in its image, (M,)."""
     assert truth.catalogue.federated is not None
     positive = set(zip(truth.image_id.tolist(), truth.class_index.tolist(), strict=True))
