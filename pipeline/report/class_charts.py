@@ -62,7 +62,12 @@ class ClassChart:
         """Place of the threshold among the bars; None where it is left of them."""
         if self.best is None or self.best.threshold < LEAST_SCORE:
             return None
-        return round(WIDTH * (self.best.threshold - LEAST_SCORE) / (1 - LEAST_SCORE), 1)
+        return _place(self.best.threshold)
+
+    @property
+    def middle(self) -> float:
+        """Place of the score 0.5 among the bars."""
+        return _place(0.5)
 
 
 def class_charts(
@@ -102,9 +107,16 @@ def _chart(name: str, curve: ScoreCurve, ap50: float | None, *, novel: bool) -> 
     )
 
 
+def _place(score: float) -> float:
+    """Place of a score among the bars."""
+    return round(WIDTH * (score - LEAST_SCORE) / (1 - LEAST_SCORE), 1)
+
+
 def _line(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> str:
     """Points of a line at right detections, where precision is highest, at most `_POINTS`."""
-    kept = np.unique(np.linspace(0, len(recall) - 1, _POINTS).round().astype(int)) if len(recall) else []
+    if not len(recall):
+        return ""
+    kept = np.unique(np.linspace(0, len(recall) - 1, _POINTS).round().astype(int))
     return " ".join(f"{WIDTH * recall[i]:.1f},{HEIGHT * (1 - precision[i]):.1f}" for i in kept)
 
 

@@ -62,9 +62,11 @@ def embedding_map(store: Store, novel: frozenset[str]) -> EmbeddingMap | None:
 
     def draw(canvas: Axes) -> None:
         for marks, colour, shape in ((~guessed_novel, BASE, "o"), (guessed_novel, NOVEL, "^")):
-            canvas.scatter(*regions[marks].T, s=7, c=colour, marker=shape, alpha=0.55, linewidths=0)
+            canvas.scatter(regions[marks, 0], regions[marks, 1], s=7, c=colour, marker=shape, alpha=0.55, linewidths=0)
         for marks, colour, shape in ((~is_novel, BASE, "s"), (is_novel, NOVEL, "D")):
-            canvas.scatter(*texts[marks].T, s=26, c=colour, marker=shape, edgecolors=INK, linewidths=0.8)
+            canvas.scatter(
+                texts[marks, 0], texts[marks, 1], s=26, c=colour, marker=shape, edgecolors=INK, linewidths=0.8
+            )
         for number, index in enumerate(order, 1):
             canvas.annotate(str(number), texts[index], (3, 3), textcoords="offset points", color=INK, weight="bold")
         canvas.set_xlabel(f"component 1, {100 * explained[0]:.0f} % of the variance")

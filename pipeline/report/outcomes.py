@@ -38,8 +38,9 @@ EXPLAINED = {
     "background": "IoU below 0.1 with every object",
     "confused and misplaced": "near an object of another class, IoU 0.1 to 0.5",
     "ignored": "on a group, counted neither way",
+    "missed objects": "no detection has them, not even a misplaced or a confused one",
 }
-"""Meaning of each kind."""
+"""Meaning of the rows of the table of kinds."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,10 +159,10 @@ def kind_table(found: Judged) -> Table:
     for kind in KINDS:
         marks = found.shown.kind == kind
         if kind != "ignored" or marks.any():
-            rows.append([kind, *_by_group(marks, np.ones_like(marks), base_detection), EXPLAINED[kind]])
+            rows.append([kind, *_by_group(marks, np.ones_like(marks), base_detection)])
     missed = _by_group(found.shown.missed, counted, base_object)
-    rows.append(["missed objects", *missed, "no detection has them, not even a misplaced or confused one"])
-    return Table(["", "base (%)", "novel (%)", "all (%)", "meaning"], rows)
+    rows.append(["missed objects", *missed])
+    return Table(["number (%)", "base", "novel", "all"], rows, EXPLAINED)
 
 
 def _by_group(marks: NDArray[np.bool_], among: NDArray[np.bool_], is_base: NDArray[np.bool_]) -> list[str]:

@@ -137,24 +137,24 @@ def _filters(store: Store, looked: Sequence[_Looked]) -> Table:
     stored, entered = (sum(map(len, each)) for each in ([o.stored for o in looked], [o.proposals for o in looked]))
     # Below the limit, nothing but the teacher's guess drops a box that is clear of base objects.
     full = kept >= most
-    by_guess = f"{int((clear - kept)[~full].sum()):,}"
     guesses = [what for key, what in _GUESSES.items() if settings[key]]
-    rows = [["proposals in the store", f"{stored:,}", "what NMS kept; how many boxes it dropped is not recorded"]]
+    rows: dict[str, tuple[int | None, str]] = {}
+    rows["proposals in the store"] = (stored, "what NMS kept; how many boxes it dropped is not recorded")
     if stored != entered:
-        rows.append(["joined by box voting", f"{stored - entered:,}", "computed again"])
-    dropped = f"{entered - int(clear.sum()):,}"
-    rows.append([f"on a base object (IoU {base_iou:g} or more)", dropped, "computed again"])
+        rows["joined by box voting"] = (stored - entered, "computed again")
+    rows[f"on a base object (IoU {base_iou:g} or more)"] = (entered - int(clear.sum()), "computed again")
+    below = int((clear - kept)[~full].sum())
     if len(guesses) == 1:
-        rows.append([guesses[0], by_guess, "in images below the limit"])
+        rows[guesses[0]] = (below, "in images below the limit")
     elif guesses:
-        rows += [[what, _NOT_RECORDED, "no guess of a dropped box is kept"] for what in guesses]
-        rows.append(["the two together", by_guess, "in images below the limit"])
-    beyond = f"beyond the best {most} of an image" + (", or by the teacher's guess" if guesses else "")
-    images = f"in the {int(full.sum()):,} images at the limit" + (
-        "; which of the two is not recorded" if guesses else ""
-    )
-    rows += [[beyond, f"{int((clear - kept)[full].sum()):,}", images], ["kept as regions", f"{int(kept.sum()):,}", ""]]
-    return Table(["boxes", "number", "source"], rows)
+        rows |= dict.fromkeys(guesses, (None, "the store keeps no guess of a dropped box"))
+        rows["by one of these two guesses"] = (below, "in images below the limit")
+    beyond = f"beyond the best {most} of an image" + (", or by a guess" if guesses else "")
+    unknown = "; which of them is not recorded" if guesses else ""
+    rows[beyond] = (int((clear - kept)[full].sum()), f"in the {int(full.sum()):,} images at the limit{unknown}")
+    rows["kept as regions"] = (int(kept.sum()), "")
+    cells = [[title, _NOT_RECORDED if count is None else f"{count:,}"] for title, (count, _) in rows.items()]
+    return Table(["boxes", "number"], cells, {title: note for title, (_, note) in rows.items()})
 
 
 def _recall(looked: Sequence[_Looked], annotations: Annotations, novel: frozenset[str]) -> Table:

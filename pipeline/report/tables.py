@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ezsd.cache import Manifest
@@ -35,6 +36,8 @@ class Table(NamedTuple):
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    notes: Mapping[str, str] = MappingProxyType({})
+    """Small print below the titles of some rows."""
 
 
 def percent(value: float | None) -> str:
