@@ -62,7 +62,7 @@ def embedding_map(store: Store, novel: frozenset[str]) -> EmbeddingMap | None:
 
     def draw(canvas: Axes) -> None:
         for marks, colour, shape in ((~guessed_novel, BASE, "o"), (guessed_novel, NOVEL, "^")):
-            canvas.scatter(regions[marks, 0], regions[marks, 1], s=7, c=colour, marker=shape, alpha=0.55, linewidths=0)
+            canvas.scatter(regions[marks, 0], regions[marks, 1], s=16, c=colour, marker=shape, alpha=0.55, linewidths=0)
         for marks, colour, shape in ((~is_novel, BASE, "s"), (is_novel, NOVEL, "D")):
             canvas.scatter(
                 texts[marks, 0], texts[marks, 1], s=26, c=colour, marker=shape, edgecolors=INK, linewidths=0.8
@@ -81,7 +81,13 @@ def embedding_map(store: Store, novel: frozenset[str]) -> EmbeddingMap | None:
     means = [one.mean(0) for one in (embedding, text.astype(np.float64))]
     gap = float(means[0] @ means[1] / max(float(np.linalg.norm(means[0]) * np.linalg.norm(means[1])), 1e-12))
     return EmbeddingMap(
-        chart=chart, regions=len(regions), images=len(images), explained=explained, gap=gap, labelled=labelled
+        chart=chart,
+        regions=len(regions),
+        images=len(images),
+        explained=explained,
+        # No minus before a zero.
+        gap=round(gap, 2) + 0.0,
+        labelled=labelled,
     )
 
 

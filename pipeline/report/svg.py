@@ -46,7 +46,7 @@ def drawn(draw: Callable[[Axes], None], *, size: tuple[float, float], prefix: st
         figure = Figure(figsize=size)
         width, height = size
         # Fixed margins, in inches: a layout engine draws everything twice to find them.
-        axes = figure.add_axes((0.5 / width, 0.42 / height, 1 - 0.6 / width, 1 - 0.52 / height))
+        axes = figure.add_axes((0.62 / width, 0.42 / height, 1 - 0.78 / width, 1 - 0.52 / height))
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(RULE)
