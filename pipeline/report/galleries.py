@@ -33,7 +33,7 @@ PICTURE_BYTES = 90_000
 
 _QUALITIES = (82, 74, 66, 58, 50)
 _OUTLINE_POINTS = 120
-"""Most points of an outline of a mask."""
+"""Most points of the outlines of a mask, about."""
 _OUTLINES = 8
 """Most outlines of a mask, the longest: one of scattered pixels has hundreds."""
 
@@ -257,11 +257,13 @@ def outlines(mask: NDArray[np.bool_]) -> list[str]:
     """Outlines of a mask (H, W), each as points of SVG's polygon in pixels of the image."""
     # A rim of nothing closes outlines at the image's border.
     lines = contour_generator(z=np.pad(mask, 1).astype(np.float64)).lines(0.5)
+    # Centres of pixels, shifted by the rim; the last point is the first.
+    rings = sorted((np.asarray(line)[:-1] - 0.5 for line in lines), key=lambda points: -len(points))[:_OUTLINES]
+    whole = sum(map(len, rings))
     found = []
-    for line in sorted(map(np.asarray, lines), key=lambda points: -len(points))[:_OUTLINES]:
-        # Centres of pixels, shifted by the rim.
-        points = line[:-1] - 0.5
-        kept = points[np.unique(np.linspace(0, len(points) - 1, _OUTLINE_POINTS).round().astype(int))]
+    for points in rings:
+        most = max(4, _OUTLINE_POINTS * len(points) // whole)
+        kept = points[np.unique(np.linspace(0, len(points) - 1, most).round().astype(int))]
         found.append(" ".join(f"{x:g},{y:g}" for x, y in kept.round(1).tolist()))
     return found
 

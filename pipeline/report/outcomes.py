@@ -101,11 +101,12 @@ class Judged:
             rows = rows[is_verified(truth, results, rows)]
         rows = rows[np.lexsort((-results.score[rows], results.image_id[rows]))]
         true_rows = np.argsort(truth.image_id, kind="stable")
+        image_id, true_image_id = results.image_id[rows], truth.image_id[true_rows]
         kind, matched = np.full(len(rows), "", dtype="<U22"), np.full(len(rows), -1)
         missed = ~(truth.crowd | truth.ignore)
-        for image in np.unique(results.image_id[rows]).tolist():
-            found = slice(*np.searchsorted(results.image_id[rows], [image, image + 1]))
-            there = true_rows[slice(*np.searchsorted(truth.image_id[true_rows], [image, image + 1]))]
+        for image in np.unique(image_id).tolist():
+            found = slice(*np.searchsorted(image_id, [image, image + 1]))
+            there = true_rows[slice(*np.searchsorted(true_image_id, [image, image + 1]))]
             one = error_kinds(
                 (_corners(results.xywh[rows[found]]), results.class_index[rows[found]], results.score[rows[found]]),
                 (_corners(truth.xywh[there]), truth.class_index[there], (truth.crowd | truth.ignore)[there]),

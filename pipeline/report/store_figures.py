@@ -5,7 +5,7 @@ Recall of novel objects is evaluation: it reads the novel boxes of the training 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ezsd.boxes import iou as box_iou
-from ezsd.cache import Store
+from ezsd.cache import JSON, Store
 from ezsd.data.annotations import Annotations
 from ezsd.metrics.recall import first_overlaps
 from ezsd.pipeline.extraction.provenance import proposal_settings
@@ -81,14 +81,15 @@ def store_figures(store: Store, annotations: Annotations, novel: frozenset[str])
     names, _ = store.text
     guessed_novel = np.array([name in novel for name in names], np.bool_)[guess]
     chosen = np.sort(np.random.default_rng(SEED).permutation(store.image_ids)[:LOOKED_AT]).tolist()
-    looked = [_Looked.at(store, image) for image in chosen]
+    settings = proposal_settings(store.manifest)
+    looked = [_Looked.at(store, image, settings) for image in chosen]
     return StoreFigures(
         looked_at=len(chosen),
         images=len(ids),
         regions=len(confidence),
         without_region=int((counts == 0).sum()),
         confidence=_confidence(confidence, guessed_novel),
-        filters=_filters(store, looked),
+        filters=_filters(settings, looked),
         recall=_recall(looked, annotations, novel),
     )
 
@@ -107,8 +108,8 @@ class _Looked(NamedTuple):
     """(R, 4)."""
 
     @classmethod
-    def at(cls, store: Store, image_id: int) -> _Looked:
-        settings, rows = proposal_settings(store.manifest), store.proposals[image_id]
+    def at(cls, store: Store, image_id: int, settings: Mapping[str, JSON]) -> _Looked:
+        rows = store.proposals[image_id]
         stored = proposals = torch.from_numpy(rows.box)
         if settings["refine"] != "none":
             refine_iou, nms_iou = (float(str(settings[key])) for key in ("refine_iou", "nms_iou"))
@@ -128,9 +129,8 @@ def _confidence(confidence: NDArray[np.float32], guessed_novel: NDArray[np.bool_
     ]
 
 
-def _filters(store: Store, looked: Sequence[_Looked]) -> Table:
+def _filters(settings: Mapping[str, JSON], looked: Sequence[_Looked]) -> Table:
     """Proposals of some images that each filter dropped, as far as the store's rows and settings tell."""
-    settings = proposal_settings(store.manifest)
     base_iou, most = float(str(settings["base_iou"])), int(str(settings["max_regions"]))
     clear = np.array([int(clear_of_base(one.proposals, one.base, base_iou=base_iou).sum()) for one in looked], int)
     kept = np.array([len(one.regions) for one in looked], int)
