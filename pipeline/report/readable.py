@@ -33,7 +33,7 @@ class Part(Generic[T]):
 
 
 def readable(make: Callable[[], T]) -> Part[T]:
-    """What `make` makes; without content where its files are gone or damaged, after a warning."""
+    """Make a section; without content where its files are gone or damaged, after a warning."""
     try:
         return Part(make())
     except (

@@ -101,7 +101,7 @@ class _Looked(NamedTuple):
     stored: Tensor
     """Proposals as the store has them, (P, 4)."""
     proposals: Tensor
-    """Those that the filters got: after box voting, where there was any."""
+    """Proposals as the filters got them: after box voting, where there was any."""
     base: Tensor
     """Base boxes, (N, 4)."""
     regions: Tensor
