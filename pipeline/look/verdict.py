@@ -222,7 +222,8 @@ def _section(measured: Mapping[str, Any], objects: str) -> list[str]:
     said = [*verdict(measured, objects), placed(measured)]
     lines = [line for line in said if line]
     if measured["objects"].get("all"):
-        lines += ["", *aligned(*recall_table(measured)), "", *aligned(*size_table(measured))]
+        recall, sizes = recall_table(measured), size_table(measured)
+        lines += ["", *aligned(recall.head, recall.rows), "", *aligned(sizes.head, sizes.rows)]
     return lines
 
 

@@ -1,185 +1,277 @@
-"""Galleries of the report: detections, and regions that the teacher proposed, beside the ground truth."""
+"""Galleries of the report: failures, detections, and regions of the store, each beside the ground truth.
+
+A picture is the bare image, once; boxes are numbers that the page draws over it, so that they stay sharp at any size.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from contourpy import contour_generator
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from ezsd.cache import RegionRows, StoreError
+from ezsd.cache import RegionRows, Store
 from ezsd.data.annotations import Annotations
-from ezsd.data.masks import decode, parse_outline, to_run_lengths
-from ezsd.errors import AnnotationError
-from ezsd.pipeline.console.options import as_options
-from ezsd.pipeline.data.annotation_cache import evaluation_annotations
+from ezsd.data.masks import decode
+from ezsd.data.records import ImageRecord
 from ezsd.pipeline.data.datasets import Dataset
-from ezsd.pipeline.errors import DamagedFile, DatasetError, ImageError, RunError, is_of_a_place
-from ezsd.pipeline.extraction.annotation_check import checked_annotations
-from ezsd.pipeline.files import read_objects
-from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale, jpeg_url
-from ezsd.pipeline.report.run_data import RunData, run_store
+from ezsd.pipeline.inference.visualize import jpeg_url
+from ezsd.pipeline.report.outcomes import Judged
 
-log = logging.getLogger("ezsd")
-
-SHOWN_SCORE = 0.3
-"""Least score of a detection that is drawn, in [0, 1]."""
 SHOWN_DETECTIONS = 20
 """Most detections drawn per image, best first."""
 SHOWN_REGIONS = 10
 """Regions of the store drawn per image, best first."""
+PICTURE_SIDE = 640
+"""Long side of a picture, pixels; larger images are reduced to it."""
+PICTURE_BYTES = 90_000
+"""Most characters of a picture on the page: a page with all its pictures stays below 5 MB."""
 
-_PANEL_SIDE = 640
+_QUALITIES = (82, 74, 66, 58, 50)
+_OUTLINE_POINTS = 120
+"""Most points of the outlines of a mask, about."""
+_OUTLINES = 8
+"""Most outlines of a mask, the longest: one of scattered pixels has hundreds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """A box over a picture, in pixels of the image."""
+
+    name: str
+    novel: bool
+    note: str
+    """Words after the name: score, kind of error; "" for none."""
+    alarm: bool
+    """True for a wrong detection and a missed object."""
+    x: float
+    """Left edge; likewise `y`, the upper one."""
+    y: float
+    width: float
+    height: float
+    outlines: Sequence[str] = ()
+    """Outlines of the mask, as points of SVG's polygon."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """A drawn image."""
+    """The picture with marks over it."""
 
     title: str
-    names: Sequence[str]
-    """Classes of the boxes drawn."""
+    marks: Sequence[Mark]
+    """The most important first."""
+    empty: str
+    """Sentence for a panel without marks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A picture, and what is drawn over it."""
+
+    file_name: str
+    said: str
+    """Words after the file's name; "" for none."""
     address: str
     """The picture itself, as a data URL."""
     width: int
-    """Pixels."""
+    """Width of the image, pixels; marks are in these."""
     height: int
-    """Pixels."""
+    panels: Sequence[Panel]
 
 
-class PanelPair(NamedTuple):
-    """Ground truth of an image beside what was made of it."""
-
-    file_name: str
-    panels: tuple[Panel, Panel]
-
-
-class Gallery(NamedTuple):
-    """Pairs of panels, or the reason why there are none."""
-
-    figures: Sequence[PanelPair]
-    missing: str | None = None
+def failure_figures(found: Judged, dataset: Dataset, count: int) -> list[Figure]:
+    """Objects beside detections, of the `count` validation images with most errors."""
+    positions = {image: position for position, image in enumerate(found.truth.image_ids.tolist())}
+    return [
+        _judged_figure(found, dataset, positions[image], f"{_number(wrong, 'wrong detection')}, {gone} missed")
+        for image, wrong, gone in found.worst_images()[:count]
+    ]
 
 
-def readable_gallery(make: Callable[[], Sequence[PanelPair]]) -> Gallery:
-    """The gallery that `make` draws; without figures where its files are gone or damaged, after a warning."""
-    try:
-        return Gallery(make())
-    except (AnnotationError, DamagedFile, DatasetError, ImageError, RunError, StoreError, OSError) as error:
-        if isinstance(error, OSError) and not is_of_a_place(error):
-            raise
-        log.warning("report: no pictures: %s", error)
-        return Gallery((), as_options(str(error)))
+def detection_figures(found: Judged, dataset: Dataset, count: int) -> list[Figure]:
+    """Objects beside detections, of `count` validation images that are not selected by result."""
+    truth = found.truth
+    shows_novel = set(truth.image_id[truth.class_index >= found.base_count].tolist())
+    chosen = _novel_first(truth.image_ids.tolist(), shows_novel)[:count]
+    return [_judged_figure(found, dataset, position, "") for position in chosen]
 
 
-def detection_figures(main: RunData, dataset: Dataset, count: int) -> list[PanelPair]:
-    """Ground truth beside detections, of `count` validation images."""
-    by_image = _detections_by_image(main)
-    annotations, source = evaluation_annotations(dataset.annotations("val"), dataset.split), dataset.images("val")
-    figures = []
-    for position in _choose(annotations, range(len(annotations.images)), main.novel, count):
-        record = annotations.images[position]
-        pixels = source.read(record)
-        best = sorted(by_image.get(record.id, []), key=lambda entry: -entry["score"])[:SHOWN_DETECTIONS]
-        xywh = np.array([entry["bbox"] for entry in best], np.float32).reshape(-1, 4)
-        boxes = torch.from_numpy(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1))
-        captions = [f"{entry['name']} {entry['score']:.2f}" for entry in best]
-        names = [str(entry["name"]) for entry in best]
-        try:
-            masks = _masks(best, record.height, record.width)
-        except ValueError as error:
-            where = f"{main.run.folder / 'detections.json'}: image {record.id}"
-            raise DamagedFile(f"{where}: has a detection without a mask of its size: {error}") from error
-        truth = _truth_panel(pixels, annotations, position, main.novel)
-        figures.append(
-            PanelPair(
-                record.file_name, (truth, _panel("detections", pixels, boxes, names, main.novel, captions, masks))
+def _judged_figure(found: Judged, dataset: Dataset, position: int, said: str) -> Figure:
+    truth, results, outcomes = found.truth, found.results, found.shown
+    record = truth.images[position]
+    rows = np.flatnonzero(truth.image_id == record.id)
+    objects = [
+        _mark(
+            _corners(truth.xywh[row]),
+            record,
+            truth.split.names[truth.class_index[row]],
+            novel=bool(truth.class_index[row] >= found.base_count),
+            note="group" if truth.crowd[row] else "missed" if outcomes.missed[row] else "",
+            alarm=bool(outcomes.missed[row]),
+        )
+        for row in rows.tolist()
+    ]
+    detections = []
+    # The surest first, as they are sorted.
+    for place in np.flatnonzero(results.image_id[outcomes.row] == record.id)[:SHOWN_DETECTIONS].tolist():
+        row, kind = int(outcomes.row[place]), str(outcomes.kind[place])
+        on = truth.split.names[truth.class_index[outcomes.matched[place]]] if outcomes.matched[place] >= 0 else ""
+        with_object = f"{kind}: {on}" if kind.startswith("confused") else kind
+        detections.append(
+            _mark(
+                _corners(results.xywh[row]),
+                record,
+                truth.split.names[results.class_index[row]],
+                novel=bool(results.class_index[row] >= found.base_count),
+                note=f"{results.score[row]:.2f}, {with_object}",
+                alarm=kind not in ("right", "ignored"),
+                mask=None if results.masks is None else decode(results.masks[row], record.height, record.width),
             )
         )
-    return figures
+    panels = (
+        Panel(title="ground truth", marks=objects, empty="no object of these classes"),
+        Panel(title="detections", marks=detections, empty="no detection with that score"),
+    )
+    return _figure(dataset.images("val").read(record), record, said, panels)
 
 
-def _detections_by_image(main: RunData) -> dict[int, list[dict[str, Any]]]:
-    """Detections that are drawn, by image id, in COCO's form with the class by its name."""
-    path = main.run.folder / "detections.json"
-    if not path.is_file():
-        raise RunError(f"{path}: missing; `{main.command('eval')}` makes it")
-    by_image: dict[int, list[dict[str, Any]]] = {}
-    for entry in read_objects(path):
-        if not {"image_id", "name", "bbox", "score"} <= entry.keys():
-            raise DamagedFile(f"{path}: has a detection without image_id, name, bbox or score")
-        if entry["score"] >= SHOWN_SCORE:
-            by_image.setdefault(entry["image_id"], []).append(entry)
-    return by_image
-
-
-def _masks(entries: Sequence[dict[str, Any]], height: int, width: int) -> list[NDArray[np.bool_]] | None:
-    """Masks (H, W) of detections, None where none has one. ValueError when one lacks it or it has another size."""
-    if not any("segmentation" in entry for entry in entries):
-        return None
-    outlines = [parse_outline(entry.get("segmentation"), height, width) for entry in entries]
-    return [decode(to_run_lengths(outline, height, width), height, width) for outline in outlines]
-
-
-def region_figures(main: RunData, dataset: Dataset, count: int) -> list[PanelPair]:
-    """Ground truth beside the store's surest regions, of `count` training images."""
-    store = run_store(main)
-    checked_annotations(store, dataset)
-    annotations, source = evaluation_annotations(dataset.annotations("train"), dataset.split), dataset.images("train")
-    regions, (table, _) = store.regions, store.text
-    positions = [position for position, image_id in enumerate(annotations.images.id.tolist()) if image_id in regions]
+def region_figures(
+    store: Store, annotations: Annotations, dataset: Dataset, novel: frozenset[str], count: int
+) -> list[Figure]:
+    """Ground truth beside the store's most confident regions, of `count` training images not selected by result."""
+    (names, _), ids = store.text, store.image_ids.tolist()
+    position = {number: index for index, number in enumerate(annotations.images.id.tolist())}
+    novel_boxes = np.array([name in novel for name in annotations.names], np.bool_)[annotations.class_index]
+    shows_novel = set(annotations.images.id[annotations.image_index[novel_boxes]].tolist())
     figures = []
-    for position in _choose(annotations, positions, main.novel, count):
-        record = annotations.images[position]
-        pixels = source.read(record)
-        boxes, names = _best_regions(regions[record.id], table)
-        truth = _truth_panel(pixels, annotations, position, main.novel)
-        figures.append(
-            PanelPair(record.file_name, (truth, _panel("teacher's regions", pixels, boxes, names, main.novel)))
+    for place in _novel_first(ids, shows_novel)[:count]:
+        record = annotations.images[position[ids[place]]]
+        panels = (
+            Panel(
+                title="ground truth",
+                marks=_annotated(annotations, position[record.id], record, novel),
+                empty="no object of these classes",
+            ),
+            Panel(
+                title="teacher's regions",
+                marks=_regions(store.regions[record.id], names, record, novel),
+                empty="no region of this image was kept by the filters",
+            ),
         )
+        figures.append(_figure(dataset.images("train").read(record), record, "", panels))
     return figures
 
 
-def _best_regions(rows: RegionRows, table: Sequence[str]) -> tuple[Tensor, list[str]]:
-    """Boxes (n, 4) of the regions with the highest confidence, best first, and their predicted classes."""
-    order = np.argsort(-rows.score, kind="stable")[:SHOWN_REGIONS]
-    return torch.from_numpy(rows.box[order]), [table[index] for index in rows.class_index[order]]
-
-
-def _choose(annotations: Annotations, positions: Iterable[int], novel: frozenset[str], count: int) -> list[int]:
-    """The first images that show a novel object; the first others where those are too few."""
-    novel_boxes = np.array([name in novel for name in annotations.names])[annotations.class_index]
-    shows_novel = set(annotations.image_index[novel_boxes].tolist())
-    return sorted(positions, key=lambda position: (position not in shows_novel, position))[:count]
-
-
-def _truth_panel(pixels: Tensor, annotations: Annotations, position: int, novel: frozenset[str]) -> Panel:
+def _annotated(annotations: Annotations, position: int, record: ImageRecord, novel: frozenset[str]) -> list[Mark]:
     rows = annotations.rows(position)
     names = [annotations.names[index] for index in annotations.class_index[rows]]
-    pairs = zip(names, annotations.crowd[rows], strict=True)
-    captions = [f"{name} (group)" if crowd else name for name, crowd in pairs]
-    return _panel("ground truth", pixels, torch.tensor(annotations.box[rows]), names, novel, captions)
+    return [
+        _mark(box, record, name, novel=name in novel, note="group" if crowd else "", alarm=False)
+        for box, name, crowd in zip(annotations.box[rows].tolist(), names, annotations.crowd[rows], strict=True)
+    ]
 
 
-def _panel(
-    title: str,
-    pixels: Tensor,
-    boxes: Tensor,
-    names: Sequence[str],
-    novel: frozenset[str],
-    captions: Sequence[str] | None = None,
-    masks: Sequence[NDArray[np.bool_]] | None = None,
-) -> Panel:
-    """Draw boxes coloured by base and novel; captions are the names unless given."""
-    height, width = pixels.shape[1:]
-    scale = min(fit_scale(width, height), _PANEL_SIDE / max(width, height))
-    colours = [NOVEL_COLOUR if name in novel else BASE_COLOUR for name in names]
-    picture = draw_boxes(pixels, boxes, names if captions is None else captions, colours, scale=scale, masks=masks)
-    # Full colour resolution: thin coloured lines would smear.
-    address = jpeg_url(picture, quality=85, subsampling=0)
-    return Panel(title=title, names=names, address=address, width=picture.width, height=picture.height)
+def _regions(rows: RegionRows, names: Sequence[str], record: ImageRecord, novel: frozenset[str]) -> list[Mark]:
+    """The regions with the highest score, with the teacher's guess and its confidence."""
+    order = np.argsort(-rows.score, kind="stable")[:SHOWN_REGIONS].tolist()
+    guesses = [names[rows.class_index[row]] for row in order]
+    return [
+        _mark(
+            rows.box[row].tolist(),
+            record,
+            name,
+            novel=name in novel,
+            note=f"{rows.confidence[row]:.2f}",
+            alarm=False,
+        )
+        for row, name in zip(order, guesses, strict=True)
+    ]
+
+
+def _novel_first(ids: Iterable[int], shows_novel: set[int]) -> list[int]:
+    """Positions of images in their order, those with a novel object first."""
+    each = list(ids)
+    return sorted(range(len(each)), key=lambda position: (each[position] not in shows_novel, position))
+
+
+def _figure(pixels: Tensor, record: ImageRecord, said: str, panels: Sequence[Panel]) -> Figure:
+    return Figure(
+        file_name=record.file_name,
+        said=said,
+        address=picture_address(pixels),
+        width=record.width,
+        height=record.height,
+        panels=panels,
+    )
+
+
+def picture_address(pixels: Tensor) -> str:
+    """An image (3, H, W) uint8 as the data URL of a JPEG, of at most `PICTURE_BYTES` characters.
+
+    Busy images are compressed further, and then reduced.
+    """
+    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
+    while True:
+        for quality in _QUALITIES:
+            address = jpeg_url(picture, quality=quality)
+            if len(address) <= PICTURE_BYTES:
+                return address
+        picture = picture.resize(
+            (max(picture.width * 3 // 4, 1), max(picture.height * 3 // 4, 1)), Image.Resampling.LANCZOS
+        )
+
+
+def _mark(
+    corners: Sequence[float],
+    record: ImageRecord,
+    name: str,
+    *,
+    novel: bool,
+    note: str,
+    alarm: bool,
+    mask: NDArray[np.bool_] | None = None,
+) -> Mark:
+    """A box, given as xyxy and cut to the image."""
+    x1, y1, x2, y2 = corners
+    x1, x2 = (min(max(x, 0.0), float(record.width)) for x in (x1, x2))
+    y1, y2 = (min(max(y, 0.0), float(record.height)) for y in (y1, y2))
+    return Mark(
+        name=name,
+        novel=novel,
+        note=note,
+        alarm=alarm,
+        x=round(x1, 1),
+        y=round(y1, 1),
+        width=round(x2 - x1, 1),
+        height=round(y2 - y1, 1),
+        outlines=() if mask is None else outlines(mask),
+    )
+
+
+def outlines(mask: NDArray[np.bool_]) -> list[str]:
+    """Outlines of a mask (H, W), each as points of SVG's polygon in pixels of the image."""
+    # A rim of nothing closes outlines at the image's border.
+    lines = contour_generator(z=np.pad(mask, 1).astype(np.float64)).lines(0.5)
+    # Centres of pixels, shifted by the rim; the last point is the first.
+    rings = sorted((np.asarray(line)[:-1] - 0.5 for line in lines), key=lambda points: -len(points))[:_OUTLINES]
+    whole = sum(map(len, rings))
+    found = []
+    for points in rings:
+        most = max(4, _OUTLINE_POINTS * len(points) // whole)
+        kept = points[np.unique(np.linspace(0, len(points) - 1, most).round().astype(int))]
+        found.append(" ".join(f"{x:g},{y:g}" for x, y in kept.round(1).tolist()))
+    return found
+
+
+def _corners(xywh: NDArray[np.float64]) -> list[float]:
+    x, y, width, height = xywh.tolist()
+    return [x, y, x + width, y + height]
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

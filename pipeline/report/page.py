@@ -7,35 +7,56 @@ from pathlib import Path
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 
+from ezsd.cache import Store
+from ezsd.data.annotations import Annotations
 from ezsd.errors import EzsdError
+from ezsd.pipeline.data.annotation_cache import evaluation_annotations
+from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.errors import RunError
+from ezsd.pipeline.extraction.annotation_check import checked_annotations
 from ezsd.pipeline.files import write_text
 from ezsd.pipeline.inference.evaluate import run_dataset
 from ezsd.pipeline.inference.evaluation_tables import at_limit
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR
 from ezsd.pipeline.report import tables
-from ezsd.pipeline.report.curves import RUN_COLOURS, training_curves
+from ezsd.pipeline.report.class_charts import HEIGHT, LEAST_SCORE, MOST_CHARTS, WIDTH, class_charts
+from ezsd.pipeline.report.curves import training_curves, validation_curves
+from ezsd.pipeline.report.differences import difference_table, means_table
+from ezsd.pipeline.report.embedding_map import embedding_map
 from ezsd.pipeline.report.galleries import (
+    SHOWN_DETECTIONS,
     SHOWN_REGIONS,
-    SHOWN_SCORE,
     detection_figures,
-    readable_gallery,
+    failure_figures,
     region_figures,
 )
-from ezsd.pipeline.report.run_data import RunData, collect, dataset_label
+from ezsd.pipeline.report.outcomes import (
+    SHOWN_SCORE,
+    Judged,
+    ap50,
+    confusion,
+    judged,
+    kind_table,
+    threshold_advice,
+    threshold_table,
+)
+from ezsd.pipeline.report.readable import readable
+from ezsd.pipeline.report.run_data import RunData, collect, dataset_label, run_store
+from ezsd.pipeline.report.store_figures import store_figures
+from ezsd.pipeline.report.svg import RUN_COLOURS
 from ezsd.pipeline.runs.run import Run
 
 
 def write_report(run: Run, *, data_root: Path | None, compare: Sequence[Run] = (), images: int = 12) -> Path:
     """Write RUN/report.html and return its path.
 
-    Pictures whose images or store are gone are replaced by a sentence that says so.
+    A section whose detections, images or store are gone or others is replaced by a sentence that says so.
 
     Args:
         run: an evaluated run.
         data_root: folder of the images now; None takes the place recorded in the run.
         compare: other runs on the same dataset, for example one without distillation.
-        images: pictures in each of the two galleries.
+        images: pictures in each of the three galleries.
 
     Raises:
         RunError: the run is not evaluated yet, or a compared one is of another dataset.
@@ -80,24 +101,80 @@ def template(package: str, name: str) -> Template:
 def _page(runs: Sequence[RunData], data_root: Path | None, images: int) -> str:
     main = runs[0]
     assert main.evaluation is not None
+    results = tables.results(runs)
     return template("ezsd.pipeline.report", "page.html.j2").render(
         base_colour=BASE_COLOUR,
         novel_colour=NOVEL_COLOUR,
         run_colours=RUN_COLOURS,
-        shown_score=SHOWN_SCORE,
-        shown_regions=SHOWN_REGIONS,
         runs=runs,
         main=main,
         dataset=dataset_label(main),
         general=at_limit(main.evaluation, "generalised"),
-        results=tables.results(runs),
-        all_figures=tables.all_figures(main.evaluation),
-        detections=readable_gallery(lambda: detection_figures(main, run_dataset(main.run, data_root), images)),
-        regions=readable_gallery(lambda: region_figures(main, run_dataset(main.run, data_root), images)),
+        results=results,
+        differences=difference_table(runs, results["columns"]),
+        means=means_table(runs, results["columns"]),
+        all_figures=tables.all_figures(runs),
         accuracies=tables.accuracies(main),
         classes=tables.classes(runs),
         curves=training_curves(runs),
+        validations=validation_curves(runs),
         times=tables.times(runs),
         provenance=tables.provenance(main, data_root),
         commands=tables.commands(runs, data_root),
+        **_validation_parts(main, data_root, images),
+        **_store_parts(main, data_root, images),
     )
+
+
+def _validation_parts(main: RunData, data_root: Path | None, images: int) -> dict[str, object]:
+    """Sections about single detections, or the reason why there are none."""
+    dataset = readable(lambda: run_dataset(main.run, data_root))
+    found = dataset.then(lambda one: (judged(main, one), one))
+    return {
+        "shown_score": SHOWN_SCORE,
+        "shown_detections": SHOWN_DETECTIONS,
+        "least_score": LEAST_SCORE,
+        "most_charts": MOST_CHARTS,
+        "chart_size": (WIDTH, HEIGHT),
+        "errors": found.then(lambda one: _errors(one[0])),
+        "thresholds": found.then(lambda one: _thresholds(main, one[0])),
+        "failures": found.then(lambda one: failure_figures(*one, images)),
+        "detections": found.then(lambda one: detection_figures(*one, images)),
+    }
+
+
+def _errors(found: Judged) -> dict[str, object]:
+    return {
+        "kinds": kind_table(found),
+        "by_threshold": threshold_table(found),
+        "confusion": confusion(found),
+        "worst": len(found.worst_images()),
+        "images": len(found.truth.image_ids),
+        "detections": len(found.shown.row),
+    }
+
+
+def _thresholds(main: RunData, found: Judged) -> dict[str, object]:
+    return {
+        "charts": class_charts(found.curves, ap50(main), found.base_count),
+        "classes": sum(1 for curve in found.curves.values() if curve.objects),
+        "advice": threshold_advice(found.curves),
+    }
+
+
+def _store_parts(main: RunData, data_root: Path | None, images: int) -> dict[str, object]:
+    """Sections about the store and its teacher, or the reason why there are none."""
+
+    def opened(store: Store) -> tuple[Store, Annotations, Dataset]:
+        dataset = run_dataset(main.run, data_root)
+        checked_annotations(store, dataset)
+        return store, evaluation_annotations(dataset.annotations("train"), dataset.split), dataset
+
+    store = readable(lambda: run_store(main))
+    found = store.then(opened)
+    return {
+        "shown_regions": SHOWN_REGIONS,
+        "regions": found.then(lambda one: region_figures(*one, main.novel, images)),
+        "store": found.then(lambda one: store_figures(one[0], one[1], main.novel)),
+        "map": store.then(lambda one: embedding_map(one, main.novel)),
+    }

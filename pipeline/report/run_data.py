@@ -33,6 +33,8 @@ class RunData:
     """crops.json; None until `ezsd eval --crops`."""
     metrics: list[dict[str, float]]
     """Lines of metrics.jsonl."""
+    validation: list[dict[str, float]]
+    """Lines of validation.jsonl: AP50 by group while the run was trained; none where it did not validate."""
     seconds: dict[str, float]
     """Wall-clock time by stage."""
 
@@ -68,6 +70,7 @@ def collect(runs: Sequence[Run]) -> list[RunData]:
                 evaluation=_read_evaluation(folder, collected[0] if collected else None),
                 crops=read_table(folder / "crops.json"),
                 metrics=run.read_metrics(),
+                validation=run.read_validation(),
                 seconds=read_table(folder / "seconds.json") or {},
             )
         )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ezsd.cache import Manifest
@@ -35,6 +36,8 @@ class Table(NamedTuple):
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    notes: Mapping[str, str] = MappingProxyType({})
+    """Small print below the titles of some rows."""
 
 
 def percent(value: float | None) -> str:
@@ -65,8 +68,12 @@ def _differing_settings(main: RunData, compared: RunData) -> str:
     return "; ".join(differing) or "the same settings"
 
 
-def all_figures(evaluation: Mapping[str, object]) -> dict[str, Table]:
-    """Figures of all groups at every limit, by a title that says which."""
+def all_figures(runs: Sequence[RunData]) -> dict[str, dict[str, Table]]:
+    """Figures of all groups at every limit, by run and by a title that says which."""
+    return {run.label: _run_figures(run.evaluation) for run in runs if run.evaluation is not None}
+
+
+def _run_figures(evaluation: Mapping[str, object]) -> dict[str, Table]:
     found: dict[str, Table] = {}
     for (space, table), key in product(evaluated(evaluation).items(), ("at", "masks_at")):
         for scores in table.get(key, {}).values():
@@ -82,7 +89,7 @@ def all_figures(evaluation: Mapping[str, object]) -> dict[str, Table]:
 def _figures(title: str, scores: Mapping[str, Mapping[str, Any]]) -> Table:
     """AP and AR of groups or classes by their names."""
     rows = [[name, *(percent(one.get(key)) for key in COLUMNS), str(one["boxes"])] for name, one in scores.items()]
-    return Table([title, *COLUMNS.values(), "objects"], rows)
+    return Table([title, *(f"{column}, %" for column in COLUMNS.values()), "objects"], rows)
 
 
 def accuracies(main: RunData) -> Table:
@@ -99,7 +106,7 @@ def accuracies(main: RunData) -> Table:
                 str(crops["crops"][group]),
             ]
         rows.append([f"{group}, validation", *values])
-    return Table(["objects", "before", "after", "crops"], rows)
+    return Table(["objects", "right before, %", "right after, %", "crops"], rows)
 
 
 def classes(runs: Sequence[RunData]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ from ezsd.pipeline.inference.evaluation_tables import evaluate_results
 from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.process_environment import require_launcher
 from ezsd.pipeline.report import write_report
+from ezsd.pipeline.report.outcomes import judged
+from ezsd.pipeline.report.run_data import collect
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.train import TrainRequest, train
 from ezsd.pipeline.training.validation import require_validation
@@ -379,6 +381,9 @@ class Runs:
     def report(self, *compare: Run) -> None:
         write_report(self.run, images=0, data_root=None, compare=list(compare))
 
+    def judge(self) -> None:
+        judged(collect([self.run])[0], run_dataset(self.run, None))
+
     def load(self, run: str = "run", *overrides: str) -> None:
         load_trained(Run.open(self.folder / run), "cpu", overrides)
 
@@ -435,6 +440,13 @@ TABLE = [
         meet=lambda runs: runs.report(Run(runs.folder / "other")),
         message="figures of two ground truths cannot stand side by side: run `ezsd eval` again, both with the same",
         cure=lambda runs, _: [runs.evaluate(Run(runs.folder / name), data_root=runs.data) for name in ("run", "other")],
+    ),
+    Advice(
+        situation="a run whose annotations have changed since its evaluation",
+        prepare=lambda runs: runs.edit("eval.json", put("annotations", "sha256", "a1" * 32)),
+        meet=Runs.judge,
+        message=r"instances_val.json: has changed since the evaluation; run `ezsd eval --run \S+run` again$",
+        cure=lambda runs, _: runs.evaluate(),
     ),
     Advice(
         situation="a run that has not come to its end",

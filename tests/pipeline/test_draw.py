@@ -13,7 +13,6 @@ from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.inference import fonts
 from ezsd.pipeline.inference.detect import detect_images
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
-from ezsd.pipeline.report.galleries import _panel
 
 
 @pytest.fixture
@@ -85,13 +84,6 @@ def test_the_font_of_the_environment_comes_first(dejavu_alone, monkeypatch, tmp_
         monkeypatch.setenv(fonts.VARIABLE, str(tmp_path / name))
         with pytest.raises(ArgumentError, match=rf"EZSD_FONT=.*{name}: is not a font file"):
             drawn("circle")
-
-
-def test_the_report_says_once_what_it_cannot_write(dejavu_alone, caplog):
-    pixels, boxes = torch.full((3, 64, 64), 128, dtype=torch.uint8), torch.tensor([[4.0, 20, 60, 60]])
-    panels = [_panel("ground truth", pixels, boxes, [name], frozenset({name})) for name in ("圆形", "方形")]
-    assert panels[0].address != panels[1].address
-    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
 
 
 def test_detect_draws_names_without_boxes_in_another_colour(shapes_run, shapes_root, tmp_path, dejavu_alone):

@@ -17,7 +17,7 @@ import torch
 from jinja2 import UndefinedError
 from PIL import Image
 
-from ezsd.cache import RaggedRows, StoreWriter, commit_shard, write_block
+from ezsd.cache import RaggedRows, Store, StoreWriter, commit_shard, file_digest, write_block
 from ezsd.data.annotations import load_training
 from ezsd.data.shapes import SHAPES_SPLIT, scene
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset, to_tables
@@ -27,7 +27,10 @@ from ezsd.pipeline.extraction.provenance import describe
 from ezsd.pipeline.files import write_json
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes, fit_scale
 from ezsd.pipeline.report import write_report
-from ezsd.pipeline.report.galleries import readable_gallery
+from ezsd.pipeline.report.differences import paired, unpaired
+from ezsd.pipeline.report.embedding_map import embedding_map
+from ezsd.pipeline.report.galleries import PICTURE_BYTES, picture_address
+from ezsd.pipeline.report.readable import readable
 from ezsd.pipeline.report.run_data import dataset_label
 from ezsd.pipeline.report.tables import _drawn_options
 from ezsd.pipeline.runs.run import Run
@@ -45,11 +48,12 @@ CATEGORY = {name: number for number, name in enumerate(SHAPES_SPLIT.names, start
 class Page(HTMLParser):
     """Tags, texts and attributes of a page; fails where tags do not match."""
 
-    VOID = frozenset({"meta", "img"})
+    VOID = frozenset({"meta"})
 
     def __init__(self, text):
         super().__init__()
         self.open, self.tags, self.attributes, self.images = [], set(), [], []
+        self.panels, self.headings = [], []
         self.text, self.commands, self.cells, self.titles = "", "", [], []
         self.feed(text)
         self.close()
@@ -60,8 +64,10 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes += attrs
-        if tag == "img":
-            self.images.append(dict(attrs))
+        if tag == "svg" and self.open[-1:] == ["div"] and " in " in dict(attrs)["aria-label"]:
+            self.panels.append(dict(attrs)["aria-label"])
+        if tag == "th":
+            self.headings.append(dict(attrs))
         if tag not in self.VOID:
             self.open.append(tag)
             self.cells += [[]] if tag == "tr" else []
@@ -69,6 +75,8 @@ class Page(HTMLParser):
     def handle_startendtag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes += attrs
+        if tag == "image":
+            self.images.append(dict(attrs))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag, f"</{tag}> closes another element"
@@ -114,14 +122,15 @@ def manifest_of(root, **changes):
     return describe(dataset, annotations, config, {"name": "stand-in", **changes})
 
 
-def write_store(path, manifest):
-    """Twelve regions per image, guessed to be novel; the hostile name is the surest."""
+def write_store(path, manifest, *, regions=12):
+    """Twelve regions per image, guessed to be novel, or none; the hostile name is the surest."""
     width = len(NAMES)
     box = np.tile(np.array([[10, 10, 60, 60]], "f4"), (12 * IMAGES, 1)) + np.arange(12 * IMAGES, dtype="f4")[:, None]
     guess = np.tile(np.array([width - 1] + [BASE + 1] * 11, "i4"), IMAGES)
     score = np.tile(np.linspace(2, 1, 12, dtype="f4"), IMAGES)
     embedding = np.eye(width, dtype="f2")[guess]
-    regions = {"box": box, "score": score, "confidence": score / 3, "class_index": guess, "embedding": embedding}
+    kept = {"box": box, "score": score, "confidence": score / 3, "class_index": guess, "embedding": embedding}
+    kept = {name: values[: regions * IMAGES] for name, values in kept.items()}
     counts, none = np.full(IMAGES, 12, "i4"), np.zeros(IMAGES, "i4")
     nothing = {"box": box[:0], "class_index": guess[:0], "annotation_id": np.zeros(0, "i8"), "embedding": embedding[:0]}
     size = [128] * IMAGES
@@ -134,7 +143,7 @@ def write_store(path, manifest):
         writer.write_per_store("text", {"embedding": np.eye(width, dtype="f4")}, {"names": list(NAMES)})
         products = {
             "proposals": RaggedRows(counts=counts, fields={"box": box, "score": score}),
-            "regions": RaggedRows(counts=counts, fields=regions),
+            "regions": RaggedRows(counts=np.full(IMAGES, regions, "i4"), fields=kept),
             "ground_truth": RaggedRows(counts=none, fields=nothing),
         }
         write_block(path, writer.pending()[0], products)
@@ -168,6 +177,12 @@ def evaluation(names, base, novel):
     return {"detections": 2, "most_per_image": 2, "at": {"100": found}}
 
 
+def detection(image, name, bbox, score):
+    """A detection as `ezsd eval` writes it; the annotation file lacks the hostile name."""
+    number = CATEGORY.get(name, max(CATEGORY.values()) + 1)
+    return {"image_id": image, "category_id": number, "name": name, "bbox": bbox, "score": score}
+
+
 def write_run(folder, root, store, manifest, *, novel=0.361, steps=6, **loss):
     """A run folder as `ezsd train` and `ezsd eval` leave it."""
     settings = [
@@ -194,11 +209,11 @@ def write_run(folder, root, store, manifest, *, novel=0.361, steps=6, **loss):
     run.write_environment({**places, "teacher": teacher, "device": "cpu", "versions": versions})
     lines = [{"step": s + 1, "loss": 9.0 - s, "box": 0.5, "learning_rate": 0.1, "seconds": 2.0} for s in range(steps)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    digest = file_digest(root / "annotations/instances_val.json").sha256
     scores = {"generalised": evaluation(NAMES, 0.577, novel)}
-    scores |= {"limit": "100", "annotations": {"file": "instances_val.json", "sha256": "0"}}
+    scores |= {"limit": "100", "annotations": {"file": "instances_val.json", "sha256": digest}}
     write_json(folder / "eval.json", scores)
-    found = [{"image_id": 2, "name": NASTY, "bbox": [20, 20, 40, 40], "score": 0.9}]
-    found += [{"image_id": 2, "name": "gear", "bbox": [70, 70, 30, 30], "score": 0.29}]
+    found = [detection(2, NASTY, [20, 20, 40, 40], 0.9), detection(2, "gear", [70, 70, 30, 30], 0.29)]
     write_json(folder / "detections.json", found)
     run.record_seconds("train", 13)
     run.record_seconds("eval", 75.25)
@@ -356,8 +371,8 @@ def test_a_run_that_does_not_say_where_its_images_are_is_refused(home):
 def test_detections_without_a_score_are_said_and_no_more(home):
     write_json(home.run.folder / "detections.json", [{"image_id": 1}])
     page = Page(report(home, images=1))
-    assert "has a detection without image_id, name, bbox or score" in page.text
-    assert len(page.images) == 2
+    assert "detections.json: [0].category_id: expected the id of a category" in page.text
+    assert len(page.images) == 1
 
 
 def test_runs_of_two_datasets_are_not_compared(home):
@@ -388,7 +403,7 @@ def test_compared_runs_are_read_at_the_limit_of_the_main_one(home):
 
 
 def test_the_page_needs_nothing_from_outside(text, page):
-    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "a"}
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "img"}
     for name, value in page.attributes:
         assert not name.startswith("on")
         if name in ("src", "href"):
@@ -402,7 +417,15 @@ def test_the_page_needs_nothing_from_outside(text, page):
 def test_ids_are_unique_and_references_find_them(page):
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids)) > 10
-    assert {value[1:] for name, value in page.attributes if name == "href"} <= set(ids)
+    named = {value for name, value in page.attributes if name == "href" and not value.startswith("data:")}
+    named |= {f"#{value}" for name, value in page.attributes if name == "aria-labelledby"}
+    assert {value[1:] for value in named} <= set(ids)
+    assert "#failures" in named
+
+
+def test_tables_say_what_their_headings_are_of(page):
+    assert len(page.headings) > 100
+    assert all(heading.get("scope") in ("col", "row") for heading in page.headings)
 
 
 def test_names_of_classes_and_files_stay_text(text, page):
@@ -410,7 +433,7 @@ def test_names_of_classes_and_files_stay_text(text, page):
     assert NASTY in page.text
     assert NASTY_FILE in page.titles
     assert "b" not in page.tags
-    assert any(NASTY in image["alt"] and NASTY_FILE in image["alt"] for image in page.images)
+    assert any(NASTY in panel and NASTY_FILE in panel for panel in page.panels)
 
 
 def test_what_the_template_does_not_know_is_an_error(untouched, monkeypatch):
@@ -419,24 +442,29 @@ def test_what_the_template_does_not_know_is_an_error(untouched, monkeypatch):
         report(untouched)
 
 
-def test_pictures_prefer_novel_objects(page):
-    assert [title for title in page.titles if title.endswith(".png")] == [*FILES[1:], FILES[0]] * 2
+def test_pictures_that_are_not_selected_prefer_novel_objects(page):
+    shown = [title for title in page.titles if title.endswith(".png")]
+    assert shown[-2 * IMAGES :] == [*FILES[1:], FILES[0]] * 2
 
 
-def test_pictures_are_pairs_and_real(page):
-    shown = [image["alt"].split(" in ")[0] for image in page.images]
-    assert shown == ["ground truth", "detections"] * IMAGES + ["ground truth", "teacher's regions"] * IMAGES
+def test_pictures_are_the_bare_images_and_each_is_there_once_for_both_panels(page):
+    shown = [panel.split(" in ")[0] for panel in page.panels]
+    assert shown == ["ground truth", "detections"] * 2 * IMAGES + ["ground truth", "teacher's regions"] * IMAGES
+    assert len(page.images) == 3 * IMAGES
     for image in page.images:
-        data = base64.b64decode(image["src"].partition(",")[2])
+        data = base64.b64decode(image["href"].partition(",")[2])
         with Image.open(io.BytesIO(data)) as picture:
-            assert picture.size == (384, 384) == (int(image["width"]), int(image["height"]))
+            assert picture.size == (128, 128) == (int(image["width"]), int(image["height"]))
 
 
 def test_only_sure_detections_and_the_best_regions_are_drawn(page):
-    alts = {image["alt"].split(":")[0]: image["alt"].partition(": ")[2] for image in page.images}
-    assert alts[f"detections in {NASTY_FILE}"] == NASTY
-    assert alts["detections in 3.png"] == "nothing"
-    assert alts["teacher's regions in 3.png"] == ", ".join([NASTY] + ["ring"] * 9)
+    drawn = {panel.split(":")[0]: panel.partition(": ")[2] for panel in page.panels}
+    assert drawn[f"detections in {NASTY_FILE}"] == NASTY
+    assert drawn["detections in 3.png"] == "nothing"
+    assert drawn["teacher's regions in 3.png"] == ", ".join([NASTY] + ["ring"] * 9)
+    # The fixture's confidence is two thirds for the surest.
+    assert f"{NASTY} 0.67" in page.text
+    assert "no detection with that score" in page.text
 
 
 def test_the_same_run_gives_the_same_bytes(untouched, text):
@@ -453,6 +481,8 @@ def test_a_store_that_is_not_there_is_said_and_no_more(home, damage):
         write_store(home.store, manifest_of(home.root, more=1))
     page = Page(report(home, images=1))
     assert "No pictures: " in page.text
+    assert "No figures of the store: " in page.text
+    assert "No map: " in page.text
     assert str(home.store) in page.text
     assert len(page.images) == 2
     assert page.row("plain")[0] == "57.7"
@@ -460,23 +490,25 @@ def test_a_store_that_is_not_there_is_said_and_no_more(home, damage):
 
 def test_no_picture_is_left_out_for_a_bug():
     with pytest.raises(OSError, match="Bad file descriptor"):
-        readable_gallery(lambda: os.close(-1))
-    gallery = readable_gallery(lambda: Path("nowhere/image").read_bytes())
-    assert gallery.figures == ()
-    assert "nowhere/image" in gallery.missing
+        readable(lambda: os.close(-1))
+    part = readable(lambda: Path("nowhere/image").read_bytes())
+    assert part.content is None
+    assert "nowhere/image" in part.missing
+    assert part.then(len) == part
 
 
 def test_images_that_are_gone_are_said_and_no_more(home):
     home.root.rename(home.root.with_name("moved"))
     page = Page(report(home, images=1))
-    assert page.text.count("which is gone; give --data-root DIR") == 2
+    # Kinds of errors, two galleries, thresholds; regions and figures of the store.
+    assert page.text.count("which is gone; give --data-root DIR") == 6
     assert page.images == []
 
 
 def test_moved_images_are_found_by_data_root(home):
     moved = home.root.with_name("moved")
     home.root.rename(moved)
-    assert len(Page(report(home, images=1, data_root=moved)).images) == 4
+    assert len(Page(report(home, images=1, data_root=moved)).images) == 3
     with pytest.raises(DatasetError, match="gone"):
         report(home, data_root=home.root)
 
@@ -490,6 +522,7 @@ def test_another_dataset_in_the_same_place_shows_no_regions(home):
     page = Page(report(home, images=1))
     assert "made from other annotations" in page.text
     assert len(page.images) == 2
+    assert "component 1" in page.text
 
 
 def test_the_commands_make_the_same_settings(untouched, page):
@@ -536,6 +569,215 @@ def test_a_run_without_metrics_and_pictures_still_has_a_page(home):
     page = Page(report(home, compare=[]))
     assert "No metrics were recorded." in page.text
     assert page.images == []
+
+
+# Why
+
+
+def boxes_of(home, image):
+    """Names and boxes of a validation image."""
+    document = json.loads((home.root / "annotations/instances_val.json").read_text())
+    name = {number: name for name, number in CATEGORY.items()}
+    return [(name[one["category_id"]], one["bbox"]) for one in document["annotations"] if one["image_id"] == image]
+
+
+def detect(home, found):
+    """Give the run these detections."""
+    write_json(home.run.folder / "detections.json", found)
+    table = json.loads((home.run.folder / "eval.json").read_text())
+    table["generalised"]["detections"] = len(found)
+    write_json(home.run.folder / "eval.json", table)
+
+
+@pytest.fixture
+def failing(home):
+    """Image 1 is right, each object of image 4 is called a star, image 2 has a right one twice, image 3 is missed."""
+    first, fourth, second = (boxes_of(home, image) for image in (1, 4, 2))
+    found = [detection(1, name, box, 0.9) for name, box in first]
+    found += [detection(4, "star", box, 0.6) for _, box in fourth]
+    found += [detection(2, second[0][0], second[0][1], score) for score in (0.8, 0.7)]
+    found += [detection(3, "circle", [0, 0, 4, 4], 0.95), detection(3, "circle", [0, 0, 4, 4], 0.2)]
+    detect(home, found)
+    return SimpleNamespace(first=first, second=second, third=boxes_of(home, 3), fourth=fourth, home=home)
+
+
+def test_kinds_of_errors_are_counted_by_group(failing):
+    page = Page(report(failing.home))
+    assert "star" in NAMES[BASE:]
+    right, confused = len(failing.first) + 1, len(failing.fourth)
+    counted = right + confused + 2
+    every = sum(map(len, (failing.first, failing.second, failing.third, failing.fourth)))
+    missed = len(failing.third) + len(failing.second) - 1
+    assert page.row("right")[2] == f"{right} ({100 * right / counted:.1f})"
+    assert page.row("confused")[1:] == [
+        f"{confused} ({100 * confused / (confused + 2):.1f})",
+        f"{confused} ({100 * confused / counted:.1f})",
+    ]
+    assert page.row("doubled")[2] == f"1 ({100 / counted:.1f})"
+    assert page.row("background")[0] == f"1 ({100 / (len(failing.first) + 1):.1f})"
+    assert page.row("missed objects")[2] == f"{missed} ({100 * missed / every:.1f})"
+    # At 0.1 one more detection counts, at 0.5 as many as at 0.3.
+    assert page.row("background", "2") == ["1", "1"]
+
+
+def test_confused_classes_are_named_with_their_numbers(failing):
+    page = Page(report(failing.home))
+    taken = [name for name, _ in failing.fourth]
+    for name in taken:
+        assert page.row(name, "star")[0] == str(taken.count(name))
+    matrix = next(cells for cells in page.cells if cells[0].startswith("object is"))
+    column = matrix.index("star")
+    assert page.row("no object (background)")[column - 1] == "\u00b7"
+    rows = [cells for cells in page.cells if len(cells) == len(matrix) and cells[0] == taken[0]]
+    assert rows[0][column] == str(taken.count(taken[0]))
+
+
+def test_failures_come_first_and_the_page_says_how_they_were_selected(failing):
+    page = Page(report(failing.home, images=IMAGES))
+    errors = {4: len(failing.fourth), 3: len(failing.third) + 1, 2: len(failing.second)}
+    worst = sorted(errors, key=lambda image: (-errors[image], image))
+    shown = [title for title in page.titles if title.endswith(".png")]
+    assert shown[:3] == [FILES[image - 1] for image in worst]
+    assert "selected by result, to show failures; the next section is not. 3 of 4 images have an error." in page.text
+    assert f"0 wrong detections, {len(failing.third)} missed" not in page.text
+    assert f"1 wrong detection, {len(failing.third)} missed" in page.text
+    assert f"star 0.60, confused: {failing.fourth[0][0]}" in page.text
+
+
+def test_a_threshold_of_each_class_is_proposed(failing):
+    page = Page(report(failing.home))
+    name = failing.second[0][0]
+    count = sum(one == name for _, each in vars(failing).items() if isinstance(each, list) for one, _ in each)
+    row = page.row(name, "0.80")
+    assert row[:2] == ["100.0", f"{100 / count:.1f}"]
+    assert row[-1] == str(count)
+    assert f"precision over recall of {name}" in {v for n, v in page.attributes if n == "aria-label"}
+
+
+def test_annotations_and_detections_of_another_evaluation_are_not_judged(home):
+    write_json(home.run.folder / "detections.json", [detection(1, "star", [0, 0, 9, 9], 0.9)])
+    page = Page(report(home))
+    assert "has 1 detections, and 2 were evaluated; run ezsd eval --run" in page.text.replace("`", "")
+    place = home.root / "annotations/instances_val.json"
+    place.write_text(place.read_text() + " ")
+    assert "instances_val.json: has changed since the evaluation" in Page(report(home)).text
+
+
+def another_seed(home, name, source, seed, novel):
+    """A copy of a run that was trained with another seed, and has another novel AP50."""
+    shutil.copytree(source.folder, home.folder / name)
+    spec = source.spec
+    spec["config"]["train"]["seed"] = seed
+    write_json(home.folder / name / "run.json", spec)
+    table = json.loads((source.folder / "eval.json").read_text())
+    table["generalised"]["at"]["100"]["novel"]["AP50"] = novel
+    write_json(home.folder / name / "eval.json", table)
+    return Run.open(home.folder / name)
+
+
+def test_runs_of_several_seeds_are_compared_in_pairs_with_an_interval(home):
+    others = [
+        another_seed(home, "run4", home.run, 4, 0.401),
+        another_seed(home, "plain4", home.plain, 4, 0.071),
+        another_seed(home, "run5", home.run, 5, 0.5),
+    ]
+    page = Page(report(home, compare=[home.plain, *others]))
+    # Of novel classes +31.0 and +33.0 points: 32 +- 12.706 * 1.
+    label = "run, run4, run5 minus plain, plain4"
+    assert page.row(label) == [
+        "+0.0 [+0.0, +0.0]",
+        "+32.0 [+19.3, +44.7]",
+        "+15.5 [+15.5, +15.5]",
+        "3, 4, paired; without 5",
+    ]
+    assert page.row("run, run4, run5")[1] == "42.1 (36.1 to 50.0)"
+
+
+def test_one_pair_has_no_interval_and_no_common_seed_is_said(home):
+    assert Page(report(home)).row("run minus plain") == ["+0.0", "+31.0", "+15.5", "3; one seed, no interval"]
+    apart = another_seed(home, "plain4", home.plain, 4, 0.051)
+    row = Page(report(home, compare=[apart])).row("run minus plain4")
+    assert row[1:] == ["+31.0", "+15.5", "3 against 4, not paired; no interval"]
+
+
+def test_intervals_are_those_of_student_and_welch():
+    one = paired([1.0, 2.0, 4.0])
+    assert (one.mean, one.half) == (pytest.approx(7 / 3), pytest.approx(4.303 * np.std([1, 2, 4], ddof=1) / 3**0.5))
+    two = unpaired([1.0, 2.0, 3.0], [5.0, 7.0])
+    # Welch's degrees of freedom are 1.45: rounded down to 1.
+    assert (two.mean, two.half) == (-4, pytest.approx(12.706 * (1 / 3 + 1) ** 0.5))
+    assert paired([]) is None
+    assert unpaired([1.0], []) is None
+    assert unpaired([1.0], [2.0]).half is None
+
+
+def test_ap_over_the_steps_is_drawn_where_it_was_recorded(home, page):
+    assert "Not recorded: no run here has validated while it was trained" in page.text
+    lines = [{"step": step, "base": 0.5, "novel": None if step == 2 else 0.25, "all": 0.4} for step in (2, 4, 6)]
+    (home.run.folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = Page(report(home))
+    assert "Not recorded: no run here has validated" not in drawn.text
+    for group in ("base", "novel", "all"):
+        assert ("aria-label", f"AP50 of {group} classes in percent over training steps") in drawn.attributes
+
+
+def test_the_store_says_what_its_filters_dropped_and_what_it_does_not_record(page):
+    # 12 proposals in each of 4 images, no base box in the store, and as many regions as proposals.
+    assert page.row("proposals in the store") == ["48"]
+    assert page.row("on a base object (IoU 0.3 or more)") == ["0"]
+    assert page.row("taken for a base class by the teacher") == ["not recorded"]
+    assert page.row("kept as regions") == ["48"]
+    assert "48 regions of 4 training images; 0 images have none." in page.text
+    assert "component 1, " in page.text
+
+
+def test_an_image_without_a_region_says_so(home):
+    shutil.rmtree(home.store)
+    write_store(home.store, manifest_of(home.root), regions=0)
+    for run in (home.run, home.plain):
+        (run.folder / "stores.json").unlink(missing_ok=True)
+    page = Page(report(home, images=1))
+    assert "no region of this image was kept by the filters" in page.text
+    assert "4 images have none" in page.text
+    assert "The store has too few regions for a map." in page.text
+    assert page.row("by one of these two guesses") == ["48"]
+
+
+def test_recall_of_the_store_is_that_of_its_boxes(home):
+    document = json.loads((home.root / "annotations/instances_train.json").read_text())
+    base = sum(one["category_id"] - 5 < BASE for one in document["annotations"])
+    hit = {0.3: 0, 0.5: 0, 0.7: 0}
+    for one in document["annotations"]:
+        if one["category_id"] - 5 >= BASE:
+            x, y, w, h = one["bbox"]
+            # As `write_store` lays them out.
+            box = 12 * (one["image_id"] - 1) + np.arange(12)[:, None] + np.array([10, 10, 60, 60])
+            sides = np.minimum(box[:, 2:], [x + w, y + h]) - np.maximum(box[:, :2], [x, y])
+            inside = sides.clip(0).prod(1)
+            best = (inside / (2500 + w * h - inside)).max()
+            hit = {least: count + (best >= least) for least, count in hit.items()}
+    novel = len(document["annotations"]) - base
+    wanted = [*(f"{100 * count / novel:.1f}" for count in hit.values()), str(novel)]
+    page = Page(report(home))
+    assert page.row("novel objects, by regions") == wanted == page.row("novel objects, by proposals")
+    assert page.row("base objects, by proposals")[-1] == str(base)
+
+
+def test_the_map_tells_clusters_apart_and_is_drawn_alike_twice(untouched):
+    store = Store(untouched.store)
+    one, two = (embedding_map(store, frozenset(NAMES[BASE:])) for _ in range(2))
+    assert one.chart == two.chart
+    assert one.regions == 48
+    # Two guesses, each with one embedding: one component holds everything.
+    assert one.explained == (pytest.approx(1), pytest.approx(0, abs=1e-9))
+    assert [name for _, name, novel in one.labelled if novel] == list(NAMES[BASE:])
+
+
+def test_a_picture_of_any_image_stays_below_its_bound():
+    noise = torch.randint(0, 256, (3, 700, 900), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert len(picture_address(noise)) <= PICTURE_BYTES
+    # Three galleries of twelve, and more than a megabyte for all else.
+    assert 36 * PICTURE_BYTES < 3.5e6
 
 
 # Drawing
