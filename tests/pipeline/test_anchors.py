@@ -112,6 +112,7 @@ def test_a_region_that_two_modes_keep_has_one_embedding(mode, built):
     assert shared > 10
 
 
+@pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize("mode", MODES)
 def test_a_cheaper_store_is_the_same_from_two_workers(mode, built, shapes_dataset, grid_config, tmp_path):
     config = with_mode(grid_config, mode, anchor_fraction=0.4)
