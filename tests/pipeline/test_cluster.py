@@ -31,6 +31,8 @@ from ezsd.pipeline.scheduling.dask_cluster import (
     versions,
 )
 from ezsd.pipeline.scheduling.pool import Pool, Schedule
+from tests.commandkit import ezsd
+from tests.pipeline.forkkit import Fork
 from tests.pipeline.test_build import ROOT, build_command, files
 
 WAIT_SECONDS = 120
@@ -61,13 +63,12 @@ class Cluster:
         return self._start(command, environment)
 
     def _start(self, command, environment):
-        process = subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        if command[:2] == [sys.executable, "-m"] and own["PYTHONPATH"] == str(ROOT):
+            process = Fork(command[2:], self.folder, own)
+        else:
+            silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            process = subprocess.Popen(command, cwd=self.folder, env=own, **silent)
         self.processes.append(process)
         return process
 
@@ -294,6 +295,7 @@ def test_workers_that_vanish_while_they_are_looked_over_are_called_vanished(clus
         assert "going on with 0 others" in caplog.text
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_a_cluster_that_starts_workers_on_demand_is_waited_for(shapes_dataset, quick_config, shapes_store, tmp_path):
     """As a queueing system's: it has none until a task waits, and none once it has nothing to do."""
     from distributed import LocalCluster
@@ -308,9 +310,8 @@ def test_a_cluster_that_starts_workers_on_demand_is_waited_for(shapes_dataset, q
         silence_logs=50,
     ) as adaptive:
         adaptive.adapt(minimum=0, maximum=2, interval="100ms", wait_count=1)
-        command = build_command(shapes_dataset, quick_config, out, workers=0)
-        options = ["--scheduler", adaptive.scheduler_address, "--wait-for-workers", str(WAIT_SECONDS)]
-        done = finished([*command, *options], tmp_path)
+        words = build_command(shapes_dataset, quick_config, out, workers=0)[3:]
+        done = ezsd(*words, "--scheduler", adaptive.scheduler_address, "--wait-for-workers", WAIT_SECONDS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert files(out) == files(shapes_store)
 
