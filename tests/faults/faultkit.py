@@ -94,6 +94,34 @@ def without_rights():
     _call("capset", header, sets)
 
 
+def little_memory(size):
+    """From its first step on, a training may have `size` bytes of memory more than it has by then."""
+    from ezsd.pipeline.training.trainer import Trainer
+
+    step = Trainer.step
+
+    def narrow(trainer, batches, number):
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + size, -1))
+        return step(trainer, batches, number)
+
+    Trainer.step = narrow
+
+
+def no_look_at_shared_memory():
+    """A training begins to read without a look at the room in shared memory."""
+    import ezsd.pipeline.training.dataloader
+
+    ezsd.pipeline.training.dataloader._require_shared_memory = lambda *_: None
+
+
+def save_the_proposer_at_every_step():
+    """A build keeps the state of the network that it trains after every step, instead of every few minutes."""
+    import ezsd.pipeline.extraction.proposer
+
+    ezsd.pipeline.extraction.proposer.SAVE_SECONDS = 0
+
+
 def save_checkpoints(folder):
     """Save one checkpoint of a run after another, and say each on standard output, until somebody ends that."""
     import torch
@@ -145,7 +173,7 @@ def small_disk(folder, size):
     """A disk of `size` (as mount takes it) on a folder; skips the test where nothing may be mounted."""
     if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("nsenter") is None:
         pytest.skip("mounting a small disk needs root, unshare and nsenter")
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     script = 'mount -t tmpfs -o "size=$1" tmpfs "$2" && echo mounted && exec cat'
     command = ["unshare", "-m", "sh", "-c", script, "sh", size, str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
