@@ -13,12 +13,16 @@ demo: $(STAMP)
 # Tests of a file share fixtures that cost seconds, so a file goes to one process whole; in the order of their names, for the
 # files of few tests are the long ones, and would come last.
 PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Where Python writes no bytecode by itself (PYTHONDONTWRITEBYTECODE), each of hundreds of processes would compile what it loads.
+COMPILE := $(BIN)/python -m compileall -q ezsd cache pipeline cli.py tests
 
 test: lint
+	$(COMPILE)
 	$(PYTEST)
 
 # Tests marked slow too: more variants, more mutations and full sizes of what `make test` runs in small.
 test-long: lint
+	$(COMPILE)
 	$(PYTEST) -m "slow or not slow"
 
 # The long form of tests/faults, tens of minutes; another call goes on. FAULTS: options, see docs/faults.md.
