@@ -35,9 +35,9 @@ def started(*words, own_group=True, env=None, python=(), stdout=subprocess.PIPE)
     return process
 
 
-def begun(*words):
+def begun(*words, **environment):
     """An `ezsd` command that has loaded everything, for what comes after; in a process group of its own too."""
-    process = Begun(*words)
+    process = Begun(*words, **environment)
     RUNNING.append(process)
     return process
 
@@ -128,7 +128,7 @@ def stands_still(process):
 
 def stopped_at(failpoint, *words):
     """Exit code and words of a command at which Ctrl-C is pressed at a failpoint."""
-    process = started(*words, env={"EZSD_FAILPOINT": failpoint, "EZSD_FAILSIGNAL": "SIGSTOP"})
+    process = begun(*words, EZSD_FAILPOINT=failpoint, EZSD_FAILSIGNAL="SIGSTOP")
     talk = Talk(process)
     talk.wait_for(lambda: stands_still(process))
     press_ctrl_c(process)

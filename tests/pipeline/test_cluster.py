@@ -31,7 +31,7 @@ from ezsd.pipeline.scheduling.dask_cluster import (
     versions,
 )
 from ezsd.pipeline.scheduling.pool import Pool, Schedule
-from tests.commandkit import ezsd
+from tests import commandkit
 from tests.pipeline.forkkit import Fork
 from tests.pipeline.test_build import ROOT, build_command, files
 
@@ -311,7 +311,9 @@ def test_a_cluster_that_starts_workers_on_demand_is_waited_for(shapes_dataset, q
     ) as adaptive:
         adaptive.adapt(minimum=0, maximum=2, interval="100ms", wait_count=1)
         words = build_command(shapes_dataset, quick_config, out, workers=0)[3:]
-        done = ezsd(*words, "--scheduler", adaptive.scheduler_address, "--wait-for-workers", WAIT_SECONDS, cwd=tmp_path)
+        done = commandkit.ezsd(
+            *words, "--scheduler", adaptive.scheduler_address, "--wait-for-workers", WAIT_SECONDS, cwd=tmp_path
+        )
     assert done.returncode == 0, done.stderr
     assert files(out) == files(shapes_store)
 
