@@ -21,7 +21,7 @@ _CALLS = {"x86_64": {"fcntl": 72, "read": 0}, "aarch64": {"fcntl": 25, "read": 6
 """Numbers of system calls."""
 _NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER = 38, 22, 2
 _SET_LOCK = 6
-_NEW_NAMESPACE = 0x20000
+_NEW_NAMESPACE, _NEW_NETWORK = 0x20000, 0x40000000
 _FROM_FILES, _CAPABILITIES = 1 << 1 | 1 << 2, 0x20080522
 """CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH; the version of capget and capset."""
 
@@ -137,6 +137,13 @@ def save_checkpoints(folder):
             torch.nn.init.constant_(parameter, step)
         run.save(step, model, optimiser)
         print(step, flush=True)  # noqa: T201 - read by whoever kills it
+
+
+def in_network(name):
+    """See the network of a namespace that `ip netns add` has made, and no other."""
+    handle = os.open(f"/var/run/netns/{name}", os.O_RDONLY)
+    _call("setns", handle, _NEW_NETWORK)
+    os.close(handle)
 
 
 def inside(process):

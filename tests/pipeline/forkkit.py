@@ -10,14 +10,16 @@ import sys
 
 import dask
 
+from tests.faults.faultkit import in_network
+
 
 class Fork:
-    """`python WORDS...`, or `python -m WORDS...`, in a folder and with an environment."""
+    """`python WORDS...`, or `python -m WORDS...`, in a folder, with an environment; in a network namespace, if named."""
 
-    def __init__(self, words, folder, environment, *, output=os.devnull):
+    def __init__(self, words, folder, environment, *, output=os.devnull, network=None):
         context = multiprocessing.get_context("forkserver")
         words = [str(word) for word in words]
-        self._process = context.Process(target=_become, args=(words, str(folder), environment, str(output)))
+        self._process = context.Process(target=_become, args=(words, str(folder), environment, str(output), network))
         self._process.start()
 
     def poll(self):
@@ -34,7 +36,9 @@ class Fork:
         self._process.kill()
 
 
-def _become(words, folder, environment, output):
+def _become(words, folder, environment, output, network):
+    if network is not None:
+        in_network(network)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

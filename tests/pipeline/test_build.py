@@ -81,7 +81,10 @@ def test_names_with_equal_prompts_are_refused_before_re_normalisation(
     assert not [record for record in caplog.records if "re-normalised" in record.message]
 
 
-@pytest.mark.parametrize("point", ["whole.after_rename", "block.before_rename:2", "commit.before_rename"])
+@pytest.mark.parametrize(
+    "point",
+    ["whole.after_rename", "block.before_rename:2", pytest.param("commit.before_rename", marks=pytest.mark.slow)],
+)
 def test_a_killed_build_resumes_to_the_same_bytes(point, shapes_dataset, quick_config, shapes_store, tmp_path):
     out = tmp_path / "killed"
     words = build_command(shapes_dataset, quick_config, out, workers=1)[3:]

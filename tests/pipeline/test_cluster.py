@@ -39,36 +39,37 @@ WAIT_SECONDS = 120
 
 
 class Cluster:
-    """A scheduler, and workers beside it; `inside` begins the commands that put them elsewhere."""
+    """A scheduler, and workers beside it; `network`: a namespace that they are in."""
 
-    def __init__(self, folder, *, host="127.0.0.1", inside=(), **environment):
+    def __init__(self, folder, *, host="127.0.0.1", network=None, **environment):
         self.folder, self.processes = folder, []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.address = f"tcp://{host}:{port}"
         options = ("--host", host, "--port", str(port), "--no-dashboard")
-        self._begin = [*inside, *module("dask_scheduler"), *options], environment
+        self._begin = ["distributed.cli.dask_scheduler", *options], environment, network
         self.scheduler = self._start(*self._begin)
 
     def start_again(self):
         """Another scheduler in the place of one that has ended."""
         self.scheduler = self._start(*self._begin)
 
-    def worker(self, *options, host="127.0.0.1", inside=(), **environment):
+    def worker(self, *options, host="127.0.0.1", network=None, **environment):
         """One more worker; without a nanny, which would start it again when it dies."""
         own = ("--host", host, "--no-dashboard", "--no-nanny", "--local-directory", str(self.folder))
         threads = () if "--nthreads" in options else ("--nthreads", "1")
-        command = [*inside, *module("dask_worker"), self.address, *own, *threads, *options]
-        return self._start(command, environment)
+        words = ["distributed.cli.dask_worker", self.address, *own, *threads, *options]
+        return self._start(words, environment, network)
 
-    def _start(self, command, environment):
+    def _start(self, words, environment, network=None):
         own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-        if command[:2] == [sys.executable, "-m"] and own["PYTHONPATH"] == str(ROOT):
-            process = Fork(command[2:], self.folder, own)
-        else:
+        if "PYTHONPATH" in environment:
+            # Modules that a fork would have loaded from elsewhere.
             silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            process = subprocess.Popen(command, cwd=self.folder, env=own, **silent)
+            process = subprocess.Popen([sys.executable, "-m", *words], cwd=self.folder, env=own, **silent)
+        else:
+            process = Fork(words, self.folder, own, network=network)
         self.processes.append(process)
         return process
 
@@ -87,16 +88,6 @@ class Cluster:
         for process in self.processes:
             process.kill()
             process.wait()
-
-
-def finished(command, folder):
-    """A command of a process of its own, run to its end."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-
-
-def module(name):
-    return [sys.executable, "-m", f"distributed.cli.{name}"]
 
 
 @pytest.fixture(autouse=True)
@@ -323,7 +314,7 @@ def test_workers_as_an_ssh_cluster_starts_them_make_the_same_bytes(
 ):
     options = {"nthreads": 1, "memory_limit": 0, "local_directory": str(tmp_path), "dashboard": False}
     spec = json.dumps({number: {"cls": "distributed.Nanny", "opts": options} for number in range(2)})
-    cluster._start([*module("dask_spec"), cluster.address, "--spec", spec], {})
+    cluster._start(["distributed.cli.dask_spec", cluster.address, "--spec", spec], {})
     cluster.wait_for(2)
     out = tmp_path / "store"
     build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, scheduler=cluster.address))
@@ -459,7 +450,7 @@ def test_a_cluster_that_loses_all_workers_is_not_waited_for_for_ever(cluster, mo
 
 @pytest.fixture
 def two_networks(tmp_path):
-    """Commands that run what follows them in one of two network namespaces, joined by a cable, and their addresses."""
+    """Names of two network namespaces, joined by a cable, and their addresses."""
     names = [f"ezsd-{os.getpid()}-{side}" for side in "ab"]
     ends = [f"ez{os.getpid() % 10**6}{side}" for side in "ab"]
     addresses = ["10.231.7.1", "10.231.7.2"]
@@ -476,7 +467,7 @@ def two_networks(tmp_path):
                 subprocess.run(["ip", *step], check=True, capture_output=True)
             except (FileNotFoundError, subprocess.CalledProcessError) as error:
                 pytest.skip(f"no network namespaces can be made here: {error}")
-        yield [(["ip", "netns", "exec", name], address) for name, address in zip(names, addresses, strict=True)]
+        yield list(zip(names, addresses, strict=True))
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
@@ -487,13 +478,13 @@ def test_workers_in_another_network_make_the_same_bytes(
 ):
     """Scheduler and command in one network namespace, the workers in another: they share the disk alone."""
     (here, host), (across, other_host) = two_networks
-    cluster = Cluster(tmp_path, host=host, inside=here)
+    cluster = Cluster(tmp_path, host=host, network=here)
     try:
-        doomed = cluster.worker(host=other_host, inside=across, EZSD_FAILPOINT="block.half_written")
-        cluster.worker(host=other_host, inside=across)
+        doomed = cluster.worker(host=other_host, network=across, EZSD_FAILPOINT="block.half_written")
+        cluster.worker(host=other_host, network=across)
         out = tmp_path / "store"
-        command = build_command(shapes_dataset, quick_config, out, workers=0)
-        done = finished([*here, *command, "--scheduler", cluster.address], tmp_path)
+        words = [*build_command(shapes_dataset, quick_config, out, workers=0)[3:], "--scheduler", cluster.address]
+        done = commandkit.ezsd(*words, cwd=tmp_path, faults=[["in_network", here]])
         assert done.returncode == 0, done.stderr
         assert doomed.wait(WAIT_SECONDS) == -signal.SIGKILL
         assert files(out) == files(shapes_store)
