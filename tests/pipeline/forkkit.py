@@ -14,7 +14,7 @@ from tests.faults.faultkit import in_network
 
 
 class Fork:
-    """`python WORDS...`, or `python -m WORDS...`, in a folder, with an environment; in a network namespace, if named."""
+    """`python WORDS...`, or `python -m WORDS...`, in a folder, an environment and, if named, a network namespace."""
 
     def __init__(self, words, folder, environment, *, output=os.devnull, network=None):
         context = multiprocessing.get_context("forkserver")
