@@ -185,7 +185,7 @@ def test_a_kill_at_any_moment_is_survived(shapes_dataset, quick_config, shapes_s
         time.sleep(0.02)
     # Its workers are of its group.
     os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.wait()
     process.stdout.close()
     process.stderr.close()
     build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, workers=1))
