@@ -8,7 +8,7 @@ from ezsd.teacher.requirements import TINY_SHAPES
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_tokenizer():
-    # The packaged teacher's reads its 49,000 merges whenever the teacher is loaded: a fourth of the time of a small build.
+    # It reads 49,000 merges whenever the packaged teacher is loaded: a fourth of the time of a small build.
     made, make = [], open_clip.get_tokenizer
 
     def get(name="", *args, **options):
