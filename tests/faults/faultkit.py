@@ -94,20 +94,6 @@ def without_rights():
     _call("capset", header, sets)
 
 
-def little_memory(size):
-    """From its first step on, a training may have `size` bytes of memory more than it has by then."""
-    from ezsd.pipeline.training.trainer import Trainer
-
-    step = Trainer.step
-
-    def narrow(trainer, batches, number):
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + size, -1))
-        return step(trainer, batches, number)
-
-    Trainer.step = narrow
-
-
 def no_look_at_shared_memory():
     """A training begins to read without a look at the room in shared memory."""
     import ezsd.pipeline.training.dataloader
