@@ -5,15 +5,25 @@ BIN := $(VENV)/bin
 # Remade when the dependencies change.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test faults fuzz gpu-check lint clean
+.PHONY: demo test test-long faults fuzz gpu-check lint clean
 
 demo: $(STAMP)
 	$(BIN)/ezsd demo
 
 # Tests of a file share fixtures that cost seconds, so a file goes to one process whole; in the order of their names, for the
 # files of few tests are the long ones, and would come last.
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Where Python writes no bytecode by itself (PYTHONDONTWRITEBYTECODE), each of hundreds of processes would compile what it loads.
+COMPILE := $(BIN)/python -m compileall -q ezsd cache pipeline cli.py tests
+
 test: lint
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(COMPILE)
+	$(PYTEST)
+
+# Tests marked slow too: more variants, more mutations and full sizes of what `make test` runs in small.
+test-long: lint
+	$(COMPILE)
+	$(PYTEST) -m "slow or not slow"
 
 # The long form of tests/faults, tens of minutes; another call goes on. FAULTS: options, see docs/faults.md.
 faults: $(STAMP)

@@ -51,20 +51,12 @@ def ezsd(*words, cwd=None, timeout=240, faults=(), meanwhile=lambda process: Non
     `faults`: names of functions of tests/faults/faultkit.py with their arguments, called in the command's process.
     `meanwhile` is called with the command's process once it is there.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    words = [str(word) for word in words]
     with _lock:
-        server = _server()
-        out, err = os.pipe(), os.pipe()
-        request = json.dumps({"words": words, "cwd": str(cwd or ROOT), "environment": environment, "faults": faults})
-        socket.send_fds(server, [request.encode()], [out[1], err[1]])
-        os.close(out[1])
-        os.close(err[1])
+        server, process, *ends = _ask(words, cwd, faults, environment)
         texts = ["", ""]
-        readers = [threading.Thread(target=_read, args=(end[0], texts, n)) for n, end in enumerate((out, err))]
+        readers = [threading.Thread(target=_read, args=(end, texts, n)) for n, end in enumerate(ends)]
         for reader in readers:
             reader.start()
-        process = int(server.recv(64))
         meanwhile(process)
         server.settimeout(timeout)
         try:
@@ -78,6 +70,60 @@ def ezsd(*words, cwd=None, timeout=240, faults=(), meanwhile=lambda process: Non
         for reader in readers:
             reader.join()
     return subprocess.CompletedProcess(words, code, *texts)
+
+
+class Begun:
+    """A command that has begun, in a process group of its own as a shell starts it; used as a `subprocess.Popen` is.
+
+    No other command begins before it has ended.
+    """
+
+    def __init__(self, *words, cwd=None, faults=(), **environment):
+        self.args, self.returncode = words, None
+        _lock.acquire()
+        try:
+            self._server, self.pid, out, err = _ask(words, cwd, faults, environment, own_group=True)
+        except BaseException:
+            _lock.release()
+            raise
+        self.stdout, self.stderr = os.fdopen(out, encoding="utf-8"), os.fdopen(err, encoding="utf-8")
+        self._ending = threading.Thread(target=self._await)
+        self._ending.start()
+
+    def _await(self):
+        self.returncode = int(self._server.recv(64))
+        _lock.release()
+
+    def poll(self):
+        return self.returncode
+
+    def wait(self, timeout=None):
+        self._ending.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def _ask(words, cwd, faults, environment, *, own_group=False):
+    """Have the server begin a command: the server, the command's process, and its two outputs to be read."""
+    server = _server()
+    out, err = os.pipe(), os.pipe()
+    request = {"words": [str(word) for word in words], "cwd": str(cwd or ROOT), "faults": faults, "group": own_group}
+    request["environment"] = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    socket.send_fds(server, [json.dumps(request).encode()], [out[1], err[1]])
+    os.close(out[1])
+    os.close(err[1])
+    return server, int(server.recv(64)), out[0], err[0]
 
 
 def _read(end, texts, number):
@@ -122,7 +168,6 @@ def serve(number):
         if process == 0:
             asking.close()
             _become(json.loads(data), *streams)
-            return
         for stream in streams:
             os.close(stream)
         asking.send(str(process).encode())
@@ -133,6 +178,10 @@ def _become(request, out, err):
     """Be the command, in this process."""
     from ezsd import cli
 
+    if request["group"]:
+        os.setpgid(0, 0)
+        # A shell has Ctrl-C ignored by what it starts in the background, as these tests may be.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)
     os.dup2(err, 2)
@@ -146,4 +195,20 @@ def _become(request, out, err):
     for name, *arguments in request["faults"]:
         getattr(import_module("tests.faults.faultkit"), name)(*arguments)
     sys.argv = ["ezsd", *request["words"]]
-    cli.main()
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code or 0
+        if isinstance(code, str):
+            sys.stderr.write(f"{code}\n")
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    # As Python ends, but for the last part, which takes half a second of a core to free what torch has loaded.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

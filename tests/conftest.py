@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 from pathlib import Path
 
+import dask
 import pytest
 import torch
 from pycocotools import mask
@@ -51,6 +54,29 @@ def _own_cache_folder(tmp_path_factory):
 def _one_thread():
     # Tests share two cores; contended threads are slower than one.
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_readers(_one_thread):
+    # Reading processes are forks of a server: each would load for seconds what it need not if the server has it.
+    multiprocessing.set_forkserver_preload(
+        ["ezsd.pipeline.training.train", "ezsd.pipeline.extraction.worker", "distributed", "open_clip"]
+    )
+
+
+@pytest.fixture
+def warm_workers():
+    """Dask's worker processes are forks of that server too, instead of loading all anew.
+
+    For tests of what workers make; how they are started is that of test_build.py, test_schedule.py and every command.
+    """
+    # Before Dask has the server load a list of its own.
+    multiprocessing.forkserver.ensure_running()
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 from PIL import Image
 
+from ezsd.teacher.requirements import open_clip_models
 from tests.commandkit import ezsd
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,44 +122,69 @@ def test_what_an_error_quotes_cannot_command_a_terminal_nor_fill_it(tmp_path):
     assert len(done.stderr) < 5000
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["eval", "--run", "nowhere"],
-        ["eval", "--detections", "nowhere.json", "--annotations", "nowhere.json"],
-        ["detect", "nowhere.png", "--run", "nowhere", "--classes", "ring"],
-        ["detect", "nowhere.png", "--run", "nowhere", "--classes", "ring,ring"],
-        ["report", "--run", "nowhere"],
-        ["train", "--cache", "nowhere"],
-        ["train", "--cache", "nowhere", "--device", "tpu"],
-        ["data", "check", "--dataset", "cocoa"],
-        ["data", "voc", "--root", "nowhere", "--out", "b"],
-        ["data", "convert", "nowhere", "--out", "b"],
-        ["data", "split", "nowhere.json", "--out", "b"],
-        ["cache", "build", "--dataset", "cocoa"],
-        ["cache", "build", "--dataset", "coco", "--data-root", "nowhere"],
-        ["cache", "build", "--dataset", "shapes", "--preset", "shape"],
-        ["cache", "build", "--dataset", "shapes", "--set", "train.stepps=3"],
-        ["cache", "build", "--dataset", "shapes", "--teacher", "ViT-B-23", "--weights", "openai"],
-        ["cache", "build", "--dataset", "shapes", "--set", "proposer.backbone=timm:resnet10x"],
-        ["cache", "build", "--dataset", "shapes", "--device", "tpu"],
-        ["cache", "commit", "nowhere"],
-        ["cache", "repair", "nowhere"],
-    ],
-)
-def test_arguments_are_refused_before_torch_is_loaded(arguments, tmp_path):
-    """Seconds sooner than after it."""
-    code = f"""
-import sys
+BARE = """
+import contextlib, io, json, os, sys
 from ezsd import cli
-sys.argv[1:] = {arguments!r}
-try:
-    cli.main()
-except SystemExit as end:
-    print(end.code, "torch" in sys.modules)
+for words, folder in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        os.chdir(folder)
+        sys.argv[1:] = words
+        code = 0
+        # What is said is told with the rest.
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                cli.main()
+            except SystemExit as end:
+                code = end.code or 0
+        print(json.dumps([code, "torch" in sys.modules, out.getvalue(), err.getvalue()]), flush=True)
+        os._exit(0)
+    os.wait()
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert result.stdout == "2 False\n"
+
+
+def from_bare(*commands, folder=ROOT):
+    """Exit code, whether torch is loaded, and both outputs of commands: forks of an interpreter without torch."""
+    asked = json.dumps([[list(map(str, words)), str(folder)] for words in commands])
+    done = python(BARE, arguments=[asked], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(commands), done.stderr
+    return answers
+
+
+REFUSED = [
+    ["eval", "--run", "nowhere"],
+    ["eval", "--detections", "nowhere.json", "--annotations", "nowhere.json"],
+    ["detect", "nowhere.png", "--run", "nowhere", "--classes", "ring"],
+    ["detect", "nowhere.png", "--run", "nowhere", "--classes", "ring,ring"],
+    ["report", "--run", "nowhere"],
+    ["train", "--cache", "nowhere"],
+    ["train", "--cache", "nowhere", "--device", "tpu"],
+    ["data", "check", "--dataset", "cocoa"],
+    ["data", "voc", "--root", "nowhere", "--out", "b"],
+    ["data", "convert", "nowhere", "--out", "b"],
+    ["data", "split", "nowhere.json", "--out", "b"],
+    ["cache", "build", "--dataset", "cocoa"],
+    ["cache", "build", "--dataset", "coco", "--data-root", "nowhere"],
+    ["cache", "build", "--dataset", "shapes", "--preset", "shape"],
+    ["cache", "build", "--dataset", "shapes", "--set", "train.stepps=3"],
+    ["cache", "build", "--dataset", "shapes", "--teacher", "ViT-B-23", "--weights", "openai"],
+    ["cache", "build", "--dataset", "shapes", "--set", "proposer.backbone=timm:resnet10x"],
+    ["cache", "build", "--dataset", "shapes", "--device", "tpu"],
+    ["cache", "commit", "nowhere"],
+    ["cache", "repair", "nowhere"],
+]
+
+
+@pytest.fixture(scope="module")
+def refused():
+    return from_bare(*REFUSED)
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)), ids=map(" ".join, REFUSED))
+def test_arguments_are_refused_before_torch_is_loaded(number, refused):
+    """Seconds sooner than after it."""
+    assert refused[number][:2] == [2, False], refused[number]
 
 
 @pytest.mark.parametrize(
@@ -187,48 +214,30 @@ def test_the_package_by_itself_loads_nothing_heavy():
 
 
 def test_the_names_of_open_clips_models_are_known_without_it():
-    code = "from ezsd.teacher.requirements import open_clip_models as m; f = m(); import open_clip as o; "
-    done = python(code + "print(f == sorted(o.list_models()), f == sorted(m()))", capture_output=True)
-    assert done.stdout == "True True\n", done.stderr
+    code = "import json, sys; from ezsd.teacher.requirements import open_clip_models; print("
+    code += "json.dumps([open_clip_models(), 'open_clip' in sys.modules]))"
+    done = python(code, capture_output=True)
+    known, is_loaded = json.loads(done.stdout)
+    assert not is_loaded
+    assert known == sorted(open_clip.list_models()) == sorted(open_clip_models())
 
 
 STORES = {"info": ["cache/whole"], "ls": ["cache"], "verify": ["cache/whole", "--deep"]}
 
 
-@pytest.mark.parametrize("command", STORES)
-def test_looking_at_stores_loads_no_torch(command, shapes_store, tmp_path):
+def test_looking_at_stores_loads_no_torch(shapes_store, tmp_path):
     shutil.copytree(shapes_store, tmp_path / "cache/whole")
-    code = """if True:
-    import sys
-    from ezsd import cli
-    sys.argv = ["ezsd", "cache", *sys.argv[1:]]
-    try:
-        cli.main()
-    except SystemExit as end:
-        print(end.code or 0, "torch" in sys.modules)
-    """
-    for arguments, exit_code in ((STORES[command], 0), (["nowhere"], 2)):
-        words = [sys.executable, "-c", code, command, *arguments]
-        here = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=here, check=True)
-        assert done.stdout.splitlines()[-1] == f"{exit_code} False", done.stderr
+    wanted = {("cache", command, *words): 0 for command, words in STORES.items()}
+    wanted |= {("cache", command, "nowhere"): 2 for command in STORES}
+    for words, answer in zip(wanted, from_bare(*wanted, folder=tmp_path), strict=True):
+        assert answer[:2] == [wanted[words], False], (words, answer)
 
 
 def test_a_results_file_is_evaluated_and_written_without_torch(shapes_run, shapes_root, tmp_path):
     found, truth = shapes_run.folder / "detections.json", shapes_root / "annotations/instances_val.json"
     arguments = ["eval", "--detections", found, "--annotations", truth, "--base", "circle,square"]
-    arguments = [str(word) for word in [*arguments, "--out", tmp_path / "figures.json"]]
-    code = f"""
-import sys
-from ezsd import cli
-sys.argv[1:] = {arguments!r}
-try:
-    cli.main()
-except SystemExit as end:
-    print(end.code, "torch" in sys.modules, file=sys.stderr)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert result.stderr.splitlines()[-1] == "0 False"
+    ((code, is_loaded, *said),) = from_bare([*arguments, "--out", tmp_path / "figures.json"])
+    assert (code, is_loaded) == (0, False), said
     assert (tmp_path / "figures.json").is_file()
 
 
@@ -414,8 +423,8 @@ def test_train_refuses_a_store_whose_annotations_have_changed(shapes_store, shap
     assert not (tmp_path / "run").exists()
 
 
-def python(code, *, env=None, **options):
-    words = [sys.executable, "-c", code]
+def python(code, *, arguments=(), env=None, **options):
+    words = [sys.executable, "-c", code, *arguments]
     return subprocess.run(words, cwd=ROOT, env={**os.environ, **(env or {})}, text=True, check=False, **options)
 
 

@@ -99,6 +99,18 @@ FRAGMENT = re.compile(
 """First words of a docstring that only the text around it explains, or that begin a clause instead of a phrase."""
 
 
+def listed(function):
+    """All that a generator gives of a module, gone through once: several tests ask for it."""
+    return functools.cache(lambda path: tuple(function(path)))
+
+
+@functools.cache
+def nodes(path):
+    """Nodes of a module's syntax tree."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))))
+
+
+@functools.cache
 def sources(part):
     """All modules of one of the parts."""
     single = ROOT / f"{part}.py"
@@ -122,15 +134,16 @@ def module_name(path):
 MODULES = {module_name(path): (part, path) for part in PARTS for path in sources(part)}
 
 
+@listed
 def imported_modules(path):
     """Our own modules that a module imports, at any depth of it, but for those that only a type checker sees."""
     unseen = {
         below
-        for node in ast.walk(tree(path))
+        for node in nodes(path)
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for below in ast.walk(node)
     }
-    for node in set(ast.walk(tree(path))) - unseen:
+    for node in set(nodes(path)) - unseen:
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
@@ -146,14 +159,10 @@ def room(module):
     return part, rest[0] if rest else ""
 
 
-@functools.cache
-def tree(path):
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
+@listed
 def imported(path):
     """Top-level package of every import in a module, at any depth of it."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -173,9 +182,10 @@ def called(node):
     return ".".join([at.id, *reversed(parts)]) if isinstance(at, ast.Name) else ""
 
 
+@listed
 def once_only(path):
     """The uses in a module of what is done in one place."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if not isinstance(node, ast.Call):
             continue
         name = called(node)
@@ -196,7 +206,7 @@ def dangers(path):
     for name in imported(path):
         if name in RUNS_CODE:
             yield f"imports {name}"
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if not isinstance(node, ast.Call):
             continue
         name = called(node)
@@ -208,11 +218,12 @@ def dangers(path):
             yield f"line {node.lineno}: allow_pickle"
 
 
+@listed
 def texts(path):
     """Texts of a module with "{}" for what is put in, but for docstrings, each with its line."""
-    docstrings = {node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Expr)}
-    parts = {part for node in ast.walk(tree(path)) if isinstance(node, ast.JoinedStr) for part in node.values}
-    for node in set(ast.walk(tree(path))) - docstrings - parts:
+    docstrings = {node.value for node in nodes(path) if isinstance(node, ast.Expr)}
+    parts = {part for node in nodes(path) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in set(nodes(path)) - docstrings - parts:
         if isinstance(node, ast.JoinedStr):
             yield node.lineno, "".join(one.value if isinstance(one, ast.Constant) else "{}" for one in node.values)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -223,13 +234,13 @@ def fragments(path):
     """Docstrings, of attributes too, that begin with `FRAGMENT`, but for "See `Base.method`." on overrides."""
     of_base = {
         method.body[0]
-        for node in ast.walk(tree(path))
+        for node in nodes(path)
         if isinstance(node, ast.ClassDef)
         for base in map(ast.unparse, node.bases)
         for method in node.body
         if isinstance(method, ast.FunctionDef) and (ast.get_docstring(method) or "").startswith(f"See `{base}.")
     }
-    for node in set(ast.walk(tree(path))) - of_base:
+    for node in set(nodes(path)) - of_base:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             text = node.value.value
             if FRAGMENT.match(text):
@@ -248,7 +259,7 @@ def openings(path):
     for name in imported_whole(path):
         if name.startswith(("torchvision.io", "cv2", "imageio", "skimage.io", "matplotlib.image")):
             yield f"imports {name}"
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Call):
             name = called(node)
             if name in ("Image.open", "PIL.Image.open", "ImageFile.Parser") or name.endswith("exif_transpose"):
@@ -257,7 +268,7 @@ def openings(path):
 
 def imported_whole(path):
     """Full names of modules and of what is taken from them."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -384,7 +395,7 @@ def test_the_work_reaches_the_store_by_its_face(part):
     files = {"COMMIT.json", "entry.json", "manifest.json", "zarr.json"}
     for path in sources(part):
         inner = [name for name in imported_modules(path) if name.startswith("ezsd.cache.")]
-        named = [node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Constant) and node.value in files]
+        named = [node.value for node in nodes(path) if isinstance(node, ast.Constant) and node.value in files]
         assert (inner, named) == ([], []), path.relative_to(ROOT)
 
 

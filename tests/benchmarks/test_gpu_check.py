@@ -228,7 +228,8 @@ def test_a_command_ends_in_time_with_its_processes_of_other_sessions(gpu_check, 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        ([BENCHMARKS / "kernel.py", "--help"], 0, "--rounds"),
+        # As test_scripts.py does with every script.
+        pytest.param([BENCHMARKS / "kernel.py", "--help"], 0, "--rounds", marks=pytest.mark.slow),
         (["-m", "pytest", "CASES_ALONE", "tests/kernels/gpu_cases.py"], 2, "needs a GPU"),
     ],
 )

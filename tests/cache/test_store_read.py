@@ -431,8 +431,17 @@ def test_checksums_hold_for_an_array_read_through_zarr_too(finished, copy):
 # Processes
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-@pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "spawn"), (2, "forkserver")])
+@pytest.mark.parametrize(
+    ("workers", "method", "at_once"),
+    [
+        *((0, None, at_once) for at_once in (False, True)),
+        *((2, "fork", at_once) for at_once in (False, True)),
+        (2, "spawn", False),
+        (2, "forkserver", True),
+        pytest.param(2, "spawn", True, marks=pytest.mark.slow),
+        pytest.param(2, "forkserver", False, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_data_loader_reads_the_same_however_its_workers_start(finished, workers, method, at_once):
     store = Store(finished)

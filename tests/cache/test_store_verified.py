@@ -321,7 +321,9 @@ def large(tmp_path_factory, finished):
     return path
 
 
-@pytest.mark.parametrize(("soft", "hard"), [(1024, 1024), (64, 64), (64, 1024), (8192, 8192)])
+@pytest.mark.parametrize(
+    ("soft", "hard"), [(64, 64), (64, 1024), *(pytest.param(n, n, marks=pytest.mark.slow) for n in (1024, 8192))]
+)
 def test_a_thousand_shards_an_array_are_read_with_few_descriptors(large, soft, hard):
     assert len(list((large / "regions/score/c").iterdir())) == IMAGES
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

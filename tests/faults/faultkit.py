@@ -21,7 +21,7 @@ _CALLS = {"x86_64": {"fcntl": 72, "read": 0}, "aarch64": {"fcntl": 25, "read": 6
 """Numbers of system calls."""
 _NO_NEW_PRIVILEGES, _SET_SECCOMP, _FILTER = 38, 22, 2
 _SET_LOCK = 6
-_NEW_NAMESPACE = 0x20000
+_NEW_NAMESPACE, _NEW_NETWORK = 0x20000, 0x40000000
 _FROM_FILES, _CAPABILITIES = 1 << 1 | 1 << 2, 0x20080522
 """CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH; the version of capget and capset."""
 
@@ -94,6 +94,20 @@ def without_rights():
     _call("capset", header, sets)
 
 
+def no_look_at_shared_memory():
+    """A training begins to read without a look at the room in shared memory."""
+    import ezsd.pipeline.training.dataloader
+
+    ezsd.pipeline.training.dataloader._require_shared_memory = lambda *_: None
+
+
+def save_the_proposer_at_every_step():
+    """A build keeps the state of the network that it trains after every step, instead of every few minutes."""
+    import ezsd.pipeline.extraction.proposer
+
+    ezsd.pipeline.extraction.proposer.SAVE_SECONDS = 0
+
+
 def save_checkpoints(folder):
     """Save one checkpoint of a run after another, and say each on standard output, until somebody ends that."""
     import torch
@@ -109,6 +123,13 @@ def save_checkpoints(folder):
             torch.nn.init.constant_(parameter, step)
         run.save(step, model, optimiser)
         print(step, flush=True)  # noqa: T201 - read by whoever kills it
+
+
+def in_network(name):
+    """See the network of a namespace that `ip netns add` has made, and no other."""
+    handle = os.open(f"/var/run/netns/{name}", os.O_RDONLY)
+    _call("setns", handle, _NEW_NETWORK)
+    os.close(handle)
 
 
 def inside(process):
@@ -145,7 +166,7 @@ def small_disk(folder, size):
     """A disk of `size` (as mount takes it) on a folder; skips the test where nothing may be mounted."""
     if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("nsenter") is None:
         pytest.skip("mounting a small disk needs root, unshare and nsenter")
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     script = 'mount -t tmpfs -o "size=$1" tmpfs "$2" && echo mounted && exec cat'
     command = ["unshare", "-m", "sh", "-c", script, "sh", size, str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -87,7 +87,7 @@ FAULTS = {
         "a bit of any file is flipped",
         "each is found by its file's name, and none is read as data",
         (
-            f"{STORE}repair.py::test_a_thousand_flipped_bits_are_found_with_file_rows_and_images",
+            f"{STORE}repair.py::test_flipped_bits_are_found_with_file_rows_and_images",
             f"{STORE}verified.py::test_no_flipped_bit_is_ever_read_as_data",
             f"{STORE}damage.py::test_a_flipped_bit_in_the_commit_mark_is_found",
             f"{STORE}damage.py::test_a_block_with_a_flipped_bit_is_set_aside_at_the_commit_and_done_again",

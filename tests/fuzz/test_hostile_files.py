@@ -1,6 +1,7 @@
 """Hostile files of every kind, in the fast form of `make fuzz`: an answer, or an error of ezsd, and nothing else."""
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from tests.fuzz.mutate import Chance, packed, unpacked
 from tests.fuzz.targets import BY_NAME
 
 CASES = Path(__file__).parent / "cases"
+PART = 3
+"""One in so many of the mutations is tried; the others with `-m slow`."""
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +34,25 @@ def target(tmp_path_factory):
     return find
 
 
+def require_answers(target, numbers):
+    for number in numbers:
+        try:
+            target.run(target.example(number))
+        except Finding as finding:
+            raise AssertionError(f"example {number} of {target.name}: {finding}\n{finding.trace}") from None
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_mutations_of_sound_files_are_an_answer_or_one_line(target, name):
     one = target(name)
-    for number in range(one.examples):
-        try:
-            one.run(one.example(number))
-        except Finding as finding:
-            raise AssertionError(f"example {number} of {name}: {finding}\n{finding.trace}") from None
+    require_answers(one, range(one.examples // PART))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_NAME)
+def test_more_mutations_are_an_answer_or_one_line(target, name):
+    one = target(name)
+    require_answers(one, range(one.examples // PART, one.examples))
 
 
 @pytest.mark.parametrize("case", sorted(CASES.rglob("*.case")), ids=lambda case: f"{case.parent.name}-{case.stem}")
@@ -163,16 +177,11 @@ def test_errors_of_ezsd_and_of_places_are_answers(tmp_path):
     assert [one.partition(":")[0] for one in refused] == ["ImageError", "FileNotFoundError", "ImageError"]
 
 
-def test_the_long_form_without_atheris_says_what_to_install(tmp_path):
-    code = "import sys; sys.modules['atheris'] = None; import fuzz; sys.exit(fuzz.main())"
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "benchmarks"), str(root)])}
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--work", str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "pip install 'ezsd[fuzz]'" in done.stderr
+def test_the_long_form_without_atheris_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+    monkeypatch.setitem(sys.modules, "atheris", None)
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--work", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("fuzz").main()
+    assert ended.value.code == 2
+    assert "pip install 'ezsd[fuzz]'" in capsys.readouterr().err

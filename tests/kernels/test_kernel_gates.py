@@ -32,7 +32,7 @@ MANY = {"regions": 1000, "bins": 1, "channels": 63, "dim": 512}
 """Loss gradients of size 1 / R, the smallest that gpu_cases.py has."""
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -26,13 +26,13 @@ def run(arguments, **environment):
     return done.stdout
 
 
-def run_cases(name, **environment):
-    report = run(["-m", "pytest", str(HERE / name), "-p", "no:cacheprovider", "-rs"], **environment)
+def run_cases(name, *options, **environment):
+    report = run(["-m", "pytest", str(HERE / name), "-p", "no:cacheprovider", "-rs", *options], **environment)
     if "skipped" in report:
         pytest.skip(report)
 
 
-# Each of the next two is a whole suite in a process of its own, half a minute of a core that may be shared.
+# Each of the next ones is a whole suite in a process of its own.
 @pytest.mark.timeout(1200)
 @needs_triton
 def test_interpreted_kernels_equal_the_reference():
@@ -43,6 +43,16 @@ def test_interpreted_kernels_equal_the_reference():
 @needs_triton
 def test_kernels_compile_for_gpus_within_their_limits(tmp_path):
     run_cases("compiled_cases.py", TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@needs_triton
+@pytest.mark.parametrize("cases", ["compiled_cases.py", "interpreted_cases.py"])
+def test_kernels_of_every_other_type_shape_and_gpu_do_too(cases, tmp_path):
+    """What the two above leave out for its time."""
+    interpreted = {"TRITON_INTERPRET": "1"} if cases == "interpreted_cases.py" else {}
+    run_cases(cases, "-m", "slow", TRITON_CACHE_DIR=str(tmp_path), **interpreted)
 
 
 # A GPU as far as Triton asks; what it finds missing beside it is really missing.

@@ -12,11 +12,12 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from ezsd.cli import app
+from tests.commandkit import Begun
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_SECONDS = 250
 RUNNING = []
-"""Commands that `started` has begun."""
+"""Commands that `started` and `begun` have begun."""
 
 
 def started(*words, own_group=True, env=None, python=(), stdout=subprocess.PIPE):
@@ -30,6 +31,13 @@ def started(*words, own_group=True, env=None, python=(), stdout=subprocess.PIPE)
         text=True,
         process_group=0 if own_group else None,
     )
+    RUNNING.append(process)
+    return process
+
+
+def begun(*words, **environment):
+    """An `ezsd` command that has loaded everything, for what comes after; in a process group of its own too."""
+    process = Begun(*words, **environment)
     RUNNING.append(process)
     return process
 
@@ -120,7 +128,7 @@ def stands_still(process):
 
 def stopped_at(failpoint, *words):
     """Exit code and words of a command at which Ctrl-C is pressed at a failpoint."""
-    process = started(*words, env={"EZSD_FAILPOINT": failpoint, "EZSD_FAILSIGNAL": "SIGSTOP"})
+    process = begun(*words, EZSD_FAILPOINT=failpoint, EZSD_FAILSIGNAL="SIGSTOP")
     talk = Talk(process)
     talk.wait_for(lambda: stands_still(process))
     press_ctrl_c(process)

@@ -112,7 +112,8 @@ def test_a_region_that_two_modes_keep_has_one_embedding(mode, built):
     assert shared > 10
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("warm_workers")
+@pytest.mark.parametrize("mode", [pytest.param(MODES[0], marks=pytest.mark.slow), *MODES[1:]])
 def test_a_cheaper_store_is_the_same_from_two_workers(mode, built, shapes_dataset, grid_config, tmp_path):
     config = with_mode(grid_config, mode, anchor_fraction=0.4)
     build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "two", workers=2))

@@ -84,6 +84,7 @@ def test_re_normalisation_leaves_out_as_many_and_says_which(build, files, tmp_pa
     assert store.teacher[1]["left_out_images"] == list(store.bad_images)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_workers_leave_out_the_same_images(build, files, tmp_path):
     damage(files[0])
     files[9].unlink()
@@ -93,7 +94,7 @@ def test_workers_leave_out_the_same_images(build, files, tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("bad", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_images_in_flight_on_a_gpu_change_no_byte(bad, build, files, tmp_path, monkeypatch):
     for file in files[2 : 2 + bad]:
         damage(file)

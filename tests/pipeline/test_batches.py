@@ -2,67 +2,36 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.commandkit import ezsd
+from tests.faults.faultkit import small_disk
+
 ROOT = Path(__file__).resolve().parents[2]
-
-# A mount is seen by the processes of its own namespace alone, and goes with them.
-SMALL = """
-import subprocess, sys
-from ezsd import cli
-import ezsd.pipeline.training.dataloader
-
-# Reading processes look at this file too.
-if __name__ == "__main__":
-    size, seen = sys.argv.pop(1), sys.argv.pop(1)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"]).returncode:
-        sys.exit(77)
-    if seen == "unseen":
-        ezsd.pipeline.training.dataloader._require_shared_memory = lambda *_: None
-    cli.main()
-"""
-
-
-def in_small_shared_memory(size, seen, script, *words):
-    if shutil.which("unshare") is None or os.geteuid() != 0:
-        pytest.skip("mounting a small /dev/shm needs root and unshare")
-    done = subprocess.run(
-        ["unshare", "-m", sys.executable, str(script), size, seen, *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    if done.returncode == 77:
-        pytest.skip("this user may not mount a small /dev/shm")
-    return done
 
 
 @pytest.mark.parametrize("seen", ["seen", "unseen"])
 def test_too_little_shared_memory_is_one_line_and_its_advice_trains(seen, shapes_store, tmp_path):
     """Looked at before the first step; and where that was too hopeful, no batch is lost and waited for."""
-    script = tmp_path / "small.py"
-    script.write_text(SMALL)
     words = ["train", "--cache", shapes_store, "--run", tmp_path / "run", "--device", "cpu"]
     for setting in ("steps=2", "batch_size=4", "min_size=512", "max_size=512", "num_workers=2"):
         words += ["--set", f"train.{setting}"]
-    done = in_small_shared_memory("2m", seen, script, *words)
-    assert done.returncode == 2, done.stderr
-    said = done.stderr.strip().splitlines()[-1]
-    assert said.startswith("ezsd: /dev/shm: "), done.stderr
-    assert ("5 batches of 3 MB are under way at once" if seen == "seen" else "has no room") in said
-    assert "docker run --shm-size=SIZE" in said
-    assert "Traceback" not in done.stderr
-    (cure,) = re.findall(r"(train\.num_workers=0) ", said)
-    done = in_small_shared_memory("2m", seen, script, *words, "--set", cure)
-    assert done.returncode == 0, done.stderr
+    with small_disk(Path("/dev/shm"), "2m") as disk:
+        faults = [*disk.faults, *([["no_look_at_shared_memory"]] if seen == "unseen" else [])]
+        done = ezsd(*words, faults=faults)
+        assert done.returncode == 2, done.stderr
+        said = done.stderr.strip().splitlines()[-1]
+        assert said.startswith("ezsd: /dev/shm: "), done.stderr
+        assert ("5 batches of 3 MB are under way at once" if seen == "seen" else "has no room") in said
+        assert "docker run --shm-size=SIZE" in said
+        assert "Traceback" not in done.stderr
+        (cure,) = re.findall(r"(train\.num_workers=0) ", said)
+        done = ezsd(*words, "--set", cure, faults=faults)
+        assert done.returncode == 0, done.stderr
 
 
 ODD = """

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.vocabulary import Split
+from tests.commandkit import Begun, ezsd
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOT_COMPARED = {"environment.json", "build.log"}
@@ -81,12 +81,14 @@ def test_names_with_equal_prompts_are_refused_before_re_normalisation(
     assert not [record for record in caplog.records if "re-normalised" in record.message]
 
 
-@pytest.mark.parametrize("point", ["whole.after_rename", "block.before_rename:2", "commit.before_rename"])
+@pytest.mark.parametrize(
+    "point",
+    ["whole.after_rename", "block.before_rename:2", pytest.param("commit.before_rename", marks=pytest.mark.slow)],
+)
 def test_a_killed_build_resumes_to_the_same_bytes(point, shapes_dataset, quick_config, shapes_store, tmp_path):
     out = tmp_path / "killed"
-    command = build_command(shapes_dataset, quick_config, out, workers=1)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "EZSD_FAILPOINT": point}
-    killed = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=False)
+    words = build_command(shapes_dataset, quick_config, out, workers=1)[3:]
+    killed = ezsd(*words, cwd=tmp_path, EZSD_FAILPOINT=point)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with pytest.raises(StoreIncomplete):
         Store(out)
@@ -176,17 +178,16 @@ def test_limit_takes_the_first_images(shapes_dataset, quick_config, tmp_path):
 
 def test_a_kill_at_any_moment_is_survived(shapes_dataset, quick_config, shapes_store, tmp_path):
     out = tmp_path / "random"
-    command = build_command(shapes_dataset, quick_config, out, workers=2)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, env=environment, cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
-    )
+    process = Begun(*build_command(shapes_dataset, quick_config, out, workers=2)[3:], cwd=tmp_path)
     journal = out / "journal"
     deadline = time.monotonic() + 120
     while not list(journal.glob("block-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
+    # Its workers are of its group.
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    process.stdout.close()
+    process.stderr.close()
     build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, workers=1))
     assert files(out) == files(shapes_store)
 

@@ -31,43 +31,45 @@ from ezsd.pipeline.scheduling.dask_cluster import (
     versions,
 )
 from ezsd.pipeline.scheduling.pool import Pool, Schedule
+from tests import commandkit
+from tests.pipeline.forkkit import Fork
 from tests.pipeline.test_build import ROOT, build_command, files
 
 WAIT_SECONDS = 120
 
 
 class Cluster:
-    """A scheduler, and workers beside it; `inside` begins the commands that put them elsewhere."""
+    """A scheduler, and workers beside it; `network`: a namespace that they are in."""
 
-    def __init__(self, folder, *, host="127.0.0.1", inside=(), **environment):
+    def __init__(self, folder, *, host="127.0.0.1", network=None, **environment):
         self.folder, self.processes = folder, []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.address = f"tcp://{host}:{port}"
         options = ("--host", host, "--port", str(port), "--no-dashboard")
-        self._begin = [*inside, *module("dask_scheduler"), *options], environment
+        self._begin = ["distributed.cli.dask_scheduler", *options], environment, network
         self.scheduler = self._start(*self._begin)
 
     def start_again(self):
         """Another scheduler in the place of one that has ended."""
         self.scheduler = self._start(*self._begin)
 
-    def worker(self, *options, host="127.0.0.1", inside=(), **environment):
+    def worker(self, *options, host="127.0.0.1", network=None, **environment):
         """One more worker; without a nanny, which would start it again when it dies."""
         own = ("--host", host, "--no-dashboard", "--no-nanny", "--local-directory", str(self.folder))
         threads = () if "--nthreads" in options else ("--nthreads", "1")
-        command = [*inside, *module("dask_worker"), self.address, *own, *threads, *options]
-        return self._start(command, environment)
+        words = ["distributed.cli.dask_worker", self.address, *own, *threads, *options]
+        return self._start(words, environment, network)
 
-    def _start(self, command, environment):
-        process = subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+    def _start(self, words, environment, network=None):
+        own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        if "PYTHONPATH" in environment:
+            # Modules that a fork would have loaded from elsewhere.
+            silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            process = subprocess.Popen([sys.executable, "-m", *words], cwd=self.folder, env=own, **silent)
+        else:
+            process = Fork(words, self.folder, own, network=network)
         self.processes.append(process)
         return process
 
@@ -86,16 +88,6 @@ class Cluster:
         for process in self.processes:
             process.kill()
             process.wait()
-
-
-def finished(command, folder):
-    """A command of a process of its own, run to its end."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
-
-
-def module(name):
-    return [sys.executable, "-m", f"distributed.cli.{name}"]
 
 
 @pytest.fixture(autouse=True)
@@ -294,6 +286,7 @@ def test_workers_that_vanish_while_they_are_looked_over_are_called_vanished(clus
         assert "going on with 0 others" in caplog.text
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_a_cluster_that_starts_workers_on_demand_is_waited_for(shapes_dataset, quick_config, shapes_store, tmp_path):
     """As a queueing system's: it has none until a task waits, and none once it has nothing to do."""
     from distributed import LocalCluster
@@ -308,9 +301,10 @@ def test_a_cluster_that_starts_workers_on_demand_is_waited_for(shapes_dataset, q
         silence_logs=50,
     ) as adaptive:
         adaptive.adapt(minimum=0, maximum=2, interval="100ms", wait_count=1)
-        command = build_command(shapes_dataset, quick_config, out, workers=0)
-        options = ["--scheduler", adaptive.scheduler_address, "--wait-for-workers", str(WAIT_SECONDS)]
-        done = finished([*command, *options], tmp_path)
+        words = build_command(shapes_dataset, quick_config, out, workers=0)[3:]
+        done = commandkit.ezsd(
+            *words, "--scheduler", adaptive.scheduler_address, "--wait-for-workers", WAIT_SECONDS, cwd=tmp_path
+        )
     assert done.returncode == 0, done.stderr
     assert files(out) == files(shapes_store)
 
@@ -320,7 +314,7 @@ def test_workers_as_an_ssh_cluster_starts_them_make_the_same_bytes(
 ):
     options = {"nthreads": 1, "memory_limit": 0, "local_directory": str(tmp_path), "dashboard": False}
     spec = json.dumps({number: {"cls": "distributed.Nanny", "opts": options} for number in range(2)})
-    cluster._start([*module("dask_spec"), cluster.address, "--spec", spec], {})
+    cluster._start(["distributed.cli.dask_spec", cluster.address, "--spec", spec], {})
     cluster.wait_for(2)
     out = tmp_path / "store"
     build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, scheduler=cluster.address))
@@ -456,7 +450,7 @@ def test_a_cluster_that_loses_all_workers_is_not_waited_for_for_ever(cluster, mo
 
 @pytest.fixture
 def two_networks(tmp_path):
-    """Commands that run what follows them in one of two network namespaces, joined by a cable, and their addresses."""
+    """Names of two network namespaces, joined by a cable, and their addresses."""
     names = [f"ezsd-{os.getpid()}-{side}" for side in "ab"]
     ends = [f"ez{os.getpid() % 10**6}{side}" for side in "ab"]
     addresses = ["10.231.7.1", "10.231.7.2"]
@@ -473,7 +467,7 @@ def two_networks(tmp_path):
                 subprocess.run(["ip", *step], check=True, capture_output=True)
             except (FileNotFoundError, subprocess.CalledProcessError) as error:
                 pytest.skip(f"no network namespaces can be made here: {error}")
-        yield [(["ip", "netns", "exec", name], address) for name, address in zip(names, addresses, strict=True)]
+        yield list(zip(names, addresses, strict=True))
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
@@ -484,13 +478,13 @@ def test_workers_in_another_network_make_the_same_bytes(
 ):
     """Scheduler and command in one network namespace, the workers in another: they share the disk alone."""
     (here, host), (across, other_host) = two_networks
-    cluster = Cluster(tmp_path, host=host, inside=here)
+    cluster = Cluster(tmp_path, host=host, network=here)
     try:
-        doomed = cluster.worker(host=other_host, inside=across, EZSD_FAILPOINT="block.half_written")
-        cluster.worker(host=other_host, inside=across)
+        doomed = cluster.worker(host=other_host, network=across, EZSD_FAILPOINT="block.half_written")
+        cluster.worker(host=other_host, network=across)
         out = tmp_path / "store"
-        command = build_command(shapes_dataset, quick_config, out, workers=0)
-        done = finished([*here, *command, "--scheduler", cluster.address], tmp_path)
+        words = [*build_command(shapes_dataset, quick_config, out, workers=0)[3:], "--scheduler", cluster.address]
+        done = commandkit.ezsd(*words, cwd=tmp_path, faults=[["in_network", here]])
         assert done.returncode == 0, done.stderr
         assert doomed.wait(WAIT_SECONDS) == -signal.SIGKILL
         assert files(out) == files(shapes_store)

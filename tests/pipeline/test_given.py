@@ -51,6 +51,7 @@ def same(first, second):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=f"{image_id} {name}")
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_its_own_proposals_given_back_make_the_same_regions(build, shapes_store, with_settings, boxes_file):
     given = build(with_settings(proposals={"boxes": str(boxes_file)}), "given", reuse=shapes_store, workers=2)
     own = Store(shapes_store)

@@ -125,7 +125,7 @@ def test_xmp_and_unknown_orientations(tmp_path):
 # The whole way: a dataset whose files are turned gives what the same upright files give
 
 
-@pytest.fixture(scope="module", params=["square", "lying"])
+@pytest.fixture(scope="module", params=["lying", pytest.param("square", marks=pytest.mark.slow)])
 def pair(request, shapes_root, tmp_path_factory):
     """Two datasets of the same pictures: upright, and stored in all eight orientations."""
     upright, turned = (tmp_path_factory.mktemp(request.param) / name / "shapes" for name in ("upright", "turned"))

@@ -2,12 +2,8 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +41,7 @@ from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
 from ezsd.pipeline.scheduling.job_array import Share
 from ezsd.pipeline.scheduling.pool import Schedule
 from ezsd.pipeline.training.train import TrainRequest, train
+from tests.commandkit import ezsd
 from tests.conftest import QUICK
 
 LEARNED = (
@@ -57,7 +54,6 @@ LEARNED = (
 )
 
 
-ROOT = Path(__file__).resolve().parents[2]
 UNCOMMITTED = ("environment.json", "build.log")
 
 
@@ -116,6 +112,7 @@ def test_the_teacher_is_shown_no_more_crops_than_proposals_and_base_objects(shap
     assert report.crops <= 12 * report.images + objects
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_two_workers_make_the_same_bytes(learned_store, shapes_dataset, config, tmp_path):
     build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "two", workers=2))
     assert committed(tmp_path / "two") == committed(learned_store)
@@ -444,23 +441,15 @@ def test_seesaw_counts_and_repeat_factors_know_no_pseudo_label(learned_store, tm
     assert torch.equal(*counts)
 
 
-SAVING = "import ezsd.pipeline.extraction.proposer as p; p.SAVE_SECONDS = 0; import ezsd.cli; ezsd.cli.main()"
-
-
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_training_killed_between_steps_goes_on_to_the_same_bytes(
     damaged, learned_store, shapes_dataset, config, tmp_path, caplog
 ):
     out = tmp_path / "store"
-    words = ["cache", "build", "--dataset", "shapes", "--data-root", str(shapes_dataset.root), "--out", str(out)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "EZSD_FAILPOINT": "unfinished.before_rename:3"}
-    killed = subprocess.run(
-        [sys.executable, "-c", SAVING, *words, *(word for setting in LEARNED for word in ("--set", setting))],
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        check=False,
-    )
+    words = ["cache", "build", "--dataset", "shapes", "--data-root", shapes_dataset.root, "--out", out]
+    words += [word for setting in LEARNED for word in ("--set", setting)]
+    faults = [["save_the_proposer_at_every_step"]]
+    killed = ezsd(*words, cwd=tmp_path, faults=faults, EZSD_FAILPOINT="unfinished.before_rename:3")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (state,) = out.glob("journal/unfinished-proposer-*")
     assert state.name == "unfinished-proposer-00000002"

@@ -77,34 +77,55 @@ def test_regions_of_photos_are_looked_at(photo_store, photos, tmp_path):
     assert page.read_text().count("<img ") == 2
 
 
+SMALL = {
+    "embed_dim": 24,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3},
+}
+
+
+def test_clip_from_a_local_file(photos, tmp_path):
+    (tmp_path / "clip-of-photos.json").write_text(json.dumps(SMALL))
+    open_clip.add_model_config(tmp_path / "clip-of-photos.json")
+    # Two for each layer, and one or two about them.
+    require_a_store(photos, tmp_path, "clip-of-photos", vision=(6, 32), text=(7, 16), embed_dim=24)
+
+
+@pytest.mark.slow
 def test_clip_at_full_size_from_a_local_file(photos, tmp_path):
     """ViT-B/32 with QuickGELU as OpenAI's is; only the quality of the weights is missing."""
+    require_a_store(photos, tmp_path, "ViT-B-32-quickgelu", vision=(26, 768), text=(25, 512), embed_dim=512)
+
+
+def require_a_store(photos, folder, name, *, vision, text, embed_dim):
+    """A store of two photos whose teacher is a random CLIP; its LayerNorms are given by tower as count and width."""
     torch.manual_seed(0)
-    model = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
-    save_file(model.state_dict(), tmp_path / "clip.safetensors")
+    model = open_clip.create_model(name, pretrained=None)
+    save_file(model.state_dict(), folder / "clip.safetensors")
     config = load_preset(
         "photos", ["adapt.steps=1", "adapt.batch_size=4", "proposals.sizes=[400]", "proposals.ratios=[1]"]
     )
     teacher = dataclasses.replace(
         config.teacher,
-        name="ViT-B-32-quickgelu",
-        weights=str(tmp_path / "clip.safetensors"),
+        name=name,
+        weights=str(folder / "clip.safetensors"),
         template="a photo of a {}",
         activation="quickgelu",
     )
     request = BuildRequest(
         dataset=find_dataset("coco", photos),
         config=dataclasses.replace(config, teacher=teacher),
-        out=tmp_path / "store",
+        out=folder / "store",
         limit=2,
         workers=1,
     )
     build_cache(request)
-    store = Store(tmp_path / "store")
-    assert store.embed_dim == 512
+    store = Store(folder / "store")
+    assert store.embed_dim == embed_dim
     values, attributes = store.teacher
-    # 26 vision and 25 text LayerNorms of width 768 and 512, weight and bias.
-    assert len(attributes["parameters"]) == 2 * (26 + 25)
-    assert len(values) == 2 * (26 * 768 + 25 * 512)
+    # Weight and bias of each.
+    assert len(attributes["parameters"]) == 2 * (vision[0] + text[0])
+    assert len(values) == 2 * (vision[0] * vision[1] + text[0] * text[1])
     fields = model_inputs(store.manifest)
     assert fields["activation"] == "quick_gelu"

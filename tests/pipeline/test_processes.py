@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.dataloader import load_batches
 from ezsd.pipeline.training.distributed import Distributed
 from ezsd.pipeline.training.train import TrainRequest, train
+from tests.pipeline.forkkit import Fork
 
 ROOT = Path(__file__).resolve().parents[2]
 # Statistics frozen by the presence of weights: those of a batch would depend on who is in it.
@@ -42,7 +44,7 @@ TRAIN = {
     "warmup_steps": 5,
     "checkpoint_every": 100,
 }
-STEPS = {"one": 1, "twenty": 20, "masked": 1, "sized": 1, "hot": 2, "tail": 3, "open": 1}
+STEPS = {"one": 1, "eight": 8, "masked": 1, "sized": 1, "hot": 2, "tail": 3, "open": 1}
 """Of each run; one has masks, one images of many sizes, one a temperature that starts at its bound, one Seesaw loss and
 repeat factors, one a backbone of timm."""
 OPEN = {"backbone": "timm:resnet18.tv_in1k", "rpn_sizes": (16, 24, 48)}
@@ -117,8 +119,8 @@ def require_equal(runs, expected):
     counts = [r["tail"].finished().class_counts() for r in (runs, expected)]
     assert torch.equal(*counts)
     assert counts[0].sum() > 0
-    ours, theirs = ([line for name in ("twenty", "tail") for line in r[name].read_metrics()] for r in (runs, expected))
-    assert len(ours) == len(theirs) == 23
+    ours, theirs = ([line for name in ("eight", "tail") for line in r[name].read_metrics()] for r in (runs, expected))
+    assert len(ours) == len(theirs) == 11
     for mine, other in zip(ours, theirs, strict=True):
         for part in ("loss", "rpn_objectness", "rpn_box", "classification", "box", "distillation"):
             assert mine[part] == pytest.approx(other[part], rel=1e-3, abs=1e-5), (mine["step"], part)
@@ -128,30 +130,29 @@ def test_two_processes_learn_what_one_does(alone, shapes_store, outlined_root, w
     # One of them with accumulated batches too: gradients are exchanged once a step.
     tables = {name: to_tables(settings(name, grad_accumulation=2 if name == "masked" else 1)) for name in STEPS}
     (tmp_path / "settings.json").write_text(json.dumps(tables))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = Path(__file__).with_name("torchrun_train.py")
-    done = subprocess.run(
-        [
-            *command,
-            str(script),
-            *map(str, (shapes_store, outlined_root, weights, tmp_path, tmp_path / "settings.json")),
-        ],
-        # A folder of their own: both read the annotations and outlines at once, and one of them keeps them.
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "EZSD_CACHE_DIR": str(tmp_path / "parsed"),
-        },
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "FutureWarning" not in done.stderr
+    words = [script, shapes_store, outlined_root, weights, tmp_path, tmp_path / "settings.json"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # As torchrun sets them.
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    # A folder of their own: both read the annotations and outlines at once, and one of them keeps them.
+    common |= {"EZSD_CACHE_DIR": tmp_path / "parsed"}
+    processes = []
+    for rank in range(2):
+        own = {name: str(value) for name, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        processes.append(Fork(words, ROOT, os.environ | own, output=tmp_path / f"{rank}.txt"))
+    try:
+        codes = [process.wait(280) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    said = "".join((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert codes == [0, 0], said
+    assert "FutureWarning" not in said
     runs = {name: type(alone["one"]).open(tmp_path / name) for name in STEPS}
-    assert runs["twenty"].spec == alone["twenty"].spec
+    assert runs["eight"].spec == alone["eight"].spec
     require_equal(runs, alone)
 
 

@@ -59,7 +59,7 @@ def crops_seen(monkeypatch):
 
 
 LATE = [
-    ({"proposals": {"max_regions": 4}}, "regions"),
+    pytest.param({"proposals": {"max_regions": 4}}, "regions", marks=pytest.mark.slow),
     ({"proposals": {"base_iou": 0.1}}, "regions"),
     ({"proposals": {"drop_base_guesses": False, "max_regions": 20}}, "regions"),
 ]

@@ -153,6 +153,7 @@ def test_a_store_knows_the_network_and_no_place(run, run_store):
     assert store.read_per_store("proposer")[1]["steps"] == 6
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_parts_of_two_workers_make_the_same_bytes_and_need_no_run_to_be_repaired(
     run, run_store, shapes_dataset, shapes_root, shapes_store, tmp_path
 ):

@@ -18,6 +18,7 @@ from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.scheduling.pool import Pool, Schedule, worker_environments
+from tests.pipeline import tasks
 from tests.pipeline.test_build import files
 
 
@@ -61,7 +62,7 @@ def test_each_worker_process_sees_a_gpu_of_its_own(monkeypatch):
     assert worker_environments("cuda:1", 1) == [{}]
     with Pool(Schedule(device="cuda")) as pool:
         assert pool.workers == 2
-    seen = run(Schedule(device="cuda"), _visible, list(range(2)))
+    seen = run(Schedule(device="cuda"), tasks.visible, list(range(2)))
     assert sorted(seen) == ["GPU-a", "GPU-b"]
     assert [one["CUDA_VISIBLE_DEVICES"] for one in worker_environments("cuda", 3)] == ["GPU-a", "GPU-b", "GPU-a"]
 
@@ -78,14 +79,6 @@ def _faults(size):
 def test_workers_keep_freed_memory_for_the_next_tensor():
     """As malloc comes, a block of 80 MB has some 20,000 page faults each time."""
     assert max(run(Schedule(workers=2), _faults, [80_000_000] * 2)) < 100
-
-
-def _visible(_):
-    import time
-
-    # Long enough for the other worker to take the other item.
-    time.sleep(0.5)
-    return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def test_a_worker_that_always_dies_is_named_by_its_item():
@@ -116,17 +109,11 @@ def test_a_worker_killed_while_it_starts_is_one_line_and_what_is_there_goes_on()
     assert sorted(run(Schedule(workers=2), abs, [-1, -2])) == [1, 2]
 
 
-def _fail_or_wait(item):
-    if item == 0:
-        raise ValueError("of the first")
-    time.sleep(1000)
-
-
 def test_a_failure_ends_all_workers_whatever_they_are_at(monkeypatch):
     ended, kill = [], os.kill
     monkeypatch.setattr(ezsd.pipeline.scheduling.pool.os, "kill", lambda pid, sig: ended.append(sig) or kill(pid, sig))
     with pytest.raises(ValueError, match="of the first"):
-        run(Schedule(workers=2), _fail_or_wait, [0, 1])
+        run(Schedule(workers=2), tasks.fail_or_wait, [0, 1])
     # Dask may tell them to end as well, which is not enough.
     assert ended.count(signal.SIGKILL) == 2
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 
 import pytest
 
@@ -16,20 +15,18 @@ from ezsd.pipeline.extraction.commit import commit_cache
 from ezsd.pipeline.extraction.request import BuildRequest
 from ezsd.pipeline.scheduling.job_array import Share
 from ezsd.pipeline.scheduling.pool import Schedule
+from tests.pipeline.forkkit import Fork
 from tests.pipeline.test_build import ROOT, build_command, files
 
 SYNC = Schedule(scheduler="sync")
 
 
 def start_share(dataset, config, out, share, **environment):
-    return subprocess.Popen(
-        [*build_command(dataset, config, out, workers=0), "--scheduler", "sync", "--blocks", share],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        cwd=out.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """A job, and the file with what it says."""
+    words = [*build_command(dataset, config, out, workers=0)[2:], "--scheduler", "sync", "--blocks", share]
+    said = out.parent / f"{share.replace('/', '-of-')}.txt"
+    own = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return Fork(words, out.parent, own, output=said), said
 
 
 def test_shares_at_once_with_one_killed_make_the_same_bytes(shapes_dataset, quick_config, shapes_store, tmp_path):
@@ -39,9 +36,9 @@ def test_shares_at_once_with_one_killed_make_the_same_bytes(shapes_dataset, quic
         share: start_share(shapes_dataset, quick_config, out, share, **killing.get(share, {}))
         for share in ("1/3", "2/3", "3/3")
     }
-    told = {share: job.communicate()[0] for share, job in jobs.items()}
-    assert {share: job.returncode for share, job in jobs.items()} == {"1/3": 0, "2/3": -signal.SIGKILL, "3/3": 0}
-    assert "share 1/3 is done, 1 blocks; other shares'" in told["1/3"]
+    codes = {share: job.wait() for share, (job, _) in jobs.items()}
+    assert codes == {"1/3": 0, "2/3": -signal.SIGKILL, "3/3": 0}
+    assert "share 1/3 is done, 1 blocks; other shares'" in jobs["1/3"][1].read_text()
     # One of them prepared the store for all.
     assert (out / "build.log").read_text().count("re-normalised") == 1
     with pytest.raises(StoreIncomplete, match=r"1 of 3 blocks are missing \(1\); .* with `blocks=2/3`$") as said:
@@ -62,9 +59,8 @@ def test_shares_at_once_with_one_killed_make_the_same_bytes(shapes_dataset, quic
 
 def test_a_share_killed_while_it_prepares_is_taken_over(shapes_dataset, quick_config, shapes_store, tmp_path):
     out = tmp_path / "store"
-    killed = start_share(shapes_dataset, quick_config, out, "1/2", EZSD_FAILPOINT="whole.after_rename")
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
+    killed, _ = start_share(shapes_dataset, quick_config, out, "1/2", EZSD_FAILPOINT="whole.after_rename")
+    assert killed.wait() == -signal.SIGKILL
     request = BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, workers=1)
     assert build_share(request, Share(2, 2)).missing == 2
     assert build_share(request, Share(1, 2)).missing == 0

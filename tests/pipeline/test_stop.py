@@ -19,10 +19,12 @@ from ezsd.pipeline.config.schema import to_tables
 from ezsd.pipeline.interrupts import end_listening, listen
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.train import TrainRequest, train
+from tests.commandkit import Begun
 from tests.conftest import QUICK as OF_SHAPES
 from tests.pipeline.stopkit import (
     WAIT_SECONDS,
     Talk,
+    begun,
     descendants,
     end_all,
     loads_libraries,
@@ -66,8 +68,8 @@ def test_a_training_told_to_stop_saves_and_the_same_command_goes_on(shapes_store
     words = ["train", "--cache", shapes_store, "--run", run, "--device", "cpu"]
     words += settings(*ENDLESS, "train.num_workers=1", "train.checkpoint_minutes=0.0001")
     reached = 0
-    for number, ask in ((signal.SIGINT, press_ctrl_c), (signal.SIGTERM, subprocess.Popen.terminate)):
-        process = started(*words)
+    for number, ask in ((signal.SIGINT, press_ctrl_c), (signal.SIGTERM, Begun.terminate)):
+        process = begun(*words)
         talk = Talk(process)
         talk.wait_for(lambda before=reached: any(int(p.name[5:]) > before for p in checkpoints(run)))
         family = descendants(process.pid)
@@ -121,7 +123,7 @@ def test_a_training_that_waits_for_its_first_images_says_so_and_the_same_command
     run = tmp_path / "run"
     words = ["train", "--cache", shapes_store, "--run", run, "--data-root", root, "--device", "cpu"]
     words += settings("train.steps=1", "train.warmup_steps=0", "train.batch_size=2", "train.num_workers=1")
-    process = started(*words)
+    process = begun(*words)
     talk = Talk(process)
     writing = []
     talk.wait_for(lambda: writing or writing.extend(opened_once_read(tmp_path / "pipe")))
@@ -194,13 +196,14 @@ def test_other_commands_end_with_a_line_and_130_and_the_same_command_goes_on(
     assert command not in made or made[command].exists()
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_a_build_in_several_processes_stops_and_goes_on_to_the_same_store(
     shapes_dataset, shapes_root, shapes_store, tmp_path
 ):
     out = tmp_path / "store"
     words = ["cache", "build", "--dataset", "shapes", "--data-root", shapes_root, "--out", out, "--device", "cpu"]
     words += ["--workers", "2", *settings(*QUICK)]
-    process = started(*words)
+    process = begun(*words)
     talk = Talk(process)
     talk.wait_for(lambda: list(out.glob("**/block-*")) or len(descendants(process.pid)) >= 3)
     family = descendants(process.pid)
@@ -210,8 +213,7 @@ def test_a_build_in_several_processes_stops_and_goes_on_to_the_same_store(
     assert re.search(r"SIGINT: \d+ of 12 blocks are done; run the same command to go on$", last_line(said)), said
     assert "Traceback" not in said
     require_gone(family)
-    code, said = Talk(started(*words)).end()
-    assert code == 0, said
+    run_again(*words)
     assert (Store(out).text[1] == Store(shapes_store).text[1]).all()
 
 
@@ -368,7 +370,7 @@ def test_a_demo_stopped_in_its_trainings_says_so_once_and_goes_on_with_them(
     (out / "data/shapes.json").write_text(json.dumps({**spec, "train": 500, "val": 250, "seed": 0}))
     words = ["demo", "--out", out, "--device", "cpu"]
     words += settings(*OF_SHAPES, "train.steps=20", "train.batch_size=2", "train.checkpoint_minutes=0.0001")
-    process = started(*words)
+    process = begun(*words)
     talk = Talk(process)
     runs = [out / "runs/distilled", out / "runs/plain"]
     talk.wait_for(lambda: all(map(checkpoints, runs)))

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import closing
@@ -38,6 +36,7 @@ from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.dataloader import load_batches
 from ezsd.pipeline.training.train import TrainRequest, store_dataset, train, training_samples
 from ezsd.pipeline.training.trainer import learning_rate
+from tests.pipeline.stopkit import Talk, begun, descendants, require_gone
 
 
 def curve(run):
@@ -551,44 +550,20 @@ def test_images_that_do_not_fit_the_memory_are_read_fewer_at_a_time_as_told(
     assert start(num_workers=0, grad_accumulation=2, rng="image").finished().step == 2
 
 
-def test_readers_end_with_a_training_that_is_killed(shapes_store, quick_config, tmp_path):
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from ezsd.pipeline.config.schema import load_preset; from ezsd.pipeline.training.train import *\n"
-        "config = load_preset('shapes', ['train.batch_size=1', 'train.num_workers=1', 'train.steps=100000',"
-        " 'train.pseudo_confidence=0'])\n"
-        "train(TrainRequest(cache=Path(sys.argv[1]), run=Path(sys.argv[2]), config=config))"
-    )
-    root = Path(__file__).resolve().parents[2]
-    training = subprocess.Popen(
-        [sys.executable, "-c", code, str(shapes_store), str(tmp_path / "run")],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-    )
-    metrics = tmp_path / "run/metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert training.poll() is None
-        time.sleep(0.05)
-    family = descendants(training.pid)
-    training.kill()
-    training.wait()
-    # At least the server, its tracker and one reader.
-    assert len(family) >= 3
-    while any(alive(child) for child in family):
-        time.sleep(0.1)
-
-
-def descendants(process):
-    """Processes started by a process, and by those."""
-    children = [int(c) for c in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-    return children + [deeper for child in children for deeper in descendants(child)]
-
-
-def alive(process):
-    """Whether it is there and no zombie."""
+def test_readers_end_with_a_training_that_is_killed(shapes_store, tmp_path):
+    words = ["train", "--cache", shapes_store, "--run", tmp_path / "run", "--device", "cpu"]
+    for setting in ("batch_size=1", "num_workers=1", "steps=100000", "pseudo_confidence=0"):
+        words += ["--set", f"train.{setting}"]
+    training = begun(*words)
+    talk, metrics = Talk(training), tmp_path / "run/metrics.jsonl"
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        talk.wait_for(lambda: metrics.exists() and metrics.stat().st_size)
+        family = descendants(training.pid)
+    finally:
+        training.kill()
+        talk.end()
+    assert len(family) >= 3, "the server, its tracker and one reader"
+    require_gone(family)
 
 
 def test_readers_of_any_number_give_the_same_curve(shapes_run, shapes_store, with_settings, tmp_path):

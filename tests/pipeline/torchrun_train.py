@@ -1,4 +1,4 @@
-"""`torchrun ... torchrun_train.py STORE DATA WEIGHTS RUNS SETTINGS`, a run per setting."""
+"""`torchrun_train.py STORE DATA WEIGHTS RUNS SETTINGS`, a run per setting, in one of the processes of `torchrun`."""
 
 import json
 import sys
