@@ -257,7 +257,8 @@ def stage_of(store: Path) -> str:
     """The stage of a build, by what there is of the store."""
     if (store / "regions").is_dir():
         return "commit"
-    return "extract" if any((store / "journal").glob("block-*")) else "prepare"
+    # The names are embedded last before images are.
+    return "extract" if (store / "journal/whole-text").is_dir() else "prepare"
 
 
 def build(data: Path, store: Path, arguments: argparse.Namespace, recorder: Recorder) -> None:

@@ -251,8 +251,6 @@ class Store:
 class Product(Mapping[int, Rows], Generic[Rows]):
     """A product of a store as a mapping from image id to that image's rows, which may be none."""
 
-    __slots__ = ("_name", "_record", "_store")
-
     def __init__(self, store: Store, name: str, record: type[Rows]) -> None:
         """Use `Store.product`, or `Store.regions` and its like, which know that the store has it."""
         self._store, self._name, self._record = store, name, record
