@@ -47,20 +47,15 @@ from ezsd.vocabulary import COCO_SPLIT
 
 COCO_IMAGES, REGIONS, OBJECTS = 118_287, 200, 7
 """Images of COCO's training set; regions and base objects of each."""
-WIDTH, HEIGHT, PICTURES = 64, 48, 256
-"""Size of the drawn images, and how many differ."""
+SIDE, CROP, PICTURES = 64, 8, 256
+"""Sides of the drawn images and of their windows, pixels, and how many images differ."""
 BATCH = 16
 SETTINGS = (
-    *(
-        "teacher.precision=fp32",
-        "adapt.steps=0",
-        "adapt.held_out=0.001",
-        "build.embedding=int8",
-        "proposals.search=exhaustive",
-    ),
-    *("proposals.grid=sliding", "proposals.sizes=[12,16]"),
-    *("proposals.ratios=[1.0]", "proposals.stride=0.33", "proposals.nms_iou=1.0", "proposals.padding=context"),
-    # All of the windows are kept, up to 200.
+    *("teacher.precision=fp32", "adapt.steps=0", "adapt.held_out=0.001", "adapt.min_crop_size=0"),
+    # 225 windows, which are crops as they are: this is about what comes after them.
+    *("proposals.search=exhaustive", "proposals.grid=sliding", f"proposals.sizes=[{CROP}]", "proposals.ratios=[1.0]"),
+    *("proposals.stride=0.5", "proposals.crop_ratio=1.0", "build.embedding=int8", "proposals.nms_iou=1.0"),
+    # As many as are asked for are kept.
     *(f"proposals.max_proposals={REGIONS}", f"proposals.max_regions={REGIONS}", "proposals.base_iou=2"),
     *("proposals.drop_base_guesses=false", "train.min_size=0", "train.max_size=0", f"train.batch_size={BATCH}"),
 )
@@ -71,9 +66,9 @@ STAGES = ("prepare", "extract", "commit", "verify", "verify deep", "read")
 
 
 class StandIn:
-    """A teacher that costs the same for every crop: a random matrix, fixed by its seed, on a crop of 8 x 8 pixels."""
+    """A teacher that costs the same for every crop: a random matrix, fixed by its seed, on 8 x 8 pixels."""
 
-    name, embed_dim, input_size, logit_scale = "stand-in", 512, 8, 100.0
+    name, embed_dim, input_size, logit_scale = "stand-in", 512, CROP, 100.0
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -109,14 +104,14 @@ def draw(folder: Path, images: int) -> None:
     pictures = []
     for _ in range(PICTURES):
         file = io.BytesIO()
-        Image.fromarray(random.integers(0, 256, (HEIGHT, WIDTH, 3), "u1")).save(file, "jpeg")
+        Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), "u1")).save(file, "jpeg")
         pictures.append(file.getvalue())
     for number in range(images):
         (folder / f"images/{number + 1:012d}.jpg").write_bytes(pictures[number % PICTURES])
     with (folder / "train.json").open("w") as file:
         # Piece by piece: in memory all of it would be more than what is looked at here.
         pieces = (
-            {"id": at + 1, "file_name": f"{at + 1:012d}.jpg", "width": WIDTH, "height": HEIGHT} for at in range(images)
+            {"id": at + 1, "file_name": f"{at + 1:012d}.jpg", "width": SIDE, "height": SIDE} for at in range(images)
         )
         file.write('{"images": ')
         _write_list(file.write, pieces)
@@ -130,13 +125,13 @@ def draw(folder: Path, images: int) -> None:
 
 def _object(number: int, random: np.random.Generator) -> dict[str, object]:
     """A base object of image `number // OBJECTS`."""
-    x, y, side = (int(value) for value in random.integers((0, 0, 8), (40, 28, 20)))
+    x, y = (int(value) for value in random.integers(0, SIDE - CROP, 2))
     return {
         "id": number + 1,
         "image_id": number // OBJECTS + 1,
         "category_id": number % len(COCO_SPLIT.base) + 1,
-        "bbox": [x, y, side, side],
-        "area": side * side,
+        "bbox": [x, y, CROP, CROP],
+        "area": CROP**2,
         "iscrowd": 0,
     }
 
