@@ -32,7 +32,7 @@ _PLACE = re.compile(r"(?P<before>STORE, )?(?P<place>.*?)(?P<after>, DIR|, source
 _AFTER = {", DIR": " DIR", ", source": " --data-root DIR", None: ""}
 
 _WRITER = "the program that wrote the store"
-"""Who does what `ezsd cache build` and `ezsd cache repair` do, for a store of another schema than ezsd's own."""
+"""Name for what builds and computes again a store of another schema than ezsd's own, which no command does."""
 
 # Alone between spaces or punctuation, so that backticks in a quoted name or in a path stay as they are.
 _CALL = re.compile(
