@@ -169,6 +169,9 @@ class Recorder:
 
     def __init__(self, file: Path, store: Path, period: float) -> None:
         self._file, self._store, self._period = file, store, period
+        if file.exists():
+            # A kill may have cut the last line.
+            file.write_text("".join(line for line in file.read_text().splitlines(True) if line.endswith("\n")))
         self._begun = time.monotonic()
         self._cpu: dict[tuple[int, float], float] = {}
         self._start = 1 + max((one.start for one in self.samples()), default=0)
@@ -179,9 +182,7 @@ class Recorder:
         """Those of all starts."""
         if not self._file.exists():
             return []
-        lines = self._file.read_text().split("\n")
-        # A kill may have cut the last one.
-        return [Sample(**json.loads(line)) for line in lines[:-1]]
+        return [Sample(**json.loads(line)) for line in self._file.read_text().splitlines()]
 
     @contextmanager
     def during(self, stage: Callable[[], str]) -> Iterator[None]:
