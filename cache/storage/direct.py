@@ -171,7 +171,7 @@ class MappedArray:
                 continue
             shard, low = divmod(start, self._shard_rows)
             high = low + stop - start
-            if high <= self._shard_rows:
+            if start < stop and high <= self._shard_rows:
                 self._hint(shard, low, high)
             else:
                 for piece in self._pieces(start, stop):
