@@ -8,7 +8,8 @@ journaled and committed. Only the teacher is a stand-in, a plug-in with one matr
 store is verified, also byte by byte, and read for an epoch by eight processes in the batches of a training. Meanwhile
 memory, open files and CPU time of all processes and the bytes on the disk are looked at, and kept in DIR. One row goes
 to results/load.jsonl; exit code 1 if the store is damaged, or if memory or open files grow: slope (least squares,
-without the first tenth of a stage) times duration has to be below 2 % of the mean.
+once a first image or block is done, and without the first tenth of what follows) times duration has to be below 2 % of
+the mean.
 
 A start that was killed goes on with the same command: figures of a stage are then of all its starts together, slopes of
 the longest one.
@@ -290,9 +291,10 @@ def figures(samples: Sequence[Sample], images: int) -> driver.Row:
     starts = [list(of) for _, of in itertools.groupby(samples, key=lambda one: one.start)]
     seconds = sum(of[-1].seconds - of[0].seconds for of in starts)
     longest = max(starts, key=len)
-    # First and last, processes start and end.
-    usual = statistics.mode(one.processes for one in longest)
-    steady = [one for one in longest[len(longest) // 10 :] if one.processes == usual]
+    # Before the first image or block is done processes start, and at the end they go.
+    working = [one for one in longest if one.done] or longest
+    usual = statistics.mode(one.processes for one in working)
+    steady = [one for one in working[len(working) // 10 :] if one.processes == usual]
     lasted = steady[-1].seconds - steady[0].seconds if steady else 0.0
     judged = lasted >= JUDGED_SECONDS
     drifts = {name: drift(steady, name) if judged else None for name in ("memory", "handles")}
