@@ -601,7 +601,9 @@ def train(
 
     # What can be refused is, before anything heavy is loaded.
     require_device_name(device)
-    config = train_config(cache, preset, set_ or [], seed=seed, backbone_weights=backbone_weights)
+    # No rows are read of it here.
+    store = Store(cache, verify="quick")
+    config = train_config(store, preset, set_ or [], seed=seed, backbone_weights=backbone_weights)
     from ezsd.pipeline.training.train import TrainRequest
     from ezsd.pipeline.training.train import train as start
 
@@ -615,7 +617,7 @@ def train(
         device=resolve_device(device),
         verify=verify,
         accept_store=accept_store,
-        preset=preset or preset_of(Store(cache, verify="quick")),
+        preset=preset or preset_of(store),
     )
     trained, steps = start(request), request.config.train.steps
     if trained.began_at == steps:

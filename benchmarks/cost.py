@@ -33,6 +33,7 @@ from ezsd.pipeline.config.schema import Config, load_preset
 from ezsd.pipeline.data.annotation_cache import training_annotations
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.extraction.anchors import look_at_anchors
+from ezsd.pipeline.extraction.forecast import proposer_rows
 from ezsd.pipeline.runs.model import build_detector
 from ezsd.vocabulary import COCO_SPLIT
 
@@ -234,9 +235,14 @@ def store_table(row: Row) -> list[list[str]]:
             "proposals": images * config.max_proposals,
             "regions": images * min(config.max_proposals, config.proposals.max_regions),
             "ground_truth": round(images * row["base_boxes"]),
+            # Less than a megabyte.
+            "teacher/values": 0,
+            "text/embedding": 0,
+            **proposer_rows(config),
         }
+        products = {array.partition("/")[0] for array in counts}
         for embedding in get_args(EmbeddingType):
-            size = forecast(counts, images=images, schema=region_schema(EMBED_DIM, embedding))
+            size = forecast(counts, images=images, schema=region_schema(EMBED_DIM, embedding, products))
             lines.append([data, f"`{embedding}`", f"{size.final / 1e9:.0f}", f"{size.peak / 1e9:.0f}"])
     return [["data", "`build.embedding`", "GB", "GB while it is built"], *lines]
 

@@ -169,7 +169,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[driver.Row]:
     device, store = resolve_device(arguments.device), Store(arguments.cache)
     for head, own in HEADS.items():
         settings = [*own, f"train.steps={arguments.steps}", *arguments.overrides]
-        config = train_config(arguments.cache, arguments.preset, settings)
+        config = train_config(store, arguments.preset, settings)
         yield {
             "head": head,
             "backbone": config.model.backbone,

@@ -31,7 +31,7 @@ from ezsd.cache.reader import Product, Store, Verify
 from ezsd.cache.storage.locations import read_environment
 from ezsd.cache.tools.compare import Comparison, compare
 from ezsd.cache.tools.export import Format, export
-from ezsd.cache.tools.inspect import ProductInfo, StoreInfo, info, list_stores
+from ezsd.cache.tools.inspect import ProductInfo, StoreInfo, info, list_stores, records_schema
 from ezsd.cache.tools.leftovers import Leftovers, collect
 from ezsd.cache.tools.repair import RepairReport, RowSource, StoredValues, repair
 from ezsd.cache.tools.transfer import pull, push
@@ -102,6 +102,7 @@ __all__ = [
     "read_note",
     "read_per_store",
     "read_plan",
+    "records_schema",
     "region_schema",
     "rename",
     "repair",

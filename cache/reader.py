@@ -154,6 +154,7 @@ class Store:
         Raises:
             StoreError: the store has no such product.
         """
+        self.schema.per_image_product(name, self)
         return Product(self, name, dict)
 
     def require_regions(self) -> None:
@@ -251,10 +252,8 @@ class Product(Mapping[int, Rows], Generic[Rows]):
     """A product of a store as a mapping from image id to that image's rows, which may be none."""
 
     def __init__(self, store: Store, name: str, record: type[Rows]) -> None:
-        """Use `Store.product`, or `Store.regions` and its like."""
-        store.schema.per_image_product(name, store)
-        self._store, self._name = store, name
-        self._record = record
+        """Use `Store.product`, or `Store.regions` and its like, which know that the store has it."""
+        self._store, self._name, self._record = store, name, record
 
     def __len__(self) -> int:
         return len(self._store.image_ids)
@@ -294,21 +293,24 @@ class Product(Mapping[int, Rows], Generic[Rows]):
         Raises:
             StoreError: the product has no such field; see also `batch`.
         """
-        source = self._rows
-        if field not in source.names:
-            raise StoreError(f"{self._store}: {self._name} has no field {field!r}; it has {', '.join(source.names)}")
-        ids = list(map(operator.index, image_ids))
+        source, ids = self._rows, list(map(operator.index, image_ids))
         if len(ids) == 1:
+            # A field that is known so far is one that there is.
             known = source.column_again(field, ids[0])
             if known is not None:
                 return known, np.array([len(known)], _COUNT)
+        if field not in source.names:
+            raise StoreError(f"{self._store}: {self._name} has no field {field!r}; it has {', '.join(source.names)}")
         rows, counts = source.read((field,), ids)
         return rows[field], np.array(counts, _COUNT)
 
     @property
     def _rows(self) -> "_ProductRows":
         here = self._store._here
-        return here.products.get(self._name) or here.product(self._name)
+        try:
+            return here.products[self._name]
+        except KeyError:
+            return here.product(self._name)
 
 
 _COUNT = np.dtype(np.int64)

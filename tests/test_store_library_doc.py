@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,59 @@ def test_damage_is_located_and_what_can_be_is_mended(module, tmp_path):
     (path / "COMMIT.json").unlink()
     assert repair(path).remade == Store(path).digest
     assert files(path) == before
+
+
+class Again:
+    """Rows and arrays of the page's store, computed again."""
+
+    def __init__(self, module):
+        self.module, self.asked = module, []
+        self.manifest = module.manifest(b"the model's file")
+        self.images = module.IDS, module.WIDTH, module.HEIGHT
+
+    def per_store(self, product, stored):
+        self.asked.append((product, sorted(stored)))
+        return {"mean": np.zeros((1, 3), "f4"), "layers": np.arange(12, dtype="i4")}
+
+    def rows(self, blocks, stored):
+        arrays, attributes = stored["model"]
+        assert (arrays["layers"].tolist(), attributes["name"]) == (list(range(12)), "my encoder")
+        return map(self.module.rows_of, blocks)
+
+
+def test_a_source_mends_every_array_of_a_product_of_the_whole_store(module, tmp_path):
+    module.build(tmp_path / "store")
+    before = files(tmp_path / "store")
+    for name in ("model/mean/c/0/0", "model/layers/c/0", "objects/embedding/c/0/0"):
+        (tmp_path / "store" / name).unlink()
+    source = Again(module)
+    assert repair(tmp_path / "store", source).left == ()
+    assert files(tmp_path / "store") == before
+    assert source.asked == [("model", [])]
+    # Rows are computed with all arrays of it, or not at all.
+    (tmp_path / "store/model/layers/c/0").unlink()
+    (tmp_path / "store/objects/area/c/0").unlink()
+    assert repair(tmp_path / "store", source).left == ()
+    assert source.asked[1:] == [("model", [])]
+    assert files(tmp_path / "store") == before
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (np.zeros((1, 3), "f4"), "model: expected arrays by field name, found ndarray"),
+        ({"mean": np.zeros((1, 3), "f4")}, r"model: arrays: expected \['layers', 'mean'\], found \['mean'\]"),
+        ({"mean": np.zeros((1, 3), "f4"), "layers": np.arange(12.0)}, "model.layers: expected int32, found float64"),
+    ],
+)
+def test_a_source_without_all_arrays_is_one_line_and_changes_nothing(module, features, tmp_path, given, said):
+    store = shutil.copytree(features, tmp_path / "store")
+    (store / "model/mean/c/0/0").unlink()
+    before, source = files(store), Again(module)
+    source.per_store = lambda product, stored: given
+    with pytest.raises(StoreError, match=f"^{store}: what `source` gives cannot be stored: {said}[^\n]*$"):
+        repair(store, source)
+    assert files(store) == before
 
 
 def test_other_settings_and_a_second_builder_are_refused(module, features, tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +107,8 @@ class PerStore:
     fields: Sequence[Field]
 
 
+_Product = TypeVar("_Product", PerImage, PerStore)
+
 _NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 # Folders of every store, and names that stand beside products where manifests are compared.
 _NO_PRODUCTS = frozenset(("images", "checksums", "journal", "schema", "embedding", "images_sha256"))
@@ -189,26 +191,12 @@ class Schema:
         return tuple(stored for field in found.fields for stored in field.stored)
 
     def per_store_product(self, product: str, where: object) -> PerStore:
-        """A product of the whole store `where`.
-
-        Raises:
-            StoreError: this is none.
-        """
-        found = self.per_store.get(product)
-        if found is None:
-            raise StoreError(f"{where}: has no per-store product {product!r}; it has {', '.join(self.per_store)}")
-        return found
+        """A product of the whole store `where`; StoreError for any other name."""
+        return _named(self.per_store, product, "per-store", where)
 
     def per_image_product(self, product: str, where: object) -> PerImage:
-        """A product with rows of images of the store `where`.
-
-        Raises:
-            StoreError: this is none.
-        """
-        found = self.per_image.get(product)
-        if found is None:
-            raise StoreError(f"{where}: has no per-image product {product!r}; it has {', '.join(self.per_image)}")
-        return found
+        """A product with rows of images of the store `where`; StoreError for any other name."""
+        return _named(self.per_image, product, "per-image", where)
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -260,6 +248,13 @@ class Schema:
                 f"{where}: schema: says more than this version knows; use the version that wrote it, or a later one"
             )
         return schema
+
+
+def _named(products: Mapping[str, _Product], name: str, kind: str, where: object) -> _Product:
+    found = products.get(name)
+    if found is None:
+        raise StoreError(f"{where}: has no {kind} product {name!r}; it has {', '.join(products)}")
+    return found
 
 
 def _require_few(products: int) -> None:

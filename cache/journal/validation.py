@@ -72,6 +72,8 @@ def check_block(
 def check_per_store(product: str, arrays: Mapping[str, NDArray[Any]], attributes: object, *, schema: Schema) -> None:
     """Refuse a per-store product that is not as the schema says: arrays by field name, attributes a JSON object."""
     fields = schema.per_store[product].fields
+    if not isinstance(arrays, Mapping):
+        raise StoreError(f"{product}: expected arrays by field name, found {type(arrays).__name__}")
     _check_names(arrays.keys(), {field.name for field in fields}, f"{product}: arrays")
     if not isinstance(attributes, Mapping):
         raise StoreError(f"{product}: the attributes must be a JSON object, found {type(attributes).__name__}")

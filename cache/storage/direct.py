@@ -169,13 +169,21 @@ class MappedArray:
         for start, stop in spans:
             if (stop - start) * self._row_bytes + _PAGE <= _HINTED:
                 continue
-            for shard, low, high in self._pieces(start, stop):
-                first = low * self._row_bytes // _PAGE * _PAGE
-                length = high * self._row_bytes - first
-                if length > _HINTED and not self._in_memory(shard, first + length // 2):
-                    found = self._shards[shard]
-                    if found is not None:
-                        will_need(found.data, first, length)
+            shard, low = divmod(start, self._shard_rows)
+            high = low + stop - start
+            if start < stop and high <= self._shard_rows:
+                self._hint(shard, low, high)
+            else:
+                for piece in self._pieces(start, stop):
+                    self._hint(*piece)
+
+    def _hint(self, shard: int, low: int, high: int) -> None:
+        first = low * self._row_bytes // _PAGE * _PAGE
+        length = high * self._row_bytes - first
+        if length > _HINTED and not self._in_memory(shard, first + length // 2):
+            found = self._shards[shard]
+            if found is not None:
+                will_need(found.data, first, length)
 
     def _in_memory(self, shard: int, place: int) -> bool:
         """True if the byte at `place` can be had without the disk; a hint for what is there costs five times as much.

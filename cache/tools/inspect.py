@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ezsd.cache.errors import StoreError
+from ezsd.cache.files import read_bytes
 from ezsd.cache.format.commit_mark import (
     COMMIT,
     INCOMPLETE,
@@ -20,9 +22,11 @@ from ezsd.cache.format.commit_mark import (
 from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.format.names import ROOT, files_below, size_of
 from ezsd.cache.format.regions import EmbeddingType
+from ezsd.cache.format.schema import SCHEMA_VERSION
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.journal.bad_images import NO_ROOT, all_bad_images, bad_images_of
 from ezsd.cache.journal.commit import Committer
+from ezsd.cache.journal.entries import ENTRY
 from ezsd.cache.journal.plan import Plan, block_done, plan_folder, read_block
 from ezsd.cache.storage.locations import LocalPlace, Place, find_place, read_environment, unfinished_plan
 from ezsd.cache.storage.remote import RemotePlace
@@ -177,6 +181,17 @@ def _load(place: Place, mark: CommitMark, name: str) -> dict[str, Any]:
         if reason is not None:
             raise StoreError(f"{where}: {reason}; the store is damaged: `repair({place})` mends it")
     return parse_json(place.read_file(name), where)
+
+
+def records_schema(store: Path) -> bool:
+    """True if the store in a folder says that its schema is not the one of regions; it may be unfinished or damaged."""
+    for name in (COMMIT, INCOMPLETE, TRANSFER, MANIFEST):
+        with suppress(StoreError):
+            return parse_json(read_bytes(store / name), name).get("format_version") == SCHEMA_VERSION
+    with suppress(StoreError):
+        plan = parse_json(read_bytes(plan_folder(store) / ENTRY), ENTRY).get("attributes")
+        return isinstance(plan, dict) and plan.get("format_version") == SCHEMA_VERSION
+    return False
 
 
 def list_stores(folder: str | os.PathLike[str]) -> dict[Path | str, StoreInfo | StoreError]:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,13 +43,14 @@ from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.journal.commit import root_attributes
 from ezsd.cache.journal.entries import journal_folder, little_endian, lock_store, raw_bytes, scratch_folder
 from ezsd.cache.journal.plan import plan_folder, stored_columns
+from ezsd.cache.journal.validation import check_per_store
 from ezsd.cache.storage.locations import unfinished_plan
 from ezsd.cache.tools.lost_rows import LostShard, Offsets, Patch, runs
 from ezsd.cache.tools.remake_mark import remake_mark
 from ezsd.cache.tools.verify import Damage, LocalFiles, Locator, damaged_files
 
-StoredValues = tuple[NDArray[np.float32], Mapping[str, Any]]
-"""Values and attributes of a per-store product."""
+StoredValues = tuple[Mapping[str, NDArray[Any]], Mapping[str, Any]]
+"""Arrays by field name, and attributes, of a per-store product, as `Store.read_per_store` gives them."""
 
 
 class RowSource(Protocol):
@@ -65,8 +66,8 @@ class RowSource(Protocol):
         """Ids, widths and heights of the store's images, in its order."""
         ...
 
-    def per_store(self, product: str, stored: Mapping[str, StoredValues]) -> NDArray[np.float32]:
-        """The array of a per-store product; `stored` holds those of the others that the store still has."""
+    def per_store(self, product: str, stored: Mapping[str, StoredValues]) -> Mapping[str, NDArray[Any]]:
+        """All arrays of a per-store product by field name; `stored` holds the products that the store still has."""
         ...
 
     def annotated(self, block: Block) -> RaggedRows:
@@ -166,6 +167,8 @@ class _Repair:
     store: Path
     mark: CommitMark
     source: RowSource | None
+    _asked: dict[str, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
+    """Arrays of per-store products that the source has made, by product."""
 
     def run(self) -> RepairReport:
         damaged = self._damages()
@@ -286,17 +289,27 @@ class _Repair:
         return encoding.shard_parts(*found, [raw_bytes(values[start:stop])])
 
     def _values(self, spec: ArraySpec) -> NDArray[Any] | None:
-        product, _, field = spec.name.partition("/")
+        product, _, name = spec.name.partition("/")
         if product == CHECKSUMS:
             return self._checksums(spec.name.removeprefix(f"{CHECKSUMS}/"))
         if self.source is None:
             return None
         if product == "images":
-            place = [column.name for column in IMAGES].index(field)
+            place = [column.name for column in IMAGES].index(name)
             return little_endian(self.source.images[place], spec.dtype)
-        # A source makes one array of each product, as those of regions have.
-        fields = self.mark.schema.per_store[product].fields
-        return little_endian(self.source.per_store(product, self._stored()), spec.dtype) if len(fields) == 1 else None
+        return little_endian(self._computed(product)[name], spec.dtype)
+
+    def _computed(self, product: str) -> Mapping[str, NDArray[Any]]:
+        """All arrays of a per-store product from the source, asked once for all damaged files of the product."""
+        assert self.source is not None
+        if product not in self._asked:
+            arrays = self.source.per_store(product, self._stored())
+            try:
+                check_per_store(product, arrays, {}, schema=self.mark.schema)
+            except StoreError as error:
+                raise StoreError(f"{self.store}: what `source` gives cannot be stored: {error}") from error
+            self._asked[product] = arrays
+        return self._asked[product]
 
     def _checksums(self, array: str) -> NDArray[Any] | None:
         spec = self._locate.spec(array)
@@ -320,11 +333,13 @@ class _Repair:
         """The per-store products that the store has undamaged by now."""
         found: dict[str, StoredValues] = {}
         for product, of in self.mark.schema.per_store.items():
-            values, file = self._locate.values(f"{product}/{of.fields[0].name}"), f"{product}/zarr.json"
+            values = {field.name: self._locate.values(f"{product}/{field.name}") for field in of.fields}
+            arrays = {name: array for name, array in values.items() if array is not None}
+            file = f"{product}/zarr.json"
             attributes = self._json(file).get("attributes") if self._locate.intact(file) else None
             # A stranger's may say anything there, and nothing can be computed with that.
-            if values is not None and isinstance(attributes, dict):
-                found[product] = values, attributes
+            if len(arrays) == len(values) and isinstance(attributes, dict):
+                found[product] = arrays, attributes
         return found
 
     def _mend_rows(self, names: Iterable[str]) -> int:

@@ -94,7 +94,7 @@ def require_known_proposer(config: Config) -> None:
 
 
 def train_config(
-    cache: Path,
+    store: Store,
     preset: str | None,
     overrides: Sequence[str],
     *,
@@ -110,15 +110,11 @@ def train_config(
         ConfigError: a setting that the store was built with, one that has no effect without weights of the backbone, a
             seed that is said twice, or a value that does not fit.
     """
-    _refuse_stage_one(cache, overrides)
+    _refuse_stage_one(store.path, overrides)
     if backbone_weights is None:
         _refuse_frozen(overrides)
     if seed is not None:
         overrides = [*overrides, _seed_override(seed, overrides)]
-    from ezsd.cache import Store
-
-    # No rows are read of it here.
-    store = Store(cache, verify="quick")
     store.require_regions()
     preset = preset or preset_of(store)
     config = load_settings(preset, [*overrides, *_without_objectness(store, preset, overrides)])

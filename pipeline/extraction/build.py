@@ -275,7 +275,7 @@ def _begin(
     files = [request.dataset.root.absolute() / request.dataset.train_annotations]
     files += [Path(name) for name in (config.teacher.weights, config.proposals.boxes) if name and Path(name).is_file()]
     require_workers(pool, writer, device=request.device, files=files)
-    warn_of_room(request, source.annotations, source.teacher.embed_dim)
+    warn_of_room(request, source.annotations, source.teacher)
     # With absolute paths: whoever needs the teacher again stands elsewhere.
     environment = describe_build(dataclasses.replace(request, config=config), workers=pool.workers, shares=shares)
     writer.write_environment(environment)

@@ -99,7 +99,7 @@ def forecast_build(request: BuildRequest, *, probe_seconds: float = 10.0) -> Bui
         images=images,
         missing=len(missing),
         blocks=blocks,
-        at_most=_at_most(request, annotations, teacher.embed_dim),
+        at_most=_at_most(request, annotations, teacher),
         free=_free(request.out),
     )
 
@@ -164,20 +164,27 @@ def _some_boxes(config: ProposalConfig, image: ImageRecord) -> Tensor:
     return anchors if len(anchors) else torch.tensor([[0.0, 0.0, image.width, image.height]])
 
 
-def _at_most(request: BuildRequest, annotations: Annotations, embed_dim: int) -> Forecast:
+def _at_most(request: BuildRequest, annotations: Annotations, teacher: Teacher) -> Forecast:
     images, settings, proposals = len(annotations.images), request.config.proposals, request.config.max_proposals
     rows = {
         "proposals": images * proposals,
         "regions": images * min(proposals, settings.max_regions),
         "ground_truth": len(annotations.box),
+        "teacher/values": sum(values.numel() for values in teacher.layer_norms().values()),
+        "text/embedding": len(request.dataset.split.names),
+        **proposer_rows(request.config),
     }
-    most = forecast(rows, images=images, schema=region_schema(embed_dim, request.config.build.embedding))
-    if not settings.learned:
-        return most
-    network = 4 * sum(
-        value.numel() for value in proposer_state(make_proposer(request.config.proposer, pretrained=False)).values()
-    )
-    return Forecast(final=most.final + network, peak=most.peak + 2 * network)
+    products = {array.partition("/")[0] for array in rows}
+    schema = region_schema(teacher.embed_dim, request.config.build.embedding, products)
+    return forecast(rows, images=images, schema=schema)
+
+
+def proposer_rows(config: Config) -> dict[str, int]:
+    """Number of values of the learned proposer by the path of its array in the store; empty without one."""
+    if not config.proposals.learned:
+        return {}
+    state = proposer_state(make_proposer(config.proposer, pretrained=False))
+    return {"proposer/values": sum(values.numel() for values in state.values())}
 
 
 def _free(folder: Path) -> int:
@@ -185,8 +192,8 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def warn_of_room(request: BuildRequest, annotations: Annotations, embed_dim: int) -> None:
+def warn_of_room(request: BuildRequest, annotations: Annotations, teacher: Teacher) -> None:
     """Say it when the disk could become too small."""
-    most, free = _at_most(request, annotations, embed_dim), _free(request.out)
+    most, free = _at_most(request, annotations, teacher), _free(request.out)
     if most.peak > free:
         log.warning("%s: the build may need up to %s bytes, %s are free", request.out, f"{most.peak:,}", f"{free:,}")

@@ -143,29 +143,35 @@ class _Images:
             fields={name: np.concatenate([values[at] for at in rows]) for name, values in columns.items()},
         )
 
-    def per_store(self, product: str, stored: Mapping[str, StoredValues]) -> NDArray[np.float32]:
+    def per_store(self, product: str, stored: Mapping[str, StoredValues]) -> Mapping[str, NDArray[np.float32]]:
         """The teacher's values, the text rows, or the proposer's weights."""
         if product == "proposer":
-            return trained_proposer(self._request, self._annotations)[0]
+            return {"values": trained_proposer(self._request, self._annotations)[0]}
         teacher = self._loaded_teacher()
         if product == "teacher" or "teacher" not in stored:
             values, _ = adapted(self._request, teacher, self._annotations)
             if product == "teacher":
-                return values
+                return {"values": values}
         else:
-            values, attributes = stored["teacher"]
-            restore(teacher.layer_norms(), values, attributes["parameters"])
-        return embed_names(teacher, self._request.dataset.split.names)
+            arrays, attributes = stored["teacher"]
+            restore(teacher.layer_norms(), arrays["values"], attributes["parameters"])
+        return {"embedding": embed_names(teacher, self._request.dataset.split.names)}
 
     def rows(self, blocks: Sequence[Block], stored: Mapping[str, StoredValues]) -> Iterator[Mapping[str, RaggedRows]]:
         """All rows of slices of the images."""
         self._loaded_teacher()
-        (values, attributes), (text, _) = stored["teacher"], stored["text"]
+        (teacher, attributes), (text, _) = stored["teacher"], stored["text"]
         network = None
         if "proposer" in stored:
-            weights, trained = stored["proposer"]
-            network = proposer_weights({"values": weights}, trained)
-        job = extract_job(self._request, attributes["parameters"], values, text, self.manifest.digest, proposer=network)
+            network = proposer_weights(*stored["proposer"])
+        job = extract_job(
+            self._request,
+            attributes["parameters"],
+            teacher["values"],
+            text["embedding"],
+            self.manifest.digest,
+            proposer=network,
+        )
         with Progress("repair", sum(block.stop - block.start for block in blocks), unit="image") as progress:
             for block in blocks:
                 yield block_rows(job, block, left_out=self._left_out)

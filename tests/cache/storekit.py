@@ -175,7 +175,7 @@ class Images:
         self._most = most
 
     def per_store(self, product, known):
-        return next(iter(PER_STORE[product][0].values()))
+        return PER_STORE[product][0]
 
     def annotated(self, block):
         rows = block_rows(block, most=self._most)["ground_truth"]

@@ -10,6 +10,8 @@ import pytest
 import storekit
 
 from ezsd.cache import Store, StoreError, write_block
+from ezsd.cache.format.commit_mark import read_mark
+from ezsd.pipeline.console.store_messages import compare_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 WINDOWS = """
@@ -125,6 +127,38 @@ found = info(sys.argv[1])
 print(json.dumps([found.complete, found.blocks_done, verify(sys.argv[1], deep=True)]))
 """
     assert on_windows(code, tmp_path / "store") == [False, 1, []]
+
+
+def test_stores_are_compared_without_posix(finished, tmp_path):
+    other = storekit.build(tmp_path / "other", manifest=storekit.manifest(regions={"keep": 20}))
+    code = """
+import json
+from ezsd.pipeline.console.store_messages import compare_lines
+
+print(json.dumps([compare_lines(sys.argv[1], second) for second in sys.argv[1:]]))
+"""
+    same, changed = on_windows(code, finished, other)
+    assert same == [f"products with the same fingerprint: {', '.join(storekit.INPUTS)}", "same content, file for file"]
+    assert changed == compare_lines(finished, other)
+    assert "first has 150, second has 20" in changed[0]
+
+
+def test_a_store_is_pushed_to_a_url_without_posix(finished):
+    code = """
+import json
+from ezsd.cache import Store, compare, push, verify
+
+url = "memory://pushed"
+print(json.dumps([
+    push(sys.argv[1], url),
+    push(sys.argv[1], url),
+    Store(url).digest,
+    list(map(str, verify(url, deep=True))),
+    compare(sys.argv[1], url).content,
+]))
+"""
+    sent = len(read_mark(finished).files)
+    assert on_windows(code, finished) == [sent, 0, Store(finished).digest, [], []]
 
 
 WRITES = {

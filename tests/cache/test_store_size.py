@@ -7,7 +7,17 @@ from collections import Counter
 import pytest
 import storekit
 
-from ezsd.cache import StoreError, commit_numbered, commit_shard, read_plan
+from ezsd.cache import (
+    Field,
+    PerImage,
+    PerStore,
+    Schema,
+    StoreError,
+    commit_numbered,
+    commit_shard,
+    forecast,
+    read_plan,
+)
 from ezsd.cache.files import file_state
 from ezsd.cache.journal.commit import Committer
 from ezsd.cache.journal.entries import Entry, set_aside
@@ -124,3 +134,25 @@ def test_a_shard_that_was_recorded_before_is_known_by_its_sources(journaled):
     assert task.sources == storekit.sources(task)
     commit_shard(journaled.path, task)
     assert task.file not in {left.file for left in journaled.commit_tasks()}
+
+
+def test_a_forecast_counts_the_arrays_of_the_whole_store():
+    rows = {"tokens": 100, "model/layers": 0, "model/mean": 0}
+    schema = Schema(
+        [
+            PerStore("model", [Field("layers", "int32"), Field("mean", "float32", (512,))]),
+            PerImage("tokens", [Field("token", "float16", (8,))]),
+        ]
+    )
+    less = forecast(rows, images=11, schema=schema)
+    # 4 MiB and 2 MiB in whole chunks; in the journal too, until the store is finished.
+    more = forecast(rows | {"model/layers": 2**20, "model/mean": 2**10}, images=11, schema=schema)
+    assert more.final - less.final == pytest.approx(6 * 2**20, rel=0.01)
+    assert more.peak - less.peak == 2 * (more.final - less.final)
+
+
+@pytest.mark.parametrize("rows", [{"tokens": 1}, {"tokens": 1, "model/layers": 1, "model": 1}, {}])
+def test_a_forecast_without_the_rows_of_an_array_is_refused(rows):
+    schema = Schema([PerStore("model", [Field("layers", "int32")]), PerImage("tokens", [Field("x", "int8")])])
+    with pytest.raises(StoreError, match=r"^rows: expected a number for each of tokens, model/layers; found "):
+        forecast(rows, images=1, schema=schema)

@@ -9,7 +9,7 @@ from ezsd.pipeline.console.options import as_options
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        ("`weights=/a b/c.pth`: no such file", "--weights /a b/c.pth: no such file"),
+        ("`weights=/a b/c.pth`: no such file", "--weights '/a b/c.pth': no such file"),
         ("gone; give `data_root=DIR`", "gone; give --data-root DIR"),
         ("choose another `run` folder, or `device=cpu`", "choose another --run folder, or --device cpu"),
         ("(`reuse=a` `out=STORE`):", "(--reuse a --out STORE):"),
@@ -18,7 +18,12 @@ from ezsd.pipeline.console.options import as_options
         ("the option `device`?", "the option --device?"),
         ("damaged: `verify(deep=True)` lists all damage", "damaged: `ezsd cache verify --deep` lists all damage"),
         ("`repair()` mends it", "`ezsd cache repair` mends it"),
-        ("run `repair(/a, b/store)`", "run `ezsd cache repair /a, b/store`"),
+        ("run `repair(/a/store)`", "run `ezsd cache repair /a/store`"),
+        ("run `repair(/a, b/store)`", "run `ezsd cache repair '/a, b/store'`"),
+        ("`repair(/a b/it's, source)` computes", """`ezsd cache repair '/a b/it'"'"'s' --data-root DIR` computes"""),
+        ("with `pull(s3://a/b c, DIR)` first", "with `ezsd cache pull 's3://a/b c' DIR` first"),
+        ("`push(STORE, s3://a/b;c)` makes one", "`ezsd cache push STORE 's3://a/b;c'` makes one"),
+        ("build into another folder: `path=/a b`", "build into another folder: --out '/a b'"),
         ("`repair(/a, source)` computes", "`ezsd cache repair /a --data-root DIR` computes"),
         ("with `pull(s3://a/b, DIR)` first", "with `ezsd cache pull s3://a/b DIR` first"),
         ("`push(STORE, s3://a/b)` makes one", "`ezsd cache push STORE s3://a/b` makes one"),
