@@ -25,7 +25,7 @@ from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.console.arguments import (
     class_names,
-    find_images,
+    find_sources,
     picture_places,
     require_one_source,
     require_output,
@@ -307,8 +307,8 @@ SPOKEN: Calls = {
     "put commas between names, or": (lambda _: parse_classes("cat;ox"), lambda _: parse_classes("cat,ox")),
     "or double quotes around this one": (lambda _: parse_classes("cat;ox"), lambda _: parse_classes('"cat;ox"')),
     "is a URL, .*download the image and give its path": (
-        lambda _: find_images(["https://example.com/a.png"]),
-        lambda root: find_images([drawn(root / "a.png")]),
+        lambda _: find_sources(["https://example.com/a.png"]),
+        lambda root: find_sources([drawn(root / "a.png")]),
     ),
     "no picture format; give it one such as .png": (
         lambda root: picture_places([drawn(root / "a.png")], root / "b.txt", alone=True),
