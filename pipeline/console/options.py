@@ -8,10 +8,20 @@ from functools import cache
 
 OPTIONS = frozenset(
     [
-        *("accept_store", "activation", "annotations", "backbone_weights", "base", "blocks", "cache", "classes"),
+        *(
+            "accept_store",
+            "activation",
+            "annotations",
+            "backbone_weights",
+            "base",
+            "blocks",
+            "cache",
+            "class_threshold",
+            "classes",
+        ),
         *("compare", "copy", "corners", "dashboard", "data_root", "dataset", "detections", "device", "format", "limit"),
         *("max_detections", "names", "novel", "out", "reuse", "root", "run", "scheduler", "split", "split_file"),
-        *("teacher", "val", "wait_for_workers", "weights", "workers"),
+        *("teacher", "template", "val", "wait_for_workers", "weights", "workers"),
     ]
 )
 """Parameters whose options have their names."""

@@ -170,7 +170,7 @@ class VideoFile:
             size = (frame.shape[1], frame.shape[0])
             self._writer = cv2.VideoWriter(str(self._draft.absolute()), cv2.CAP_FFMPEG, codec, self._rate, size)
             if not self._writer.isOpened():
-                self.discard()
+                self._writer = None
                 raise ArgumentError(f"`out={self.path}`: no video can be written there; choose another place")
         self._writer.write(np.ascontiguousarray(frame[..., ::-1]))
 

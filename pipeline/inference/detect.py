@@ -26,7 +26,7 @@ from ezsd.pipeline.data.sources import Camera, Source, Video
 from ezsd.pipeline.data.video import FrameReader, VideoFile
 from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.errors import ArgumentError, ImageError
-from ezsd.pipeline.inference.detection_files import Output, writing
+from ezsd.pipeline.inference.detection_files import Output, Writers
 from ezsd.pipeline.inference.detections import Detection, ImageDetections
 from ezsd.pipeline.inference.ensemble import TeacherEnsemble
 from ezsd.pipeline.inference.fonts import require_named_font
@@ -125,7 +125,7 @@ def detect_images(
     unreadable = _Unreadable(len(images))
     with ExitStack() as stack:
         bar = stack.enter_context(_progress(images, frame_step, max_frames)) if progress else None
-        writers = stack.enter_context(writing(outputs, classes))
+        writers = stack.enter_context(Writers(outputs, classes))
         pictures = stack.enter_context(_Drawing(drawn, frozenset(model.base_names)))
         stop = stack.enter_context(finishing("these images"))
         stream = model.each(

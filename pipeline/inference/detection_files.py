@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Literal, Protocol, TextIO, TypeAlias, cast
+from types import TracebackType
+from typing import Literal, Protocol, Self, TextIO, TypeAlias, cast
 
 from ezsd.cache import rename
 from ezsd.data.masks import decompress, json_run_lengths
@@ -69,15 +68,29 @@ class Writers:
     Args:
         outputs: formats and places.
         classes: names that are searched, in the order of their numbers.
+
+    Raises:
+        ArgumentError: a place cannot be written to.
     """
 
     def __init__(self, outputs: Sequence[Output], classes: Sequence[str]) -> None:
         self._writers: list[_Writer] = []
-        with ExitStack() as stack:
-            stack.callback(self.discard)
+        try:
             for output in outputs:
                 self._writers.append(_writer(output, classes))
-            stack.pop_all()
+        except OSError as error:
+            self.discard()
+            raise ArgumentError(
+                f"{error.filename}: cannot be written to ({error.strerror}); choose another place"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
 
     def write(self, detections: ImageDetections) -> None:
         """Add the detections of one image."""
@@ -307,18 +320,3 @@ def coco_document(detections: Iterable[ImageDetections], classes: Sequence[str])
         writers.write(one)
     writers.finish()
     return text.getvalue()
-
-
-@contextlib.contextmanager
-def writing(outputs: Sequence[Output], classes: Sequence[str]) -> Iterator[Writers]:
-    """Writers that remove what they have written unless they are finished."""
-    try:
-        writers = Writers(outputs, classes)
-    except OSError as error:
-        raise ArgumentError(
-            f"{error.filename}: cannot be written to ({error.strerror}); choose another place"
-        ) from error
-    try:
-        yield writers
-    finally:
-        writers.discard()

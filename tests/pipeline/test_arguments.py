@@ -71,14 +71,13 @@ def test_a_split_is_chosen_in_any_unicode_form_and_spelt_as_the_file_does(tmp_pa
     assert chosen_split(names, **options, novel=None) == split
 
 
-def test_a_url_is_no_file_and_a_pattern_is_expanded(shapes_root):
+def test_a_url_is_taken_as_it_is_and_a_pattern_is_expanded(shapes_root):
     val = shapes_root / "val"
     assert find_sources([f"{val}/00000[12].png"]) == [val / "000001.png", val / "000002.png"]
     with pytest.raises(ArgumentError, match=r"no\*.png: no file matches this pattern"):
         find_sources([f"{val}/no*.png"])
     for url in ("https://example.com/a.jpg", "file:///a.jpg"):
-        with pytest.raises(ArgumentError, match=f"^{url}: is a URL, and only files are read"):
-            find_sources([url])
+        assert find_sources([url]) == [url]
 
 
 def test_a_file_with_the_letters_of_a_pattern_is_a_file(shapes_root, tmp_path):

@@ -6,16 +6,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.data.yolo import read_yolo
-from ezsd.errors import VocabularyError
+from ezsd.errors import TeacherError, VocabularyError
 from ezsd.pipeline.console.arguments import parse_class_thresholds, parse_outputs, require_template
 from ezsd.pipeline.data.sources import Video
 from ezsd.pipeline.data.yolo_names import read_names
 from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.inference import detect as detect_module
 from ezsd.pipeline.inference.detect import Model, detect_images
-from ezsd.pipeline.inference.detection_files import COLUMNS, outputs_of
+from ezsd.pipeline.inference.detection_files import COLUMNS, Output, Writers, outputs_of
 from ezsd.pipeline.inference.evaluation_tables import evaluate_results
 
 NAMES = ["ring", "bar"]
@@ -158,7 +160,7 @@ def test_frames_have_their_numbers(shapes_run, shapes_root, tmp_path):
         (["csv=folder"], "is a folder; give the name of a file"),
         (["yolo=file"], "is a file; yolo needs a folder"),
         (["fiftyone=new"], "a frame has no file; save the others as coco or csv"),
-        (["yolo=new"], r"x/a.png and y/a.jpg would be one file; detect them one by one"),
+        (["yolo=new"], r"x/a.png and \S+y/a.jpg would be one file; detect them one by one"),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_it_starts(given, words, tmp_path, monkeypatch):
@@ -168,6 +170,16 @@ def test_what_cannot_be_written_is_refused_before_it_starts(given, words, tmp_pa
     sources = [tmp_path / "x/a.png", tmp_path / "y/a.jpg", Video(tmp_path / "b.mp4")]
     with pytest.raises(ArgumentError, match=words):
         parse_outputs(given, sources)
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line_and_another_one_takes_it(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArgumentError, match=r"file: cannot be written to \(.*\); choose another place"):
+        Writers([Output("coco", tmp_path / "a.json"), Output("csv", tmp_path / "file/found.csv")], NAMES)
+    # The first one has left nothing.
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    Writers([Output("csv", tmp_path / "found.csv")], NAMES).finish()
+    assert (tmp_path / "found.csv").read_text() == ",".join(COLUMNS) + "\n"
 
 
 # Thresholds and prompts
@@ -218,6 +230,22 @@ def test_a_template_takes_the_place_of_the_runs_prompts(shapes_run, shapes_root)
     with pytest.raises(VocabularyError, match="--template: a prompt template needs '{}' once"):
         require_template("a photo")
     require_template("imagenet")
+
+
+class OwnPrompts:
+    """A plug-in's teacher."""
+
+    name = "own"
+
+    def encode_text(self, names):
+        return torch.nn.functional.normalize(torch.ones(len(names), 64) + torch.eye(len(names), 64), dim=1)
+
+
+def test_a_teacher_that_makes_its_own_prompts_takes_no_template(shapes_run, monkeypatch):
+    monkeypatch.setattr(detect_module, "run_teacher", lambda *_, **__: OwnPrompts())
+    with pytest.raises(TeacherError, match="`template`: the teacher own makes its own prompts; leave it out"):
+        Model(shapes_run, device="cpu", template="a {}")
+    assert Model(shapes_run, device="cpu").names
 
 
 def test_batches_change_no_detection(shapes_run, shapes_root):
