@@ -8,20 +8,11 @@ from functools import cache
 
 OPTIONS = frozenset(
     [
-        *(
-            "accept_store",
-            "activation",
-            "annotations",
-            "backbone_weights",
-            "base",
-            "blocks",
-            "cache",
-            "class_threshold",
-            "classes",
-        ),
+        *("accept_store", "activation", "annotations", "backbone_weights", "base", "blocks", "cache", "classes"),
+        *("class_threshold", "template"),
         *("compare", "copy", "corners", "dashboard", "data_root", "dataset", "detections", "device", "format", "limit"),
         *("max_detections", "names", "novel", "out", "reuse", "root", "run", "scheduler", "split", "split_file"),
-        *("teacher", "template", "val", "wait_for_workers", "weights", "workers"),
+        *("teacher", "val", "wait_for_workers", "weights", "workers"),
     ]
 )
 """Parameters whose options have their names."""
