@@ -590,17 +590,26 @@ def train(
         ),
     ] = False,
     device: Device = "auto",
+    log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="csv,tensorboard,wandb,mlflow",
+            help="Loggers of metrics beside metrics.jsonl, as CSV; the same as train.loggers.",
+        ),
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Train the detector from base boxes and cached regions; on several GPUs with `torchrun`."""
     require_launcher(os.environ)
     from ezsd.cache import Store
+    from ezsd.pipeline.console.arguments import loggers_override
     from ezsd.pipeline.console.defaults import preset_of, train_config
     from ezsd.pipeline.devices import require_device_name, resolve_device
 
     # What can be refused is, before anything heavy is loaded.
     require_device_name(device)
-    config = train_config(cache, preset, set_ or [], seed=seed, backbone_weights=backbone_weights)
+    settings = [*(set_ or []), *loggers_override(log)]
+    config = train_config(cache, preset, settings, seed=seed, backbone_weights=backbone_weights)
     from ezsd.pipeline.training.train import TrainRequest
     from ezsd.pipeline.training.train import train as start
 
@@ -963,8 +972,10 @@ def main() -> None:
         prepare_streams()
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(OptionFormatter())
+        # Details, such as the backend that was chosen, are for log files.
+        handler.setLevel(logging.INFO)
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
-        logging.getLogger("ezsd").setLevel(logging.INFO)
+        logging.getLogger("ezsd").setLevel(logging.DEBUG)
         with keeping(""):
             app(prog_name="ezsd")
     except Stopped as stopped:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import get_args
 from urllib.parse import urlsplit
 
 from PIL import Image
 
+from ezsd.choices import Logger
 from ezsd.errors import VocabularyError
 from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import at_test_time, from_tables
@@ -336,6 +339,22 @@ def parse_class_thresholds(given: Sequence[str]) -> dict[str, float]:
             raise ArgumentError(f"--class-threshold: {name!r} has two thresholds; leave one of them out")
         found[name] = least
     return found
+
+
+def loggers_override(text: str | None) -> list[str]:
+    """The override of `train.loggers` that a CSV list of loggers stands for; none without a list.
+
+    Raises:
+        ArgumentError: there is no such logger.
+    """
+    if text is None:
+        return []
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    known = get_args(Logger)
+    for name in names:
+        if name not in known:
+            raise ArgumentError(f"--log {text}: no logger {name!r}; known are {', '.join(known)}")
+    return [f"train.loggers={json.dumps(names)}"]
 
 
 def require_template(template: str | None) -> None:
