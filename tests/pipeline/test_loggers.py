@@ -40,8 +40,7 @@ def logged_twice(quick_config, tmp_path):
                 first.write_validation({"step": 4, "base": 0.5, "novel": None})
                 first.flush()
         # What is in a buffer may be lost with a killed process, or be written, as here.
-        first.flush()
-        first._file.close()
+        first.__exit__(None, None, None)
         run.cut_metrics(4)
         with MetricsLog(run, loggers=[logger], begin=4) as second:
             for step in STEPS[4:]:
