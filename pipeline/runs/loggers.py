@@ -315,7 +315,11 @@ class _Mlflow(_Tracker):
         super().__init__(run, begin)
         import mlflow
 
-        address = os.environ.get("MLFLOW_TRACKING_URI") or (run.folder / "mlruns").absolute().as_uri()
+        address = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not address:
+            address = (run.folder / "mlruns").absolute().as_uri()
+            # Newer versions take files for a mistake unless told so; a database would need more packages.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         try:
             self._client: Any = mlflow.tracking.MlflowClient(tracking_uri=address)
