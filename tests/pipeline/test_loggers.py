@@ -117,11 +117,13 @@ def leveldb_log(content):
 
 
 def test_wandb_has_each_step_once(logged_twice, monkeypatch):
-    pytest.importorskip("wandb", reason="Weights & Biases is not installed")
+    wandb = pytest.importorskip("wandb", reason="Weights & Biases is not installed")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = logged_twice("wandb")
+    # Its own process has written all when it is gone.
+    wandb.teardown()
     found = []
     for file in sorted((run.folder / "wandb").glob("offline-run-*/*.wandb")):
         for data in leveldb_log(file.read_bytes()):
