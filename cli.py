@@ -591,11 +591,19 @@ def train(
         ),
     ] = False,
     device: Device = "auto",
+    log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="csv,tensorboard,wandb,mlflow",
+            help="Loggers of metrics beside metrics.jsonl, as CSV; the same as train.loggers.",
+        ),
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Train the detector from base boxes and cached regions; on several GPUs with `torchrun`."""
     require_launcher(os.environ)
     from ezsd.cache import Store
+    from ezsd.pipeline.console.arguments import loggers_override
     from ezsd.pipeline.console.defaults import preset_of, train_config
     from ezsd.pipeline.devices import require_device_name, resolve_device
 
@@ -603,7 +611,8 @@ def train(
     require_device_name(device)
     # No rows are read of it here.
     store = Store(cache, verify="quick")
-    config = train_config(store, preset, set_ or [], seed=seed, backbone_weights=backbone_weights)
+    settings = [*(set_ or []), *loggers_override(log)]
+    config = train_config(store, preset, settings, seed=seed, backbone_weights=backbone_weights)
     from ezsd.pipeline.training.train import TrainRequest
     from ezsd.pipeline.training.train import train as start
 
@@ -761,7 +770,11 @@ def evaluate(
 @keeping("pictures that are drawn stay; run the same command again")
 def detect(
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGES...", help="Image files, folders of them, or patterns.")
+        list[str],
+        typer.Argument(
+            metavar="IMAGES...",
+            help="Images, videos, folders of them, patterns, URLs of images, .txt lists of paths, 0 for a camera.",
+        ),
     ],
     run: RunFolder,
     classes: Annotated[
@@ -774,8 +787,30 @@ def detect(
         list[Path] | None, typer.Option(help="File of classes to detect, one name per line.")
     ] = None,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Minimum score.")] = 0.3,
+    class_threshold: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SCORE", help="Minimum score of one class; repeatable.")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Prompt such as 'a photo of a {}' instead of the run's, or imagenet for CLIP's 80."),
+    ] = None,
+    class_agnostic_nms: Annotated[
+        bool, typer.Option("--class-agnostic-nms", help="Suppress overlapping boxes of different classes too.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that the network sees at once.")] = 8,
+    frame_step: Annotated[int, typer.Option(min=1, help="Videos, cameras: look at every n-th frame.")] = 1,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Videos, cameras: stop after so many frames.")] = None,
     out: Annotated[
-        str | None, typer.Option(help="Image file to draw the boxes into; a folder for several images.")
+        str | None,
+        typer.Option(help="Image or video file to draw the boxes into; a folder for several images."),
+    ] = None,
+    save: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT=PLACE",
+            help="Also write coco=FILE.json, csv=FILE.csv, yolo=FOLDER, yolo-scores=FOLDER or fiftyone=FOLDER; "
+            "repeatable.",
+        ),
     ] = None,
     weights: MovedWeights = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one COCO-format document instead of lines.")] = False,
@@ -788,41 +823,61 @@ def detect(
     device: Device = "auto",
     set_: TestTimeSet = None,
 ) -> None:
-    """Detect objects of any named classes in images; boxes refer to the image as viewers show it."""
-    from ezsd.pipeline.console.arguments import class_names, find_images, picture_places, require_weights
+    """Detect objects of any named classes in images and videos; boxes refer to the image as viewers show it."""
+    from ezsd.pipeline.console.arguments import (
+        class_names,
+        find_sources,
+        is_image,
+        is_named_itself,
+        parse_class_thresholds,
+        parse_outputs,
+        picture_places,
+        require_template,
+        require_weights,
+    )
     from ezsd.pipeline.devices import require_device_name
     from ezsd.pipeline.runs.folder import require_run
 
     asked = class_names("--classes", lists=classes or (), files=classes_file or (), literal=class_ or ())
+    least = parse_class_thresholds(class_threshold or ())
+    require_template(template)
     require_device_name(device)
     require_weights(weights)
     require_run(run)
-    found = find_images(images)
-    drawn = picture_places(found, out, alone=found == [Path(images[0])])
+    found = find_sources(images)
+    drawn = picture_places(found, out, alone=is_named_itself(found, images))
+    saved = parse_outputs(save or (), found)
     from ezsd.pipeline.devices import resolve_device
-    from ezsd.pipeline.inference.detect import coco_document, detect_images, detection_lines, resolve_names
+    from ezsd.pipeline.inference.detect import detect_images, resolve_names
+    from ezsd.pipeline.inference.detection_files import outputs_of
+    from ezsd.pipeline.inference.detections import detection_lines
     from ezsd.pipeline.runs.run import Run
 
     opened = Run.open(run)
-    names = resolve_names(opened, asked)
     seen = detect_images(
         found,
         opened,
-        names,
+        resolve_names(opened, asked),
         threshold=threshold,
         device=resolve_device(device),
         drawn=drawn,
-        overrides=set_ or [],
+        overrides=[*(["eval.class_agnostic_nms=true"] if class_agnostic_nms else []), *(set_ or [])],
         weights=weights,
         alone=alone,
+        class_thresholds=least,
+        template=template,
+        batch_size=batch_size,
+        frame_step=frame_step,
+        max_frames=max_frames,
+        outputs=outputs_of(saved, printed=json_),
+        progress=not is_image(found),
     )
-    if json_:
-        typer.echo(coco_document(list(seen), names))
-        return
     for one in seen:
-        for line in detection_lines(one, with_path=len(found) > 1):
+        if json_:
+            continue
+        for line in detection_lines(one, with_path=not is_image(found)):
             typer.echo(line)
-        if not one.objects:
+        if not one.objects and one.frame is None:
             typer.echo(f"{one.source}: nothing found with a score of {threshold} or more", err=True)
 
 
@@ -963,8 +1018,10 @@ def main() -> None:
         keep_freed_memory()
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(OptionFormatter())
+        # Details, such as the backend that was chosen, are for log files.
+        handler.setLevel(logging.INFO)
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
-        logging.getLogger("ezsd").setLevel(logging.INFO)
+        logging.getLogger("ezsd").setLevel(logging.DEBUG)
         with keeping(""):
             app(prog_name="ezsd")
     except Stopped as stopped:

@@ -37,5 +37,7 @@ Refinement = Literal["none", "vote"]
 """Refinement of proposals before regions are chosen among them, see `ezsd.proposals.refine`."""
 Score = Literal["entropy", "novel"]
 """Score by which anchors become proposals, see `ezsd.proposals.select`."""
+Logger = Literal["csv", "mlflow", "tensorboard", "wandb"]
+"""Loggers of a training's metrics beside metrics.jsonl."""
 Benchmark = Literal["shapes", "clutter"]
 """Embedded benchmarks: scenes without and with distractors, see `ezsd.data.shapes`."""

@@ -20,12 +20,12 @@ class Progress:
 
     Args:
         stage: its name.
-        total: steps in all.
+        total: steps in all; None where nobody knows.
         unit: what a step is, singular.
         done: steps that an earlier run finished; they do not count into the rate.
     """
 
-    def __init__(self, stage: str, total: int, *, unit: str, done: int = 0) -> None:
+    def __init__(self, stage: str, total: int | None, *, unit: str, done: int = 0) -> None:
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
         self._start_done = done
         self._note = ""
@@ -41,7 +41,9 @@ class Progress:
 
             columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             said = (TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[note]}"))
-            self._bar = bar = Bar(*columns, *said, console=Console(stderr=True))
+            # What a command prints meanwhile must reach whatever its output leads to, unless that is the terminal.
+            own = sys.stdout is not None and sys.stdout.isatty()
+            self._bar = bar = Bar(*columns, *said, console=Console(stderr=True), redirect_stdout=own)
             bar.start()
             self._task = bar.add_task(self.stage, total=self.total, completed=self.done, rate="", note="")
         return self
@@ -75,9 +77,12 @@ class Progress:
     def _line(self) -> None:
         self._last_line = time.monotonic()
         rate = self._rate()
-        left = f", {duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
+        left = ""
+        if self.total is not None and rate and self.done < self.total:
+            left = f", {duration((self.total - self.done) / rate)} left"
         note = f", {self._note}" if self._note else ""
-        log.info("%s: %d/%d %ss, %s%s%s", self.stage, self.done, self.total, self.unit, self._rate_text(), left, note)
+        done = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
+        log.info("%s: %s %ss, %s%s%s", self.stage, done, self.unit, self._rate_text(), left, note)
 
     @property
     def seconds(self) -> float:

@@ -25,13 +25,16 @@ from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.console.arguments import (
     class_names,
-    find_images,
+    find_sources,
+    parse_class_thresholds,
+    parse_outputs,
     picture_places,
     require_one_source,
     require_output,
 )
 from ezsd.pipeline.console.options import COMMANDS
 from ezsd.pipeline.data.shapes import write_shapes
+from ezsd.pipeline.data.sources import Camera
 from ezsd.pipeline.data.split import chosen_split
 from ezsd.pipeline.runs.run import Run
 from ezsd.teacher.requirements import require_teacher
@@ -306,9 +309,37 @@ SPOKEN: Calls = {
     ),
     "put commas between names, or": (lambda _: parse_classes("cat;ox"), lambda _: parse_classes("cat,ox")),
     "or double quotes around this one": (lambda _: parse_classes("cat;ox"), lambda _: parse_classes('"cat;ox"')),
-    "is a URL, .*download the image and give its path": (
-        lambda _: find_images(["https://example.com/a.png"]),
-        lambda root: find_images([drawn(root / "a.png")]),
+    "a video behind a URL, .*download it and give its path": (
+        lambda _: find_sources(["https://example.com/a.mp4"]),
+        lambda root: find_sources([written(root / "a.mp4")]),
+    ),
+    "no video format; give it one such as .mp4": (
+        lambda root: picture_places([Camera(0)], root / "found.png", alone=True),
+        lambda root: picture_places([Camera(0)], root / "found.mp4", alone=True),
+    ),
+    "has two thresholds; leave one of them out": (
+        lambda _: parse_class_thresholds(["cat=0.1", "cat=0.2"]),
+        lambda _: parse_class_thresholds(["cat=0.1"]),
+    ),
+    "no format 'coc'; did you mean 'coco'": (
+        lambda root: parse_outputs([f"coc={root}/a"], []),
+        lambda root: parse_outputs([f"coco={root}/a"], []),
+    ),
+    "is a folder; give the name of a file$": (
+        lambda root: parse_outputs([f"csv={root}"], []),
+        lambda root: parse_outputs([f"csv={root}/a"], []),
+    ),
+    "csv goes to the same place; choose another one": (
+        lambda root: parse_outputs([f"csv={root}/a", f"coco={root}/a"], []),
+        lambda root: parse_outputs([f"csv={root}/a", f"coco={root}/b"], []),
+    ),
+    "a frame has no file; save the others as coco or csv": (
+        lambda root: parse_outputs([f"fiftyone={root}"], [Camera(0)]),
+        lambda root: parse_outputs([f"coco={root}/a", f"csv={root}/b"], [Camera(0)]),
+    ),
+    "would be one file; detect them one by one": (
+        lambda root: parse_outputs([f"yolo={root}"], [root / "a/x.png", root / "b/x.png"]),
+        lambda root: [parse_outputs([f"yolo={root}"], [root / f"{one}/x.png"]) for one in "ab"],
     ),
     "no picture format; give it one such as .png": (
         lambda root: picture_places([drawn(root / "a.png")], root / "b.txt", alone=True),

@@ -388,6 +388,23 @@ def test_detect_refuses_what_is_no_image(shapes_run, tmp_path):
     assert_one_clear_line(result, "notes.png", "not an image")
 
 
+def test_detect_goes_on_past_a_bad_image_and_saves_the_others(shapes_run, shapes_root, tmp_path):
+    for number in (1, 2, 3):
+        content = (shapes_root / f"val/00000{number}.png").read_bytes()
+        (tmp_path / f"{number}.png").write_bytes(content[:200] if number == 2 else content)
+    words = ["detect", tmp_path, "--run", shapes_run.folder, "--threshold", 0, "--class-agnostic-nms"]
+    result = ezsd(*words, "--save", f"csv={tmp_path}/found.csv", "--out", f"{tmp_path}/drawn/")
+    assert result.returncode == 2
+    named, counted, last = result.stderr.splitlines()
+    assert named.endswith("2.png: cannot be read: image file is truncated; left out")
+    assert counted.startswith("detect: 3/3 images")
+    assert last.startswith("ezsd: 1 of 3 could not be read and are left out, the first: ")
+    printed = {line.split()[0] for line in result.stdout.splitlines()}
+    assert printed == {f"{tmp_path}/1.png", f"{tmp_path}/3.png"}
+    assert len((tmp_path / "found.csv").read_text().splitlines()) == 1 + len(result.stdout.splitlines())
+    assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == ["1.png", "3.png"]
+
+
 def test_detect_refuses_a_class_that_the_teacher_has_no_words_for(shapes_run, shapes_root):
     image = shapes_root / "val/000001.png"
     result = ezsd("detect", image, "--run", shapes_run.folder, "--classes", "zebra")

@@ -17,7 +17,7 @@ from ezsd.pipeline.inference.detect import Model, detect_images
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNATURES = {
-    "load": "(run: PLACE, *, device: str = auto, overrides: Sequence[str] = ()) -> Model",
+    "load": "(run: PLACE, *, device: str = auto, overrides: Sequence[str] = (), template: str | None = None) -> Model",
     "RegionDataset": "(store: Store | PLACE, image_ids: Sequence[int] | None = None) -> None",
     "Store": "(path: PLACE, *, verify: Literal[quick, full] = full) -> None",
 }
@@ -41,7 +41,8 @@ def test_signatures_stay():
     assert {name: str(inspect.signature(getattr(ezsd, name))).replace("'", "") for name in SIGNATURES} == {
         name: said.replace("PLACE", place) for name, said in SIGNATURES.items()
     }
-    assert list(inspect.signature(Model.__call__).parameters) == ["self", "images", "names", "threshold", "alone"]
+    options = ["threshold", "class_thresholds", "alone", "batch_size"]
+    assert list(inspect.signature(Model.__call__).parameters) == ["self", "images", "names", *options]
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         ezsd.lode  # noqa: B018
 

@@ -151,9 +151,12 @@ def _tried_on(index: int) -> str | None:
 
 
 def _level(obstacle: str | None, device: torch.device) -> int:
-    """Log level of an obstacle: a warning on a GPU that the kernels are for, which is slower than its owner expects."""
+    """Log level of an obstacle: a warning on a GPU that the kernels are for, which is slower than its owner expects.
+
+    Elsewhere it is what everybody expects: a detail for log files.
+    """
     missed = obstacle is not None and device.type == "cuda" and has_bfloat16(device)
-    return logging.WARNING if missed else logging.INFO
+    return logging.WARNING if missed else logging.DEBUG
 
 
 @functools.cache

@@ -159,6 +159,10 @@ class OpenClipTeacher:
         """
         return F.normalize(self.model.encode_image(crops.to(self.dtype)).float(), dim=1)
 
+    def use_template(self, template: str | Sequence[str]) -> None:
+        """Make prompts of all names by a template from now on, those of described names too; see `templates`."""
+        self.templates, self.descriptions = templates(template), {}
+
     def encode_text(self, names: Sequence[str]) -> Tensor:
         """Unit embeddings (C, D), float32, of class names, see `Teacher`.
 

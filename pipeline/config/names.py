@@ -99,10 +99,13 @@ ALIASES: Mapping[str, str] = {
     "kd_weight": "loss.distillation",
     "distill_weight": "loss.distillation",
     "distillation_weight": "loss.distillation",
+    "log": "train.loggers",
+    "logger": "train.loggers",
     "lr": "train.learning_rate",
     "lr_backbone": "train.backbone_lr_mult (a factor of train.learning_rate)",
     "lr_mult": "train.backbone_lr_mult",
     "lr0": "train.learning_rate",
+    "mlflow": "train.loggers",
     "max_dets": "eval.max_detections",
     "max_det": "eval.max_detections",
     "max_epochs": "train.steps (epochs x training images / train.batch_size)",
@@ -127,12 +130,14 @@ ALIASES: Mapping[str, str] = {
     "score_thresh": "eval.score_threshold",
     "score_thr": "eval.score_threshold",
     "tau": "model.logit_scale (it multiplies cosines: the reciprocal of a temperature)",
+    "tensorboard": "train.loggers",
     "temperature": "model.logit_scale (it multiplies cosines: the reciprocal of a temperature)",
     "top_k": "proposals.max_proposals or proposals.max_regions",
     "topk": "proposals.max_proposals or proposals.max_regions",
     "trainable_backbone_layers": "model.frozen_stages (4 less that number)",
     "trainable_layers": "model.frozen_stages (4 less that number)",
     "warmup_iters": "train.warmup_steps",
+    "wandb": "train.loggers",
     "wd": "train.weight_decay",
     "workers": "train.num_workers (readers of a training), or the option `workers` (a build)",
     "short_edge": "train.min_size",
@@ -147,7 +152,6 @@ NO_SETTINGS: Mapping[str, str] = {
     "fp16": "mixed precision is always on on a GPU",
     "mixed_precision": "mixed precision is always on on a GPU",
     "momentum": "that of SGD is 0.9",
-    "wandb": "metrics go to the run's metrics.jsonl, and with train.tensorboard=true to TensorBoard",
 }
 """Explanation by the name that people type by habit where there is no such setting."""
 
@@ -165,6 +169,9 @@ def with_todays_names(tables: object) -> dict[str, Any]:
         names = FORMER.get(section, {})
         found[section] = {}
         for key, value in table.items():
+            if (section, key) == ("train", "tensorboard"):
+                found[section].setdefault("loggers", ["tensorboard"] if value else [])
+                continue
             name = names.get(key, key)
             words = FORMER_VALUES.get((section, name), {})
             found[section][name] = words.get(value, value) if isinstance(value, str) else value

@@ -475,7 +475,7 @@ ALONE = frozenset(
         "train.channels_last",
         "train.checkpoint_minutes",
         "train.compile",
-        "train.tensorboard",
+        "train.loggers",
         "eval.max_detections",
     ]
 )

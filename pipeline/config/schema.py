@@ -22,6 +22,7 @@ from ezsd.choices import (
     AdaptLoss,
     Backend,
     ClassificationLoss,
+    Logger,
     Metric,
     Mode,
     Names,
@@ -356,11 +357,12 @@ class TrainConfig:
     """Memory layout of convolutions; GPUs like it in 16 bits."""
     compile: bool = False
     """Compile the backbone with torch."""
-    tensorboard: bool = False
-    """Also log metrics to RUN/tensorboard; needs the extra "tensorboard"."""
+    loggers: tuple[Logger, ...] = ()
+    """Loggers of metrics beside metrics.jsonl, such as ["csv", "tensorboard"]; all but csv need the extra so named."""
 
     def __post_init__(self) -> None:
         _require_bounds("train", self)
+        _require(len(set(self.loggers)) == len(self.loggers), "train.loggers: a logger is in the list twice")
         sides = (self.min_size, self.max_size)
         _require(
             sides == (0, 0) or LEAST_SIDE <= sides[0] <= sides[1],

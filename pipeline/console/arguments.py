@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
+from typing import get_args
+from urllib.parse import urlsplit
 
 from PIL import Image
 
+from ezsd.choices import Logger
 from ezsd.errors import VocabularyError
 from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import at_test_time, from_tables
-from ezsd.pipeline.data.images import image_endings, look
-from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.data.images import image_endings
+from ezsd.pipeline.data.sources import VIDEO_ENDINGS, WRITTEN_VIDEOS, Camera, Source, Video, file_name, is_video
+from ezsd.pipeline.errors import ArgumentError, ImageError
 from ezsd.pipeline.files import read_object
 from ezsd.vocabulary import (
+    IMAGENET_TEMPLATES,
     canonical,
     parse_classes,
+    prompts,
     require_characters,
     require_different,
 )
+
+SAVED = {
+    "coco": "found.json",
+    "csv": "found.csv",
+    "fiftyone": "found",
+    "yolo": "labels",
+    "yolo-scores": "labels",
+}
+"""Formats of `ezsd detect --save`, each with a place to show: a file, or a folder without an ending."""
 
 
 def require_weights(file: Path | None, *, used: bool = True) -> None:
@@ -138,6 +155,14 @@ def _listed(option: str, text: str) -> tuple[str, ...]:
 
 
 def _names_of_file(where: str, file: Path) -> list[str]:
+    kept = _lines_of_file(where, file)
+    if not kept:
+        raise ArgumentError(f"{where}: holds no class name; expected one a line")
+    return [_one_name(f"{where}: line {number}", line) for number, line in kept]
+
+
+def _lines_of_file(where: str, file: Path) -> list[tuple[int, str]]:
+    """Numbers and texts of the lines of a list, without blank ones and those that begin with "#"."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -145,10 +170,7 @@ def _names_of_file(where: str, file: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ArgumentError(f"{where}: is not UTF-8 text: {error}") from error
     lines = enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1)
-    kept = [(number, line.strip()) for number, line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not kept:
-        raise ArgumentError(f"{where}: holds no class name; expected one a line")
-    return [_one_name(f"{where}: line {number}", line) for number, line in kept]
+    return [(number, line.strip()) for number, line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
 def _one_name(where: str, name: str) -> str:
@@ -161,27 +183,81 @@ def _one_name(where: str, name: str) -> str:
     return canonical(name.strip())
 
 
-def find_images(places: Sequence[str | Path]) -> list[Path]:
-    """The image files among files, folders and patterns, those of a folder by name; each is opened, none is decoded.
+def find_sources(places: Sequence[str | Path]) -> list[Source]:
+    """Images, videos and cameras among files, folders, patterns, URLs, lists and numbers; nothing of them is read.
 
-    A pattern is what a shell would have expanded, such as "photos/*.jpg", unless a file has that very name.
+    A pattern is what a shell would have expanded, such as "photos/*.jpg". A folder gives its images and videos by name.
+    A list is a text file, whose name ends in ".txt", with one path or URL a line; blank lines and those that begin with
+    "#" are left out, and a path that leads nowhere is tried from the list's folder. A number is a camera. A file that
+    is there is a file, whatever its name looks like.
 
     Raises:
-        ImageError: a file is missing, no image or too large, or its mode cannot be read.
-        ArgumentError: a folder holds no file with an image's ending, a pattern matches nothing, or it is a URL.
+        ImageError: a file that is named here is missing.
+        ArgumentError: a folder holds no file with an image's or a video's ending, a pattern matches nothing, a list
+            cannot be read or is empty, or a URL is a video's.
     """
-    images: list[Path] = []
+    sources: list[Source] = []
     for given in places:
-        for place in _expanded(str(given)):
-            images += _folder_images(place) if place.is_dir() else [place]
-    for image in images:
-        look(image)
-    return images
+        text = str(given)
+        if _is_url(text):
+            sources.append(_of_url(text))
+            continue
+        if re.fullmatch(r"\d{1,3}", text) and not os.path.lexists(text):
+            sources.append(Camera(int(text)))
+            continue
+        for place in _expanded(text):
+            if place.is_dir():
+                sources += _folder_sources(place)
+            elif not place.is_file():
+                raise ImageError(f"{place}: no such image")
+            elif place.suffix.lower() == ".txt":
+                sources += _listed_sources(place)
+            else:
+                sources.append(_of_path(place))
+    return sources
+
+
+def is_named_itself(sources: Sequence[Source], places: Sequence[str]) -> bool:
+    """Test whether there is one source, and it was named, not its folder, pattern or list."""
+    if len(sources) != 1 or len(places) != 1:
+        return False
+    return isinstance(sources[0], Camera) or str(sources[0]) in (places[0], str(Path(places[0])))
+
+
+def is_image(sources: Sequence[Source]) -> bool:
+    """Test whether there is one image to detect in, and no more."""
+    return len(sources) == 1 and not isinstance(sources[0], Video | Camera)
+
+
+def _is_url(text: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None
+
+
+def _of_url(url: str) -> str:
+    if is_video(urlsplit(url).path):
+        raise ArgumentError(f"{url}: is a video behind a URL, which is not read; download it and give its path")
+    return url
+
+
+def _of_path(path: Path) -> Path | Video:
+    return Video(path) if is_video(path) else path
+
+
+def _listed_sources(file: Path) -> list[Source]:
+    found: list[Source] = []
+    for _, line in _lines_of_file(str(file), file):
+        if _is_url(line):
+            found.append(_of_url(line))
+            continue
+        path = Path(line)
+        # Lists are written from where one works, or travel with their images.
+        found.append(_of_path(file.parent / path if not path.exists() and (file.parent / path).exists() else path))
+    if not found:
+        raise ArgumentError(f"{file}: is an empty list; expected one path or URL a line")
+    return found
 
 
 def _expanded(text: str) -> list[Path]:
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-        raise ArgumentError(f"{text}: is a URL, and only files are read; download the image and give its path")
     if not glob.has_magic(text) or os.path.lexists(text):
         return [Path(text)]
     found = sorted(glob.glob(text, recursive=True))
@@ -190,13 +266,14 @@ def _expanded(text: str) -> list[Path]:
     return [Path(one) for one in found]
 
 
-def picture_places(images: Sequence[Path], out: str | Path | None, *, alone: bool) -> list[Path] | None:
-    """Files for the pictures with boxes: `out` itself for one image, else below it by the images' names.
+def picture_places(sources: Sequence[Source], out: str | Path | None, *, alone: bool) -> list[Path] | None:
+    """Files for the pictures with boxes: `out` itself for one source, else below it by the sources' names.
 
-    What ends in a slash is a folder, there or not.
+    What ends in a slash is a folder, there or not. In a folder, a video becomes NAME.mp4, and what has no ending of a
+    picture NAME.png.
 
     Raises:
-        ArgumentError: a name's ending says no format that can be written, two images have one name, or `out` is a
+        ArgumentError: a name's ending says no format that can be written, two sources have one name, or `out` is a
             file where a folder must be.
     """
     if out is None:
@@ -207,25 +284,140 @@ def picture_places(images: Sequence[Path], out: str | Path | None, *, alone: boo
         raise ArgumentError(
             f"--out {out}: is a file; {'several images need' if not alone else 'a slash means'} a folder"
         )
-    places = [out] if alone and not is_folder and not out.is_dir() else [out / image.name for image in images]
-    Image.init()
-    taken: dict[Path, Path] = {}
-    for place, image in zip(places, images, strict=True):
-        if Image.registered_extensions().get(place.suffix.lower()) not in Image.SAVE:
-            raise ArgumentError(f"--out {place}: its ending says no picture format; give it one such as .png")
-        if place.exists() and place.samefile(image):
+    in_folder = not alone or is_folder or out.is_dir()
+    places = [out / _picture_name(source) for source in sources] if in_folder else [out]
+    taken: dict[Path, Source] = {}
+    for place, source in zip(places, sources, strict=True):
+        _require_picture_ending(place, source)
+        own = source.path if isinstance(source, Video) else source
+        if isinstance(own, Path) and place.exists() and own.exists() and place.samefile(own):
             raise ArgumentError(f"--out {place}: is the image itself; choose another place")
-        if taken.setdefault(place, image) != image:
-            raise ArgumentError(f"--out {out}: {taken[place]} and {image} have the same name; detect them one by one")
+        if taken.setdefault(place, source) != source:
+            raise ArgumentError(f"--out {out}: {taken[place]} and {source} have the same name; detect them one by one")
     return places
 
 
-def _folder_images(folder: Path) -> list[Path]:
-    known = image_endings()
+def _picture_name(source: Source) -> str:
+    name = file_name(source)
+    if isinstance(source, Video | Camera):
+        return f"{Path(name).stem}.mp4"
+    return name if isinstance(source, Path) or _is_writable(name) else f"{name}.png"
+
+
+def _is_writable(name: str) -> bool:
+    Image.init()
+    return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.SAVE
+
+
+def _require_picture_ending(place: Path, source: Source) -> None:
+    if isinstance(source, Video | Camera):
+        if place.suffix.lower() not in WRITTEN_VIDEOS:
+            raise ArgumentError(f"--out {place}: its ending says no video format; give it one such as .mp4")
+    elif not _is_writable(place.name):
+        raise ArgumentError(f"--out {place}: its ending says no picture format; give it one such as .png")
+
+
+def parse_class_thresholds(given: Sequence[str]) -> dict[str, float]:
+    """Least scores by class, from texts such as "dog=0.5"; the last "=" counts.
+
+    Raises:
+        ArgumentError: a text is no name with a score in [0, 1], or a class has two.
+    """
+    found: dict[str, float] = {}
+    for text in given:
+        name, equals, value = text.rpartition("=")
+        try:
+            least = float(value)
+        except ValueError:
+            least = -1.0
+        if not (equals and name.strip() and 0 <= least <= 1):
+            raise ArgumentError(
+                f"--class-threshold {text}: expected NAME=SCORE with a score from 0 to 1, as in dog=0.5"
+            )
+        name = _one_name("--class-threshold", name)
+        if name in found:
+            raise ArgumentError(f"--class-threshold: {name!r} has two thresholds; leave one of them out")
+        found[name] = least
+    return found
+
+
+def loggers_override(text: str | None) -> list[str]:
+    """The override of `train.loggers` that a CSV list of loggers stands for; none without a list.
+
+    Raises:
+        ArgumentError: there is no such logger.
+    """
+    if text is None:
+        return []
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    known = get_args(Logger)
+    for name in names:
+        if name not in known:
+            raise ArgumentError(f"--log {text}: no logger {name!r}; known are {', '.join(known)}")
+    return [f"train.loggers={json.dumps(names)}"]
+
+
+def require_template(template: str | None) -> None:
+    """Raise VocabularyError for a prompt template without exactly one place for the name."""
+    if template is not None and template != IMAGENET_TEMPLATES:
+        try:
+            prompts(["a"], template)
+        except VocabularyError as error:
+            raise VocabularyError(f"--template: {error}") from None
+
+
+def parse_outputs(given: Sequence[str], sources: Sequence[Source]) -> dict[Path, str]:
+    """Format by place, from texts such as "coco=found.json".
+
+    Args:
+        given: texts "FORMAT=PLACE".
+        sources: what is detected in, whose names become names of files in some formats.
+
+    Raises:
+        ArgumentError: a format is unknown, a place is missing, taken twice, a folder where a file must be or a file
+            where a folder must be; or two sources have one name where that is a file's.
+    """
+    found: dict[Path, str] = {}
+    for text in given:
+        kind, equals, place = text.partition("=")
+        if kind not in SAVED:
+            near = get_close_matches(kind, SAVED, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(SAVED)}"
+            raise ArgumentError(f"--save {text}: no format {kind!r}; {hint}")
+        if not equals or not place:
+            raise ArgumentError(f"--save {text}: expected FORMAT=PLACE, as in {kind}={SAVED[kind]}")
+        path = Path(place)
+        in_folder = "." not in SAVED[kind]
+        if in_folder and path.exists() and not path.is_dir():
+            raise ArgumentError(f"--save {text}: is a file; {kind} needs a folder")
+        if not in_folder and path.is_dir():
+            raise ArgumentError(f"--save {text}: is a folder; give the name of a file")
+        if path in found:
+            raise ArgumentError(f"--save {text}: {found[path]} goes to the same place; choose another one")
+        if kind.startswith("yolo"):
+            _require_own_names(text, sources)
+        if kind == "fiftyone" and any(isinstance(source, Video | Camera) for source in sources):
+            raise ArgumentError(f"--save {text}: takes images, and a frame has no file; save the others as coco or csv")
+        found[path] = kind
+    return found
+
+
+def _require_own_names(text: str, sources: Sequence[Source]) -> None:
+    # The file with the names of the classes is there too.
+    taken: dict[str, str] = {"classes": "the list of the classes"}
+    for source in sources:
+        stem = Path(file_name(source)).stem
+        if stem in taken:
+            raise ArgumentError(f"--save {text}: {taken[stem]} and {source} would be one file; detect them one by one")
+        taken[stem] = str(source)
+
+
+def _folder_sources(folder: Path) -> list[Source]:
+    known = (*image_endings(), *VIDEO_ENDINGS)
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in known and p.is_file())
     if not found:
         raise ArgumentError(f"{folder}: no images in this folder; folders in it are not looked into")
-    return found
+    return [_of_path(path) for path in found]
 
 
 def require_scheduler(

@@ -11,6 +11,7 @@ from pathlib import Path
 OPTIONS = frozenset(
     [
         *("accept_store", "activation", "annotations", "backbone_weights", "base", "blocks", "cache", "classes"),
+        *("class_threshold", "template"),
         *("compare", "copy", "corners", "dashboard", "data_root", "dataset", "detections", "device", "format", "limit"),
         *(
             "max_detections",

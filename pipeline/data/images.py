@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import struct
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -55,6 +56,10 @@ log = logging.getLogger("ezsd")
 
 MAX_PIXELS = 180_000_000
 """Larger images are refused; as RGB they would fill 540 MB."""
+MAX_URL_BYTES = 256 * 2**20
+"""Larger files behind URLs are refused."""
+URL_SECONDS = 60.0
+"""Time that an image behind a URL may take to arrive, seconds."""
 # The limit is our own: Pillow's would warn on stderr at half of it, and has no cure to offer.
 Image.MAX_IMAGE_PIXELS = None
 # Of EXIF nothing but the orientation is read; what else in it is cut short harms nobody.
@@ -428,21 +433,51 @@ def _pixels_of_tensor(source: Tensor) -> Tensor:
 
 
 def _fetched(url: str) -> NDArray[np.uint8]:
+    return pixels_of_bytes(url, _bytes_of(url))
+
+
+def _bytes_of(url: str) -> bytes:
+    """Content of a URL, within `MAX_URL_BYTES` and `URL_SECONDS`. ImageError when it cannot be had."""
     import fsspec
 
+    system_options: dict[str, object] = {}
+    options: dict[str, object] = {}
+    deadline = time.monotonic() + URL_SECONDS
     try:
-        with fsspec.open(url, "rb") as stream:
-            data = stream.read()
+        if url.lower().startswith(("http://", "https://")):
+            import aiohttp
+
+            system_options = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=URL_SECONDS)}}
+            # One request, whose answer is read piece by piece: a known size saves those that ask for it.
+            options = {"block_size": 0, "size": 1}
+        system, path = fsspec.url_to_fs(url, **system_options)
+        with system.open(path, "rb", **options) as stream:
+            return _limited(stream, url, deadline)
+    except ImageError:
+        raise
+    except TimeoutError as error:
+        raise ImageError(f"{url}: did not arrive within {URL_SECONDS:g} s; download it and give its path") from error
     except Exception as error:
         # Each file system's library has exceptions of its own, and none of them can be imported here.
         raise ImageError(f"{url}: cannot be read: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
-    return pixels_of_bytes(url, data)
 
 
 def pixels_of_bytes(name: str, data: bytes) -> NDArray[np.uint8]:
     """The pixels of an image file's content, see `read_pixels`; errors call it by `name`."""
     with opened_image(name, io.BytesIO(data)) as image:
         return _pixels(name, image, None, "turn")
+
+
+def _limited(stream: IO[bytes], url: str, deadline: float) -> bytes:
+    """Content of a stream. ImageError where there is too much of it, TimeoutError where it has not ended in time."""
+    data = bytearray()
+    while piece := stream.read(2**20):
+        data += piece
+        if len(data) > MAX_URL_BYTES:
+            raise ImageError(f"{url}: has more than {MAX_URL_BYTES:,} bytes; download it and make it smaller")
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return bytes(data)
 
 
 def to_tensor(pixels: NDArray[np.uint8]) -> Tensor:

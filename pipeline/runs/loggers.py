@@ -1,48 +1,96 @@
-"""Loggers of a training's figures: lines of JSON always, TensorBoard if asked for."""
+"""Loggers of a training's metrics: metrics.jsonl always; CSV, TensorBoard, Weights & Biases and MLflow if asked for."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TextIO
 
+from ezsd.choices import Logger
+from ezsd.pipeline.config.schema import to_tables
 from ezsd.pipeline.errors import ConfigError
+from ezsd.pipeline.files import read_object, write_json, write_text
 from ezsd.pipeline.runs.run import Run
+
+log = logging.getLogger("ezsd")
+PROJECT = "ezsd"
+"""Project of Weights & Biases and experiment of MLflow, unless WANDB_PROJECT and MLFLOW_EXPERIMENT_NAME name others."""
+RECORD = "loggers.json"
+"""File of a run with the ids that trackers know it by, and the last step that each was given."""
+_PACKAGES: Mapping[Logger, str] = {"mlflow": "mlflow", "tensorboard": "tensorboard", "wandb": "wandb"}
+_EVERY_SECONDS = 5.0
+"""Seconds between two messages to a tracker."""
+
+Record = Mapping[str, float | None]
+
+
+class _Sink(Protocol):
+    def write(self, part: str, record: Record) -> None:
+        """Take the figures of a step; `part` is "train" or "validation"."""
+
+    def flush(self) -> None:
+        """Hand on what is held back."""
+
+    def close(self) -> None:
+        """Hand on what is held back, and end."""
+
+
+def require_loggers(loggers: Sequence[Logger]) -> None:
+    """Raise ConfigError for a logger whose package is not installed."""
+    for name in loggers:
+        if name in _PACKAGES and find_spec(_PACKAGES[name]) is None:
+            raise ConfigError(f"`train.loggers`: {name} is not installed; pip install 'ezsd[{name}]'")
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and validation.jsonl of a run.
+    """Appends to metrics.jsonl and validation.jsonl of a run, and to the loggers of its settings.
 
     Args:
         run: the run whose folder holds them.
-        tensorboard: whether figures go to RUN/tensorboard as well.
+        loggers: other loggers; their packages are installed, see `require_loggers`.
         begin: the last step that is not written again.
     """
 
-    def __init__(self, run: Run, *, tensorboard: bool, begin: int) -> None:
+    def __init__(self, run: Run, *, loggers: Sequence[Logger], begin: int) -> None:
         self._run = run
-        self._open = ExitStack()
-        self._board: Any = _board(run, begin) if tensorboard else None
+        self._sinks: list[_Sink] = []
+        try:
+            for name in loggers:
+                self._sinks.append(_SINKS[name](run, begin))
+        except BaseException:
+            self._close()
+            raise
 
     def __enter__(self) -> MetricsLog:
-        self._file = self._open.enter_context((self._run.folder / "metrics.jsonl").open("a"))
-        if self._board is not None:
-            self._open.callback(self._board.close)
+        self._file = (self._run.folder / "metrics.jsonl").open("a")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
+        self._file.close()
+        self._close()
+
+    def _close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
 
     def write(self, record: Mapping[str, float]) -> None:
         """Write the figures of a step; `step` is one of them."""
         self._file.write(json.dumps(record) + "\n")
         self._show("train", record)
 
-    def write_validation(self, record: Mapping[str, float | None]) -> None:
+    def write_validation(self, record: Record) -> None:
         """Figures on the validation slice; None for a group without objects."""
         with (self._run.folder / "validation.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -51,19 +99,270 @@ class MetricsLog:
     def flush(self) -> None:
         """Hand what was written to the system: a checkpoint follows."""
         self._file.flush()
+        for sink in self._sinks:
+            sink.flush()
 
-    def _show(self, part: str, record: Mapping[str, float | None]) -> None:
-        if self._board is None:
+    def _show(self, part: str, record: Record) -> None:
+        for sink in self._sinks:
+            sink.write(part, record)
+
+
+def _figures(record: Record) -> dict[str, float]:
+    """Figures of a record without its step, and without those that there are not."""
+    return {name: value for name, value in record.items() if name != "step" and value is not None}
+
+
+class _Csv:
+    """metrics.csv and validation.csv, the tables of metrics.jsonl and validation.jsonl.
+
+    They begin with all steps of the run so far, whether or not they were asked for then.
+    """
+
+    def __init__(self, run: Run, begin: int) -> None:
+        before = {"train": run.read_metrics(), "validation": run.read_validation()}
+        files = {"train": run.folder / "metrics.csv", "validation": run.folder / "validation.csv"}
+        self._tables = {part: _Table(files[part], before[part]) for part in files}
+
+    def write(self, part: str, record: Record) -> None:
+        self._tables[part].add(record)
+
+    def flush(self) -> None:
+        for table in self._tables.values():
+            table.flush()
+
+    def close(self) -> None:
+        for table in self._tables.values():
+            table.close()
+
+
+class _Table:
+    """A CSV file whose columns are the names of all figures so far; without a record there is no file."""
+
+    def __init__(self, path: Path, records: Sequence[Record]) -> None:
+        self._path = path
+        self._columns = list(dict.fromkeys(name for record in records for name in record))
+        self._file: TextIO | None = None
+        path.unlink(missing_ok=True)
+        if records:
+            self._begin(records)
+
+    def add(self, record: Record) -> None:
+        new = [name for name in record if name not in self._columns]
+        if new or self._file is None:
+            # Some figures come first in a later step: the rows before have none.
+            before = self._rows()
+            self._columns += new
+            self._begin([*before, record])
             return
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(f"{part}/{name}", value, record["step"])
+        self._file.write(self._lines([record]))
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _rows(self) -> list[Mapping[str, Any]]:
+        if self._file is None:
+            return []
+        self._file.close()
+        with self._path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def _begin(self, records: Sequence[Mapping[str, Any]]) -> None:
+        write_text(self._path, ",".join(self._columns) + "\n" + self._lines(records))
+        self._file = self._path.open("a", newline="")
+
+    def _lines(self, records: Sequence[Mapping[str, Any]]) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self._columns, restval="", lineterminator="\n").writerows(records)
+        return text.getvalue()
 
 
-def _board(run: Run, begin: int) -> object:
-    try:
+class _TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, run: Run, begin: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("train.tensorboard: TensorBoard is not installed; pip install 'ezsd[tensorboard]'") from error
-    writer: object = SummaryWriter(str(run.folder / "tensorboard"), purge_step=begin + 1)
-    return writer
+
+        # Later steps, of a start that was killed, are written again: their first events count no more.
+        self._writer: Any = SummaryWriter(str(run.folder / "tensorboard"), purge_step=begin + 1)
+
+    def write(self, part: str, record: Record) -> None:
+        for name, value in _figures(record).items():
+            self._writer.add_scalar(f"{part}/{name}", value, record["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Tracker:
+    """Base of loggers that keep a run of their own, which cannot forget a step.
+
+    A resumed training may make steps again that a killed one had handed on. So the last step is noted before it is
+    handed on, and up to there nothing is handed on again: no step is there twice, and after a kill at most those of
+    the last seconds are missing. What a tracker refuses is said once, and the training goes on without it.
+    """
+
+    name: Logger
+
+    def __init__(self, run: Run, begin: int) -> None:
+        self._run = run
+        self._path = run.folder / RECORD
+        self._waiting: list[tuple[str, Record]] = []
+        self._handed_at = time.monotonic()
+        self._is_lost = False
+        noted = self._record().get(self.name, {})
+        self.id: str | None = noted.get("id")
+        self._last: dict[str, int] = {part: noted.get(part, 0) for part in ("train", "validation")}
+
+    def write(self, part: str, record: Record) -> None:
+        step = int(record["step"] or 0)
+        if self._is_lost or step <= self._last[part]:
+            return
+        self._waiting.append((part, record))
+        if time.monotonic() - self._handed_at > _EVERY_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        records, self._waiting = self._waiting, []
+        for part, record in records:
+            self._last[part] = int(record["step"] or 0)
+        if records and not self._is_lost:
+            self.note()
+            self.guarded(lambda: self.hand_on(records))
+        self._handed_at = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        self.guarded(self.end)
+
+    def note(self) -> None:
+        """Record the id and the last steps."""
+        write_json(self._path, self._record() | {self.name: {"id": self.id, **self._last}})
+
+    def _record(self) -> dict[str, Any]:
+        return read_object(self._path) if self._path.exists() else {}
+
+    def guarded(self, work: Callable[[], object]) -> None:
+        """Do some work with the tracker; whatever its library raises ends the tracking alone."""
+        if self._is_lost:
+            return
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - each library, and those below, have errors of their own
+            self._is_lost = True
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            log.warning("%s takes no more metrics (%s): training goes on, metrics.jsonl has all", self.name, reason)
+
+    def hand_on(self, records: Sequence[tuple[str, Record]]) -> None:
+        """Log records, in the order of their steps."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """End the tracker's run, complete for now."""
+        raise NotImplementedError
+
+
+class _WeightsAndBiases(_Tracker):
+    """A run of Weights & Biases, whose files are below RUN/wandb; WANDB_MODE=offline keeps them there."""
+
+    name: Logger = "wandb"
+
+    def __init__(self, run: Run, begin: int) -> None:
+        super().__init__(run, begin)
+        import wandb
+
+        is_offline = os.environ.get("WANDB_MODE") == "offline"
+        known, self.id = self.id is not None, self.id or uuid.uuid4().hex[:8]
+        try:
+            self._tracked: Any = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                id=self.id,
+                name=run.folder.absolute().name,
+                dir=str(run.folder),
+                config=to_tables(run.config),
+                resume="allow" if known and not is_offline else None,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"`train.loggers`: wandb: {reason}; log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+        self.note()
+
+    def hand_on(self, records: Sequence[tuple[str, Record]]) -> None:
+        for part, record in records:
+            figures = {f"{part}/{name}": value for name, value in _figures(record).items()}
+            self._tracked.log(figures, step=int(record["step"] or 0))
+
+    def end(self) -> None:
+        self._tracked.finish()
+
+
+class _Mlflow(_Tracker):
+    """A run of MLflow, at MLFLOW_TRACKING_URI or in files below RUN/mlruns."""
+
+    name: Logger = "mlflow"
+
+    def __init__(self, run: Run, begin: int) -> None:
+        super().__init__(run, begin)
+        import mlflow
+
+        address = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if not address:
+            address = (run.folder / "mlruns").absolute().as_uri()
+            # Newer versions take files for a mistake unless told so; a database would need more packages.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        try:
+            self._client: Any = mlflow.tracking.MlflowClient(tracking_uri=address)
+            if self.id is None:
+                experiment = self._client.get_experiment_by_name(name)
+                place = self._client.create_experiment(name) if experiment is None else experiment.experiment_id
+                tags = {"mlflow.runName": run.folder.absolute().name}
+                self.id = self._client.create_run(place, tags=tags).info.run_id
+                for section, table in to_tables(run.config).items():
+                    for key, value in table.items():
+                        self._client.log_param(self.id, f"{section}.{key}", str(value)[:_MLFLOW_LETTERS])
+            else:
+                self._client.update_run(self.id, status="RUNNING")
+        except Exception as error:
+            # Its own errors, and those of whatever it reaches the address by.
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"`train.loggers`: mlflow: {address}: {reason}; set MLFLOW_TRACKING_URI") from error
+        self.note()
+
+    def hand_on(self, records: Sequence[tuple[str, Record]]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [
+            Metric(f"{part}/{name}", value, now, int(record["step"] or 0))
+            for part, record in records
+            for name, value in _figures(record).items()
+            if math.isfinite(value)
+        ]
+        for start in range(0, len(points), _MLFLOW_POINTS):
+            self._client.log_batch(self.id, metrics=points[start : start + _MLFLOW_POINTS])
+
+    def end(self) -> None:
+        self._client.set_terminated(self.id)
+
+
+_MLFLOW_LETTERS = 250
+"""Letters of a parameter that every store of MLflow takes."""
+_MLFLOW_POINTS = 1000
+"""Points that MLflow takes at a time."""
+_SINKS: dict[Logger, Callable[[Run, int], _Sink]] = {
+    "csv": _Csv,
+    "mlflow": _Mlflow,
+    "tensorboard": _TensorBoard,
+    "wandb": _WeightsAndBiases,
+}

@@ -13,8 +13,9 @@ card.md                 model card, written at the end of training and anew by l
 train.lock              locked while a training writes here
 
 If asked for: validation_slice.json (annotations of the images looked at while training), validation.jsonl (AP50 on
-them), tensorboard/. Written by the later commands: eval.json and detections.json, also with a suffix for another split
-or label space (eval-train-novel.json), crops.json, audit.json and audit-ovd-strict.json, report.html.
+them); metrics.csv, validation.csv, tensorboard/, wandb/, mlruns/, loggers.json (what trackers were given). Written by
+the later commands: eval.json and detections.json, also with a suffix for another split or label space
+(eval-train-novel.json), crops.json, audit.json and audit-ovd-strict.json, report.html.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ CHANGEABLE = (
     "checkpoint_every",
     "checkpoint_minutes",
     "compile",
+    "loggers",
     "num_workers",
-    "tensorboard",
     "validate_every",
     "validate_images",
 )

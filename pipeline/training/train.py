@@ -36,7 +36,7 @@ from ezsd.pipeline.inference.predictor import load_weights
 from ezsd.pipeline.interrupts import Request, Stopped, finishing
 from ezsd.pipeline.progress import Progress
 from ezsd.pipeline.runs.card import has_card, write_card
-from ezsd.pipeline.runs.loggers import MetricsLog
+from ezsd.pipeline.runs.loggers import MetricsLog, require_loggers
 from ezsd.pipeline.runs.model import build_detector, read_backbone, require_sizes, warn_of_random_weights
 from ezsd.pipeline.runs.run import CHANGEABLE, Run, restore_optimiser, rows_digest
 from ezsd.pipeline.runs.store_digests import record_store, require_same_bytes
@@ -93,6 +93,7 @@ def train(request: TrainRequest) -> Run:
     """
     device = local_device(request.device)
     require_backend_there(request.config.train.backend, device)
+    require_loggers(request.config.train.loggers)
     with ExitStack() as stack:
         distributed = stack.enter_context(join_process_group(device))
         _check_distributed(request.config.train, distributed)
@@ -341,9 +342,9 @@ class _Training:
         self.trainer.detector.train()
         with ExitStack() as stack:
             first = self._distributed.is_main
-            log_to = MetricsLog(self.run, tensorboard=self._config.tensorboard, begin=self.step) if first else None
+            log_to = MetricsLog(self.run, loggers=self._config.loggers, begin=self.step) if first else None
             metrics = None if log_to is None else stack.enter_context(log_to)
-            bar = Progress("train", self._config.steps, unit="step", done=self.step)
+            bar = Progress(f"train {self.run.folder.absolute().name}", self._config.steps, unit="step", done=self.step)
             if first:
                 stack.enter_context(bar)
             if metrics is not None and self.validation.missing(self.step):

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from ezsd.boxes import iou
 from ezsd.pipeline.data.images import pixels_of_bytes
-from ezsd.pipeline.errors import ArgumentError
-from ezsd.pipeline.inference.detect import ImageDetections, Model, resolve_names
+from ezsd.pipeline.errors import ArgumentError, ImageError
+from ezsd.pipeline.inference.detect import Model, Picture, resolve_names
+from ezsd.pipeline.inference.detections import ImageDetections
 from ezsd.pipeline.view.target import Target
 from ezsd.vocabulary import parse_classes, require_different
 
@@ -134,8 +135,12 @@ class Detectors:
 
     def _detect(self, number: int, pixels: NDArray[Any], names: Sequence[str], *, alone: bool) -> ImageDetections:
         model = self._model(number)
-        ((_, found),) = model.each([pixels], names, threshold=0.0, alone=alone, competitors=COMPETITORS)
-        return found
+        ((_, found),) = model.each(
+            [Picture(image=pixels)], names, thresholds=[0.0] * len(names), alone=alone, competitors=COMPETITORS
+        )
+        if isinstance(found, ImageError):
+            raise found
+        return found[1]
 
     def _model(self, number: int) -> Model:
         if number not in self._models:

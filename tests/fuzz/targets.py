@@ -39,7 +39,7 @@ from ezsd.data.yolo import read_yolo
 from ezsd.pipeline.audit import AuditRequest, audit
 from ezsd.pipeline.config.descriptions import read_descriptions
 from ezsd.pipeline.config.schema import load_preset
-from ezsd.pipeline.console.arguments import class_names, find_images
+from ezsd.pipeline.console.arguments import class_names, find_sources
 from ezsd.pipeline.console.store_messages import info_text, verify_lines
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations, read_categories
 from ezsd.pipeline.data.check import check_dataset, check_table
@@ -379,7 +379,7 @@ class ImageFiles(Target):
             assert not isinstance(reading, Exception)
             assert pixels.shape == (reading.size[1], reading.size[0], 3)
         tried(lambda: to_image(path))
-        tried(lambda: find_images([str(path)]))
+        tried(lambda: find_sources([str(path)]))
 
 
 class TarFiles(Target):

@@ -224,7 +224,7 @@ def test_float64_deep_pyramids_and_many_bins_are_left_to_eager(monkeypatch):
 
 def test_auto_says_once_what_it_took(caplog):
     backend_module._announce.cache_clear()
-    with caplog.at_level(logging.INFO, logger="ezsd.kernels"):
+    with caplog.at_level(logging.DEBUG, logger="ezsd.kernels"):
         call()
         call()
     assert [record.message.split(",")[0] for record in caplog.records] == ["RoI operators: backend auto took eager"]

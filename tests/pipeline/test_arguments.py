@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ezsd.errors import VocabularyError
-from ezsd.pipeline.console.arguments import class_names, find_images, picture_places
+from ezsd.pipeline.console.arguments import class_names, find_sources, picture_places
 from ezsd.pipeline.data.split import chosen_split
 from ezsd.pipeline.errors import ArgumentError
 
@@ -71,20 +71,19 @@ def test_a_split_is_chosen_in_any_unicode_form_and_spelt_as_the_file_does(tmp_pa
     assert chosen_split(names, **options, novel=None) == split
 
 
-def test_a_url_is_no_file_and_a_pattern_is_expanded(shapes_root):
+def test_a_url_is_taken_as_it_is_and_a_pattern_is_expanded(shapes_root):
     val = shapes_root / "val"
-    assert find_images([f"{val}/00000[12].png"]) == [val / "000001.png", val / "000002.png"]
+    assert find_sources([f"{val}/00000[12].png"]) == [val / "000001.png", val / "000002.png"]
     with pytest.raises(ArgumentError, match=r"no\*.png: no file matches this pattern"):
-        find_images([f"{val}/no*.png"])
+        find_sources([f"{val}/no*.png"])
     for url in ("https://example.com/a.jpg", "file:///a.jpg"):
-        with pytest.raises(ArgumentError, match=f"^{url}: is a URL, and only files are read"):
-            find_images([url])
+        assert find_sources([url]) == [url]
 
 
 def test_a_file_with_the_letters_of_a_pattern_is_a_file(shapes_root, tmp_path):
     image = tmp_path / "a[1].png"
     image.write_bytes((shapes_root / "val/000001.png").read_bytes())
-    assert find_images([str(image)]) == [image]
+    assert find_sources([str(image)]) == [image]
 
 
 def test_what_ends_in_a_slash_is_a_folder(tmp_path):

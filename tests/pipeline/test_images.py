@@ -18,7 +18,7 @@ from ezsd.cache import Store, StoreMismatch
 from ezsd.cache.format.sealed_json import seal
 from ezsd.data.annotations import ImageRecord
 from ezsd.pipeline.config.schema import load_preset
-from ezsd.pipeline.console.arguments import find_images
+from ezsd.pipeline.console.arguments import find_sources
 from ezsd.pipeline.data import images
 from ezsd.pipeline.data.check import check_dataset
 from ezsd.pipeline.data.datasets import find_dataset, from_definition
@@ -177,7 +177,7 @@ def test_training_evaluation_crops_and_detection_see_the_same_pictures(pair, sto
         samples = training_samples(store, store_dataset(store, None), quick_config.train)
         run = train(TrainRequest(cache=store.path, run=tmp_path / name, config=quick_config))
         evaluate_run(run, data_root=None, device="cpu")
-        images = find_images([dataset.root / "val"])
+        images = find_sources([dataset.root / "val"])
         options = {"threshold": 0.0, "device": "cpu", "drawn": None}
         found.append(
             (
@@ -377,7 +377,7 @@ def test_opaque_alpha_changes_no_pixel(tmp_path):
 @pytest.mark.parametrize(("mode", "dtype"), [("I", np.int32), ("F", np.float32)])
 def test_a_mode_without_a_range_is_refused_by_name(mode, dtype, tmp_path):
     Image.fromarray(RAMP.astype(dtype)).save(tmp_path / "wide.tif")
-    for read in (read_pixels, read_image, look, lambda path: find_images([path])):
+    for read in (read_pixels, read_image, look):
         with pytest.raises(ImageError, match=rf"wide.tif: has pixels of mode {mode} \(.*save the image as 8-bit"):
             read(tmp_path / "wide.tif")
 
@@ -431,7 +431,7 @@ def empty_png(path, width, height):
 
 def test_an_image_that_is_too_large_is_named_with_a_cure(tmp_path):
     empty_png(tmp_path / "large.png", 20_000, 20_000)
-    for read in (read_pixels, look, lambda path: find_images([path])):
+    for read in (read_pixels, look):
         with pytest.raises(ImageError, match=r"20000 x 20000 = 400,000,000 pixels, at most 180,000,000 .*tiles"):
             read(tmp_path / "large.png")
 
@@ -486,4 +486,4 @@ def test_formats_that_start_programs_are_refused_by_name_and_not_looked_for_in_f
             look(tmp_path / name)
     Image.new("RGB", (9, 9)).save(tmp_path / "b.png")
     (tmp_path / "a.jpg").unlink()
-    assert find_images([tmp_path]) == [tmp_path / "b.png"]
+    assert find_sources([tmp_path]) == [tmp_path / "b.png"]

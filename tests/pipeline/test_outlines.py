@@ -19,7 +19,8 @@ from ezsd.pipeline.data.annotation_cache import parsed_folder
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.data.mask_cache import training_masks
 from ezsd.pipeline.errors import RunError
-from ezsd.pipeline.inference.detect import coco_document, detect_images
+from ezsd.pipeline.inference.detect import detect_images
+from ezsd.pipeline.inference.detection_files import coco_document
 from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import evaluate_results, evaluation_tables
 from ezsd.pipeline.inference.visualize import draw_boxes

@@ -40,7 +40,7 @@ TYPED = {
     "train.grad_accum=2": "train.grad_accumulation",
     "train.grad_clip=1": "train.max_grad_norm",
     "train.momentum=0.9": "that of SGD is 0.9",
-    "train.wandb=true": "train.tensorboard=true",
+    "train.wandb=true": "train.loggers",
     "train.amp=true": "mixed precision is always on",
     "train.image_size=800": "train.min_size and train.max_size",
     "train.imgsz=800": "train.min_size and train.max_size",

@@ -17,7 +17,8 @@ from ezsd.pipeline.data.split_images import split_images, validation_ids
 from ezsd.pipeline.errors import ArgumentError, ConfigError, DatasetError
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.inference.detect import coco_document, detect_images, resolve_names
+from ezsd.pipeline.inference.detect import detect_images, resolve_names
+from ezsd.pipeline.inference.detection_files import coco_document
 from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import evaluate_results
 from ezsd.pipeline.runs.run import Run

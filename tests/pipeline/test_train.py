@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -604,13 +603,6 @@ def test_an_unreadable_image_is_named_by_the_reader_in_one_line(shapes_store, sh
             train(TrainRequest(cache=shapes_store, run=tmp_path / f"run-{workers}", config=config, data_root=root))
         assert "\n" not in str(caught.value)
     assert readers() == set(), "a reader that lives on keeps the program from ending"
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="TensorBoard is installed")
-def test_tensorboard_is_an_extra_that_is_named(shapes_store, with_settings, tmp_path):
-    config = with_settings(train={"tensorboard": True})
-    with pytest.raises(ConfigError, match=r"train.tensorboard: .* pip install 'ezsd\[tensorboard\]'"):
-        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
 
 
 def test_learning_rate_warms_up_and_decays(quick_config):

@@ -1,0 +1,203 @@
+"""Loggers of a training's metrics, and what a resumed training adds to them."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from ezsd.pipeline.config.names import with_todays_names
+from ezsd.pipeline.config.schema import apply_override, to_tables
+from ezsd.pipeline.console.arguments import loggers_override
+from ezsd.pipeline.errors import ArgumentError, ConfigError
+from ezsd.pipeline.runs import loggers
+from ezsd.pipeline.runs.loggers import MetricsLog, require_loggers
+from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.training.train import TrainRequest, train
+
+STEPS = list(range(1, 9))
+
+
+def figures(step):
+    found = {"step": step, "loss": 1 / step, "seconds": 0.5}
+    # Some figures come later than others.
+    return found | {"pseudo": float(step)} if step > 3 else found
+
+
+@pytest.fixture
+def logged_twice(quick_config, tmp_path):
+    """A run whose training was killed at step 6, two after its checkpoint, and resumed to step 8, by its logger."""
+    spec = {"names": ["cat"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": to_tables(quick_config)}
+
+    def make(logger):
+        run = Run.create_or_resume(tmp_path / logger, spec, {"text": torch.eye(2)})
+        first = MetricsLog(run, loggers=[logger], begin=0)
+        first.__enter__()
+        for step in STEPS[:6]:
+            first.write(figures(step))
+            if step == 4:
+                first.write_validation({"step": 4, "base": 0.5, "novel": None})
+                first.flush()
+        # What is in a buffer may be lost with a killed process, or be written, as here.
+        first.__exit__(None, None, None)
+        run.cut_metrics(4)
+        with MetricsLog(run, loggers=[logger], begin=4) as second:
+            for step in STEPS[4:]:
+                second.write(figures(step))
+            second.write_validation({"step": 8, "base": 0.25, "novel": 0.125})
+        return run
+
+    return make
+
+
+def test_csv_is_the_table_of_all_steps(logged_twice):
+    run = logged_twice("csv")
+    with (run.folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{name: float(value) for name, value in row.items() if value} for row in rows] == [
+        figures(step) for step in STEPS
+    ]
+    assert list(rows[0]) == ["step", "loss", "seconds", "pseudo"]
+    assert (run.folder / "validation.csv").read_text() == "step,base,novel\n4,0.5,\n8,0.25,0.125\n"
+    assert [line["step"] for line in run.read_metrics()] == STEPS
+
+
+def test_csv_that_is_asked_for_later_has_the_steps_before(logged_twice):
+    run = logged_twice("csv")
+    wanted = (run.folder / "metrics.csv").read_text()
+    (run.folder / "metrics.csv").unlink()
+    with MetricsLog(run, loggers=["csv"], begin=8):
+        pass
+    assert (run.folder / "metrics.csv").read_text() == wanted
+
+
+def test_tensorboard_has_each_step_once(logged_twice):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = logged_twice("tensorboard")
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [(one.step, one.value) for one in events.Scalars("train/loss")] == [
+        (step, pytest.approx(1 / step)) for step in STEPS
+    ]
+    assert [(one.step, one.value) for one in events.Scalars("validation/base")] == [(4, 0.5), (8, 0.25)]
+    assert [(one.step, one.value) for one in events.Scalars("validation/novel")] == [(8, 0.125)]
+
+
+def test_mlflow_has_each_step_once(logged_twice, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    run = logged_twice("mlflow")
+    client = mlflow.tracking.MlflowClient(tracking_uri=(run.folder / "mlruns").absolute().as_uri())
+    (found,) = client.search_runs([client.get_experiment_by_name("ezsd").experiment_id])
+    assert found.info.run_id == json.loads((run.folder / "loggers.json").read_text())["mlflow"]["id"]
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert sorted((one.step, one.value) for one in history) == [(step, pytest.approx(1 / step)) for step in STEPS]
+    assert [one.step for one in client.get_metric_history(found.info.run_id, "validation/novel")] == [8]
+    assert found.data.params["train.steps"] == str(run.config.train.steps)
+
+
+def leveldb_log(content):
+    """Records of a file of Weights & Biases: 7 bytes, then LevelDB's log, blocks of 32 KiB of pieces of records."""
+    at, record = 7, b""
+    while at + 7 <= len(content):
+        left = 2**15 - at % 2**15
+        if left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        # Whole, or the last piece.
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def test_wandb_has_each_step_once(logged_twice, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="Weights & Biases is not installed")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = logged_twice("wandb")
+    # Its own process has written all when it is gone.
+    wandb.teardown()
+    found = []
+    for file in sorted((run.folder / "wandb").glob("offline-run-*/*.wandb")):
+        for data in leveldb_log(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            items = {(one.key or "/".join(one.nested_key)): json.loads(one.value_json) for one in record.history.item}
+            if "train/loss" in items:
+                found.append((items["_step"], items["train/loss"]))
+    assert found == [(step, pytest.approx(1 / step)) for step in STEPS]
+
+
+class Refusing(loggers._Tracker):
+    name = "mlflow"
+
+    def __init__(self, run, begin):
+        super().__init__(run, begin)
+        self.handed = 0
+
+    def hand_on(self, records):
+        self.handed += len(records)
+        raise ConnectionError("no route\nto host")
+
+    def end(self):
+        raise AssertionError("nothing is asked of it any more")
+
+
+def test_a_tracker_that_fails_ends_no_training(logged_twice, monkeypatch, caplog):
+    monkeypatch.setitem(loggers._SINKS, "mlflow", Refusing)
+    run = logged_twice("mlflow")
+    assert [line["step"] for line in run.read_metrics()] == STEPS
+    said = "mlflow takes no more metrics (ConnectionError: no route to host): training goes on, metrics.jsonl has all"
+    # Once for each of the two starts.
+    assert [one.message for one in caplog.records] == [said, said]
+
+
+def test_a_training_writes_its_loggers(shapes_store, shapes_root, with_settings, tmp_path):
+    asked = ("csv", "tensorboard") if loggers.find_spec("tensorboard") else ("csv",)
+    config = with_settings(train={"loggers": asked, "steps": 2})
+    request = TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config, data_root=shapes_root)
+    run = train(request)
+    with (run.folder / "metrics.csv").open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert rows == run.read_metrics()
+    assert len(rows) == 2
+    assert (run.folder / "tensorboard").is_dir() == ("tensorboard" in asked)
+    # It goes on with other ones: nothing that is learned depends on them.
+    again = dataclasses.replace(config, train=dataclasses.replace(config.train, loggers=()))
+    assert train(dataclasses.replace(request, config=again)).began_at == 2
+
+
+@pytest.mark.parametrize("logger", ["mlflow", "tensorboard", "wandb"])
+def test_an_extra_that_is_missing_is_named_before_anything_is_made(
+    shapes_store, with_settings, tmp_path, monkeypatch, logger
+):
+    monkeypatch.setattr(loggers, "find_spec", lambda _: None)
+    config = with_settings(train={"loggers": ("csv", logger)})
+    with pytest.raises(ConfigError, match=rf"^`train.loggers`: {logger} is not .*; pip install 'ezsd\[{logger}\]'$"):
+        train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
+    assert not (tmp_path / "run").exists()
+    require_loggers(["csv"])
+
+
+def test_the_option_is_the_setting():
+    tables = {"train": {}}
+    (override,) = loggers_override("tensorboard, csv")
+    apply_override(tables, override)
+    assert tables == {"train": {"loggers": ["tensorboard", "csv"]}}
+    assert loggers_override(None) == []
+    with pytest.raises(ArgumentError, match="--log csv,tensorbored: no logger 'tensorbored'; known are csv, mlflow"):
+        loggers_override("csv,tensorbored")
+
+
+def test_a_record_with_the_former_setting_is_read(with_settings):
+    assert with_todays_names({"train": {"tensorboard": True}}) == {"train": {"loggers": ["tensorboard"]}}
+    assert with_todays_names({"train": {"tensorboard": False}}) == {"train": {"loggers": []}}
+    with pytest.raises(ConfigError, match="a logger is in the list twice"):
+        with_settings(train={"loggers": ("csv", "csv")})
