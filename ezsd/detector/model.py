@@ -137,7 +137,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
+class SeenRegions:
     """Proposals of a batch that detections are made of, all images' one after the other, and their embeddings."""
 
     boxes: Tensor
@@ -279,7 +279,7 @@ class Detector(nn.Module):
         rows = worth_computing(marks)
         boxes, index = proposals.boxes.flatten(0, 1)[rows], image_of_rows(proposals.marks).flatten()[rows]
         most = proposals.marks.shape[1]
-        seen = _Seen(
+        seen = SeenRegions(
             boxes=boxes,
             objectness=proposals.scores.flatten()[rows],
             marks=marks[rows],
@@ -289,7 +289,7 @@ class Detector(nn.Module):
         )
         found = []
         for vocabulary in vocabularies:
-            moved, own, probability = self._named(seen, vocabulary, class_agnostic=class_agnostic_nms)
+            moved, own, probability = self.name_regions(seen, vocabulary, class_agnostic=class_agnostic_nms)
             if objectness:
                 probability = probability ** (1 - objectness) * seen.objectness[:, None] ** objectness
             # Padding has no score that reaches a floor.
@@ -309,7 +309,9 @@ class Detector(nn.Module):
             found.append(self._filled(levels, detections) if masks else detections)
         return found
 
-    def _named(self, seen: _Seen, vocabulary: Vocabulary, *, class_agnostic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def name_regions(
+        self, seen: SeenRegions, vocabulary: Vocabulary, *, class_agnostic: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes of regions (R, K, 4), which of them is each name's (R, C), and the probability of each name (R, C)."""
         text, competing = vocabulary.text, vocabulary.competing
         known = text if competing is None else torch.cat([text, competing])
@@ -318,7 +320,7 @@ class Detector(nn.Module):
         names = self._box_names(probability)
         classes = known[names]
         if self.settings.box_class == "reference":
-            classes = classes * (every.argmax(1) < len(known))[:, None, None]
+            classes = classes * (every.argmax(1) < known.shape[0])[:, None, None]
         deltas = self.head.regressor(seen.regions.pooled, classes)
         count = names.shape[1]
         moved = decode_boxes(seen.boxes.repeat_interleave(count, 0), deltas.flatten(0, 1)).unflatten(0, (-1, count))
@@ -326,7 +328,7 @@ class Detector(nn.Module):
             1, names, torch.arange(count, device=names.device).expand_as(names)
         )
         # Where classes do not suppress each other, the competitors' part ends here, before anything is counted.
-        asked = len(known) if class_agnostic else len(text)
+        asked = known.shape[0] if class_agnostic else text.shape[0]
         return moved, own[:, :asked], probability[:, :asked]
 
     def _filled(self, maps: list[Tensor], found: list[Detections]) -> list[Detections]:

@@ -103,7 +103,7 @@ class ProposalNetwork(nn.Module):
         levels = [one[0].numel() for one in objectness]
         # Convolutions in autocast's type; what becomes of their results is computed in float32.
         logits, moves = concat_box_prediction_layers([o.float() for o in objectness], [d.float() for d in deltas])
-        images = len(maps[0])
+        images = maps[0].shape[0]
         return AnchorPredictions(self._anchors(maps, size), levels, logits.view(images, -1), moves.view(images, -1, 4))
 
     @torch.no_grad()
@@ -163,7 +163,7 @@ class ProposalNetwork(nn.Module):
         return AnchorLosses((every * drawn.counted).sum() / count, box / count, sampled)
 
     def _anchors(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        grids = [(int(one.shape[2]), int(one.shape[3])) for one in maps]
+        grids = [(one.shape[2], one.shape[3]) for one in maps]
         strides = [(size[0] // rows, size[1] // columns) for rows, columns in grids]
         return torch.cat(self.anchor_generator.grid_anchors(grids, strides))
 
