@@ -64,11 +64,13 @@ class ExportableDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.detector, self.pad_multiple = detector, pad_multiple
-        self.score_floor, self.nms_iou, self.keep = score_floor, nms_iou, keep
+        self.nms_iou, self.keep = nms_iou, keep
         self.class_agnostic_nms, self.objectness, self.masks = class_agnostic_nms, objectness, masks
         backbone = detector.backbone
-        self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
+        # Tensors keep their names in an exported file: a floor can be found and changed there.
+        self.register_buffer("score_floor", torch.tensor(score_floor))
+        self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(backbone.std)[:, None, None])
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) uint8 RGB and unit rows (C, D) to the fields of `Found`, and masks (N, M, M) if asked."""
@@ -179,7 +181,7 @@ def pool(maps: list[Tensor], boxes: Tensor, image_index: Tensor, pooling: Poolin
 
 def _clip(boxes: Tensor, height: int, width: int) -> Tensor:
     """Boxes (..., 4) within an image."""
-    limit = torch.stack([torch.full((), side, dtype=boxes.dtype) for side in (width, height, width, height)])
+    limit = torch.cat([boxes.new_ones(1) * width, boxes.new_ones(1) * height]).repeat(2)
     return torch.minimum(boxes.clamp(min=0), limit)
 
 

@@ -24,7 +24,14 @@ from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.inference.ensemble import TeacherEnsemble
 from ezsd.pipeline.inference.fonts import require_named_font
-from ezsd.pipeline.inference.predictor import ResizedImage, Search, encode_masks, load_trained, run_teacher
+from ezsd.pipeline.inference.predictor import (
+    ResizedImage,
+    Search,
+    TrainedDetector,
+    encode_masks,
+    load_trained,
+    run_teacher,
+)
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
 from ezsd.pipeline.read_ahead import read_ahead
 from ezsd.pipeline.runs.run import Run
@@ -186,6 +193,11 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<ezsd model {self._run.folder}: {len(self.base_names)} base names, {len(self.names)} in all>"
+
+    @property
+    def trained(self) -> TrainedDetector:
+        """The detector itself, with the settings that it is used with."""
+        return self._trained
 
     @property
     def names(self) -> tuple[str, ...]:
