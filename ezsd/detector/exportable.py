@@ -16,7 +16,7 @@ from torchvision.ops import nms, roi_align
 
 from ezsd.boxes import apply_deltas
 from ezsd.detector.model import Detector, SeenRegions, Vocabulary
-from ezsd.detector.rpn import SMALLEST, AnchorPredictions
+from ezsd.detector.rpn import SMALLEST
 from ezsd.kernels import Pooling
 
 _COLUMNS = 32
@@ -81,7 +81,7 @@ class ExportableDetector(nn.Module):
         )
         padded = F.pad((image / 255 - self.mean) / self.std, (0, right, 0, bottom))
         maps = detector.backbone(padded)
-        boxes, objectness, marks, index = self._propose(detector.rpn(maps, padded.shape[2:]), height, width)
+        boxes, objectness, marks, index = self._propose(maps, padded.shape[2:], height, width)
         levels = maps[: detector.head.pooling.levels]
         pooled = pool(detector.head.features(levels), boxes, index, detector.head.pooling)
         seen = SeenRegions(
@@ -96,28 +96,27 @@ class ExportableDetector(nn.Module):
         return (*(one[slots] for one in found), cells.sigmoid()[slots])
 
     def _propose(
-        self, found: AnchorPredictions, height: int, width: int
+        self, maps: list[Tensor], size: tuple[int, int], height: int, width: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`ProposalNetwork.propose`: boxes (R, 4), objectness (R,), marks (R,) and images (R,) of B x P slots."""
-        rpn, images = self.detector.rpn, found.objectness.shape[0]
+        rpn, images = self.detector.rpn, maps[0].shape[0]
         boxes, scores, marks = [], [], []
-        first = 0
-        for count in found.levels:
-            logits = found.objectness[:, first : first + count]
+        for anchors, logit, delta in zip(rpn.level_anchors(maps, size), *rpn.head(maps), strict=True):
+            logits = logit.permute(0, 2, 3, 1).flatten(1)
+            deltas = delta.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
             # As many are taken from a level with fewer anchors, which the exporter need not know: the rest are marked.
             none = torch.full_like(logits[:, :1], -torch.inf).expand(-1, rpn.proposals)
             best = torch.cat([logits, none], 1).topk(rpn.proposals, 1)
-            row = best.indices.clamp(max=count - 1) + first
-            deltas = found.deltas.gather(1, row[:, :, None].expand(-1, -1, 4))
-            boxes.append(apply_deltas(found.anchors[row], deltas))
+            row = best.indices.clamp(max=anchors.shape[0] - 1)
+            moved = apply_deltas(anchors[row], deltas.gather(1, row[:, :, None].expand(-1, -1, 4)))
+            boxes.append(moved)
             scores.append(best.values.sigmoid())
             marks.append(best.values > -torch.inf)
-            first = first + count
         inside = _clip(torch.cat(boxes, 1), height, width)
         whole = torch.cat(marks, 1) & ((inside[:, :, 2:] - inside[:, :, :2]) >= SMALLEST).all(2)
-        level = torch.arange(len(found.levels)).repeat_interleave(rpn.proposals)
+        level = torch.arange(len(boxes)).repeat_interleave(rpn.proposals)
         image = torch.arange(images)[:, None].expand(-1, len(level))
-        group = image * len(found.levels) + level
+        group = image * len(boxes) + level
         score = torch.cat(scores, 1)
         rows = torch.nonzero(whole.flatten())[:, 0]
         box, image = inside.flatten(0, 1)[rows], image.flatten()[rows]
