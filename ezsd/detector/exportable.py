@@ -132,9 +132,7 @@ class ExportableDetector(nn.Module):
             torch.arange(images)[:, None].expand(-1, rpn.proposals).flatten(),
         )
 
-    def _name(
-        self, seen: SeenRegions, index: Tensor, text: Tensor, height: int, width: int
-    ) -> tuple[Found, Tensor]:
+    def _name(self, seen: SeenRegions, index: Tensor, text: Tensor, height: int, width: int) -> tuple[Found, Tensor]:
         """Detections in `keep` slots for each image, and the slots that hold one, (N,) int64."""
         detector = self.detector
         moved, own, probability = detector.name_regions(
@@ -187,8 +185,8 @@ def _clip(boxes: Tensor, height: int, width: int) -> Tensor:
 def _suppress(boxes: Tensor, scores: Tensor, group: Tensor, height: int, width: int, iou_threshold: float) -> Tensor:
     """NMS within each group: positions (K,) of the boxes (N, 4) that stay, best first.
 
-    As torchvision's `batched_nms`, boxes of different groups are moved apart; on a chessboard instead of a line, so that
-    float32 holds a pixel's part also with a thousand groups.
+    Boxes of different groups are moved apart, as torchvision's `batched_nms` does, but on a chessboard instead of a
+    line: float32 then holds small parts of a pixel also with a thousand groups.
     """
     down, right = group // _COLUMNS * (height + 1), group % _COLUMNS * (width + 1)
     place = torch.stack([right, down, right, down], 1).to(boxes.dtype)

@@ -104,7 +104,9 @@ class ProposalNetwork(nn.Module):
         # Convolutions in autocast's type; what becomes of their results is computed in float32.
         logits, moves = concat_box_prediction_layers([o.float() for o in objectness], [d.float() for d in deltas])
         images = len(maps[0])
-        return AnchorPredictions(torch.cat(self.level_anchors(maps, size)), levels, logits.view(images, -1), moves.view(images, -1, 4))
+        return AnchorPredictions(
+            torch.cat(self.level_anchors(maps, size)), levels, logits.view(images, -1), moves.view(images, -1, 4)
+        )
 
     @torch.no_grad()
     def propose(self, found: AnchorPredictions, sizes: Sequence[tuple[int, int]]) -> Proposals:

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from ezsd.cache import write_atomic
@@ -28,6 +27,7 @@ from ezsd.choices import BACKBONES
 from ezsd.data.dataset import PAD_MULTIPLE
 from ezsd.detector.bodies import first_line
 from ezsd.detector.exportable import ExportableDetector
+from ezsd.pipeline.config.schema import at_test_time
 from ezsd.pipeline.errors import ArgumentError, ConfigError, RunError
 from ezsd.pipeline.extraction.provenance import model_inputs
 from ezsd.pipeline.inference.detect import Model, resolve_names
@@ -95,13 +95,14 @@ def export(
     require_packages(format)
     opened = Run.open(Path(run))
     # A graph has no backend: whatever trained the run, its weights are read here.
-    model = Model(opened, device="cpu", overrides=["train.backend=eager", *overrides], weights=weights)
-    trained = model.trained
-    if trained.config.eval.shows_teacher:
+    overrides = ["train.backend=eager", *overrides]
+    if at_test_time(opened.config, overrides).eval.shows_teacher:
         raise ConfigError(
             "the teacher takes part in the scores of this run, which an exported graph cannot ask; give "
             "`eval.teacher_weight_base=0` and `eval.teacher_weight_novel=0`"
         )
+    model = Model(opened, device="cpu", overrides=overrides, weights=weights)
+    trained = model.trained
     names = resolve_names(opened, classes)
     search = model.search(names)
     program = _traced(trained, opened)
@@ -262,8 +263,8 @@ def _metadata(run: Run, trained: TrainedDetector, names: Sequence[str]) -> dict[
         "text_embeddings": {
             "teacher": teacher,
             "weights_sha256": model_inputs(run_manifest(run)).get("weights_sha256"),
-            "rows": "mean of the unit embeddings of a name's prompts, normalised; by the re-normalised teacher of the run",
-            "command": "ezsd export RUN --out FILE --classes NAMES writes them as FILE.classes.npz",
+            "rows": "by the re-normalised teacher of the run: mean of the unit embeddings of a name's prompts, normalised",
+            "made_by": "`ezsd export RUN --out NAME.onnx --classes NAMES`, as NAME.classes.npz",
         },
         "outputs": outputs,
         "score_threshold": settings.eval.score_threshold,

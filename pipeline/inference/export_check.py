@@ -169,9 +169,7 @@ def detected(trained: TrainedDetector, batch: Tensor, text: Tensor, floor: float
     )[0]
 
 
-def compare(
-    outputs: Sequence[NDArray[np.generic]], expected: Detections, *, floor: float, keep: int
-) -> Agreement:
+def compare(outputs: Sequence[NDArray[np.generic]], expected: Detections, *, floor: float, keep: int) -> Agreement:
     """Count the detections of an image that have a counterpart, among those that both sides must have found.
 
     Args:
@@ -187,8 +185,9 @@ def compare(
     if expected.masks is not None:
         cells = torch.from_numpy(np.asarray(outputs[4]))
         fits &= (cells[:, None] - expected.masks).abs().amax((2, 3)) <= SCORE_TOLERANCE
-    # Beside the threshold, and beside the last score where there was no room for more, one side may have what the other has not.
-    least = max(floor, *(float(one.min()) for one in (scores, expected.scores) if len(one) == keep)) + SCORE_TOLERANCE
+    # Beside the threshold, or the last score where there was no room for more, one side may have what the other lacks.
+    ends = [float(one.min()) for one in (scores, expected.scores) if len(one) == keep]
+    least = max([floor, *ends]) + SCORE_TOLERANCE
     counted = [fits.any(1) | (scores >= least), fits.any(0) | (expected.scores >= least)]
     return Agreement(
         detections=sum(int(one.sum()) for one in counted),
