@@ -263,7 +263,7 @@ def _metadata(run: Run, trained: TrainedDetector, names: Sequence[str]) -> dict[
         "text_embeddings": {
             "teacher": teacher,
             "weights_sha256": model_inputs(run_manifest(run)).get("weights_sha256"),
-            "rows": "by the re-normalised teacher of the run: mean of the unit embeddings of a name's prompts, normalised",
+            "rows": "mean of the unit embeddings of a name's prompts, normalised; by the re-normalised teacher",
             "made_by": "`ezsd export RUN --out NAME.onnx --classes NAMES`, as NAME.classes.npz",
         },
         "outputs": outputs,

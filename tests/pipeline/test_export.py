@@ -17,7 +17,7 @@ from ezsd.pipeline.errors import ArgumentError, ConfigError, RunError
 from ezsd.pipeline.inference import export as exporting
 from ezsd.pipeline.inference.detect import Model
 from ezsd.pipeline.inference.export import export, require_packages
-from ezsd.pipeline.inference.export_check import compare, detected, scenes
+from ezsd.pipeline.inference.export_check import OnnxGraph, TorchGraph, compare, detected, scenes
 from ezsd.pipeline.runs.run import Run
 from tests.commandkit import ezsd
 
@@ -109,6 +109,18 @@ def test_any_size_batch_and_vocabulary_is_detected_as_by_the_run(session, traine
         assert list(mine[1]) == sorted(mine[1], reverse=True)
         found = compare(mine, one, floor=trained.config.eval.score_threshold, keep=100)
         assert found.agreeing == found.detections
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_nothing_found_is_no_rows_and_one_is_one(format, request, trained):
+    made = request.getfixturevalue(f"to_{format}")
+    graph = {"onnx": OnnxGraph, "torch": TorchGraph}[format](made.out.read_bytes())
+    batch = scenes(1, 75, 90, seed=3)
+    best, second = graph(batch, trained.text)[1][:2]
+    assert best > second
+    for floor, rows in ((2.0, 0), (float(best + second) / 2, 1)):
+        outputs = graph.with_floor(floor)(batch, trained.text)
+        assert [one.shape for one in outputs] == [(rows, 4), (rows,), (rows,), (rows,)]
 
 
 def test_the_script_of_the_page_prints_what_the_run_detects(to_onnx, shapes_run, shapes_root, folder):
