@@ -824,7 +824,7 @@ def detect(
 
 
 @app.command(epilog="Example:  ezsd export runs/a --out detector.onnx")
-@keeping("no file is written; run the same command again")
+@keeping("no file is written")
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder made by `ezsd train`.")],
     out: Annotated[Path, typer.Option(help="Output file, which ends in .onnx or .pt2.")],

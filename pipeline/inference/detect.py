@@ -239,7 +239,7 @@ class Model:
         """
         if not 0 <= threshold <= 1:
             raise ArgumentError(f"threshold must lie in [0, 1], got {threshold}")
-        wanted = resolve_names(self._run, _checked_names(names))
+        wanted = resolve_names(self._run, checked_names(names))
         single = not isinstance(images, list | tuple)
         # A text is a sequence too, which a type checker cannot rule out.
         sources: list[ImageLike] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
@@ -301,7 +301,7 @@ class Model:
         self._rows |= dict(zip(names, rows, strict=True))
 
 
-def _checked_names(names: Sequence[str] | str | None) -> tuple[str, ...] | None:
+def checked_names(names: Sequence[str] | str | None) -> tuple[str, ...] | None:
     """Check names of classes; a single text is one name."""
     if names is None:
         return None

@@ -30,7 +30,7 @@ from ezsd.detector.exportable import ExportableDetector
 from ezsd.pipeline.config.schema import at_test_time
 from ezsd.pipeline.errors import ArgumentError, ConfigError, RunError
 from ezsd.pipeline.extraction.provenance import model_inputs
-from ezsd.pipeline.inference.detect import Model, resolve_names
+from ezsd.pipeline.inference.detect import Model, checked_names, resolve_names
 from ezsd.pipeline.inference.export_check import Agreement, Graph, OnnxGraph, TorchGraph, check_export
 from ezsd.pipeline.inference.predictor import Search, TrainedDetector, run_manifest
 from ezsd.pipeline.runs.card import weights_digest
@@ -71,7 +71,7 @@ def export(
     format: Format = "onnx",
     classes: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
-    weights: Path | None = None,
+    weights: str | os.PathLike[str] | None = None,
 ) -> Exported:
     """Export the detector of a finished run with the vocabulary as an input, and check the file that is made.
 
@@ -95,28 +95,34 @@ def export(
     require_packages(format)
     opened = Run.open(Path(run))
     # A graph has no backend: whatever trained the run, its weights are read here.
-    overrides = ["train.backend=eager", *overrides]
+    overrides = ["train.backend=eager", *([overrides] if isinstance(overrides, str) else overrides)]
     if at_test_time(opened.config, overrides).eval.shows_teacher:
         raise ConfigError(
             "the teacher takes part in the scores of this run, which an exported graph cannot ask; give "
             "`eval.teacher_weight_base=0` and `eval.teacher_weight_novel=0`"
         )
-    model = Model(opened, device="cpu", overrides=overrides, weights=weights)
+    model = Model(opened, device="cpu", overrides=overrides, weights=None if weights is None else Path(weights))
     trained = model.trained
-    names = resolve_names(opened, classes)
+    names = resolve_names(opened, checked_names(classes))
     search = model.search(names)
     program = _traced(trained, opened)
-    about = _metadata(opened, trained, names)
+    about = _metadata(opened, trained)
     made = (_onnx_file if format == "onnx" else _torch_file)(program, about)
     agreement = check_export(made.graph, trained)
     # The graph comes last: who finds it finds the rest.
     write_atomic(vocabulary, _vocabulary_file(names, search, trained))
-    write_atomic(place, made.data)
+    try:
+        write_atomic(place, made.data)
+    except OSError:
+        vocabulary.unlink(missing_ok=True)
+        raise
     return Exported(out=place, vocabulary=vocabulary, agreement=agreement)
 
 
 def require_place(out: Path, format: Format) -> None:
-    """ArgumentError for a place that an export cannot be written to."""
+    """ArgumentError for an unknown format, and for a place that an export cannot be written to."""
+    if format not in ENDINGS:
+        raise ArgumentError(f"`format={format}`: expected one of {', '.join(ENDINGS)}")
     if out.suffix != ENDINGS[format]:
         raise ArgumentError(f"`out={out}`: expected a file that ends in {ENDINGS[format]} for `format={format}`")
     if not out.absolute().parent.is_dir():
@@ -155,8 +161,9 @@ def _traced(trained: TrainedDetector, run: Run) -> ExportedProgram:
         masks=trained.config.model.masks,
     ).eval()
     # Two of a kind, for torch.export takes one of them for a constant.
-    example = torch.zeros(2, 3, 2 * PAD_MULTIPLE, 3 * PAD_MULTIPLE, dtype=torch.uint8), trained.text[:1].repeat(2, 1)
-    sides = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
+    example = torch.zeros(2, 3, 4 * PAD_MULTIPLE, 5 * PAD_MULTIPLE, dtype=torch.uint8), trained.text[:1].repeat(2, 1)
+    least = least_side(trained)
+    sides = {0: Dim("batch"), 2: Dim("height", min=least), 3: Dim("width", min=least)}
     shapes = {"image": sides, "text": {0: Dim("classes")}}
     try:
         with torch.no_grad(), _quiet():
@@ -169,6 +176,12 @@ def _traced(trained: TrainedDetector, run: Run) -> ExportedProgram:
         raise RunError(
             f"`run={run.folder}`: its backbone {backbone} cannot be exported: {first_line(error)}"
         ) from error
+
+
+def least_side(trained: TrainedDetector) -> int:
+    """Least height and width of the images of a graph, pixels: the coarsest map has two cells along each side."""
+    coarsest = max(trained.detector.backbone.strides)
+    return 1 if coarsest < PAD_MULTIPLE else coarsest + 1
 
 
 def _onnx_file(program: ExportedProgram, about: dict[str, str]) -> _Made:
@@ -235,7 +248,7 @@ def _vocabulary_file(names: Sequence[str], search: Search, trained: TrainedDetec
     return buffer.getvalue()
 
 
-def _metadata(run: Run, trained: TrainedDetector, names: Sequence[str]) -> dict[str, str]:
+def _metadata(run: Run, trained: TrainedDetector) -> dict[str, str]:
     """What a user of the file has to know, by name; values are texts or JSON."""
     settings, backbone = trained.config, trained.detector.backbone
     recorded = run.environment["teacher"]
@@ -257,6 +270,7 @@ def _metadata(run: Run, trained: TrainedDetector, names: Sequence[str]) -> dict[
         "class_names": list(trained.names),
         "base_classes": trained.base_count,
         "image": "uint8 RGB, 0 to 255, (batch, 3, height, width), all images of a batch in one size",
+        "least_side": least_side(trained),
         "resize": resize if settings.train.min_size else None,
         "normalisation": {"mean": list(backbone.mean), "std": list(backbone.std), "pixels": "[0, 1]", "inside": True},
         "text": f"float32, unit rows (classes, {trained.text.shape[1]})",
