@@ -199,12 +199,23 @@ def _onnx_file(program: ExportedProgram, about: dict[str, str]) -> _Made:
     model.producer_name, model.producer_version = "ezsd", version("ezsd")
     for key, value in about.items():
         model.metadata_props.add(key=key, value=value)
+    _name_sizes(model)
     for node in model.graph.node:
         # Lines of code with their places on this disk.
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
     data = model.SerializeToString()
     return _Made(data, OnnxGraph(data))
+
+
+def _name_sizes(model: onnx.ModelProto) -> None:
+    """Give the open sizes of inputs and outputs names that say what they are, instead of the exporter's numbers."""
+    named = {"image": {0: "batch", 2: "height", 3: "width"}, "text": {0: "classes"}}
+    for value in (*model.graph.input, *model.graph.output):
+        for place, name in named.get(value.name, {0: "detections"}).items():
+            value.type.tensor_type.shape.dim[place].dim_param = name
+    # Sizes between them are in terms of the numbers; a runtime infers them anew.
+    model.graph.ClearField("value_info")
 
 
 def _torch_file(program: ExportedProgram, about: dict[str, str]) -> _Made:
@@ -272,7 +283,12 @@ def _metadata(run: Run, trained: TrainedDetector) -> dict[str, str]:
         "image": "uint8 RGB, 0 to 255, (batch, 3, height, width), all images of a batch in one size",
         "least_side": least_side(trained),
         "resize": resize if settings.train.min_size else None,
-        "normalisation": {"mean": list(backbone.mean), "std": list(backbone.std), "pixels": "[0, 1]", "inside": True},
+        "normalisation": {
+            "mean": list(backbone.mean),
+            "std": list(backbone.std),
+            "pixels": "[0, 1]",
+            "by": "the graph",
+        },
         "text": f"float32, unit rows (classes, {trained.text.shape[1]})",
         "text_embeddings": {
             "teacher": teacher,
