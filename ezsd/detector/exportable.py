@@ -50,6 +50,10 @@ class ExportableDetector(nn.Module):
         masks: see there.
     """
 
+    score_floor: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         detector: Detector,
@@ -81,7 +85,7 @@ class ExportableDetector(nn.Module):
         )
         padded = F.pad((image / 255 - self.mean) / self.std, (0, right, 0, bottom))
         maps = detector.backbone(padded)
-        boxes, objectness, marks, index = self._propose(maps, padded.shape[2:], height, width)
+        boxes, objectness, marks, index = self._propose(maps, (padded.shape[2], padded.shape[3]), height, width)
         levels = maps[: detector.head.pooling.levels]
         pooled = pool(detector.head.features(levels), boxes, index, detector.head.pooling)
         seen = SeenRegions(
@@ -190,7 +194,8 @@ def _suppress(boxes: Tensor, scores: Tensor, group: Tensor, height: int, width: 
     """
     down, right = group // _COLUMNS * (height + 1), group % _COLUMNS * (width + 1)
     place = torch.stack([right, down, right, down], 1).to(boxes.dtype)
-    return nms(boxes + place, scores, iou_threshold)
+    kept: Tensor = nms(boxes + place, scores, iou_threshold)
+    return kept
 
 
 def _slots(image: Tensor, images: int, most: int) -> tuple[Tensor, Tensor]:
