@@ -87,7 +87,7 @@ def export(
     Raises:
         ArgumentError: no run, a file that is there already, another ending, a package that is missing.
         RunError: training is not finished; the backbone cannot be exported; the exported graph detects otherwise.
-        ConfigError: the teacher takes part in scores.
+        ConfigError: the teacher takes part in scores, or a region has several boxes.
     """
     place = Path(out)
     vocabulary = place.with_name(f"{place.stem}.classes.npz")
@@ -96,7 +96,12 @@ def export(
     opened = Run.open(Path(run))
     # A graph has no backend: whatever trained the run, its weights are read here.
     overrides = ["train.backend=eager", *([overrides] if isinstance(overrides, str) else overrides)]
-    if at_test_time(opened.config, overrides).eval.shows_teacher:
+    config = at_test_time(opened.config, overrides)
+    if config.model.box_class == "topk":
+        raise ConfigError(
+            "a box of its own for each of several names cannot be exported; give `model.box_class=foreground`"
+        )
+    if config.eval.shows_teacher:
         raise ConfigError(
             "the teacher takes part in the scores of this run, which an exported graph cannot ask; give "
             "`eval.teacher_weight_base=0` and `eval.teacher_weight_novel=0`"

@@ -249,7 +249,9 @@ def test_a_place_that_cannot_be_written_to_is_refused(name, format, said, shapes
     assert {file.read_text() for file in tmp_path.iterdir()} == {"mine"}
 
 
-def test_an_unfinished_run_and_a_teacher_in_the_scores_are_refused(shapes_run, tmp_path, monkeypatch):
+def test_what_no_graph_can_hold_is_refused_before_any_work(shapes_run, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"give `model.box_class=foreground`"):
+        export(shapes_run.folder, tmp_path / "a.onnx", overrides=["model.box_class=topk"])
     with pytest.raises(ConfigError, match=r"`eval.teacher_weight_base=0` and `eval.teacher_weight_novel=0`"):
         export(shapes_run.folder, tmp_path / "a.onnx", overrides=["eval.teacher_weight_novel=0.3"])
     monkeypatch.setattr(Run, "latest", lambda run: None)
