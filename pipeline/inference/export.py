@@ -98,9 +98,7 @@ def export(
     overrides = ["train.backend=eager", *([overrides] if isinstance(overrides, str) else overrides)]
     config = at_test_time(opened.config, overrides)
     if config.model.box_class == "topk":
-        raise ConfigError(
-            "a box of its own for each of several names cannot be exported; give `model.box_class=foreground`"
-        )
+        raise ConfigError("several boxes of one region cannot be exported; give `model.box_class=foreground`")
     if config.eval.shows_teacher:
         raise ConfigError(
             "the teacher takes part in the scores of this run, which an exported graph cannot ask; give "
