@@ -263,7 +263,7 @@ def _vocabulary_file(names: Sequence[str], search: Search, trained: TrainedDetec
 
 
 def _metadata(run: Run, trained: TrainedDetector) -> dict[str, str]:
-    """What a user of the file has to know, by name; values are texts or JSON."""
+    """Metadata of an exported file by name; values are texts or JSON."""
     settings, backbone = trained.config, trained.detector.backbone
     recorded = run.environment["teacher"]
     # No weights: they may be a place on the disk of whoever built the store.

@@ -52,7 +52,7 @@ class Graph(ABC):
 
     @abstractmethod
     def with_floor(self, floor: float) -> Graph:
-        """The same graph with another score threshold."""
+        """Return this graph with another score threshold."""
 
     @abstractmethod
     def __call__(self, image: Tensor, text: Tensor) -> list[NDArray[np.generic]]:
