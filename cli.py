@@ -881,6 +881,43 @@ def detect(
             typer.echo(f"{one.source}: nothing found with a score of {threshold} or more", err=True)
 
 
+@app.command(epilog="Example:  ezsd export runs/a --out detector.onnx")
+@keeping("no file is written")
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder made by `ezsd train`.")],
+    out: Annotated[Path, typer.Option(help="Output file, which ends in .onnx or .pt2.")],
+    format_: Annotated[
+        Literal["onnx", "torch"], typer.Option("--format", help="ONNX, or torch.export's ExportedProgram.")
+    ] = "onnx",
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(help="Classes to write text embeddings of, as CSV; the run's own classes by default."),
+    ] = None,
+    class_: Annotated[
+        list[str] | None, typer.Option("--class", help="One class name, taken literally; repeatable.")
+    ] = None,
+    classes_file: Annotated[list[Path] | None, typer.Option(help="File of such classes, one name per line.")] = None,
+    weights: MovedWeights = None,
+    set_: TestTimeSet = None,
+) -> None:
+    """Export a detector to a file that runs without ezsd, with text embeddings of classes as an input."""
+    from ezsd.pipeline.console.arguments import class_names, require_weights
+    from ezsd.pipeline.runs.folder import require_run
+
+    asked = class_names("--classes", lists=classes or (), files=classes_file or (), literal=class_ or ())
+    require_weights(weights)
+    require_run(run)
+    from ezsd.pipeline.inference.export import export as write
+
+    made = write(run, out, format=format_, classes=asked, overrides=set_ or [], weights=weights)
+    found = made.agreement
+    typer.echo(
+        f"{made.out}: {found.agreeing} of {found.detections} detections agree with the run's; boxes differ by at most "
+        f"{found.box:.1g} px, scores by {found.score:.1g}"
+    )
+    typer.echo(f"{made.vocabulary}: text embeddings of the classes")
+
+
 @app.command(epilog="Example:  ezsd report --run runs/a --compare runs/plain")
 @keeping("no page is written; run the same command again")
 def report(

@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from ezsd.errors import EzsdError
     from ezsd.pipeline.data.region_dataset import RegionDataset
     from ezsd.pipeline.inference.detect import load
+    from ezsd.pipeline.inference.export import export
 
-__all__ = ["EzsdError", "RegionDataset", "Store", "load"]
+__all__ = ["EzsdError", "RegionDataset", "Store", "export", "load"]
 
 _HOMES = {
     "EzsdError": "ezsd.errors",
     "RegionDataset": "ezsd.pipeline.data.region_dataset",
     "Store": "ezsd.cache",
+    "export": "ezsd.pipeline.inference.export",
     "load": "ezsd.pipeline.inference.detect",
 }
 

@@ -17,6 +17,10 @@ from ezsd.pipeline.inference.detect import Model, detect_images
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNATURES = {
+    "export": (
+        "(run: PLACE, out: PLACE, *, format: Format = onnx, classes: Sequence[str] | None = None, "
+        "overrides: Sequence[str] = (), weights: PLACE | None = None) -> Exported"
+    ),
     "load": "(run: PLACE, *, device: str = auto, overrides: Sequence[str] = (), template: str | None = None) -> Model",
     "RegionDataset": "(store: Store | PLACE, image_ids: Sequence[int] | None = None) -> None",
     "Store": "(path: PLACE, *, verify: Literal[quick, full] = full) -> None",
@@ -35,7 +39,7 @@ def image(shapes_root):
 
 
 def test_signatures_stay():
-    assert sorted(ezsd.__all__) == ["EzsdError", "RegionDataset", "Store", "load"]
+    assert sorted(ezsd.__all__) == ["EzsdError", "RegionDataset", "Store", "export", "load"]
     assert set(ezsd.__all__) <= set(dir(ezsd))
     place = "str | os.PathLike[str]"
     assert {name: str(inspect.signature(getattr(ezsd, name))).replace("'", "") for name in SIGNATURES} == {

@@ -68,7 +68,7 @@ class Pyramid(nn.Module):
         self.channels = channels
         self.extra = extra
         self.fingerprint = fingerprint
-        self._mean, self._std = tuple(mean), tuple(std)
+        self.mean, self.std = tuple(mean), tuple(std)
         # A tuple, which torch does not look into: in a state they have their names below `body` alone.
         self._below = tuple(body)
 
@@ -78,7 +78,7 @@ class Pyramid(nn.Module):
 
     def maps(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Maps of RGB images (B, 3, H, W), see `normalise`, whose heights and widths without padding are `sizes`."""
-        maps: list[Tensor] = self(normalise(images, sizes, self._mean, self._std))
+        maps: list[Tensor] = self(normalise(images, sizes, self.mean, self.std))
         return maps
 
     def body_parameters(self) -> list[nn.Parameter]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ezsd.choices import MAX_TEMPERATURE, Metric
 from ezsd.kernels import Pooling, roi_align, roi_embed_cosine
 from ezsd.kernels.distance import FUSED, unit
+from ezsd.kernels.reference import project
 from ezsd.losses import distillation_loss
 
 
@@ -143,6 +144,10 @@ class Head(nn.Module, ABC):
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
         """Embed boxes (R, 4) in input pixels of images (R,)."""
 
+    @abstractmethod
+    def embed_pooled(self, pooled: Tensor) -> EmbeddedRegions:
+        """Embed regions whose features have been pooled, (R, C, P, P)."""
+
     def embed_and_distil(
         self,
         features: list[Tensor],
@@ -204,6 +209,11 @@ class FastHead(Head):
         """Pool once, for the embedding and the box regressor alike."""
         nothing = boxes.new_zeros(0, self.projection.out_features)
         return self.embed_and_distil(features, boxes, image_index, nothing, nothing[:, 0], "cosine")[0]
+
+    def embed_pooled(self, pooled: Tensor) -> EmbeddedRegions:
+        """Project the bins, channels innermost, and scale to unit length: the operator's steps after its pooling."""
+        bins = pooled.permute(0, 2, 3, 1)
+        return EmbeddedRegions(unit(project(bins, self.projection.weight, self.projection.bias)), pooled)
 
     def embed_and_distil(
         self,
@@ -272,8 +282,12 @@ class PaperHead(Head):
         self.regressor = SemanticBoxRegressor(trunk, hidden, embed_dim if semantic else 0)
 
     def embed(self, features: list[Tensor], boxes: Tensor, image_index: Tensor) -> EmbeddedRegions:
+        """Pool every region, then `embed_pooled`."""
+        return self.embed_pooled(roi_align(features, boxes, image_index, self.pooling))
+
+    def embed_pooled(self, pooled: Tensor) -> EmbeddedRegions:
         """Run the shared convolutions on every region, then the branch of the embedding."""
-        shared = _convolve(self.shared, roi_align(features, boxes, image_index, self.pooling))
+        shared = _convolve(self.shared, pooled)
         return EmbeddedRegions(unit(self.projection(self.branch(shared))), shared)
 
 

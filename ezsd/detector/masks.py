@@ -82,7 +82,11 @@ class MaskHead(nn.Module):
 
     def forward(self, maps: list[Tensor], boxes: Tensor, image_index: Tensor) -> Tensor:
         """Boxes (R, 4) in input pixels of images (R,) to logits (R, M, M)."""
-        logits: Tensor = self.predictor(self.layers(kernels.roi_align(maps, boxes, image_index, self.pooling)))
+        return self.predict(kernels.roi_align(maps, boxes, image_index, self.pooling))
+
+    def predict(self, pooled: Tensor) -> Tensor:
+        """Pooled regions (R, C, POOL_SIZE, POOL_SIZE) to logits (R, M, M)."""
+        logits: Tensor = self.predictor(self.layers(pooled))
         return logits[:, 0]
 
 

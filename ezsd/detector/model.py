@@ -168,7 +168,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
+class SeenRegions:
     """Proposals of a batch that detections are made of, all images' one after the other, and their embeddings."""
 
     boxes: Tensor
@@ -312,7 +312,7 @@ class Detector(nn.Module):
         rows = worth_computing(marks)
         boxes, index = proposals.boxes.flatten(0, 1)[rows], image_of_rows(proposals.marks).flatten()[rows]
         most = proposals.marks.shape[1]
-        seen = _Seen(
+        seen = SeenRegions(
             boxes=boxes,
             objectness=proposals.scores.flatten()[rows],
             marks=marks[rows],
@@ -322,7 +322,7 @@ class Detector(nn.Module):
         )
         found = []
         for vocabulary in vocabularies:
-            moved, own, every = self._named(seen, vocabulary)
+            moved, own, every = self.name_regions(seen, vocabulary)
             # Where classes do not suppress each other, the competitors' part ends here, before anything is counted.
             probability = every if class_agnostic_nms else every[:, : len(vocabulary.text)]
             own = own[:, : probability.shape[1]]
@@ -349,7 +349,7 @@ class Detector(nn.Module):
             found.append(self._filled(levels, detections) if masks else detections)
         return found
 
-    def _named(self, seen: _Seen, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
+    def name_regions(self, seen: SeenRegions, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes of regions (R, K, 4), which of them is each name's (R, C), and the probability of each name (R, C).
 
         The names that compete are the last ones.
@@ -361,7 +361,7 @@ class Detector(nn.Module):
         names = self._box_names(probability)
         classes = known[names]
         if self.settings.box_class == "reference":
-            classes = classes * (every.argmax(1) < len(known))[:, None, None]
+            classes = classes * (every.argmax(1) < known.shape[0])[:, None, None]
         deltas = self.head.regressor(seen.regions.pooled, classes)
         count = names.shape[1]
         moved = decode_boxes(seen.boxes.repeat_interleave(count, 0), deltas.flatten(0, 1)).unflatten(0, (-1, count))

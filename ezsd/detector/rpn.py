@@ -104,7 +104,9 @@ class ProposalNetwork(nn.Module):
         # Convolutions in autocast's type; what becomes of their results is computed in float32.
         logits, moves = concat_box_prediction_layers([o.float() for o in objectness], [d.float() for d in deltas])
         images = len(maps[0])
-        return AnchorPredictions(self._anchors(maps, size), levels, logits.view(images, -1), moves.view(images, -1, 4))
+        return AnchorPredictions(
+            torch.cat(self.level_anchors(maps, size)), levels, logits.view(images, -1), moves.view(images, -1, 4)
+        )
 
     @torch.no_grad()
     def propose(self, found: AnchorPredictions, sizes: Sequence[tuple[int, int]]) -> Proposals:
@@ -162,10 +164,12 @@ class ProposalNetwork(nn.Module):
         count = sampled.clamp(min=1)
         return AnchorLosses((every * drawn.counted).sum() / count, box / count, sampled)
 
-    def _anchors(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        grids = [(int(one.shape[2]), int(one.shape[3])) for one in maps]
+    def level_anchors(self, maps: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Anchors (A, 4) of each level of a pyramid of images of a padded height and width, input pixels."""
+        grids = [(one.shape[2], one.shape[3]) for one in maps]
         strides = [(size[0] // rows, size[1] // columns) for rows, columns in grids]
-        return torch.cat(self.anchor_generator.grid_anchors(grids, strides))
+        anchors: list[Tensor] = self.anchor_generator.grid_anchors(grids, strides)
+        return anchors
 
     def _match(
         self, anchors: Tensor, boxes: Sequence[Tensor], spared: tuple[Tensor, Tensor] | None

@@ -30,7 +30,14 @@ from ezsd.pipeline.inference.detection_files import Output, Writers
 from ezsd.pipeline.inference.detections import Detection, ImageDetections
 from ezsd.pipeline.inference.ensemble import TeacherEnsemble
 from ezsd.pipeline.inference.fonts import require_named_font
-from ezsd.pipeline.inference.predictor import ResizedImage, Search, encode_masks, load_trained, run_teacher
+from ezsd.pipeline.inference.predictor import (
+    ResizedImage,
+    Search,
+    TrainedDetector,
+    encode_masks,
+    load_trained,
+    run_teacher,
+)
 from ezsd.pipeline.inference.visualize import BASE_COLOUR, NOVEL_COLOUR, draw_boxes
 from ezsd.pipeline.interrupts import Stopped, finishing
 from ezsd.pipeline.progress import Progress
@@ -335,6 +342,11 @@ class Model:
         return f"<ezsd model {self._run.folder}: {len(self.base_names)} base names, {len(self.names)} in all>"
 
     @property
+    def trained(self) -> TrainedDetector:
+        """The detector itself, with the settings that it is used with."""
+        return self._trained
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names that the detector was trained for, base classes first."""
         return self._trained.names
@@ -376,7 +388,7 @@ class Model:
         Raises:
             EzsdError: an image that cannot be read, or names that are none, alike, or unknown to the teacher.
         """
-        wanted = resolve_names(self._run, _checked_names(names))
+        wanted = resolve_names(self._run, checked_names(names))
         single = not isinstance(images, list | tuple)
         # A text is a sequence too, which a type checker cannot rule out.
         sources: list[ImageLike] = [images] if single else list(images)  # type: ignore[list-item, arg-type]
@@ -497,7 +509,7 @@ def _batches(pictures: Iterable[Picture], size: int) -> Iterator[list[Picture]]:
         yield batch
 
 
-def _checked_names(names: Sequence[str] | str | None) -> tuple[str, ...] | None:
+def checked_names(names: Sequence[str] | str | None) -> tuple[str, ...] | None:
     """Check names of classes; a single text is one name."""
     if names is None:
         return None

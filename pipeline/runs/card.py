@@ -222,7 +222,7 @@ class _Card:
             "steps": f"{done:,} of {train.steps:,}, {_count(train.batch_size, 'image', 'images')} each",
             "seed": str(train.seed),
         }
-        return rows if checkpoint is None else {**rows, "weights": f"sha256 {_weights_digest(checkpoint)}"}
+        return rows if checkpoint is None else {**rows, "weights": f"sha256 {weights_digest(checkpoint)}"}
 
     def _machine(self) -> str:
         machine = self.environment.get("machine")
@@ -323,7 +323,7 @@ def _figures(evaluation: Mapping[str, Any] | None) -> dict[str, Mapping[str, flo
     return {group: at[group] for group in ("base", "novel", "all") if group in at}
 
 
-def _weights_digest(checkpoint: Checkpoint) -> str:
+def weights_digest(checkpoint: Checkpoint) -> str:
     """Sha256 of the file of weights to detect with."""
     digests: Mapping[str, str] = read_object(checkpoint.folder / "state.json")["sha256"]
     return digests.get("average.safetensors", digests["model.safetensors"])
