@@ -625,7 +625,7 @@ def train(
     if trained.began_at == steps:
         typer.echo(
             f"{folder}: already trained for its {steps} steps; next: ezsd eval --run {shlex.quote(str(folder))}, "
-            "or train longer in another --run folder with --set train.steps=N"
+            "or train longer: the same command with more train.steps goes on where the schedule allows it"
         )
     else:
         typer.echo(f"{folder}: trained; next: ezsd eval --run {shlex.quote(str(folder))}")
