@@ -4,7 +4,9 @@ import posixpath
 import re
 from pathlib import Path
 
-from mkdocs.structure.files import File
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,25 +21,25 @@ JOINED = {
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 
 
-def on_config(config):
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Make anchors as code hosts do."""
     config.mdx_configs.setdefault("toc", {})["slugify"] = slugify(case="lower")
     return config
 
 
-def on_files(files, config):
+def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages outside docs/."""
     for source, place in JOINED.items():
         files.append(File.generated(config, place, content=(ROOT / source).read_text(encoding="utf-8")))
     return files
 
 
-def on_page_markdown(markdown, page, **_):
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """Lead links to where their pages are on the site."""
     place = page.file.src_uri
     source = next((one for one, joined in JOINED.items() if joined == place), f"docs/{place}")
 
-    def moved(match):
+    def moved(match: re.Match[str]) -> str:
         mark, text, target = match.groups()
         path, hash_, anchor = target.partition("#")
         if re.match(r"[a-z]+:", target) or not path:

@@ -29,16 +29,24 @@ def settings_page():
     presets = {name: load_preset(name) for name in sorted(preset_names())}
     lines = ["# All settings", "", MADE, ""]
     lines += [
-        "`--set section.key=value` changes one; [settings.md](settings.md) lists those that depend on each other. Sections",
-        "`teacher`, `adapt`, `proposals`, `proposer` and `build` belong to the store (`ezsd cache build`), `model`, `loss` and",
-        "`train` to the run (`ezsd train`), `eval` to `ezsd eval` and `ezsd detect`. A value is that of every preset, or the",
-        f"presets are named: {', '.join(f'`{name}`' for name in presets)}.",
+        "`--set section.key=value` changes one; [settings.md](settings.md) lists those that depend on each other.",
+        "Sections `teacher`, `adapt`, `proposals`, `proposer` and `build` belong to the store (`ezsd cache build`),",
+        "`model`, `loss` and `train` to the run (`ezsd train`), `eval` to `ezsd eval` and `ezsd detect`. A value is",
+        f"that of every preset, or the presets are named: {', '.join(f'`{name}`' for name in presets)}.",
     ]
     for section in dataclasses.fields(Config):
         of = typing.get_type_hints(Config)[section.name]
         hints = typing.get_type_hints(of, include_extras=True)
         told = meanings[of.__name__] | (meanings[DetectorSettings.__name__] if issubclass(of, DetectorSettings) else {})
-        lines += ["", f"## {section.name}", "", of.__doc__, "", "| setting | values | presets | meaning |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {section.name}",
+            "",
+            of.__doc__,
+            "",
+            "| setting | values | presets | meaning |",
+            "|---|---|---|---|",
+        ]
         for field in dataclasses.fields(of):
             values = {name: getattr(getattr(preset, section.name), field.name) for name, preset in presets.items()}
             cells = [f"`{field.name}`", _values(hints[field.name]), _presets(values), told[field.name]]
@@ -99,9 +107,10 @@ def python_page():
     """docs/python.md: the public names with their signatures and docstrings."""
     lines = ["# Python", "", MADE, ""]
     lines += [
-        "`import ezsd` loads nothing heavy: each name below is loaded when it is first used. Signatures stay as they are",
-        "within a version 0.x; everything else may change. [README](../README.md#from-python) has an example, and",
-        "[quickstart.ipynb](quickstart.ipynb) is a notebook. [store-library.md](store-library.md) describes `ezsd.cache`.",
+        "`import ezsd` loads nothing heavy: each name below is loaded when it is first used. Signatures stay as they",
+        "are within a version 0.x; everything else may change. [README](../README.md#from-python) has an example,",
+        "[quickstart.ipynb](quickstart.ipynb) is a notebook, and [store-library.md](store-library.md) describes",
+        "`ezsd.cache`.",
     ]
     for name in sorted(ezsd.__all__):
         lines += ["", f"## ezsd.{name}", "", *_described(getattr(ezsd, name), f"ezsd.{name}")]
@@ -114,8 +123,18 @@ def python_page():
 def _described(thing, name):
     if isinstance(thing, type) and issubclass(thing, Exception):
         return _prose(thing.__doc__)
-    said = re.sub(r"(: |-> )(['\"])(.*?)\2", r"\1\3", str(inspect.signature(thing))).replace("(self, ", "(").removesuffix(" -> None")
-    lines = ["```text", *textwrap.wrap(f"{name}{said}", 120, subsequent_indent="    "), "```", "", *_prose(thing.__doc__)]
+    said = (
+        re.sub(r"(: |-> )(['\"])(.*?)\2", r"\1\3", str(inspect.signature(thing)))
+        .replace("(self, ", "(")
+        .removesuffix(" -> None")
+    )
+    lines = [
+        "```text",
+        *textwrap.wrap(f"{name}{said}", 120, subsequent_indent="    "),
+        "```",
+        "",
+        *_prose(thing.__doc__),
+    ]
     if isinstance(thing, type):
         lines += ["", *_attributes(thing)]
     return lines
