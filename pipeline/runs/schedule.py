@@ -31,6 +31,13 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return height * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def first_other_rate(one: TrainConfig, other: TrainConfig, steps: int) -> int | None:
-    """First of the steps below `steps` whose learning rate two configurations do not share; None where none is."""
-    return next((step for step in range(steps) if learning_rate(step, one) != learning_rate(step, other)), None)
+def first_other_rate(shorter: TrainConfig, longer: TrainConfig, done: int) -> int | None:
+    """First of the steps below `done` with another learning rate in the longer training; None where there is none.
+
+    The two differ in the number of steps alone, so that rates part at the end of the warm-up or where one falls: the
+    number of steps may come from a stranger's file, and is not counted through.
+    """
+    falls = {math.ceil(share * one.steps) for one in (shorter, longer) for share in one.decay_at}
+    parting = sorted({shorter.warmup_steps, shorter.warmup_steps + 1, done - 1} | falls)
+    rates = ((step, learning_rate(step, shorter), learning_rate(step, longer)) for step in parting if 0 <= step < done)
+    return next((step for step, one, other in rates if one != other), None)

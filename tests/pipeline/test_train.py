@@ -35,9 +35,9 @@ from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import at_limit, headline
 from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.runs.schedule import first_other_rate, learning_rate
 from ezsd.pipeline.training.dataloader import load_batches
 from ezsd.pipeline.training.train import TrainRequest, store_dataset, train, training_samples
-from ezsd.pipeline.training.trainer import learning_rate
 
 
 def curve(run):
@@ -681,6 +681,19 @@ def test_crop_accuracy_lives_in_the_run(shapes_run):
     assert crops["crops"]["novel"] > 0
     # A clean-picture model knows far more than chance (1 in 20) of these crops.
     assert crops["raw"]["base"] > 0.2
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+@pytest.mark.parametrize(("steps", "more"), [(12, 13), (12, 24), (30, 31)])
+def test_the_first_other_rate_of_a_longer_training_is_found(with_settings, schedule, steps, more):
+    one, other = (
+        with_settings(train={"schedule": schedule, "steps": count, "warmup_steps": 3}).train for count in (steps, more)
+    )
+    differ = [step for step in range(steps) if learning_rate(step, one) != learning_rate(step, other)]
+    for done in range(1, steps + 1):
+        assert first_other_rate(one, other, done) == next((step for step in differ if step < done), None)
+    huge = dataclasses.replace(one, steps=10**15), dataclasses.replace(one, steps=2 * 10**15)
+    assert first_other_rate(*huge, 10**15) is not None
 
 
 LEVEL = {"schedule": "step", "decay_at": (), "steps": 4, "checkpoint_every": 4}
