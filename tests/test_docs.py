@@ -121,7 +121,7 @@ def test_the_twelve_lines_of_the_quick_start_run(farm):
         if words[:2] == ["cache", "build"]:
             at = words.index("--teacher")
             assert words[at : at + 4] == ["--teacher", "ViT-B-32-quickgelu", "--weights", "openai"]
-            words[at : at + 4] = ["--teacher", "tiny-shapes"]
+            words[at : at + 4] = ["--teacher", "tiny-shapes", "--scheduler", "sync"]
         done = ezsd(*words, cwd=farm)
         assert done.returncode == 0, f"{words}\n{done.stderr}"
     assert (farm / "look/farm/look.html").is_file()
