@@ -217,13 +217,14 @@ class Run:
             RunError: steps that are done would have had another learning rate in a run of that length.
         """
         old, new = self.config.train, from_tables(wanted["config"], where="config").train
-        done = max((int(path.name[5:]) for path in self._checkpoints()), default=0)
-        step = first_other_rate(old, new, done)
-        if step is not None:
+        steps = (path.name.removeprefix("step-") for path in (self.folder / "checkpoints").glob("step-*"))
+        done = max((int(step) for step in steps if step.isdecimal()), default=0)
+        other = first_other_rate(old, new, done)
+        if other is not None:
             raise RunError(
                 f"`run={self.folder}`: cannot go on to train.steps={new.steps}: {done} steps are done, and with the "
                 f"{new.schedule} schedule of {new.steps} steps the learning rate would have been another one from step "
-                f"{step + 1} on; choose another `run` folder to train all steps"
+                f"{other + 1} on; choose another `run` folder to train all steps"
             )
         results = [path for pattern in _OF_WEIGHTS for path in sorted(self.folder.glob(pattern))]
         aside = self.folder / f"results-{done:08d}"
@@ -234,10 +235,6 @@ class Run:
             rename(path, aside / path.name)
         # Last: until then the run is the shorter one.
         write_json(self.folder / "run.json", wanted)
-
-    def _checkpoints(self) -> list[Path]:
-        found = (self.folder / "checkpoints").glob("step-*")
-        return sorted(path for path in found if _CHECKPOINT.fullmatch(path.name))
 
     @property
     def spec(self) -> dict[str, object]:
