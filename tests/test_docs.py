@@ -117,7 +117,9 @@ def test_the_twelve_lines_of_the_quick_start_run(farm):
         if "--backbone-weights" in words:
             at = words.index("--backbone-weights")
             del words[at : at + 2]
-            words += ["--preset", "shapes", *(word for setting in QUICK for word in ("--set", setting))]
+            stages = ("model", "train") if words[0] == "train" else ("adapt", "proposals", "build")
+            quick = [setting for setting in QUICK if setting.startswith(stages)]
+            words += ["--preset", "shapes", *(word for setting in quick for word in ("--set", setting))]
         if words[:2] == ["cache", "build"]:
             at = words.index("--teacher")
             assert words[at : at + 4] == ["--teacher", "ViT-B-32-quickgelu", "--weights", "openai"]
