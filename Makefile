@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DOCS := $(VENV)-docs
 # Remade when the dependencies change.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-long faults fuzz gpu-check lint clean
+.PHONY: demo test test-long docs faults fuzz gpu-check lint clean
 
 demo: $(STAMP)
 	$(BIN)/ezsd demo
@@ -35,6 +36,16 @@ fuzz: $(STAMP)
 	$(BIN)/pip install --quiet --editable ".[fuzz]"
 	PYTHONPATH=. $(BIN)/python benchmarks/fuzz.py --work $(VENV)/fuzz $(FUZZ)
 
+# The pages of docs/ as a site in build/site; stops at a page without a place, a broken link or anchor. In an environment of its
+# own, without torch.
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --clean
+
+$(DOCS)/.installed: docs/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --constraint constraints.txt --requirement docs/requirements.txt
+	touch $@
+
 # Accepts or refuses a machine with a GPU, in its last line; "Error 1" is refused, "Error 2" is no GPU.
 gpu-check: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/gpu_check.py
@@ -50,4 +61,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(DOCS) build/site

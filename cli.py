@@ -417,11 +417,16 @@ def cache_ls(folder: Annotated[str, typer.Argument(help="A folder that contains 
 
 
 @cache_app.command("info", epilog="Example:  ezsd cache info cache/shapes")
-def cache_info(store: Annotated[str, typer.Argument(help="A store, or its URL.")]) -> None:
+def cache_info(
+    store: Annotated[str, typer.Argument(help="A store, or its URL.")],
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document, with all settings and versions.")
+    ] = False,
+) -> None:
     """Show a store's contents, provenance and completeness."""
-    from ezsd.pipeline.console.store_messages import info_text
+    from ezsd.pipeline.console.store_messages import info_json, info_lines
 
-    typer.echo(info_text(store))
+    typer.echo(info_json(store) if json_ else "\n".join(info_lines(store)))
 
 
 @cache_app.command("verify", epilog="Example:  ezsd cache verify cache/shapes --deep")
@@ -632,7 +637,7 @@ def train(
     if trained.began_at == steps:
         typer.echo(
             f"{folder}: already trained for its {steps} steps; next: ezsd eval --run {shlex.quote(str(folder))}, "
-            "or train longer in another --run folder with --set train.steps=N"
+            "or train longer: the same command with more train.steps goes on where the schedule allows it"
         )
     else:
         typer.echo(f"{folder}: trained; next: ezsd eval --run {shlex.quote(str(folder))}")

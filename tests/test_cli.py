@@ -11,6 +11,7 @@ import open_clip
 import pytest
 from PIL import Image
 
+from ezsd.cache.format.sealed_json import seal
 from ezsd.teacher.requirements import open_clip_models
 from tests.commandkit import ezsd
 
@@ -287,12 +288,31 @@ def test_labels_of_others_are_converted_split_and_checked(tmp_path):
 
 
 def test_cache_info_tells_rows_and_teacher(shapes_store):
-    result = ezsd("cache", "info", shapes_store)
+    result = ezsd("cache", "info", shapes_store, "--json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["complete"] is True
     assert found["images"] == 12
-    assert "tiny-shapes" in result.stdout
+    assert found["manifest"]["products"]["teacher"]["inputs"]["model"]["name"] == "tiny-shapes"
+    result = ezsd("cache", "info", shapes_store)
+    assert result.returncode == 0, result.stderr
+    facts = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if line.startswith("  "))
+    assert facts["state"] == "complete, format version 2"
+    assert facts["images"] == "12"
+    assert facts["dataset"].startswith("shapes, 13 base and 7 novel classes, images in /")
+    assert facts["teacher"] == "tiny-shapes"
+    rows = {product["name"]: product["rows"] for product in found["products"]}
+    assert f"\nregions       {rows['regions']:>4}  {rows['regions'] / 12:>9.1f}  " in result.stdout
+
+
+def test_cache_info_of_a_record_with_anything_in_it_is_text(shapes_store, tmp_path):
+    store = shutil.copytree(shapes_store, tmp_path / "store")
+    record = {"dataset": 3, "data_root": ["\x1b[2J"], "versions": "new", "teacher": {"weights": ["a\nb"]}}
+    (store / "environment.json").write_bytes(seal(record))
+    result = ezsd("cache", "info", store)
+    assert result.returncode == 0, result.stderr
+    assert "\x1b" not in result.stdout
+    assert 'teacher     tiny-shapes, weights ["a\\nb"]\n' in result.stdout
 
 
 def test_a_backend_that_cannot_run_here_is_refused(shapes_store, tmp_path):

@@ -1,6 +1,8 @@
 """What pip installs: one name, which nothing of a user's own can stand in for."""
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,6 +55,19 @@ def test_a_wheel_holds_one_package_and_every_file_of_it(wheel):
         if part == "ezsd" or path.suffix in (".py", ".toml", ".j2", ".html", ".js", ".svg")
     }
     assert names == wanted
+
+
+def test_a_release_is_described_alike_in_every_file(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        described = email.message_from_bytes(archive.read(name))
+    assert wheel.name.startswith(f"ezsd-{described['Version']}-")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["authors"]) == (described["Version"], [{"name": described["Author"]}])
+    first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert first[1] in (described["Version"], "Unreleased")
+    assert described["License-Expression"] == citation["license"]
+    assert "zero-shot detection" in described["Keywords"]
 
 
 def test_an_installed_ezsd_meets_a_users_own_files_of_its_parts_names(wheel, tmp_path):

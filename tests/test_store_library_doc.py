@@ -35,7 +35,7 @@ from ezsd.cache import (
 )
 from ezsd.cache.format.commit_mark import parse_mark
 from ezsd.cache.format.sealed_json import parse_json, seal
-from ezsd.pipeline.console.store_messages import info_text, list_lines
+from ezsd.pipeline.console.store_messages import info_json, info_lines, list_lines
 from tests.commandkit import ezsd
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +125,8 @@ def test_zarr_reads_it(module, features):
 def test_the_commands_describe_it(features, tmp_path):
     rows = sum(len(Store(features).product("objects")[image]["area"]) for image in range(100, 120))
     assert f"20 images, 20 tokens, {rows} objects, " in list_lines(features.parent)[0]
-    assert '"format_version": 4' in info_text(features)
+    assert '"format_version": 4' in info_json(features)
+    assert f"objects  {rows:>4}  {rows / 20:>9.1f}  " in "\n".join(info_lines(features))
     assert list(list_stores(features.parent)) == [features]
     with np.load(export(features, tmp_path / "npz", format="npz") / "tokens-00000.npz") as found:
         assert found["token"].shape == (20, 4, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -112,13 +113,105 @@ def _by(processes: int | None) -> str:
     return f"by {processes} processes" if processes > 1 else "by one process"
 
 
-def info_text(path: str | Path) -> str:
-    """A store described as JSON."""
+def info_json(path: str | Path) -> str:
+    """A store described as JSON, with everything that its files say of it."""
     found = info(path)
     table = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     table["manifest"] = found.manifest.fields
     table["products"] = [dataclasses.asdict(product) for product in found.products]
     return json.dumps(table, indent=1, default=str, ensure_ascii=False)
+
+
+def info_lines(path: str | Path) -> list[str]:
+    """A store described for a reader: state, size, products, origin, bad images."""
+    from ezsd.pipeline.inference.evaluation_tables import aligned
+
+    found = info(path)
+    bad = f", {len(found.bad_images):,} of them could not be read" if found.bad_images else ""
+    dimensions = f" of {found.embed_dim} dimensions" if found.embed_dim else ""
+    facts = {
+        "state": f"{_state(found)}, format version {found.format_version}",
+        "images": f"{found.images:,}{bad}",
+        "embeddings": f"{found.embedding}{dimensions}" if found.embedding else None,
+        "size": f"{found.bytes_:,} bytes in {found.files:,} files",
+        **_origin(found),
+        "manifest": f"digest {found.manifest.digest}",
+    }
+    rows = [
+        [one.name, *_row_counts(one.rows, one.rows_per_image), one.fingerprint[:_FINGERPRINT]] for one in found.products
+    ]
+    lines = [str(found.path), *(f"  {name:<10}  {_printable(said)}" for name, said in facts.items() if said)]
+    lines += ["", *aligned(["product", "rows", "per image", "fingerprint"], rows)]
+    some = sorted(found.bad_images.items())[:_NAMED]
+    lines += ["", *(f"image {number} could not be read: {_printable(why)}" for number, why in some)] if some else []
+    if len(found.bad_images) > _NAMED:
+        lines.append(f"and {len(found.bad_images) - _NAMED:,} more images; --json lists all")
+    lines += ["", *(f"problem: {as_options(_printable(one))}" for one in found.problems)] if found.problems else []
+    return [*lines, "", "all settings and versions: add --json"]
+
+
+_FINGERPRINT = 12
+"""Characters of a fingerprint in a table."""
+_NAMED = 20
+"""Most bad images in a description."""
+
+
+def _row_counts(rows: int | None, per_image: float | None) -> list[str]:
+    return ["-" if rows is None else f"{rows:,}", "-" if per_image is None else f"{per_image:.1f}"]
+
+
+def _origin(found: StoreInfo) -> dict[str, str | None]:
+    """Dataset, teacher and build of a store of regions, as its manifest and its build's record say; None for neither.
+
+    The values of the record may be anything: nothing depends on them.
+    """
+    inputs = {name: product.inputs for name, product in found.manifest.products.items()}
+    environment = found.environment or {}
+    names = inputs.get("text", {})
+    teacher = inputs.get("teacher", {}).get("model")
+    counts = [len(one) for one in (names.get("base_names"), names.get("novel_names")) if isinstance(one, list)]
+    classes = "{:,} base and {:,} novel classes".format(*counts) if len(counts) == 2 else None
+    root = environment.get("data_root")
+    said = {
+        "built": [
+            _text(environment.get("finished") or environment.get("started")),
+            _named("host", environment.get("host")),
+            _named("device", environment.get("device")),
+            *(_named(name, version) for name, version in _mapping(environment.get("versions")).items()),
+        ],
+        "dataset": [
+            _text(_mapping(environment.get("dataset")).get("name")),
+            classes,
+            None if root is None else f"images in {_text(root)}",
+        ],
+        "teacher": [
+            _text(_mapping(teacher).get("name")),
+            _named("weights", _mapping(environment.get("teacher")).get("weights")),
+        ],
+    }
+    return {name: ", ".join(filter(None, parts)) or None for name, parts in said.items()}
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) or value is None else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _named(name: str, value: object) -> str | None:
+    return None if value is None else f"{name} {_text(value)}"
+
+
+def _printable(said: str) -> str:
+    """Text of a file as a terminal may have it: without control characters, and not without an end."""
+    short = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in short)
+
+
+_LONGEST = 300
+"""Characters of one value in a description."""
 
 
 def list_lines(folder: str | Path) -> list[str]:
@@ -134,14 +227,17 @@ def list_lines(folder: str | Path) -> list[str]:
 def _summary(store: StoreInfo | StoreError) -> str:
     if isinstance(store, StoreError):
         return f"cannot be read: {as_options(str(store))}"
-    done = f"{store.blocks_done} of {store.blocks} blocks" if store.blocks else "marked incomplete"
-    state = ("damaged" if store.problems else "complete") if store.complete else f"unfinished, {done}"
     shown = [
         one for one in store.products if one.name == "regions" or (store.embedding is None and one.rows is not None)
     ]
     rows = ", ".join(f"{one.rows:,} {one.name}" for one in shown)
     ending = f", {store.embedding}" if store.embedding else ""
-    return f"{state}, {store.images:,} images, {rows}, {store.bytes_:,} bytes{ending}"
+    return f"{_state(store)}, {store.images:,} images, {rows}, {store.bytes_:,} bytes{ending}"
+
+
+def _state(store: StoreInfo) -> str:
+    done = f"{store.blocks_done} of {store.blocks} blocks" if store.blocks else "marked incomplete"
+    return ("damaged" if store.problems else "complete") if store.complete else f"unfinished, {done}"
 
 
 def verify_lines(path: str | Path, *, deep: bool) -> list[str]:

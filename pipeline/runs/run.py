@@ -15,7 +15,8 @@ train.lock              locked while a training writes here
 If asked for: validation_slice.json (annotations of the images looked at while training), validation.jsonl (AP50 on
 them); metrics.csv, validation.csv, tensorboard/, wandb/, mlruns/, loggers.json (what trackers were given). Written by
 the later commands: eval.json and detections.json, also with a suffix for another split or label space
-(eval-train-novel.json), crops.json, audit.json and audit-ovd-strict.json, report.html.
+(eval-train-novel.json), crops.json, audit.json and audit-ovd-strict.json, report.html. Where a run was trained
+longer after step 400, results-00000400/ has those of the shorter one.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from ezsd.pipeline.config.schema import STAGE_ONE, Config, from_tables, with_def
 from ezsd.pipeline.errors import DamagedFile, RunError
 from ezsd.pipeline.files import as_json, parse_object, read_object, require_shallow, write_json, write_text
 from ezsd.pipeline.runs.folder import require_run
+from ezsd.pipeline.runs.schedule import first_other_rate
 
 log = logging.getLogger("ezsd")
 KEEP_CHECKPOINTS = 2
@@ -58,6 +60,8 @@ _CHECKPOINT = re.compile(r"step-\d+|\.step-\d+\.partial")
 """Names of folders that training writes below checkpoints/."""
 _PARTS = frozenset(("model.safetensors", "optimiser.safetensors"))
 _OPTIONAL = frozenset(("average.safetensors", "class_counts.safetensors"))
+_OF_WEIGHTS = ("eval*.json", "detections*.json", "audit*.json", "report.html", "card.md")
+"""Results of later commands that a longer training outdates."""
 _SPEC = {
     "config": dict,
     "store": dict,
@@ -191,7 +195,9 @@ class Run:
                     f"`run={folder}`: an earlier version of ezsd understood the same settings otherwise: "
                     f"{_listed(found)}; choose another `run` folder"
                 )
-            if found:
+            if _adds_steps(found):
+                run._train_longer(wanted)
+            elif found:
                 raise RunError(f"`run={folder}`: holds another run: {_listed(found)}; choose another `run` folder")
             return run
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -204,6 +210,32 @@ class Run:
     def has_checkpoint(self) -> bool:
         """True if anything was trained that could be gone on with."""
         return any((self.folder / "checkpoints").glob("step-*"))
+
+    def _train_longer(self, wanted: dict[str, Any]) -> None:
+        """Give the run more steps, and set results of its weights so far aside.
+
+        Raises:
+            RunError: steps that are done would have had another learning rate in a run of that length.
+        """
+        old, new = self.config.train, from_tables(wanted["config"], where="config").train
+        steps = (path.name.removeprefix("step-") for path in (self.folder / "checkpoints").glob("step-*"))
+        done = max((int(step) for step in steps if step.isdecimal()), default=0)
+        other = first_other_rate(old, new, done)
+        if other is not None:
+            raise RunError(
+                f"`run={self.folder}`: cannot go on to train.steps={new.steps}: {done} steps are done, and with the "
+                f"{new.schedule} schedule of {new.steps} steps the learning rate would have been another one from step "
+                f"{other + 1} on; choose another `run` folder to train all steps"
+            )
+        results = [path for pattern in _OF_WEIGHTS for path in sorted(self.folder.glob(pattern))]
+        aside = self.folder / f"results-{done:08d}"
+        if results:
+            aside.mkdir(exist_ok=True)
+            log.info("%s: results of step %d are moved to %s", self.folder, done, aside.name)
+        for path in results:
+            rename(path, aside / path.name)
+        # Last: until then the run is the shorter one.
+        write_json(self.folder / "run.json", wanted)
 
     @property
     def spec(self) -> dict[str, object]:
@@ -282,7 +314,11 @@ class Run:
                 state["config"] = with_todays_names(state["config"])
             identity = self._identity()
             ignored = _changeable(self.spec)
-            found = _differences({key: state.get(key) for key in identity}, identity, ignored=ignored)
+            own = {key: state.get(key) for key in identity}
+            found = _differences(own, identity, ignored=ignored)
+            if _adds_steps(found):
+                earlier = from_tables(state["config"], where=str(folder))
+                found = [] if first_other_rate(earlier.train, self.config.train, state["step"]) is None else found
             if found:
                 raise RunError(f"{folder}: is another run's: {_listed(found)}; remove it")
             return Checkpoint(folder, int(state["step"]))
@@ -494,6 +530,15 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, flat: Mapping[str, Tenso
         number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _adds_steps(found: Sequence[Difference]) -> bool:
+    """True if two records of a run differ in nothing but the number of steps, of which the second has more."""
+    return [one.name for one in found] == ["config.train.steps"] and _is_fewer(found[0].stored, found[0].wanted)
+
+
+def _is_fewer(one: object, other: object) -> bool:
+    return _is_step(one) and _is_step(other) and cast("int", one) < cast("int", other)
 
 
 def _with_effect(spec: Mapping[str, object]) -> Mapping[str, object]:

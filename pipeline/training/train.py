@@ -39,6 +39,7 @@ from ezsd.pipeline.runs.card import has_card, write_card
 from ezsd.pipeline.runs.loggers import MetricsLog, require_loggers
 from ezsd.pipeline.runs.model import build_detector, read_backbone, require_sizes, warn_of_random_weights
 from ezsd.pipeline.runs.run import CHANGEABLE, Run, restore_optimiser, rows_digest
+from ezsd.pipeline.runs.schedule import peak_rate
 from ezsd.pipeline.runs.store_digests import record_store, require_same_bytes
 from ezsd.pipeline.runs.training_boxes import record_boxes
 from ezsd.pipeline.training.dataloader import load_batches
@@ -50,7 +51,6 @@ from ezsd.pipeline.training.trainer import (
     Trainer,
     build_optimiser,
     in_effect,
-    peak_rate,
 )
 from ezsd.pipeline.training.validation import Validation, require_validation
 from ezsd.teacher.open_clip import state_digest

@@ -16,6 +16,7 @@ from ezsd.losses import loss_weights, weighted_sum
 from ezsd.pipeline.config.schema import Config, LossConfig, TrainConfig
 from ezsd.pipeline.errors import NonFiniteLoss
 from ezsd.pipeline.runs.model import rate_groups
+from ezsd.pipeline.runs.schedule import learning_rate, peak_rate
 from ezsd.pipeline.training.distributed import Distributed
 from ezsd.precision import autocast
 
@@ -143,36 +144,12 @@ class Trainer:
         return Totals(images=self.config.batch_size, regions=regions)
 
 
-def peak_rate(config: TrainConfig) -> float:
-    """Peak learning rate, scaled to the images per step.
-
-    Linear scaling with SGD (Goyal et al., arXiv 1706.02677); square-root scaling with AdamW, which divides by the size
-    of the gradient (Malladi et al., arXiv 2205.10287).
-    """
-    if not config.reference_batch_size:
-        return config.learning_rate
-    if config.optimizer == "adamw":
-        return config.learning_rate * math.sqrt(config.batch_size / config.reference_batch_size)
-    return config.learning_rate * config.batch_size / config.reference_batch_size
-
-
 def in_effect(config: Config, embed_dim: int) -> dict[str, float]:
     """Effective values of settings that depend on others: runs differ when these differ."""
     return {
         "distillation_weight": loss_weights(config.loss, embed_dim)["distillation"],
         "peak_rate": peak_rate(config.train),
     }
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of a step: linear warm-up, then a cosine to zero or steps down; depends only on the step."""
-    height = peak_rate(config)
-    if step < config.warmup_steps:
-        return height * (step + 1) / config.warmup_steps
-    if config.schedule == "step":
-        return height * 0.1 ** sum(step >= share * config.steps for share in config.decay_at)
-    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    return height * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def build_optimiser(detector: Detector, config: TrainConfig) -> torch.optim.Optimizer:

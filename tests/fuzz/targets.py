@@ -40,7 +40,7 @@ from ezsd.pipeline.audit import AuditRequest, audit
 from ezsd.pipeline.config.descriptions import read_descriptions
 from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.console.arguments import class_names, find_sources
-from ezsd.pipeline.console.store_messages import info_text, verify_lines
+from ezsd.pipeline.console.store_messages import info_json, info_lines, verify_lines
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations, read_categories
 from ezsd.pipeline.data.check import check_dataset, check_table
 from ezsd.pipeline.data.convert import convert_folder
@@ -518,7 +518,8 @@ class StoreFiles(Target):
     def read(self, folder: Path, way: str, name: str, content: bytes) -> None:
         store = folder / "store"
         tried(lambda: [str(one) for one in verify(store, deep=True)])
-        tried(lambda: info_text(store))
+        tried(lambda: info_json(store))
+        tried(lambda: info_lines(store))
         tried(lambda: verify_lines(store, deep=False))
         for where, how in ((store, "full"), (store, "quick"), (store.as_uri(), "full")):
             found = tried(lambda where=where, how=how: values_of(Store(where, verify=how)))
@@ -635,7 +636,8 @@ class StoreJournal(StoreFiles):
     def read(self, folder: Path, way: str, name: str, content: bytes) -> None:
         store = folder / "store"
         tried(lambda: [str(one) for one in verify(store, deep=True)])
-        tried(lambda: info_text(store))
+        tried(lambda: info_json(store))
+        tried(lambda: info_lines(store))
         tried(lambda: info(store))
         assert isinstance(tried(lambda: Store(store)), Exception)
         tried(lambda: repair(store))

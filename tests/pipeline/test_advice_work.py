@@ -349,8 +349,9 @@ TABLE = [
         situation="a run that is trained already",
         prepare=lambda place: train_steps(place, "first", 1),
         meet=lambda place: train_steps(place, "first", 1),
-        message=r"or train longer in another --run folder with --set train.steps=N",
-        works=lambda place: train_steps(place, "longer", 2),
+        message="or train longer: the same command with more train.steps goes on where the schedule allows it",
+        # One step is within the warm-up, whose rates do not depend on the number of steps.
+        works=lambda place: train_steps(place, "first", 2),
     ),
     Advice(
         situation="a checkpoint of another run",

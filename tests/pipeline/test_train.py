@@ -32,9 +32,9 @@ from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import at_limit, headline
 from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.runs.schedule import first_other_rate, learning_rate
 from ezsd.pipeline.training.dataloader import load_batches
 from ezsd.pipeline.training.train import TrainRequest, store_dataset, train, training_samples
-from ezsd.pipeline.training.trainer import learning_rate
 from tests.pipeline.stopkit import Talk, begun, descendants, require_gone
 
 
@@ -648,3 +648,58 @@ def test_crop_accuracy_lives_in_the_run(shapes_run):
     assert crops["crops"]["novel"] > 0
     # A clean-picture model knows far more than chance (1 in 20) of these crops.
     assert crops["raw"]["base"] > 0.2
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+@pytest.mark.parametrize(("steps", "more"), [(12, 13), (12, 24), (30, 31)])
+def test_the_first_other_rate_of_a_longer_training_is_found(with_settings, schedule, steps, more):
+    one, other = (
+        with_settings(train={"schedule": schedule, "steps": count, "warmup_steps": 3}).train for count in (steps, more)
+    )
+    differ = [step for step in range(steps) if learning_rate(step, one) != learning_rate(step, other)]
+    for done in range(1, steps + 1):
+        assert first_other_rate(one, other, done) == next((step for step in differ if step < done), None)
+    huge = dataclasses.replace(one, steps=10**15), dataclasses.replace(one, steps=2 * 10**15)
+    assert first_other_rate(*huge, 10**15) is not None
+
+
+LEVEL = {"schedule": "step", "decay_at": (), "steps": 4, "checkpoint_every": 4}
+
+
+def test_a_run_goes_on_to_more_steps_as_if_it_had_been_that_long(shapes_store, with_settings, tmp_path):
+    folder = tmp_path / "run"
+    request = TrainRequest(cache=shapes_store, run=folder, config=with_settings(train=LEVEL))
+    train(request)
+    (folder / "eval.json").write_text("{}")
+    longer = dataclasses.replace(request, config=with_settings(train=LEVEL | {"steps": 6}))
+    run = train(longer)
+    assert (run.began_at, run.finished().step, len(run.read_metrics())) == (4, 6, 6)
+    assert "6 of 6" in (folder / "card.md").read_text()
+    assert not (folder / "eval.json").exists()
+    assert sorted(path.name for path in (folder / "results-00000004").iterdir()) == ["card.md", "eval.json"]
+    unbroken = train(dataclasses.replace(longer, run=tmp_path / "unbroken"))
+    assert curve(run) == curve(unbroken)
+    assert all(torch.equal(value, state(unbroken)[name]) for name, value in state(run).items())
+    with pytest.raises(RunError, match="holds another run: config.train.steps: 6 there, 4 wanted"):
+        train(request)
+
+
+def test_a_run_whose_rates_would_have_been_others_does_not_go_on(shapes_run, shapes_store, with_settings, tmp_path):
+    run = shutil.copytree(shapes_run.folder, tmp_path / "run")
+    before = (run / "run.json").read_bytes()
+    request = TrainRequest(cache=shapes_store, run=run, config=with_settings(train={"steps": 7}))
+    said = "6 steps are done, and with the cosine schedule of 7 steps .* from step 4 on; choose another `run` folder"
+    with pytest.raises(RunError, match=said):
+        train(request)
+    assert (run / "run.json").read_bytes() == before
+    assert (run / "eval.json").exists()
+    assert train(dataclasses.replace(request, run=tmp_path / "other")).finished().step == 7
+
+
+def test_a_checkpoint_of_a_shorter_run_with_other_rates_is_another_runs(shapes_run, with_settings, tmp_path):
+    run = Run.open(shutil.copytree(shapes_run.folder, tmp_path / "run"))
+    spec = json.loads((run.folder / "run.json").read_text())
+    spec["config"]["train"]["steps"] = 7
+    (run.folder / "run.json").write_text(json.dumps(spec))
+    with pytest.raises(RunError, match="is another run's: config.train.steps: 6 there, 7 wanted"):
+        run.latest()
