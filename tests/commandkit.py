@@ -192,6 +192,9 @@ def _become(request, out, err):
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    # Python reads it when it starts, which this process has done long ago.
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [folder for folder in folders if folder and folder not in sys.path]
     for name, *arguments in request["faults"]:
         getattr(import_module("tests.faults.faultkit"), name)(*arguments)
     sys.argv = ["ezsd", *request["words"]]
