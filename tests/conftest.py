@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import dask
@@ -73,6 +74,8 @@ def warm_workers():
 
     For tests of what workers make; how they are started is that of test_build.py, test_schedule.py and every command.
     """
+    # Its defaults must be there first: what is set without them is taken away together with them.
+    import_module("distributed")
     # Before Dask has the server load a list of its own.
     multiprocessing.forkserver.ensure_running()
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
