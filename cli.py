@@ -618,6 +618,7 @@ def train(
     store = Store(cache, verify="quick")
     settings = [*(set_ or []), *loggers_override(log)]
     config = train_config(store, preset, settings, seed=seed, backbone_weights=backbone_weights)
+    from ezsd.pipeline.runs.schedule import can_train_longer
     from ezsd.pipeline.training.train import TrainRequest
     from ezsd.pipeline.training.train import train as start
 
@@ -635,9 +636,11 @@ def train(
     )
     trained, steps = start(request), request.config.train.steps
     if trained.began_at == steps:
+        longer = ""
+        if can_train_longer(request.config.train):
+            longer = ", or train longer: the same command with more train.steps goes on"
         typer.echo(
-            f"{folder}: already trained for its {steps} steps; next: ezsd eval --run {shlex.quote(str(folder))}, "
-            "or train longer: the same command with more train.steps goes on where the schedule allows it"
+            f"{folder}: already trained for its {steps} steps; next: ezsd eval --run {shlex.quote(str(folder))}{longer}"
         )
     else:
         typer.echo(f"{folder}: trained; next: ezsd eval --run {shlex.quote(str(folder))}")

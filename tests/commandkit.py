@@ -45,11 +45,10 @@ _lock = threading.Lock()
 _servers = []
 
 
-def ezsd(*words, cwd=None, timeout=240, faults=(), meanwhile=lambda process: None, **environment):
+def ezsd(*words, cwd=None, timeout=240, faults=(), **environment):
     """Run a command to its end: exit code, standard output and standard error, as `subprocess.run` gives them.
 
     `faults`: names of functions of tests/faults/faultkit.py with their arguments, called in the command's process.
-    `meanwhile` is called with the command's process once it is there.
     """
     with _lock:
         server, process, *ends = _ask(words, cwd, faults, environment)
@@ -57,7 +56,6 @@ def ezsd(*words, cwd=None, timeout=240, faults=(), meanwhile=lambda process: Non
         readers = [threading.Thread(target=_read, args=(end, texts, n)) for n, end in enumerate(ends)]
         for reader in readers:
             reader.start()
-        meanwhile(process)
         server.settimeout(timeout)
         try:
             code = int(server.recv(64))
@@ -66,6 +64,12 @@ def ezsd(*words, cwd=None, timeout=240, faults=(), meanwhile=lambda process: Non
             server.settimeout(None)
             server.recv(64)
             raise subprocess.TimeoutExpired(words, timeout, *texts) from None
+        except BaseException:
+            # Its exit code would be taken for the next command's process.
+            os.kill(process, signal.SIGKILL)
+            _servers.remove(server)
+            server.close()
+            raise
         server.settimeout(None)
         for reader in readers:
             reader.join()

@@ -138,7 +138,6 @@ def test_the_pages_teacher_builds_a_store(shapes_root, tmp_path):
     _, _, *words = shlex.split(command)
     words += ["--data-root", shapes_root, "--out", "store", "--scheduler", "sync"]
     words += [word for setting in QUICK if not setting.startswith("adapt") for word in ("--set", setting)]
-    words += ["--set", "proposals.drop_base_guesses=false"]
     done = ezsd(*words, cwd=tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
     assert done.returncode == 0, done.stderr
     assert "store: complete" in done.stdout

@@ -146,7 +146,9 @@ def info_lines(path: str | Path) -> list[str]:
     lines += ["", *(f"image {number} could not be read: {_printable(why)}" for number, why in some)] if some else []
     if len(found.bad_images) > _NAMED:
         lines.append(f"and {len(found.bad_images) - _NAMED:,} more images; --json lists all")
-    lines += ["", *(f"problem: {as_options(_printable(one))}" for one in found.problems)] if found.problems else []
+    # A call in backticks becomes a command before anything is cut off.
+    problems = [_printable(as_options(one)) for one in found.problems]
+    lines += ["", *(f"problem: {one}" for one in problems)] if problems else []
     return [*lines, "", "all settings and versions: add --json"]
 
 

@@ -29,7 +29,7 @@ import re
 import reprlib
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,18 +167,31 @@ class Run:
 
     @classmethod
     @contextmanager
-    def claim(cls, folder: Path, spec: Mapping[str, object], embeddings: Mapping[str, Tensor]) -> Iterator[Run]:
+    def claim(
+        cls,
+        folder: Path,
+        spec: Mapping[str, object],
+        embeddings: Mapping[str, Tensor],
+        check: Callable[[Run], None] = lambda run: None,
+    ) -> Iterator[Run]:
         """Create or resume a run and keep other trainings out as long as the context lasts; see `create_or_resume`."""
         _refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
-            yield cls.create_or_resume(folder, spec, embeddings)
+            yield cls.create_or_resume(folder, spec, embeddings, check)
 
     @classmethod
-    def create_or_resume(cls, folder: Path, spec: Mapping[str, object], embeddings: Mapping[str, Tensor]) -> Run:
+    def create_or_resume(
+        cls,
+        folder: Path,
+        spec: Mapping[str, object],
+        embeddings: Mapping[str, Tensor],
+        check: Callable[[Run], None] = lambda run: None,
+    ) -> Run:
         """Start a run, or go on with the same one.
 
-        A folder without a checkpoint is nobody's run yet, whatever its run.json says: it is made anew.
+        A folder without a checkpoint is nobody's run yet, whatever its run.json says: it is made anew. `check` may
+        refuse a run that is there before anything of it is changed.
 
         Raises:
             RunError: the folder holds something else, or another run; names what differs.
@@ -195,10 +208,12 @@ class Run:
                     f"`run={folder}`: an earlier version of ezsd understood the same settings otherwise: "
                     f"{_listed(found)}; choose another `run` folder"
                 )
-            if _adds_steps(found):
-                run._train_longer(wanted)
-            elif found:
+            longer = _adds_steps(found)
+            if found and not longer:
                 raise RunError(f"`run={folder}`: holds another run: {_listed(found)}; choose another `run` folder")
+            check(run)
+            if longer:
+                run._train_longer(wanted)
             return run
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "tables.safetensors", save(dict(embeddings)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from ezsd.pipeline.config.schema import TrainConfig
@@ -29,6 +30,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return height * 0.1 ** sum(step >= share * config.steps for share in config.decay_at)
     progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     return height * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def can_train_longer(config: TrainConfig) -> bool:
+    """Test whether a finished training may go on: its learning rates would be the same in one of twice its steps."""
+    return first_other_rate(config, dataclasses.replace(config, steps=2 * config.steps), config.steps) is None
 
 
 def first_other_rate(shorter: TrainConfig, longer: TrainConfig, done: int) -> int | None:

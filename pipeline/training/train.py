@@ -111,8 +111,8 @@ def train(request: TrainRequest) -> Run:
         samples = training_samples(store, dataset, request.config.train, masks)
         tables = _tables(store)
         if distributed.is_main:
-            run = stack.enter_context(Run.claim(request.run, spec, tables))
-            require_same_bytes(run, store, accept=request.accept_store)
+            check = partial(require_same_bytes, store=store, accept=request.accept_store)
+            run = stack.enter_context(Run.claim(request.run, spec, tables, check))
             run.write_environment(_environment(store, dataset, request))
         distributed.barrier()
         run = Run.open(request.run)

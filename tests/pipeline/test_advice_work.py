@@ -349,7 +349,7 @@ TABLE = [
         situation="a run that is trained already",
         prepare=lambda place: train_steps(place, "first", 1),
         meet=lambda place: train_steps(place, "first", 1),
-        message="or train longer: the same command with more train.steps goes on where the schedule allows it",
+        message="or train longer: the same command with more train.steps goes on",
         # One step is within the warm-up, whose rates do not depend on the number of steps.
         works=lambda place: train_steps(place, "first", 2),
     ),

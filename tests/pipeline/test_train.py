@@ -672,6 +672,12 @@ def test_a_run_goes_on_to_more_steps_as_if_it_had_been_that_long(shapes_store, w
     train(request)
     (folder / "eval.json").write_text("{}")
     longer = dataclasses.replace(request, config=with_settings(train=LEVEL | {"steps": 6}))
+    before = {path.name: path.read_bytes() for path in folder.glob("*.json")}
+    (folder / "stores.json").write_text(json.dumps([{"step": 0, "sha256": "0" * 64}]))
+    with pytest.raises(RunError, match="was trained on other bytes"):
+        train(longer)
+    (folder / "stores.json").write_bytes(before["stores.json"])
+    assert {path.name: path.read_bytes() for path in folder.glob("*.json")} == before
     run = train(longer)
     assert (run.began_at, run.finished().step, len(run.read_metrics())) == (4, 6, 6)
     assert "6 of 6" in (folder / "card.md").read_text()
