@@ -7,9 +7,9 @@ The build is `ezsd cache build` itself with four worker processes: images are re
 journaled and committed. Only the teacher is a stand-in, a plug-in with one matrix, and the images are small. Then the
 store is verified, also byte by byte, and read for an epoch by eight processes in the batches of a training. Meanwhile
 memory, open files and CPU time of all processes and the bytes on the disk are looked at, and kept in DIR. One row goes
-to results/load.jsonl; exit code 1 if the store is damaged, or if memory or open files grow in building or reading: slope (least squares,
-once a first image or block is done, and without the first tenth of what follows) times duration has to be below 2 % of
-the mean.
+to results/load.jsonl; exit code 1 if the store is damaged, or if memory or open files grow in building or reading:
+slope (least squares, once a first image or block is done, and without the first tenth of what follows) times duration
+has to be below 2 % of the mean.
 
 A start that was killed goes on with the same command: figures of a stage are then of all its starts together, slopes of
 the longest one.
