@@ -609,14 +609,15 @@ def train(
     require_launcher(os.environ)
     from ezsd.cache import Store
     from ezsd.pipeline.console.arguments import loggers_override
-    from ezsd.pipeline.console.defaults import preset_of, train_config
+    from ezsd.pipeline.console.defaults import preset_of, train_config, train_overrides
     from ezsd.pipeline.devices import require_device_name, resolve_device
 
     # What can be refused is, before anything heavy is loaded.
     require_device_name(device)
+    settings = [*(set_ or []), *loggers_override(log)]
+    train_overrides(cache, settings, seed=seed, backbone_weights=backbone_weights)
     # No rows are read of it here.
     store = Store(cache, verify="quick")
-    settings = [*(set_ or []), *loggers_override(log)]
     config = train_config(store, preset, settings, seed=seed, backbone_weights=backbone_weights)
     from ezsd.pipeline.runs.schedule import can_train_longer
     from ezsd.pipeline.training.train import TrainRequest

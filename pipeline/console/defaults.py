@@ -110,11 +110,7 @@ def train_config(
         ConfigError: a setting that the store was built with, one that has no effect without weights of the backbone, a
             seed that is said twice, or a value that does not fit.
     """
-    _refuse_stage_one(store.path, overrides)
-    if backbone_weights is None:
-        _refuse_frozen(overrides)
-    if seed is not None:
-        overrides = [*overrides, _seed_override(seed, overrides)]
+    overrides = train_overrides(store.path, overrides, seed=seed, backbone_weights=backbone_weights)
     store.require_regions()
     preset = preset or preset_of(store)
     config = load_settings(preset, [*overrides, *_without_objectness(store, preset, overrides)])
@@ -122,6 +118,20 @@ def train_config(
 
     require_backbone(config.model.backbone)
     return config
+
+
+def train_overrides(
+    cache: Path, overrides: Sequence[str], *, seed: int | None, backbone_weights: Path | None
+) -> list[str]:
+    """Settings of a training with the seed among them, checked as far as that needs no store.
+
+    Raises:
+        ConfigError: as `train_config` says.
+    """
+    _refuse_stage_one(cache, overrides)
+    if backbone_weights is None:
+        _refuse_frozen(overrides)
+    return [*overrides, *([] if seed is None else [_seed_override(seed, overrides)])]
 
 
 def preset_of(store: Store) -> str:

@@ -325,7 +325,7 @@ def test_a_gpu_without_bfloat16_trains_in_float32_and_detects_in_float16(
     config = dataclasses.replace(request_.config, train=dataclasses.replace(request_.config.train, steps=1))
     handle = register_module_forward_hook(look)
     try:
-        with pretend_gpu(capability=(7, 5)), caplog.at_level("INFO"):
+        with pretend_gpu(capability=(7, 5)), caplog.at_level("DEBUG"):
             train(dataclasses.replace(request_, run=tmp_path / "run", config=config))
             Model(trained[0], device="cuda")(shapes_root / "val/000001.png", "bar")
     finally:
