@@ -1,5 +1,6 @@
 """`ezsd view`: the server by plain requests, in this process, and the page in a real browser where there is one."""
 
+import dataclasses
 import http.client
 import io
 import json
@@ -84,6 +85,7 @@ def small_part():
         image=np.array([0, 0, 1]),
         box=np.array([[0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 10]], float),
         class_index=np.array([0, 1, 0]),
+        crowd=np.array([False, False, False]),
         ignored=np.array([False, False, False]),
     )
     found = Found(
@@ -92,6 +94,7 @@ def small_part():
         class_index=np.array([0, 0, 0]),
         score=np.array([0.9, 0.6, 0.3]),
         judged=np.array([True, True, True]),
+        not_exhaustive=np.array([False, False, False]),
     )
     return objects, found, judge(objects, found)
 
@@ -124,9 +127,16 @@ def test_images_are_found_by_class_and_kind_of_error(class_index, kind, threshol
 
 def test_a_class_that_nobody_looked_for_is_not_judged():
     objects, found, _ = small_part()
-    errors = judge(objects, Found(**{**{k: getattr(found, k) for k in ("image", "box", "class_index", "score")},
-                                     "judged": np.array([True, False, True])}))  # fmt: skip
+    errors = judge(objects, dataclasses.replace(found, judged=np.array([True, False, True])))
     assert [KINDS[kind] if kind >= 0 else None for kind in errors.kind] == ["right", None, "doubled"]
+    assert errors.found_at.tolist() == [0.9, -1, -1]
+
+
+def test_a_class_without_all_its_boxes_is_ignored_unless_right():
+    objects, found, _ = small_part()
+    errors = judge(objects, dataclasses.replace(found, not_exhaustive=np.array([True, True, True])))
+    assert [KINDS[kind] for kind in errors.kind] == ["right", "ignored", "ignored"]
+    assert errors.matched.tolist() == [0, -1, -1]
     assert errors.found_at.tolist() == [0.9, -1, -1]
 
 
