@@ -15,7 +15,8 @@ order:
 | confused and misplaced | Both | overlaps an object of another class, by less than the threshold |
 
 An ignored detection lies on a crowd region or an ignored object of its class; or it is not right, and of a class whose
-objects do not all have a box in the image. A missed object is one that no detection has, not even a misplaced or a confused one.
+objects do not all have a box in the image. A missed object is one that no detection has, not even a misplaced or a
+confused one.
 """
 
 from __future__ import annotations

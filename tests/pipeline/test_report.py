@@ -639,7 +639,9 @@ def test_errors_in_a_federated_file_are_those_of_its_ap50():
         ignore=np.array([True, False]),
         annotation_id=np.arange(2),
         catalogue=Catalogue(
-            ids={"cup": 0, "cat": 1}, frequency={}, federated=Federated({1: frozenset()}, {1: frozenset({1})})
+            ids={"cup": 0, "cat": 1},
+            frequency={},
+            federated=Federated(negative={1: frozenset()}, not_exhaustive={1: frozenset({1})}),
         ),
         image_size=np.array([[100, 100]]),
         images=None,
@@ -689,6 +691,14 @@ def test_a_threshold_of_each_class_is_proposed(failing):
     assert row[:2] == ["100.0", f"{100 / count:.1f}"]
     assert row[-1] == str(count)
     assert f"precision over recall of {name}" in {v for n, v in page.attributes if n == "aria-label"}
+
+
+def test_a_class_with_low_scores_alone_has_a_curve_and_no_histogram(home):
+    (name, box), *_ = boxes_of(home, 1)
+    detect(home, [detection(1, name, box, 0.03)])
+    labels = {value for key, value in Page(report(home)).attributes if key == "aria-label"}
+    assert f"precision over recall of {name}" in labels
+    assert f"right and wrong detections of {name} by score" not in labels
 
 
 def test_annotations_and_detections_of_another_evaluation_are_not_judged(home):
