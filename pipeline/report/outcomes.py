@@ -32,7 +32,7 @@ MOST_CONFUSED = 10
 WRONG = tuple(kind for kind in KINDS if kind not in ("right", "ignored"))
 """Kinds that are errors."""
 EXPLAINED = {
-    "right": "a true positive of AP50: the class of a free object, IoU 0.5 or more",
+    "right": "a true positive of AP50, without its limit of detections: the class of a free object, IoU 0.5 or more",
     "misplaced": "the class of an object, IoU 0.1 to 0.5",
     "confused": "on an object of another class, IoU 0.5 or more",
     "doubled": "on an object of its class that a surer detection has",

@@ -584,7 +584,7 @@ def test_a_filter_that_fails_and_one_that_is_judged_say_so(opened, known_run):
         page = opened(viewer.address)
         wait_for_image(page, "000001.png")
         held = []
-        page.route("**/api/find*", held.append)
+        page.route("**/api/find*", lambda route: held.append(route))
         page.select_option("#kind", "confused")
         page.wait_for_selector("#message:has-text('Judging all images')")
         held[0].fulfill(status=422, json={"error": "cannot be judged"})
@@ -595,7 +595,7 @@ def test_a_filter_that_fails_and_one_that_is_judged_say_so(opened, known_run):
         wait_for_image(page, "000001.png")
         assert page.is_hidden("#message")
         # An answer about the image before comes after the list is empty.
-        page.route("**/api/boxes*", held.append)
+        page.route("**/api/boxes*", lambda route: held.append(route))
         page.keyboard.press("ArrowRight")
         page.wait_for_selector("#place:has-text('000002.png')")
         page.unroute("**/api/find*")
