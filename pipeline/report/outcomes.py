@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ezsd.cache import file_digest
 from ezsd.metrics import Results, Truth, limits_of, read_results, read_truth
-from ezsd.metrics.error_kinds import KINDS, error_kinds
+from ezsd.metrics.error_kinds import KINDS, TrueBoxes, error_kinds
 from ezsd.metrics.evaluation import is_verified
 from ezsd.metrics.matching import is_not_exhaustive
 from ezsd.metrics.score_curves import ScoreCurve, score_curves
@@ -111,7 +111,9 @@ class Judged:
             there = true_rows[slice(*np.searchsorted(true_image_id, [image, image + 1]))]
             one = error_kinds(
                 (_corners(results.xywh[rows[found]]), results.class_index[rows[found]], results.score[rows[found]]),
-                (_corners(truth.xywh[there]), truth.class_index[there], truth.crowd[there], truth.ignore[there]),
+                TrueBoxes(
+                    _corners(truth.xywh[there]), truth.class_index[there], truth.crowd[there], truth.ignore[there]
+                ),
                 not_exhaustive=not_exhaustive[found],
             )
             kind[found] = one.kind

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ezsd.data.annotations import Annotations
 from ezsd.metrics import Results, Truth
-from ezsd.metrics.error_kinds import KINDS, ErrorKind, error_kinds
+from ezsd.metrics.error_kinds import KINDS, ErrorKind, TrueBoxes, error_kinds
 from ezsd.metrics.evaluation import is_verified
 from ezsd.metrics.matching import is_not_exhaustive
 
@@ -142,7 +142,7 @@ def judge_image(objects: Objects, found: Found, position: int) -> Errors:
     score = found.score[rows][judged]
     of_image = error_kinds(
         (found.box[rows][judged], found.class_index[rows][judged], score),
-        (
+        TrueBoxes(
             objects.box[true_rows],
             objects.class_index[true_rows],
             objects.crowd[true_rows],

@@ -130,7 +130,7 @@ def test_right_and_ignored_are_those_of_ap50(seed, federated):
     matches = match(truth, results, np.arange(n))["all"]
     kinds = error_kinds(
         (xyxy[:n], label[:n], score),
-        (xyxy[n:], label[n:], crowd, ignore),
+        TrueBoxes(xyxy[n:], label[n:], crowd, ignore),
         not_exhaustive=is_not_exhaustive(truth, results, np.arange(n)),
     )
     true_positive, ignored = matches.matched[0] & ~matches.ignored[0], matches.ignored[0]
