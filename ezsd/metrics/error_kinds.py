@@ -7,14 +7,16 @@ order:
 | kind | TIDE | the detection |
 |---|---|---|
 | right | | is a true positive of AP50 |
-| ignored | | lies on a crowd region of its class and counts neither way |
+| ignored | | counts neither way: see below |
 | misplaced | Loc | overlaps an object of its class, but by less than the threshold |
 | confused | Cls | lies on an object of another class |
 | doubled | Dupe | lies on an object of its class that a surer detection has |
 | background | Bkg | overlaps no object |
 | confused and misplaced | Both | overlaps an object of another class, by less than the threshold |
 
-A missed object is one that no detection has, not even a misplaced or a confused one.
+An ignored detection lies on a crowd region or an ignored object of its class; or it is not right, and of a class whose
+objects do not all have a box in the image. A missed object is one that no detection has, not even a misplaced or a
+confused one.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class FoundBoxes(NamedTuple):
 
 
 class TrueBoxes(NamedTuple):
-    """Objects of one image, M in all; a plain tuple of the three arrays serves too."""
+    """Objects of one image, M in all; a plain tuple of the arrays serves too."""
 
     boxes: npt.NDArray[np.floating]
     """xyxy in pixels, (M, 4)."""
@@ -54,6 +56,9 @@ class TrueBoxes(NamedTuple):
     """(M,)."""
     crowd: npt.NDArray[np.bool_]
     """True for a region that any number of detections may lie on unpunished and that is never missed, (M,)."""
+    ignore: npt.NDArray[np.bool_] | None = None
+    """True for an object that one detection may have unpunished and that is never missed, as in LVIS, (M,); crowd
+    regions may be among them. None for none."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,15 +68,16 @@ class ErrorKinds:
     kind: npt.NDArray[np.str_]
     """An `ErrorKind` for each detection, (N,)."""
     matched: npt.NDArray[np.int64]
-    """Position of the object that the kind is about, (N,): of background detections -1."""
+    """Position of the object that the kind is about, (N,); -1 where it is about none."""
     missed: npt.NDArray[np.bool_]
-    """(M,); never true for a crowd region."""
+    """(M,); never true for a crowd region or an ignored object."""
 
 
 def error_kinds(
     detections: FoundBoxes | tuple[npt.NDArray[np.floating], npt.NDArray[np.integer], npt.NDArray[np.floating]],
     truth: TrueBoxes | tuple[npt.NDArray[np.floating], npt.NDArray[np.integer], npt.NDArray[np.bool_]],
     *,
+    not_exhaustive: npt.NDArray[np.bool_] | None = None,
     iou: float = 0.5,
     background_iou: float = 0.1,
 ) -> ErrorKinds:
@@ -83,6 +89,8 @@ def error_kinds(
     Args:
         detections: what was found, in any order.
         truth: what is there.
+        not_exhaustive: True for a detection of a class whose objects do not all have a box in the image: unless it is
+            right it is ignored, (N,); None for none.
         iou: least IoU with an object that has been found, in (0, 1].
         background_iou: least IoU with an object that is said to be overlapped, in (0, iou].
 
@@ -95,27 +103,34 @@ def error_kinds(
     if not 0 < background_iou <= iou <= 1:
         raise ValueError(f"expected 0 < background_iou <= iou <= 1, found {background_iou} and {iou}")
     boxes, label, score = detections
-    true_boxes, true_label, crowd = truth
+    true_boxes, true_label, crowd, ignore = TrueBoxes(*truth)
     crowd = np.asarray(crowd, np.bool_)
+    ignorable = crowd if ignore is None else crowd | ignore
+    forgiven = np.zeros(len(boxes), np.bool_) if not_exhaustive is None else not_exhaustive
     overlap = _overlap(boxes, true_boxes, crowd)  # (N, M)
     own = np.asarray(label)[:, None] == np.asarray(true_label)[None]
     free, found = np.ones(len(crowd), np.bool_), np.zeros(len(crowd), np.bool_)
     kind, matched = np.full(len(overlap), "background", dtype="<U22"), np.full(len(overlap), -1)
     unmatched = []
     for one in np.argsort(-np.asarray(score), kind="stable").tolist():
-        # A crowd region is taken only where no object is left, and may be taken again, as in `match`.
-        for name, ones in (("right", own[one] & free & ~crowd), ("ignored", own[one] & crowd)):
+        # As in `match`: what is ignored is taken only where no object is left; a crowd region may be taken again.
+        for name, ones in (("right", own[one] & free & ~ignorable), ("ignored", own[one] & free & ignorable)):
             best = _best(overlap[one], ones)
             if best >= 0 and overlap[one, best] >= iou:
-                kind[one], matched[one], free[best] = name, best, False
+                kind[one], matched[one], free[best] = name, best, crowd[best]
                 break
         else:
             unmatched.append(one)
     found[matched[kind == "right"]] = True
     for one in unmatched:
-        kind[one], matched[one] = _error(overlap[one], own[one] & ~crowd, ~own[one] & ~crowd, iou, background_iou)
+        if forgiven[one]:
+            kind[one] = "ignored"
+            continue
+        kind[one], matched[one] = _error(
+            overlap[one], own[one] & ~ignorable, ~own[one] & ~ignorable, iou, background_iou
+        )
     found[matched[(kind == "misplaced") | (kind == "confused")]] = True
-    return ErrorKinds(kind, matched, ~found & ~crowd)
+    return ErrorKinds(kind, matched, ~found & ~ignorable)
 
 
 def _error(

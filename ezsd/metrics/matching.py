@@ -80,7 +80,7 @@ def match(truth: Truth, results: Results, rows: npt.NDArray[np.int64], shape: Sh
             if ignorable.tobytes() not in by_ignorable:
                 by_ignorable[ignorable.tobytes()] = _greedy(overlap, ignorable, crowd[true])
             matched[size][:, found], ignored[size][:, found] = by_ignorable[ignorable.tobytes()]
-    unverified, area = _not_exhaustive(truth, results, row), _areas(truth, results, row, shape)
+    unverified, area = is_not_exhaustive(truth, results, row), _areas(truth, results, row, shape)
     for size, (least, most) in AREAS.items():
         ignored[size] |= ~matched[size] & (unverified | (area < least) | (area > most))
     return {size: Matches(row, matched[size], ignored[size]) for size in AREAS}
@@ -146,7 +146,7 @@ def _greedy(
     return matched, ignored
 
 
-def _not_exhaustive(truth: Truth, results: Results, row: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def is_not_exhaustive(truth: Truth, results: Results, row: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """True for a detection whose class is not annotated exhaustively in its image, (M,)."""
     lists = truth.catalogue.federated
     if lists is None:

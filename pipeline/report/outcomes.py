@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from ezsd.cache import file_digest
 from ezsd.metrics import Results, Truth, limits_of, read_results, read_truth
-from ezsd.metrics.error_kinds import KINDS, error_kinds
+from ezsd.metrics.error_kinds import KINDS, TrueBoxes, error_kinds
 from ezsd.metrics.evaluation import is_verified
+from ezsd.metrics.matching import is_not_exhaustive
 from ezsd.metrics.score_curves import ScoreCurve, score_curves
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.errors import RunError
@@ -31,13 +32,13 @@ MOST_CONFUSED = 10
 WRONG = tuple(kind for kind in KINDS if kind not in ("right", "ignored"))
 """Kinds that are errors."""
 EXPLAINED = {
-    "right": "a true positive of AP50: the class of a free object, IoU 0.5 or more",
+    "right": "a true positive of AP50, without its limit of detections: the class of a free object, IoU 0.5 or more",
     "misplaced": "the class of an object, IoU 0.1 to 0.5",
     "confused": "on an object of another class, IoU 0.5 or more",
     "doubled": "on an object of its class that a surer detection has",
     "background": "IoU below 0.1 with every object",
     "confused and misplaced": "near an object of another class, IoU 0.1 to 0.5",
-    "ignored": "on a group, counted neither way",
+    "ignored": "on a group, or of a class whose objects do not all have a box in the image: counted neither way",
     "missed objects": "no detection has them, not even a misplaced or a confused one",
 }
 """Meaning of the rows of the table of kinds."""
@@ -104,12 +105,16 @@ class Judged:
         image_id, true_image_id = results.image_id[rows], truth.image_id[true_rows]
         kind, matched = np.full(len(rows), "", dtype="<U22"), np.full(len(rows), -1)
         missed = ~(truth.crowd | truth.ignore)
+        not_exhaustive = is_not_exhaustive(truth, results, rows)
         for image in np.unique(image_id).tolist():
             found = slice(*np.searchsorted(image_id, [image, image + 1]))
             there = true_rows[slice(*np.searchsorted(true_image_id, [image, image + 1]))]
             one = error_kinds(
                 (_corners(results.xywh[rows[found]]), results.class_index[rows[found]], results.score[rows[found]]),
-                (_corners(truth.xywh[there]), truth.class_index[there], (truth.crowd | truth.ignore)[there]),
+                TrueBoxes(
+                    _corners(truth.xywh[there]), truth.class_index[there], truth.crowd[there], truth.ignore[there]
+                ),
+                not_exhaustive=not_exhaustive[found],
             )
             kind[found] = one.kind
             if len(there):

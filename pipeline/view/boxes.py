@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from ezsd.data.annotations import Annotations
 from ezsd.metrics import Results, Truth
-from ezsd.metrics.error_kinds import KINDS, ErrorKind, error_kinds
+from ezsd.metrics.error_kinds import KINDS, ErrorKind, TrueBoxes, error_kinds
 from ezsd.metrics.evaluation import is_verified
+from ezsd.metrics.matching import is_not_exhaustive
 
 Kind: TypeAlias = Literal[ErrorKind, "missed"]
 """Kinds that images are looked for by: of a detection, or an object that is missed."""
@@ -32,6 +33,8 @@ class Objects:
     """xyxy in pixels, (M, 4)."""
     class_index: NDArray[np.int64]
     """(M,)."""
+    crowd: NDArray[np.bool_]
+    """True for crowd regions, (M,)."""
     ignored: NDArray[np.bool_]
     """True for crowd regions, and what else counts neither as found nor as missed, (M,)."""
 
@@ -54,6 +57,8 @@ class Found:
     """Confidence in [0, 1], (N,)."""
     judged: NDArray[np.bool_]
     """False for classes that nobody has looked for in the image, of a federated file, (N,)."""
+    not_exhaustive: NDArray[np.bool_]
+    """True for classes whose objects do not all have a box in the image, of a federated file, (N,)."""
 
     def rows(self, position: int) -> slice:
         """Rows of an image."""
@@ -82,6 +87,7 @@ def objects_of_annotations(annotations: Annotations) -> Objects:
         image=annotations.image_index.astype(np.int64),
         box=annotations.box.astype(np.float64),
         class_index=annotations.class_index.astype(np.int64),
+        crowd=np.array(annotations.crowd),
         ignored=np.array(annotations.crowd),
     )
 
@@ -94,6 +100,7 @@ def objects_of_truth(truth: Truth) -> Objects:
         image=image[order],
         box=_xyxy(truth.xywh[order]),
         class_index=truth.class_index[order],
+        crowd=truth.crowd[order],
         ignored=(truth.crowd | truth.ignore)[order],
     )
 
@@ -110,6 +117,7 @@ def found_of_results(results: Results, truth: Truth) -> Found:
         class_index=results.class_index[order],
         score=results.score[order],
         judged=judged,
+        not_exhaustive=is_not_exhaustive(truth, results, order),
     )
 
 
@@ -134,7 +142,13 @@ def judge_image(objects: Objects, found: Found, position: int) -> Errors:
     score = found.score[rows][judged]
     of_image = error_kinds(
         (found.box[rows][judged], found.class_index[rows][judged], score),
-        (objects.box[true_rows], objects.class_index[true_rows], objects.ignored[true_rows]),
+        TrueBoxes(
+            objects.box[true_rows],
+            objects.class_index[true_rows],
+            objects.crowd[true_rows],
+            objects.ignored[true_rows],
+        ),
+        not_exhaustive=found.not_exhaustive[rows][judged],
     )
     kind, matched = np.full(rows.stop - rows.start, NOT_JUDGED), np.full(rows.stop - rows.start, -1)
     kind[judged], matched[judged] = [KINDS.index(one) for one in of_image.kind.tolist()], of_image.matched

@@ -266,12 +266,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _competitors(self, asked: Mapping[str, Any]) -> None:
         box, name, run = asked.get("box"), asked.get("name"), asked.get("run")
-        numbers = isinstance(box, list) and len(box) == 4 and all(map(is_finite, box))
+        # Beyond the bound a float32 of the detector may overflow.
+        numbers = isinstance(box, list) and len(box) == 4 and all(is_finite(one) and abs(one) < 1e9 for one in box)
         runs = len(self.viewer.target.runs)
-        if not (numbers and isinstance(name, str) and isinstance(run, int) and 0 <= run < runs):
+        if not (numbers and isinstance(name, str) and type(run) is int and 0 <= run < runs):
             raise _Refusal(HTTPStatus.BAD_REQUEST, "expected a box, a name and the number of a run")
         assert isinstance(box, list)
-        self._send_json(self.viewer.detectors.competitors(run, self._pixels(asked), box, name))
+        assert type(run) is int
+        self._send_json(self.viewer.detectors.competitors(run, self._pixels(asked), [float(one) for one in box], name))
 
     def _pixels(self, asked: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an array
         """Pixels (H, W, 3) of the image that a request is about: given to the page, or of a part."""

@@ -94,7 +94,9 @@ class Part:
         self.has_kinds = complete and any(one is not None for one in found)
         self._errors: dict[int, Errors] = {}
         self._guesses: tuple[NDArray[np.int64], NDArray[np.int32]] | None = None
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        # Judging takes seconds: boxes of an image are shown meanwhile.
+        self._judging = threading.Lock()
 
     def index(self) -> dict[str, Any]:
         """File names and sizes of all images."""
@@ -143,9 +145,10 @@ class Part:
     def _judged(self, run: int) -> Errors:
         found = self.found[run]
         assert found is not None
-        if run not in self._errors:
-            self._errors[run] = judge(self.objects, found)
-        return self._errors[run]
+        with self._judging:
+            if run not in self._errors:
+                self._errors[run] = judge(self.objects, found)
+            return self._errors[run]
 
     def _of_store(self, image_id: int) -> dict[str, Any]:
         if self.store is None or image_id not in self.store.regions:
@@ -168,11 +171,11 @@ class Part:
         Raises:
             ArgumentError: a kind is asked for where no errors are known.
         """
+        found = self.found[run] if run < len(self.found) else None
+        if kind is not None and (not self.has_kinds or found is None):
+            raise ArgumentError("no errors are known here: there are no detections of all classes to judge")
+        errors = None if kind is None else self._judged(run)
         with self._lock:
-            found = self.found[run] if run < len(self.found) else None
-            if kind is not None and (not self.has_kinds or found is None):
-                raise ArgumentError("no errors are known here: there are no detections of all classes to judge")
-            errors = None if kind is None else self._judged(run)
             if class_index is None and kind is None:
                 return list(range(len(self.images)))
             shown = images_with(

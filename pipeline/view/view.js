@@ -462,6 +462,9 @@ function scrollToRow() {
 }
 
 async function go(number) {
+  // No answer to a question of before may come later, and no complaint of before stays.
+  asked.boxes = (asked.boxes ?? 0) + 1;
+  say("");
   state.at = Math.min(Math.max(number, 0), Math.max(state.positions.length - 1, 0));
   scrollToRow();
   drawRows();
@@ -510,6 +513,7 @@ function showControls() {
 }
 
 async function filter(image = state.positions[state.at]) {
+  let complaint = "";
   const values = { class: $("class").value, kind: $("kind").value };
   if (!values.class && !values.kind) {
     // No answer to a question of before may come later.
@@ -517,15 +521,21 @@ async function filter(image = state.positions[state.at]) {
     state.positions = state.part.files.map((_, number) => number);
   } else {
     const more = { part: state.partName, run: $("kind-run").value || 0, threshold: threshold() };
-    const found = await latest("find", ask(query("/api/find", { ...values, ...more })));
+    say(values.kind ? "Judging all images …" : "");
+    const answer = ask(query("/api/find", { ...values, ...more }));
+    // The images of the filter before would stand under this one.
+    const found = await latest("find", answer.catch((error) => ({ images: [], complaint: error.message })));
     if (!found) return;
     state.positions = found.images;
+    complaint = found.complaint;
   }
   $("list").scrollTop = 0;
   const at = state.positions.indexOf(image);
   state.at = Math.max(at, 0);
   resetRows();
-  await go(state.at);
+  const shown = go(state.at);
+  if (complaint) say(complaint, true);
+  await shown;
 }
 
 // Images that are given to the page.
@@ -591,7 +601,7 @@ function setMode(mode) {
     return;
   }
   const image = state.positions[state.at];
-  if (!state.given && image !== undefined) {
+  if (!state.given?.source.key && image !== undefined) {
     // What was looked at can be searched for other names.
     const source = { part: state.partName, image };
     state.given = {

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ezsd.data.catalogue import Catalogue
+from ezsd.data.catalogue import Catalogue, Federated
 from ezsd.metrics import Results, Truth
 from ezsd.metrics.error_kinds import KINDS, FoundBoxes, TrueBoxes, error_kinds
-from ezsd.metrics.matching import match
+from ezsd.metrics.matching import is_not_exhaustive, match
 from ezsd.vocabulary import Split
 
 CUP, CAT = 0, 1
@@ -98,8 +98,9 @@ def test_thresholds_out_of_order_are_refused(thresholds):
         error_kinds(found(), true(), iou=thresholds[0], background_iou=thresholds[1])
 
 
+@pytest.mark.parametrize("federated", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_right_and_ignored_are_those_of_ap50(seed):
+def test_right_and_ignored_are_those_of_ap50(seed, federated):
     rng = np.random.default_rng(seed)
     n, m = 60, 20
     # Whole numbers: equal overlaps occur, and boxes of both conventions are the same.
@@ -107,7 +108,9 @@ def test_right_and_ignored_are_those_of_ap50(seed):
     xywh = np.concatenate([corner, side], axis=1).astype(np.float64)
     xyxy = np.concatenate([corner, corner + side], axis=1)
     label, score, crowd = rng.integers(0, 3, n + m), rng.integers(0, 8, n) / 8, rng.random(m) < 0.2
+    ignore = crowd | (federated & (rng.random(m) < 0.3))
     names = ("cup", "cat", "dog")
+    lists = Federated(not_exhaustive={1: frozenset({2})}) if federated else None
     truth = Truth(
         path=Path("no.json"),
         split=Split(base=names, novel=()),
@@ -117,15 +120,19 @@ def test_right_and_ignored_are_those_of_ap50(seed):
         xywh=xywh[n:],
         area=xywh[n:, 2] * xywh[n:, 3],
         crowd=crowd,
-        ignore=crowd,
+        ignore=ignore,
         annotation_id=np.arange(m),
-        catalogue=Catalogue(ids={name: i for i, name in enumerate(names)}, frequency={}, federated=None),
+        catalogue=Catalogue(ids={name: i for i, name in enumerate(names)}, frequency={}, federated=lists),
         image_size=np.array([[64, 64]]),
         images=None,
     )
     results = Results(image_id=np.ones(n, np.int64), class_index=label[:n], xywh=xywh[:n], score=score, masks=None)
     matches = match(truth, results, np.arange(n))["all"]
-    kinds = error_kinds((xyxy[:n], label[:n], score), (xyxy[n:], label[n:], crowd))
+    kinds = error_kinds(
+        (xyxy[:n], label[:n], score),
+        TrueBoxes(xyxy[n:], label[n:], crowd, ignore),
+        not_exhaustive=is_not_exhaustive(truth, results, np.arange(n)),
+    )
     true_positive, ignored = matches.matched[0] & ~matches.ignored[0], matches.ignored[0]
     assert (kinds.kind[matches.row] == "right").tolist() == true_positive.tolist()
     assert (kinds.kind[matches.row] == "ignored").tolist() == ignored.tolist()

@@ -19,7 +19,9 @@ from PIL import Image
 
 from ezsd.cache import RaggedRows, Store, StoreWriter, commit_shard, file_digest, write_block
 from ezsd.data.annotations import load_training
+from ezsd.data.catalogue import Catalogue, Federated
 from ezsd.data.shapes import SHAPES_SPLIT, scene
+from ezsd.metrics import Results, Truth
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset, to_tables
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.errors import DamagedFile, DatasetError, RunError
@@ -30,10 +32,12 @@ from ezsd.pipeline.report import write_report
 from ezsd.pipeline.report.differences import paired, unpaired
 from ezsd.pipeline.report.embedding_map import embedding_map
 from ezsd.pipeline.report.galleries import PICTURE_BYTES, picture_address
+from ezsd.pipeline.report.outcomes import Judged
 from ezsd.pipeline.report.readable import readable
 from ezsd.pipeline.report.run_data import dataset_label
 from ezsd.pipeline.report.tables import _drawn_options
 from ezsd.pipeline.runs.run import Run
+from ezsd.vocabulary import Split
 
 NASTY = """</td><script>alert("x&y")</script><img src=http://evil.example/'>"""
 NASTY_FILE = '"><b onclick=x>&amp;.png'
@@ -620,6 +624,41 @@ def test_kinds_of_errors_are_counted_by_group(failing):
     assert page.row("background", "2") == ["1", "1"]
 
 
+def test_errors_in_a_federated_file_are_those_of_its_ap50():
+    """An ignored object forgives one detection, a class without all its boxes every one."""
+    names, box = ("cup", "cat"), [0.0, 0.0, 10.0, 10.0]
+    truth = Truth(
+        path=Path("no.json"),
+        split=Split(base=names, novel=()),
+        image_ids=np.array([1]),
+        image_id=np.array([1, 1]),
+        class_index=np.array([0, 1]),
+        xywh=np.array([box, [50.0, 50.0, 10.0, 10.0]]),
+        area=np.array([100.0, 100.0]),
+        crowd=np.array([False, False]),
+        ignore=np.array([True, False]),
+        annotation_id=np.arange(2),
+        catalogue=Catalogue(
+            ids={"cup": 0, "cat": 1},
+            frequency={},
+            federated=Federated(negative={1: frozenset()}, not_exhaustive={1: frozenset({1})}),
+        ),
+        image_size=np.array([[100, 100]]),
+        images=None,
+    )
+    far = [80.0, 80.0, 5.0, 5.0]
+    results = Results(
+        image_id=np.ones(5, np.int64),
+        class_index=np.array([0, 0, 1, 1, 0]),
+        xywh=np.array([box, box, [50.0, 50.0, 10.0, 10.0], far, [0.0, 0.0, 100.0, 100.0]]),
+        score=np.array([0.9, 0.8, 0.7, 0.6, 0.5]),
+        masks=None,
+    )
+    outcomes = Judged(truth, results, "", 2).shown
+    assert outcomes.kind.tolist() == ["ignored", "background", "right", "ignored", "background"]
+    assert outcomes.missed.tolist() == [False, False]
+
+
 def test_confused_classes_are_named_with_their_numbers(failing):
     page = Page(report(failing.home))
     taken = [name for name, _ in failing.fourth]
@@ -652,6 +691,14 @@ def test_a_threshold_of_each_class_is_proposed(failing):
     assert row[:2] == ["100.0", f"{100 / count:.1f}"]
     assert row[-1] == str(count)
     assert f"precision over recall of {name}" in {v for n, v in page.attributes if n == "aria-label"}
+
+
+def test_a_class_with_low_scores_alone_has_a_curve_and_no_histogram(home):
+    (name, box), *_ = boxes_of(home, 1)
+    detect(home, [detection(1, name, box, 0.03)])
+    labels = {value for key, value in Page(report(home)).attributes if key == "aria-label"}
+    assert f"precision over recall of {name}" in labels
+    assert f"right and wrong detections of {name} by score" not in labels
 
 
 def test_annotations_and_detections_of_another_evaluation_are_not_judged(home):

@@ -1,5 +1,6 @@
 """`ezsd view`: the server by plain requests, in this process, and the page in a real browser where there is one."""
 
+import dataclasses
 import http.client
 import io
 import json
@@ -8,6 +9,7 @@ import shutil
 import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlencode
@@ -84,6 +86,7 @@ def small_part():
         image=np.array([0, 0, 1]),
         box=np.array([[0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 10]], float),
         class_index=np.array([0, 1, 0]),
+        crowd=np.array([False, False, False]),
         ignored=np.array([False, False, False]),
     )
     found = Found(
@@ -92,6 +95,7 @@ def small_part():
         class_index=np.array([0, 0, 0]),
         score=np.array([0.9, 0.6, 0.3]),
         judged=np.array([True, True, True]),
+        not_exhaustive=np.array([False, False, False]),
     )
     return objects, found, judge(objects, found)
 
@@ -124,9 +128,16 @@ def test_images_are_found_by_class_and_kind_of_error(class_index, kind, threshol
 
 def test_a_class_that_nobody_looked_for_is_not_judged():
     objects, found, _ = small_part()
-    errors = judge(objects, Found(**{**{k: getattr(found, k) for k in ("image", "box", "class_index", "score")},
-                                     "judged": np.array([True, False, True])}))  # fmt: skip
+    errors = judge(objects, dataclasses.replace(found, judged=np.array([True, False, True])))
     assert [KINDS[kind] if kind >= 0 else None for kind in errors.kind] == ["right", None, "doubled"]
+    assert errors.found_at.tolist() == [0.9, -1, -1]
+
+
+def test_a_class_without_all_its_boxes_is_ignored_unless_right():
+    objects, found, _ = small_part()
+    errors = judge(objects, dataclasses.replace(found, not_exhaustive=np.array([True, True, True])))
+    assert [KINDS[kind] for kind in errors.kind] == ["right", "ignored", "ignored"]
+    assert errors.matched.tolist() == [0, -1, -1]
     assert errors.found_at.tolist() == [0.9, -1, -1]
 
 
@@ -303,6 +314,28 @@ def test_competitors_of_an_evaluations_detection_are_asked_for_anew(run_page):
     assert NAMES[shown[4]] not in [name for name, _ in competitors]
     elsewhere = {**asked, "box": [0, 0, 1, 1]}
     assert data_of(run_page, "/api/competitors", body=json.dumps(elsewhere))["competitors"] is None
+    for wrong in ({"box": [0, 0, 10**30, 1]}, {"box": [0, 0, 10**400, 1]}, {"box": [0, 0, True, 1]}, {"run": False}):
+        assert error_of(run_page, "/api/competitors", body=json.dumps(asked | wrong))[0] == 400
+
+
+def test_boxes_are_shown_while_all_images_are_judged(shapes_run, monkeypatch):
+    begun, end = threading.Event(), threading.Event()
+
+    def slow(objects, found):
+        begun.set()
+        assert end.wait(60)
+        return judge(objects, found)
+
+    monkeypatch.setattr("ezsd.pipeline.view.target.judge", slow)
+    with served(shapes_run.folder) as viewer, ThreadPoolExecutor(1) as pool:
+        try:
+            finding = pool.submit(data_of, viewer, "/api/find", part="val", kind="missed", threshold=1.01)
+            assert begun.wait(60)
+            assert data_of(viewer, "/api/boxes", part="val", image=0)["objects"]
+            assert not finding.done()
+        finally:
+            end.set()
+        assert finding.result()["images"]
 
 
 def test_what_is_no_image_and_names_that_are_none_are_one_line(run_page, shapes_root):
@@ -543,6 +576,47 @@ def test_the_page_shows_filters_and_turns_over_images(opened, known_run, shapes_
         assert widths(page) == pytest.approx(wide)
         page.keyboard.press("+")
         assert widths(page) == pytest.approx([1.4 * one for one in wide], rel=0.01)
+
+
+def test_a_filter_that_fails_and_one_that_is_judged_say_so(opened, known_run):
+    folder, _ = known_run
+    with served(folder) as viewer:
+        page = opened(viewer.address)
+        wait_for_image(page, "000001.png")
+        held = []
+        page.route("**/api/find*", lambda route: held.append(route))
+        page.select_option("#kind", "confused")
+        page.wait_for_selector("#message:has-text('Judging all images')")
+        held[0].fulfill(status=422, json={"error": "cannot be judged"})
+        page.wait_for_selector("#message.wrong:has-text('cannot be judged')")
+        page.wait_for_selector("#count:has-text('0 of 8 images')")
+        assert page.locator(".row").count() == 0
+        page.select_option("#kind", "")
+        wait_for_image(page, "000001.png")
+        assert page.is_hidden("#message")
+        # An answer about the image before comes after the list is empty.
+        page.route("**/api/boxes*", lambda route: held.append(route))
+        page.keyboard.press("ArrowRight")
+        page.wait_for_selector("#place:has-text('000002.png')")
+        page.unroute("**/api/find*")
+        page.route("**/api/find*", lambda route: route.fulfill(json={"images": []}))
+        page.select_option("#kind", "confused")
+        page.wait_for_selector("#count:has-text('0 of 8 images')")
+        with page.expect_response("**/api/boxes*"):
+            held[1].continue_()
+        page.evaluate("() => new Promise(requestAnimationFrame)")
+        assert page.locator(".box").count() == 0
+        assert page.locator("#boxes button").count() == 0
+
+
+def test_each_image_that_is_browsed_can_be_tried(opened, run_page):
+    page = opened(run_page.address)
+    for name in ("000001.png", "000002.png"):
+        page.wait_for_selector(f"#place:has-text('{name}')")
+        page.click("#tab-try")
+        page.wait_for_selector(f"#given:has-text('{name}')")
+        page.click("#tab-browse")
+        page.keyboard.press("ArrowRight")
 
 
 def widths(page):
