@@ -17,7 +17,15 @@ from ezsd.pipeline.errors import ArgumentError, ConfigError, RunError
 from ezsd.pipeline.inference import export as exporting
 from ezsd.pipeline.inference.detect import Model
 from ezsd.pipeline.inference.export import export, require_packages
-from ezsd.pipeline.inference.export_check import LEAST_AGREEING, OnnxGraph, TorchGraph, compare, detected, scenes
+from ezsd.pipeline.inference.export_check import (
+    LEAST_AGREEING,
+    OnnxGraph,
+    TorchGraph,
+    compare,
+    detected,
+    require_counted,
+    scenes,
+)
 from ezsd.pipeline.runs.run import Run
 from tests.commandkit import ezsd
 
@@ -227,8 +235,10 @@ def outputs_of(found, shift=0.0):
         ((0.9, 0.5), 0.0, (0.9, 0.6), 2, 4),
         ((0.9,), 0.0, (0.9, 0.5), 2, 3),
         ((), 0.0, (0.9,), 0, 1),
+        # A thousandth is much of a small score.
+        ((0.9, 0.02), 0.0, (0.9, 0.0205), 2, 4),
         # Beside the threshold one side may have what the other has not.
-        ((0.9,), 0.0, (0.9, 0.0105), 2, 2),
+        ((0.9,), 0.0, (0.9, 0.01005), 2, 2),
         # Beside the last of three that there is room for, likewise.
         ((0.9, 0.5, 0.3), 0.0, (0.9, 0.5, 0.4), 4, 5),
     ],
@@ -236,6 +246,22 @@ def outputs_of(found, shift=0.0):
 def test_detections_without_a_counterpart_are_counted(graph, shift, expected, agreeing, counted):
     found = compare(outputs_of(detections(*graph), shift), detections(*expected), floor=0.01, keep=3)
     assert (found.agreeing, found.detections) == (agreeing, counted)
+    assert found.found == len(graph) + len(expected)
+
+
+@pytest.mark.parametrize(
+    ("scores", "shift", "keep", "said"),
+    [
+        ((0.5,) * 4, 0.5, 4, "0 of 8 detections can be compared, expected at least 50%"),
+        ((0.5,), 0.5, 1, "0 of 2 detections can be compared"),
+        ((0.9, 0.5, 0.5, 0.5, 0.5), 0.5, 5, "2 of 10 detections"),
+        ((), 0.0, 3, "detects nothing"),
+    ],
+)
+def test_an_agreement_of_a_few_detections_is_no_check(scores, shift, keep, said):
+    with pytest.raises(RunError, match=f"cannot be checked: .*{said}"):
+        require_counted(compare(outputs_of(detections(*scores), shift), detections(*scores), floor=0.01, keep=keep))
+    require_counted(compare(outputs_of(detections(0.9, 0.5)), detections(0.9, 0.5), floor=0.01, keep=2))
 
 
 @pytest.mark.parametrize(
