@@ -375,7 +375,7 @@ def parse_outputs(given: Sequence[str], sources: Sequence[Source]) -> dict[Path,
 
     Raises:
         ArgumentError: a format is unknown, a place is missing, taken twice, a folder where a file must be or a file
-            where a folder must be; or two sources have one name where that is a file's.
+            where a folder must be, a file has another ending; or two sources have one name where that is a file's.
     """
     found: dict[Path, str] = {}
     for text in given:
@@ -392,6 +392,9 @@ def parse_outputs(given: Sequence[str], sources: Sequence[Source]) -> dict[Path,
             raise ArgumentError(f"--save {text}: is a file; {kind} needs a folder")
         if not in_folder and path.is_dir():
             raise ArgumentError(f"--save {text}: is a folder; give the name of a file")
+        ending = Path(SAVED[kind]).suffix
+        if not in_folder and path.suffix.lower() != ending:
+            raise ArgumentError(f"--save {text}: is no place of {kind}; give a file that ends in {ending}")
         if path in found:
             raise ArgumentError(f"--save {text}: {found[path]} goes to the same place; choose another one")
         if kind.startswith("yolo"):

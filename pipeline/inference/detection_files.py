@@ -70,7 +70,7 @@ class Writers:
         classes: names that are searched, in the order of their numbers.
 
     Raises:
-        ArgumentError: a place cannot be written to.
+        ArgumentError: a place cannot be written to, or a YOLO folder has labels of other classes.
     """
 
     def __init__(self, outputs: Sequence[Output], classes: Sequence[str]) -> None:
@@ -78,6 +78,9 @@ class Writers:
         try:
             for output in outputs:
                 self._writers.append(_writer(output, classes))
+        except ArgumentError:
+            self.discard()
+            raise
         except OSError as error:
             self.discard()
             raise ArgumentError(
