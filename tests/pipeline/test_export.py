@@ -218,6 +218,25 @@ def test_an_export_that_detects_otherwise_is_refused_and_leaves_no_file(shapes_r
     assert list(tmp_path.iterdir()) == []
 
 
+class Untranslatable(torch.nn.Module):
+    """What torch.export takes and ONNX has no operator for."""
+
+    def forward(self, image, text):
+        return torch.linalg.eigvals(text @ text.T)
+
+
+@pytest.mark.parametrize("part", ["translated", "loaded"])
+def test_what_cannot_be_translated_or_loaded_is_one_line_and_leaves_no_file(part, shapes_run, tmp_path, monkeypatch):
+    inputs = torch.zeros(1, 3, 8, 8), torch.zeros(2, 4)
+    monkeypatch.setattr(exporting, "_traced", lambda *_: torch.export.export(Untranslatable(), inputs))
+    if part == "loaded":
+        monkeypatch.setattr(exporting, "_onnx_file", lambda *_: OnnxGraph(b"no graph"))
+    with pytest.raises(RunError, match=r"its backbone \S+ cannot be exported: .+") as said:
+        export(shapes_run.folder, tmp_path / "a.onnx")
+    assert "\n" not in str(said.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def detections(*scores):
     boxes = torch.tensor([[10.0 * i, 0, 10 * i + 9, 9] for i in range(len(scores))]).reshape(-1, 4)
     return Detections(boxes=boxes, scores=torch.tensor(scores), labels=torch.zeros(len(scores), dtype=torch.int64))
