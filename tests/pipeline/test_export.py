@@ -185,7 +185,7 @@ def test_a_program_of_torch_loads_without_ezsd(to_torch, trained, folder):
     )
     code += "torch.save((boxes, scores, classes, images), 'outputs.pt')\n"
     printed = run_script(code, cwd=folder)
-    assert printed.strip() == str(list(trained.names))
+    assert json.loads(printed) == list(trained.names)
     outputs = [one.detach().numpy() for one in torch.load(folder / "outputs.pt", weights_only=True)]
     (one,) = detected(trained, batch, trained.text, trained.config.eval.score_threshold)
     found = compare(outputs, one, floor=trained.config.eval.score_threshold, keep=1000)
