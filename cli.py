@@ -881,13 +881,14 @@ def detect(
         outputs=outputs_of(saved, printed=json_),
         progress=not is_image(found),
     )
+    asked_scores = f"{threshold} (or that of --class-threshold)" if least else f"{threshold}"
     for one in seen:
         if json_:
             continue
         for line in detection_lines(one, with_path=not is_image(found)):
             typer.echo(line)
         if not one.objects and one.frame is None:
-            typer.echo(f"{one.source}: nothing found with a score of {threshold} or more", err=True)
+            typer.echo(f"{one.source}: nothing found with a score of {asked_scores} or more", err=True)
 
 
 @app.command(epilog="Example:  ezsd export runs/a --out detector.onnx")

@@ -323,19 +323,19 @@ SPOKEN: Calls = {
     ),
     "no format 'coc'; did you mean 'coco'": (
         lambda root: parse_outputs([f"coc={root}/a"], []),
-        lambda root: parse_outputs([f"coco={root}/a"], []),
+        lambda root: parse_outputs([f"coco={root}/a.json"], []),
     ),
     "is a folder; give the name of a file$": (
         lambda root: parse_outputs([f"csv={root}"], []),
-        lambda root: parse_outputs([f"csv={root}/a"], []),
+        lambda root: parse_outputs([f"csv={root}/a.csv"], []),
     ),
     "csv goes to the same place; choose another one": (
-        lambda root: parse_outputs([f"csv={root}/a", f"coco={root}/a"], []),
-        lambda root: parse_outputs([f"csv={root}/a", f"coco={root}/b"], []),
+        lambda root: parse_outputs([f"csv={root}/a.csv", f"csv={root}/a.csv"], []),
+        lambda root: parse_outputs([f"csv={root}/a.csv", f"coco={root}/b.json"], []),
     ),
     "a frame has no file; save the others as coco or csv": (
         lambda root: parse_outputs([f"fiftyone={root}"], [Camera(0)]),
-        lambda root: parse_outputs([f"coco={root}/a", f"csv={root}/b"], [Camera(0)]),
+        lambda root: parse_outputs([f"coco={root}/a.json", f"csv={root}/b.csv"], [Camera(0)]),
     ),
     "would be one file; detect them one by one": (
         lambda root: parse_outputs([f"yolo={root}"], [root / "a/x.png", root / "b/x.png"]),

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import get_args
 from urllib.parse import urlsplit
 
-from PIL import Image
-
 from ezsd.choices import Logger
 from ezsd.errors import VocabularyError
 from ezsd.pipeline.config.names import with_todays_names
@@ -31,6 +29,8 @@ from ezsd.vocabulary import (
     require_different,
 )
 
+WRITTEN_PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Endings of pictures that are written: other formats that Pillow knows take few colours or small pictures alone."""
 SAVED = {
     "coco": "found.json",
     "csv": "found.csv",
@@ -191,14 +191,18 @@ def find_sources(places: Sequence[str | Path]) -> list[Source]:
     "#" are left out, and a path that leads nowhere is tried from the list's folder. A number is a camera. A file that
     is there is a file, whatever its name looks like.
 
+    What is given twice is there once.
+
     Raises:
         ImageError: a file that is named here is missing.
         ArgumentError: a folder holds no file with an image's or a video's ending, a pattern matches nothing, a list
-            cannot be read or is empty, or a URL is a video's.
+            cannot be read or is empty, a URL is a video's, a chain of several or none, or a text has a control
+            character.
     """
     sources: list[Source] = []
     for given in places:
         text = str(given)
+        _require_printable(text, "source")
         if _is_url(text):
             sources.append(_of_url(text))
             continue
@@ -206,20 +210,20 @@ def find_sources(places: Sequence[str | Path]) -> list[Source]:
             sources.append(Camera(int(text)))
             continue
         for place in _expanded(text):
-            if place.is_dir():
+            if os.path.isdir(place):
                 sources += _folder_sources(place)
-            elif not place.is_file():
+            elif not os.path.isfile(place):
                 raise ImageError(f"{place}: no such image")
             elif place.suffix.lower() == ".txt":
                 sources += _listed_sources(place)
             else:
                 sources.append(_of_path(place))
-    return sources
+    return list(dict.fromkeys(sources))
 
 
 def is_named_itself(sources: Sequence[Source], places: Sequence[str]) -> bool:
     """Test whether there is one source, and it was named, not its folder, pattern or list."""
-    if len(sources) != 1 or len(places) != 1:
+    if len(sources) != 1 or len(set(places)) != 1:
         return False
     return isinstance(sources[0], Camera) or str(sources[0]) in (places[0], str(Path(places[0])))
 
@@ -233,8 +237,20 @@ def _is_url(text: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None
 
 
+def _require_printable(text: str, where: str) -> None:
+    if re.search(r"[\x00-\x1f\x7f]", text):
+        raise ArgumentError(f"{where}: expected a path or URL, found a control character in {text!r}")
+
+
 def _of_url(url: str) -> str:
-    if is_video(urlsplit(url).path):
+    try:
+        path = urlsplit(url).path
+    except ValueError as error:
+        raise ArgumentError(f"{url}: is no URL: {error}") from error
+    if "::" in url:
+        # What fsspec makes of it may read any file of this machine.
+        raise ArgumentError(f"{url}: expected one URL, found a chain of several with '::'")
+    if is_video(path):
         raise ArgumentError(f"{url}: is a video behind a URL, which is not read; download it and give its path")
     return url
 
@@ -245,13 +261,15 @@ def _of_path(path: Path) -> Path | Video:
 
 def _listed_sources(file: Path) -> list[Source]:
     found: list[Source] = []
-    for _, line in _lines_of_file(str(file), file):
+    for number, line in _lines_of_file(str(file), file):
+        _require_printable(line, f"{file}: line {number}")
         if _is_url(line):
             found.append(_of_url(line))
             continue
         path = Path(line)
         # Lists are written from where one works, or travel with their images.
-        found.append(_of_path(file.parent / path if not path.exists() and (file.parent / path).exists() else path))
+        beside = file.parent / path
+        found.append(_of_path(beside if not os.path.exists(path) and os.path.exists(beside) else path))
     if not found:
         raise ArgumentError(f"{file}: is an empty list; expected one path or URL a line")
     return found
@@ -290,7 +308,7 @@ def picture_places(sources: Sequence[Source], out: str | Path | None, *, alone: 
     for place, source in zip(places, sources, strict=True):
         _require_picture_ending(place, source)
         own = source.path if isinstance(source, Video) else source
-        if isinstance(own, Path) and place.exists() and own.exists() and place.samefile(own):
+        if isinstance(own, Path) and os.path.exists(place) and os.path.exists(own) and place.samefile(own):
             raise ArgumentError(f"--out {place}: is the image itself; choose another place")
         if taken.setdefault(place, source) != source:
             raise ArgumentError(f"--out {out}: {taken[place]} and {source} have the same name; detect them one by one")
@@ -305,8 +323,7 @@ def _picture_name(source: Source) -> str:
 
 
 def _is_writable(name: str) -> bool:
-    Image.init()
-    return Image.registered_extensions().get(Path(name).suffix.lower()) in Image.SAVE
+    return Path(name).suffix.lower() in WRITTEN_PICTURES
 
 
 def _require_picture_ending(place: Path, source: Source) -> None:
@@ -375,7 +392,7 @@ def parse_outputs(given: Sequence[str], sources: Sequence[Source]) -> dict[Path,
 
     Raises:
         ArgumentError: a format is unknown, a place is missing, taken twice, a folder where a file must be or a file
-            where a folder must be; or two sources have one name where that is a file's.
+            where a folder must be, a file has another ending; or two sources have one name where that is a file's.
     """
     found: dict[Path, str] = {}
     for text in given:
@@ -392,6 +409,9 @@ def parse_outputs(given: Sequence[str], sources: Sequence[Source]) -> dict[Path,
             raise ArgumentError(f"--save {text}: is a file; {kind} needs a folder")
         if not in_folder and path.is_dir():
             raise ArgumentError(f"--save {text}: is a folder; give the name of a file")
+        ending = Path(SAVED[kind]).suffix
+        if not in_folder and path.suffix.lower() != ending:
+            raise ArgumentError(f"--save {text}: is no place of {kind}; give a file that ends in {ending}")
         if path in found:
             raise ArgumentError(f"--save {text}: {found[path]} goes to the same place; choose another one")
         if kind.startswith("yolo"):

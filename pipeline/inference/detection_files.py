@@ -70,7 +70,7 @@ class Writers:
         classes: names that are searched, in the order of their numbers.
 
     Raises:
-        ArgumentError: a place cannot be written to.
+        ArgumentError: a place cannot be written to, or a YOLO folder has labels of other classes.
     """
 
     def __init__(self, outputs: Sequence[Output], classes: Sequence[str]) -> None:
@@ -78,6 +78,9 @@ class Writers:
         try:
             for output in outputs:
                 self._writers.append(_writer(output, classes))
+        except ArgumentError:
+            self.discard()
+            raise
         except OSError as error:
             self.discard()
             raise ArgumentError(
@@ -130,8 +133,9 @@ class _Draft:
         self._place = place if isinstance(place, Path) else None
         if isinstance(place, Path):
             place.parent.mkdir(parents=True, exist_ok=True)
+            # Names of files may be any bytes, and are written as they are.
             self._draft = place.with_name(f".{place.name}.partial")
-            self.file: TextIO = self._draft.open("w", encoding="utf-8", newline="")
+            self.file: TextIO = self._draft.open("w", encoding="utf-8", errors="surrogateescape", newline="")
         else:
             self.file = place
 
@@ -253,10 +257,12 @@ class _YoloWriter:
 
     def __init__(self, place: Path, classes: Sequence[str], *, scores: bool) -> None:
         self._place, self._scores = place, scores
+        self._names: str | None = yolo_names(classes)
         place.mkdir(parents=True, exist_ok=True)
-        write_text(place / NAMES, "".join(f"{name}\n" for name in classes))
+        require_own_folder(place, classes)
 
     def write(self, detections: ImageDetections) -> None:
+        self._begin()
         lines = []
         for one, number in zip(detections, detections.class_ids.tolist(), strict=True):
             x, y, w, h = detections.relative(one)
@@ -264,12 +270,33 @@ class _YoloWriter:
             lines.append(" ".join([str(number), *(f"{value:.6f}" for value in values)]) + "\n")
         write_text(self._place / f"{stem_of(detections)}.txt", "".join(lines))
 
+    def _begin(self) -> None:
+        # Not earlier: where no image can be read, no file is written.
+        if self._names is not None:
+            write_text(self._place / NAMES, self._names)
+            self._names = None
+
     def finish(self) -> None:
-        pass
+        self._begin()
 
     def discard(self) -> None:
         # What is there is whole: one file for each image.
         pass
+
+
+def yolo_names(classes: Sequence[str]) -> str:
+    """Text of a YOLO folder's file of class names."""
+    return "".join(f"{name}\n" for name in classes)
+
+
+def require_own_folder(folder: Path, classes: Sequence[str]) -> None:
+    """Raise ArgumentError for a YOLO folder whose label files number other classes, or some that nobody can tell."""
+    names = folder / NAMES
+    if names.is_file():
+        if names.read_bytes() != yolo_names(classes).encode():
+            raise ArgumentError(f"{names}: has other classes than are detected; choose another folder")
+    elif any(folder.glob("*.txt")):
+        raise ArgumentError(f"{folder}: has text files and no {NAMES} that says their classes; choose another folder")
 
 
 class _FiftyOneWriter:

@@ -110,8 +110,14 @@ def export(
     search = model.search(names)
     program = _traced(trained, opened)
     about = _metadata(opened, trained)
-    made = (_onnx_file if format == "onnx" else _torch_file)(program, about)
-    agreement = check_export(made.graph, trained)
+    try:
+        made = (_onnx_file if format == "onnx" else _torch_file)(program, about)
+        agreement = check_export(made.graph, trained)
+    except RunError:
+        raise
+    except Exception as error:
+        # Translation, protobuf's limit of 2 GB, and what a runtime refuses to load or run: errors of many kinds.
+        raise _not_exported(error, trained, opened) from error
     # The graph comes last: who finds it finds the rest.
     write_atomic(vocabulary, _vocabulary_file(names, search, trained))
     try:
@@ -172,13 +178,15 @@ def _traced(trained: TrainedDetector, run: Run) -> ExportedProgram:
         with torch.no_grad(), _quiet():
             return torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        backbone = trained.config.model.backbone
         # Bodies of others may do what no graph holds.
-        if backbone in BACKBONES:
+        if trained.config.model.backbone in BACKBONES:
             raise
-        raise RunError(
-            f"`run={run.folder}`: its backbone {backbone} cannot be exported: {first_line(error)}"
-        ) from error
+        raise _not_exported(error, trained, run) from error
+
+
+def _not_exported(error: Exception, trained: TrainedDetector, run: Run) -> RunError:
+    backbone = trained.config.model.backbone
+    return RunError(f"`run={run.folder}`: its backbone {backbone} cannot be exported: {first_line(error)}")
 
 
 def least_side(trained: TrainedDetector) -> int:

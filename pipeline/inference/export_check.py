@@ -22,6 +22,10 @@ BOX_TOLERANCE = 0.1
 """Largest difference of a coordinate, pixels."""
 SCORE_TOLERANCE = 1e-3
 """Largest difference of a score, and of a mask's probabilities."""
+RELATIVE_TOLERANCE = 0.01
+"""Largest difference of a score below 0.1, as a fraction of it: there, `SCORE_TOLERANCE` would let any other pass."""
+LEAST_COUNTED = 0.5
+"""Least fraction of all detections of both sides that are compared: the agreement of a few says nothing."""
 LEAST_AGREEING = 0.95
 """Least fraction of detections that agree: a rounding may tip the choice between two boxes that overlap just so much,
 or between two scores that are nearly equal."""
@@ -39,6 +43,8 @@ class Agreement:
 
     detections: int
     """Detections compared."""
+    found: int
+    """Detections of both sides, compared or not."""
     agreeing: int
     """Detections with a counterpart within the tolerances."""
     box: float
@@ -108,7 +114,7 @@ def check_export(graph: Graph, trained: TrainedDetector) -> Agreement:
     """Compare a graph with its detector on two batches of different sizes, each with two vocabularies.
 
     Raises:
-        RunError: the detections differ by more than the tolerances, or there are none.
+        RunError: the detections differ by more than the tolerances, or too few can be compared.
     """
     floor, keep = min(trained.config.eval.score_threshold, _FLOOR), trained.config.eval.max_detections
     tried = graph if floor == trained.config.eval.score_threshold else graph.with_floor(floor)
@@ -126,19 +132,31 @@ def check_export(graph: Graph, trained: TrainedDetector) -> Agreement:
                 parts.append(compare([output[mine] for output in outputs], one, floor=floor, keep=keep))
     total = Agreement(
         detections=sum(one.detections for one in parts),
+        found=sum(one.found for one in parts),
         agreeing=sum(one.agreeing for one in parts),
         box=max(one.box for one in parts),
         score=max(one.score for one in parts),
     )
-    if not total.detections:
-        raise RunError("the exported graph cannot be checked: the run detects nothing on any of the images for it")
+    require_counted(total)
     if total.agreeing < LEAST_AGREEING * total.detections:
         raise RunError(
             f"the exported graph detects otherwise than the run: {total.agreeing} of {total.detections} detections "
-            f"agree within {BOX_TOLERANCE} px and {SCORE_TOLERANCE} of score, expected at least {LEAST_AGREEING:.0%}; "
-            "nothing was written"
+            f"agree within {BOX_TOLERANCE} px and {SCORE_TOLERANCE} of score "
+            f"(below 0.1: {RELATIVE_TOLERANCE:.0%} of it), expected at least {LEAST_AGREEING:.0%}; nothing was written"
         )
     return total
+
+
+def require_counted(total: Agreement) -> None:
+    """Raise RunError for a comparison of too few detections."""
+    if not total.found:
+        raise RunError("the exported graph cannot be checked: the run detects nothing on any of the images for it")
+    if total.detections < LEAST_COUNTED * total.found:
+        raise RunError(
+            f"the exported graph cannot be checked: {total.detections} of {total.found} detections can be compared, "
+            f"expected at least {LEAST_COUNTED:.0%}; the others have no counterpart and score too "
+            "little to need one; nothing was written"
+        )
 
 
 def scenes(images: int, height: int, width: int, *, seed: int) -> Tensor:
@@ -181,17 +199,28 @@ def compare(outputs: Sequence[NDArray[np.generic]], expected: Detections, *, flo
     boxes, scores, classes = (torch.from_numpy(np.asarray(one)) for one in outputs[:3])
     box = (boxes[:, None] - expected.boxes).abs().amax(2)
     score = (scores[:, None] - expected.scores).abs()
-    fits = (box <= BOX_TOLERANCE) & (score <= SCORE_TOLERANCE) & (classes[:, None] == expected.labels)
+    fits = (box <= BOX_TOLERANCE) & (score <= _score_tolerance(expected.scores)) & (classes[:, None] == expected.labels)
     if expected.masks is not None:
         cells = torch.from_numpy(np.asarray(outputs[4]))
         fits &= (cells[:, None] - expected.masks).abs().amax((2, 3)) <= SCORE_TOLERANCE
-    # Beside the threshold, or the last score where there was no room for more, one side may have what the other lacks.
-    ends = [float(one.min()) for one in (scores, expected.scores) if len(one) == keep]
-    least = max([floor, *ends]) + SCORE_TOLERANCE
-    counted = [fits.any(1) | (scores >= least), fits.any(0) | (expected.scores >= least)]
+    # Beside the threshold, or the other side's last score where it had no room for more, it may lack what is here.
+    least = [_least_counted(other, floor, keep) for other in (expected.scores, scores)]
+    counted = [fits.any(1) | (scores >= least[0]), fits.any(0) | (expected.scores >= least[1])]
     return Agreement(
         detections=sum(int(one.sum()) for one in counted),
+        found=len(scores) + len(expected.scores),
         agreeing=int(fits.any(1).sum() + fits.any(0).sum()),
         box=float(box[fits].max()) if fits.any() else 0.0,
         score=float(score[fits].max()) if fits.any() else 0.0,
     )
+
+
+def _least_counted(other: Tensor, floor: float, keep: int) -> Tensor:
+    """Score from which on the other side, with these scores, must have found the same."""
+    last = torch.tensor(max(floor, float(other.min())) if len(other) == keep else floor)
+    return last + _score_tolerance(last)
+
+
+def _score_tolerance(scores: Tensor) -> Tensor:
+    # Not below what float32 rounds of a probability.
+    return (scores * RELATIVE_TOLERANCE).clamp(1e-6, SCORE_TOLERANCE)

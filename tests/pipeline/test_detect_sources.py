@@ -67,6 +67,9 @@ def test_places_of_pictures_follow_the_kind_of_the_source(tmp_path):
     assert [place.name for place in places] == ["a.jpg", "b.mp4", "camera-0.mp4", "c.png", "e.png"]
     with pytest.raises(ArgumentError, match=r"no video format; give it one such as .mp4"):
         picture_places([Video(tmp_path / "b.mp4")], tmp_path / "found.png", alone=True)
+    for name in ("found.xbm", "found.msp", "found.blp", "found.pdf"):
+        with pytest.raises(ArgumentError, match=r"no picture format; give it one such as .png"):
+            picture_places([tmp_path / "a.jpg"], tmp_path / name, alone=True)
     assert picture_places([Video(tmp_path / "b.mp4")], tmp_path / "found.avi", alone=True) == [tmp_path / "found.avi"]
 
 
@@ -128,6 +131,42 @@ def test_an_image_behind_a_url_is_asked_for_once_and_within_limits(site, shapes_
 def test_a_url_of_a_video_is_refused():
     with pytest.raises(ArgumentError, match=r"clip.mp4\?a=b: is a video behind a URL.*download it and give its path"):
         find_sources(["https://example.com/clip.mp4?a=b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("https://[x/a.jpg", "is no URL: Invalid IPv6 URL"),
+        ("zip://a.png::file:///etc/x.zip", "expected one URL, found a chain of several with '::'"),
+        ("a\0.png", r"expected a path or URL, found a control character in 'a\\x00.png'"),
+    ],
+)
+def test_what_is_no_place_is_one_line_on_the_command_line_and_in_a_list(text, words, tmp_path):
+    (tmp_path / "list.txt").write_text(f"a.png\n{text}\n")
+    for given in (text, tmp_path / "list.txt"):
+        with pytest.raises(ArgumentError, match=words):
+            find_sources([given])
+
+
+def test_a_name_longer_than_any_file_has_is_missing(tmp_path):
+    name = f"{'a' * 300}.png"
+    with pytest.raises(ImageError, match="no such image"):
+        find_sources([name])
+    (tmp_path / "list.txt").write_text(name)
+    found = find_sources([tmp_path / "list.txt"])
+    assert [str(one) for one in found] == [name]
+    with pytest.raises(ImageError, match="aaa.png: "):
+        to_image(found[0])
+    assert picture_places(found, tmp_path / "out", alone=False) == [tmp_path / "out" / name]
+
+
+def test_a_source_given_twice_is_there_once(shapes_root):
+    one, two = (str(shapes_root / f"val/00000{number}.png") for number in (1, 2))
+    assert [str(source) for source in find_sources([two, one, two, f"{shapes_root}/val/00000[12].png", "0", "0"])] == [
+        two,
+        one,
+        "camera-0",
+    ]
 
 
 # What cannot be read

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import os
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ import torch
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.data.yolo import read_yolo
 from ezsd.errors import TeacherError, VocabularyError
-from ezsd.pipeline.console.arguments import parse_class_thresholds, parse_outputs, require_template
+from ezsd.pipeline.console.arguments import SAVED, parse_class_thresholds, parse_outputs, require_template
 from ezsd.pipeline.data.sources import Video
 from ezsd.pipeline.data.yolo_names import read_names
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.inference import detect as detect_module
 from ezsd.pipeline.inference.detect import Model, detect_images
 from ezsd.pipeline.inference.detection_files import COLUMNS, Output, Writers, outputs_of
+from ezsd.pipeline.inference.detections import Detection, ImageDetections
 from ezsd.pipeline.inference.evaluation_tables import evaluate_results
 
 NAMES = ["ring", "bar"]
@@ -135,15 +137,17 @@ def test_frames_have_their_numbers(shapes_run, shapes_root, tmp_path):
         video.write(read_pixels(image))
     video.finish()
     sources = [Video(tmp_path / "clip.avi")]
-    places = parse_outputs([f"{kind}={tmp_path}/{kind}" for kind in ("coco", "csv", "yolo")], sources)
+    places = parse_outputs(
+        [f"{kind}={tmp_path}/{place}" for kind, place in SAVED.items() if kind in ("coco", "csv", "yolo")], sources
+    )
     detect(shapes_run, sources, outputs=outputs_of(places, printed=False))
-    document = json.loads((tmp_path / "coco").read_text())
+    document = json.loads((tmp_path / "found.json").read_text())
     assert [(image["file_name"], image["frame"]) for image in document["images"]] == [
         (f"{tmp_path}/clip.avi#{frame:06d}", frame) for frame in (0, 1)
     ]
-    with (tmp_path / "csv").open(newline="") as file:
+    with (tmp_path / "found.csv").open(newline="") as file:
         assert {line["frame"] for line in csv.DictReader(file)} == {"0", "1"}
-    assert sorted(file.name for file in (tmp_path / "yolo").iterdir()) == [
+    assert sorted(file.name for file in (tmp_path / "labels").iterdir()) == [
         "classes.txt",
         "clip_000000.txt",
         "clip_000001.txt",
@@ -156,7 +160,7 @@ def test_frames_have_their_numbers(shapes_run, shapes_root, tmp_path):
         (["coc=a"], "no format 'coc'; did you mean 'coco'"),
         (["xml=a"], "no format 'xml'; known are coco, csv"),
         (["coco"], "expected FORMAT=PLACE, as in coco=found.json"),
-        (["csv=a", "coco=a"], "csv goes to the same place"),
+        (["csv=a.csv", "csv=a.csv"], "csv goes to the same place"),
         (["csv=folder"], "is a folder; give the name of a file"),
         (["yolo=file"], "is a file; yolo needs a folder"),
         (["fiftyone=new"], "a frame has no file; save the others as coco or csv"),
@@ -172,6 +176,17 @@ def test_what_cannot_be_written_is_refused_before_it_starts(given, words, tmp_pa
         parse_outputs(given, sources)
 
 
+def test_the_ending_of_a_file_says_its_format(tmp_path):
+    photo = tmp_path / "photo.jpg"
+    for kind in ("csv", "coco"):
+        with pytest.raises(
+            ArgumentError, match=rf"photo.jpg: is no place of {kind}; give a file that ends in "
+        ) as said:
+            parse_outputs([f"{kind}={photo}"], [photo])
+        place = photo.with_suffix(str(said.value).rpartition(" ")[2])
+        assert parse_outputs([f"{kind}={place}"], [photo]) == {place: kind}
+
+
 def test_a_place_that_cannot_be_written_to_is_one_line_and_another_one_takes_it(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ArgumentError, match=r"file: cannot be written to \(.*\); choose another place"):
@@ -180,6 +195,31 @@ def test_a_place_that_cannot_be_written_to_is_one_line_and_another_one_takes_it(
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     Writers([Output("csv", tmp_path / "found.csv")], NAMES).finish()
     assert (tmp_path / "found.csv").read_text() == ",".join(COLUMNS) + "\n"
+
+
+def test_a_yolo_folder_of_other_classes_is_refused_and_another_one_is_taken(shapes_run, shapes_root, tmp_path):
+    image = shapes_root / "val/000001.png"
+    for name, text in (("classes.txt", "bar\nring\n"), ("old.txt", "0 0.5 0.5 0.1 0.1\n")):
+        folder = tmp_path / name.removesuffix(".txt")
+        folder.mkdir()
+        (folder / name).write_text(text)
+        with pytest.raises(ArgumentError, match=r"(has other classes than|has text files and no classes.txt).*another"):
+            Writers([Output("csv", tmp_path / "a.csv"), Output("yolo", folder)], NAMES)
+        assert [(file.name, file.read_text()) for file in folder.iterdir()] == [(name, text)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["classes", "old"]
+    for _ in range(2):
+        detect(shapes_run, [image], outputs=[Output("yolo", tmp_path / "new")])
+        assert read_names(tmp_path / "new/classes.txt") == tuple(NAMES)
+
+
+def test_a_name_that_is_no_unicode_is_written_as_it_is(tmp_path):
+    source = os.fsdecode(b"caf\xe9.png")
+    one = Detection(name="ring", score=0.5, box=(0, 0, 4, 4), mask=None)
+    found = ImageDetections(source=source, width=8, height=8, objects=(one,), classes=tuple(NAMES), has_masks=False)
+    with Writers([Output("csv", tmp_path / "a.csv")], NAMES) as writers:
+        writers.write(found)
+        writers.finish()
+    assert (tmp_path / "a.csv").read_bytes().splitlines()[1].startswith(b"caf\xe9.png,,ring,0.5,")
 
 
 # Thresholds and prompts

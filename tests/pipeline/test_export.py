@@ -17,7 +17,15 @@ from ezsd.pipeline.errors import ArgumentError, ConfigError, RunError
 from ezsd.pipeline.inference import export as exporting
 from ezsd.pipeline.inference.detect import Model
 from ezsd.pipeline.inference.export import export, require_packages
-from ezsd.pipeline.inference.export_check import LEAST_AGREEING, OnnxGraph, TorchGraph, compare, detected, scenes
+from ezsd.pipeline.inference.export_check import (
+    LEAST_AGREEING,
+    OnnxGraph,
+    TorchGraph,
+    compare,
+    detected,
+    require_counted,
+    scenes,
+)
 from ezsd.pipeline.runs.run import Run
 from tests.commandkit import ezsd
 
@@ -58,7 +66,7 @@ def to_onnx(shapes_run, folder):
 
 @pytest.fixture(scope="module")
 def to_torch(shapes_run, folder):
-    return export(shapes_run.folder, folder / "all.pt2", format="torch", overrides=ALL)
+    return export(shapes_run.folder, folder / "program.pt2", format="torch", overrides=ALL)
 
 
 @pytest.fixture(scope="module")
@@ -156,16 +164,16 @@ def test_the_script_resizes_as_the_run_does(to_onnx, trained, shapes_root, folde
 
 
 def test_names_that_are_asked_for_come_with_their_competitors(shapes_run, shapes_root, to_onnx, folder):
-    made = export(shapes_run.folder, folder / "two.pt2", format="torch", classes=["ring", "bar"], overrides=ALL)
+    image = shapes_root / "val/000001.png"
+    # The two surest, for a run of few steps finds hardly any of most names.
+    names = list(dict.fromkeys(one.name for one in Model(shapes_run, device="cpu", overrides=ALL)(str(image))))[:2]
+    made = export(shapes_run.folder, folder / "two.pt2", format="torch", classes=names, overrides=ALL)
     known = np.load(made.vocabulary)
-    assert list(known["names"][:2]) == ["ring", "bar"]
+    assert list(known["names"][:2]) == names
     assert list(known["asked"]) == [True, True] + [False] * (len(known["names"]) - 2)
     assert set(known["names"]) == set(np.load(to_onnx.vocabulary)["names"])
-    image = shapes_root / "val/000001.png"
     printed = run_script(SCRIPT, to_onnx.out.name, made.vocabulary.name, image, 0.02, cwd=folder).splitlines()
-    require_same(
-        printed, lines_of(Model(shapes_run, device="cpu", overrides=ALL)(str(image), ["ring", "bar"], threshold=0.02))
-    )
+    require_same(printed, lines_of(Model(shapes_run, device="cpu", overrides=ALL)(str(image), names, threshold=0.02)))
 
 
 def test_a_program_of_torch_loads_without_ezsd(to_torch, trained, folder):
@@ -177,7 +185,7 @@ def test_a_program_of_torch_loads_without_ezsd(to_torch, trained, folder):
     )
     code += "torch.save((boxes, scores, classes, images), 'outputs.pt')\n"
     printed = run_script(code, cwd=folder)
-    assert printed.strip() == str(list(trained.names))
+    assert json.loads(printed) == list(trained.names)
     outputs = [one.detach().numpy() for one in torch.load(folder / "outputs.pt", weights_only=True)]
     (one,) = detected(trained, batch, trained.text, trained.config.eval.score_threshold)
     found = compare(outputs, one, floor=trained.config.eval.score_threshold, keep=1000)
@@ -210,6 +218,25 @@ def test_an_export_that_detects_otherwise_is_refused_and_leaves_no_file(shapes_r
     assert list(tmp_path.iterdir()) == []
 
 
+class Untranslatable(torch.nn.Module):
+    """What torch.export takes and ONNX has no operator for."""
+
+    def forward(self, image, text):
+        return torch.linalg.eigvals(text @ text.T)
+
+
+@pytest.mark.parametrize("part", ["translated", "loaded"])
+def test_what_cannot_be_translated_or_loaded_is_one_line_and_leaves_no_file(part, shapes_run, tmp_path, monkeypatch):
+    inputs = torch.zeros(1, 3, 8, 8), torch.zeros(2, 4)
+    monkeypatch.setattr(exporting, "_traced", lambda *_: torch.export.export(Untranslatable(), inputs))
+    if part == "loaded":
+        monkeypatch.setattr(exporting, "_onnx_file", lambda *_: OnnxGraph(b"no graph"))
+    with pytest.raises(RunError, match=r"its backbone \S+ cannot be exported: .+") as said:
+        export(shapes_run.folder, tmp_path / "a.onnx")
+    assert "\n" not in str(said.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def detections(*scores):
     boxes = torch.tensor([[10.0 * i, 0, 10 * i + 9, 9] for i in range(len(scores))]).reshape(-1, 4)
     return Detections(boxes=boxes, scores=torch.tensor(scores), labels=torch.zeros(len(scores), dtype=torch.int64))
@@ -227,8 +254,10 @@ def outputs_of(found, shift=0.0):
         ((0.9, 0.5), 0.0, (0.9, 0.6), 2, 4),
         ((0.9,), 0.0, (0.9, 0.5), 2, 3),
         ((), 0.0, (0.9,), 0, 1),
+        # A thousandth is much of a small score.
+        ((0.9, 0.02), 0.0, (0.9, 0.0205), 2, 4),
         # Beside the threshold one side may have what the other has not.
-        ((0.9,), 0.0, (0.9, 0.0105), 2, 2),
+        ((0.9,), 0.0, (0.9, 0.01005), 2, 2),
         # Beside the last of three that there is room for, likewise.
         ((0.9, 0.5, 0.3), 0.0, (0.9, 0.5, 0.4), 4, 5),
     ],
@@ -236,6 +265,22 @@ def outputs_of(found, shift=0.0):
 def test_detections_without_a_counterpart_are_counted(graph, shift, expected, agreeing, counted):
     found = compare(outputs_of(detections(*graph), shift), detections(*expected), floor=0.01, keep=3)
     assert (found.agreeing, found.detections) == (agreeing, counted)
+    assert found.found == len(graph) + len(expected)
+
+
+@pytest.mark.parametrize(
+    ("scores", "shift", "keep", "said"),
+    [
+        ((0.5,) * 4, 0.5, 4, "0 of 8 detections can be compared, expected at least 50%"),
+        ((0.5,), 0.5, 1, "0 of 2 detections can be compared"),
+        ((0.9, 0.5, 0.5, 0.5, 0.5), 0.5, 5, "2 of 10 detections"),
+        ((), 0.0, 3, "detects nothing"),
+    ],
+)
+def test_an_agreement_of_a_few_detections_is_no_check(scores, shift, keep, said):
+    with pytest.raises(RunError, match=f"cannot be checked: .*{said}"):
+        require_counted(compare(outputs_of(detections(*scores), shift), detections(*scores), floor=0.01, keep=keep))
+    require_counted(compare(outputs_of(detections(0.9, 0.5)), detections(0.9, 0.5), floor=0.01, keep=2))
 
 
 @pytest.mark.parametrize(
