@@ -6,6 +6,7 @@ import pickle
 import resource
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -95,15 +96,21 @@ def test_a_worker_killed_while_it_starts_is_one_line_and_what_is_there_goes_on()
     # Workers of an earlier test may still be ending.
     before = _starting()
 
+    ended = threading.Event()
+
     def kill_the_first():
-        while not (found := _starting() - before):
+        while not (found := _starting() - before) and not ended.is_set():
             time.sleep(0.001)
         found.pop().kill()
 
     with ThreadPoolExecutor(1) as threads:
         killing = threads.submit(kill_the_first)
-        with pytest.raises(ClusterError, match=r"^a worker process ended while it was starting \(out of memory"):
-            run(Schedule(workers=2), abs, [-1, -2])
+        try:
+            with pytest.raises(ClusterError, match=r"^a worker process ended while it was starting \(out of memory"):
+                run(Schedule(workers=2), abs, [-1, -2])
+        finally:
+            # It must not lie in wait for a process of another test.
+            ended.set()
         killing.result()
     assert not _starting() - before
     assert sorted(run(Schedule(workers=2), abs, [-1, -2])) == [1, 2]
