@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from torch import fx
 from torch.export import Dim, ExportedProgram
 
 from ezsd.cache import write_atomic
@@ -176,12 +178,14 @@ def _traced(trained: TrainedDetector, run: Run) -> ExportedProgram:
     shapes = {"image": sides, "text": {0: Dim("classes")}}
     try:
         with torch.no_grad(), _quiet():
-            return torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         # Bodies of others may do what no graph holds.
         if trained.config.model.backbone in BACKBONES:
             raise
         raise _not_exported(error, trained, run) from error
+    _drop_least_counts(program)
+    return program
 
 
 def _not_exported(error: Exception, trained: TrainedDetector, run: Run) -> RunError:
@@ -230,13 +234,34 @@ def _name_sizes(model: onnx.ModelProto) -> None:
 
 
 def _torch_file(program: ExportedProgram, about: dict[str, str]) -> _Made:
-    for node in program.graph.nodes:
-        # Lines of code with their places on this disk.
-        node.meta.pop("stack_trace", None)
+    for graph in _graphs(program):
+        for node in graph.nodes:
+            # Lines of code with their places on this disk.
+            node.meta.pop("stack_trace", None)
     buffer = io.BytesIO()
     with _quiet():
         torch.export.save(program, buffer, extra_files={ABOUT: json.dumps(about, indent=1)})
     return _Made(buffer.getvalue(), TorchGraph(buffer.getvalue()))
+
+
+def _graphs(program: ExportedProgram) -> Iterator[fx.Graph]:
+    """The graph of a program and those within it."""
+    return (one.graph for one in program.graph_module.modules() if isinstance(one, fx.GraphModule))
+
+
+def _drop_least_counts(program: ExportedProgram) -> None:
+    """Let an NMS keep fewer than two boxes.
+
+    torchvision states its number of results to torch.export without a least one, which is then taken for 2, and the
+    program would stop where an image has no detection or a single one.
+    """
+    for graph in _graphs(program):
+        for node in list(graph.nodes):
+            if node.target is torch.ops.aten._assert_scalar.default and _MORE_THAN_ONE.search(str(node.args[1])):
+                graph.erase_node(node)
+
+
+_MORE_THAN_ONE = re.compile(r"for expression u\d+ >= 2 on node")
 
 
 @contextmanager
