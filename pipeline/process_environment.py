@@ -13,9 +13,9 @@ from collections.abc import Mapping
 _LAUNCHER = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 _MOST = 2**31 - 1
-_MALLOC = {"MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, _MOST), "MALLOC_TOP_PAD_": (-2, 2**28)}
-"""Variables of glibc's malloc, with the parameter of mallopt(3) and the value: no block is mapped alone, nothing is
-given back before the end, and memory is fetched by 256 MiB."""
+_MALLOC = {"MALLOC_MMAP_MAX_": (-4, 0), "MALLOC_TRIM_THRESHOLD_": (-1, _MOST)}
+"""Variables of glibc's malloc, with the parameter of mallopt(3) and the value: no block is mapped alone, and nothing is
+given back before the end."""
 MALLOC_ENVIRONMENT: Mapping[str, int] = {"MALLOC_ARENA_MAX": 1} | {name: value for name, (_, value) in _MALLOC.items()}
 """Variables with which a new process does as `keep_freed_memory` says, in all its threads."""
 
