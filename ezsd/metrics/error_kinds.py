@@ -34,6 +34,8 @@ ErrorKind: TypeAlias = Literal[
 """Kind of a detection, see the module."""
 KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 """All kinds."""
+HAVING: tuple[ErrorKind, ...] = ("right", "misplaced", "confused")
+"""Kinds of a detection that has its object: the object is not missed."""
 
 
 class FoundBoxes(NamedTuple):
@@ -121,7 +123,6 @@ def error_kinds(
                 break
         else:
             unmatched.append(one)
-    found[matched[kind == "right"]] = True
     for one in unmatched:
         if forgiven[one]:
             kind[one] = "ignored"
@@ -129,7 +130,7 @@ def error_kinds(
         kind[one], matched[one] = _error(
             overlap[one], own[one] & ~ignorable, ~own[one] & ~ignorable, iou, background_iou
         )
-    found[matched[(kind == "misplaced") | (kind == "confused")]] = True
+    found[matched[np.isin(kind, HAVING)]] = True
     return ErrorKinds(kind, matched, ~found & ~ignorable)
 
 

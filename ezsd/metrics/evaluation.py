@@ -109,8 +109,7 @@ def evaluate_at(
     counting = {limit: limit.mask(results) for limit in limits}
     asked = np.isin(results.class_index, chosen) & np.logical_or.reduce(list(counting.values()))
     rows = np.flatnonzero(asked)
-    if truth.federated:
-        rows = rows[is_verified(truth, results, rows)]
+    rows = rows[is_verified(truth, results, rows)]
     matches = match(truth, results, rows, shape)
     return {
         limit.label: _summary(truth, chosen, _curves(truth, results, matches, chosen, kept), limit, shape)
@@ -130,8 +129,12 @@ def _check_references(results: Results, truth: Truth) -> None:
 
 
 def is_verified(truth: Truth, results: Results, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """True for a detection whose class a federated file knows to be present or absent in its image, (M,)."""
-    assert truth.catalogue.federated is not None
+    """True for a detection whose class a federated file knows to be present or absent in its image, (M,).
+
+    Any other file knows it of all classes.
+    """
+    if truth.catalogue.federated is None:
+        return np.ones(len(rows), dtype=np.bool_)
     positive = set(zip(truth.image_id.tolist(), truth.class_index.tolist(), strict=True))
     pairs = zip(results.image_id[rows].tolist(), results.class_index[rows].tolist(), strict=True)
     is_positive = np.fromiter((pair in positive for pair in pairs), dtype=np.bool_, count=len(rows))

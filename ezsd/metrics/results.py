@@ -16,7 +16,13 @@ from ezsd.data.stream import is_finite
 from ezsd.errors import ResultsError
 from ezsd.metrics.named import DocumentError, Named, renumbered
 
+
 _CURE = "A results file is a list of objects with image_id, category_id, bbox and score."
+
+
+def corners(xywh: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Boxes as left, top, right, bottom, (N, 4), from left, top, width, height."""
+    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -88,8 +88,7 @@ def score_curves(truth: Truth, results: Results, *, limit: Limit) -> dict[str, S
         A curve by class name, in the order of the split; also of classes without objects or detections.
     """
     rows = np.flatnonzero(limit.mask(results) & (results.class_index >= 0))
-    if truth.federated:
-        rows = rows[is_verified(truth, results, rows)]
+    rows = rows[is_verified(truth, results, rows)]
     matches = match(truth, results, rows)["all"]
     counted = ~matches.ignored[0]
     row, right = matches.row[counted], matches.matched[0, counted]

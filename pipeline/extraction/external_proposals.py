@@ -12,6 +12,7 @@ from ezsd.boxes import clip
 from ezsd.cache import file_digest
 from ezsd.data.annotations import ImageRecord
 from ezsd.metrics import Named, read_results
+from ezsd.metrics.results import corners
 from ezsd.pipeline.config.schema import ProposalConfig
 from ezsd.pipeline.errors import ConfigError
 from ezsd.pipeline.extraction.reuse import Columns
@@ -46,13 +47,13 @@ def given_proposals(config: ProposalConfig, images: Iterable[ImageRecord]) -> di
             f"proposals.boxes {config.boxes}: a score is {found.score.min():g}, and scores below 0 cannot be weighted; "
             "take `proposals.objectness_weight=1`, or give objectness from 0 to 1"
         )
-    corners = np.concatenate([found.xywh[:, :2], found.xywh[:, :2] + found.xywh[:, 2:]], 1)
+    xyxy = corners(found.xywh)
     order = np.lexsort((-found.score, found.image_id))
     edges = np.searchsorted(found.image_id[order], [[i, i + 1] for i in sizes])
     proposals = {}
     for (image_id, (width, height)), (start, stop) in zip(sizes.items(), edges.tolist(), strict=True):
         rows = order[start:stop]
-        box = clip(torch.from_numpy(corners[rows].astype(np.float32)), width, height).numpy()
+        box = clip(torch.from_numpy(xyxy[rows].astype(np.float32)), width, height).numpy()
         kept = np.flatnonzero((box[:, 2:] - box[:, :2] >= 1).all(1))[: config.max_proposals]
         proposals[image_id] = {"box": box[kept], "score": found.score[rows][kept].astype(np.float32)}
     return proposals

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from ezsd.cache import file_digest
 from ezsd.metrics import Results, Truth, limits_of, read_results, read_truth
-from ezsd.metrics.error_kinds import KINDS, TrueBoxes, error_kinds
+from ezsd.metrics.error_kinds import HAVING, KINDS, TrueBoxes, error_kinds
 from ezsd.metrics.evaluation import is_verified
 from ezsd.metrics.matching import is_not_exhaustive
+from ezsd.metrics.results import corners
 from ezsd.metrics.score_curves import ScoreCurve, score_curves
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.errors import RunError
@@ -59,6 +60,15 @@ class Outcomes:
     """(M,), in the order of the truth."""
 
 
+class _EveryKind(NamedTuple):
+    """Kinds of all detections that are looked at, see `Outcomes`, and the objects that can be missed."""
+
+    row: NDArray[np.int64]
+    kind: NDArray[np.str_]
+    matched: NDArray[np.int64]
+    counted: NDArray[np.bool_]
+
+
 class Confusion(NamedTuple):
     """Objects of some classes by the class that detections on them have."""
 
@@ -95,32 +105,39 @@ class Judged:
         return self.outcomes(SHOWN_SCORE)
 
     def outcomes(self, threshold: float) -> Outcomes:
-        """Kinds of all detections with at least this score."""
+        """Kinds of all detections with at least this score, one of `SHOWN_SCORE` and `OTHER_SCORES`."""
+        every = self._judged
+        kept = self.results.score[every.row] >= threshold
+        kind, matched = every.kind[kept], every.matched[kept]
+        missed = every.counted.copy()
+        missed[matched[np.isin(kind, HAVING)]] = False
+        return Outcomes(threshold, every.row[kept], kind, matched, missed)
+
+    @cached_property
+    def _judged(self) -> _EveryKind:
+        """Kinds of the detections at the lowest of the scores: that of a detection depends on surer ones alone."""
         truth, results = self.truth, self.results
-        rows = np.flatnonzero((results.score >= threshold) & (results.class_index >= 0))
-        if truth.federated:
-            rows = rows[is_verified(truth, results, rows)]
+        rows = np.flatnonzero((results.score >= min(SHOWN_SCORE, *OTHER_SCORES)) & (results.class_index >= 0))
+        rows = rows[is_verified(truth, results, rows)]
         rows = rows[np.lexsort((-results.score[rows], results.image_id[rows]))]
         true_rows = np.argsort(truth.image_id, kind="stable")
         image_id, true_image_id = results.image_id[rows], truth.image_id[true_rows]
         kind, matched = np.full(len(rows), "", dtype="<U22"), np.full(len(rows), -1)
-        missed = ~(truth.crowd | truth.ignore)
         not_exhaustive = is_not_exhaustive(truth, results, rows)
         for image in np.unique(image_id).tolist():
             found = slice(*np.searchsorted(image_id, [image, image + 1]))
             there = true_rows[slice(*np.searchsorted(true_image_id, [image, image + 1]))]
             one = error_kinds(
-                (_corners(results.xywh[rows[found]]), results.class_index[rows[found]], results.score[rows[found]]),
+                (corners(results.xywh[rows[found]]), results.class_index[rows[found]], results.score[rows[found]]),
                 TrueBoxes(
-                    _corners(truth.xywh[there]), truth.class_index[there], truth.crowd[there], truth.ignore[there]
+                    corners(truth.xywh[there]), truth.class_index[there], truth.crowd[there], truth.ignore[there]
                 ),
                 not_exhaustive=not_exhaustive[found],
             )
             kind[found] = one.kind
             if len(there):
                 matched[found] = np.where(one.matched >= 0, there[one.matched], -1)
-            missed[there] = one.missed
-        return Outcomes(threshold, rows, kind, matched, missed)
+        return _EveryKind(rows, kind, matched, counted=~(truth.crowd | truth.ignore))
 
     def worst_images(self) -> list[tuple[int, int, int]]:
         """Images with a wrong detection or a missed object: id, wrong detections, missed objects; most errors first."""
@@ -240,10 +257,6 @@ def threshold_advice(curves: Mapping[str, ScoreCurve]) -> Table:
 
 def _percents(*values: float | None) -> list[str]:
     return [DASH if value is None else f"{100 * value:.1f}" for value in values]
-
-
-def _corners(xywh: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
 
 def ap50(main: RunData) -> Mapping[str, float | None]:

@@ -10,6 +10,7 @@ import math
 import os
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -201,7 +202,7 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Tracker:
+class _Tracker(ABC):
     """Base of loggers that keep a run of their own, which cannot forget a step.
 
     A resumed training may make steps again that a killed one had handed on. So the last step is noted before it is
@@ -255,18 +256,19 @@ class _Tracker:
             return
         try:
             work()
-        except Exception as error:  # noqa: BLE001 - each library, and those below, have errors of their own
+        except Exception as error:
+            # Each library, and those below it, have errors of their own.
             self._is_lost = True
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             log.warning("%s takes no more metrics (%s): training goes on, metrics.jsonl has all", self.name, reason)
 
+    @abstractmethod
     def hand_on(self, records: Sequence[tuple[str, Record]]) -> None:
         """Log records, in the order of their steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> None:
         """End the tracker's run, complete for now."""
-        raise NotImplementedError
 
 
 class _WeightsAndBiases(_Tracker):

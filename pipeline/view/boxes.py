@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from ezsd.data.annotations import Annotations
 from ezsd.metrics import Results, Truth
-from ezsd.metrics.error_kinds import KINDS, ErrorKind, TrueBoxes, error_kinds
+from ezsd.metrics.error_kinds import HAVING, KINDS, ErrorKind, TrueBoxes, error_kinds
 from ezsd.metrics.evaluation import is_verified
 from ezsd.metrics.matching import is_not_exhaustive
+from ezsd.metrics.results import corners
 
 Kind: TypeAlias = Literal[ErrorKind, "missed"]
 """Kinds that images are looked for by: of a detection, or an object that is missed."""
@@ -98,7 +99,7 @@ def objects_of_truth(truth: Truth) -> Objects:
     order = np.argsort(image, kind="stable")
     return Objects(
         image=image[order],
-        box=_xyxy(truth.xywh[order]),
+        box=corners(truth.xywh[order]),
         class_index=truth.class_index[order],
         crowd=truth.crowd[order],
         ignored=(truth.crowd | truth.ignore)[order],
@@ -110,13 +111,12 @@ def found_of_results(results: Results, truth: Truth) -> Found:
     image = np.searchsorted(truth.image_ids, results.image_id)
     order = np.lexsort((-results.score, image))
     order = order[results.class_index[order] >= 0]
-    judged = is_verified(truth, results, order) if truth.federated else np.ones(len(order), np.bool_)
     return Found(
         image=image[order],
-        box=_xyxy(results.xywh[order]),
+        box=corners(results.xywh[order]),
         class_index=results.class_index[order],
         score=results.score[order],
-        judged=judged,
+        judged=is_verified(truth, results, order),
         not_exhaustive=is_not_exhaustive(truth, results, order),
     )
 
@@ -153,7 +153,7 @@ def judge_image(objects: Objects, found: Found, position: int) -> Errors:
     kind, matched = np.full(rows.stop - rows.start, NOT_JUDGED), np.full(rows.stop - rows.start, -1)
     kind[judged], matched[judged] = [KINDS.index(one) for one in of_image.kind.tolist()], of_image.matched
     found_at = np.where(objects.ignored[true_rows], np.inf, -1.0)
-    has = np.isin(of_image.kind, ("right", "misplaced", "confused"))
+    has = np.isin(of_image.kind, HAVING)
     np.maximum.at(found_at, of_image.matched[has], score[has])
     return Errors(kind=kind, matched=matched, found_at=found_at)
 
@@ -208,10 +208,6 @@ def _class_matched(objects: Objects, found: Found, errors: Errors | None) -> NDA
 def _rows(image: NDArray[np.int64], position: int) -> slice:
     start, stop = np.searchsorted(image, [position, position + 1])
     return slice(int(start), int(stop))
-
-
-def _xyxy(xywh: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
 
 def as_rows(box: NDArray[np.floating], *columns: Sequence[object]) -> list[list[object]]:

@@ -56,7 +56,7 @@ _STATIC = {
 }
 
 
-class _Refusal(Exception):  # noqa: N818 - an answer, no fault
+class _Refusal(Exception):
     """Answer to a request that is not served."""
 
     def __init__(self, status: HTTPStatus, text: str) -> None:
@@ -172,11 +172,11 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = 60
 
-    def do_GET(self) -> None:  # noqa: N802 - as in the library
+    def do_GET(self) -> None:
         """Answer a request for a page, an image or data."""
         self._answer(self._get)
 
-    def do_POST(self) -> None:  # noqa: N802 - as in the library
+    def do_POST(self) -> None:
         """Answer a request that gives an image or asks for detections."""
         self._answer(self._post)
 
