@@ -16,7 +16,6 @@ from ezsd.data.stream import is_finite
 from ezsd.errors import ResultsError
 from ezsd.metrics.named import DocumentError, Named, renumbered
 
-
 _CURE = "A results file is a list of objects with image_id, category_id, bbox and score."
 
 
