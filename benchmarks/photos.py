@@ -79,7 +79,14 @@ def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
     if arguments.run:
         run = Run.open(arguments.run)
         evaluated = headline(json.loads((run.folder / "eval.json").read_text()))
-        result["trained"] = {"AP50": evaluated, "steps": run.read_metrics()[-1]["step"]}
+        config = run.config
+        result["trained"] = {
+            "AP50": evaluated,
+            "steps": run.read_metrics()[-1]["step"],
+            "seed": config.train.seed,
+            "backbone": config.model.backbone,
+            "distillation": config.loss.distillation,
+        }
     teacher = dict(model_inputs(store.manifest))
     yield {**result, "teacher": teacher, "proposal_settings": proposal_settings(store.manifest)}
     if arguments.draw:
