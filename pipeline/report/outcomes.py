@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from ezsd.cache import file_digest
 from ezsd.metrics import Results, Truth, limits_of, read_results, read_truth
-from ezsd.metrics.error_kinds import HAVING, KINDS, TrueBoxes, error_kinds
-from ezsd.metrics.evaluation import is_verified
-from ezsd.metrics.matching import is_not_exhaustive
-from ezsd.metrics.results import corners
+from ezsd.metrics.error_kinds import KINDS
+from ezsd.metrics.judging import found_of_results, judge, objects_of_truth, rows_matched
 from ezsd.metrics.score_curves import ScoreCurve, score_curves
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.errors import RunError
@@ -61,12 +59,13 @@ class Outcomes:
 
 
 class _EveryKind(NamedTuple):
-    """Kinds of all detections that are looked at, see `Outcomes`, and the objects that can be missed."""
+    """Kinds of all detections that are looked at, see `Outcomes`, and the scores at which objects are found."""
 
     row: NDArray[np.int64]
     kind: NDArray[np.str_]
     matched: NDArray[np.int64]
-    counted: NDArray[np.bool_]
+    found_at: NDArray[np.float64]
+    """(M,), in the order of the truth, see `ezsd.metrics.judging.Errors`."""
 
 
 class Confusion(NamedTuple):
@@ -108,36 +107,21 @@ class Judged:
         """Kinds of all detections with at least this score, one of `SHOWN_SCORE` and `OTHER_SCORES`."""
         every = self._judged
         kept = self.results.score[every.row] >= threshold
-        kind, matched = every.kind[kept], every.matched[kept]
-        missed = every.counted.copy()
-        missed[matched[np.isin(kind, HAVING)]] = False
-        return Outcomes(threshold, every.row[kept], kind, matched, missed)
+        return Outcomes(
+            threshold, every.row[kept], every.kind[kept], every.matched[kept], missed=every.found_at < threshold
+        )
 
     @cached_property
     def _judged(self) -> _EveryKind:
         """Kinds of the detections at the lowest of the scores: that of a detection depends on surer ones alone."""
-        truth, results = self.truth, self.results
-        rows = np.flatnonzero((results.score >= min(SHOWN_SCORE, *OTHER_SCORES)) & (results.class_index >= 0))
-        rows = rows[is_verified(truth, results, rows)]
-        rows = rows[np.lexsort((-results.score[rows], results.image_id[rows]))]
-        true_rows = np.argsort(truth.image_id, kind="stable")
-        image_id, true_image_id = results.image_id[rows], truth.image_id[true_rows]
-        kind, matched = np.full(len(rows), "", dtype="<U22"), np.full(len(rows), -1)
-        not_exhaustive = is_not_exhaustive(truth, results, rows)
-        for image in np.unique(image_id).tolist():
-            found = slice(*np.searchsorted(image_id, [image, image + 1]))
-            there = true_rows[slice(*np.searchsorted(true_image_id, [image, image + 1]))]
-            one = error_kinds(
-                (corners(results.xywh[rows[found]]), results.class_index[rows[found]], results.score[rows[found]]),
-                TrueBoxes(
-                    corners(truth.xywh[there]), truth.class_index[there], truth.crowd[there], truth.ignore[there]
-                ),
-                not_exhaustive=not_exhaustive[found],
-            )
-            kind[found] = one.kind
-            if len(there):
-                matched[found] = np.where(one.matched >= 0, there[one.matched], -1)
-        return _EveryKind(rows, kind, matched, counted=~(truth.crowd | truth.ignore))
+        objects = objects_of_truth(self.truth)
+        found = found_of_results(self.results, self.truth, least=min(SHOWN_SCORE, *OTHER_SCORES))
+        errors, found_at = judge(objects, found), np.empty(len(objects.row))
+        found_at[objects.row] = errors.found_at
+        matched = rows_matched(objects, found, errors)
+        # Its last entry is what the position -1, no object, finds.
+        true_row, kept = np.append(objects.row, -1), found.judged
+        return _EveryKind(found.row[kept], np.array(KINDS)[errors.kind[kept]], true_row[matched[kept]], found_at)
 
     def worst_images(self) -> list[tuple[int, int, int]]:
         """Images with a wrong detection or a missed object: id, wrong detections, missed objects; most errors first."""

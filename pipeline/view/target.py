@@ -17,6 +17,7 @@ from ezsd.data.annotations import Annotations, ImageTable
 from ezsd.errors import AnnotationError
 from ezsd.metrics import Truth, read_results, read_truth
 from ezsd.metrics.error_kinds import KINDS
+from ezsd.metrics.judging import Errors, Found, Objects, found_of_results, judge, judge_image, objects_of_truth
 from ezsd.pipeline.console.options import as_options
 from ezsd.pipeline.data.annotation_cache import training_annotations
 from ezsd.pipeline.data.datasets import Dataset
@@ -27,20 +28,7 @@ from ezsd.pipeline.inference.evaluate import run_dataset
 from ezsd.pipeline.report.run_data import RunData, collect, run_store
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.train import store_dataset
-from ezsd.pipeline.view.boxes import (
-    ALL_KINDS,
-    Errors,
-    Found,
-    Kind,
-    Objects,
-    as_rows,
-    found_of_results,
-    images_with,
-    judge,
-    judge_image,
-    objects_of_annotations,
-    objects_of_truth,
-)
+from ezsd.pipeline.view.boxes import ALL_KINDS, Kind, as_rows, images_with, objects_of_annotations, xywh_as_rows
 from ezsd.vocabulary import Split
 
 log = logging.getLogger("ezsd")
@@ -117,8 +105,8 @@ class Part:
         """
         with self._lock:
             rows = self.objects.rows(position)
-            objects = as_rows(
-                self.objects.box[rows], self.objects.class_index[rows].tolist(), self.objects.ignored[rows].tolist()
+            objects = xywh_as_rows(
+                self.objects.xywh[rows], self.objects.class_index[rows].tolist(), self.objects.ignored[rows].tolist()
             )
             runs = [
                 None if one is None else self._detections(number, position) for number, one in enumerate(self.found)
@@ -140,7 +128,7 @@ class Part:
             ]
             # JSON has no infinity: None for what is never missed.
             found_at = [one if np.isfinite(one) else None for one in errors.found_at.round(4).tolist()]
-        return {"boxes": as_rows(found.box[rows], *columns), "found_at": found_at}
+        return {"boxes": xywh_as_rows(found.xywh[rows], *columns), "found_at": found_at}
 
     def _judged(self, run: int) -> Errors:
         found = self.found[run]

@@ -23,11 +23,12 @@ import ezsd as product
 from ezsd.data.annotations import load_evaluation, load_training
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.metrics.error_kinds import KINDS
+from ezsd.metrics.judging import Found, Objects, judge
 from ezsd.pipeline.data.images import read_image, read_pixels
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.view import Viewer, ViewRequest
-from ezsd.pipeline.view.boxes import Found, Objects, images_with, judge
+from ezsd.pipeline.view.boxes import images_with
 from ezsd.pipeline.view.server import MAX_UPLOAD
 from ezsd.pipeline.view.trial import parse_names
 from tests.commandkit import ezsd
@@ -84,14 +85,16 @@ def small_part():
     """Two images: a cup and a cat in the first, a cup in the second; a cup found twice, a cat taken for a cup."""
     objects = Objects(
         image=np.array([0, 0, 1]),
-        box=np.array([[0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 10]], float),
+        row=np.arange(3),
+        xywh=np.array([[0, 0, 10, 10], [50, 50, 10, 10], [0, 0, 10, 10]], float),
         class_index=np.array([0, 1, 0]),
         crowd=np.array([False, False, False]),
         ignored=np.array([False, False, False]),
     )
     found = Found(
         image=np.array([0, 0, 0]),
-        box=np.array([[0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 9]], float),
+        row=np.arange(3),
+        xywh=np.array([[0, 0, 10, 10], [50, 50, 10, 10], [0, 0, 10, 9]], float),
         class_index=np.array([0, 0, 0]),
         score=np.array([0.9, 0.6, 0.3]),
         judged=np.array([True, True, True]),
