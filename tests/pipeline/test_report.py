@@ -2,6 +2,8 @@
 
 import base64
 import copy
+import csv
+import hashlib
 import io
 import json
 import os
@@ -35,7 +37,7 @@ from ezsd.pipeline.report.galleries import PICTURE_BYTES, picture_address
 from ezsd.pipeline.report.outcomes import Judged
 from ezsd.pipeline.report.readable import readable
 from ezsd.pipeline.report.run_data import dataset_label
-from ezsd.pipeline.report.tables import _drawn_options
+from ezsd.pipeline.report.tables import Table, _drawn_options, csv_address
 from ezsd.pipeline.runs.run import Run
 from ezsd.vocabulary import Split
 
@@ -52,12 +54,12 @@ CATEGORY = {name: number for number, name in enumerate(SHAPES_SPLIT.names, start
 class Page(HTMLParser):
     """Tags, texts and attributes of a page; fails where tags do not match."""
 
-    VOID = frozenset({"meta"})
+    VOID = frozenset({"meta", "input"})
 
     def __init__(self, text):
         super().__init__()
         self.open, self.tags, self.attributes, self.images = [], set(), [], []
-        self.panels, self.headings = [], []
+        self.panels, self.headings, self.links, self.script = [], [], [], ""
         self.text, self.commands, self.cells, self.titles, self.said = "", "", [], [], []
         self.feed(text)
         self.close()
@@ -72,6 +74,8 @@ class Page(HTMLParser):
             self.panels.append(dict(attrs)["aria-label"])
         if tag == "th":
             self.headings.append(dict(attrs))
+        if tag == "a":
+            self.links.append(attrs)
         if tag not in self.VOID:
             self.open.append(tag)
             self.cells += [[]] if tag == "tr" else []
@@ -86,6 +90,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes another element"
 
     def handle_data(self, data):
+        if self.open[-1:] == ["script"]:
+            self.script += data
+            return
         self.text += data
         if self.open[-1:] in (["td"], ["th"]):
             self.cells[-1].append(data)
@@ -299,8 +306,27 @@ def test_novel_names_alone_have_a_column_of_their_own_from_any_version(home):
 
 def test_every_class_and_group_has_its_figures(page):
     assert page.row("novel", "10.0") == ["36.1", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "33"]
-    assert page.row(NASTY) == ["10.0", "36.1", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "7"]
-    assert page.row("circle", "10.0") == ["57.7", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "7"]
+    assert page.row(NASTY) == ["novel", "10.0", "36.1", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "7"]
+    assert page.row("circle", "base") == ["10.0", "57.7", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "7"]
+
+
+def test_tables_of_classes_can_be_had_as_csv_with_the_numbers_shown(failing):
+    page = Page(report(failing.home))
+    files = {
+        dict(attributes)["download"]: base64.b64decode(dict(attributes)["href"].partition("base64,")[2]).decode()
+        for attributes in page.links
+        if "download" in dict(attributes)
+    }
+    assert files.keys() == {"classes.csv", "thresholds.csv"}
+    for name, first in (("classes.csv", "group"), ("thresholds.csv", "threshold")):
+        head, *rows = csv.reader(io.StringIO(files[name]))
+        assert head == ["class", first, *page.row("class", first)]
+        for title, *values in rows:
+            assert page.row(title, values[0] or "\u2013") == [value or "\u2013" for value in values[1:]]
+    assert [row[0] for row in csv.reader(io.StringIO(files["classes.csv"]))][1:] == list(NAMES)
+    address = csv_address(Table(["class", "objects, all"], [["cup, red", "1,234"], ["mug", "\u2013"]]))
+    text = base64.b64decode(address.partition("base64,")[2]).decode()
+    assert text.splitlines() == ['class,"objects, all"', '"cup, red",1234', "mug,"]
 
 
 def test_stage_times_and_accuracies_are_told(home):
@@ -409,12 +435,17 @@ def test_compared_runs_are_read_at_the_limit_of_the_main_one(home):
 
 
 def test_the_page_needs_nothing_from_outside(text, page):
-    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "img"}
+    assert not page.tags & {"link", "iframe", "object", "embed", "base", "img"}
     for name, value in page.attributes:
         assert not name.startswith("on")
         if name in ("src", "href"):
-            assert value.startswith(("data:image/jpeg;base64,", "#"))
-    assert any("default-src 'none'" in value for name, value in page.attributes if name == "content")
+            assert value.startswith(("data:image/jpeg;base64,", "data:text/csv;charset=utf-8;base64,", "#"))
+    (policy,) = [value for name, value in page.attributes if name == "content" and "src" in value]
+    # The one script that may run is the page's own, by its bytes.
+    digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
+    assert policy.split(";")[0] == "default-src 'none'"
+    assert policy.split(";")[-1].split() == ["script-src", f"'sha256-{digest}'"]
+    assert text.count("<script") == 1
     # The hostile class name is the only text with an address in it.
     assert "://" not in text.replace("http://evil.example/", "")
     assert text.isascii()
@@ -902,6 +933,67 @@ def test_a_picture_of_any_image_stays_below_its_bound():
     assert len(picture_address(noise)) <= PICTURE_BYTES
     # Four galleries of twelve, and more than a megabyte for all else.
     assert 48 * PICTURE_BYTES < 3.9e6
+
+
+# The page in a browser
+
+
+@pytest.fixture
+def uneven(home):
+    """A run whose classes have AP50 of 1, 2, ... percent in the order of their names, but for the first without one."""
+    file = home.run.folder / "eval.json"
+    table = json.loads(file.read_text())
+    for place, name in enumerate(sorted(NAMES)):
+        table["generalised"]["at"]["100"]["per_class"][name]["AP50"] = place / 100 if place else None
+    write_json(file, table)
+    return home
+
+
+def shown_classes(page):
+    return page.eval_on_selector_all(
+        "#classes .searchable tbody tr", "all => all.filter(one => !one.hidden).map(one => one.cells[0].textContent)"
+    )
+
+
+def test_classes_are_searched_sorted_and_downloaded(uneven, opened):
+    report(uneven)
+    page = opened((uneven.run.folder / "report.html").as_uri())
+    page.click("#classes summary")
+    assert shown_classes(page) == list(NAMES)
+    # Numbers: the highest first, by a click; the lowest by a key. Without a number is last.
+    by_number = sorted(NAMES)[1:]
+    head = page.locator("#classes th", has_text="AP50, %")
+    head.locator("button").click()
+    assert shown_classes(page) == [*by_number[::-1], sorted(NAMES)[0]]
+    assert head.get_attribute("aria-sort") == "descending"
+    page.keyboard.press("Enter")
+    assert shown_classes(page) == [*by_number, sorted(NAMES)[0]]
+    assert head.get_attribute("aria-sort") == "ascending"
+    # Texts: of equal ones the order stays.
+    page.get_by_role("button", name="group").click()
+    assert shown_classes(page)[:BASE] == [name for name in shown_classes(page) if name in NAMES[:BASE]]
+    assert page.eval_on_selector_all("#classes th[aria-sort]", "all => all.map(one => one.textContent)") == ["group"]
+    # Part of a name, in any case.
+    field = page.get_by_role("searchbox", name="Class", exact=True).first
+    field.fill("AR")
+    assert sorted(shown_classes(page)) == sorted(name for name in NAMES if "ar" in name.lower())
+    assert page.locator("#classes output").text_content() == f"{len(shown_classes(page))} of {len(NAMES)} classes"
+    field.fill("")
+    assert len(shown_classes(page)) == len(NAMES)
+    with page.expect_download() as downloaded:
+        page.click("#classes [download]")
+    assert downloaded.value.suggested_filename == "classes.csv"
+    rows = list(csv.reader(downloaded.value.path().read_text().splitlines()))
+    assert len(rows) == 1 + len(NAMES)
+
+
+def test_without_script_the_page_has_all_classes_and_no_field(uneven, opened):
+    report(uneven)
+    page = opened((uneven.run.folder / "report.html").as_uri(), java_script_enabled=False)
+    page.click("#classes summary")
+    assert page.locator("#classes .searchable tbody tr:visible").count() == len(NAMES)
+    assert page.locator("input:visible").count() == page.locator("button").count() == 0
+    assert page.locator("#classes [download]:visible").count() == 1
 
 
 # Drawing

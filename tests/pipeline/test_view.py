@@ -430,49 +430,17 @@ def test_the_command_opens_a_browser_prints_the_address_and_ends_with_the_first_
 
 # The page in a browser
 
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
-LONG = 60_000
-"""Milliseconds that a busy machine may take for a step; nothing waits that long where all is well."""
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """Chromium of this machine, as Debian's package and others install it."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
-        yield browser
-        browser.close()
-
 
 @pytest.fixture
-def opened(chromium):
-    """Open a page; every error that it meets fails the test."""
-    wrong = []
-    context = chromium.new_context(viewport={"width": 1200, "height": 800})
+def opened_view(opened):
+    """Open the page of a viewer."""
 
     def open_page(address):
-        page = context.new_page()
-        page.set_default_timeout(LONG)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        # A refusal is an error on the console by itself.
-        page.on(
-            "console", lambda one: one.type == "error" and "status of 422" not in one.text and wrong.append(one.text)
-        )
-        page.on("request", lambda request: request.url.startswith(address) or wrong.append(request.url))
-        page.goto(address)
+        page = opened(address)
         page.wait_for_selector(".row")
         return page
 
-    yield open_page
-    context.close()
-    assert wrong == []
+    return open_page
 
 
 def shown_boxes(page, layer):
@@ -520,12 +488,12 @@ def known_run(shapes_run, shapes_root, tmp_path_factory):
     return folder, several
 
 
-def test_the_page_shows_filters_and_turns_over_images(opened, known_run, shapes_run):
+def test_the_page_shows_filters_and_turns_over_images(opened_view, known_run, shapes_run):
     """One test, for starting a page costs most."""
     folder, several = known_run
     odd = [image for image in several if image % 2]
     with served(folder, compare=shapes_run.folder) as viewer:
-        page = opened(viewer.address)
+        page = opened_view(viewer.address)
         wait_for_image(page, "000001.png")
         # Arrow keys, and a click on the list.
         page.keyboard.press("ArrowRight")
@@ -581,10 +549,10 @@ def test_the_page_shows_filters_and_turns_over_images(opened, known_run, shapes_
         assert widths(page) == pytest.approx([1.4 * one for one in wide], rel=0.01)
 
 
-def test_a_filter_that_fails_and_one_that_is_judged_say_so(opened, known_run):
+def test_a_filter_that_fails_and_one_that_is_judged_say_so(opened_view, known_run):
     folder, _ = known_run
     with served(folder) as viewer:
-        page = opened(viewer.address)
+        page = opened_view(viewer.address)
         wait_for_image(page, "000001.png")
         held = []
         page.route("**/api/find*", lambda route: held.append(route))
@@ -612,8 +580,8 @@ def test_a_filter_that_fails_and_one_that_is_judged_say_so(opened, known_run):
         assert page.locator("#boxes button").count() == 0
 
 
-def test_each_image_that_is_browsed_can_be_tried(opened, run_page):
-    page = opened(run_page.address)
+def test_each_image_that_is_browsed_can_be_tried(opened_view, run_page):
+    page = opened_view(run_page.address)
     for name in ("000001.png", "000002.png"):
         page.wait_for_selector(f"#place:has-text('{name}')")
         page.click("#tab-try")
@@ -627,8 +595,8 @@ def widths(page):
     return page.eval_on_selector_all(".canvas", "all => all.map(one => one.getBoundingClientRect().width)")
 
 
-def test_an_image_that_is_dropped_is_detected_in_with_its_competitors(opened, run_page, shapes_root):
-    page = opened(run_page.address)
+def test_an_image_that_is_dropped_is_detected_in_with_its_competitors(opened_view, run_page, shapes_root):
+    page = opened_view(run_page.address)
     page.click("#tab-try")
     page.fill("#names", "ring, star\ncross")
     data = list((shapes_root / "val/000004.png").read_bytes())
@@ -657,7 +625,7 @@ def test_an_image_that_is_dropped_is_detected_in_with_its_competitors(opened, ru
     assert shown_boxes(page, "detection") == captions
 
 
-def test_a_list_of_2000_images_has_rows_for_those_in_sight_alone(opened, shapes_run, shapes_root, tmp_path):
+def test_a_list_of_2000_images_has_rows_for_those_in_sight_alone(opened_view, shapes_run, shapes_root, tmp_path):
     root = tmp_path / "many"
     shutil.copytree(shapes_root, root)
     path = root / "annotations/instances_val.json"
@@ -670,7 +638,7 @@ def test_a_list_of_2000_images_has_rows_for_those_in_sight_alone(opened, shapes_
         document["images"].append({**first, "id": 10**6 + number, "file_name": name})
     path.write_text(json.dumps(document))
     with served(copy_with_detections(shapes_run, tmp_path / "run", []), data_root=root) as viewer:
-        page = opened(viewer.address)
+        page = opened_view(viewer.address)
         page.wait_for_selector("#count:has-text('2,000 images')")
         assert 5 < page.locator(".row").count() < 40
         page.eval_on_selector("#list", "one => { one.scrollTop = 1000 * 64; }")
