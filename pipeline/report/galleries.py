@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
-from contourpy import contour_generator
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from ezsd.cache import RegionRows, Store
 from ezsd.data.annotations import Annotations
-from ezsd.data.masks import decode
 from ezsd.data.records import ImageRecord
 from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.inference.outlines import outlines
 from ezsd.pipeline.inference.visualize import jpeg_url
 from ezsd.pipeline.report.outcomes import Judged
 
@@ -33,10 +32,6 @@ PICTURE_BYTES = 80_000
 """Most characters of a picture on the page: a page with all its pictures stays below 5 MB."""
 
 _QUALITIES = (82, 74, 66, 58, 50)
-_OUTLINE_POINTS = 120
-"""Most points of the outlines of a mask, about."""
-_OUTLINES = 8
-"""Most outlines of a mask, the longest: one of scattered pixels has hundreds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +154,7 @@ def detection_marks(found: Judged, record: ImageRecord, more: Mapping[int, str] 
                 novel=bool(results.class_index[row] >= found.base_count),
                 note=", ".join(words),
                 alarm=kind not in ("right", "ignored"),
-                mask=None if results.masks is None else decode(results.masks[row], record.height, record.width),
+                mask=None if results.masks is None else results.masks[row],
             )
         )
     return marks
@@ -261,7 +256,7 @@ def _mark(
     novel: bool,
     note: str,
     alarm: bool,
-    mask: NDArray[np.bool_] | None = None,
+    mask: bytes | None = None,
 ) -> Mark:
     """A box, given as xyxy and cut to the image."""
     x1, y1, x2, y2 = corners
@@ -276,23 +271,8 @@ def _mark(
         y=round(y1, 1),
         width=round(x2 - x1, 1),
         height=round(y2 - y1, 1),
-        outlines=() if mask is None else outlines(mask),
+        outlines=() if mask is None else outlines(mask, record.height, record.width),
     )
-
-
-def outlines(mask: NDArray[np.bool_]) -> list[str]:
-    """Outlines of a mask (H, W), each as points of SVG's polygon in pixels of the image."""
-    # A rim of nothing closes outlines at the image's border.
-    lines = contour_generator(z=np.pad(mask, 1).astype(np.float64)).lines(0.5)
-    # Centres of pixels, shifted by the rim; the last point is the first.
-    rings = sorted((np.asarray(line)[:-1] - 0.5 for line in lines), key=lambda points: -len(points))[:_OUTLINES]
-    whole = sum(map(len, rings))
-    found = []
-    for points in rings:
-        most = max(4, _OUTLINE_POINTS * len(points) // whole)
-        kept = points[np.unique(np.linspace(0, len(points) - 1, most).round().astype(int))]
-        found.append(" ".join(f"{x:g},{y:g}" for x, y in kept.round(1).tolist()))
-    return found
 
 
 def _corners(xywh: NDArray[np.float64]) -> list[float]:
