@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 from ezsd.data.masks import Outline, decode, to_box
 
-_POINTS = 120
+OUTLINE_POINTS = 120
 """Most points of the outlines of a mask, about, unless another number is asked for."""
 _RINGS = 8
 """Most outlines of a mask, the longest: one of scattered pixels has hundreds."""
 
 
-def outlines(outline: Outline, height: int, width: int, *, points: int = _POINTS) -> list[str]:
+def outlines(outline: Outline, height: int, width: int, *, points: int = OUTLINE_POINTS) -> list[str]:
     """Rings of an object, each as points of SVG's polygon in pixels of the image.
 
     A polygon has its own points. A mask's outlines follow its pixels; holes run the other way round, so that the rule

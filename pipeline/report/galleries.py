@@ -18,7 +18,7 @@ from ezsd.cache import RegionRows, Store
 from ezsd.data.annotations import Annotations
 from ezsd.data.records import ImageRecord
 from ezsd.pipeline.data.datasets import Dataset
-from ezsd.pipeline.inference.outlines import outlines
+from ezsd.pipeline.inference.outlines import OUTLINE_POINTS, outlines
 from ezsd.pipeline.inference.visualize import jpeg_url
 from ezsd.pipeline.report.outcomes import Judged
 
@@ -28,7 +28,7 @@ SHOWN_REGIONS = 10
 """Regions of the store drawn per image, best first."""
 PICTURE_SIDE = 640
 """Long side of a picture, pixels; larger images are reduced to it."""
-PICTURE_BYTES = 80_000
+PICTURE_BYTES = 70_000
 """Most characters of a picture on the page: a page with all its pictures stays below 5 MB."""
 
 _QUALITIES = (82, 74, 66, 58, 50)
@@ -129,16 +129,19 @@ def object_mark(found: Judged, record: ImageRecord, row: int, *, note: str, alar
     )
 
 
-def detection_marks(found: Judged, record: ImageRecord, more: Mapping[int, str] = MappingProxyType({})) -> list[Mark]:
+def detection_marks(
+    found: Judged, record: ImageRecord, more: Mapping[int, str] = MappingProxyType({}), *, points: int = OUTLINE_POINTS
+) -> list[Mark]:
     """The detections of an image that are drawn, the surest first, with score and kind.
 
     Args:
         found: the detections of a run.
         record: the image.
         more: further words after the kind of right detections, by the row of their object in the truth.
+        points: most points of the outlines of a mask, about.
     """
     truth, results, outcomes = found.truth, found.results, found.shown
-    marks = []
+    marks, size = [], (record.height, record.width)
     # The surest first, as they are sorted.
     for place in np.flatnonzero(results.image_id[outcomes.row] == record.id)[:SHOWN_DETECTIONS].tolist():
         row, kind, matched = int(outcomes.row[place]), str(outcomes.kind[place]), int(outcomes.matched[place])
@@ -154,7 +157,7 @@ def detection_marks(found: Judged, record: ImageRecord, more: Mapping[int, str] 
                 novel=bool(results.class_index[row] >= found.base_count),
                 note=", ".join(words),
                 alarm=kind not in ("right", "ignored"),
-                mask=None if results.masks is None else results.masks[row],
+                rings=() if results.masks is None else outlines(results.masks[row], *size, points=points),
             )
         )
     return marks
@@ -256,7 +259,7 @@ def _mark(
     novel: bool,
     note: str,
     alarm: bool,
-    mask: bytes | None = None,
+    rings: Sequence[str] = (),
 ) -> Mark:
     """A box, given as xyxy and cut to the image."""
     x1, y1, x2, y2 = corners
@@ -271,7 +274,7 @@ def _mark(
         y=round(y1, 1),
         width=round(x2 - x1, 1),
         height=round(y2 - y1, 1),
-        outlines=() if mask is None else outlines(mask, record.height, record.width),
+        outlines=rings,
     )
 
 

@@ -158,7 +158,7 @@ def judged(main: RunData, dataset: Dataset) -> Judged:
     assert main.evaluation is not None
     _require_detections(main)
     if file_digest(annotations).sha256 != main.evaluation["annotations"]["sha256"]:
-        raise RunError(f"{annotations}: has changed since the evaluation; run `{main.command('eval')}` again")
+        raise RunError(f"{annotations}: has changed since the evaluation; {_again(main)}")
     names, count = main.spec["names"], main.spec["base_count"]
     truth = read_truth(annotations, Split(base=tuple(names[:count]), novel=tuple(names[count:])))
     return _judged_by(main, truth)
@@ -186,16 +186,17 @@ def _require_detections(run: RunData) -> None:
         raise RunError(f"{path}: missing; `{run.command('eval')}` makes it")
 
 
+def _again(run: RunData) -> str:
+    return f"run `{run.command('eval')}` again"
+
+
 def _judged_by(run: RunData, truth: Truth) -> Judged:
     path = run.run.folder / "detections.json"
     assert run.evaluation is not None
     results = read_results(path, images=truth.sizes(), categories=truth.category_positions())
     counted = evaluated(run.evaluation)["generalised"]["detections"]
     if len(results.score) != counted:
-        raise RunError(
-            f"{path}: has {len(results.score)} detections, and {counted} were evaluated; run `{run.command('eval')}` "
-            "again"
-        )
+        raise RunError(f"{path}: has {len(results.score)} detections, and {counted} were evaluated; {_again(run)}")
     return Judged(truth, results, str(run.evaluation["limit"]), run.spec["base_count"])
 
 

@@ -14,6 +14,8 @@ from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.report.galleries import Figure, Panel, detection_marks, make_figure, object_mark
 from ezsd.pipeline.report.outcomes import Judged
 
+_POINTS = 40
+"""Most points of the outlines of a mask, about: there are two panels of them, on a page of limited size."""
 _NAMED = 4
 """Most classes that are named one after the other in a line."""
 
@@ -23,7 +25,7 @@ class Difference:
     """An image in which the detections of two runs differ."""
 
     position: int
-    """Of the image, among those of the truth."""
+    """Position of the image among those of the truth."""
     right_alone: tuple[NDArray[np.int64], NDArray[np.int64]]
     """Objects that one run is right on and the other is not, of each run; rows of the truth."""
     wrong: tuple[int, int]
@@ -84,7 +86,7 @@ def _figure(both: tuple[Judged, Judged], labels: tuple[str, str], one: Differenc
     panels = []
     for run in (0, 1):
         found, mine, theirs = both[run], one.right_alone[run].tolist(), one.right_alone[1 - run].tolist()
-        marks = detection_marks(found, record, dict.fromkeys(mine, "here alone"))
+        marks = detection_marks(found, record, dict.fromkeys(mine, "here alone"), points=_POINTS)
         marks += [
             object_mark(found, record, row, note="missed", alarm=True) for row in theirs if found.shown.missed[row]
         ]

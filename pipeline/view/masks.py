@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ezsd.data.masks import pack, read_outlines, unpack
 from ezsd.data.records import ImageTable
+from ezsd.errors import AnnotationError
 from ezsd.metrics.judging import Objects
 from ezsd.pipeline.data.annotation_cache import category_ids
 from ezsd.pipeline.inference.outlines import outlines
@@ -40,7 +41,7 @@ class ObjectOutlines:
     ) -> None:
         self._path, self._names, self._objects, self._images = path, names, objects, images
         self._id = annotation_id[objects.row]
-        self._packed: dict[int, bytes] | None = None
+        self._packed: dict[int, bytes] | AnnotationError | None = None
         self._lock = threading.Lock()
 
     def of_image(self, position: int) -> list[list[str]]:
@@ -51,16 +52,24 @@ class ObjectOutlines:
         """
         with self._lock:
             # Boxes are shown meanwhile: a large file takes a while.
-            self._packed = self._read() if self._packed is None else self._packed
+            if self._packed is None:
+                self._packed = self._read()
+        if isinstance(self._packed, AnnotationError):
+            raise self._packed
         height, width = int(self._images.height[position]), int(self._images.width[position])
         packed = [self._packed.get(number) for number in self._id[self._objects.rows(position)].tolist()]
         return [[] if one is None else outlines(unpack(one), height, width, points=POINTS) for one in packed]
 
-    def _read(self) -> dict[int, bytes]:
+    def _read(self) -> dict[int, bytes] | AnnotationError:
+        """Packed outlines by annotation id, or what is wrong with them, so that no image reads the file again."""
         size = np.stack([self._images.height, self._images.width], axis=1)[self._objects.image].tolist()
         wanted = {number: (height, width) for number, (height, width) in zip(self._id.tolist(), size, strict=True)}
-        found = read_outlines(self._path, wanted, category_ids(self._path, self._names), required=False)
-        return {number: pack(outline) for number, outline in found}
+        categories = category_ids(self._path, self._names)
+        found = read_outlines(self._path, wanted, categories, required=False)
+        try:
+            return {number: pack(outline) for number, outline in found}
+        except AnnotationError as error:
+            return error
 
 
 def mask_outlines(masks: Sequence[bytes], height: int, width: int) -> list[list[str]]:

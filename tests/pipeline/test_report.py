@@ -932,7 +932,7 @@ def test_a_picture_of_any_image_stays_below_its_bound():
     noise = torch.randint(0, 256, (3, 700, 900), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert len(picture_address(noise)) <= PICTURE_BYTES
     # Four galleries of twelve, and more than a megabyte for all else.
-    assert 48 * PICTURE_BYTES < 3.9e6
+    assert 48 * PICTURE_BYTES < 3.5e6
 
 
 # The page in a browser
