@@ -30,7 +30,7 @@ function make(tag, properties = {}, ...children) {
 }
 
 function drawn(tag, attributes) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  const made = document.createElementNS($("drawing").namespaceURI, tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   return made;
 }
@@ -518,17 +518,21 @@ async function go(number) {
 // Outlines are much more than boxes, and come after them.
 async function loadMasks() {
   const image = state.positions[state.at];
-  if (!state.part.masks || !LAYERS.mask.on || state.masks || !state.boxes || state.mode !== "browse") return;
+  if (!state.part?.masks || !LAYERS.mask.on || state.masks || !state.boxes || state.mode !== "browse") return;
   const masks = await latest("masks", ask(query("/api/masks", { part: state.partName, image })));
   if (!masks) return;
   state.masks = masks;
   draw();
 }
 
+function everyImage(part) {
+  return part.files.map((_, number) => number);
+}
+
 async function openPart(name, image = 0) {
   const part = await latest("part", ask(query("/api/part", { part: name })));
   if (!part) return;
-  Object.assign(state, { part, partName: name });
+  Object.assign(state, { part, partName: name, positions: everyImage(part), at: image });
   $("part").value = name;
   const kinds = part.kinds.map((kind) => make("option", { value: kind, textContent: kind }));
   $("kind").replaceChildren(make("option", { value: "", textContent: "any" }), ...kinds);
@@ -552,13 +556,13 @@ function judged({ judged: done, of }) {
   return of ? `Judging: ${whole(done)} of ${whole(of)} images …` : "Judging all images …";
 }
 
-async function filter(image = state.positions[state.at]) {
+async function filter(wanted) {
   let complaint = "";
+  let positions = everyImage(state.part);
   const values = { class: $("class").value, kind: $("kind").value };
   if (!values.class && !values.kind) {
     // No answer to a question of before may come later.
     asked.find = (asked.find ?? 0) + 1;
-    state.positions = state.part.files.map((_, number) => number);
   } else {
     const more = { part: state.partName, run: $("kind-run").value || 0, threshold: threshold() };
     let found = {};
@@ -570,13 +574,16 @@ async function filter(image = state.positions[state.at]) {
       // All images are judged once. Those of the filter before can be turned over meanwhile.
       if (!found.images) $("count").textContent = judged(found);
     }
-    state.positions = found.images;
+    positions = found.images;
     complaint = found.complaint;
   }
   $("list").scrollTop = 0;
-  const at = state.positions.indexOf(image);
-  state.at = Math.max(at, 0);
+  // The image that is looked at now, after a long judging, stays where it can.
+  const at = positions.indexOf(wanted ?? state.positions[state.at]);
+  Object.assign(state, { positions, at: Math.max(at, 0) });
   resetRows();
+  // Who has begun to try an image meanwhile finds the list later.
+  if (state.mode !== "browse") return;
   const shown = go(state.at);
   if (complaint) say(complaint, true);
   await shown;

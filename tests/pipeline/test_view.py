@@ -635,12 +635,24 @@ def test_a_filter_that_fails_and_one_that_is_judged_say_so(opened_view, known_ru
         page.wait_for_selector("#count:has-text('Judging all images')")
         answer |= {"json": {"judged": 3, "of": 8}}
         page.wait_for_selector("#count:has-text('Judging: 3 of 8 images')")
-        # The images of before can be turned over meanwhile.
+        # The images of before can be turned over meanwhile, and the one that is looked at stays.
         page.keyboard.press("ArrowRight")
         wait_for_image(page, "000002.png")
-        page.keyboard.press("ArrowLeft")
-        wait_for_image(page, "000001.png")
+        answer |= {"json": {"images": [0, 1]}}
+        page.wait_for_selector("#count:has-text('2 of 8 images')")
+        page.wait_for_selector("#place:has-text('2 / 2 000002.png')")
+        # So does an image that is tried.
+        answer |= {"json": {"judged": 3, "of": 8}}
+        page.select_option("#kind", "missed")
+        page.wait_for_selector("#count:has-text('Judging: 3 of 8 images')")
+        page.click("#tab-try")
+        answer |= {"json": {"images": [2]}}
+        page.wait_for_selector("#count:has-text('1 of 8 images')", state="attached")
+        assert page.text_content("#place") == "000002.png, 128 × 128"
+        page.click("#tab-browse")
+        page.wait_for_selector("#place:has-text('1 / 1 000003.png')")
         answer |= {"status": 422, "json": {"error": "cannot be judged"}}
+        page.select_option("#kind", "confused")
         page.wait_for_selector("#message.wrong:has-text('cannot be judged')")
         page.wait_for_selector("#count:has-text('0 of 8 images')")
         assert page.locator(".row").count() == 0
