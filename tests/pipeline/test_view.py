@@ -368,7 +368,8 @@ def test_objects_and_detections_have_their_outlines(masked_run, outlined_root, t
     plain = copy_with_detections(masked_run, tmp_path / "plain", [])
     with served(masked_run.folder, compare=plain) as viewer:
         assert data_of(viewer, "/api/part", part="val")["masks"] is True
-        for position, record in enumerate(truth.images[:4]):
+        for position in (1, 2):
+            record = truth.images[position]
             boxes = data_of(viewer, "/api/boxes", part="val", image=position)
             masks = data_of(viewer, "/api/masks", part="val", image=position)
             annotated = {tuple(one["bbox"]): one for one in document["annotations"] if one["image_id"] == record.id}
