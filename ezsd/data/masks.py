@@ -41,7 +41,7 @@ class MissingOutline(AnnotationError):
 
 
 def read_outlines(
-    path: Path, wanted: Mapping[int, tuple[int, int]], categories: Collection[int]
+    path: Path, wanted: Mapping[int, tuple[int, int]], categories: Collection[int], *, required: bool = True
 ) -> Iterator[tuple[int, Outline]]:
     """Read the outlines of some annotations, one by one; the file is never held as a whole.
 
@@ -51,12 +51,13 @@ def read_outlines(
         path: a COCO-format file that `read_raw` has found in order.
         wanted: height and width of its image for each annotation id asked for.
         categories: category ids asked for; another one's annotation may share an id with a wanted one.
+        required: False to leave out annotations without an outline.
 
     Yields:
         Annotation id and outline, in the file's order.
 
     Raises:
-        MissingOutline: an annotation asked for has none.
+        MissingOutline: an annotation asked for has none, and it is required.
         AnnotationError: it has one that is not in order.
     """
     for position, entry in _annotations(path):
@@ -64,6 +65,8 @@ def read_outlines(
         if type(number) is not int or number not in wanted or entry.get("category_id") not in categories:
             continue
         outline = entry.get("segmentation")
+        if not required and outline in (None, []):
+            continue
         try:
             yield number, parse_outline(outline, *wanted[number])
         except ValueError as error:

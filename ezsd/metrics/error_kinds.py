@@ -41,8 +41,8 @@ HAVING: tuple[ErrorKind, ...] = ("right", "misplaced", "confused")
 class FoundBoxes(NamedTuple):
     """Detections of one image, N in all; a plain tuple of the three arrays serves too."""
 
-    boxes: npt.NDArray[np.floating]
-    """xyxy in pixels, (N, 4)."""
+    xywh: npt.NDArray[np.floating]
+    """Left, top, width, height in pixels, (N, 4), as an evaluation has them."""
     class_index: npt.NDArray[np.integer]
     """Number of the class in any numbering that is also the objects', (N,)."""
     score: npt.NDArray[np.floating]
@@ -52,8 +52,8 @@ class FoundBoxes(NamedTuple):
 class TrueBoxes(NamedTuple):
     """Objects of one image, M in all; a plain tuple of the arrays serves too."""
 
-    boxes: npt.NDArray[np.floating]
-    """xyxy in pixels, (M, 4)."""
+    xywh: npt.NDArray[np.floating]
+    """Left, top, width, height in pixels, (M, 4), as an evaluation has them."""
     class_index: npt.NDArray[np.integer]
     """(M,)."""
     crowd: npt.NDArray[np.bool_]
@@ -85,6 +85,8 @@ def error_kinds(
 ) -> ErrorKinds:
     """Name the error of each detection of an image, and find the objects that it misses.
 
+    Overlaps are those of the evaluation to the last bit: a detection is right exactly where AP50 has a true positive.
+
     Leave out beforehand what is not judged: detections below a score, and of a federated file those of classes that
     nobody has looked for in the image.
 
@@ -104,12 +106,12 @@ def error_kinds(
     """
     if not 0 < background_iou <= iou <= 1:
         raise ValueError(f"expected 0 < background_iou <= iou <= 1, found {background_iou} and {iou}")
-    boxes, label, score = detections
-    true_boxes, true_label, crowd, ignore = TrueBoxes(*truth)
+    xywh, label, score = detections
+    true_xywh, true_label, crowd, ignore = TrueBoxes(*truth)
     crowd = np.asarray(crowd, np.bool_)
     ignorable = crowd if ignore is None else crowd | ignore
-    forgiven = np.zeros(len(boxes), np.bool_) if not_exhaustive is None else not_exhaustive
-    overlap = _overlap(boxes, true_boxes, crowd)  # (N, M)
+    forgiven = np.zeros(len(xywh), np.bool_) if not_exhaustive is None else not_exhaustive
+    overlap = _overlap(xywh, true_xywh, crowd)  # (N, M)
     own = np.asarray(label)[:, None] == np.asarray(true_label)[None]
     free, found = np.ones(len(crowd), np.bool_), np.zeros(len(crowd), np.bool_)
     kind, matched = np.full(len(overlap), "background", dtype="<U22"), np.full(len(overlap), -1)
@@ -171,12 +173,11 @@ def _best(overlap: npt.NDArray[np.float64], among: npt.NDArray[np.bool_]) -> int
 
 
 def _overlap(
-    boxes: npt.NDArray[np.floating], true_boxes: npt.NDArray[np.floating], crowd: npt.NDArray[np.bool_]
+    xywh: npt.NDArray[np.floating], true_xywh: npt.NDArray[np.floating], crowd: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float64]:
     """IoU of all pairs, (N, M); with a crowd region the part of the detection that is in it, as COCO has it."""
-    if not len(boxes) or not len(true_boxes):
-        return np.zeros((len(boxes), len(true_boxes)))
-    sides = [np.asarray(one, np.float64).reshape(-1, 4) for one in (boxes, true_boxes)]
-    xywh = [np.concatenate([one[:, :2], one[:, 2:] - one[:, :2]], axis=1) for one in sides]
-    pairs: npt.NDArray[np.float64] = mask.iou(*xywh, crowd.astype(np.uint8))
+    if not len(xywh) or not len(true_xywh):
+        return np.zeros((len(xywh), len(true_xywh)))
+    both = [np.asarray(one, np.float64).reshape(-1, 4) for one in (xywh, true_xywh)]
+    pairs: npt.NDArray[np.float64] = mask.iou(*both, crowd.astype(np.uint8))
     return pairs

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,7 +29,7 @@ from ezsd.data.coco_json import Table, category_faults, read_table, used_categor
 from ezsd.data.records import refine
 from ezsd.errors import AnnotationError
 from ezsd.metrics.ground_truth import truth_of
-from ezsd.vocabulary import Split
+from ezsd.vocabulary import Split, canonical
 
 log = logging.getLogger("ezsd")
 
@@ -94,6 +94,12 @@ def _categories(table: Table) -> list[Category]:
         Category(columns.id[at], columns.name[at], columns.frequency[at], columns.supercategory[at], at in used)
         for at in order
     ]
+
+
+def category_ids(path: Path, names: Iterable[str]) -> set[int]:
+    """Category ids of a file that have one of some names. AnnotationError, see `read_categories`."""
+    known = set(map(canonical, names))
+    return {category.id for category in read_categories(path) if canonical(category.name) in known}
 
 
 def read_categories(path: Path) -> list[Category]:

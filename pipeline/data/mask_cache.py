@@ -16,9 +16,8 @@ from ezsd.data.annotations import Annotations
 from ezsd.data.masks import draw_in_frame, pack, read_outlines, unpack
 from ezsd.detector.masks import GRID, ObjectMasks
 from ezsd.errors import AnnotationError
-from ezsd.pipeline.data.annotation_cache import kept_arrays, read_categories, training_annotations
+from ezsd.pipeline.data.annotation_cache import category_ids, kept_arrays, training_annotations
 from ezsd.pipeline.data.datasets import Dataset
-from ezsd.vocabulary import canonical
 
 
 class StoredMasks:
@@ -65,8 +64,7 @@ def training_masks(dataset: Dataset) -> StoredMasks:
 
 def _fill(path: Path, annotations: Annotations, draft: Path) -> Mapping[str, object]:
     """Write the outlines of a record as they are read, and the offset of each row's."""
-    known, images = set(map(canonical, annotations.names)), annotations.images
-    categories = {category.id for category in read_categories(path) if canonical(category.name) in known}
+    images, categories = annotations.images, category_ids(path, annotations.names)
     size = np.stack([images.height, images.width], axis=1)[annotations.image_index]
     # One pair for all images of a size: a large file has few sizes and very many objects.
     pairs = {(height, width): (height, width) for height, width in np.unique(size, axis=0).tolist()}

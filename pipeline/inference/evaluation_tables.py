@@ -95,7 +95,7 @@ def evaluate_results(
     for name, path in (("detections", detections), ("annotations", annotations)):
         if not path.is_file():
             raise ArgumentError(f"`{name}={path}`: no such file")
-    table = read_truth_table(annotations, masks=_names_masks(detections))
+    table = read_truth_table(annotations, masks=may_have_masks(detections))
     catalogue = table.catalogue()
     split = chosen_split(
         list(catalogue.ids),
@@ -126,11 +126,11 @@ def evaluate_results(
     return document(truth, {space_of(asked, alone=False): results}, max_detections)
 
 
-def _names_masks(detections: Path) -> bool:
-    """Test whether results may have masks: whether the key occurs anywhere in the file, before it is parsed."""
+def may_have_masks(path: Path) -> bool:
+    """Return whether the key of segmentations occurs in a file of results or annotations, before it is parsed."""
     before = b""
     # What is wrong with the file is told where it is read.
-    with contextlib.suppress(OSError), detections.open("rb") as file:
+    with contextlib.suppress(OSError), path.open("rb") as file:
         while piece := file.read(_PIECE):
             if _MASK_KEY in before + piece:
                 return True

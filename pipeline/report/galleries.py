@@ -5,20 +5,20 @@ A picture is the bare image, once; boxes are numbers that the page draws over it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
-from contourpy import contour_generator
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from ezsd.cache import RegionRows, Store
 from ezsd.data.annotations import Annotations
-from ezsd.data.masks import decode
 from ezsd.data.records import ImageRecord
 from ezsd.pipeline.data.datasets import Dataset
+from ezsd.pipeline.inference.outlines import OUTLINE_POINTS, outlines
 from ezsd.pipeline.inference.visualize import jpeg_url
 from ezsd.pipeline.report.outcomes import Judged
 
@@ -28,14 +28,10 @@ SHOWN_REGIONS = 10
 """Regions of the store drawn per image, best first."""
 PICTURE_SIDE = 640
 """Long side of a picture, pixels; larger images are reduced to it."""
-PICTURE_BYTES = 90_000
+PICTURE_BYTES = 70_000
 """Most characters of a picture on the page: a page with all its pictures stays below 5 MB."""
 
 _QUALITIES = (82, 74, 66, 58, 50)
-_OUTLINE_POINTS = 120
-"""Most points of the outlines of a mask, about."""
-_OUTLINES = 8
-"""Most outlines of a mask, the longest: one of scattered pixels has hundreds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,42 +97,70 @@ def detection_figures(found: Judged, dataset: Dataset, count: int) -> list[Figur
 
 
 def _judged_figure(found: Judged, dataset: Dataset, position: int, said: str) -> Figure:
-    truth, results, outcomes = found.truth, found.results, found.shown
+    truth, outcomes = found.truth, found.shown
     record = truth.images[position]
     rows = np.flatnonzero(truth.image_id == record.id)
     objects = [
-        _mark(
-            _corners(truth.xywh[row]),
+        object_mark(
+            found,
             record,
-            truth.split.names[truth.class_index[row]],
-            novel=bool(truth.class_index[row] >= found.base_count),
+            row,
             note="group" if truth.crowd[row] else "missed" if outcomes.missed[row] else "",
             alarm=bool(outcomes.missed[row]),
         )
         for row in rows.tolist()
     ]
-    detections = []
+    panels = (
+        Panel(title="ground truth", marks=objects, empty="no object of these classes"),
+        Panel(title="detections", marks=detection_marks(found, record), empty="no detection with that score"),
+    )
+    return make_figure(dataset.images("val").read(record), record, said, panels)
+
+
+def object_mark(found: Judged, record: ImageRecord, row: int, *, note: str, alarm: bool) -> Mark:
+    """An object of the truth, by its row there."""
+    return _mark(
+        _corners(found.truth.xywh[row]),
+        record,
+        found.truth.split.names[found.truth.class_index[row]],
+        novel=bool(found.truth.class_index[row] >= found.base_count),
+        note=note,
+        alarm=alarm,
+    )
+
+
+def detection_marks(
+    found: Judged, record: ImageRecord, more: Mapping[int, str] = MappingProxyType({}), *, points: int = OUTLINE_POINTS
+) -> list[Mark]:
+    """The detections of an image that are drawn, the surest first, with score and kind.
+
+    Args:
+        found: the detections of a run.
+        record: the image.
+        more: further words after the kind of right detections, by the row of their object in the truth.
+        points: most points of the outlines of a mask, about.
+    """
+    truth, results, outcomes = found.truth, found.results, found.shown
+    marks, size = [], (record.height, record.width)
     # The surest first, as they are sorted.
     for place in np.flatnonzero(results.image_id[outcomes.row] == record.id)[:SHOWN_DETECTIONS].tolist():
-        row, kind = int(outcomes.row[place]), str(outcomes.kind[place])
-        on = truth.split.names[truth.class_index[outcomes.matched[place]]] if outcomes.matched[place] >= 0 else ""
-        with_object = f"{kind}: {on}" if kind.startswith("confused") else kind
-        detections.append(
+        row, kind, matched = int(outcomes.row[place]), str(outcomes.kind[place]), int(outcomes.matched[place])
+        on = truth.split.names[truth.class_index[matched]] if matched >= 0 else ""
+        words = [f"{results.score[row]:.2f}", f"{kind}: {on}" if kind.startswith("confused") else kind]
+        if kind == "right" and matched in more:
+            words.append(more[matched])
+        marks.append(
             _mark(
                 _corners(results.xywh[row]),
                 record,
                 truth.split.names[results.class_index[row]],
                 novel=bool(results.class_index[row] >= found.base_count),
-                note=f"{results.score[row]:.2f}, {with_object}",
+                note=", ".join(words),
                 alarm=kind not in ("right", "ignored"),
-                mask=None if results.masks is None else decode(results.masks[row], record.height, record.width),
+                rings=() if results.masks is None else outlines(results.masks[row], *size, points=points),
             )
         )
-    panels = (
-        Panel(title="ground truth", marks=objects, empty="no object of these classes"),
-        Panel(title="detections", marks=detections, empty="no detection with that score"),
-    )
-    return _figure(dataset.images("val").read(record), record, said, panels)
+    return marks
 
 
 def region_figures(
@@ -162,7 +186,7 @@ def region_figures(
                 empty="no region of this image was kept by the filters",
             ),
         )
-        figures.append(_figure(dataset.images("train").read(record), record, "", panels))
+        figures.append(make_figure(dataset.images("train").read(record), record, "", panels))
     return figures
 
 
@@ -198,7 +222,8 @@ def _novel_first(ids: Iterable[int], shows_novel: set[int]) -> list[int]:
     return sorted(range(len(each)), key=lambda position: (each[position] not in shows_novel, position))
 
 
-def _figure(pixels: Tensor, record: ImageRecord, said: str, panels: Sequence[Panel]) -> Figure:
+def make_figure(pixels: Tensor, record: ImageRecord, said: str, panels: Sequence[Panel]) -> Figure:
+    """A picture of an image (3, H, W) uint8 with panels over it, and words after the file's name."""
     return Figure(
         file_name=record.file_name,
         said=said,
@@ -234,7 +259,7 @@ def _mark(
     novel: bool,
     note: str,
     alarm: bool,
-    mask: NDArray[np.bool_] | None = None,
+    rings: Sequence[str] = (),
 ) -> Mark:
     """A box, given as xyxy and cut to the image."""
     x1, y1, x2, y2 = corners
@@ -249,23 +274,8 @@ def _mark(
         y=round(y1, 1),
         width=round(x2 - x1, 1),
         height=round(y2 - y1, 1),
-        outlines=() if mask is None else outlines(mask),
+        outlines=rings,
     )
-
-
-def outlines(mask: NDArray[np.bool_]) -> list[str]:
-    """Outlines of a mask (H, W), each as points of SVG's polygon in pixels of the image."""
-    # A rim of nothing closes outlines at the image's border.
-    lines = contour_generator(z=np.pad(mask, 1).astype(np.float64)).lines(0.5)
-    # Centres of pixels, shifted by the rim; the last point is the first.
-    rings = sorted((np.asarray(line)[:-1] - 0.5 for line in lines), key=lambda points: -len(points))[:_OUTLINES]
-    whole = sum(map(len, rings))
-    found = []
-    for points in rings:
-        most = max(4, _OUTLINE_POINTS * len(points) // whole)
-        kept = points[np.unique(np.linspace(0, len(points) - 1, most).round().astype(int))]
-        found.append(" ".join(f"{x:g},{y:g}" for x, y in kept.round(1).tolist()))
-    return found
 
 
 def _corners(xywh: NDArray[np.float64]) -> list[float]:

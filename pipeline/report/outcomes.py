@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from ezsd.cache import file_digest
 from ezsd.metrics import Results, Truth, limits_of, read_results, read_truth
-from ezsd.metrics.error_kinds import HAVING, KINDS, TrueBoxes, error_kinds
-from ezsd.metrics.evaluation import is_verified
-from ezsd.metrics.matching import is_not_exhaustive
-from ezsd.metrics.results import corners
+from ezsd.metrics.error_kinds import KINDS
+from ezsd.metrics.judging import found_of_results, judge, objects_of_truth, rows_matched
 from ezsd.metrics.score_curves import ScoreCurve, score_curves
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.errors import RunError
@@ -61,12 +59,13 @@ class Outcomes:
 
 
 class _EveryKind(NamedTuple):
-    """Kinds of all detections that are looked at, see `Outcomes`, and the objects that can be missed."""
+    """Kinds of all detections that are looked at, see `Outcomes`, and the scores at which objects are found."""
 
     row: NDArray[np.int64]
     kind: NDArray[np.str_]
     matched: NDArray[np.int64]
-    counted: NDArray[np.bool_]
+    found_at: NDArray[np.float64]
+    """(M,), in the order of the truth, see `ezsd.metrics.judging.Errors`."""
 
 
 class Confusion(NamedTuple):
@@ -108,45 +107,43 @@ class Judged:
         """Kinds of all detections with at least this score, one of `SHOWN_SCORE` and `OTHER_SCORES`."""
         every = self._judged
         kept = self.results.score[every.row] >= threshold
-        kind, matched = every.kind[kept], every.matched[kept]
-        missed = every.counted.copy()
-        missed[matched[np.isin(kind, HAVING)]] = False
-        return Outcomes(threshold, every.row[kept], kind, matched, missed)
+        return Outcomes(
+            threshold, every.row[kept], every.kind[kept], every.matched[kept], missed=every.found_at < threshold
+        )
 
     @cached_property
     def _judged(self) -> _EveryKind:
         """Kinds of the detections at the lowest of the scores: that of a detection depends on surer ones alone."""
-        truth, results = self.truth, self.results
-        rows = np.flatnonzero((results.score >= min(SHOWN_SCORE, *OTHER_SCORES)) & (results.class_index >= 0))
-        rows = rows[is_verified(truth, results, rows)]
-        rows = rows[np.lexsort((-results.score[rows], results.image_id[rows]))]
-        true_rows = np.argsort(truth.image_id, kind="stable")
-        image_id, true_image_id = results.image_id[rows], truth.image_id[true_rows]
-        kind, matched = np.full(len(rows), "", dtype="<U22"), np.full(len(rows), -1)
-        not_exhaustive = is_not_exhaustive(truth, results, rows)
-        for image in np.unique(image_id).tolist():
-            found = slice(*np.searchsorted(image_id, [image, image + 1]))
-            there = true_rows[slice(*np.searchsorted(true_image_id, [image, image + 1]))]
-            one = error_kinds(
-                (corners(results.xywh[rows[found]]), results.class_index[rows[found]], results.score[rows[found]]),
-                TrueBoxes(
-                    corners(truth.xywh[there]), truth.class_index[there], truth.crowd[there], truth.ignore[there]
-                ),
-                not_exhaustive=not_exhaustive[found],
-            )
-            kind[found] = one.kind
-            if len(there):
-                matched[found] = np.where(one.matched >= 0, there[one.matched], -1)
-        return _EveryKind(rows, kind, matched, counted=~(truth.crowd | truth.ignore))
+        objects = objects_of_truth(self.truth)
+        found = found_of_results(self.results, self.truth, least=min(SHOWN_SCORE, *OTHER_SCORES))
+        errors, found_at = judge(objects, found), np.empty(len(objects.row))
+        found_at[objects.row] = errors.found_at
+        matched = rows_matched(objects, found, errors)
+        # Its last entry is what the position -1, no object, finds.
+        true_row, kept = np.append(objects.row, -1), found.judged
+        return _EveryKind(found.row[kept], np.array(KINDS)[errors.kind[kept]], true_row[matched[kept]], found_at)
+
+    def right_objects(self) -> NDArray[np.bool_]:
+        """True for an object that a drawn detection is right on, (M,), in the order of the truth."""
+        right = np.zeros(len(self.truth.class_index), np.bool_)
+        right[self.shown.matched[self.shown.kind == "right"]] = True
+        return right
+
+    def wrong_by_image(self) -> NDArray[np.int64]:
+        """Number of drawn detections of each image that are wrong, in the order of the truth's images, (I,)."""
+        return self._by_image(self.results.image_id[self.shown.row[np.isin(self.shown.kind, WRONG)]])
+
+    def _by_image(self, image_id: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of times that each image of the truth occurs, (I,)."""
+        ids = self.truth.image_ids
+        return np.bincount(np.searchsorted(ids, image_id), minlength=len(ids)).astype(np.int64)
 
     def worst_images(self) -> list[tuple[int, int, int]]:
         """Images with a wrong detection or a missed object: id, wrong detections, missed objects; most errors first."""
-        wrong = self.results.image_id[self.shown.row[np.isin(self.shown.kind, WRONG)]]
-        missed = self.truth.image_id[self.shown.missed]
-        ids = self.truth.image_ids
-        each = [np.bincount(np.searchsorted(ids, one), minlength=len(ids)).astype(np.int64) for one in (wrong, missed)]
-        order = np.argsort(-(each[0] + each[1]), kind="stable")
-        found = zip(ids[order].tolist(), each[0][order].tolist(), each[1][order].tolist(), strict=True)
+        ids, wrong = self.truth.image_ids, self.wrong_by_image()
+        missed = self._by_image(self.truth.image_id[self.shown.missed])
+        order = np.argsort(-(wrong + missed), kind="stable")
+        found = zip(ids[order].tolist(), wrong[order].tolist(), missed[order].tolist(), strict=True)
         return [(image, errors, gone) for image, errors, gone in found if errors + gone]
 
 
@@ -157,20 +154,50 @@ def judged(main: RunData, dataset: Dataset) -> Judged:
         RunError: the detections are gone or others, or the annotations have changed since the evaluation.
         EzsdError: (of several kinds) a file is not in order.
     """
-    path, annotations = main.run.folder / "detections.json", dataset.annotations("val")
+    annotations = dataset.annotations("val")
     assert main.evaluation is not None
-    again = f"run `{main.command('eval')}` again"
-    if not path.is_file():
-        raise RunError(f"{path}: missing; `{main.command('eval')}` makes it")
+    _require_detections(main)
     if file_digest(annotations).sha256 != main.evaluation["annotations"]["sha256"]:
-        raise RunError(f"{annotations}: has changed since the evaluation; {again}")
+        raise RunError(f"{annotations}: has changed since the evaluation; {_again(main)}")
     names, count = main.spec["names"], main.spec["base_count"]
     truth = read_truth(annotations, Split(base=tuple(names[:count]), novel=tuple(names[count:])))
+    return _judged_by(main, truth)
+
+
+def judged_alike(other: RunData, main: Judged) -> Judged:
+    """Read the detections of a compared run, which was evaluated on the same objects as the main one.
+
+    Raises:
+        RunError: it is not evaluated, its detections are gone or others, or it has other classes.
+        EzsdError: (of several kinds) a file is not in order.
+    """
+    if other.evaluation is None:
+        raise RunError(f"{other.run.folder}: not evaluated yet; `{other.command('eval')}` makes its detections")
+    split = main.truth.split
+    if (tuple(other.spec["names"]), other.spec["base_count"]) != (split.names, len(split.base)):
+        raise RunError(f"{other.run.folder}: has other classes than the main run: no image shows the same objects")
+    _require_detections(other)
+    return _judged_by(other, main.truth)
+
+
+def _require_detections(run: RunData) -> None:
+    path = run.run.folder / "detections.json"
+    if not path.is_file():
+        raise RunError(f"{path}: missing; `{run.command('eval')}` makes it")
+
+
+def _again(run: RunData) -> str:
+    return f"run `{run.command('eval')}` again"
+
+
+def _judged_by(run: RunData, truth: Truth) -> Judged:
+    path = run.run.folder / "detections.json"
+    assert run.evaluation is not None
     results = read_results(path, images=truth.sizes(), categories=truth.category_positions())
-    counted = evaluated(main.evaluation)["generalised"]["detections"]
+    counted = evaluated(run.evaluation)["generalised"]["detections"]
     if len(results.score) != counted:
-        raise RunError(f"{path}: has {len(results.score)} detections, and {counted} were evaluated; {again}")
-    return Judged(truth, results, str(main.evaluation["limit"]), count)
+        raise RunError(f"{path}: has {len(results.score)} detections, and {counted} were evaluated; {_again(run)}")
+    return Judged(truth, results, str(run.evaluation["limit"]), run.spec["base_count"])
 
 
 def kind_table(found: Judged) -> Table:

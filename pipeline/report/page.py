@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
+from functools import partial
+from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from ezsd.cache import Store
 from ezsd.data.annotations import Annotations
@@ -36,12 +41,14 @@ from ezsd.pipeline.report.outcomes import (
     ap50,
     confusion,
     judged,
+    judged_alike,
     kind_table,
     threshold_advice,
     threshold_table,
 )
-from ezsd.pipeline.report.readable import readable
+from ezsd.pipeline.report.readable import Part, readable
 from ezsd.pipeline.report.run_data import RunData, collect, dataset_label, run_store
+from ezsd.pipeline.report.side_by_side import SideBySide, side_by_side
 from ezsd.pipeline.report.store_figures import store_figures
 from ezsd.pipeline.report.svg import RUN_COLOURS
 from ezsd.pipeline.runs.run import Run
@@ -56,7 +63,7 @@ def write_report(run: Run, *, data_root: Path | None, compare: Sequence[Run] = (
         run: an evaluated run.
         data_root: folder of the images now; None takes the place recorded in the run.
         compare: other runs on the same dataset, for example one without distillation.
-        images: pictures in each of the three galleries.
+        images: pictures in each of the galleries: failures, detections, regions, and all compared runs together.
 
     Raises:
         RunError: the run is not evaluated yet, or a compared one is of another dataset.
@@ -95,7 +102,14 @@ def template(package: str, name: str) -> Template:
         keep_trailing_newline=True,
     )
     environment.filters["percent"] = tables.percent
+    environment.filters["csv_address"] = tables.csv_address
+    environment.filters["script_digest"] = _script_digest
     return environment.get_template(name)
+
+
+def _script_digest(script: str) -> str:
+    """Digest by which a content security policy allows a script, to the byte, and no other one."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode("ascii")).digest()).decode()
 
 
 def _page(runs: Sequence[RunData], data_root: Path | None, images: int) -> str:
@@ -106,6 +120,7 @@ def _page(runs: Sequence[RunData], data_root: Path | None, images: int) -> str:
         base_colour=BASE_COLOUR,
         novel_colour=NOVEL_COLOUR,
         run_colours=RUN_COLOURS,
+        script=Markup(files("ezsd.pipeline.report").joinpath("classes.js").read_text(encoding="ascii")),
         runs=runs,
         main=main,
         dataset=dataset_label(main),
@@ -121,13 +136,14 @@ def _page(runs: Sequence[RunData], data_root: Path | None, images: int) -> str:
         times=tables.times(runs),
         provenance=tables.provenance(main, data_root),
         commands=tables.commands(runs, data_root),
-        **_validation_parts(main, data_root, images),
+        **_validation_parts(runs, data_root, images),
         **_store_parts(main, data_root, images),
     )
 
 
-def _validation_parts(main: RunData, data_root: Path | None, images: int) -> dict[str, object]:
+def _validation_parts(runs: Sequence[RunData], data_root: Path | None, images: int) -> dict[str, object]:
     """Sections about single detections, or the reason why there are none."""
+    main = runs[0]
     dataset = readable(lambda: run_dataset(main.run, data_root))
     found = dataset.then(lambda one: (judged(main, one), one))
     return {
@@ -139,7 +155,24 @@ def _validation_parts(main: RunData, data_root: Path | None, images: int) -> dic
         "errors": found.then(lambda one: _errors(one[0])),
         "thresholds": found.then(lambda one: _thresholds(main, one[0])),
         "failures": found.then(lambda one: failure_figures(*one, images)),
+        "compared": found.then(lambda one: _compared(runs, *one, images)),
         "detections": found.then(lambda one: detection_figures(*one, images)),
+    }
+
+
+def _compared(runs: Sequence[RunData], found: Judged, dataset: Dataset, images: int) -> dict[str, Part[SideBySide]]:
+    """Pictures beside those of each compared run, by its label. All runs together have as many as another gallery."""
+    main, *others = runs
+    shares = [images // len(others) + (place < images % len(others)) for place in range(len(others))]
+
+    def pictures(other: RunData, count: int) -> SideBySide:
+        return side_by_side((found, judged_alike(other, found)), (main.label, other.label), dataset, count)
+
+    return {
+        other.label: readable(partial(pictures, other, count))
+        for other, count in zip(others, shares, strict=True)
+        # Without a picture the detections need not be read.
+        if count
     }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -43,6 +46,16 @@ class Table(NamedTuple):
 def percent(value: float | None) -> str:
     """A fraction in percent; a dash for none."""
     return DASH if value is None else evaluations.percent(value)
+
+
+def csv_address(content: Table) -> str:
+    """A table as the data URL of a CSV file in UTF-8: numbers without thousands separators, nothing for a dash."""
+    lines = io.StringIO()
+    writer = csv.writer(lines)
+    writer.writerow(content.head)
+    for title, *values in content.rows:
+        writer.writerow([title, *("" if value == DASH else value.replace(",", "") for value in values)])
+    return "data:text/csv;charset=utf-8;base64," + base64.b64encode(lines.getvalue().encode()).decode()
 
 
 def results(runs: Sequence[RunData]) -> dict[str, Any]:
@@ -122,7 +135,13 @@ def classes(runs: Sequence[RunData]) -> dict[str, Any]:
         "novel": [row for row in rows if row[0] in main.novel],
         "base": [row for row in rows if row[0] not in main.novel],
     }
-    return {"compared": compared, "groups": groups, "figures": _figures("class", {name: own[name] for name in names})}
+    figures = _figures("class", {name: own[name] for name in names})
+    grouped = [[name, "novel" if name in main.novel else "base", *values] for name, *values in figures.rows]
+    return {
+        "compared": compared,
+        "groups": groups,
+        "figures": Table([figures.head[0], "group", *figures.head[1:]], grouped),
+    }
 
 
 def times(runs: Sequence[RunData]) -> Table:

@@ -40,6 +40,8 @@ MAX_UPLOAD = 64 * 2**20
 """Most bytes of an image that is given to the page."""
 MAX_TEXT = 2**18
 """Most bytes of any other request."""
+_PATIENCE = 0.4
+"""Seconds after which a page that waits for the images with an error is told how far the judging is, and asks again."""
 _OWN_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 """Names by which a browser on this machine calls it, also through a forwarded port. A page of a stranger whose name is
 made to lead here has another."""
@@ -232,6 +234,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/boxes":
             part, position = self._part_of(query)
             self._send_json(part.boxes(position))
+        elif path == "/api/masks":
+            part, position = self._part_of(query)
+            self._send_json(part.masks(position))
         elif path == "/api/find":
             self._find(query)
         elif path == "/image":
@@ -296,13 +301,13 @@ class _Handler(BaseHTTPRequestHandler):
             threshold = float(query.get("threshold", "0"))
         except ValueError:
             raise _Refusal(HTTPStatus.BAD_REQUEST, "threshold: expected a number") from None
-        found = self.viewer.target.part(query.get("part", "")).find(
-            _whole(query, "class") if query.get("class") else None,
-            kind,
-            run=_whole(query, "run") if query.get("run") else 0,
-            threshold=threshold,
-        )
-        self._send_json({"images": found})
+        part, run = self.viewer.target.part(query.get("part", "")), _whole(query, "run") if query.get("run") else 0
+        class_index = _whole(query, "class") if query.get("class") else None
+        if kind is not None and (judging := part.judging(run)).errors(_PATIENCE) is None:
+            done, every = judging.progress
+            self._send_json({"judged": done, "of": every})
+        else:
+            self._send_json({"images": part.find(class_index, kind, run=run, threshold=threshold)})
 
     def _body(self, most: int) -> bytes:
         length = self.headers.get("Content-Length")

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from ezsd.cache import Store, StoreError
 from ezsd.data.annotations import Annotations, ImageTable
 from ezsd.errors import AnnotationError
-from ezsd.metrics import Truth, read_results, read_truth
+from ezsd.metrics import Results, Truth, read_results, read_truth
 from ezsd.metrics.error_kinds import KINDS
+from ezsd.metrics.judging import Found, Objects, found_of_results, judge_image, objects_of_truth
 from ezsd.pipeline.console.options import as_options
 from ezsd.pipeline.data.annotation_cache import training_annotations
 from ezsd.pipeline.data.datasets import Dataset
@@ -24,23 +25,13 @@ from ezsd.pipeline.data.image_source import ImageSource
 from ezsd.pipeline.errors import ArgumentError, RunError, is_of_a_place
 from ezsd.pipeline.extraction.annotation_check import checked_annotations
 from ezsd.pipeline.inference.evaluate import run_dataset
+from ezsd.pipeline.inference.evaluation_tables import may_have_masks
 from ezsd.pipeline.report.run_data import RunData, collect, run_store
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.train import store_dataset
-from ezsd.pipeline.view.boxes import (
-    ALL_KINDS,
-    Errors,
-    Found,
-    Kind,
-    Objects,
-    as_rows,
-    found_of_results,
-    images_with,
-    judge,
-    judge_image,
-    objects_of_annotations,
-    objects_of_truth,
-)
+from ezsd.pipeline.view.boxes import ALL_KINDS, Kind, as_rows, images_with, objects_of_annotations, xywh_as_rows
+from ezsd.pipeline.view.judging import Judging
+from ezsd.pipeline.view.masks import ObjectOutlines, mask_outlines
 from ezsd.vocabulary import Split
 
 log = logging.getLogger("ezsd")
@@ -77,6 +68,8 @@ class Part:
         objects: objects to show.
         complete: whether these are all objects of all classes, so that errors can be told.
         found: detections of each run; None for a run without.
+        masks: masks of these, as `Results.masks` has them; None for a run without.
+        outlines: outlines of the objects; None where none has one.
         store: store of regions and proposals; None without one.
     """
 
@@ -88,15 +81,16 @@ class Part:
         *,
         complete: bool,
         found: list[Found | None],
+        masks: list[tuple[bytes, ...] | None],
+        outlines: ObjectOutlines | None,
         store: Store | None,
     ) -> None:
         self.images, self.source, self.objects, self.found, self.store = images, source, objects, found, store
+        self._masks, self._outlines = masks, outlines
         self.has_kinds = complete and any(one is not None for one in found)
-        self._errors: dict[int, Errors] = {}
+        self._judging: dict[int, Judging] = {}
         self._guesses: tuple[NDArray[np.int64], NDArray[np.int32]] | None = None
         self._lock = threading.Lock()
-        # Judging takes seconds: boxes of an image are shown meanwhile.
-        self._judging = threading.Lock()
 
     def index(self) -> dict[str, Any]:
         """File names and sizes of all images."""
@@ -106,6 +100,7 @@ class Part:
             "height": self.images.height.tolist(),
             "kinds": list(ALL_KINDS) if self.has_kinds else [],
             "detections": [one is not None for one in self.found],
+            "masks": self._outlines is not None or any(one is not None for one in self._masks),
             "store": self.store is not None,
         }
 
@@ -117,8 +112,8 @@ class Part:
         """
         with self._lock:
             rows = self.objects.rows(position)
-            objects = as_rows(
-                self.objects.box[rows], self.objects.class_index[rows].tolist(), self.objects.ignored[rows].tolist()
+            objects = xywh_as_rows(
+                self.objects.xywh[rows], self.objects.class_index[rows].tolist(), self.objects.ignored[rows].tolist()
             )
             runs = [
                 None if one is None else self._detections(number, position) for number, one in enumerate(self.found)
@@ -140,15 +135,39 @@ class Part:
             ]
             # JSON has no infinity: None for what is never missed.
             found_at = [one if np.isfinite(one) else None for one in errors.found_at.round(4).tolist()]
-        return {"boxes": as_rows(found.box[rows], *columns), "found_at": found_at}
+        return {"boxes": xywh_as_rows(found.xywh[rows], *columns), "found_at": found_at}
 
-    def _judged(self, run: int) -> Errors:
-        found = self.found[run]
-        assert found is not None
-        with self._judging:
-            if run not in self._errors:
-                self._errors[run] = judge(self.objects, found)
-            return self._errors[run]
+    def masks(self, position: int) -> dict[str, Any]:
+        """Outlines of objects and of detections of an image, in the order of `boxes`; see `outlines`.
+
+        Raises:
+            AnnotationError: the annotation file has an outline that is not in order.
+        """
+        height, width = int(self.images.height[position]), int(self.images.width[position])
+        rows = self.objects.rows(position)
+        nothing: list[list[str]] = [[] for _ in range(rows.stop - rows.start)]
+        runs: list[list[list[str]] | None] = []
+        for found, masks in zip(self.found, self._masks, strict=True):
+            if found is None or masks is None:
+                runs.append(None)
+            else:
+                of_image = [masks[row] for row in found.row[found.rows(position)].tolist()]
+                runs.append(mask_outlines(of_image, height, width))
+        return {"objects": nothing if self._outlines is None else self._outlines.of_image(position), "runs": runs}
+
+    def judging(self, run: int) -> Judging:
+        """Judging of a run's detections, begun if it is not yet.
+
+        Raises:
+            ArgumentError: no errors are known here.
+        """
+        found = self.found[run] if run < len(self.found) else None
+        if not self.has_kinds or found is None:
+            raise ArgumentError("no errors are known here: there are no detections of all classes to judge")
+        with self._lock:
+            if run not in self._judging:
+                self._judging[run] = Judging(self.objects, found)
+            return self._judging[run]
 
     def _of_store(self, image_id: int) -> dict[str, Any]:
         if self.store is None or image_id not in self.store.regions:
@@ -168,13 +187,13 @@ class Part:
     def find(self, class_index: int | None, kind: Kind | None, *, run: int, threshold: float) -> list[int]:
         """Positions of images by class and kind of error, see `images_with`; regions count by their guesses.
 
+        Waits until all images are judged, where a kind is asked for.
+
         Raises:
             ArgumentError: a kind is asked for where no errors are known.
         """
         found = self.found[run] if run < len(self.found) else None
-        if kind is not None and (not self.has_kinds or found is None):
-            raise ArgumentError("no errors are known here: there are no detections of all classes to judge")
-        errors = None if kind is None else self._judged(run)
+        errors = None if kind is None else self.judging(run).errors()
         with self._lock:
             if class_index is None and kind is None:
                 return list(range(len(self.images)))
@@ -275,20 +294,24 @@ class Target:
 
     def _read_part(self, name: str) -> Part:
         evaluated = name == "val" or self.request.evaluate
-        truth = read_truth(self.dataset.annotations(name), self.split) if evaluated else None
+        path = self.dataset.annotations(name)
+        truth = read_truth(path, self.split) if evaluated else None
         annotations = self._base_annotations() if name == "train" else None
-        found = [self._found(run, name, truth) for run in self.runs]
+        results = [self._results(run, name, truth) for run in self.runs]
         if truth is not None:
-            images, objects = truth.images, objects_of_truth(truth)
+            images, objects, ids, names = truth.images, objects_of_truth(truth), truth.annotation_id, self.split.names
         else:
             assert annotations is not None
-            images, objects = annotations.images, objects_of_annotations(annotations)
+            images, objects, ids = annotations.images, objects_of_annotations(annotations), annotations.annotation_id
+            names = self.split.base
         return Part(
             images,
             self.dataset.images(name),
             objects,
             complete=evaluated,
-            found=found,
+            found=[None if one is None or truth is None else found_of_results(one, truth) for one in results],
+            masks=[None if one is None else one.masks for one in results],
+            outlines=ObjectOutlines(path, names, objects, ids, images) if may_have_masks(path) else None,
             store=self.store if name == "train" else None,
         )
 
@@ -298,7 +321,7 @@ class Target:
             return training_annotations(self.dataset.annotations("train"), self.split)
         return checked_annotations(self.store, self.dataset)
 
-    def _found(self, run: RunData, part: str, truth: Truth | None) -> Found | None:
+    def _results(self, run: RunData, part: str, truth: Truth | None) -> Results | None:
         """Detections of a run in a part; None, with a note, where there are none."""
         path = run.run.folder / ("detections.json" if part == "val" else f"detections-{part}.json")
         if truth is None:
@@ -307,8 +330,7 @@ class Target:
             if part == "val":
                 self._note(f"{run.label}: no detections; `{run.command('eval')}` makes them")
             return None
-        results = read_results(path, images=truth.sizes(), categories=truth.category_positions(), named=truth.named())
-        return found_of_results(results, truth)
+        return read_results(path, images=truth.sizes(), categories=truth.category_positions(), named=truth.named())
 
 
 def require_position(part: Part, position: int) -> None:

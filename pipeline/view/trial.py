@@ -17,6 +17,8 @@ from ezsd.pipeline.data.images import pixels_of_bytes
 from ezsd.pipeline.errors import ArgumentError, ImageError
 from ezsd.pipeline.inference.detect import Model, Picture, resolve_names
 from ezsd.pipeline.inference.detections import ImageDetections
+from ezsd.pipeline.inference.outlines import outlines
+from ezsd.pipeline.view.masks import POINTS
 from ezsd.pipeline.view.target import Target
 from ezsd.vocabulary import parse_classes, require_different
 
@@ -109,6 +111,7 @@ class Detectors:
                     "base": one.name in base,
                     "score": round(one.score, 4),
                     "competitors": _rounded(one.competitors),
+                    "outlines": [] if one.mask is None else outlines(one.mask, *pixels.shape[:2], points=POINTS),
                 }
                 for one in found
             ]

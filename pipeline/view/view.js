@@ -8,13 +8,14 @@ const MOST_ZOOM = 40;
 const LAYERS = {
   detection: { title: "detections", one: "detection", key: "d", on: true },
   object: { title: "annotated objects", one: "annotated object", key: "t", on: true },
+  mask: { title: "masks", one: "mask", key: "m", on: true },
   region: { title: "regions", one: "region", key: "r", on: false },
   proposal: { title: "proposals", one: "proposal", key: "p", on: false },
 };
 
 const $ = (id) => document.getElementById(id);
 const state = {
-  index: null, part: null, partName: "", positions: [], at: 0, mode: "browse", boxes: null, given: null, tried: null,
+  index: null, part: null, partName: "", positions: [], at: 0, mode: "browse", boxes: null, masks: null, given: null, tried: null,
   chosen: null, competitors: new Map(), view: { zoom: 1, x: 0.5, y: 0.5 }, panes: [],
 };
 
@@ -25,6 +26,12 @@ function make(tag, properties = {}, ...children) {
     else made.setAttribute(name, value);
   }
   made.append(...children);
+  return made;
+}
+
+function drawn(tag, attributes) {
+  const made = document.createElementNS($("drawing").namespaceURI, tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   return made;
 }
 
@@ -68,8 +75,9 @@ function say(text, wrong = false) {
 class Pane {
   constructor(title) {
     this.image = make("img", { alt: "", draggable: false });
+    this.masks = drawn("svg", { "aria-hidden": "true", preserveAspectRatio: "none" });
     this.layer = make("div");
-    this.canvas = make("div", { className: "canvas" }, this.image, this.layer);
+    this.canvas = make("div", { className: "canvas" }, this.image, this.masks, this.layer);
     this.element = make("div", { className: "pane" }, this.canvas);
     if (title) this.element.append(make("h3", { textContent: title }));
     this.pointers = new Map();
@@ -173,11 +181,22 @@ class Pane {
     });
     this.captions = pairs.filter(([, one]) => one.layer !== "proposal");
     // Small ones on top, so that each can be clicked.
-    const drawn = [...pairs].sort((a, b) => area(b) - area(a)).map(([made]) => made);
+    const sorted = [...pairs].sort((a, b) => area(b) - area(a));
     const focused = this.layer.contains(document.activeElement) ? document.activeElement.dataset.key : null;
-    this.layer.replaceChildren(...drawn);
+    this.layer.replaceChildren(...sorted.map(([made]) => made));
+    this.drawMasks(sorted.map(([, one]) => one));
     this.caption();
-    if (focused) drawn.find((one) => one.dataset.key === focused)?.focus();
+    if (focused) sorted.find(([made]) => made.dataset.key === focused)?.[0].focus();
+  }
+
+  // Masks have the colour of their box; holes run the other way round.
+  drawMasks(boxes) {
+    this.masks.setAttribute("viewBox", `0 0 ${this.size.join(" ")}`);
+    const paths = boxes.filter((one) => LAYERS.mask.on && one.outlines?.length).map((one) => drawn("path", {
+      class: ["mask", one.layer, one.base ? "base" : "novel", one.key === state.chosen ? "chosen" : ""].join(" ").trim(),
+      d: one.outlines.map((ring) => `M${ring}Z`).join(""),
+    }));
+    this.masks.replaceChildren(...paths);
   }
 
   point(event) {
@@ -290,11 +309,13 @@ function boxesOf(run) {
   const found = all.runs[run];
   const objects = all.objects.map((one, n) => {
     const at = found?.found_at[n];
-    return of("object", n, one, one[4], { ignored: one[5], missed: typeof at === "number" && at < threshold() });
+    const missed = typeof at === "number" && at < threshold();
+    return of("object", n, one, one[4], { ignored: one[5], missed, outlines: state.masks?.objects[n] });
   });
   const detections = (found?.boxes ?? []).map((one, n) =>
     of("detection", n, one, one[4], {
       score: one[5], error: one[6], object: one[7] >= 0 ? nameOf(all.objects[one[7]][4]) : null,
+      outlines: state.masks?.runs[run]?.[n],
     }),
   );
   const regions = all.regions.map((one, n) => of("region", n, one, one[4], { score: one[5] }));
@@ -469,6 +490,8 @@ async function go(number) {
   scrollToRow();
   drawRows();
   state.boxes = null;
+  state.masks = null;
+  asked.masks = (asked.masks ?? 0) + 1;
   state.chosen = null;
   state.competitors.clear();
   fit();
@@ -489,12 +512,27 @@ async function go(number) {
   if (!boxes) return;
   state.boxes = boxes;
   draw();
+  await loadMasks();
+}
+
+// Outlines are much more than boxes, and come after them.
+async function loadMasks() {
+  const image = state.positions[state.at];
+  if (!state.part?.masks || !LAYERS.mask.on || state.masks || !state.boxes || state.mode !== "browse") return;
+  const masks = await latest("masks", ask(query("/api/masks", { part: state.partName, image })));
+  if (!masks) return;
+  state.masks = masks;
+  draw();
+}
+
+function everyImage(part) {
+  return part.files.map((_, number) => number);
 }
 
 async function openPart(name, image = 0) {
   const part = await latest("part", ask(query("/api/part", { part: name })));
   if (!part) return;
-  Object.assign(state, { part, partName: name });
+  Object.assign(state, { part, partName: name, positions: everyImage(part), at: image });
   $("part").value = name;
   const kinds = part.kinds.map((kind) => make("option", { value: kind, textContent: kind }));
   $("kind").replaceChildren(make("option", { value: "", textContent: "any" }), ...kinds);
@@ -509,30 +547,43 @@ function showControls() {
   const detections = part.detections.includes(true);
   $("least").hidden = !detections;
   state.panes.forEach((pane, run) => (pane.element.hidden = run > 0 && !detections));
-  showLayers({ object: true, detection: detections, region: part.store, legend: part.store, proposal: part.store });
+  showLayers({
+    object: true, detection: detections, mask: part.masks, region: part.store, legend: part.store, proposal: part.store,
+  });
 }
 
-async function filter(image = state.positions[state.at]) {
+function judged({ judged: done, of }) {
+  return of ? `Judging: ${whole(done)} of ${whole(of)} images …` : "Judging all images …";
+}
+
+async function filter(wanted) {
   let complaint = "";
+  let positions = everyImage(state.part);
   const values = { class: $("class").value, kind: $("kind").value };
   if (!values.class && !values.kind) {
     // No answer to a question of before may come later.
     asked.find = (asked.find ?? 0) + 1;
-    state.positions = state.part.files.map((_, number) => number);
   } else {
     const more = { part: state.partName, run: $("kind-run").value || 0, threshold: threshold() };
-    say(values.kind ? "Judging all images …" : "");
-    const answer = ask(query("/api/find", { ...values, ...more }));
-    // The images of the filter before would stand under this one.
-    const found = await latest("find", answer.catch((error) => ({ images: [], complaint: error.message })));
-    if (!found) return;
-    state.positions = found.images;
+    let found = {};
+    while (!found.images) {
+      const answer = ask(query("/api/find", { ...values, ...more }));
+      // The images of the filter before would stand under this one.
+      found = await latest("find", answer.catch((error) => ({ images: [], complaint: error.message })));
+      if (!found) return;
+      // All images are judged once. Those of the filter before can be turned over meanwhile.
+      if (!found.images) $("count").textContent = judged(found);
+    }
+    positions = found.images;
     complaint = found.complaint;
   }
   $("list").scrollTop = 0;
-  const at = state.positions.indexOf(image);
-  state.at = Math.max(at, 0);
+  // The image that is looked at now, after a long judging, stays where it can.
+  const at = positions.indexOf(wanted ?? state.positions[state.at]);
+  Object.assign(state, { positions, at: Math.max(at, 0) });
   resetRows();
+  // Who has begun to try an image meanwhile finds the list later.
+  if (state.mode !== "browse") return;
   const shown = go(state.at);
   if (complaint) say(complaint, true);
   await shown;
@@ -581,6 +632,7 @@ async function detect() {
   if (!tried) return;
   say("");
   state.tried = tried;
+  showLayers({ detection: true, mask: tried.runs.some((run) => run.boxes.some((one) => one.outlines.length)) });
   state.chosen = null;
   draw();
 }
@@ -622,6 +674,7 @@ function buildLayers() {
     box.addEventListener("change", () => {
       layer.on = box.checked;
       draw();
+      loadMasks();
     });
     layerLabels[name] = make("label", { className: "check" }, box, layer.title);
     $("layers").append(layerLabels[name]);
@@ -670,6 +723,7 @@ function listen() {
     if (state.mode === "browse" && ($("class").value || $("kind").value)) waiting = setTimeout(filter, 250);
   });
   for (const id of ["class", "kind", "kind-run"]) $(id).addEventListener("change", () => filter());
+  listenForClasses();
   $("part").addEventListener("change", () => openPart($("part").value));
   $("previous").addEventListener("click", () => go(state.at - 1));
   $("next").addEventListener("click", () => go(state.at + 1));
@@ -716,6 +770,46 @@ function options(names, from) {
   return names.map((name, number) => make("option", { value: from + number, textContent: name }));
 }
 
+// The list of classes: of those with part of a name, where one is typed, and of the chosen one.
+function listClasses() {
+  const wanted = $("class-search").value.trim().toLowerCase();
+  const chosen = $("class").value;
+  const fits = (option) => option.textContent.toLowerCase().includes(wanted);
+  const { base, novel } = state.index;
+  const groups = [["base", options(base, 0)], ["novel", options(novel, base.length)]].map(([label, all]) =>
+    make("optgroup", { label }, ...all.filter((one) => fits(one) || one.value === chosen)));
+  $("class").replaceChildren(make("option", { value: "", textContent: "any" }), ...groups.filter((one) => one.children.length));
+  $("class").value = chosen;
+  const count = [...$("class").options].filter((one) => one.value && fits(one)).length;
+  $("class-count").textContent = wanted ? `${whole(count)} of ${whole(base.length + novel.length)}` : "";
+  // An open list shows what fits while one types.
+  $("class").size = wanted ? Math.min(count + 3, 8) : 0;
+}
+
+function endSearch() {
+  $("class-search").value = "";
+  listClasses();
+}
+
+function listenForClasses() {
+  const [field, list] = [$("class-search"), $("class")];
+  field.addEventListener("input", listClasses);
+  field.addEventListener("keydown", (event) => {
+    const wanted = field.value.trim().toLowerCase();
+    const first = [...list.options].find((one) => one.value && one.textContent.toLowerCase().includes(wanted));
+    if (event.key === "Enter" && wanted && first) {
+      list.value = first.value;
+      endSearch();
+      filter();
+    } else if (event.key === "Escape") endSearch();
+    else if (event.key === "ArrowDown") list.focus();
+    else return;
+    event.preventDefault();
+  });
+  list.addEventListener("click", (event) => list.size && event.target.closest("option") && endSearch());
+  list.addEventListener("keydown", (event) => ["Enter", "Escape"].includes(event.key) && endSearch());
+}
+
 async function start() {
   const index = await ask("/api/index");
   state.index = index;
@@ -726,8 +820,7 @@ async function start() {
   $("facts").textContent = facts.join(" · ");
   const parts = { val: "validation", train: "training" };
   $("part").append(...index.parts.map((name) => make("option", { value: name, textContent: parts[name] })));
-  $("class").append(make("optgroup", { label: "base" }, ...options(index.base, 0)));
-  if (index.novel.length) $("class").append(make("optgroup", { label: "novel" }, ...options(index.novel, index.base.length)));
+  listClasses();
   $("kind-run").append(...options(index.runs, 0));
   const quoted = (name) => (/[",]/.test(name) ? `"${name.replaceAll('"', '""')}"` : name);
   $("names").value = [...index.base, ...index.novel].map(quoted).join(", ");

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ezsd.cache import Store
-from ezsd.data.masks import decode, parse_outline
+from ezsd.data.masks import decode, encode, parse_outline
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.detector.masks import GRID
 from ezsd.errors import AnnotationError
@@ -23,8 +23,9 @@ from ezsd.pipeline.inference.detect import detect_images
 from ezsd.pipeline.inference.detection_files import coco_document
 from ezsd.pipeline.inference.evaluate import evaluate_run
 from ezsd.pipeline.inference.evaluation_tables import evaluate_results, evaluation_tables
+from ezsd.pipeline.inference.outlines import outlines as svg_outlines
 from ezsd.pipeline.inference.visualize import draw_boxes
-from ezsd.pipeline.report import galleries, write_report
+from ezsd.pipeline.report import write_report
 from ezsd.pipeline.training.train import TrainRequest, train
 from tests.pipeline.test_figures import assert_equal_figures
 
@@ -236,16 +237,16 @@ def test_a_report_has_the_figures_of_masks_and_draws_them(masked_run, tmp_path):
 def test_an_outline_lies_around_the_mask_and_closes_at_the_border():
     pixels = np.zeros((40, 60), bool)
     pixels[10:20, 50:60] = True
-    (points,) = galleries.outlines(pixels)
+    (points,) = svg_outlines(encode(pixels), *pixels.shape)
     corners = np.array([point.split(",") for point in points.split()], float)
     assert corners.min(0).tolist() == [50, 10]
     assert corners.max(0).tolist() == [60, 20]
     # Scattered pixels leave their longest outlines alone, and no outline has hundreds of points.
     rng = np.random.default_rng(0)
-    noisy = galleries.outlines(rng.random((200, 200)) > 0.5)
+    noisy = svg_outlines(encode(rng.random((200, 200)) > 0.5), 200, 200)
     assert len(noisy) == 8
     assert sum(len(one.split()) for one in noisy) <= 120 + 8 * 4
-    assert galleries.outlines(np.zeros((4, 4), bool)) == []
+    assert svg_outlines(encode(np.zeros((4, 4), bool)), 4, 4) == []
 
 
 def test_an_evaluation_on_files_without_segmentations_is_one_clear_line(masked_run, shapes_root, tmp_path):

@@ -2,6 +2,8 @@
 
 import base64
 import copy
+import csv
+import hashlib
 import io
 import json
 import os
@@ -35,7 +37,7 @@ from ezsd.pipeline.report.galleries import PICTURE_BYTES, picture_address
 from ezsd.pipeline.report.outcomes import Judged
 from ezsd.pipeline.report.readable import readable
 from ezsd.pipeline.report.run_data import dataset_label
-from ezsd.pipeline.report.tables import _drawn_options
+from ezsd.pipeline.report.tables import Table, _drawn_options, csv_address
 from ezsd.pipeline.runs.run import Run
 from ezsd.vocabulary import Split
 
@@ -52,13 +54,13 @@ CATEGORY = {name: number for number, name in enumerate(SHAPES_SPLIT.names, start
 class Page(HTMLParser):
     """Tags, texts and attributes of a page; fails where tags do not match."""
 
-    VOID = frozenset({"meta"})
+    VOID = frozenset({"meta", "input"})
 
     def __init__(self, text):
         super().__init__()
         self.open, self.tags, self.attributes, self.images = [], set(), [], []
-        self.panels, self.headings = [], []
-        self.text, self.commands, self.cells, self.titles = "", "", [], []
+        self.panels, self.headings, self.links, self.script = [], [], [], ""
+        self.text, self.commands, self.cells, self.titles, self.said = "", "", [], [], []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -72,6 +74,8 @@ class Page(HTMLParser):
             self.panels.append(dict(attrs)["aria-label"])
         if tag == "th":
             self.headings.append(dict(attrs))
+        if tag == "a":
+            self.links.append(attrs)
         if tag not in self.VOID:
             self.open.append(tag)
             self.cells += [[]] if tag == "tr" else []
@@ -86,6 +90,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes another element"
 
     def handle_data(self, data):
+        if self.open[-1:] == ["script"]:
+            self.script += data
+            return
         self.text += data
         if self.open[-1:] in (["td"], ["th"]):
             self.cells[-1].append(data)
@@ -93,6 +100,8 @@ class Page(HTMLParser):
             self.commands += data
         if self.open[-1:] == ["figcaption"]:
             self.titles.append(data)
+        if self.open[-3:] == ["figure", "div", "span"]:
+            self.said.append(data)
 
     def row(self, *first):
         """Texts of the table row that begins with these."""
@@ -297,8 +306,27 @@ def test_novel_names_alone_have_a_column_of_their_own_from_any_version(home):
 
 def test_every_class_and_group_has_its_figures(page):
     assert page.row("novel", "10.0") == ["36.1", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "33"]
-    assert page.row(NASTY) == ["10.0", "36.1", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "7"]
-    assert page.row("circle", "10.0") == ["57.7", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "7"]
+    assert page.row(NASTY) == ["novel", "10.0", "36.1", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "7"]
+    assert page.row("circle", "base") == ["10.0", "57.7", "10.0", "2.0", "20.0", "–", "23.4", "3.0", "30.0", "–", "7"]
+
+
+def test_tables_of_classes_can_be_had_as_csv_with_the_numbers_shown(failing):
+    page = Page(report(failing.home))
+    files = {
+        dict(attributes)["download"]: base64.b64decode(dict(attributes)["href"].partition("base64,")[2]).decode()
+        for attributes in page.links
+        if "download" in dict(attributes)
+    }
+    assert files.keys() == {"classes.csv", "thresholds.csv"}
+    for name, first in (("classes.csv", "group"), ("thresholds.csv", "threshold")):
+        head, *rows = csv.reader(io.StringIO(files[name]))
+        assert head == ["class", first, *page.row("class", first)]
+        for title, *values in rows:
+            assert page.row(title, values[0] or "\u2013") == [value or "\u2013" for value in values[1:]]
+    assert [row[0] for row in csv.reader(io.StringIO(files["classes.csv"]))][1:] == list(NAMES)
+    address = csv_address(Table(["class", "objects, all"], [["cup, red", "1,234"], ["mug", "\u2013"]]))
+    text = base64.b64decode(address.partition("base64,")[2]).decode()
+    assert text.splitlines() == ['class,"objects, all"', '"cup, red",1234', "mug,"]
 
 
 def test_stage_times_and_accuracies_are_told(home):
@@ -407,12 +435,17 @@ def test_compared_runs_are_read_at_the_limit_of_the_main_one(home):
 
 
 def test_the_page_needs_nothing_from_outside(text, page):
-    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "img"}
+    assert not page.tags & {"link", "iframe", "object", "embed", "base", "img"}
     for name, value in page.attributes:
         assert not name.startswith("on")
         if name in ("src", "href"):
-            assert value.startswith(("data:image/jpeg;base64,", "#"))
-    assert any("default-src 'none'" in value for name, value in page.attributes if name == "content")
+            assert value.startswith(("data:image/jpeg;base64,", "data:text/csv;charset=utf-8;base64,", "#"))
+    (policy,) = [value for name, value in page.attributes if name == "content" and "src" in value]
+    # The one script that may run is the page's own, by its bytes.
+    digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
+    assert policy.split(";")[0] == "default-src 'none'"
+    assert policy.split(";")[-1].split() == ["script-src", f"'sha256-{digest}'"]
+    assert text.count("<script") == 1
     # The hostile class name is the only text with an address in it.
     assert "://" not in text.replace("http://evil.example/", "")
     assert text.isascii()
@@ -504,8 +537,8 @@ def test_no_picture_is_left_out_for_a_bug():
 def test_images_that_are_gone_are_said_and_no_more(home):
     home.root.rename(home.root.with_name("moved"))
     page = Page(report(home, images=1))
-    # Kinds of errors, two galleries, thresholds; regions and figures of the store.
-    assert page.text.count("which is gone; give --data-root DIR") == 6
+    # Kinds of errors, three galleries, thresholds; regions and figures of the store.
+    assert page.text.count("which is gone; give --data-root DIR") == 7
     assert page.images == []
 
 
@@ -585,12 +618,13 @@ def boxes_of(home, image):
     return [(name[one["category_id"]], one["bbox"]) for one in document["annotations"] if one["image_id"] == image]
 
 
-def detect(home, found):
-    """Give the run these detections."""
-    write_json(home.run.folder / "detections.json", found)
-    table = json.loads((home.run.folder / "eval.json").read_text())
+def detect(home, found, run=None):
+    """Give the run, or another one, these detections."""
+    folder = (run or home.run).folder
+    write_json(folder / "detections.json", found)
+    table = json.loads((folder / "eval.json").read_text())
     table["generalised"]["detections"] = len(found)
-    write_json(home.run.folder / "eval.json", table)
+    write_json(folder / "eval.json", table)
 
 
 @pytest.fixture
@@ -681,6 +715,80 @@ def test_failures_come_first_and_the_page_says_how_they_were_selected(failing):
     assert f"0 wrong detections, {len(failing.third)} missed" not in page.text
     assert f"1 wrong detection, {len(failing.third)} missed" in page.text
     assert f"star 0.60, confused: {failing.fourth[0][0]}" in page.text
+
+
+@pytest.fixture
+def differing(home):
+    """Both runs are right on image 1; on image 2 the run alone on all objects, on image 3 plain on the first.
+
+    Of image 2 plain calls the first object a star, and misses the others. In image 4 the run has a wrong detection.
+    """
+    second, third = boxes_of(home, 2), boxes_of(home, 3)
+    common = [detection(1, name, box, 0.9) for name, box in boxes_of(home, 1)]
+    wrong = detection(4, "circle", [0, 0, 4, 4], 0.95)
+    # Below the score that is drawn.
+    unsure = [detection(3, name, box, 0.2) for name, box in third]
+    detect(home, [*common, *(detection(2, name, box, 0.8) for name, box in second), *unsure, wrong])
+    detect(home, [*common, detection(2, "star", second[0][1], 0.7), detection(3, *third[0], 0.6)], home.plain)
+    return SimpleNamespace(second=second, third=third, home=home)
+
+
+def compared_panels(page):
+    """Panels of the gallery of compared runs, whose titles are those of the runs."""
+    return [one for one in page.panels if one.startswith(("run in ", "plain in "))]
+
+
+def test_where_two_runs_differ_most_they_stand_side_by_side_with_the_difference_in_words(differing):
+    (first, *others), third = [name for name, _ in differing.second], differing.third[0][0]
+    assert first == "ring"
+    assert len(set(others)) == len(others) > 0
+    page = Page(report(differing.home, images=IMAGES))
+    missed = ", ".join(sorted(others))
+    assert [(one.partition(":")[0], sorted(one.partition(": ")[2].split(", "))) for one in compared_panels(page)] == [
+        (f"run in {FILES[1]}", sorted([first, *others])),
+        # Objects that it misses are drawn where the other is right.
+        (f"plain in {FILES[1]}", sorted(["star", *others])),
+        (f"run in {FILES[2]}", [third]),
+        (f"plain in {FILES[2]}", [third]),
+        (f"run in {FILES[3]}", ["circle"]),
+        (f"plain in {FILES[3]}", ["nothing"]),
+    ]
+    assert "3 of 4 images differ." in page.text
+    said = [words for words in page.said if words.startswith("right in")]
+    assert said[0].startswith("right in run alone: ring (confused in plain), ")
+    listed = said[0].partition("plain), ")[2].partition(" (missed in plain); ")
+    assert ", ".join(sorted(listed[0].split(", "))) == missed
+    assert listed[2] == "wrong detections: 0 in run, 1 in plain"
+    assert said[1] == f"right in plain alone: {third} (missed in run); wrong detections: 0 in run, 0 in plain"
+    assert "the same objects are right; wrong detections: 1 in run, 0 in plain" in page.said
+    assert f"{first} 0.80, right, here alone" in page.text
+    assert f"{third} 0.60, right, here alone" in page.text
+
+
+def test_compared_runs_share_the_pictures_of_one_gallery(differing):
+    home = differing.home
+    other = another_seed(home, "plain4", home.plain, 4, 0.051)
+    titles = [one.partition(" in ")[0] for one in Page(report(home, images=3, compare=[home.plain, other])).panels]
+    assert [titles.count(label) for label in ("run", "plain", "plain4")] == [3, 2, 1]
+    page = Page(report(home, images=1, compare=[home.plain, other]))
+    assert len(compared_panels(page)) == 2
+    assert "The other compared runs have no pictures" in page.text
+    page = Page(report(home, compare=[]))
+    assert "Where the runs differ" not in page.text
+
+
+def test_a_compared_run_without_detections_that_fit_says_so_and_no_more(differing):
+    home = differing.home
+    (home.plain.folder / "detections.json").unlink()
+    said = f"detections.json: missing; `ezsd eval --run {home.plain.folder}` makes it"
+    page = Page(report(home, images=IMAGES))
+    assert said in page.text
+    assert compared_panels(page) == []
+    spec = home.plain.spec
+    write_json(home.plain.folder / "run.json", spec | {"base_count": BASE + 1})
+    assert "plain: has other classes than the main run" in Page(report(home, images=1)).text
+    (home.plain.folder / "eval.json").unlink()
+    assert "plain: not evaluated yet; " in Page(report(home, images=1)).text
 
 
 def test_a_threshold_of_each_class_is_proposed(failing):
@@ -823,8 +931,69 @@ def test_the_map_tells_clusters_apart_and_is_drawn_alike_twice(untouched):
 def test_a_picture_of_any_image_stays_below_its_bound():
     noise = torch.randint(0, 256, (3, 700, 900), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert len(picture_address(noise)) <= PICTURE_BYTES
-    # Three galleries of twelve, and more than a megabyte for all else.
-    assert 36 * PICTURE_BYTES < 3.5e6
+    # Four galleries of twelve, and more than a megabyte for all else.
+    assert 48 * PICTURE_BYTES < 3.5e6
+
+
+# The page in a browser
+
+
+@pytest.fixture
+def uneven(home):
+    """A run whose classes have AP50 of 1, 2, ... percent in the order of their names, but for the first without one."""
+    file = home.run.folder / "eval.json"
+    table = json.loads(file.read_text())
+    for place, name in enumerate(sorted(NAMES)):
+        table["generalised"]["at"]["100"]["per_class"][name]["AP50"] = place / 100 if place else None
+    write_json(file, table)
+    return home
+
+
+def shown_classes(page):
+    return page.eval_on_selector_all(
+        "#classes .searchable tbody tr", "all => all.filter(one => !one.hidden).map(one => one.cells[0].textContent)"
+    )
+
+
+def test_classes_are_searched_sorted_and_downloaded(uneven, opened):
+    report(uneven)
+    page = opened((uneven.run.folder / "report.html").as_uri())
+    page.click("#classes summary")
+    assert shown_classes(page) == list(NAMES)
+    # Numbers: the highest first, by a click; the lowest by a key. Without a number is last.
+    by_number = sorted(NAMES)[1:]
+    head = page.locator("#classes th", has_text="AP50, %")
+    head.locator("button").click()
+    assert shown_classes(page) == [*by_number[::-1], sorted(NAMES)[0]]
+    assert head.get_attribute("aria-sort") == "descending"
+    page.keyboard.press("Enter")
+    assert shown_classes(page) == [*by_number, sorted(NAMES)[0]]
+    assert head.get_attribute("aria-sort") == "ascending"
+    # Texts: of equal ones the order stays.
+    page.get_by_role("button", name="group").click()
+    assert shown_classes(page)[:BASE] == [name for name in shown_classes(page) if name in NAMES[:BASE]]
+    assert page.eval_on_selector_all("#classes th[aria-sort]", "all => all.map(one => one.textContent)") == ["group"]
+    # Part of a name, in any case.
+    field = page.get_by_role("searchbox", name="Class", exact=True).first
+    field.fill("AR")
+    assert sorted(shown_classes(page)) == sorted(name for name in NAMES if "ar" in name.lower())
+    assert page.locator("#classes output").text_content() == f"{len(shown_classes(page))} of {len(NAMES)} classes"
+    field.fill("")
+    assert len(shown_classes(page)) == len(NAMES)
+    with page.expect_download() as downloaded:
+        page.click("#classes [download]")
+    assert downloaded.value.suggested_filename == "classes.csv"
+    rows = list(csv.reader(downloaded.value.path().read_text().splitlines()))
+    assert len(rows) == 1 + len(NAMES)
+
+
+def test_without_script_the_page_has_all_classes_and_no_field(uneven, opened):
+    report(uneven)
+    page = opened((uneven.run.folder / "report.html").as_uri(), java_script_enabled=False)
+    page.click("#classes summary")
+    assert page.locator("#classes .searchable tbody tr:visible").count() == len(NAMES)
+    assert page.locator("input:visible").count() == page.locator("button").count() == 0
+    assert page.locator("#classes [download]:visible").count() == 1
 
 
 # Drawing

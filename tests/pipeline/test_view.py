@@ -9,7 +9,6 @@ import shutil
 import socket
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlencode
@@ -23,11 +22,14 @@ import ezsd as product
 from ezsd.data.annotations import load_evaluation, load_training
 from ezsd.data.shapes import SHAPES_SPLIT
 from ezsd.metrics.error_kinds import KINDS
+from ezsd.metrics.judging import Found, Objects, judge
 from ezsd.pipeline.data.images import read_image, read_pixels
 from ezsd.pipeline.errors import ArgumentError
+from ezsd.pipeline.inference.outlines import outlines
 from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.view import Viewer, ViewRequest
-from ezsd.pipeline.view.boxes import Found, Objects, images_with, judge
+from ezsd.pipeline.view.boxes import images_with
+from ezsd.pipeline.view.masks import POINTS
 from ezsd.pipeline.view.server import MAX_UPLOAD
 from ezsd.pipeline.view.trial import parse_names
 from tests.commandkit import ezsd
@@ -84,14 +86,16 @@ def small_part():
     """Two images: a cup and a cat in the first, a cup in the second; a cup found twice, a cat taken for a cup."""
     objects = Objects(
         image=np.array([0, 0, 1]),
-        box=np.array([[0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 10]], float),
+        row=np.arange(3),
+        xywh=np.array([[0, 0, 10, 10], [50, 50, 10, 10], [0, 0, 10, 10]], float),
         class_index=np.array([0, 1, 0]),
         crowd=np.array([False, False, False]),
         ignored=np.array([False, False, False]),
     )
     found = Found(
         image=np.array([0, 0, 0]),
-        box=np.array([[0, 0, 10, 10], [50, 50, 60, 60], [0, 0, 10, 9]], float),
+        row=np.arange(3),
+        xywh=np.array([[0, 0, 10, 10], [50, 50, 10, 10], [0, 0, 10, 9]], float),
         class_index=np.array([0, 0, 0]),
         score=np.array([0.9, 0.6, 0.3]),
         judged=np.array([True, True, True]),
@@ -318,24 +322,99 @@ def test_competitors_of_an_evaluations_detection_are_asked_for_anew(run_page):
         assert error_of(run_page, "/api/competitors", body=json.dumps(asked | wrong))[0] == 400
 
 
-def test_boxes_are_shown_while_all_images_are_judged(shapes_run, monkeypatch):
+def test_boxes_are_shown_while_all_images_are_judged_and_the_page_is_told_how_far_it_is(shapes_run, monkeypatch):
     begun, end = threading.Event(), threading.Event()
 
-    def slow(objects, found):
+    def slow(objects, found, *, each):
+        each(3, 8)
         begun.set()
         assert end.wait(60)
-        return judge(objects, found)
+        return judge(objects, found, each=each)
 
-    monkeypatch.setattr("ezsd.pipeline.view.target.judge", slow)
-    with served(shapes_run.folder) as viewer, ThreadPoolExecutor(1) as pool:
+    monkeypatch.setattr("ezsd.pipeline.view.judging.judge", slow)
+    with served(shapes_run.folder) as viewer:
+        asked = {"part": "val", "kind": "missed", "threshold": 1.01}
         try:
-            finding = pool.submit(data_of, viewer, "/api/find", part="val", kind="missed", threshold=1.01)
+            data_of(viewer, "/api/find", **asked)
             assert begun.wait(60)
+            assert data_of(viewer, "/api/find", **asked) == {"judged": 3, "of": 8}
             assert data_of(viewer, "/api/boxes", part="val", image=0)["objects"]
-            assert not finding.done()
         finally:
             end.set()
-        assert finding.result()["images"]
+        viewer.target.part("val").judging(0).errors()
+        assert data_of(viewer, "/api/find", **asked)["images"]
+
+
+def test_judging_counts_the_images_that_have_detections():
+    objects, found, _ = small_part()
+    counts = []
+    judge(objects, dataclasses.replace(found, image=np.array([0, 0, 1])), each=lambda *count: counts.append(count))
+    assert counts == [(1, 2), (2, 2)]
+
+
+# Masks
+
+
+def points_of(rings):
+    """Points (n, 2) of all rings of an object."""
+    return np.array([point.split(",") for ring in rings for point in ring.split()], float).reshape(-1, 2)
+
+
+def test_objects_and_detections_have_their_outlines(masked_run, outlined_root, tmp_path):
+    document = json.loads((outlined_root / "annotations/instances_val.json").read_text())
+    detections = json.loads((masked_run.folder / "detections.json").read_text())
+    truth = load_evaluation(outlined_root / "annotations/instances_val.json", SHAPES_SPLIT)
+    seen = {"polygon": 0, "mask": 0, "detection": 0}
+    plain = copy_with_detections(masked_run, tmp_path / "plain", [])
+    with served(masked_run.folder, compare=plain) as viewer:
+        assert data_of(viewer, "/api/part", part="val")["masks"] is True
+        for position in (1, 2):
+            record = truth.images[position]
+            boxes = data_of(viewer, "/api/boxes", part="val", image=position)
+            masks = data_of(viewer, "/api/masks", part="val", image=position)
+            annotated = {tuple(one["bbox"]): one for one in document["annotations"] if one["image_id"] == record.id}
+            assert len(boxes["objects"]) == len(masks["objects"]) == len(annotated)
+            for box, rings in zip(boxes["objects"], masks["objects"], strict=True):
+                (one,) = [a for key, a in annotated.items() if np.allclose(key[:2], box[:2], atol=0.02)]
+                if isinstance(one["segmentation"], list):
+                    np.testing.assert_allclose(points_of(rings).ravel(), one["segmentation"][0], atol=0.06)
+                    seen["polygon"] += 1
+                else:
+                    # Run lengths are of whole pixels, and a diamond's tip is thinner than one.
+                    np.testing.assert_allclose(points_of(rings).min(0), box[:2], atol=2)
+                    np.testing.assert_allclose(points_of(rings).max(0), box[2:4], atol=2)
+                    seen["mask"] += 1
+            # The compared run has no masks.
+            assert masks["runs"][1] is None
+            of_image = [one for one in detections if one["image_id"] == record.id]
+            assert len(masks["runs"][0]) == len(boxes["runs"][0]["boxes"]) == len(of_image)
+            for one, rings in zip(of_image, masks["runs"][0], strict=True):
+                counts = one["segmentation"]["counts"].encode()
+                assert rings == outlines(counts, record.height, record.width, points=POINTS)
+                seen["detection"] += bool(rings)
+    assert min(seen.values()) > 0, seen
+
+
+def test_novel_outlines_of_training_images_are_looked_at_in_evaluation_alone(shapes_store, outlined_root):
+    """Those of the fixture are no outlines."""
+    for evaluate in (False, True):
+        with served(shapes_store, data_root=outlined_root, evaluate=evaluate) as viewer:
+            asked = {"part": "train", "image": 0}
+            if evaluate:
+                status, error = error_of(viewer, "/api/masks", **asked)
+                assert status == 422
+                assert re.search(r"annotations\[\d+\].segmentation: expected polygons", error)
+            else:
+                masks = data_of(viewer, "/api/masks", **asked)["objects"]
+                assert len(masks) == len(data_of(viewer, "/api/boxes", **asked)["objects"])
+                assert any(masks)
+
+
+def test_without_outlines_there_are_no_masks(run_page):
+    assert data_of(run_page, "/api/part", part="val")["masks"] is False
+    masks = data_of(run_page, "/api/masks", part="val", image=0)
+    assert masks["runs"] == [None]
+    assert not any(masks["objects"])
 
 
 def test_what_is_no_image_and_names_that_are_none_are_one_line(run_page, shapes_root):
@@ -427,49 +506,17 @@ def test_the_command_opens_a_browser_prints_the_address_and_ends_with_the_first_
 
 # The page in a browser
 
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
-LONG = 60_000
-"""Milliseconds that a busy machine may take for a step; nothing waits that long where all is well."""
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """Chromium of this machine, as Debian's package and others install it."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
-        yield browser
-        browser.close()
-
 
 @pytest.fixture
-def opened(chromium):
-    """Open a page; every error that it meets fails the test."""
-    wrong = []
-    context = chromium.new_context(viewport={"width": 1200, "height": 800})
+def opened_view(opened):
+    """Open the page of a viewer."""
 
     def open_page(address):
-        page = context.new_page()
-        page.set_default_timeout(LONG)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        # A refusal is an error on the console by itself.
-        page.on(
-            "console", lambda one: one.type == "error" and "status of 422" not in one.text and wrong.append(one.text)
-        )
-        page.on("request", lambda request: request.url.startswith(address) or wrong.append(request.url))
-        page.goto(address)
+        page = opened(address)
         page.wait_for_selector(".row")
         return page
 
-    yield open_page
-    context.close()
-    assert wrong == []
+    return open_page
 
 
 def shown_boxes(page, layer):
@@ -517,12 +564,12 @@ def known_run(shapes_run, shapes_root, tmp_path_factory):
     return folder, several
 
 
-def test_the_page_shows_filters_and_turns_over_images(opened, known_run, shapes_run):
+def test_the_page_shows_filters_and_turns_over_images(opened_view, known_run, shapes_run):
     """One test, for starting a page costs most."""
     folder, several = known_run
     odd = [image for image in several if image % 2]
     with served(folder, compare=shapes_run.folder) as viewer:
-        page = opened(viewer.address)
+        page = opened_view(viewer.address)
         wait_for_image(page, "000001.png")
         # Arrow keys, and a click on the list.
         page.keyboard.press("ArrowRight")
@@ -578,16 +625,35 @@ def test_the_page_shows_filters_and_turns_over_images(opened, known_run, shapes_
         assert widths(page) == pytest.approx([1.4 * one for one in wide], rel=0.01)
 
 
-def test_a_filter_that_fails_and_one_that_is_judged_say_so(opened, known_run):
+def test_a_filter_that_fails_and_one_that_is_judged_say_so(opened_view, known_run):
     folder, _ = known_run
     with served(folder) as viewer:
-        page = opened(viewer.address)
+        page = opened_view(viewer.address)
         wait_for_image(page, "000001.png")
-        held = []
-        page.route("**/api/find*", lambda route: held.append(route))
+        answer = {"json": {"judged": 0, "of": 0}}
+        page.route("**/api/find*", lambda route: route.fulfill(**answer))
         page.select_option("#kind", "confused")
-        page.wait_for_selector("#message:has-text('Judging all images')")
-        held[0].fulfill(status=422, json={"error": "cannot be judged"})
+        page.wait_for_selector("#count:has-text('Judging all images')")
+        answer |= {"json": {"judged": 3, "of": 8}}
+        page.wait_for_selector("#count:has-text('Judging: 3 of 8 images')")
+        # The images of before can be turned over meanwhile, and the one that is looked at stays.
+        page.keyboard.press("ArrowRight")
+        wait_for_image(page, "000002.png")
+        answer |= {"json": {"images": [0, 1]}}
+        page.wait_for_selector("#count:has-text('2 of 8 images')")
+        page.wait_for_selector("#place:has-text('2 / 2 000002.png')")
+        # So does an image that is tried.
+        answer |= {"json": {"judged": 3, "of": 8}}
+        page.select_option("#kind", "missed")
+        page.wait_for_selector("#count:has-text('Judging: 3 of 8 images')")
+        page.click("#tab-try")
+        answer |= {"json": {"images": [2]}}
+        page.wait_for_selector("#count:has-text('1 of 8 images')", state="attached")
+        assert page.text_content("#place") == "000002.png, 128 × 128"
+        page.click("#tab-browse")
+        page.wait_for_selector("#place:has-text('1 / 1 000003.png')")
+        answer |= {"status": 422, "json": {"error": "cannot be judged"}}
+        page.select_option("#kind", "confused")
         page.wait_for_selector("#message.wrong:has-text('cannot be judged')")
         page.wait_for_selector("#count:has-text('0 of 8 images')")
         assert page.locator(".row").count() == 0
@@ -595,6 +661,7 @@ def test_a_filter_that_fails_and_one_that_is_judged_say_so(opened, known_run):
         wait_for_image(page, "000001.png")
         assert page.is_hidden("#message")
         # An answer about the image before comes after the list is empty.
+        held = []
         page.route("**/api/boxes*", lambda route: held.append(route))
         page.keyboard.press("ArrowRight")
         page.wait_for_selector("#place:has-text('000002.png')")
@@ -603,14 +670,67 @@ def test_a_filter_that_fails_and_one_that_is_judged_say_so(opened, known_run):
         page.select_option("#kind", "confused")
         page.wait_for_selector("#count:has-text('0 of 8 images')")
         with page.expect_response("**/api/boxes*"):
-            held[1].continue_()
+            held[0].continue_()
         page.evaluate("() => new Promise(requestAnimationFrame)")
         assert page.locator(".box").count() == 0
         assert page.locator("#boxes button").count() == 0
 
 
-def test_each_image_that_is_browsed_can_be_tried(opened, run_page):
-    page = opened(run_page.address)
+def test_masks_are_a_layer_of_browsing_and_of_trying(opened_view, masked_run):
+    with served(masked_run.folder) as viewer:
+        page = opened_view(viewer.address)
+        page.wait_for_selector("path.mask.object")
+        set_threshold(page, 0)
+        assert page.locator("path.mask.detection").count() > 0
+        assert page.locator("path.mask.object").count() == len(shown_boxes(page, "object"))
+        colours = page.eval_on_selector_all(
+            "path.mask:not(.novel)", "all => all.map(one => getComputedStyle(one).fill)"
+        )
+        assert set(colours) <= {"rgb(46, 204, 113)"}, colours
+        # With their boxes, and by themselves.
+        page.click("#layer-object")
+        assert page.locator("path.mask.object").count() == 0
+        page.keyboard.press("m")
+        assert page.locator("path.mask").count() == 0
+        page.keyboard.press("m")
+        page.wait_for_selector("path.mask.detection")
+        page.click("#tab-try")
+        assert page.is_hidden("label:has(#layer-mask)")
+        page.fill("#names", "ring, star")
+        page.click("#detect")
+        page.wait_for_selector("label:has(#layer-mask):visible")
+        page.wait_for_selector("path.mask.detection")
+        page.click("#layer-mask")
+        assert page.locator("path.mask").count() == 0
+        assert shown_boxes(page, "detection")
+
+
+def test_part_of_a_name_finds_a_class(opened_view, run_page):
+    page = opened_view(run_page.address)
+    fitting = [name for name in NAMES if "ar" in name]
+    assert 1 < len(fitting) < len(NAMES)
+    listed = "all => all.filter(one => one.value).map(one => one.textContent)"
+    field = page.get_by_label("Find a class")
+    field.fill("AR")
+    assert page.eval_on_selector_all("#class option", listed) == fitting
+    assert page.text_content("#class-count") == f"{len(fitting)} of {len(NAMES)}"
+    field.press("Enter")
+    page.wait_for_selector("#count:has-text(' of 8 images')")
+    assert page.eval_on_selector("#class", "one => one.selectedOptions[0].textContent") == fitting[0]
+    # All are there again, and the chosen one stays while another is looked for.
+    assert page.eval_on_selector_all("#class option", listed) == list(NAMES)
+    field.fill(fitting[1])
+    page.select_option("#class", label=fitting[1])
+    assert page.eval_on_selector_all("#class option", listed)[:2] == [name for name in NAMES if name in fitting][:2]
+    field.press("Escape")
+    assert page.input_value("#class-search") == ""
+    assert page.eval_on_selector("#class", "one => one.selectedOptions[0].textContent") == fitting[1]
+    field.fill("no such class")
+    assert page.text_content("#class-count") == f"0 of {len(NAMES)}"
+
+
+def test_each_image_that_is_browsed_can_be_tried(opened_view, run_page):
+    page = opened_view(run_page.address)
     for name in ("000001.png", "000002.png"):
         page.wait_for_selector(f"#place:has-text('{name}')")
         page.click("#tab-try")
@@ -624,8 +744,8 @@ def widths(page):
     return page.eval_on_selector_all(".canvas", "all => all.map(one => one.getBoundingClientRect().width)")
 
 
-def test_an_image_that_is_dropped_is_detected_in_with_its_competitors(opened, run_page, shapes_root):
-    page = opened(run_page.address)
+def test_an_image_that_is_dropped_is_detected_in_with_its_competitors(opened_view, run_page, shapes_root):
+    page = opened_view(run_page.address)
     page.click("#tab-try")
     page.fill("#names", "ring, star\ncross")
     data = list((shapes_root / "val/000004.png").read_bytes())
@@ -654,7 +774,7 @@ def test_an_image_that_is_dropped_is_detected_in_with_its_competitors(opened, ru
     assert shown_boxes(page, "detection") == captions
 
 
-def test_a_list_of_2000_images_has_rows_for_those_in_sight_alone(opened, shapes_run, shapes_root, tmp_path):
+def test_a_list_of_2000_images_has_rows_for_those_in_sight_alone(opened_view, shapes_run, shapes_root, tmp_path):
     root = tmp_path / "many"
     shutil.copytree(shapes_root, root)
     path = root / "annotations/instances_val.json"
@@ -667,7 +787,7 @@ def test_a_list_of_2000_images_has_rows_for_those_in_sight_alone(opened, shapes_
         document["images"].append({**first, "id": 10**6 + number, "file_name": name})
     path.write_text(json.dumps(document))
     with served(copy_with_detections(shapes_run, tmp_path / "run", []), data_root=root) as viewer:
-        page = opened(viewer.address)
+        page = opened_view(viewer.address)
         page.wait_for_selector("#count:has-text('2,000 images')")
         assert 5 < page.locator(".row").count() < 40
         page.eval_on_selector("#list", "one => { one.scrollTop = 1000 * 64; }")
