@@ -377,7 +377,7 @@ class StoreWriter:
         return [] if self.complete else self._tasks_left(self._committer())
 
     def _tasks_left(self, committer: Committer) -> list[ShardTask]:
-        """What `commit_tasks` gives."""
+        """The tasks that `commit_tasks` gives; errors as there."""
         tasks = self._unrecorded(committer)
         lost = self._lost(committer, tasks)
         if lost:

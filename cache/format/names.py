@@ -101,7 +101,7 @@ def empty_folders(folder: Path) -> list[str]:
 
 
 def all_below(folder: Path) -> tuple[list[str], list[str]]:
-    """What `files_below` and `empty_folders` give, after one walk."""
+    """The results of `files_below` and `empty_folders`, after one walk."""
     found, empty, above = [], [], len(os.path.join(folder, ""))
     for place, folders, files in os.walk(folder):
         within = place[above:].replace(os.sep, "/")

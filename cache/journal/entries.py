@@ -234,17 +234,19 @@ def _require_described(record: Mapping[str, Any], file: Path) -> None:
 def _are_places(places: Iterable[object], size: int) -> bool:
     """True if descriptions of arrays are some, of rows within the first `size` bytes."""
     numbers: list[object] = []
-    described: list[tuple[Any, list[Any], int]] = []
+    described: list[tuple[Any, list[Any], int, Any]] = []
     for place in places:
         if not isinstance(place, dict):
             return False
-        shape, offset, dtype = place.get("shape"), place.get("offset"), place.get("dtype")
+        shape, offset, dtype, crc = place.get("shape"), place.get("offset"), place.get("dtype"), place.get("crc32")
         if not isinstance(shape, list) or not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
             return False
         # Looked at together, in a fraction of the time.
-        numbers += (*shape, offset, place.get("crc32"))
-        described.append((offset, shape, _ITEM_BYTES[dtype]))
-    return are_counts(numbers) and all(offset + math.prod(shape) * item <= size for offset, shape, item in described)
+        numbers += (*shape, offset, crc)
+        described.append((offset, shape, _ITEM_BYTES[dtype], crc))
+    return are_counts(numbers) and all(
+        offset + math.prod(shape) * item <= size and crc < 2**32 for offset, shape, item, crc in described
+    )
 
 
 def raw_bytes(rows: NDArray[Any]) -> memoryview:

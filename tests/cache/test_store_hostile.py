@@ -230,6 +230,15 @@ def test_a_shard_whose_record_says_what_no_shard_has_is_written_anew(journaled, 
     assert storekit.contents(finish(store)) == storekit.contents(whole)
 
 
+@pytest.mark.parametrize("value", [2**32, -1, None, True])
+def test_a_block_with_a_checksum_that_is_none_is_made_anew(journaled, whole, memory, value):
+    store = shutil.copytree(journaled, memory / "store")
+    put(store, BLOCK, ("arrays", "regions/score", "crc32"), value)
+    with pytest.raises(StoreError, match="entry.json: does not describe a journal entry"):
+        read_block(read_plan(store), 0)
+    assert storekit.contents(finish(store)) == storekit.contents(whole)
+
+
 def tasks_left(store):
     with storekit.open_writer(store, block_images=6) as writer:
         return writer.commit_tasks()

@@ -195,7 +195,7 @@ def test_a_block_that_another_worker_finished_meanwhile_is_left_where_it_is(tmp_
     assert data.stat().st_ino == others[1]
 
 
-def test_a_number_of_other_rows_is_refused(tmp_path):
+def test_a_number_without_the_note_of_its_rows_is_refused(tmp_path):
     with storekit.open_writer(tmp_path) as writer:
         storekit.write_per_store(writer)
         for block in writer.pending():
