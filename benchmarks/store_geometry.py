@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ import driver
 import numpy as np
 
 from ezsd.cache import OPTIONAL, PRODUCTS, Block, Manifest, Origin, StoreWriter, commit_numbered, images_digest
+from ezsd.cache.format.packed import packed
 from ezsd.cache.format.schema import SHARD_BYTES, ArraySpec, array_spec
 from ezsd.cache.format.sealed_json import JSON, seal
 from ezsd.cache.format.zarr_bytes import fill_value, shard_bytes_on_disk, shard_index
@@ -92,7 +93,7 @@ def write_block(of: plan.Plan, block: Block, geometry: Geometry, random: np.rand
     attributes: dict[str, JSON] = {
         "plan": of.digest,
         "block": [block.index, block.start, block.stop],
-        "counts": {product: found.tolist() for product, found in counts.items()},
+        "counts": {product: packed(found) for product, found in counts.items()},
     }
     folder = journal_folder(of.store) / plan.block_name(block.index)
     folder.mkdir()
@@ -120,7 +121,7 @@ def write_shard(store: Path, task: ShardTask) -> None:
     record: dict[str, JSON] = {"file": task.file, "size": size, "digest": "0" * 64, "sources": task.sources}
     folder = journal_folder(store) / "shards"
     folder.mkdir(exist_ok=True)
-    (folder / record_name(spec, task.shard)).write_bytes(seal({**record, "chunk_crc32": sums}))
+    (folder / record_name(spec, task.shard)).write_bytes(seal({**record, "chunk_crc32": packed(sums)}))
 
 
 @cache
@@ -136,10 +137,26 @@ def index_of(dtype: str, shape: tuple[int, ...], rows: int) -> bytes:
     return shard_index(array_spec("", dtype, shape, shard_bytes=SHARD_BYTES), rows)
 
 
-def first_worker(store: Path, digest: str) -> commit.Committer:
-    """What the first shard costs a process that has read nothing of the build."""
+def first_worker(store: Path, digest: str, number: int) -> None:
+    """What a shard costs a process that has read nothing of the build, beside its bytes and its record."""
     plan._read_plan.cache_clear()
-    return commit._committer(store, digest)
+    commit._shards.cache_clear()
+    read_entries(store, commit._shards(store, digest).task(number))
+
+
+def read_entries(store: Path, task: ShardTask) -> None:
+    """Read the journal entries of a shard's blocks, as whoever writes it does."""
+    of = plan.read_plan(store)
+    for piece in task.pieces:
+        plan.read_block(of, piece.block)
+
+
+def bookkeeping(store: Path, digest: str, numbers: Sequence[int]) -> None:
+    """What all shards cost beside their bytes, in one process that has read nothing of the build."""
+    first_worker(store, digest, numbers[0])
+    for number in numbers:
+        read_entries(store, commit._shards(store, digest).task(number))
+        commit_numbered(store, digest, number)
 
 
 def committed(store: Path) -> driver.Row:
@@ -152,18 +169,19 @@ def committed(store: Path) -> driver.Row:
         return result
 
     plan._read_plan.cache_clear()
-    timed("plan", partial(plan.read_plan, store))
+    begun = timed("plan", partial(plan.read_plan, store))
     timed("plan_again", partial(plan.read_plan, store))
     # Holes need no room on the disk.
     with mock.patch("ezsd.cache.writer.require_room"), StoreWriter.reopen(store) as writer:
         timed("blocks", writer.pending)
         digest, numbers = timed("tasks", writer.commit_numbers)
-        committer = timed("worker", partial(first_worker, store, digest))
-        for task in committer.tasks:
+        # The last shard is one of the largest array, as most of them are.
+        timed("worker", partial(first_worker, store, digest, numbers[-1]))
+        for task in commit._shards(store, digest).tasks:
             write_shard(store, task)
-        timed("bookkeeping", lambda: [commit_numbered(store, digest, number) for number in numbers])
+        timed("bookkeeping", partial(bookkeeping, store, digest, numbers))
         timed("finish", writer.finish)
-    return {"blocks": len(committer.entries), "shards": len(numbers), **found}
+    return {"blocks": len(begun.blocks), "shards": len(numbers), **found}
 
 
 OPENING = """

@@ -197,11 +197,19 @@ def read_bytes(file: Path) -> bytes:
         StoreUnreadable: the system does not let it be read.
         StoreError: it is missing, or too long for what it is.
     """
+    # A buffered file would first have room made for as many bytes as are allowed, and a journal has thousands of files.
+    parts, left = [], MOST_UNSTATED + 1
     try:
-        with os.fdopen(open_to_read(file), "rb") as opened:
-            data = opened.read(MOST_UNSTATED + 1)
+        descriptor = open_to_read(file)
+        try:
+            while left and (part := os.read(descriptor, min(left, _READ_BYTES))):
+                parts.append(part)
+                left -= len(part)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise unreadable(file, error) from error
+    data = b"".join(parts)
     if len(data) > MOST_UNSTATED:
         raise StoreError(f"{file}: is longer than the {MOST_UNSTATED:,} bytes it may have; it is not read")
     return data
@@ -221,11 +229,14 @@ MOST_UNSTATED = 256 * 2**20
 """Most bytes of a file that is read at once: a mark with a million files is smaller."""
 
 
+_READ_BYTES = 2**16
+"""Bytes of a small file that are read at once."""
+
 FileState: TypeAlias = tuple[int, ...]
 """State of a file, told without a look at its bytes, see `file_state`."""
 
 
-def file_state(file: Path) -> FileState | None:
+def file_state(file: Path | str) -> FileState | None:
     """Device, inode, size, and times of the last change of a file and of its inode; None for a missing one.
 
     Files that are replaced by a rename and never written to in place differ in it when their bytes do, as far as the

@@ -166,19 +166,19 @@ class Store:
         if self._mark.recorded is not None:
             raise StoreError(f"{self}: holds {', '.join(self._mark.products)}, expected a store of regions")
 
-    @property
+    @cached_property
     def proposals(self) -> "Product[ProposalRows]":
         """Image id -> ProposalRows."""
         self.require_regions()
         return Product(self, "proposals", ProposalRows)
 
-    @property
+    @cached_property
     def regions(self) -> "Product[RegionRows]":
         """Image id -> RegionRows."""
         self.require_regions()
         return Product(self, "regions", RegionRows)
 
-    @property
+    @cached_property
     def ground_truth(self) -> "Product[GroundTruthRows]":
         """Image id -> GroundTruthRows."""
         self.require_regions()
@@ -243,7 +243,7 @@ class Store:
     @property
     def _here(self) -> "_Opened":
         """Arrays that this process opened; a forked child starts with none."""
-        if self._opened is None or self._opened.process != os.getpid():
+        if self._opened is None or self._opened.process != _process:
             self._opened = _Opened(self._place, self._mark, checked=self._verify == "full")
         return self._opened
 
@@ -254,6 +254,10 @@ class Product(Mapping[int, Rows], Generic[Rows]):
     def __init__(self, store: Store, name: str, record: type[Rows]) -> None:
         """Use `Store.product`, or `Store.regions` and its like, which know that the store has it."""
         self._store, self._name, self._record = store, name, record
+        self._source: _ProductRows | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._store, self._name, self._record)
 
     def __len__(self) -> int:
         return len(self._store.image_ids)
@@ -306,11 +310,10 @@ class Product(Mapping[int, Rows], Generic[Rows]):
 
     @property
     def _rows(self) -> "_ProductRows":
-        here = self._store._here
-        try:
-            return here.products[self._name]
-        except KeyError:
-            return here.product(self._name)
+        source = self._source
+        if source is None or source.process != _process:
+            source = self._source = self._store._here.product(self._name)
+        return source
 
 
 _COUNT = np.dtype(np.int64)
@@ -318,11 +321,24 @@ _BITS = ((8, np.uint8), (16, np.uint16), (32, np.uint32), (64, np.uint64))
 """Numbers with a bit for each of so many arrays."""
 
 
+_process = os.getpid()
+"""Id of this process; a child that was forked notes its own, for to ask the system takes a tenth of a short read."""
+
+
+def _note_process() -> None:
+    global _process
+    _process = os.getpid()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_process)
+
+
 class _Opened:
     """Arrays that one process has open."""
 
     def __init__(self, place: Place, mark: CommitMark, *, checked: bool) -> None:
-        self.process = os.getpid()
+        self.process = _process
         self._place = place
         self.is_far = not isinstance(place, LocalPlace)
         """True for files that may have to be fetched again, and are then looked at again."""
@@ -330,8 +346,7 @@ class _Opened:
         self._checked = checked
         self._arrays: dict[str, RowArray] = {}
         self._columns: dict[str, NDArray[Any]] = {}
-        self.products: dict[str, _ProductRows] = {}
-        """Open products, by name."""
+        self._products: dict[str, _ProductRows] = {}
 
     @cached_property
     def index(self) -> ImageIndex:
@@ -339,8 +354,9 @@ class _Opened:
         return ImageIndex(np.ascontiguousarray(self.column("images/id"), np.int64))
 
     def product(self, name: str) -> "_ProductRows":
-        """Open a product's rows."""
-        return self.products.setdefault(name, _ProductRows(self, name))
+        """A product's rows, opened once."""
+        found = self._products.get(name)
+        return self._products.setdefault(name, _ProductRows(self, name)) if found is None else found
 
     def per_image(self, product: str) -> PerImage:
         """A product with rows of images."""
@@ -433,7 +449,7 @@ class _ProductRows:
 
     def __init__(self, here: _Opened, product: str) -> None:
         """Use `_Opened.product`."""
-        self._here, self._product = here, product
+        self._here, self._product, self.process = here, product, here.process
         self._place = here.index.place
         # Numbers come out of a memoryview in a third of the time that an array takes.
         self._offset = np.ascontiguousarray(here.column(f"{product}/{OFFSET.name}"), np.int64).data

@@ -260,7 +260,10 @@ class StoreWriter:
             return []
         entries = self._entries()
         missing = [block for block, entry in zip(self.blocks, entries, strict=True) if entry is None]
-        return missing or self._lost(self._committer_of([entry for entry in entries if entry is not None]))
+        if missing:
+            return missing
+        committer = self._committer_of([entry for entry in entries if entry is not None])
+        return self._lost(committer, self._unrecorded(committer))
 
     def bad_images(self) -> dict[int, str]:
         """Images of the finished blocks that could not be read, by id, and why."""
@@ -282,11 +285,13 @@ class StoreWriter:
     def _entries(self) -> list[Entry | None]:
         return [finished_block(self._plan, block.index) for block in self.blocks]
 
-    def _lost(self, committer: Committer) -> list[Block]:
-        """Blocks without data whose rows a shard still waits for."""
-        waiting = {
-            piece.block for task in committer.tasks if recorded(self.path, task) is None for piece in task.pieces
-        }
+    def _unrecorded(self, committer: Committer) -> list[ShardTask]:
+        """Tasks whose shards are still to be written."""
+        return [task for task in committer.tasks if recorded(self.path, task) is None]
+
+    def _lost(self, committer: Committer, tasks: Sequence[ShardTask]) -> list[Block]:
+        """Blocks without data whose rows one of these tasks still waits for."""
+        waiting = {piece.block for task in tasks for piece in task.pieces}
         return [self.blocks[index] for index in sorted(waiting) if not committer.entries[index].sized]
 
     def has_per_store(self, product: str) -> bool:
@@ -369,11 +374,12 @@ class StoreWriter:
             StoreIncomplete: some blocks are missing.
             StoreError: the disk has no room for what is left to be written.
         """
-        if self.complete:
-            return []
-        committer = self._committer()
-        tasks = [task for task in committer.tasks if recorded(self.path, task) is None]
-        lost = self._lost(committer)
+        return [] if self.complete else self._tasks_left(self._committer())
+
+    def _tasks_left(self, committer: Committer) -> list[ShardTask]:
+        """The tasks that `commit_tasks` gives; errors as there."""
+        tasks = self._unrecorded(committer)
+        lost = self._lost(committer, tasks)
         if lost:
             raise StoreIncomplete(f"{self.path}: a shard was lost; write {len(lost)} pending blocks again first")
         for task in tasks:
@@ -385,13 +391,17 @@ class StoreWriter:
     def commit_numbers(self) -> tuple[str, list[int]]:
         """The digest and the shards' numbers that `commit_numbered` takes, of the tasks of `commit_tasks`.
 
-        A task lists all that goes into its shard; a number is small enough to be sent to any worker.
+        A task lists all that goes into its shard; a number is small enough to be sent to any worker, which finds what
+        goes into which shard in a note of that digest, instead of reading the entries of all blocks.
         """
-        left = {task.file for task in self.commit_tasks()}
-        if not left:
+        if self.complete:
             return "", []
         committer = self._committer()
-        return committer.digest, [number for number, task in enumerate(committer.tasks) if task.file in left]
+        left = {task.file for task in self._tasks_left(committer)}
+        if not left:
+            return "", []
+        numbers = [number for number, task in enumerate(committer.tasks) if task.file in left]
+        return self.write_note(committer.shards.to_bytes()), numbers
 
     def _committer(self) -> Committer:
         if self.shared:

@@ -7,6 +7,7 @@ import re
 import textwrap
 import types
 import typing
+from functools import cached_property
 from pathlib import Path
 
 import ezsd
@@ -148,7 +149,7 @@ def _attributes(kind):
         documented = dict(_documented(body))
         told = {field.name: documented.get(field.name, "") for field in dataclasses.fields(kind)}
     for name, member in vars(kind).items():
-        if not name.startswith("_") and (isinstance(member, property) or inspect.isfunction(member)):
+        if not name.startswith("_") and (isinstance(member, property | cached_property) or inspect.isfunction(member)):
             call = "()" if inspect.isfunction(member) else ""
             told[f"{name}{call}"] = (member.__doc__ or "").split("\n\n")[0]
     found = [f"- `{name}`" + (f": {' '.join(said.split())}" if said else "") for name, said in told.items()]

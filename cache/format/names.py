@@ -7,7 +7,7 @@ and no link on the way to a file may lead out of the store's folder.
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 
@@ -92,21 +92,25 @@ def _require_inside(store: Path, link: str) -> None:
 
 def files_below(folder: Path) -> list[str]:
     """Every file and link below a folder, relative to it, with forward slashes, sorted; no link below is followed."""
-    return sorted(name for name in _below(folder) if not name.endswith("/"))
+    return all_below(folder)[0]
 
 
 def empty_folders(folder: Path) -> list[str]:
     """Every folder below a folder that holds nothing, like `files_below`; with a slash at the end."""
-    return sorted(name for name in _below(folder) if name.endswith("/"))
+    return all_below(folder)[1]
 
 
-def _below(folder: Path) -> Iterator[str]:
+def all_below(folder: Path) -> tuple[list[str], list[str]]:
+    """The results of `files_below` and `empty_folders`, after one walk."""
+    found, empty, above = [], [], len(os.path.join(folder, ""))
     for place, folders, files in os.walk(folder):
-        within = Path(place).relative_to(folder)
-        yield from ((within / name).as_posix() for name in files)
-        yield from ((within / name).as_posix() for name in folders if os.path.islink(os.path.join(place, name)))
-        if not folders and not files and place != str(folder):
-            yield f"{within.as_posix()}/"
+        within = place[above:].replace(os.sep, "/")
+        prefix = f"{within}/" if within else ""
+        found += [f"{prefix}{name}" for name in files]
+        found += [f"{prefix}{name}" for name in folders if os.path.islink(os.path.join(place, name))]
+        if within and not folders and not files:
+            empty.append(prefix)
+    return sorted(found), sorted(empty)
 
 
 def size_of(path: Path) -> int:

@@ -1,10 +1,11 @@
 """Commit of a journal to a store: the shard tasks, then the small arrays and metadata, then the commit mark."""
 
-import hashlib
+import contextlib
 import os
+import posixpath
 import shutil
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -12,21 +13,126 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from ezsd.cache.errors import StoreError
 from ezsd.cache.files import FileDigest, discard, failpoint, sync, sync_together, write_atomic
 from ezsd.cache.format import zarr_bytes as encoding
 from ezsd.cache.format.checksums import ChunkSums, checksum_spec
 from ezsd.cache.format.commit_mark import COMMIT, LOCK, MANIFEST, CommitMark
 from ezsd.cache.format.manifest import Manifest
-from ezsd.cache.format.names import empty_folders, files_below, inside
+from ezsd.cache.format.names import all_below, empty_folders, inside
+from ezsd.cache.format.packed import packed, unpacked
 from ezsd.cache.format.schema import CHECKSUM, CHECKSUMS, OFFSET, SCALE, ArraySpec, Schema, array_spec
-from ezsd.cache.format.sealed_json import JSON
+from ezsd.cache.format.sealed_json import JSON, compact_json, parse_json
 from ezsd.cache.journal.bad_images import all_bad_images, bad_attributes
-from ezsd.cache.journal.entries import Entry, journal_folder, little_endian, raw_bytes, scratch_folder
-from ezsd.cache.journal.plan import Plan, read_block, read_plan
+from ezsd.cache.journal.entries import ENTRY, Entry, journal_folder, little_endian, raw_bytes, read_note, scratch_folder
+from ezsd.cache.journal.plan import Plan, read_plan
 from ezsd.cache.journal.shards import Piece, ShardRecord, ShardTask, commit_shard, record_name
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of the per-image arrays, and the rows of blocks that go into each."""
+
+    plan: Plan
+    plan_digest: str
+    """The plan's, when the tasks were made: a task of another build is refused."""
+    counts: Mapping[str, Sequence[int]]
+    """Rows of each block, by per-image product."""
+    crc32: Mapping[str, Sequence[int]]
+    """CRC-32 of the rows of each block, by array."""
+
+    @classmethod
+    def of_entries(cls, plan: Plan, entries: Sequence[Entry]) -> "Shards":
+        """The shards of blocks, from their journal entries in order."""
+        crc32 = {name: [entry.arrays[name]["crc32"] for entry in entries] for name, _, _ in plan.columns}
+        # All arrays of a product have as many rows.
+        first = {product: name for name, product, _ in reversed(plan.columns)}
+        counts = {product: [entry.arrays[name]["shape"][0] for entry in entries] for product, name in first.items()}
+        return cls(plan, plan.digest, counts, crc32)
+
+    def to_bytes(self) -> bytes:
+        """All that decides what goes into which shard, for `read`."""
+        crc32 = {name: packed(sums) for name, sums in self.crc32.items()}
+        return compact_json({"plan": self.plan_digest, "counts": self.counts, "crc32": crc32}).encode()
+
+    @classmethod
+    def read(cls, store: Path, digest: str) -> "Shards":
+        """The shards that the builder left a note of.
+
+        Raises:
+            StoreError: the note is not there.
+        """
+        found = parse_json(read_note(store, digest), f"note {digest}")
+        crc32 = {name: unpacked(sums).tolist() for name, sums in found["crc32"].items()}
+        return cls(read_plan(store), found["plan"], found["counts"], crc32)
+
+    def rows(self, product: str) -> int:
+        """Rows of a per-image product in the store."""
+        return self._starts[product][-1]
+
+    @cached_property
+    def _starts(self) -> dict[str, list[int]]:
+        """First row of each block in the store, and the number of all rows, by per-image product."""
+        return {product: [0, *accumulate(counts)] for product, counts in self.counts.items()}
+
+    @cached_property
+    def arrays(self) -> list[ArraySpec]:
+        """Geometry of the arrays of per-image products."""
+        return [
+            array_spec(name, field.dtype, (self.rows(product), *field.trailing), shard_bytes=self.plan.shard_bytes)
+            for name, product, field in self.plan.columns
+        ]
+
+    @cached_property
+    def _places(self) -> list[tuple[ArraySpec, int]]:
+        """Array and shard of each task.
+
+        The largest array comes last and in order, so that its finished shards free the blocks they were made from:
+        the disk then holds little more than one copy at any time.
+        """
+        arrays = sorted(self.arrays, key=lambda spec: spec.shape[0] * spec.row_bytes)
+        return [(spec, shard) for spec in arrays for shard in range(spec.shards)]
+
+    def task(self, number: int) -> ShardTask:
+        """The task that writes a shard."""
+        spec, shard = self._places[number]
+        pieces = tuple(self._pieces(spec, shard))
+        return ShardTask(
+            spec, shard, self.plan_digest, pieces, tuple(self._records_of(piece.block) for piece in pieces)
+        )
+
+    @cached_property
+    def tasks(self) -> list[ShardTask]:
+        """Tasks of the commit, one for each shard of each per-image array, finished or not."""
+        return [self.task(number) for number in range(len(self._places))]
+
+    def _pieces(self, spec: ArraySpec, shard: int) -> Iterator[Piece]:
+        (start, stop), starts = spec.shard_range(shard), self._starts[spec.name.partition("/")[0]]
+        sums, index = self.crc32[spec.name], bisect_right(starts, start) - 1
+        while index < len(sums) and starts[index] < stop:
+            first, last = starts[index], starts[index + 1]
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                yield Piece(index, low - first, high - first, sums[index])
+            index += 1
+
+    @cached_property
+    def _records(self) -> dict[int, tuple[str, ...]]:
+        return {}
+
+    def _records_of(self, block: int) -> tuple[str, ...]:
+        """Names of the records of all shards that a block goes into."""
+        found = self._records.get(block)
+        if found is None:
+            names = [record_name(spec, shard) for spec in self.arrays for shard in self._shards_of(spec, block)]
+            found = self._records[block] = tuple(names)
+        return found
+
+    def _shards_of(self, spec: ArraySpec, block: int) -> range:
+        starts = self._starts[spec.name.partition("/")[0]]
+        first, last = starts[block], starts[block + 1]
+        return range(first // spec.shard_rows, -(-last // spec.shard_rows)) if first < last else range(0)
 
 
 @dataclass(frozen=True)
@@ -36,66 +142,15 @@ class Committer:
     plan: Plan
     entries: Sequence[Entry]
 
-    def rows(self, product: str) -> int:
-        """Rows of a per-image product in the store."""
-        return self._starts[product][-1]
-
     @cached_property
-    def _starts(self) -> dict[str, list[int]]:
-        """First row of each block in the store, and the number of all rows, by per-image product."""
-        columns = {name: f"{name}/{product.fields[0].name}" for name, product in self.plan.schema.per_image.items()}
-        return {
-            product: [0, *accumulate(int(entry.arrays[column]["shape"][0]) for entry in self.entries)]
-            for product, column in columns.items()
-        }
+    def shards(self) -> Shards:
+        """The shards to be written."""
+        return Shards.of_entries(self.plan, self.entries)
 
-    @cached_property
-    def ragged(self) -> list[ArraySpec]:
-        """Geometry of the arrays of per-image products."""
-        return [
-            self._spec(f"{product}/{field.name}", field.dtype, (rows, *field.trailing))
-            for product in self.plan.schema.per_image
-            for rows in [self.rows(product)]
-            for field in self.plan.schema.stored(product)
-        ]
-
-    @cached_property
+    @property
     def tasks(self) -> list[ShardTask]:
-        """Tasks of the commit, one for each shard of each per-image array, finished or not.
-
-        The largest array comes last and in order, so that its finished shards free the blocks they were made from:
-        the disk then holds little more than one copy at any time.
-        """
-        arrays = sorted(self.ragged, key=lambda spec: spec.shape[0] * spec.row_bytes)
-        shards = [(spec, shard, tuple(self._pieces(spec, shard))) for spec in arrays for shard in range(spec.shards)]
-        records: dict[int, list[str]] = {}
-        for spec, shard, pieces in shards:
-            name = record_name(spec, shard)
-            for piece in pieces:
-                records.setdefault(piece.block, []).append(name)
-        shared = {block: tuple(names) for block, names in records.items()}
-        return [
-            ShardTask(spec, shard, self.plan.digest, pieces, tuple(shared[piece.block] for piece in pieces))
-            for spec, shard, pieces in shards
-        ]
-
-    @cached_property
-    def digest(self) -> str:
-        """Sha256 of everything that goes into the shards, hexadecimal."""
-        return hashlib.sha256("".join(task.sources for task in self.tasks).encode()).hexdigest()
-
-    def _pieces(self, spec: ArraySpec, shard: int) -> Iterator[Piece]:
-        (start, stop), starts = spec.shard_range(shard), self._starts[spec.name.partition("/")[0]]
-        index = bisect_right(starts, start) - 1
-        while index < len(self.entries) and starts[index] < stop:
-            first, last = starts[index], starts[index + 1]
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                yield Piece(index, low - first, high - first, self.entries[index].arrays[spec.name]["crc32"])
-            index += 1
-
-    def _spec(self, name: str, dtype: str, shape: tuple[int, ...]) -> ArraySpec:
-        return array_spec(name, dtype, shape, shard_bytes=self.plan.shard_bytes)
+        """The tasks of all shards, in the order in which they are done."""
+        return self.shards.tasks
 
     def _offsets(self, product: str) -> NDArray[np.int64]:
         """Row at which each image begins, and the total at the end: (n + 1,)."""
@@ -121,19 +176,14 @@ def commit_numbered(path: str | os.PathLike[str], digest: str, number: int) -> N
     """Commit one shard by its number, as of `StoreWriter.commit_numbers`.
 
     Raises:
-        StoreError: a block was computed again since; see also `commit_shard`.
+        StoreError: the builder left no such note, or a block was computed again since; see also `commit_shard`.
     """
-    committer = _committer(Path(path).absolute(), digest)
-    commit_shard(path, committer.tasks[number])
+    commit_shard(path, _shards(Path(path).absolute(), digest).task(number))
 
 
 @lru_cache(maxsize=1)
-def _committer(store: Path, digest: str) -> Committer:
-    plan = read_plan(store)
-    committer = Committer(plan, [read_block(plan, block.index) for block in plan.blocks])
-    if committer.digest != digest:
-        raise StoreError(f"{store}: a block was written anew after the tasks were made; run the build again")
-    return committer
+def _shards(store: Path, digest: str) -> Shards:
+    return Shards.read(store, digest)
 
 
 def root_attributes(
@@ -193,19 +243,20 @@ class Finisher:
             nodes[group] = encoding.group_metadata(described.get(group, {}))
         for name in (CHECKSUMS, *(f"{CHECKSUMS}/{group}" for group in self._groups)):
             nodes[name] = encoding.group_metadata({})
-        sums: list[tuple[ArraySpec, list[int]]] = []
-        for spec in self.committer.ragged:
+        sums: list[tuple[ArraySpec, ArrayLike]] = []
+        for spec in self.committer.shards.arrays:
             attributes = array_attributes(spec.name, plan.schema)
             nodes[spec.name] = encoding.array_metadata(spec, attributes)
             shards = range(spec.shards)
-            sums.append((spec, [crc for n in shards for crc in self.shards[spec.shard_file(n)].chunk_crc32]))
+            found = [self.shards[spec.shard_file(n)].chunk_crc32 for n in shards]
+            sums.append((spec, np.concatenate([np.empty(0, CHECKSUM.dtype), *found])))
         for name, rows in self.committer.small_arrays(entries).items():
-            spec, found = self._write_array(name, rows)
+            spec, small = self._write_array(name, rows)
             nodes[name] = encoding.array_metadata(spec)
-            sums.append((spec, found))
-        for spec, found in sums:
+            sums.append((spec, small))
+        for spec, of_chunks in sums:
             of = checksum_spec(spec, shard_bytes=plan.shard_bytes)
-            self._write_array(of.name, little_endian(found, CHECKSUM.dtype))
+            self._write_array(of.name, little_endian(of_chunks, CHECKSUM.dtype))
             nodes[of.name] = encoding.array_metadata(of)
         self._write_metadata(nodes)
         self._remove_strays()
@@ -220,7 +271,7 @@ class Finisher:
             assert isinstance(metadata, dict)
             self._write(f"{name}/zarr.json", encoding.metadata_bytes(metadata))
         plan = self.committer.plan
-        rows = {product: self.committer.rows(product) for product in plan.schema.per_image}
+        rows = {product: self.committer.shards.rows(product) for product in plan.schema.per_image}
         attributes = root_attributes(plan.manifest, rows, images=len(plan.image_ids), embed_dim=plan.embed_dim)
         self._write("zarr.json", encoding.metadata_bytes(encoding.root_metadata(attributes, nodes)))
         self._write(MANIFEST, plan.manifest.to_json().encode())
@@ -244,20 +295,35 @@ class Finisher:
     def _flush(self) -> None:
         """Have all that the commit mark is going to list on the disk; shards were flushed when they were written."""
         files = [self._store / name for name in self.files if name not in self.shards]
-        folders = {self._store / above for name in self.files for above in Path(name).parents}
         sync_together(files)
-        sync_together(folders)
+        # A shard's own folder was flushed before its record was written; those above it may have been made by a worker
+        # that was killed before it could flush them.
+        names = [posixpath.dirname(name) if name in self.shards else name for name in self.files]
+        sync_together(self._store / folder for folder in _folders_above(names))
 
     def _remove_strays(self) -> None:
         """Remove files that an earlier attempt left and this commit does not list, and folders left empty by that."""
         for group in (*self._groups, CHECKSUMS):
             folder = inside(self._store, group)
-            for name in files_below(folder):
-                if f"{group}/{name}" not in self.files:
-                    discard(folder / name)
-            while empty := empty_folders(folder):
+            files, empty = all_below(folder)
+            strays = [name for name in files if f"{group}/{name}" not in self.files]
+            for name in strays:
+                discard(folder / name)
+            if strays:
+                empty = empty_folders(folder)
+            while empty:
                 for name in empty:
                     (folder / name).rmdir()
+                empty = empty_folders(folder)
+
+
+def _folders_above(names: Iterable[str]) -> set[str]:
+    """All folders on the way to files of a store, relative to it; the store's own is the empty text."""
+    found: set[str] = set()
+    for name in names:
+        while name and (name := posixpath.dirname(name)) not in found:
+            found.add(name)
+    return found
 
 
 def remove_journal(store: Path) -> None:
@@ -266,7 +332,19 @@ def remove_journal(store: Path) -> None:
     if journal.is_dir():
         discard(scratch_folder(store))
         failpoint("journal.half_removed")
+        _remove_emptied(journal)
         shutil.rmtree(journal)
         failpoint("journal.removed")
     discard(store / LOCK)
     sync(store)
+
+
+def _remove_emptied(journal: Path) -> None:
+    """Remove entries of blocks without their data, thousands of folders; `rmtree`, which is slower, takes all else."""
+    with os.scandir(journal) as found:
+        # Links are not followed, and left to `rmtree`.
+        folders = [each.path for each in found if each.name.startswith("block-") and each.is_dir(follow_symlinks=False)]
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{folder}/{ENTRY}")
+            os.rmdir(folder)

@@ -7,8 +7,9 @@ An entry is `data.raw` (arrays one after another, little-endian, C order, each o
 
 import hashlib
 import math
+import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,17 +148,29 @@ class Entry:
     @property
     def sized(self) -> bool:
         """True if the data file has the size it was written with; the cheap check."""
-        try:
-            return (self.folder / DATA).stat().st_size == self.bytes_
-        except ABSENT:
-            return False
-        except OSError as error:
-            raise unreadable(self.folder / DATA, error) from error
+        return self._data_bytes == self.bytes_
 
     @property
     def dropped(self) -> bool:
         """True if the data were removed, as they are once every shard they went into is durable."""
-        return not (self.folder / DATA).exists()
+        return self._data_bytes is None
+
+    @property
+    def finished(self) -> bool:
+        """True if the entry is `sized` or `dropped`; asks the system once."""
+        return self._data_bytes in (self.bytes_, None)
+
+    @property
+    def _data_bytes(self) -> int | None:
+        """Bytes of the data file; None for a missing one."""
+        # Texts, not paths: putting a path together takes longer than the system's answer.
+        file = f"{self.folder}/{DATA}"
+        try:
+            return os.stat(file).st_size
+        except ABSENT:
+            return None
+        except OSError as error:
+            raise unreadable(file, error) from error
 
     def array(self, name: str) -> NDArray[Any]:
         """Array of that name, memory-mapped and read-only, after its checksum was compared.
@@ -212,20 +225,28 @@ def _require_described(record: Mapping[str, Any], file: Path) -> None:
         isinstance(arrays, dict)
         and isinstance(record.get("attributes"), dict)
         and isinstance(size, int)
-        and all(_is_place(place, size) for place in arrays.values())
+        and _are_places(arrays.values(), size)
     )
     if not sound:
         raise StoreError(f"{file}: does not describe a journal entry; ezsd wrote no such file: do not use this store")
 
 
-def _is_place(place: object, size: int) -> bool:
-    """True if an array's description is one, of rows within the first `size` bytes."""
-    if not isinstance(place, dict) or not isinstance(place.get("shape"), list):
-        return False
-    dtype = place.get("dtype")
-    if not are_counts([*place["shape"], place.get("offset"), place.get("crc32")]) or not isinstance(dtype, str):
-        return False
-    return dtype in _ITEM_BYTES and bool(place["offset"] + math.prod(place["shape"]) * _ITEM_BYTES[dtype] <= size)
+def _are_places(places: Iterable[object], size: int) -> bool:
+    """True if descriptions of arrays are some, of rows within the first `size` bytes."""
+    numbers: list[object] = []
+    described: list[tuple[Any, list[Any], int, Any]] = []
+    for place in places:
+        if not isinstance(place, dict):
+            return False
+        shape, offset, dtype, crc = place.get("shape"), place.get("offset"), place.get("dtype"), place.get("crc32")
+        if not isinstance(shape, list) or not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+            return False
+        # Looked at together, in a fraction of the time.
+        numbers += (*shape, offset, crc)
+        described.append((offset, shape, _ITEM_BYTES[dtype], crc))
+    return are_counts(numbers) and all(
+        offset + math.prod(shape) * item <= size and crc < 2**32 for offset, shape, item, crc in described
+    )
 
 
 def raw_bytes(rows: NDArray[Any]) -> memoryview:
@@ -303,10 +324,10 @@ def intact(folder: Path) -> bool:
         return False
 
 
-def drop_data(folder: Path) -> None:
+def drop_data(folder: str) -> None:
     """Remove an entry's data and keep its description. Whoever writes the last shard does it, and two may think so."""
     try:
-        (folder / DATA).unlink()
+        os.unlink(f"{folder}/{DATA}")
     except ABSENT:
         return
     failpoint("block.dropped")

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError, StoreIncomplete, StoreMismatch, StoreUnreadable
 from ezsd.cache.files import FileState, disk_room, file_state
-from ezsd.cache.format.commit_mark import are_counts
 from ezsd.cache.format.manifest import Manifest, images_digest
+from ezsd.cache.format.packed import packed, unpacked
 from ezsd.cache.format.quantise import quantise
 from ezsd.cache.format.schema import IMAGES, SCALE, Block, Field, RaggedRows, Schema, require_supported
 from ezsd.cache.format.sealed_json import JSON, Difference, canonical_json
@@ -72,6 +72,20 @@ class Plan:
         total = len(self.image_ids)
         starts = range(0, total, self.block_images)
         return [Block(index, start, min(start + self.block_images, total)) for index, start in enumerate(starts)]
+
+    @cached_property
+    def journal(self) -> Path:
+        """Folder of the journal; looked at once, see `journal_folder`."""
+        return journal_folder(self.store)
+
+    @cached_property
+    def columns(self) -> tuple[tuple[str, str, Field], ...]:
+        """Arrays of the per-image products as they are stored: path in the store, product, field."""
+        return tuple(
+            (f"{product}/{field.name}", product, field)
+            for product in self.schema.per_image
+            for field in self.schema.stored(product)
+        )
 
     @cached_property
     def _known(self) -> dict[int, tuple[FileState, Entry]]:
@@ -204,8 +218,8 @@ def read_block(plan: Plan, index: int) -> Entry:
     Raises:
         StoreError: not there, damaged, or made for another plan.
     """
-    folder = journal_folder(plan.store) / block_name(index)
-    state = file_state(folder / ENTRY)
+    folder = plan.journal / block_name(index)
+    state = file_state(f"{folder}/{ENTRY}")
     if state is None:
         # Another worker may put it there before it is read; kept under no state, it would outlast its file.
         return _checked_block(plan, index, Entry.read(folder))
@@ -218,20 +232,15 @@ def _checked_block(plan: Plan, index: int, entry: Entry) -> Entry:
     if {key: entry.attributes.get(key) for key in ("plan", "block")} != _block_attributes(plan, plan.blocks[index]):
         raise StoreError(f"{entry.folder}: belongs to another build; remove this folder and run the build again")
     counts = _checked_counts(entry, plan, plan.blocks[index])
-    arrays = {product: np.array(found, np.int64) for product, found in counts.items()}
-    return replace(entry, attributes={**entry.attributes, "counts": arrays})
+    return replace(entry, attributes={**entry.attributes, "counts": counts})
 
 
-def _checked_counts(entry: Entry, plan: Plan, block: Block) -> dict[str, list[int]]:
+def _checked_counts(entry: Entry, plan: Plan, block: Block) -> dict[str, NDArray[np.uint32]]:
     """Rows of each image of a block, by product; refuses an entry that does not hold what a block does."""
     try:
         counts = {product: _counts(entry, product, block.stop - block.start) for product in plan.schema.per_image}
-        shapes = {
-            f"{product}/{field.name}": (field.dtype, [rows, *field.trailing])
-            for product in plan.schema.per_image
-            for rows in [sum(counts[product])]
-            for field in plan.schema.stored(product)
-        }
+        rows = {product: int(np.add.reduce(found, dtype=np.int64)) for product, found in counts.items()}
+        shapes = {name: (field.dtype, [rows[product], *field.trailing]) for name, product, field in plan.columns}
         all_bad_images([entry.attributes])
         sound = shapes == {name: (place["dtype"], place["shape"]) for name, place in entry.arrays.items()}
     except ValueError:
@@ -243,13 +252,14 @@ def _checked_counts(entry: Entry, plan: Plan, block: Block) -> dict[str, list[in
     return counts
 
 
-def _counts(entry: Entry, product: str, images: int) -> list[int]:
+def _counts(entry: Entry, product: str, images: int) -> NDArray[np.uint32]:
     """Rows of each image of a block; ValueError where its entry does not say them."""
     counts = entry.attributes.get("counts")
     found = counts.get(product) if isinstance(counts, dict) else None
-    if not isinstance(found, list) or len(found) != images or not are_counts(found):
+    numbers = unpacked(found)
+    if len(numbers) != images:
         raise ValueError("no counts")
-    return found
+    return numbers
 
 
 def per_store_folder(plan: Plan, product: str) -> Path:
@@ -315,7 +325,7 @@ def finished_block(plan: Plan, index: int) -> Entry | None:
         raise
     except StoreError:
         return None
-    return entry if entry.sized or entry.dropped else None
+    return entry if entry.finished else None
 
 
 def _block_attributes(plan: Plan, block: Block) -> dict[str, JSON]:
@@ -375,7 +385,7 @@ def write_block(
     require_no_rows(bad_images, products, plan.image_ids[images], where=f"block {block.index}")
     name = block_name(block.index)
     arrays = _block_arrays(products, plan.schema)
-    counts: dict[str, JSON] = {product: products[product].counts.tolist() for product in plan.schema.per_image}
+    counts: dict[str, JSON] = {product: packed(products[product].counts) for product in plan.schema.per_image}
     attributes = {**_block_attributes(plan, block), "counts": counts, **bad_attributes(bad_images)}
     # Looked at last: another worker may have finished it while this one computed.
     done = finished_block(plan, block.index)

@@ -8,12 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ezsd.cache.errors import StoreError, StoreUnreadable
 from ezsd.cache.files import (
     ABSENT,
     FileDigest,
     discard,
     disk_room,
+    file_state,
     make_folders,
     read_if_there,
     rename,
@@ -24,8 +28,9 @@ from ezsd.cache.files import (
 )
 from ezsd.cache.format import zarr_bytes as encoding
 from ezsd.cache.format.checksums import ChunkSums
-from ezsd.cache.format.commit_mark import are_counts, is_sha256
+from ezsd.cache.format.commit_mark import is_sha256
 from ezsd.cache.format.names import inside
+from ezsd.cache.format.packed import packed, unpacked
 from ezsd.cache.format.schema import ArraySpec
 from ezsd.cache.format.sealed_json import JSON, compact_json, seal, unseal
 from ezsd.cache.journal.entries import drop_data, journal_folder, scratch_folder, set_aside
@@ -65,12 +70,12 @@ class ShardTask:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ShardRecord:
     """A finished shard: its digest, and the CRC-32 of each of its chunks."""
 
     digest: FileDigest
-    chunk_crc32: tuple[int, ...]
+    chunk_crc32: NDArray[np.uint32]
 
 
 def commit_shard(path: str | os.PathLike[str], task: ShardTask) -> None:
@@ -87,10 +92,10 @@ def commit_shard(path: str | os.PathLike[str], task: ShardTask) -> None:
             _write_shard(store, task)
     journal, records = journal_folder(store), _records_folder(store)
     # Blocks share most of their shards: each record is looked for once.
-    there = cache(lambda name: (records / name).exists())
+    there = cache(lambda name: file_state(f"{records}/{name}") is not None)
     for piece, names in zip(task.pieces, task.shared, strict=True):
         if all(map(there, names)):
-            drop_data(journal / block_name(piece.block))
+            drop_data(f"{journal}/{block_name(piece.block)}")
 
 
 def _write_shard(store: Path, task: ShardTask) -> None:
@@ -112,7 +117,7 @@ def _write_shard(store: Path, task: ShardTask) -> None:
         "size": digest.size,
         "digest": digest.sha256,
         "sources": task.sources,
-        "chunk_crc32": sums.sums,
+        "chunk_crc32": packed(sums.sums),
     }
     target = _records_folder(store) / record_name(task.array, task.shard)
     write_atomic(target, seal(record), scratch=scratch_folder(store), point="record")
@@ -155,12 +160,16 @@ def recorded(store: Path, task: ShardTask) -> ShardRecord | None:
         return None
     except OSError as error:
         raise unreadable(store / task.file, error) from error
-    digest, sums = record.get("digest"), record.get("chunk_crc32")
-    # The digest of what it was made from covers neither of these: a record of a stranger's may say anything.
-    sound = is_sha256(digest) and are_counts(sums)
-    if not sound or record.get("sources") != task.sources or record.get("size") != size:
+    digest = record.get("digest")
+    if not is_sha256(digest) or record.get("sources") != task.sources or record.get("size") != size:
         return None
-    return ShardRecord(FileDigest(size, str(digest)), tuple(record["chunk_crc32"]))
+    # The digest of what it was made from does not cover these: a record of a stranger's may say anything.
+    try:
+        sums = unpacked(record.get("chunk_crc32"))
+    except ValueError:
+        return None
+    sound = len(sums) == encoding.shard_chunks(task.array, task.shard)
+    return ShardRecord(FileDigest(size, str(digest)), sums) if sound else None
 
 
 def forget_record(store: Path, task: ShardTask) -> None:

@@ -25,7 +25,7 @@ from ezsd.cache.format.regions import EmbeddingType
 from ezsd.cache.format.schema import SCHEMA_VERSION
 from ezsd.cache.format.sealed_json import parse_json
 from ezsd.cache.journal.bad_images import NO_ROOT, all_bad_images, bad_images_of
-from ezsd.cache.journal.commit import Committer
+from ezsd.cache.journal.commit import Shards
 from ezsd.cache.journal.entries import ENTRY
 from ezsd.cache.journal.plan import Plan, block_done, plan_folder, read_block
 from ezsd.cache.storage.locations import LocalPlace, Place, find_place, read_environment, unfinished_plan
@@ -118,7 +118,8 @@ def _committed_info(place: Place, mark: CommitMark, *, complete: bool) -> StoreI
 
 def _unfinished_info(plan: Plan) -> StoreInfo:
     done = [block for block in plan.blocks if block_done(plan, block.index)]
-    rows = Committer(plan, tuple(read_block(plan, block.index) for block in done))
+    entries = [read_block(plan, block.index) for block in done]
+    shards = Shards.of_entries(plan, entries)
     present = sum(block.stop - block.start for block in done)
     return StoreInfo(
         complete=False,
@@ -128,8 +129,10 @@ def _unfinished_info(plan: Plan) -> StoreInfo:
         blocks=len(plan.blocks),
         embed_dim=plan.embed_dim,
         embedding=plan.manifest.embedding,
-        products=_products(plan.manifest, {product: rows.rows(product) for product in plan.schema.per_image}, present),
-        bad_images=all_bad_images(entry.attributes for entry in rows.entries),
+        products=_products(
+            plan.manifest, {product: shards.rows(product) for product in plan.schema.per_image}, present
+        ),
+        bad_images=all_bad_images(entry.attributes for entry in entries),
         manifest=plan.manifest,
         problems=(),
         **_files(LocalPlace(plan.store)),

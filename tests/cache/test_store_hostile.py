@@ -23,6 +23,7 @@ from ezsd.cache import (
     write_block,
 )
 from ezsd.cache.files import file_digest
+from ezsd.cache.format.packed import packed, unpacked
 from ezsd.cache.format.sealed_json import canonical_json, seal
 from ezsd.cache.journal.plan import read_block, read_plan
 from ezsd.cache.tools.export import export
@@ -194,8 +195,15 @@ BLOCK = "journal/block-000000/entry.json"
         (("attributes", "bad_images"), {"x": REASON}),
         (("attributes", "bad_images"), {" 3": REASON}),
         (("attributes", "bad_images", str(BAD)), None),
-        (("attributes", "counts", "regions", 0), 2**70),
-        (("attributes", "counts", "regions", 0), 5000),
+        (("attributes", "counts", "regions"), [2**70] * 6),
+        (("attributes", "counts", "regions"), [2**62, 2**62, 2**62, 2**62, 0, 0]),
+        (("attributes", "counts", "regions"), [1] * 5),
+        (("attributes", "counts", "regions"), [True] * 6),
+        (("attributes", "counts", "regions"), packed([5000] * 6)),
+        (("attributes", "counts", "regions"), packed([1] * 5)),
+        (("attributes", "counts", "regions"), packed([1] * 6)[1:]),
+        (("attributes", "counts", "regions"), "é" * 32),
+        (("attributes", "counts", "regions"), None),
         (("arrays", "regions/score", "shape"), [1]),
         (("arrays", "regions/score", "dtype"), "<i4"),
     ],
@@ -209,6 +217,31 @@ def test_a_block_whose_entry_says_what_no_block_does_is_made_anew(journaled, who
     with storekit.open_writer(store, block_images=6) as writer:
         assert [block.index for block in writer.pending()] == [0]
     assert storekit.contents(finish(store)) == storekit.contents(whole)
+
+
+@pytest.mark.parametrize("value", [None, "x", packed([1, 2]), [1, 2], "", [2**40], [-1], {}])
+def test_a_shard_whose_record_says_what_no_shard_has_is_written_anew(journaled, whole, memory, value):
+    store = shutil.copytree(journaled, memory / "store")
+    record = min((store / "journal/shards").iterdir())
+    left = len(tasks_left(store))
+    assert len(unpacked(json.loads(record.read_text())["chunk_crc32"])) == 1
+    put(store, record.relative_to(store).as_posix(), ("chunk_crc32",), value)
+    assert len(tasks_left(store)) == left + 1
+    assert storekit.contents(finish(store)) == storekit.contents(whole)
+
+
+@pytest.mark.parametrize("value", [2**32, -1, None, True])
+def test_a_block_with_a_checksum_that_is_none_is_made_anew(journaled, whole, memory, value):
+    store = shutil.copytree(journaled, memory / "store")
+    put(store, BLOCK, ("arrays", "regions/score", "crc32"), value)
+    with pytest.raises(StoreError, match="entry.json: does not describe a journal entry"):
+        read_block(read_plan(store), 0)
+    assert storekit.contents(finish(store)) == storekit.contents(whole)
+
+
+def tasks_left(store):
+    with storekit.open_writer(store, block_images=6) as writer:
+        return writer.commit_tasks()
 
 
 @pytest.mark.parametrize("product", ["teacher", "text"])

@@ -263,6 +263,30 @@ def test_a_hint_reaches_the_kernel_for_long_ranges_and_changes_nothing(finished,
     assert [(start, length) for start, length in hints] == [(0, 640), (3 * 4096, 4096), (0, 256)]
 
 
+def test_few_ranges_are_asked_about_while_all_was_in_memory_and_all_again_once_one_is_not(finished, monkeypatch):
+    for name, number in (("_HINTED", 0), ("_TRUSTED", 4), ("_SAMPLED", 3)):
+        monkeypatch.setattr(f"ezsd.cache.storage.direct.{name}", number)
+    array, asked, there, hints = mapped(finished / "regions/embedding"), [], [True], []
+    monkeypatch.setattr(MappedArray, "_in_memory", lambda *at: (asked.append(at[2]), there[0])[1])
+    monkeypatch.setattr("ezsd.cache.storage.direct.will_need", lambda _, *at: hints.append(at))
+    array.read(0, 60)
+
+    def questions(*spans):
+        asked.clear()
+        array.read_ahead(spans)
+        return len(asked)
+
+    assert [questions((0, 10)) for _ in range(10)] == [1, 1, 1, 1, 0, 0, 1, 0, 0, 1]
+    assert questions((0, 10), (20, 30), (40, 50)) == 1
+    assert hints == []
+    there[0] = False
+    assert questions((0, 10)) == 0
+    # The range that stands for the others is not there.
+    assert questions((0, 10), (20, 30)) == 2
+    assert len(hints) == 2
+    assert questions((0, 10)) == 1
+
+
 @pytest.mark.parametrize("missing", ["preadv", "RWF_NOWAIT"])
 def test_a_system_that_cannot_say_what_is_in_memory_hints_at_every_range(finished, monkeypatch, missing):
     expected = Store(finished).regions.batch(storekit.IDS).rows
@@ -454,6 +478,11 @@ def test_a_store_inside_a_pickled_dataset_carries_no_rows(finished):
     store = Store(finished)
     store.regions.batch(storekit.IDS)
     assert len(pickle.dumps(store)) < 1000
+    products = pickle.dumps((store.regions, store.product("regions")))
+    assert len(products) < 1000
+    rows, by_name = (product[FIRST] for product in pickle.loads(products))
+    same_record(rows, store.regions[FIRST])
+    np.testing.assert_array_equal(by_name["box"], rows.box)
 
 
 def test_two_threads_read_at_once(finished):

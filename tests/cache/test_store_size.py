@@ -1,5 +1,6 @@
 """What a build does for itself grows with its blocks and shards, and no faster; and gives the same."""
 
+import json
 import os
 import time
 from collections import Counter
@@ -18,8 +19,10 @@ from ezsd.cache import (
     forecast,
     read_plan,
 )
-from ezsd.cache.files import file_state
-from ezsd.cache.journal.commit import Committer
+from ezsd.cache.files import file_state, read_bytes
+from ezsd.cache.format.packed import unpacked
+from ezsd.cache.format.sealed_json import canonical_json, seal, unseal
+from ezsd.cache.journal.commit import Committer, remove_journal
 from ezsd.cache.journal.entries import Entry, set_aside
 from ezsd.cache.journal.plan import block_done, read_block
 
@@ -134,6 +137,66 @@ def test_a_shard_that_was_recorded_before_is_known_by_its_sources(journaled):
     assert task.sources == storekit.sources(task)
     commit_shard(journaled.path, task)
     assert task.file not in {left.file for left in journaled.commit_tasks()}
+
+
+def test_a_build_that_an_earlier_version_began_goes_on(journaled, finished):
+    for task in journaled.commit_tasks()[:3]:
+        commit_shard(journaled.path, task)
+    before, changed = journaled.commit_tasks(), 0
+    journaled.close()
+    # They wrote lists of numbers.
+    for file in journaled.path.glob("journal/*/*.json"):
+        record = unseal(file.read_bytes(), str(file))
+        if "counts" in record.get("attributes", {}):
+            counts = record["attributes"]["counts"]
+            record["attributes"]["counts"] = {name: unpacked(found).tolist() for name, found in counts.items()}
+        elif "chunk_crc32" in record:
+            record["chunk_crc32"] = unpacked(record["chunk_crc32"]).tolist()
+        else:
+            continue
+        changed += file.write_bytes(seal(record)) > 0
+    assert changed == 6 + 3
+    with storekit.open_writer(journaled.path) as writer:
+        assert writer.pending() == []
+        assert writer.commit_tasks() == before
+        for task in before:
+            commit_shard(writer.path, task)
+        writer.finish()
+    assert storekit.contents(journaled.path) == storekit.contents(finished)
+
+
+@pytest.mark.parametrize("record", [{}, {"a": 1}, {"z": [1]}, {"a": 1, "z": {"sha256": "0"}}, {"sha1": 1, "sha3": 2}])
+def test_a_sealed_record_reads_back_and_no_other_text_does(record):
+    sealed = seal(record)
+    assert unseal(sealed, "here") == record
+    spaced = json.dumps(json.loads(sealed)).encode() + b"\n"
+    unsealed = sealed.replace(json.loads(sealed)["sha256"].encode(), b"0" * 64)
+    for changed in (sealed[:-1], sealed + b"\n", spaced, unsealed, canonical_json(record).encode() + b"\n"):
+        with pytest.raises(StoreError, match="here: its contents do not match the checksum it carries"):
+            unseal(changed, "here")
+
+
+def test_a_file_of_many_pieces_is_read_whole_and_a_longer_one_refused(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(2**17 + 5))
+    assert read_bytes(file) == file.read_bytes()
+    monkeypatch.setattr("ezsd.cache.files.MOST_UNSTATED", 2**17 + 5)
+    assert read_bytes(file) == file.read_bytes()
+    monkeypatch.setattr("ezsd.cache.files.MOST_UNSTATED", 2**17 + 4)
+    with pytest.raises(StoreError, match="is longer than the 131,076 bytes it may have"):
+        read_bytes(file)
+
+
+def test_folders_of_blocks_are_removed_with_the_journal_and_links_are_not_followed(memory):
+    journal, elsewhere = memory / "store/journal", memory / "elsewhere"
+    for folder in (journal / "block-000000", journal / "block-000001/more", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "entry.json").write_text("{}")
+    (journal / "block-000000/data.raw").write_text("rows")
+    (journal / "block-000002").symlink_to(elsewhere)
+    remove_journal(memory / "store")
+    assert not journal.exists()
+    assert (elsewhere / "entry.json").read_text() == "{}"
 
 
 def test_a_forecast_counts_the_arrays_of_the_whole_store():
