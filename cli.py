@@ -607,18 +607,14 @@ def train(
 ) -> None:
     """Train the detector from base boxes and cached regions; on several GPUs with `torchrun`."""
     require_launcher(os.environ)
-    from ezsd.cache import Store
     from ezsd.pipeline.console.arguments import loggers_override
-    from ezsd.pipeline.console.defaults import preset_of, train_config, train_overrides
+    from ezsd.pipeline.console.defaults import train_config
     from ezsd.pipeline.devices import require_device_name, resolve_device
 
     # What can be refused is, before anything heavy is loaded.
     require_device_name(device)
     settings = [*(set_ or []), *loggers_override(log)]
-    train_overrides(cache, settings, seed=seed, backbone_weights=backbone_weights)
-    # No rows are read of it here.
-    store = Store(cache, verify="quick")
-    config = train_config(store, preset, settings, seed=seed, backbone_weights=backbone_weights)
+    config, preset = train_config(cache, preset, settings, seed=seed, backbone_weights=backbone_weights)
     from ezsd.pipeline.runs.schedule import can_train_longer
     from ezsd.pipeline.training.train import TrainRequest
     from ezsd.pipeline.training.train import train as start
@@ -633,7 +629,7 @@ def train(
         device=resolve_device(device),
         verify=verify,
         accept_store=accept_store,
-        preset=preset or preset_of(store),
+        preset=preset,
     )
     trained, steps = start(request), request.config.train.steps
     if trained.began_at == steps:
