@@ -1,5 +1,6 @@
 """Loggers of a training's metrics, and what a resumed training adds to them."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -221,6 +222,27 @@ class Refusing(loggers._Tracker):
 
     def end(self, ending):
         raise AssertionError("nothing is asked of it any more")
+
+
+class Told(loggers._Tracker):
+    name = "mlflow"
+
+    def hand_on(self, records):
+        pass
+
+    def end(self, ending):
+        (self._run.folder / "ended").write_text(ending)
+
+
+@pytest.mark.parametrize(("error", "status"), [(error, status) for error, status, _ in ENDINGS])
+def test_a_tracker_is_told_how_a_training_ended(error, status, logged_twice, monkeypatch):
+    monkeypatch.setitem(loggers._SINKS, "mlflow", Told)
+    run = logged_twice("mlflow")
+    ended = contextlib.nullcontext() if error is None else pytest.raises(type(error))
+    with ended, MetricsLog(run, loggers=["mlflow"], begin=8):
+        if error is not None:
+            raise error
+    assert (run.folder / "ended").read_text() == status.lower()
 
 
 def test_a_tracker_that_fails_ends_no_training(logged_twice, monkeypatch, caplog):
