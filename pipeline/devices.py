@@ -7,6 +7,7 @@ import platform
 import re
 from typing import TYPE_CHECKING
 
+from ezsd.errors import quantity
 from ezsd.pipeline.errors import ArgumentError, OutOfMemory
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def usable_cores() -> int:
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Kind of this machine, without its name: processor, system, Python, and the GPU where one is used."""
     found = {
-        "processor": f"{platform.machine()}, {usable_cores()} cores",
+        "processor": f"{platform.machine()}, {quantity(usable_cores(), 'core')}",
         "system": platform.system(),
         "python": platform.python_version(),
     }
@@ -61,7 +62,7 @@ def resolve_device(name: str) -> str:
     kind, _, number = name.partition(":")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise ArgumentError(
-            f"`device={name}`: this machine has {torch.cuda.device_count()} usable GPUs; use `device=cpu`"
+            f"`device={name}`: this machine has {quantity(torch.cuda.device_count(), 'usable GPU')}; use `device=cpu`"
         )
     return name
 

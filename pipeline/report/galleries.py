@@ -18,6 +18,7 @@ from ezsd.cache import RegionRows, Store
 from ezsd.data.annotations import Annotations
 from ezsd.data.masks import decode
 from ezsd.data.records import ImageRecord
+from ezsd.errors import quantity
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.inference.visualize import jpeg_url
 from ezsd.pipeline.report.outcomes import Judged
@@ -87,7 +88,7 @@ def failure_figures(found: Judged, dataset: Dataset, count: int) -> list[Figure]
     """Objects beside detections, of the `count` validation images with most errors."""
     positions = {image: position for position, image in enumerate(found.truth.image_ids.tolist())}
     return [
-        _judged_figure(found, dataset, positions[image], f"{_number(wrong, 'wrong detection')}, {gone} missed")
+        _judged_figure(found, dataset, positions[image], f"{quantity(wrong, 'wrong detection')}, {gone} missed")
         for image, wrong, gone in found.worst_images()[:count]
     ]
 
@@ -271,7 +272,3 @@ def outlines(mask: NDArray[np.bool_]) -> list[str]:
 def _corners(xywh: NDArray[np.float64]) -> list[float]:
     x, y, width, height = xywh.tolist()
     return [x, y, x + width, y + height]
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache import file_digest
+from ezsd.errors import inflected, quantity
 from ezsd.metrics import Results, Truth, limits_of, read_results, read_truth
 from ezsd.metrics.error_kinds import HAVING, KINDS, TrueBoxes, error_kinds
 from ezsd.metrics.evaluation import is_verified
@@ -169,7 +170,8 @@ def judged(main: RunData, dataset: Dataset) -> Judged:
     results = read_results(path, images=truth.sizes(), categories=truth.category_positions())
     counted = evaluated(main.evaluation)["generalised"]["detections"]
     if len(results.score) != counted:
-        raise RunError(f"{path}: has {len(results.score)} detections, and {counted} were evaluated; {again}")
+        found = quantity(len(results.score), "detection")
+        raise RunError(f"{path}: has {found}, and {counted} {inflected(counted, 'was', 'were')} evaluated; {again}")
     return Judged(truth, results, str(main.evaluation["limit"]), count)
 
 

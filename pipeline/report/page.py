@@ -9,7 +9,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Te
 
 from ezsd.cache import Store
 from ezsd.data.annotations import Annotations
-from ezsd.errors import EzsdError
+from ezsd.errors import EzsdError, quantity
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.errors import RunError
@@ -95,6 +95,7 @@ def template(package: str, name: str) -> Template:
         keep_trailing_newline=True,
     )
     environment.filters["percent"] = tables.percent
+    environment.filters["quantity"] = quantity
     return environment.get_template(name)
 
 
