@@ -7,7 +7,7 @@ import platform
 import re
 from typing import TYPE_CHECKING
 
-from ezsd.errors import quantity
+from ezsd.errors import inflected, quantity
 from ezsd.pipeline.errors import ArgumentError, OutOfMemory
 
 if TYPE_CHECKING:
@@ -60,9 +60,10 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= count:
         raise ArgumentError(
-            f"`device={name}`: this machine has {quantity(torch.cuda.device_count(), 'usable GPU')}; use `device=cpu`"
+            f"`device={name}`: this machine has {count} usable {inflected(count, 'GPU', 'GPUs')}; use `device=cpu`"
         )
     return name
 

@@ -344,7 +344,7 @@ def test_names_that_a_document_did_not_look_for_are_named(scene, caplog):
     found.write_text(json.dumps(document))
     assert headline(evaluated(found, truth, novel="cow"))["all"] == pytest.approx(1)
     assert [record.message for record in caplog.records] == [
-        f"{found}: 1 of the 3 names were not looked for, such as 'yak'; their objects count as missed"
+        f"{found}: 1 of the 3 names was not looked for, such as 'yak'; their objects count as missed"
     ]
 
 
