@@ -15,7 +15,7 @@ import typer
 import typer.core
 
 from ezsd.choices import Benchmark
-from ezsd.errors import EzsdError
+from ezsd.errors import EzsdError, quantity
 from ezsd.pipeline.console.options import OptionFormatter, as_options
 from ezsd.pipeline.errors import is_of_a_place, with_cure
 from ezsd.pipeline.interrupts import Stopped, end_listening, keeping, listen
@@ -136,7 +136,7 @@ def _draw(benchmark: Benchmark, out: Path, train: int, val: int, seed: int) -> N
     from ezsd.pipeline.data.shapes import write_shapes
 
     write_shapes(out, train=train, val=val, seed=seed, benchmark=benchmark)
-    typer.echo(f"{out}: {train} training and {val} validation images, seed {seed}")
+    typer.echo(f"{out}: {train} training and {quantity(val, 'validation image')}, seed {seed}")
 
 
 ConvertedFolder = Annotated[Path, typer.Option(help="Output folder.")]
@@ -262,8 +262,8 @@ def data_check(
     for line in (*found.problems, *found.notes):
         typer.echo(as_options(line))
     if found.problems:
-        count = len(found.problems)
-        typer.echo(f"ezsd: {count} problem{'s' * (count > 1)} in dataset {found.dataset.name}", err=True)
+        count = quantity(len(found.problems), "problem")
+        typer.echo(f"ezsd: {count} in dataset {found.dataset.name}", err=True)
         raise SystemExit(2)
     typer.echo(check_table(found))
 
@@ -607,18 +607,14 @@ def train(
 ) -> None:
     """Train the detector from base boxes and cached regions; on several GPUs with `torchrun`."""
     require_launcher(os.environ)
-    from ezsd.cache import Store
     from ezsd.pipeline.console.arguments import loggers_override
-    from ezsd.pipeline.console.defaults import preset_of, train_config, train_overrides
+    from ezsd.pipeline.console.defaults import train_config
     from ezsd.pipeline.devices import require_device_name, resolve_device
 
     # What can be refused is, before anything heavy is loaded.
     require_device_name(device)
     settings = [*(set_ or []), *loggers_override(log)]
-    train_overrides(cache, settings, seed=seed, backbone_weights=backbone_weights)
-    # No rows are read of it here.
-    store = Store(cache, verify="quick")
-    config = train_config(store, preset, settings, seed=seed, backbone_weights=backbone_weights)
+    config, preset = train_config(cache, preset, settings, seed=seed, backbone_weights=backbone_weights)
     from ezsd.pipeline.runs.schedule import can_train_longer
     from ezsd.pipeline.training.train import TrainRequest
     from ezsd.pipeline.training.train import train as start
@@ -633,7 +629,7 @@ def train(
         device=resolve_device(device),
         verify=verify,
         accept_store=accept_store,
-        preset=preset or preset_of(store),
+        preset=preset,
     )
     trained, steps = start(request), request.config.train.steps
     if trained.began_at == steps:
@@ -641,7 +637,8 @@ def train(
         if can_train_longer(request.config.train):
             longer = ", or train longer: the same command with more train.steps goes on"
         typer.echo(
-            f"{folder}: already trained for its {steps} steps; next: ezsd eval --run {shlex.quote(str(folder))}{longer}"
+            f"{folder}: already trained for its {quantity(steps, 'step')}; next: ezsd eval --run "
+            f"{shlex.quote(str(folder))}{longer}"
         )
     else:
         typer.echo(f"{folder}: trained; next: ezsd eval --run {shlex.quote(str(folder))}")

@@ -30,6 +30,7 @@ from ezsd.cache.journal.plan import refuse
 from ezsd.cache.storage.arrays import RowArray, VerifiedArray, all_finite
 from ezsd.cache.storage.image_index import ImageIndex
 from ezsd.cache.storage.locations import LocalPlace, Place, find_place, read_environment, read_manifest
+from ezsd.errors import quantity
 
 Verify: TypeAlias = Literal["quick", "full"]
 """Depth of the checks before values are handed out, see `Store`."""
@@ -192,8 +193,8 @@ class Store:
         names, rows = attributes.get("names"), arrays["embedding"]
         if not isinstance(names, list) or len(names) != len(rows) or not all(isinstance(name, str) for name in names):
             raise StoreError(
-                f"{self}: text/zarr.json does not name the {len(rows)} rows of text/embedding; the store is damaged: "
-                f"{MENDED}"
+                f"{self}: text/zarr.json does not name the {quantity(len(rows), 'row')} of text/embedding; the store "
+                f"is damaged: {MENDED}"
             )
         return tuple(names), rows
 
@@ -509,7 +510,7 @@ class _ProductRows:
 
     def _absent(self, image_id: int) -> StoreKeyError:
         count = len(self._offset) - 1
-        return StoreKeyError(f"{self._here}: has no image with id {image_id}; it holds {count} images")
+        return StoreKeyError(f"{self._here}: has no image with id {image_id}; it holds {quantity(count, 'image')}")
 
     def _open(self, name: str) -> "_Column":
         array = self._here.array(f"{self._product}/{name}")

@@ -67,6 +67,7 @@ from ezsd.cache.journal.plan import (
 from ezsd.cache.journal.shards import ShardTask, forget_record, recorded
 from ezsd.cache.journal.unfinished import Unfinished
 from ezsd.cache.storage.locations import unfinished_plan
+from ezsd.errors import inflected, quantity
 
 
 class StoreWriter:
@@ -381,7 +382,9 @@ class StoreWriter:
         tasks = self._unrecorded(committer)
         lost = self._lost(committer, tasks)
         if lost:
-            raise StoreIncomplete(f"{self.path}: a shard was lost; write {len(lost)} pending blocks again first")
+            raise StoreIncomplete(
+                f"{self.path}: a shard was lost; write {quantity(len(lost), 'pending block')} again first"
+            )
         for task in tasks:
             # A record of other rows must not let a block be dropped.
             forget_record(self.path, task)
@@ -410,7 +413,8 @@ class StoreWriter:
         present = [entry for entry in entries if entry is not None]
         if len(present) < len(entries):
             raise StoreIncomplete(
-                f"{self.path}: {len(present)} of {len(entries)} blocks are done; write the rest first"
+                f"{self.path}: {len(present)} of {len(entries)} blocks {inflected(len(present), 'is', 'are')} done; "
+                "write the rest first"
             )
         return self._committer_of(present)
 

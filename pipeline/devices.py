@@ -7,6 +7,7 @@ import platform
 import re
 from typing import TYPE_CHECKING
 
+from ezsd.errors import inflected, quantity
 from ezsd.pipeline.errors import ArgumentError, OutOfMemory
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def usable_cores() -> int:
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Kind of this machine, without its name: processor, system, Python, and the GPU where one is used."""
     found = {
-        "processor": f"{platform.machine()}, {usable_cores()} cores",
+        "processor": f"{platform.machine()}, {quantity(usable_cores(), 'core')}",
         "system": platform.system(),
         "python": platform.python_version(),
     }
@@ -59,9 +60,10 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= count:
         raise ArgumentError(
-            f"`device={name}`: this machine has {torch.cuda.device_count()} usable GPUs; use `device=cpu`"
+            f"`device={name}`: this machine has {count} usable {inflected(count, 'GPU', 'GPUs')}; use `device=cpu`"
         )
     return name
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from packaging.requirements import Requirement
 
-from ezsd.errors import EzsdError
+from ezsd.errors import EzsdError, quantity
 from ezsd.pipeline.devices import is_out_of_memory, usable_cores
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _processor() -> Iterator[Finding]:
     # A container has less than its machine.
     limit = _CONTAINER_MEMORY.read_text().strip() if _CONTAINER_MEMORY.is_file() else "max"
     memory = memory if limit == "max" else min(memory, int(limit))
-    text = f"{usable_cores()} cores, {memory / _GIB:.0f} GiB of memory ({platform.machine()})"
+    text = f"{quantity(usable_cores(), 'core')}, {memory / _GIB:.0f} GiB of memory ({platform.machine()})"
     if memory >= _LEAST_MEMORY:
         yield Finding("ok", "processor", text)
     else:

@@ -275,7 +275,7 @@ def test_labels_of_others_are_converted_split_and_checked(tmp_path):
     assert (made.returncode, made.stdout.splitlines()[-1]) == (0, "next: ezsd data check --dataset data/farm/farm.toml")
     assert "train: 4 images, 4 boxes" in made.stdout
     divided = ezsd("data", "split", "data/farm/train.json", "--out", "two", "--val", "25%", cwd=tmp_path)
-    assert (divided.returncode, "val: 1 images, 1 boxes" in divided.stdout) == (0, True), divided.stderr
+    assert (divided.returncode, "val: 1 image, 1 box\n" in divided.stdout) == (0, True), divided.stderr
     for dataset in (["data/farm/farm.toml"], ["two/two.toml"], ["data/farm/train.json", "--novel", "goat"]):
         checked = ezsd("data", "check", "--dataset", *dataset, cwd=tmp_path)
         assert checked.returncode == 0, checked.stdout + checked.stderr
@@ -342,7 +342,7 @@ def test_a_store_is_listed_verified_and_compared(shapes_store, tmp_path):
     assert "removed: notes.txt (4 bytes)" in ezsd("cache", "gc", copy, "--strays").stdout
     repaired = ezsd("cache", "repair", copy)
     assert repaired.returncode == 1
-    assert "marked incomplete, 1 files are still damaged" in repaired.stdout
+    assert "marked incomplete, 1 file is still damaged" in repaired.stdout
     assert_one_clear_line(ezsd("train", "--cache", copy), "marked incomplete", "--data-root")
 
 
@@ -418,7 +418,7 @@ def test_detect_goes_on_past_a_bad_image_and_saves_the_others(shapes_run, shapes
     named, counted, last = result.stderr.splitlines()
     assert named.endswith("2.png: cannot be read: image file is truncated; left out")
     assert counted.startswith("detect: 3/3 images")
-    assert last.startswith("ezsd: 1 of 3 could not be read and are left out, the first: ")
+    assert last.startswith("ezsd: 1 of 3 could not be read and is left out, the first: ")
     printed = {line.split()[0] for line in result.stdout.splitlines()}
     assert printed == {f"{tmp_path}/1.png", f"{tmp_path}/3.png"}
     assert len((tmp_path / "found.csv").read_text().splitlines()) == 1 + len(result.stdout.splitlines())
@@ -533,5 +533,5 @@ def test_a_finished_run_says_so_and_what_next(shapes_run, shapes_store, tmp_path
     words += ["--set", "train.steps=1", "--set", "train.batch_size=2"]
     first, again = (ezsd(*words) for _ in range(2))
     assert "run: trained; next: ezsd eval" in first.stdout
-    assert "run: already trained for its 1 steps; next: ezsd eval" in again.stdout
+    assert "run: already trained for its 1 step; next: ezsd eval" in again.stdout
     assert "resuming" not in again.stderr

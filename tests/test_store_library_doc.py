@@ -235,7 +235,7 @@ def test_rows_that_the_schema_does_not_allow_are_refused(module, tmp_path):
     counts = short["tokens"].counts.copy()
     counts[1] = 0
     short["tokens"] = RaggedRows(counts, {"token": short["tokens"].fields["token"][1:]})
-    with pytest.raises(StoreError, match="tokens: expected 1 rows of each image, found 0 of 101"):
+    with pytest.raises(StoreError, match="tokens: expected 1 row of each image, found 0 of 101"):
         write_block(tmp_path / "s", block, short)
     objects = short["objects"]
     keep = ~np.isin(np.repeat(np.arange(4), objects.counts), [1])

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ezsd.cache.errors import StoreError
 from ezsd.cache.format.schema import RaggedRows
 from ezsd.cache.format.sealed_json import JSON
+from ezsd.errors import quantity
 
 _NAME = "bad_images"
 """Attribute of a block's journal entry and of the group `images`, where there are any: id -> reason."""
@@ -71,4 +72,4 @@ def require_no_rows(
         for product, rows in products.items():
             count = int(rows.counts[place[0]])
             if count:
-                raise StoreError(f"{where}: bad image {image} has {count} rows of {product}, expected none")
+                raise StoreError(f"{where}: bad image {image} has {quantity(count, 'row')} of {product}, expected none")

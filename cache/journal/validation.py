@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
 from ezsd.cache.format.schema import UNIT_TOLERANCE, Field, PerImage, RaggedRows, Schema
+from ezsd.errors import quantity
 
 
 def check_images(image_ids: NDArray[np.int64], widths: NDArray[np.int32], heights: NDArray[np.int32]) -> None:
@@ -92,7 +93,9 @@ def _check_fixed(
     wrong = np.flatnonzero((counts != product.rows) & ~np.isin(image_ids, np.array([*bad], np.int64)))
     if len(wrong):
         at = int(wrong[0])
-        raise StoreError(f"{where}: expected {product.rows} rows of each image, found {counts[at]} of {image_ids[at]}")
+        raise StoreError(
+            f"{where}: expected {quantity(product.rows, 'row')} of each image, found {counts[at]} of {image_ids[at]}"
+        )
 
 
 def check_text_names(names: object, total: int) -> None:
@@ -100,7 +103,9 @@ def check_text_names(names: object, total: int) -> None:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise StoreError('text: the attributes must hold "names", a list with the class name of each row')
     if len(names) != total or len(set(names)) != total:
-        raise StoreError(f"text: {total} embeddings but {len(set(names))} different names in a list of {len(names)}")
+        raise StoreError(
+            f"text: {quantity(total, 'embedding')} but {len(set(names))} different names in a list of {len(names)}"
+        )
 
 
 def _check_names(found: Iterable[str], expected: Iterable[str], where: str) -> None:

@@ -22,6 +22,7 @@ from ezsd.cache.format.manifest import Manifest
 from ezsd.cache.journal.plan import Plan, block_done, plan_folder, read_plan
 from ezsd.cache.storage.arrays import RowArray, ZarrArray, zarr_errors
 from ezsd.cache.storage.direct import open_mapped
+from ezsd.errors import inflected
 
 
 class Place(Protocol):
@@ -154,7 +155,7 @@ def require_mark(store: Path) -> CommitMark:
     plan = unfinished_plan(store)
     done = sum(block_done(plan, block.index) for block in plan.blocks)
     raise StoreIncomplete(
-        f"{store}: the store is not finished, {done} of {len(plan.blocks)} blocks are done; "
+        f"{store}: the store is not finished, {done} of {len(plan.blocks)} blocks {inflected(done, 'is', 'are')} done; "
         "run the same `StoreWriter.open(...)` again to go on"
     )
 

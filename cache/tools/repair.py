@@ -48,6 +48,7 @@ from ezsd.cache.storage.locations import unfinished_plan
 from ezsd.cache.tools.lost_rows import LostShard, Offsets, Patch, runs
 from ezsd.cache.tools.remake_mark import remake_mark
 from ezsd.cache.tools.verify import Damage, LocalFiles, Locator, damaged_files
+from ezsd.errors import quantity
 
 StoredValues = tuple[Mapping[str, NDArray[Any]], Mapping[str, Any]]
 """Arrays by field name, and attributes, of a per-store product, as `Store.read_per_store` gives them."""
@@ -158,7 +159,7 @@ def _require_readable(found: Sequence[Damage]) -> None:
     """Refuse to judge a store with files that could not be read: they may be whole."""
     hidden = [damage for damage in found if damage.kind == "unreadable"]
     if hidden:
-        more = f" and {len(hidden) - 1} more files cannot be read," if len(hidden) > 1 else ""
+        more = f" and {quantity(len(hidden) - 1, 'more file')} cannot be read," if len(hidden) > 1 else ""
         raise StoreUnreadable(f"{hidden[0]};{more} then run `repair()` again")
 
 

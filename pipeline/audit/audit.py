@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ezsd.cache import Store, StoreMismatch
-from ezsd.errors import AnnotationError
+from ezsd.errors import AnnotationError, inflected, quantity
 from ezsd.pipeline.audit.annotation_file import AnnotationFile, read_annotation_file
 from ezsd.pipeline.audit.findings import Finding, Setting, Verdict, as_table, summary, verdict
 from ezsd.pipeline.audit.run_stages import RunStages
@@ -209,13 +209,14 @@ def _names(setting: Setting, store: StoreStages, run: RunStages | None) -> Itera
     """Uses of novel names, by stage."""
     told = store.names_of_run()
     if told and setting == "ovd-strict":
-        text = f"the run whose network proposes was told {len(told)} novel names ({first_few(told, _FEW)})"
+        text = f"the run whose network proposes was told {quantity(len(told), 'novel name')} ({first_few(told, _FEW)})"
         yield Finding(level="violation", subject="names in proposer", text=text)
     novel = store.file.split.novel
     if not novel:
         yield Finding(level="ok", subject="names", text="no novel name is known to the store")
         return
-    listed = f"{len(novel)} novel names ({first_few(list(novel), _FEW)})"
+    few = first_few(list(novel), _FEW)
+    listed = f"{quantity(len(novel), 'novel name')} ({few}) {inflected(len(novel), 'takes', 'take')} part"
     stages = {"names in filters": store.uses_of_names()}
     if run is not None:
         stages["names in training"] = run.uses_of_names()
@@ -223,9 +224,9 @@ def _names(setting: Setting, store: StoreStages, run: RunStages | None) -> Itera
         if not uses:
             yield Finding(level="ok", subject=subject, text="no novel name takes part")
         elif setting == "zad":
-            yield Finding(level="ok", subject=subject, text=f"{listed} take part, by {', '.join(uses)}")
+            yield Finding(level="ok", subject=subject, text=f"{listed}, by {', '.join(uses)}")
         else:
-            text = f"{listed} take part before evaluation, by {', '.join(uses)}"
+            text = f"{listed} before evaluation, by {', '.join(uses)}"
             yield Finding(level="violation", subject=subject, text=text)
     files = [] if run is None else run.evaluation_files()
     if files:
@@ -236,12 +237,16 @@ def _names(setting: Setting, store: StoreStages, run: RunStages | None) -> Itera
 def _unlabelled(setting: Setting, novel: dict[str, int], other: dict[str, int], images: int, of: int) -> Finding:
     """Objects that training images show without a label."""
     if not novel and not other:
-        text = f"none in the {of:,} training images, as far as the annotation file knows"
+        text = f"none in the {quantity(of, 'training image')}, as far as the annotation file knows"
         return Finding(level="ok", subject="unlabelled", text=text)
     parts = [
-        f"{sum(counts.values()):,} {kind} ({first_few([f'{name} {count:,}' for name, count in counts.items()], 5)})"
-        for kind, counts in (("novel objects", novel), ("objects of other classes", other))
+        f"{quantity(sum(counts.values()), *kind)} ({first_few([f'{name} {n:,}' for name, n in counts.items()], 5)})"
+        for kind, counts in (
+            (("novel object", "novel objects"), novel),
+            (("object of another class", "objects of other classes"), other),
+        )
         if counts
     ]
-    text = f"{' and '.join(parts)} are shown without a label in {images:,} of {of:,} training images"
+    shown = inflected(sum(novel.values()) + sum(other.values()), "is", "are")
+    text = f"{' and '.join(parts)} {shown} shown without a label in {images:,} of {of:,} training images"
     return Finding(level="ok" if setting == "zad" else "note", subject="unlabelled", text=text)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from ezsd.errors import quantity
+
 Level: TypeAlias = Literal["ok", "note", "unproven", "violation"]
 Setting: TypeAlias = Literal["zad", "ovd-strict"]
 Verdict: TypeAlias = Literal["passed", "not proven", "violation"]
@@ -67,7 +69,7 @@ def verdict(findings: Sequence[Finding]) -> Verdict:
 def summary(findings: Sequence[Finding]) -> str:
     """The verdict, with the numbers of findings that are not ok."""
     counted = [(level, sum(one.level == level for one in findings)) for level in ("violation", "unproven", "note")]
-    words = [f"{count} {level}{'s' * (count != 1 and level != 'unproven')}" for level, count in counted if count]
+    words = [quantity(count, level, level if level == "unproven" else None) for level, count in counted if count]
     return f"{verdict(findings)}{': ' if words else ''}{', '.join(words)}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ezsd.cache import file_digest
+from ezsd.errors import quantity
 from ezsd.pipeline.audit.annotation_file import BASE, NOVEL, read_annotation_file
 from ezsd.pipeline.audit.findings import Finding, Level
 from ezsd.pipeline.audit.store_stages import StoreStages, backbone_weights
@@ -109,7 +110,7 @@ class RunStages:
             return Finding(level=level, subject="evaluation", text=f"{text}, is another file now")
         truth = read_annotation_file(place, self.store.file.split)
         base, novel = (len(truth.rows(kind, truth.images.id)) for kind in (BASE, NOVEL))
-        text += f", as it is now: {base:,} base and {novel:,} novel boxes"
+        text += f", as it is now: {base:,} base and {quantity(novel, 'novel box', 'novel boxes')}"
         if digest == self.store.file.sha256:
             text += "; these are the training images"
         else:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ezsd.cache import Store
 from ezsd.data.records import image_list_digest
+from ezsd.errors import inflected, quantity
 from ezsd.pipeline.audit.annotation_file import BASE, NOVEL, OTHER, AnnotationFile
 from ezsd.pipeline.audit.boxes import Source, is_on_novel_one, objects_on_novel_ones, regions_on_novel_ones, wrong_boxes
 from ezsd.pipeline.audit.findings import Finding, Level, NamedBox
@@ -59,7 +60,8 @@ class StoreStages:
         boxes, digest = len(self.stored.box), self.stored_digest
         if count:
             on_novel = is_on_novel_one(self.stored, self._wrong[0], self.file)
-            text = f"{count:,} of {boxes:,} rows are no base annotation of {self.file.path.name}"
+            verb = inflected(count, "is", "are")
+            text = f"{count:,} of {boxes:,} rows {verb} no base annotation of {self.file.path.name}"
             return Finding(
                 level="violation" if on_novel else "unproven",
                 subject="ground truth",
@@ -68,10 +70,10 @@ class StoreStages:
                 digest=digest,
                 named=tuple(named),
             )
-        text = f"{boxes:,} rows, each a base annotation with its image, class and box"
+        text = f"{quantity(boxes, 'row')}, each a base annotation with its image, class and box"
         missing = len(self.file.rows(BASE, self.trained_images)) - boxes
         if missing > 0:
-            text += f"; {missing:,} base annotations have no row"
+            text += f"; {quantity(missing, 'base annotation has', 'base annotations have')} no row"
         return Finding(
             level="note" if missing > 0 else "ok", subject="ground truth", text=text, boxes=boxes, digest=digest
         )
@@ -88,14 +90,16 @@ class StoreStages:
         yield self._objects
         count, doubled = objects_on_novel_ones(self.stored, self.names, self.file, but=self._wrong[0])
         if count:
-            text = f"{count:,} base annotations have exactly the box of a novel one: one object with two labels?"
+            have = quantity(count, "base annotation has", "base annotations have")
+            text = f"{have} exactly the box of a novel one: one object with two labels?"
             yield Finding(level="note", subject="ground truth", text=text, named=tuple(doubled))
         yield from self._regions()
 
     def _annotations(self) -> Finding:
         file, ids = self.file, self.store.image_ids
         counts = [len(file.rows(kind, ids)) for kind in (BASE, NOVEL, OTHER)]
-        text = f"{file.path.name}: {len(ids):,} images, {counts[0]:,} base and {counts[1]:,} novel boxes"
+        text = f"{file.path.name}: {quantity(len(ids), 'image')}, {counts[0]:,} base and "
+        text += quantity(counts[1], "novel box", "novel boxes")
         text += f", {counts[2]:,} of other classes" if counts[2] else ""
         recorded = self.environment.get("annotations_sha256")
         same_images = dataset_inputs(self.store.manifest)["image_list_sha256"] == self._image_list()
@@ -139,13 +143,14 @@ class StoreStages:
             return Finding(level="unproven", subject=subject, text="not recorded: which boxes entered")
         images = self.store.image_ids if read is None else read
         expected = len(self.file.rows(BASE, images))
-        known = f"{expected if boxes is None else boxes:,} boxes, digest {digest[:12]}"
+        known = f"{quantity(expected if boxes is None else boxes, 'box', 'boxes')}, digest {digest[:12]}"
         if digest == self.file.base_digest(images):
             text = f"{known}: the base boxes of the annotation file, all of them and no others"
             return Finding(level="ok", subject=subject, text=text, boxes=expected, digest=digest)
         if digest == self.stored_digest:
             level: Level = "ok" if self._objects.level == "note" else self._objects.level
-            text = f"{len(self.stored.box):,} boxes, digest {digest[:12]}: the rows of the ground truth, see there"
+            stored = quantity(len(self.stored.box), "box", "boxes")
+            text = f"{stored}, digest {digest[:12]}: the rows of the ground truth, see there"
             return Finding(level=level, subject=subject, text=text, boxes=len(self.stored.box), digest=digest)
         known = f"boxes of digest {digest[:12]}" if boxes is None else known
         if (self.environment.get("annotations_sha256") if annotations is None else annotations) == self.file.sha256:
@@ -234,16 +239,17 @@ class StoreStages:
     def _regions(self) -> Iterator[Finding]:
         """Regions and proposals that are a novel box, bit for bit."""
         compared, certain, chance = regions_on_novel_ones(self.store, self.file, self._source)
+        of_all = f"{compared:,} regions and proposals"
         if not certain.count and not chance.count:
-            text = f"{compared:,} regions and proposals, none with exactly the box of a novel annotation"
+            text = f"{of_all}, none with exactly the box of a novel annotation"
             yield Finding(level="ok", subject="regions", text=text)
         if certain.count:
-            text = f"{certain.count:,} of {compared:,} regions and proposals have exactly the box of a novel annotation"
+            verb = inflected(certain.count, "has", "have")
+            text = f"{certain.count:,} of {of_all} {verb} exactly the box of a novel annotation"
             yield Finding(level="violation", subject="regions", text=text, named=tuple(certain.named))
         if chance.count:
-            text = (
-                f"{chance.count:,} of {compared:,} regions and proposals have exactly the box of a novel annotation: "
-            )
+            verb = inflected(chance.count, "has", "have")
+            text = f"{chance.count:,} of {of_all} {verb} exactly the box of a novel annotation: "
             text += "windows" if self._source == "windows" else "boxes of whole pixels"
             text += " may, by chance"
             yield Finding(level="note", subject="regions", text=text, named=tuple(chance.named))

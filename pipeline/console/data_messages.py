@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 
+from ezsd.errors import quantity
 from ezsd.pipeline.console.options import as_options
 from ezsd.pipeline.data.coco_folder import Conversion
 from ezsd.pipeline.errors import ArgumentError
@@ -41,10 +42,10 @@ def conversion_lines(made: Conversion, *, copied: bool = False) -> list[str]:
     lines += made.sources
     for part in made.parts:
         crowd = f" (+{part.crowd:,} crowd or difficult)" if part.crowd else ""
-        lines.append(f"{part.name}: {part.images:,} images, {part.boxes:,} boxes{crowd}")
+        lines.append(f"{part.name}: {quantity(part.images, 'image')}, {quantity(part.boxes, 'box', 'boxes')}{crowd}")
     lines.append(f"{made.out}: complete; the images are {'copied' if copied else 'linked to where they are'}")
     for name, split in made.splits.items():
-        lines.append(f"{made.out / name}.toml: {len(split.base)} base and {len(split.novel)} novel names")
+        lines.append(f"{made.out / name}.toml: {len(split.base)} base and {quantity(len(split.novel), 'novel name')}")
     if any(not split.novel for split in made.splits.values()):
         lines.append("no class is novel yet: name those to find without boxes under novel in that file, then build")
     first = made.out / f"{next(iter(made.splits))}.toml"

@@ -94,14 +94,14 @@ def require_known_proposer(config: Config) -> None:
 
 
 def train_config(
-    store: Store,
+    cache: Path,
     preset: str | None,
     overrides: Sequence[str],
     *,
     seed: int | None = None,
     backbone_weights: Path | None = None,
-) -> Config:
-    """Configuration of a training: by default the preset that the store was built with.
+) -> tuple[Config, str]:
+    """Configuration of a training from a store, and the preset that it starts from, by default the store's.
 
     Pseudo-labels that the preset alone asks for are left out, saying so, where the store's regions have no objectness.
 
@@ -109,32 +109,27 @@ def train_config(
         BackboneError: a backbone that is misspelt or missing.
         ConfigError: a setting that the store was built with, one that has no effect without weights of the backbone, a
             seed that is said twice, or a value that does not fit.
-    """
-    overrides = train_overrides(store.path, overrides, seed=seed, backbone_weights=backbone_weights)
-    store.require_regions()
-    preset = preset or preset_of(store)
-    config = load_settings(preset, [*overrides, *_without_objectness(store, preset, overrides)])
-    from ezsd.detector.requirements import require_backbone
-
-    require_backbone(config.model.backbone)
-    return config
-
-
-def train_overrides(
-    cache: Path, overrides: Sequence[str], *, seed: int | None, backbone_weights: Path | None
-) -> list[str]:
-    """Settings of a training with the seed among them, checked as far as that needs no store.
-
-    Raises:
-        ConfigError: as `train_config` says.
+        StoreError: no complete store of regions.
     """
     _refuse_stage_one(cache, overrides)
     if backbone_weights is None:
         _refuse_frozen(overrides)
-    return [*overrides, *([] if seed is None else [_seed_override(seed, overrides)])]
+    overrides = [*overrides, *([] if seed is None else [_seed_override(seed, overrides)])]
+    # What can be refused is, before a store is opened, which loads much.
+    from ezsd.cache import Store
+
+    # No rows are read of it here.
+    store = Store(cache, verify="quick")
+    store.require_regions()
+    preset = preset or _preset_of(store)
+    config = load_settings(preset, [*overrides, *_without_objectness(store, preset, overrides)])
+    from ezsd.detector.requirements import require_backbone
+
+    require_backbone(config.model.backbone)
+    return config, preset
 
 
-def preset_of(store: Store) -> str:
+def _preset_of(store: Store) -> str:
     """The preset that a training from a store begins with: the one that the store was built with."""
     recorded = store.environment.get("preset")
     if recorded is not None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
+from ezsd.errors import quantity
 from ezsd.pipeline.doctor import Finding
 
 
@@ -17,12 +18,11 @@ def finding_lines(findings: Sequence[Finding]) -> list[str]:
         lines.append(f"{finding.level:<7}  {finding.subject:<{width}}  {finding.text}")
         if finding.cure:
             lines.append(f"{'':<7}  {'':<{width}}  -> {finding.cure}")
-    return [*lines, f"{_counted(findings, 'problem')}, {_counted(findings, 'warning')}"]
+    return [*lines, f"{_number(findings, 'problem')}, {_number(findings, 'warning')}"]
 
 
-def _counted(findings: Sequence[Finding], level: str) -> str:
-    count = sum(finding.level == level for finding in findings)
-    return f"{count} {level}{'s' * (count != 1)}"
+def _number(findings: Sequence[Finding], level: str) -> str:
+    return quantity(sum(finding.level == level for finding in findings), level)
 
 
 def findings_json(findings: Sequence[Finding]) -> str:

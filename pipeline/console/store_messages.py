@@ -25,6 +25,7 @@ from ezsd.cache import (
     push,
     verify,
 )
+from ezsd.errors import inflected, quantity
 from ezsd.pipeline.console.options import as_options
 from ezsd.pipeline.extraction.manifest_names import as_settings
 from ezsd.pipeline.progress import duration
@@ -43,11 +44,13 @@ def build_lines(store: Path, report: BuildReport) -> list[str]:
     regions = next(product.rows for product in found.products if product.name == "regions")
     lines = [
         f"{store}: complete ({times})",
-        f"{report.images:,} images, {regions:,} regions, {found.bytes_:,} bytes in {found.files} files",
+        f"{quantity(report.images, 'image')}, {quantity(regions or 0, 'region')}, {found.bytes_:,} bytes in "
+        f"{quantity(found.files, 'file')}",
     ]
     if report.crops:
         rate = report.crops / max(report.seconds["extract"], 1e-9)
-        lines.append(f"the teacher saw {report.crops:,} crops of {report.extracted:,} images, {rate:,.0f} a second")
+        crops, images = quantity(report.crops, "crop"), quantity(report.extracted, "image")
+        lines.append(f"the teacher saw {crops} of {images}, {rate:,.0f} a second")
     lines += _left_out(store, report.bad_images)
     lines += _no_regions(store, regions)
     if report.reused:
@@ -68,17 +71,18 @@ def _no_regions(store: Path, regions: int | None) -> list[str]:
 def _left_out(store: Path, bad_images: int) -> list[str]:
     if not bad_images:
         return []
-    return [f"{bad_images} images cannot be read and were left out; `ezsd cache info {store}` says which and why"]
+    left_out = f"{quantity(bad_images, 'image')} cannot be read and {inflected(bad_images, 'was', 'were')} left out"
+    return [f"{left_out}; `ezsd cache info {store}` says which and why"]
 
 
 def share_lines(store: Path, report: ShareReport) -> list[str]:
     """Summary of one part of a build, with the next step."""
     if report.already_complete:
         return [f"{store}: complete already, nothing to do"]
-    done = f"{store}: share {report.share} is done, {report.blocks} blocks"
+    done = f"{store}: share {report.share} is done, {quantity(report.blocks, 'block')}"
     left_out = _left_out(store, report.bad_images)
     if report.missing:
-        return [f"{done}; other shares' {report.missing} blocks are missing", *left_out]
+        return [f"{done}; other shares' {quantity(report.missing, 'block is', 'blocks are')} missing", *left_out]
     return [f"{done}; all blocks are there, next: ezsd cache commit {shlex.quote(str(store))}", *left_out]
 
 
@@ -96,7 +100,7 @@ def forecast_lines(store: Path, found: BuildForecast) -> list[str]:
     """Size, time and disk that a build would need."""
     missing = f", {found.missing} of them missing" if found.missing else ""
     return [
-        f"{store}: {found.images:,} images in {found.blocks:,} blocks{missing}",
+        f"{store}: {quantity(found.images, 'image')} in {quantity(found.blocks, 'block')}{missing}",
         f"store, at most: {found.at_most.final:,} bytes",
         f"disk while it is built, at most: {found.at_most.peak:,} bytes",
         f"free there: {found.free:,} bytes",
@@ -133,7 +137,7 @@ def info_lines(path: str | Path) -> list[str]:
         "state": f"{_state(found)}, format version {found.format_version}",
         "images": f"{found.images:,}{bad}",
         "embeddings": f"{found.embedding}{dimensions}" if found.embedding else None,
-        "size": f"{found.bytes_:,} bytes in {found.files:,} files",
+        "size": f"{found.bytes_:,} bytes in {quantity(found.files, 'file')}",
         **_origin(found),
         "manifest": f"digest {found.manifest.digest}",
     }
@@ -145,7 +149,7 @@ def info_lines(path: str | Path) -> list[str]:
     some = sorted(found.bad_images.items())[:_NAMED]
     lines += ["", *(f"image {number} could not be read: {_printable(why)}" for number, why in some)] if some else []
     if len(found.bad_images) > _NAMED:
-        lines.append(f"and {len(found.bad_images) - _NAMED:,} more images; --json lists all")
+        lines.append(f"and {quantity(len(found.bad_images) - _NAMED, 'more image')}; --json lists all")
     # A call in backticks becomes a command before anything is cut off.
     problems = [_printable(as_options(one)) for one in found.problems]
     lines += ["", *(f"problem: {one}" for one in problems)] if problems else []
@@ -234,7 +238,7 @@ def _summary(store: StoreInfo | StoreError) -> str:
     ]
     rows = ", ".join(f"{one.rows:,} {one.name}" for one in shown)
     ending = f", {store.embedding}" if store.embedding else ""
-    return f"{_state(store)}, {store.images:,} images, {rows}, {store.bytes_:,} bytes{ending}"
+    return f"{_state(store)}, {quantity(store.images, 'image')}, {rows}, {store.bytes_:,} bytes{ending}"
 
 
 def _state(store: StoreInfo) -> str:
@@ -253,7 +257,7 @@ def collect_lines(path: Path, *, strays: bool = False, dry_run: bool = False) ->
     done = "would be removed" if dry_run else "removed"
     lines = [f"{done}: {name} ({size:,} bytes)" for name, size in found.removed.items()]
     lines += [f"kept: {name} ({size:,} bytes), not made by ezsd" for name, size in found.kept.items()]
-    lines.append(f"{path}: {len(found.removed)} files, {sum(found.removed.values()):,} bytes {done}")
+    lines.append(f"{path}: {quantity(len(found.removed), 'file')}, {sum(found.removed.values()):,} bytes {done}")
     if found.kept:
         lines.append(f"kept what ezsd did not make ({len(found.kept)}); --strays removes it too")
     return lines
@@ -274,7 +278,7 @@ def repair_lines(path: Path, report: RepairReport) -> list[str]:
     """Summary of a repair; the last line is the store's state now."""
     lines = [f"repaired {name}" for name in report.repaired]
     if report.images:
-        lines.append(f"computed the rows of {report.images:,} images again")
+        lines.append(f"computed the rows of {quantity(report.images, 'image')} again")
     lines += [_left(damage) for damage in report.left]
     if report.remade is not None:
         lines.append(
@@ -284,7 +288,8 @@ def repair_lines(path: Path, report: RepairReport) -> list[str]:
         )
     if not report.left:
         return [*lines, f"{path}: complete, every file is what was committed"]
-    return [*lines, f"{path}: marked incomplete, {len(report.left)} files are still damaged"]
+    left = quantity(len(report.left), "file is", "files are")
+    return [*lines, f"{path}: marked incomplete, {left} still damaged"]
 
 
 def _left(damage: Damage) -> str:
@@ -294,7 +299,11 @@ def _left(damage: Damage) -> str:
 def transfer_line(way: Literal["push", "pull"], source: str, target: str) -> str:
     """Copy a store and say what was copied."""
     files = push(source, target) if way == "push" else pull(source, target)
-    return f"{target}: complete already, nothing to do" if not files else f"{target}: complete ({files} files copied)"
+    return (
+        f"{target}: complete already, nothing to do"
+        if not files
+        else f"{target}: complete ({quantity(files, 'file')} copied)"
+    )
 
 
 def export_line(store: str, out: Path, name: Format, *, verify: Verify = "full") -> str:

@@ -16,7 +16,7 @@ from ezsd.data.annotations import category_ids, raw_annotations, refusals
 from ezsd.data.coco_json import Fault, Table, annotation_faults, read_table
 from ezsd.data.masks import outline_faults
 from ezsd.data.records import clip_boxes, refine
-from ezsd.errors import AnnotationError, VocabularyError
+from ezsd.errors import AnnotationError, VocabularyError, quantity
 from ezsd.metrics import truth_of
 from ezsd.pipeline.config.schema import BuildConfig
 from ezsd.pipeline.data.datasets import Dataset, require_prompts
@@ -154,7 +154,9 @@ def _folded(findings: Iterable[_Finding]) -> list[str]:
 def check_table(check: Check) -> str:
     """Table of the numbers of images and boxes of a sound dataset."""
     split = check.dataset.split
-    lines = [f"{check.dataset.name}: {len(split.base)} base and {len(split.novel)} novel names, nothing wrong"]
+    lines = [
+        f"{check.dataset.name}: {len(split.base)} base and {quantity(len(split.novel), 'novel name')}, nothing wrong"
+    ]
     columns = ("images", "without_boxes", "base", "novel", "other", "crowd")
     lines.append("       " + "".join(f"{column.replace('_', ' '):>15}" for column in columns))
     lines += [
@@ -339,7 +341,13 @@ def _reading_notes(readings: dict[str, Reading], exif: Exif) -> Iterator[str]:
         if reading.orientation > 1:
             groups[_orientation_note(reading, exif)].append(name)
     for text, names in groups.items():
-        yield f"note: {len(names)} of {len(readings)} images {text}; the first is {names[0]}"
+        verb, _, rest = text.partition(" ")
+        verb = _OF_ONE[verb] if len(names) == 1 else verb
+        yield f"note: {len(names)} of {len(readings)} images {verb} {rest}; the first is {names[0]}"
+
+
+_OF_ONE = {"have": "has", "are": "is"}
+"""Verbs of a note about a single image."""
 
 
 def _orientation_note(reading: Reading, exif: Exif) -> str:

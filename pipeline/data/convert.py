@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ezsd.data.coco_document import LabelledImage
 from ezsd.data.pascal_voc import Corners
+from ezsd.errors import quantity
 from ezsd.pipeline.data.coco_folder import Conversion, write_coco_folder
 from ezsd.pipeline.data.datasets import dataset_name
 from ezsd.pipeline.data.findings import Findings
@@ -103,4 +104,6 @@ def _without_pairs(root: Path, part: Part, ending: str) -> DatasetError:
 def _require_boxes(part: Part, images: int, classes: set[str], kind: str) -> None:
     """DatasetError without a class that has a box to train on."""
     if not classes:
-        raise DatasetError(f"{part.labels}: {images} images with labels, and not one {kind} in them to train on")
+        raise DatasetError(
+            f"{part.labels}: {quantity(images, 'image')} with labels, and not one {kind} in them to train on"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ezsd.errors import EzsdError
+from ezsd.errors import EzsdError, quantity
 from ezsd.pipeline.errors import DatasetError
 
 
@@ -28,7 +28,7 @@ class Findings:
         """DatasetError for the first fault, with the number of the others."""
         if self._faults:
             others = len(self._faults) - 1
-            files = "1 more file is" if others == 1 else f"{others} more files are"
+            files = quantity(others, "more file is", "more files are")
             more = f" ({files} refused: {self._faults[1].partition(': ')[0]}, ...)" if others else ""
             raise DatasetError(f"{self._faults[0]}{more}")
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from ezsd.errors import quantity
 from ezsd.pipeline.errors import ImageError
 
 if TYPE_CHECKING:
@@ -315,8 +316,8 @@ def require_few_bad(bad: Mapping[int, str], most: int) -> None:
     if len(bad) > most:
         named = [bad[image] for image in sorted(bad)[:_NAMED]] + ["..."] * (len(bad) > _NAMED)
         raise ImageError(
-            f"{len(bad)} images cannot be read, build.max_bad_images allows {most}: {'; '.join(named)}; mend them or "
-            "raise the limit, and run the same command again"
+            f"{quantity(len(bad), 'image')} cannot be read, build.max_bad_images allows {most}: {'; '.join(named)}; "
+            "mend them or raise the limit, and run the same command again"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from ezsd.data.label_file import FILE_CURE
 from ezsd.data.pascal_voc import read_voc
 from ezsd.data.records import unfit
-from ezsd.errors import AnnotationError
+from ezsd.errors import AnnotationError, quantity
 from ezsd.pipeline.data.findings import Findings
 from ezsd.pipeline.data.images import image_endings
 from ezsd.pipeline.errors import DatasetError
@@ -151,8 +151,8 @@ def image_sets(folder: Path, choices: Sequence[Sequence[str]]) -> dict[str, Imag
     if len(listed) == 2:
         both = set(listed["train"].stems) & set(listed["val"].stems)
         if both:
-            one, count = min(both), len(both)
-            raise DatasetError(f"{listed['val'].path}: {one!r} is in {chosen[0]}.txt too ({count} images are in both)")
+            doubled = quantity(len(both), "image is", "images are")
+            raise DatasetError(f"{listed['val'].path}: {min(both)!r} is in {chosen[0]}.txt too ({doubled} in both)")
     return listed
 
 

@@ -29,6 +29,7 @@ from ezsd.cache import (
     is_committed,
 )
 from ezsd.data.annotations import Annotations
+from ezsd.errors import inflected
 from ezsd.pipeline.config.schema import Config, TeacherConfig
 from ezsd.pipeline.data.datasets import require_prompts
 from ezsd.pipeline.data.images import most_bad_images, require_few_bad
@@ -185,7 +186,12 @@ def build_share(request: BuildRequest, share: Share) -> ShareReport:
 def _kept(writer: StoreWriter) -> str:
     """Describe what a build that is stopped now leaves, and what to type."""
     total, left = len(writer.blocks), len(writer.pending())
-    done = f"{total - left} of {total} blocks are done" if writer.has_per_store("teacher") else "no block is begun yet"
+    made = total - left
+    done = (
+        f"{made} of {total} blocks {inflected(made, 'is', 'are')} done"
+        if writer.has_per_store("teacher")
+        else "no block is begun yet"
+    )
     return f"{done}; run the same command to go on"
 
 
@@ -260,9 +266,10 @@ def _tell_of_undescribed(request: BuildRequest) -> None:
     missing = [repr(name) for name in names if canonical(name) not in described] if described else []
     if missing:
         log.info(
-            "%d of %d names have no descriptions, and their prompts come from the template: %s",
+            "%d of %d names %s no descriptions, and prompts come from the template there: %s",
             len(missing),
             len(names),
+            inflected(len(missing), "has", "have"),
             first_few(missing, 5),
         )
 

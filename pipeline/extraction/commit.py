@@ -18,6 +18,7 @@ from ezsd.cache import (
     is_committed,
     read_environment,
 )
+from ezsd.errors import inflected
 from ezsd.pipeline.data.images import most_bad_images, require_few_bad
 from ezsd.pipeline.progress import Progress, log_file, now, timed
 from ezsd.pipeline.scheduling.dask_cluster import Needs, check_workers, require_fit, versions
@@ -87,7 +88,7 @@ def require_workers(pool: Pool, writer: StoreWriter, *, device: str | None, file
 def missing_line(missing: list[Block], total: int, shares: int | None) -> str:
     """Describe the missing blocks of a store and what makes them; `shares` as the build was cut, if it was."""
     listed = ", ".join(str(block.index) for block in missing[:10]) + (", ..." if len(missing) > 10 else "")
-    text = f"{len(missing)} of {total} blocks are missing ({listed})"
+    text = f"{len(missing)} of {total} blocks {inflected(len(missing), 'is', 'are')} missing ({listed})"
     if shares is None:
         return f"{text}; run the same `ezsd cache build` command again"
     wanted = sorted({block.index % shares + 1 for block in missing})

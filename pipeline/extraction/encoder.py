@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ezsd.crops import crop_boxes, distinct_crops, normalised_crops
-from ezsd.errors import TeacherError
+from ezsd.errors import TeacherError, quantity
 from ezsd.pipeline.config.schema import Config
 from ezsd.pipeline.devices import is_out_of_memory, more_memory, said_instead
 from ezsd.teacher.open_clip import OpenClipTeacher, Teacher, encode_crops
@@ -111,4 +111,4 @@ class CropEncoder:
         self.batch = max(SHORT, self.batch // 2)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.warning("out of memory: going on with %d crops at once", self.batch)
+        log.warning("out of memory: going on with %s at once", quantity(self.batch, "crop"))

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ezsd.detector.model import Detections
-from ezsd.errors import TeacherError, VocabularyError
+from ezsd.errors import TeacherError, VocabularyError, inflected, quantity
 from ezsd.pipeline.data.images import ImageLike, to_image
 from ezsd.pipeline.data.sources import Camera, Source, Video
 from ezsd.pipeline.data.video import FrameReader, VideoFile
@@ -162,7 +162,9 @@ def detect_images(
         writers.finish()
         if stop.signal:
             stopped = Stopped(stop.signal)
-            stopped.kept = f"the detections of {done} images are kept; run the same command to detect in all"
+            stopped.kept = (
+                f"the detections of {quantity(done, 'image')} are kept; run the same command to detect in all"
+            )
             raise stopped
     if model.ensemble is not None and done:
         model.ensemble.log_cost(done)
@@ -193,7 +195,8 @@ class _Unreadable:
             raise self._first
         if self._first is not None:
             raise ImageError(
-                f"{self._count} of {self._images} could not be read and are left out, the first: {self._first}"
+                f"{self._count} of {self._images} could not be read and {inflected(self._count, 'is', 'are')} left "
+                f"out, the first: {self._first}"
             )
 
 

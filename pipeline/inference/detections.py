@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.data.masks import decode
+from ezsd.errors import quantity
 from ezsd.pipeline.data.sources import FRAME_DIGITS
 from ezsd.pipeline.errors import ArgumentError
 
@@ -108,7 +109,9 @@ class ImageDetections:
             for one in self.objects
         )
         head = "".join(f"<th>{title}</th>" for title in ("name", "score", "x1", "y1", "x2", "y2"))
-        caption = html.escape(f"{self.source or 'image'}, {self.width} x {self.height}: {len(self)} objects")
+        caption = html.escape(
+            f"{self.source or 'image'}, {self.width} x {self.height}: {quantity(len(self), 'object')}"
+        )
         return f"<table><caption>{caption}</caption><tr>{head}</tr>{rows}</table>"
 
     def to_supervision(self) -> sv.Detections:

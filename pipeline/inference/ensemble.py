@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ezsd.detector.ensemble import geometric_ensemble
 from ezsd.detector.model import Detections
+from ezsd.errors import quantity
 from ezsd.pipeline.extraction.encoder import CropEncoder
 from ezsd.proposals.select import guesses
 
@@ -72,9 +73,9 @@ class TeacherEnsemble:
     def log_cost(self, images: int) -> None:
         """Log what the teacher has cost in the last images, one or more, and count anew."""
         log.info(
-            "the teacher was shown %d crops of detections in %d images: %.1f crops and %.2f s an image",
-            self.crops,
-            images,
+            "the teacher was shown %s of detections in %s: %.1f crops and %.2f s an image",
+            quantity(self.crops, "crop"),
+            quantity(images, "image"),
             self.crops / images,
             self.seconds / images,
         )

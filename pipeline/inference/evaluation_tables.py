@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 from ezsd.cache import file_digest
 from ezsd.data.masks import MissingOutline, json_run_lengths
+from ezsd.errors import inflected, quantity
 from ezsd.metrics import (
     Limit,
     Results,
@@ -170,10 +171,11 @@ def _warn_of_unsearched(path: Path, results: Results, truth: Truth, classes: Cla
     unsearched = [] if results.searched is None else sorted(set(range(members.start, members.stop)) - results.searched)
     if unsearched:
         log.warning(
-            "%s: %d of the %d names were not looked for, such as %r; their objects count as missed",
+            "%s: %d of the %d names %s not looked for, such as %r; their objects count as missed",
             path,
             len(unsearched),
             members.stop - members.start,
+            inflected(len(unsearched), "was", "were"),
             split.names[unsearched[0]],
         )
 
@@ -298,7 +300,8 @@ def _blocks(space: str, evaluations: Sequence[Mapping[str, Any]], most_per_image
     for lines, (first, *others) in alike.items():
         title = (
             f"{space.replace('_', ' ')}: {first['rules'].upper()} rules, {SHAPES[first['iou_type']]}, "
-            f"{first['images']} images, {_limit(first)} (up to {most_per_image} detections in one image)"
+            f"{quantity(first['images'], 'image')}, {_limit(first)} (up to {quantity(most_per_image, 'detection')} in "
+            "one image)"
         )
         same = [f"the same figures: {' and '.join(map(_limit, others))}"] if others else []
         blocks.append("\n".join([title, *lines, *same]))
@@ -306,14 +309,15 @@ def _blocks(space: str, evaluations: Sequence[Mapping[str, Any]], most_per_image
 
 
 def _limit(found: Mapping[str, Any]) -> str:
-    return f"at most {found['max_detections']} detections per {found['counted_per']}"
+    return f"at most {quantity(found['max_detections'], 'detection')} per {found['counted_per']}"
 
 
 def _class_block(space: str, found: Mapping[str, Any]) -> str:
     rows = [
         [name, *_cells(found["per_class"][name]), str(found["per_class"][name]["boxes"])] for name in found["names"]
     ]
-    title = f"{space.replace('_', ' ')}, class by class, at most {found['max_detections']} detections per image"
+    most = quantity(found["max_detections"], "detection")
+    title = f"{space.replace('_', ' ')}, class by class, at most {most} per image"
     return "\n".join([title, *aligned(["class", *COLUMNS.values(), "boxes"], rows)])
 
 

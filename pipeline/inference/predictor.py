@@ -19,7 +19,7 @@ from ezsd.data.dataset import pad_images, padded_size, resize
 from ezsd.data.masks import encode
 from ezsd.detector.masks import paste
 from ezsd.detector.model import Detections, Detector, Vocabulary
-from ezsd.errors import TeacherError
+from ezsd.errors import TeacherError, quantity
 from ezsd.pipeline.config.schema import Config, EvalConfig, TeacherConfig, at_test_time, from_tables, to_tables
 from ezsd.pipeline.devices import is_out_of_memory, more_memory, require_backend_there, said_instead
 from ezsd.pipeline.errors import ConfigError, OutOfMemory, RunError
@@ -78,7 +78,7 @@ class Room:
         self.images = images // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.warning("out of memory: going on with %d images at once", self.images)
+        log.warning("out of memory: going on with %s at once", quantity(self.images, "image"))
 
 
 @dataclass(slots=True)

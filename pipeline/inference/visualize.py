@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from torch import Tensor
 
+from ezsd.errors import quantity
 from ezsd.pipeline.inference.fonts import font_for
 
 BASE_COLOUR = "#2ecc71"
@@ -57,7 +58,7 @@ def draw_boxes(
     """
     _require_drawable(image, boxes, captions, colours)
     if masks is not None and [np.shape(mask) for mask in masks] != [tuple(image.shape[1:])] * len(boxes):
-        raise ValueError(f"{len(boxes)} boxes need as many masks of the image's size")
+        raise ValueError(f"{quantity(len(boxes), 'box needs', 'boxes need')} as many masks of the image's size")
     height, width = image.shape[1:]
     factor = fit_scale(width, height) if scale is None else scale
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
@@ -106,9 +107,11 @@ def _require_drawable(image: Tensor, boxes: Tensor, captions: Sequence[str], col
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes must be (N, 4), got {tuple(boxes.shape)}")
     if len(captions) != len(boxes):
-        raise ValueError(f"{len(boxes)} boxes need as many captions, got {len(captions)}")
+        raise ValueError(f"{quantity(len(boxes), 'box needs', 'boxes need')} as many captions, got {len(captions)}")
     if not isinstance(colours, str) and len(colours) != len(boxes):
-        raise ValueError(f"{len(boxes)} boxes need one colour, or as many, got {len(colours)}")
+        raise ValueError(
+            f"{quantity(len(boxes), 'box needs', 'boxes need')} one colour, or as many, got {len(colours)}"
+        )
 
 
 def _clipped(boxes: Tensor, width: int, height: int) -> Tensor:

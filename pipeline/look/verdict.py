@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ezsd.errors import inflected, quantity
 from ezsd.pipeline.inference.evaluation_tables import aligned, percent
 from ezsd.pipeline.look.recall import HEADLINE_IOU, HEADLINE_TOP, IOUS, TOP, headline
 from ezsd.pipeline.report.tables import Table
@@ -48,7 +49,7 @@ def verdict(measured: Mapping[str, Any], objects: str) -> list[str]:
 
 def _against_chance(best: float, chance: float, count: int, kind: str) -> str:
     if count < FEW_OBJECTS:
-        return f"{count} objects are too few to tell more; look at more images (--images)."
+        return f"{quantity(count, 'object is', 'objects are')} too few to tell more; look at more images (--images)."
     # Of a difference of two shares, as if objects were independent: a rough guide, and the page says so.
     error = math.sqrt((best * (1 - best) + chance * (1 - chance)) / count)
     if chance - best > 2 * error:
@@ -99,7 +100,7 @@ def size_table(measured: Mapping[str, Any]) -> Table:
     best = str(HEADLINE_TOP)
     head = [f"recall in %, IoU {HEADLINE_IOU:g}"]
     head += [title for size in _SIZES for title in (f"{size}: best {best}", "all")]
-    counts = [cell for size in _SIZES for cell in (f"{measured['objects'][size]} objects", "")]
+    counts = [cell for size in _SIZES for cell in (quantity(measured["objects"][size], "object"), "")]
     rows = [
         [KINDS[kind], *(percent(found[size][str(HEADLINE_IOU)][top]) for size in _SIZES for top in (best, "all"))]
         for kind in KINDS
@@ -156,11 +157,14 @@ def caveats(document: Mapping[str, Any]) -> Iterator[str]:
         )
     yield from _of_proposals(store["search"])
     if store["search"] != "run":
+        used = looked - unseen
+        were, others_were = (inflected(count, "was", "were") for count in (unseen, used))
         yield (
-            f"{unseen} of the {looked} images were used by no training of the store (re-normalisation, proposal "
-            f"network); base boxes of the other {looked - unseen} were."
-            if unseen < looked
-            else f"No training of the store (re-normalisation, proposal network) has used these {looked} images."
+            f"{unseen} of the {quantity(looked, 'image')} {were} used by no training of the store (re-normalisation, "
+            f"proposal network); base boxes of the other {used} {others_were}."
+            if used
+            else "No training of the store (re-normalisation, proposal network) has used "
+            + inflected(looked, "this image.", f"these {looked} images.")
         )
     yield "Sizes are those of COCO, by the area of the box: small below 32 x 32 pixels, large from 96 x 96 on."
     yield "Objects of one image are no independent sample; a difference of a few objects is noise."
@@ -194,8 +198,8 @@ def summary(document: Mapping[str, Any], target: Path) -> str:
     """Lines for the terminal: numbers, verdicts and tables."""
     numbers = document["survey"]
     lines = [
-        f"{document['store']['name']}: {numbers['regions']:,} regions of {numbers['images']:,} images; "
-        f"{looked_at(document)}"
+        f"{document['store']['name']}: {quantity(numbers['regions'], 'region')} of "
+        f"{quantity(numbers['images'], 'image')}; {looked_at(document)}"
     ]
     lines += ["", *_section(document["held_out"], objects_of(document))]
     if document["evaluation"] is not None:
@@ -207,7 +211,7 @@ def summary(document: Mapping[str, Any], target: Path) -> str:
 def looked_at(document: Mapping[str, Any]) -> str:
     """Number of images looked at, and of those that no training has used where that is known."""
     images = document["images"]
-    said = f"{images['looked_at']} images looked at"
+    said = f"{quantity(images['looked_at'], 'image')} looked at"
     # What a run has learned from is not recorded.
     known = document["store"]["search"] != "run"
     return f"{said}, {images['unseen']} of them used by no training of the store" if known else said

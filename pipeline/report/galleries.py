@@ -17,6 +17,7 @@ from torch import Tensor
 from ezsd.cache import RegionRows, Store
 from ezsd.data.annotations import Annotations
 from ezsd.data.records import ImageRecord
+from ezsd.errors import quantity
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.inference.outlines import OUTLINE_POINTS, outlines
 from ezsd.pipeline.inference.visualize import jpeg_url
@@ -83,7 +84,7 @@ def failure_figures(found: Judged, dataset: Dataset, count: int) -> list[Figure]
     """Objects beside detections, of the `count` validation images with most errors."""
     positions = {image: position for position, image in enumerate(found.truth.image_ids.tolist())}
     return [
-        _judged_figure(found, dataset, positions[image], f"{_number(wrong, 'wrong detection')}, {gone} missed")
+        _judged_figure(found, dataset, positions[image], f"{quantity(wrong, 'wrong detection')}, {gone} missed")
         for image, wrong, gone in found.worst_images()[:count]
     ]
 
@@ -281,7 +282,3 @@ def _mark(
 def _corners(xywh: NDArray[np.float64]) -> list[float]:
     x, y, width, height = xywh.tolist()
     return [x, y, x + width, y + height]
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"

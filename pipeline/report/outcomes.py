@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ezsd.cache import file_digest
+from ezsd.errors import inflected, quantity
 from ezsd.metrics import Results, Truth, limits_of, read_results, read_truth
 from ezsd.metrics.error_kinds import KINDS
 from ezsd.metrics.judging import found_of_results, judge, objects_of_truth, rows_matched
@@ -196,7 +197,10 @@ def _judged_by(run: RunData, truth: Truth) -> Judged:
     results = read_results(path, images=truth.sizes(), categories=truth.category_positions())
     counted = evaluated(run.evaluation)["generalised"]["detections"]
     if len(results.score) != counted:
-        raise RunError(f"{path}: has {len(results.score)} detections, and {counted} were evaluated; {_again(run)}")
+        found = quantity(len(results.score), "detection")
+        raise RunError(
+            f"{path}: has {found}, and {counted} {inflected(counted, 'was', 'were')} evaluated; {_again(run)}"
+        )
     return Judged(truth, results, str(run.evaluation["limit"]), run.spec["base_count"])
 
 

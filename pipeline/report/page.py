@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from ezsd.cache import Store
 from ezsd.data.annotations import Annotations
-from ezsd.errors import EzsdError
+from ezsd.errors import EzsdError, quantity
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
 from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.errors import RunError
@@ -104,6 +104,7 @@ def template(package: str, name: str) -> Template:
     environment.filters["percent"] = tables.percent
     environment.filters["csv_address"] = tables.csv_address
     environment.filters["script_digest"] = _script_digest
+    environment.filters["quantity"] = quantity
     return environment.get_template(name)
 
 

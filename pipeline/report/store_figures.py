@@ -16,6 +16,7 @@ from torch import Tensor
 from ezsd.boxes import iou as box_iou
 from ezsd.cache import JSON, Store
 from ezsd.data.annotations import Annotations
+from ezsd.errors import quantity
 from ezsd.metrics.recall import first_overlaps
 from ezsd.pipeline.extraction.provenance import proposal_settings
 from ezsd.pipeline.report.tables import DASH, Table
@@ -151,7 +152,10 @@ def _filters(settings: Mapping[str, JSON], looked: Sequence[_Looked]) -> Table:
         rows["by one of these two guesses"] = (below, "in images below the limit")
     beyond = f"beyond the best {most} of an image" + (", or by a guess" if guesses else "")
     unknown = "; which of them is not recorded" if guesses else ""
-    rows[beyond] = (int((clear - kept)[full].sum()), f"in the {int(full.sum()):,} images at the limit{unknown}")
+    rows[beyond] = (
+        int((clear - kept)[full].sum()),
+        f"in the {quantity(int(full.sum()), 'image')} at the limit{unknown}",
+    )
     rows["kept as regions"] = (int(kept.sum()), "")
     cells = [[title, _NOT_RECORDED if count is None else f"{count:,}"] for title, (count, _) in rows.items()]
     return Table(["boxes", "number"], cells, {title: note for title, (_, note) in rows.items()})

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ezsd.cache import Manifest
+from ezsd.errors import quantity
 from ezsd.pipeline.config.schema import STAGE_ONE, load_preset, preset_names, to_tables
 from ezsd.pipeline.data.datasets import DATASETS, DRAWN
 from ezsd.pipeline.extraction.provenance import built_settings
@@ -178,7 +179,7 @@ def provenance(main: RunData, data_root: Path | None) -> dict[str, str]:
         "store": main.spec["store"]["digest"],
         "its bytes": ", ".join(stores) or "not recorded",
         "seeds": f"data {data_seed}, store {store_seed}, training {config['train']['seed']}",
-        "steps": f"{config['train']['steps']} of {config['train']['batch_size']} images",
+        "steps": f"{config['train']['steps']} of {quantity(config['train']['batch_size'], 'image')}",
         "backbone": f"{config['model']['backbone']}, from {'pretrained' if pretrained else 'random'} weights",
         "versions": f"{versions}; {environment.get('device', 'unknown device')}",
     }

@@ -15,6 +15,7 @@ import yaml
 
 from ezsd.cache import JSON, short_json
 from ezsd.data.stream import is_finite
+from ezsd.errors import quantity
 from ezsd.pipeline.config.schema import PRESET_ALIASES, load_preset, preset_names, to_tables
 from ezsd.pipeline.data.datasets import DRAWN
 from ezsd.pipeline.files import as_json, read_object, reading, write_text
@@ -104,7 +105,7 @@ class _Card:
         return found
 
     def _summary(self) -> list[str]:
-        model, novel = self.config.model, _count(len(self.novel), "novel class", "novel classes")
+        model, novel = self.config.model, quantity(len(self.novel), "novel class", "novel classes")
         if self.has_leak:
             given = (
                 f"; that it was given no more than the names of {novel} is not claimed, for an audit found a violation "
@@ -116,8 +117,8 @@ class _Card:
             f"# {_plain(self.name)}",
             "",
             f"An object detector made with ezsd: backbone `{model.backbone}`, head `{model.head}`. It was given "
-            f"boxes of {_count(len(self.base), 'base class', 'base classes')}{given} can be asked for other names too. "
-            f"What it knows of {'those' if self.has_leak else 'them'} it has from the teacher "
+            f"boxes of {quantity(len(self.base), 'base class', 'base classes')}{given} can be asked for other names "
+            f"too. What it knows of {'those' if self.has_leak else 'them'} it has from the teacher "
             f"{_code(self._model()['name'])}.",
         ]
 
@@ -192,7 +193,7 @@ class _Card:
         if not known:
             return _UNKNOWN
         return "; ".join(
-            f"{one['boxes']:,} of base classes in {one['images']:,} images (digest {one['sha256'][:12]})"
+            f"{one['boxes']:,} of base classes in {quantity(one['images'], 'image')} (digest {one['sha256'][:12]})"
             for one in known
         )
 
@@ -219,7 +220,7 @@ class _Card:
         checkpoint = self.run.latest()
         done = 0 if checkpoint is None else checkpoint.step
         rows = {
-            "steps": f"{done:,} of {train.steps:,}, {_count(train.batch_size, 'image', 'images')} each",
+            "steps": f"{done:,} of {train.steps:,}, {quantity(train.batch_size, 'image')} each",
             "seed": str(train.seed),
         }
         return rows if checkpoint is None else {**rows, "weights": f"sha256 {weights_digest(checkpoint)}"}
@@ -352,10 +353,6 @@ def _setting(name: str, value: JSON) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _count(number: int, one: str, more: str) -> str:
-    return f"{number:,} {one if number == 1 else more}"
 
 
 def _listed(names: Sequence[str]) -> str:

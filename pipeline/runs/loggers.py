@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 from ezsd.choices import Logger
 from ezsd.pipeline.config.schema import to_tables
@@ -33,6 +33,8 @@ _EVERY_SECONDS = 5.0
 """Seconds between two messages to a tracker."""
 
 Record = Mapping[str, float | None]
+Ending = Literal["finished", "failed", "killed"]
+"""End of a start of training: with its last step, with an error, or because somebody stopped it."""
 
 
 class _Sink(Protocol):
@@ -42,7 +44,7 @@ class _Sink(Protocol):
     def flush(self) -> None:
         """Hand on what is held back."""
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         """Hand on what is held back, and end."""
 
 
@@ -68,8 +70,8 @@ class MetricsLog:
         try:
             for name in loggers:
                 self._sinks.append(_SINKS[name](run, begin))
-        except BaseException:
-            self._close()
+        except BaseException as error:
+            self._close(_ending(type(error)))
             raise
 
     def __enter__(self) -> MetricsLog:
@@ -80,11 +82,11 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        self._close()
+        self._close(_ending(kind))
 
-    def _close(self) -> None:
+    def _close(self, ending: Ending) -> None:
         for sink in self._sinks:
-            sink.close()
+            sink.close(ending)
 
     def write(self, record: Mapping[str, float]) -> None:
         """Write the figures of a step; `step` is one of them."""
@@ -106,6 +108,14 @@ class MetricsLog:
     def _show(self, part: str, record: Record) -> None:
         for sink in self._sinks:
             sink.write(part, record)
+
+
+def _ending(kind: type[BaseException] | None) -> Ending:
+    """Ending of a training that an exception of this type has left, or none."""
+    if kind is None:
+        return "finished"
+    # `Stopped`, the answer to a signal, is a SystemExit.
+    return "killed" if issubclass(kind, SystemExit | KeyboardInterrupt) else "failed"
 
 
 def _figures(record: Record) -> dict[str, float]:
@@ -131,7 +141,7 @@ class _Csv:
         for table in self._tables.values():
             table.flush()
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         for table in self._tables.values():
             table.close()
 
@@ -198,7 +208,7 @@ class _TensorBoard:
     def flush(self) -> None:
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         self._writer.close()
 
 
@@ -239,9 +249,9 @@ class _Tracker(ABC):
             self.guarded(lambda: self.hand_on(records))
         self._handed_at = time.monotonic()
 
-    def close(self) -> None:
+    def close(self, ending: Ending) -> None:
         self.flush()
-        self.guarded(self.end)
+        self.guarded(lambda: self.end(ending))
 
     def note(self) -> None:
         """Record the id and the last steps."""
@@ -267,14 +277,20 @@ class _Tracker(ABC):
         """Log records, in the order of their steps."""
 
     @abstractmethod
-    def end(self) -> None:
-        """End the tracker's run, complete for now."""
+    def end(self, ending: Ending) -> None:
+        """End the tracker's run, which a resumed training opens again, and say there how the training has ended."""
 
 
 class _WeightsAndBiases(_Tracker):
-    """A run of Weights & Biases, whose files are below RUN/wandb; WANDB_MODE=offline keeps them there."""
+    """A run of Weights & Biases, whose files are below RUN/wandb; WANDB_MODE=offline keeps them there.
+
+    Its own step counts rows, which cannot go back: a validation that a resumed training makes up for, of a step before
+    the last one logged, would be dropped. So the step of a training is a figure, and the axis of the others.
+    """
 
     name: Logger = "wandb"
+    _EXIT_CODES: Mapping[Ending, int] = {"finished": 0, "failed": 1, "killed": 255}
+    """The last one is that of a script that Ctrl-C ended."""
 
     def __init__(self, run: Run, begin: int) -> None:
         super().__init__(run, begin)
@@ -292,6 +308,9 @@ class _WeightsAndBiases(_Tracker):
                 resume="allow" if known and not is_offline else None,
                 settings=wandb.Settings(silent=True, console="off"),
             )
+            for part in self._last:
+                self._tracked.define_metric(f"{part}/step")
+                self._tracked.define_metric(f"{part}/*", step_metric=f"{part}/step")
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
@@ -302,10 +321,10 @@ class _WeightsAndBiases(_Tracker):
     def hand_on(self, records: Sequence[tuple[str, Record]]) -> None:
         for part, record in records:
             figures = {f"{part}/{name}": value for name, value in _figures(record).items()}
-            self._tracked.log(figures, step=int(record["step"] or 0))
+            self._tracked.log({f"{part}/step": int(record["step"] or 0), **figures})
 
-    def end(self) -> None:
-        self._tracked.finish()
+    def end(self, ending: Ending) -> None:
+        self._tracked.finish(exit_code=self._EXIT_CODES[ending])
 
 
 class _Mlflow(_Tracker):
@@ -354,8 +373,8 @@ class _Mlflow(_Tracker):
         for start in range(0, len(points), _MLFLOW_POINTS):
             self._client.log_batch(self.id, metrics=points[start : start + _MLFLOW_POINTS])
 
-    def end(self) -> None:
-        self._client.set_terminated(self.id)
+    def end(self, ending: Ending) -> None:
+        self._client.set_terminated(self.id, status=ending.upper())
 
 
 _MLFLOW_LETTERS = 250

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from ezsd.cache import Difference, FileLock, differences, file_digest, rename, short_json, sync, write_atomic
 from ezsd.data.stream import is_finite
+from ezsd.errors import quantity
 from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import STAGE_ONE, Config, from_tables, with_defaults
 from ezsd.pipeline.errors import DamagedFile, RunError
@@ -237,8 +238,9 @@ class Run:
         done = max((int(step) for step in steps if step.isdecimal()), default=0)
         other = first_other_rate(old, new, done)
         if other is not None:
+            of_done = quantity(done, "step is", "steps are")
             raise RunError(
-                f"`run={self.folder}`: cannot go on to train.steps={new.steps}: {done} steps are done, and with the "
+                f"`run={self.folder}`: cannot go on to train.steps={new.steps}: {of_done} done, and with the "
                 f"{new.schedule} schedule of {new.steps} steps the learning rate would have been another one from step "
                 f"{other + 1} on; choose another `run` folder to train all steps"
             )

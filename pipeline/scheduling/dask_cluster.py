@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ezsd.cache import file_digest
+from ezsd.errors import quantity
 from ezsd.pipeline.devices import resolve_device
 from ezsd.pipeline.errors import ArgumentError, ClusterError
 
@@ -235,10 +236,10 @@ def check_workers(client: Client, needs: Needs) -> None:
         raise ClusterError(f"worker {worker}: {problem} ({len(bad)} of {len(answers)} workers cannot do the work)")
     for worker, why in gone.items():
         log.warning(
-            "worker %s: has vanished while it was looked over (%s), killed or not needed; going on with %d others",
+            "worker %s: has vanished while it was looked over (%s), killed or not needed; going on with %s",
             worker,
             why,
-            len(there),
+            quantity(len(there), "other"),
         )
     _tell_of_limits({worker: look.memory_limit for worker, look in there.items() if look.memory_limit})
 
@@ -252,9 +253,9 @@ def _tell_of_limits(limits: Mapping[str, int]) -> None:
     if limits:
         worker = min(limits, key=lambda worker: limits[worker])
         log.warning(
-            "%d workers have a memory limit, the least %s (%s): Dask pauses a worker that comes near it, and then ends "
+            "%s a memory limit, the least %s (%s): Dask pauses a worker that comes near it, and then ends "
             "it; start them with --memory-limit 0",
-            len(limits),
+            quantity(len(limits), "worker has", "workers have"),
             gibibytes(limits[worker]),
             worker,
         )

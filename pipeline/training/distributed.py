@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ezsd.choices import Backend
-from ezsd.errors import BackendError
+from ezsd.errors import BackendError, quantity
 from ezsd.kernels import require_backend
 from ezsd.pipeline.errors import ArgumentError, RunError
 from ezsd.pipeline.process_environment import require_launcher
@@ -158,6 +158,6 @@ def local_device(name: str) -> torch.device:
     if rank >= count:
         raise ArgumentError(
             f"process {rank} of this machine has no GPU of its own, for there are {count}; start the training with "
-            f"`torchrun` and at most {count} processes on a machine"
+            f"`torchrun` and at most {quantity(count, 'process', 'processes')} on a machine"
         )
     return torch.device("cuda", rank)

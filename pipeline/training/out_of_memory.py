@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ezsd.detector.model import Batch
+from ezsd.errors import inflected, quantity
 from ezsd.pipeline.config.schema import TrainConfig
 from ezsd.pipeline.errors import OutOfMemory
 from ezsd.pipeline.runs.run import learns_the_same_in_parts
@@ -32,8 +33,8 @@ def step_does_not_fit(
         said: see `said_instead`.
     """
     images, _, height, width = max((batch.images.shape for batch in batches), key=lambda shape: shape.numel())
-    number = "1 image" if images == 1 else f"{images} images"
-    what = f"out of memory in step {step + 1}{said}: {number} of {width} x {height} at a time do not fit"
+    number = f"{quantity(images, 'image')} of {width} x {height} at a time"
+    what = f"out of memory in step {step + 1}{said}: {number} {inflected(images, 'does', 'do')} not fit"
     parts = next_parts(config, world_size)
     if parts is None:
         cure = "use a GPU with more memory, or another `run` with smaller train.min_size and train.max_size"

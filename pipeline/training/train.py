@@ -24,6 +24,7 @@ from ezsd.data.dataset import DetectionDataset, MaskSource, PseudoLabels, repeat
 from ezsd.data.transforms import Augmentation
 from ezsd.detector.model import Batch, Detector
 from ezsd.detector.sampling import step_seed
+from ezsd.errors import inflected, quantity
 from ezsd.pipeline.config.schema import Config, TrainConfig, to_tables
 from ezsd.pipeline.data.datasets import Dataset, recorded_dataset
 from ezsd.pipeline.data.image_source import ImageSource
@@ -223,7 +224,12 @@ def training_samples(
     annotations = checked_annotations(store, dataset)
     images, bad = annotations.images, store.bad_images
     if bad:
-        log.info("%d of %d images could not be read when the store was built and are left out", len(bad), len(images))
+        log.info(
+            "%d of %d images could not be read when the store was built and %s left out",
+            len(bad),
+            len(images),
+            inflected(len(bad), "is", "are"),
+        )
     image_ids = [image for image in store.image_ids.tolist() if image not in bad]
     return DetectionDataset(
         image_ids,
@@ -295,19 +301,19 @@ def _say_what_differs(detector: Detector, config: TrainConfig, distributed: Dist
         return
     if config.reference_batch_size not in (0, config.batch_size):
         log.info(
-            "learning rate %g = %g for %d images per step, scaled %s to %d",
+            "learning rate %g = %g for %s per step, scaled %s to %d",
             peak_rate(config),
             config.learning_rate,
-            config.reference_batch_size,
+            quantity(config.reference_batch_size, "image"),
             "by the root" if config.optimizer == "adamw" else "in proportion",
             config.batch_size,
         )
     parts = config.grad_accumulation * distributed.world_size
     if parts > 1 and _has_batch_norm(detector):
         log.warning(
-            "batch normalisation sees the %d images of one batch, not all %d of a step: with pretrained weights its "
+            "batch normalisation sees the %s of one batch, not all %d of a step: with pretrained weights its "
             "statistics are frozen, and nothing depends on how a step is shared out",
-            config.batch_size // parts,
+            quantity(config.batch_size // parts, "image"),
             config.batch_size,
         )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ezsd.errors import quantity
 from ezsd.metrics import Evaluation, evaluate
 from ezsd.pipeline.config.schema import Config
 from ezsd.pipeline.data.annotation_cache import evaluation_annotations
@@ -62,7 +63,7 @@ class Validation:
         scores = {group: found[group]["AP50"] for group in ("base", "novel", "all")}
         metrics.write_validation({"step": step, **scores})
         shown = ", ".join(f"{group} {percent(score)}" for group, score in scores.items())
-        log.info("step %d, AP50 on %d validation images: %s", step, found["images"], shown)
+        log.info("step %d, AP50 on %s: %s", step, quantity(found["images"], "validation image"), shown)
 
     def _evaluate(self) -> Evaluation:
         detector, text = self.trainer.detector, self.run.embeddings()["text"]

@@ -471,7 +471,7 @@ function resetRows() {
   $("spacer").replaceChildren();
   $("spacer").style.height = `${state.positions.length * ROW}px`;
   const [count, all] = [state.positions.length, state.part.files.length];
-  $("count").textContent = `${count === all ? "" : `${whole(count)} of `}${whole(all)} images`;
+  $("count").textContent = `${count === all ? "" : `${whole(count)} of `}${whole(all)} ${all === 1 ? "image" : "images"}`;
   drawRows();
 }
 

@@ -86,7 +86,7 @@ def test_blocks_are_not_written_again_once_a_commit_has_dropped_others(tmp_path)
     assert Store(store).bad_images == {BAD: REASON}
 
 
-@pytest.mark.parametrize(("image", "found"), [(BAD, "has 1 rows of"), (storekit.IDS[0], "is not one of its images")])
+@pytest.mark.parametrize(("image", "found"), [(BAD, "has 1 row of"), (storekit.IDS[0], "is not one of its images")])
 def test_rows_of_bad_images_are_refused(tmp_path, image, found):
     with storekit.open_writer(tmp_path / "store") as writer:
         block = writer.blocks[1]

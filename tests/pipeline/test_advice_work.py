@@ -320,7 +320,7 @@ TABLE = [
             (place.folder / "built/environment.json").unlink(),
         ),
         meet=lambda place: commit_cache(place.folder / "built", Schedule(scheduler="sync")),
-        message="1 of 3 blocks are missing .*; run the same `ezsd cache build` command again$",
+        message="1 of 3 blocks is missing .*; run the same `ezsd cache build` command again$",
         cure=lambda place, _: place.build(),
         works=lambda place: (commit_cache(place.folder / "built", Schedule()), Store(place.folder / "built")),
     ),
@@ -328,7 +328,7 @@ TABLE = [
         situation="images that were left out",
         prepare=bad_image,
         meet=Place.build,
-        message="1 images cannot be read and were left out; `ezsd cache info \\S+` says which and why",
+        message="1 image cannot be read and was left out; `ezsd cache info \\S+` says which and why",
         works=said_by_info,
     ),
     Advice(

@@ -224,5 +224,5 @@ def test_training_leaves_bad_images_out(build, files, tmp_path, with_settings, c
     build(0.1)
     with caplog.at_level("INFO", logger="ezsd"):
         run = train(TrainRequest(cache=tmp_path / "store", run=tmp_path / "run", config=with_settings()))
-    assert "1 of 12 images could not be read when the store was built and are left out" in caplog.text
+    assert "1 of 12 images could not be read when the store was built and is left out" in caplog.text
     assert run.latest() is not None

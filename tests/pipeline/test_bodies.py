@@ -12,7 +12,6 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from ezsd.cache import Store
 from ezsd.detector.backbone import build_backbone
 from ezsd.pipeline.config.relations import load_settings
 from ezsd.pipeline.config.schema import load_preset, to_tables
@@ -249,13 +248,12 @@ def test_manifests_name_of_the_proposer_what_is_not_as_ever(shapes_dataset, myne
 )
 def test_the_command_line_refuses_before_anything_is_loaded(override, message, shapes_store, tmp_path):
     with pytest.raises(ValueError, match=".") as caught:
-        train_config(Store(shapes_store), "shapes", [override])
+        train_config(shapes_store, "shapes", [override])
     assert message in as_options(str(caught.value))
     if "frozen" in override:
-        assert (
-            train_config(Store(shapes_store), "shapes", [override], backbone_weights=tmp_path).model.frozen_stages == 2
-        )
-        assert train_config(Store(shapes_store), "shapes", []).model.frozen_stages == 1
+        config, _ = train_config(shapes_store, "shapes", [override], backbone_weights=tmp_path)
+        assert config.model.frozen_stages == 2
+        assert train_config(shapes_store, "shapes", [])[0].model.frozen_stages == 1
 
 
 def test_the_proposers_settings_are_checked_where_it_is_trained():

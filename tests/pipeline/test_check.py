@@ -68,7 +68,7 @@ def test_a_sound_dataset_has_no_problems_and_is_counted(own):
     assert (found.problems, found.warnings) == ([], [])
     counts = [(p.images, p.without_boxes, p.base, p.novel, p.other, p.crowd) for p in found.parts]
     assert counts == [(4, 2, 2, 1, 1, 1), (4, 3, 1, 1, 1, 1)]
-    assert "2 base and 1 novel names, nothing wrong" in check_table(found)
+    assert "2 base and 1 novel name, nothing wrong" in check_table(found)
 
 
 def test_everything_wrong_is_told_in_one_pass_with_its_place(own):

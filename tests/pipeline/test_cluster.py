@@ -262,7 +262,7 @@ def test_a_memory_limit_is_named_before_any_work(cluster, caplog):
     with connected(cluster.address) as client:
         check_workers(client, Needs(files={}, device="cpu"))
     assert re.search(
-        r"1 workers have a memory limit, the least 2\.0 GiB .* start them with --memory-limit 0", caplog.text
+        r"1 worker has a memory limit, the least 2\.0 GiB .* start them with --memory-limit 0", caplog.text
     )
 
 

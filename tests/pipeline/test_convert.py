@@ -139,7 +139,7 @@ WRONG_VOC = {
     ),
     "image in both": (
         lambda f: text(f / "ImageSets/Main/test.txt", "000009\n"),
-        r"test.txt: '000009' is in trainval.txt too \(1 images",
+        r"test.txt: '000009' is in trainval.txt too \(1 image is in both\)",
     ),
     "image twice": (lambda f: text(f / LIST, "000009\n000009\n"), "line 2: '000009' stands in line 1 too"),
     "path in a list": (lambda f: text(f / LIST, "000005\n../x\n"), "line 2: expected the name of an image"),

@@ -215,7 +215,7 @@ def test_a_signal_ends_after_the_images_at_hand_with_whole_files(shapes_run, sha
     with pytest.raises(Stopped) as stopped:
         list(stream)
     assert stopped.value.code == 143
-    assert stopped.value.kept == "the detections of 1 images are kept; run the same command to detect in all"
+    assert stopped.value.kept == "the detections of 1 image are kept; run the same command to detect in all"
     assert len(json.loads((tmp_path / "found.json").read_text())["images"]) == 1
     assert len(list(detect_images(sources[:2], shapes_run, ["ring"], **options))) == 2
     assert len(json.loads((tmp_path / "found.json").read_text())["images"]) == 2

@@ -129,7 +129,7 @@ def test_an_evaluation_says_what_the_teacher_costs_and_writes_its_settings(shape
 def test_a_detection_says_what_the_teacher_costs(shapes_run, image, caplog):
     caplog.set_level("INFO", logger="ezsd")
     list(detect_images([image], shapes_run, ["ring"], threshold=0, device="cpu", drawn=None, overrides=BOTH))
-    assert sum("crops of detections in 1 images" in record.getMessage() for record in caplog.records) == 1
+    assert sum("crops of detections in 1 image:" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_no_teacher_is_loaded_where_it_has_no_weight(shapes_run, monkeypatch):

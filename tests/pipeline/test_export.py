@@ -1,5 +1,6 @@
 """Exported detectors: they find what the run finds, in any image and with any vocabulary, and run without ezsd."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -11,8 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.export import Dim
 
+from ezsd.detector.backbone import build_backbone
 from ezsd.detector.model import Detections
+from ezsd.pipeline.config.schema import load_preset
 from ezsd.pipeline.errors import ArgumentError, ConfigError, RunError
 from ezsd.pipeline.inference import export as exporting
 from ezsd.pipeline.inference.detect import Model
@@ -27,7 +31,9 @@ from ezsd.pipeline.inference.export_check import (
     scenes,
 )
 from ezsd.pipeline.runs.run import Run
+from ezsd.pipeline.training.train import TrainRequest, train
 from tests.commandkit import ezsd
+from tests.conftest import QUICK
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +42,16 @@ SCRIPT, LOADING = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 ALL = ["eval.max_detections=1000"]
 """Room for all detections: competitors count among them in a graph, and not in the run's own detection."""
 NO_EZSD = "import sys\nsys.modules['ezsd'] = None\n"
+PLUGIN = "plugin:mynet:Net"
+EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "docs/backbones.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+RPN_SIZES = {
+    "resnet18": [16, 24, 32, 48, 96],
+    "mobilenet_v3_small": [24, 32, 48],
+    "timm:test_efficientnet": [24, 32, 48],
+    "timm:test_convnext": [24, 32, 48],
+    PLUGIN: [24, 40],
+}
+"""Bodies of all kinds, with anchor sizes."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,8 +141,7 @@ def test_any_size_batch_and_vocabulary_is_detected_as_by_the_run(session, traine
 
 @pytest.mark.parametrize("format", ["onnx", "torch"])
 def test_nothing_found_is_no_rows_and_one_is_one(format, request, trained):
-    made = request.getfixturevalue(f"to_{format}")
-    graph = {"onnx": OnnxGraph, "torch": TorchGraph}[format](made.out.read_bytes())
+    graph = graph_of(request.getfixturevalue(f"to_{format}"), format)
     batch = scenes(1, 75, 90, seed=3)
     best, second = graph(batch, trained.text)[1][:2]
     assert best > second
@@ -237,6 +252,101 @@ def test_what_cannot_be_translated_or_loaded_is_one_line_and_leaves_no_file(part
         export(shapes_run.folder, tmp_path / "a.onnx")
     assert "\n" not in str(said.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def mynet(tmp_path, monkeypatch):
+    """Puts the documented plug-in where it is found, changed or not."""
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    # Two versions of one second would have the same.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def put(old="", new=""):
+        assert old in EXAMPLE
+        (folder / "mynet.py").write_text(EXAMPLE.replace(old, new) if old else EXAMPLE)
+        importlib.invalidate_caches()
+        sys.modules.pop("mynet", None)
+
+    put()
+    yield put
+    sys.modules.pop("mynet", None)
+
+
+@pytest.fixture
+def run_with(shapes_store, tmp_path):
+    """Trains a run of one step with a body."""
+
+    def make(body):
+        model = [f"model.backbone={body}", f"model.rpn_sizes={RPN_SIZES[body]}", "model.fpn_channels=16"]
+        config = load_preset("shapes", [*QUICK, *model, "train.steps=1", "train.warmup_steps=0"])
+        return train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
+
+    return make
+
+
+def graph_of(made, format):
+    return {"onnx": OnnxGraph, "torch": TorchGraph}[format](made.out.read_bytes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", RPN_SIZES)
+def test_a_run_with_any_body_is_exported(body, run_with, mynet, tmp_path):
+    run = run_with(body)
+    trained = Model(run, device="cpu", overrides=["train.backend=eager"]).trained
+    least = exporting.least_side(trained)
+    batch, floor = scenes(2, least, least + 1, seed=1), trained.config.eval.score_threshold
+    expected = detected(trained, batch, trained.text, floor)
+    for format, ending in exporting.ENDINGS.items():
+        # Which compares it with the run.
+        made = export(run.folder, tmp_path / f"a{ending}", format=format)
+        outputs = graph_of(made, format)(batch, trained.text)
+        for place, one in enumerate(expected):
+            mine = [output[outputs[3] == place] for output in outputs]
+            found = compare(mine, one, floor=floor, keep=trained.config.eval.max_detections)
+            assert found.agreeing >= LEAST_AGREEING * found.detections > 0
+        made.vocabulary.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_masks_are_exported(format, masked_run, tmp_path):
+    made = export(masked_run.folder, tmp_path / f"a{exporting.ENDINGS[format]}", format=format)
+    trained = Model(masked_run, device="cpu", overrides=["train.backend=eager"]).trained
+    outputs = graph_of(made, format)(scenes(1, 75, 90, seed=3), trained.text)
+    assert len(outputs) == 5
+    assert outputs[4].shape == (len(outputs[0]), 28, 28)
+    assert len(outputs[0])
+    (one,) = detected(trained, scenes(1, 75, 90, seed=3), trained.text, trained.config.eval.score_threshold)
+    found = compare(outputs, one, floor=trained.config.eval.score_threshold, keep=trained.config.eval.max_detections)
+    assert found.agreeing >= LEAST_AGREEING * found.detections > 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["resnet18", PLUGIN, *(pytest.param(one, marks=pytest.mark.slow) for one in RPN_SIZES if one[0] in "mt")],
+)
+def test_maps_of_a_traced_body_are_its_own_in_any_size(body, mynet):
+    """In short what `test_a_run_with_any_body_is_exported` holds: bodies differ in nothing else."""
+    torch.manual_seed(0)
+    backbone = build_backbone(body, channels=4, weights=None, frozen_norms=True).eval()
+    sides = {axis: 32 * Dim(f"side{axis}", min=3) for axis in (2, 3)}
+    shapes = {"images": {0: Dim("batch"), **sides}}
+    with torch.no_grad():
+        program = torch.export.export(backbone, (torch.zeros(2, 3, 96, 128),), dynamic_shapes=shapes, strict=False)
+        images = torch.rand(1, 3, 160, 96)
+        for mine, expected in zip(program.module()(images), backbone(images), strict=True):
+            torch.testing.assert_close(mine, expected)
+
+
+def test_a_body_that_no_graph_holds_is_one_line_and_leaves_no_file(run_with, mynet, tmp_path):
+    mynet("return [fine,", "fine = fine if fine.sum() > 0 else -fine\n        return [fine,")
+    run = run_with(PLUGIN)
+    with pytest.raises(RunError, match=rf"its backbone {PLUGIN} cannot be exported: .+") as said:
+        export(run.folder, tmp_path / "a.pt2", format="torch")
+    assert "\n" not in str(said.value)
+    assert not list(tmp_path.glob("a.*"))
 
 
 def detections(*scores):

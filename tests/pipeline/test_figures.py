@@ -265,7 +265,7 @@ def test_what_is_no_annotation_file_is_refused(scene, text):
 def test_tables_say_their_limit_and_show_classes_when_asked(scene):
     result = evaluated(*scene, novel="cow")
     text = evaluation_tables(result, per_class=False)
-    title = "COCO rules, boxes, 1 images, at most 100 detections per image (up to 2 detections in one image)"
+    title = "COCO rules, boxes, 1 image, at most 100 detections per image (up to 2 detections in one image)"
     assert title in text
     assert "\nyak" not in text
     lines = evaluation_tables(result, per_class=True).splitlines()
@@ -344,7 +344,7 @@ def test_names_that_a_document_did_not_look_for_are_named(scene, caplog):
     found.write_text(json.dumps(document))
     assert headline(evaluated(found, truth, novel="cow"))["all"] == pytest.approx(1)
     assert [record.message for record in caplog.records] == [
-        f"{found}: 1 of the 3 names were not looked for, such as 'yak'; their objects count as missed"
+        f"{found}: 1 of the 3 names was not looked for, such as 'yak'; their objects count as missed"
     ]
 
 

@@ -1,8 +1,10 @@
 """Loggers of a training's metrics, and what a resumed training adds to them."""
 
+import contextlib
 import csv
 import dataclasses
 import json
+import signal
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from ezsd.pipeline.config.names import with_todays_names
 from ezsd.pipeline.config.schema import apply_override, to_tables
 from ezsd.pipeline.console.arguments import loggers_override
 from ezsd.pipeline.errors import ArgumentError, ConfigError
+from ezsd.pipeline.interrupts import Stopped
 from ezsd.pipeline.runs import loggers
 from ezsd.pipeline.runs.loggers import MetricsLog, require_loggers
 from ezsd.pipeline.runs.run import Run
@@ -30,7 +33,7 @@ def logged_twice(quick_config, tmp_path):
     """A run whose training was killed at step 6, two after its checkpoint, and resumed to step 8, by its logger."""
     spec = {"names": ["cat"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": to_tables(quick_config)}
 
-    def make(logger):
+    def make(logger, killed_by=None):
         run = Run.create_or_resume(tmp_path / logger, spec, {"text": torch.eye(2)})
         first = MetricsLog(run, loggers=[logger], begin=0)
         first.__enter__()
@@ -40,7 +43,7 @@ def logged_twice(quick_config, tmp_path):
                 first.write_validation({"step": 4, "base": 0.5, "novel": None})
                 first.flush()
         # What is in a buffer may be lost with a killed process, or be written, as here.
-        first.__exit__(None, None, None)
+        first.__exit__(killed_by and type(killed_by), killed_by, None)
         run.cut_metrics(4)
         with MetricsLog(run, loggers=[logger], begin=4) as second:
             for step in STEPS[4:]:
@@ -85,18 +88,44 @@ def test_tensorboard_has_each_step_once(logged_twice):
     assert [(one.step, one.value) for one in events.Scalars("validation/novel")] == [(8, 0.125)]
 
 
-def test_mlflow_has_each_step_once(logged_twice, monkeypatch):
+@pytest.fixture
+def mlflow_of(monkeypatch):
+    """A client of the store of a run's own folder."""
     mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    return lambda run: mlflow.tracking.MlflowClient(tracking_uri=(run.folder / "mlruns").absolute().as_uri())
+
+
+def test_mlflow_has_each_step_once(logged_twice, mlflow_of):
     run = logged_twice("mlflow")
-    client = mlflow.tracking.MlflowClient(tracking_uri=(run.folder / "mlruns").absolute().as_uri())
+    client = mlflow_of(run)
     (found,) = client.search_runs([client.get_experiment_by_name("ezsd").experiment_id])
     assert found.info.run_id == json.loads((run.folder / "loggers.json").read_text())["mlflow"]["id"]
     history = client.get_metric_history(found.info.run_id, "train/loss")
     assert sorted((one.step, one.value) for one in history) == [(step, pytest.approx(1 / step)) for step in STEPS]
     assert [one.step for one in client.get_metric_history(found.info.run_id, "validation/novel")] == [8]
     assert found.data.params["train.steps"] == str(run.config.train.steps)
+    assert found.info.status == "FINISHED"
+
+
+ENDINGS = [
+    (None, "FINISHED", 0),
+    (FloatingPointError("a loss is not finite"), "FAILED", 1),
+    (Stopped(signal.SIGINT), "KILLED", 255),
+    (Stopped(signal.SIGTERM), "KILLED", 255),
+]
+
+
+@pytest.mark.parametrize(("error", "status"), [(error, status) for error, status, _ in ENDINGS])
+def test_mlflow_knows_how_a_training_ended_and_that_it_goes_on(error, status, logged_twice, mlflow_of):
+    run = logged_twice("mlflow", killed_by=RuntimeError("killed"))
+    client, tracked = mlflow_of(run), json.loads((run.folder / "loggers.json").read_text())["mlflow"]["id"]
+    third = MetricsLog(run, loggers=["mlflow"], begin=8)
+    third.__enter__()
+    assert client.get_run(tracked).info.status == "RUNNING"
+    third.__exit__(error and type(error), error, None)
+    assert client.get_run(tracked).info.status == status
 
 
 def leveldb_log(content):
@@ -116,23 +145,68 @@ def leveldb_log(content):
             record = b""
 
 
-def test_wandb_has_each_step_once(logged_twice, monkeypatch):
+@pytest.fixture
+def wandb_records(monkeypatch):
+    """Records that Weights & Biases has written below a run, in their order."""
     wandb = pytest.importorskip("wandb", reason="Weights & Biases is not installed")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def read(run):
+        # Its own process has written all when it is gone.
+        wandb.teardown()
+        files = sorted((run.folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
+        return [Record.FromString(data) for file in files for data in leveldb_log(file.read_bytes())]
+
+    return read
+
+
+def history(records):
+    rows = [
+        {(one.key or "/".join(one.nested_key)): json.loads(one.value_json) for one in record.history.item}
+        for record in records
+    ]
+    return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows if row]
+
+
+def test_wandb_has_each_step_once(logged_twice, wandb_records):
+    records = wandb_records(logged_twice("wandb", killed_by=RuntimeError("killed")))
+    rows = history(records)
+    assert [(row["train/step"], row["train/loss"]) for row in rows if "train/loss" in row] == [
+        (step, pytest.approx(1 / step)) for step in STEPS
+    ]
+    assert [row for row in rows if "validation/step" in row] == [
+        {"validation/step": 4, "validation/base": 0.5},
+        {"validation/step": 8, "validation/base": 0.25, "validation/novel": 0.125},
+    ]
+    assert [record.exit.exit_code for record in records if record.HasField("exit")] == [1, 0]
+    # The same run of Weights & Biases, and its axes.
+    assert len({record.run.run_id for record in records if record.HasField("run")}) == 1
+    axes = {record.metric.glob_name: record.metric.step_metric for record in records if record.metric.glob_name}
+    assert axes == {"train/*": "train/step", "validation/*": "validation/step"}
+
+
+def test_wandb_takes_a_validation_of_an_earlier_step(logged_twice, wandb_records):
+    """As a resumed training makes up for one that was cut short, while the tracker has later steps already."""
     run = logged_twice("wandb")
-    # Its own process has written all when it is gone.
-    wandb.teardown()
-    found = []
-    for file in sorted((run.folder / "wandb").glob("offline-run-*/*.wandb")):
-        for data in leveldb_log(file.read_bytes()):
-            record = Record()
-            record.ParseFromString(data)
-            items = {(one.key or "/".join(one.nested_key)): json.loads(one.value_json) for one in record.history.item}
-            if "train/loss" in items:
-                found.append((items["_step"], items["train/loss"]))
-    assert found == [(step, pytest.approx(1 / step)) for step in STEPS]
+    with MetricsLog(run, loggers=["wandb"], begin=8) as third:
+        for step in (9, 10, 11):
+            third.write(figures(step))
+        third.flush()
+        third.write_validation({"step": 10, "base": 0.75, "novel": None})
+    rows = history(wandb_records(run))
+    assert [row for row in rows if row.get("validation/step") == 10] == [
+        {"validation/step": 10, "validation/base": 0.75}
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("error", "code"), [(error, code) for error, _, code in ENDINGS])
+def test_wandb_knows_how_a_training_ended(error, code, logged_twice, wandb_records):
+    run = logged_twice("wandb", killed_by=error)
+    first, _ = (record.exit.exit_code for record in wandb_records(run) if record.HasField("exit"))
+    assert first == code
 
 
 class Refusing(loggers._Tracker):
@@ -146,8 +220,29 @@ class Refusing(loggers._Tracker):
         self.handed += len(records)
         raise ConnectionError("no route\nto host")
 
-    def end(self):
+    def end(self, ending):
         raise AssertionError("nothing is asked of it any more")
+
+
+class Told(loggers._Tracker):
+    name = "mlflow"
+
+    def hand_on(self, records):
+        pass
+
+    def end(self, ending):
+        (self._run.folder / "ended").write_text(ending)
+
+
+@pytest.mark.parametrize(("error", "status"), [(error, status) for error, status, _ in ENDINGS])
+def test_a_tracker_is_told_how_a_training_ended(error, status, logged_twice, monkeypatch):
+    monkeypatch.setitem(loggers._SINKS, "mlflow", Told)
+    run = logged_twice("mlflow")
+    ended = contextlib.nullcontext() if error is None else pytest.raises(type(error))
+    with ended, MetricsLog(run, loggers=["mlflow"], begin=8):
+        if error is not None:
+            raise error
+    assert (run.folder / "ended").read_text() == status.lower()
 
 
 def test_a_tracker_that_fails_ends_no_training(logged_twice, monkeypatch, caplog):

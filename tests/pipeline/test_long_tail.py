@@ -113,8 +113,8 @@ def test_the_generated_set_is_in_order_and_its_tail_is_as_long_as_it_says(long_t
 
 
 def test_lvis_starts_from_its_own_recipe(store):
-    config = train_config(Store(store), None, [])
-    assert config == load_preset("lvis")
+    config, preset = train_config(store, None, [])
+    assert (config, preset) == (load_preset("lvis"), "lvis")
     assert (config.loss.classification_loss, config.train.repeat_threshold) == ("seesaw", 1e-3)
     assert (config.adapt.towers, config.proposals.drop_base_guesses, config.model.masks) == ("vision", False, True)
 

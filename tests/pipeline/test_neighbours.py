@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from ezsd.cache import Store
 from ezsd.pipeline.config.relations import ALONE, RELATIONS, changed_alone, load_settings, require_fit
 from ezsd.pipeline.config.schema import Config, load_preset, preset_names
 from ezsd.pipeline.console.options import as_options
@@ -139,14 +138,14 @@ def test_the_command_line_warns_and_refuses(shapes_store, caplog):
     from ezsd.pipeline.console.defaults import build_config, train_config
 
     caplog.set_level(logging.WARNING, logger="ezsd")
-    train_config(Store(shapes_store), "shapes", ["train.batch_size=4"])
+    train_config(shapes_store, "shapes", ["train.batch_size=4"])
     build_config("shapes", ["adapt.batch_size=64"], teacher=None, weights=None)
     assert [as_options(record.getMessage()).split(" alone")[0] for record in caplog.records] == [
         "--set train.batch_size",
         "--set adapt.batch_size",
     ]
     with pytest.raises(ConfigError, match="model.logit_scale must be at most 100"):
-        train_config(Store(shapes_store), "shapes", ["model.logit_scale=101"])
+        train_config(shapes_store, "shapes", ["model.logit_scale=101"])
 
 
 def test_an_old_runs_settings_stay_readable():

@@ -812,7 +812,7 @@ def test_a_class_with_low_scores_alone_has_a_curve_and_no_histogram(home):
 def test_annotations_and_detections_of_another_evaluation_are_not_judged(home):
     write_json(home.run.folder / "detections.json", [detection(1, "star", [0, 0, 9, 9], 0.9)])
     page = Page(report(home))
-    assert "has 1 detections, and 2 were evaluated; run ezsd eval --run" in page.text.replace("`", "")
+    assert "has 1 detection, and 2 were evaluated; run ezsd eval --run" in page.text.replace("`", "")
     place = home.root / "annotations/instances_val.json"
     place.write_text(place.read_text() + " ")
     assert "instances_val.json: has changed since the evaluation" in Page(report(home)).text

@@ -38,10 +38,10 @@ def test_shares_at_once_with_one_killed_make_the_same_bytes(shapes_dataset, quic
     }
     codes = {share: job.wait() for share, (job, _) in jobs.items()}
     assert codes == {"1/3": 0, "2/3": -signal.SIGKILL, "3/3": 0}
-    assert "share 1/3 is done, 1 blocks; other shares'" in jobs["1/3"][1].read_text()
+    assert "share 1/3 is done, 1 block; other shares'" in jobs["1/3"][1].read_text()
     # One of them prepared the store for all.
     assert (out / "build.log").read_text().count("re-normalised") == 1
-    with pytest.raises(StoreIncomplete, match=r"1 of 3 blocks are missing \(1\); .* with `blocks=2/3`$") as said:
+    with pytest.raises(StoreIncomplete, match=r"1 of 3 blocks is missing \(1\); .* with `blocks=2/3`$") as said:
         commit_cache(out, SYNC)
     missing = as_options(str(said.value)).rpartition(" ")[2]
     request = BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, scheduler="sync")
@@ -72,7 +72,7 @@ def test_a_commit_that_knows_no_shares_asks_for_the_whole_build(shapes_dataset, 
     out = tmp_path / "store"
     build_share(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, scheduler="sync"), Share(1, 2))
     (out / "environment.json").unlink()
-    with pytest.raises(StoreIncomplete, match=r"1 of 3 blocks are missing \(1\); run the same .* command again$"):
+    with pytest.raises(StoreIncomplete, match=r"1 of 3 blocks is missing \(1\); run the same .* command again$"):
         commit_cache(out, SYNC)
 
 

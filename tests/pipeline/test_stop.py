@@ -210,7 +210,7 @@ def test_a_build_in_several_processes_stops_and_goes_on_to_the_same_store(
     press_ctrl_c(process)
     code, said = talk.end()
     assert code == 130, said
-    assert re.search(r"SIGINT: \d+ of 12 blocks are done; run the same command to go on$", last_line(said)), said
+    assert re.search(r"SIGINT: \d+ of 12 blocks (is|are) done; run the same command to go on$", last_line(said)), said
     assert "Traceback" not in said
     require_gone(family)
     run_again(*words)
@@ -283,7 +283,7 @@ def test_drawing_shapes_leaves_no_folder_and_the_same_command_makes_it(tmp_path)
     require_stopped(talk.end(), "the folder appears when it is whole; run the same command again")
     assert not (tmp_path / "shapes").exists()
     require_gone(family)
-    assert "200 training and 1 validation images" in run_again(*words)
+    assert "200 training and 1 validation image," in run_again(*words)
     assert [place.name for place in tmp_path.iterdir()] == ["shapes"]
 
 

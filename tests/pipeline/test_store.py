@@ -14,17 +14,17 @@ def test_gc_says_what_goes_what_would_go_and_what_stays(tmp_path):
     assert collect_lines(store, dry_run=True) == [
         "would be removed: journal/part (3 bytes)",
         *kept,
-        f"{store}: 1 files, 3 bytes would be removed",
+        f"{store}: 1 file, 3 bytes would be removed",
         *cure,
     ]
     assert collect_lines(store) == [
         "removed: journal/part (3 bytes)",
         *kept,
-        f"{store}: 1 files, 3 bytes removed",
+        f"{store}: 1 file, 3 bytes removed",
         *cure,
     ]
     assert collect_lines(store, strays=True) == [
         "removed: notes.txt (4 bytes)",
-        f"{store}: 1 files, 4 bytes removed",
+        f"{store}: 1 file, 4 bytes removed",
     ]
     assert collect_lines(store) == [f"{store}: 0 files, 0 bytes removed"]

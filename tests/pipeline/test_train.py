@@ -175,19 +175,19 @@ def test_a_run_folder_of_another_configuration_is_refused_by_name(shapes_run, sh
 )
 def test_what_the_store_was_built_with_is_not_trained_with(shapes_store, override):
     with pytest.raises(ConfigError, match=rf"--set {override}: .*build another store with it: .*--set {override}"):
-        train_config(Store(shapes_store), None, ["train.steps=3", override])
+        train_config(shapes_store, None, ["train.steps=3", override])
 
 
 def test_a_seed_is_said_once(shapes_store):
-    assert train_config(Store(shapes_store), None, ["train.steps=3"], seed=7).train.seed == 7
-    assert train_config(Store(shapes_store), None, ["train.seed=5"]).train.seed == 5
+    assert train_config(shapes_store, None, ["train.steps=3"], seed=7)[0].train.seed == 7
+    assert train_config(shapes_store, None, ["train.seed=5"])[0].train.seed == 5
     with pytest.raises(ConfigError, match="--seed 7 and --set train.seed=5 both say the seed"):
-        train_config(Store(shapes_store), None, ["train.seed=5"], seed=7)
+        train_config(shapes_store, None, ["train.seed=5"], seed=7)
 
 
 def test_a_run_records_stage_one_as_its_store_was_built(shapes_store, quick_config, tmp_path):
     built = {table: value for table, value in to_tables(quick_config).items() if table in STAGE_ONE}
-    config = train_config(Store(shapes_store), None, ["train.steps=1"])
+    config, _ = train_config(shapes_store, None, ["train.steps=1"])
     assert to_tables(config)["adapt"] != built["adapt"]
     run = train(TrainRequest(cache=shapes_store, run=tmp_path / "run", config=config))
     assert {table: run.spec["config"][table] for table in STAGE_ONE} == built
@@ -240,7 +240,7 @@ def test_a_damaged_record_of_the_build_is_one_clear_line(shapes_store, quick_con
     shutil.copytree(shapes_store, hurt)
     (hurt / "environment.json").write_bytes(damage)
     for start in (
-        lambda: train_config(Store(hurt), None, []),
+        lambda: train_config(hurt, None, []),
         lambda: train(TrainRequest(cache=hurt, run=tmp_path / "run", config=quick_config)),
     ):
         with pytest.raises(StoreError, match=r"environment\.json: .*nothing but this record is lost"):
