@@ -172,15 +172,9 @@ def serve(number):
     import torch
     from PIL import Image
 
-    from ezsd.teacher.open_clip import load_teacher
-    from ezsd.teacher.requirements import TINY_SHAPES
-
     torch.set_num_threads(1)
     # Its readers of all formats.
     Image.init()
-    with torch.random.fork_rng():
-        # Its tokenizer is kept, which most commands would make anew.
-        load_teacher(TINY_SHAPES, None, template="a {}")
     # Nothing that a collection would write to is shared from here on.
     gc.freeze()
     # A second thread would not be there in a fork, and what it held would stay locked.
