@@ -6,25 +6,30 @@ DOCS := $(VENV)-docs
 # Remade when the dependencies change.
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-long docs faults fuzz gpu-check lint clean
+.PHONY: demo test test-long docs faults fuzz gpu-check lint style clean
 
 demo: $(STAMP)
 	$(BIN)/ezsd demo
 
 # Tests of a file share fixtures that cost seconds, so a file goes to one process whole; in the order of their names, for the
-# files of few tests are the long ones, and would come last.
-PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# files of few tests are the long ones, and would come last. Pytest keeps its form of the tests as bytecode for the next time.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Where Python writes no bytecode by itself (PYTHONDONTWRITEBYTECODE), each of hundreds of processes would compile what it loads.
 COMPILE := $(BIN)/python -m compileall -q ezsd cache pipeline cli.py tests
 
-test: lint
+# Without its cache mypy keeps one core busy for most of a minute, so it runs beside the tests and is heard after them.
+define TEST
 	$(COMPILE)
-	$(PYTEST)
+	$(BIN)/mypy > $(VENV)/types.txt 2>&1 & types=$$!; \
+	$(PYTEST) $(1); tests=$$?; wait $$types; types=$$?; cat $(VENV)/types.txt; exit $$((tests + types))
+endef
+
+test: style
+	$(call TEST)
 
 # Tests marked slow too: more variants, more mutations and full sizes of what `make test` runs in small.
-test-long: lint
-	$(COMPILE)
-	$(PYTEST) -m "slow or not slow"
+test-long: style
+	$(call TEST,-m "slow or not slow")
 
 # The long form of tests/faults, tens of minutes; another call goes on. FAULTS: options, see docs/faults.md.
 faults: $(STAMP)
@@ -50,10 +55,12 @@ $(DOCS)/.installed: docs/requirements.txt constraints.txt
 gpu-check: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/gpu_check.py
 
-lint: $(STAMP)
+lint: style
+	$(BIN)/mypy
+
+style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

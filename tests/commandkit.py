@@ -35,11 +35,24 @@ LOADED = (
     "ezsd.pipeline.report",
     "ezsd.pipeline.look",
     "ezsd.pipeline.view",
+    "ezsd.pipeline.console.arguments",
     "ezsd.pipeline.console.store_messages",
     "ezsd.pipeline.training.train",
     "distributed",
+    "fsspec.implementations.local",
     "open_clip",
     "zarr",
+    # Typer loads these when it first reads a command line, which takes as long as all the rest of a small command.
+    "pydantic.fields",
+    "pydantic.json_schema",
+    "pydantic.type_adapter",
+    "pydantic.types",
+    "zoneinfo",
+    # Progress bars.
+    "rich.progress",
+    "rich.spinner",
+    # Charts of a report.
+    "matplotlib.backends.backend_svg",
 )
 _lock = threading.Lock()
 _servers = []
@@ -157,8 +170,11 @@ def serve(number):
     for name in LOADED:
         import_module(name)
     import torch
+    from PIL import Image
 
     torch.set_num_threads(1)
+    # Its readers of all formats.
+    Image.init()
     # Nothing that a collection would write to is shared from here on.
     gc.freeze()
     # A second thread would not be there in a fork, and what it held would stay locked.

@@ -1,4 +1,10 @@
-"""Small real datasets, stores and runs, made once per session."""
+"""Small real datasets, stores and runs, made once per session.
+
+Torch and what needs it are loaded by the fixtures that use them: pytest loads this file also in the process that only
+hands out tests, before any other process starts.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -8,21 +14,14 @@ import os
 import shutil
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import dask
 import pytest
-import torch
-from pycocotools import mask
 
-from ezsd.data.shapes import SHAPES_SPLIT
-from ezsd.pipeline.config.schema import Config, load_preset
-from ezsd.pipeline.data.datasets import Dataset, find_dataset
-from ezsd.pipeline.data.shapes import write_shapes
-from ezsd.pipeline.extraction.build import build_cache
-from ezsd.pipeline.extraction.request import BuildRequest
-from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
-from ezsd.pipeline.runs.run import Run
-from ezsd.pipeline.training.train import TrainRequest, train
+if TYPE_CHECKING:
+    from ezsd.pipeline.config.schema import Config
+    from ezsd.pipeline.data.datasets import Dataset
+    from ezsd.pipeline.runs.run import Run
 
 # A preset of minutes made one of seconds: fewer anchors, steps and regions, the same code.
 QUICK = (
@@ -54,6 +53,8 @@ def _own_cache_folder(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     # Tests share two cores; contended threads are slower than one.
+    import torch
+
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -74,6 +75,8 @@ def warm_workers():
 
     For tests of what workers make; how they are started is that of test_build.py, test_schedule.py and every command.
     """
+    import dask
+
     # Its defaults must be there first: what is set without them is taken away together with them.
     import_module("distributed")
     # Before Dask has the server load a list of its own.
@@ -84,11 +87,15 @@ def warm_workers():
 
 @pytest.fixture(scope="session")
 def quick_config() -> Config:
+    from ezsd.pipeline.config.schema import load_preset
+
     return load_preset("shapes", QUICK)
 
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
+    from ezsd.pipeline.data.shapes import write_shapes
+
     root = tmp_path_factory.mktemp("data") / "shapes"
     write_shapes(root, train=12, val=8, seed=5, workers=1)
     return root
@@ -96,11 +103,16 @@ def shapes_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_dataset(shapes_root) -> Dataset:
+    from ezsd.pipeline.data.datasets import find_dataset
+
     return find_dataset("shapes", shapes_root)
 
 
 @pytest.fixture(scope="session")
 def shapes_store(shapes_dataset, quick_config, tmp_path_factory) -> Path:
+    from ezsd.pipeline.extraction.build import build_cache
+    from ezsd.pipeline.extraction.request import BuildRequest
+
     out = tmp_path_factory.mktemp("cache") / "shapes"
     build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=out, workers=1))
     return out
@@ -108,6 +120,9 @@ def shapes_store(shapes_dataset, quick_config, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_run(shapes_store, quick_config, tmp_path_factory) -> Run:
+    from ezsd.pipeline.inference.evaluate import evaluate_crops, evaluate_run
+    from ezsd.pipeline.training.train import TrainRequest, train
+
     folder = tmp_path_factory.mktemp("runs") / "quick"
     run = train(TrainRequest(cache=shapes_store, run=folder, config=quick_config))
     evaluate_run(run, data_root=None, device="cpu")
@@ -121,6 +136,10 @@ def outlined_root(shapes_root, tmp_path_factory) -> Path:
 
     Outlines of novel training objects, and of a crowd of base ones, are no outlines: nobody may look at them.
     """
+    from pycocotools import mask
+
+    from ezsd.data.shapes import SHAPES_SPLIT
+
     root = tmp_path_factory.mktemp("outlined") / "shapes"
     shutil.copytree(shapes_root, root)
     for part in ("train", "val"):
@@ -150,6 +169,10 @@ def outlined_root(shapes_root, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def masked_run(shapes_store, outlined_root, tmp_path_factory) -> Run:
     """A quick run with masks from the same store."""
+    from ezsd.pipeline.config.schema import load_preset
+    from ezsd.pipeline.inference.evaluate import evaluate_run
+    from ezsd.pipeline.training.train import TrainRequest, train
+
     folder = tmp_path_factory.mktemp("runs") / "masked"
     config = load_preset("shapes", [*QUICK, "model.masks=true"])
     run = train(TrainRequest(cache=shapes_store, run=folder, config=config, data_root=outlined_root))

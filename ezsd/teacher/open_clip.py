@@ -6,6 +6,7 @@ model by name, the tiny model shipped with the package (`tiny-shapes`), or a plu
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -444,7 +445,16 @@ class Tokenizer(Protocol):
         ...
 
 
+@functools.cache
+def _tiny_tokenizer() -> Tokenizer:
+    """Tokenizer of the packaged model. Kept: it reads 49,000 merges, and a build loads its teacher twice."""
+    tokenizer: Tokenizer = open_clip.get_tokenizer(TINY_SHAPES)
+    return tokenizer
+
+
 def _tokenizer(name: str) -> Tokenizer:
+    if name == TINY_SHAPES:
+        return _tiny_tokenizer()
     try:
         tokenizer: Tokenizer = open_clip.get_tokenizer(name)
     except ModuleNotFoundError as error:

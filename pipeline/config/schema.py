@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import tomllib
 import types
@@ -502,9 +503,21 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Config:
     return from_tables(tables, where=f"preset {name}")
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields. Kept: to evaluate them takes most of the time of reading a configuration."""
+    return typing.get_type_hints(cls)
+
+
+@functools.cache
+def _annotations(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields with all that `Annotated` says of them."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
 def from_tables(tables: dict[str, dict[str, object]], *, where: str) -> Config:
     """Build a configuration from nested tables; every unknown or missing key is an error."""
-    hints = typing.get_type_hints(Config)
+    hints = _hints(Config)
     _refuse_unknown("", tables, list(hints), where)
     sections: dict[str, Any] = {n: _section(n, hints[n], tables.get(n, {}), f"{where}, [{n}]") for n in hints}
     return Config(**sections)
@@ -520,7 +533,7 @@ def to_tables(config: Config) -> dict[str, dict[str, object]]:
 
 def with_defaults(tables: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
     """Add defaults to the tables of a record: a setting that came after it has one with which nothing changed."""
-    hints = typing.get_type_hints(Config)
+    hints = _hints(Config)
     return {name: {**(_defaults(hints[name]) if name in hints else {}), **table} for name, table in tables.items()}
 
 
@@ -598,7 +611,7 @@ def _refuse_unknown(section: str, table: Iterable[str], known: list[str], where:
 def _section(section: str, cls: type, table: dict[str, object], where: str) -> object:
     if not isinstance(table, dict):
         raise ConfigError(f"{where}: expected a table of settings, found {table!r}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     _refuse_unknown(section, table, list(hints), where)
     for entry in fields(cls):
         required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
@@ -657,7 +670,8 @@ def _text_or_texts(where: str, value: str | Sequence[str] | None) -> str | tuple
 
 def _require_bounds(section: str, settings: object) -> None:
     """Raise ConfigError for a value, or an element of a tuple, outside the bounds beside its field."""
-    for name, annotation in typing.get_type_hints(type(settings), include_extras=True).items():
+    cls: type = type(settings)
+    for name, annotation in _annotations(cls).items():
         said = list(_metadata(annotation))
         value = getattr(settings, name)
         values = value if isinstance(value, tuple) else (value,)

@@ -5,8 +5,6 @@ import importlib
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +16,7 @@ from ezsd.metrics.results import Results
 from ezsd.pipeline.config.schema import load_preset, to_tables
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.extraction.provenance import dataset_inputs
+from tests.commandkit import ezsd
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DATASET = "clutter-split2"
@@ -97,6 +96,13 @@ def test_the_gate_stops_an_arm_that_is_not_the_command_lines(ablation, place, se
     (seed / "gate.json").rename(place / "gate.json")
     other = dataclasses.replace(ablation.ARMS["ours"], train=("loss.distillation=0.1",), name="other")
     monkeypatch.setitem(ablation.ARMS, "ours", other)
+
+    def at_once(*words, plan):
+        done = ezsd(*words, *(word for override in plan.overrides for word in ("--set", override)))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    monkeypatch.setattr(ablation, "_ezsd", at_once)
     with pytest.raises(SystemExit, match="has other losses"):
         ablation.gate(plan)
     (place / "gate.json").rename(seed / "gate.json")
@@ -154,23 +160,23 @@ def test_only_the_oracle_trains_on_novel_boxes(seed):
         assert tuple(dataset_inputs(store.manifest)["base_names"]) == (SPLIT.names if oracle else SPLIT.base)
 
 
-def test_arms_side_by_side_give_the_rows_of_one_after_the_other(words, place, found):
+def test_arms_side_by_side_give_the_rows_of_one_after_the_other(ablation, words, place, found):
     results = place / "beside"
     few = [*words[: words.index("--arms")], "--results", str(results), "--jobs", "2", "--arms", "ours", "random boxes"]
-    subprocess.run([sys.executable, str(BENCHMARKS / "ablation.py"), *few], check=True, cwd=BENCHMARKS.parent)
+    ablation.main(few)
     beside = {row["arm"]: row for row in map(json.loads, (results / "ablation.jsonl").read_text().splitlines())}
     assert beside.keys() == {"ours", "random boxes"}
     assert all(beside[arm]["AP"] == found[arm]["AP"] for arm in beside)
 
 
-def test_an_evaluation_makes_the_run_again_that_it_needs(words, place, found):
+def test_an_evaluation_makes_the_run_again_that_it_needs(ablation, words, place, found):
     """On another machine rows may be there and runs gone."""
     moved, results = place / "moved", place / "again"
     shutil.copytree(place / "work", moved)
     shutil.rmtree(moved / DATASET / "seed-0/runs/ours of 2 steps")
     few = ["--work", str(moved), *words[2 : words.index("--arms")], "--results", str(results), "--jobs", "2"]
     few += ["--arms", "permuted novel names"]
-    subprocess.run([sys.executable, str(BENCHMARKS / "ablation.py"), *few], check=True, cwd=BENCHMARKS.parent)
+    ablation.main(few)
     (row,) = map(json.loads, (results / "ablation.jsonl").read_text().splitlines())
     assert row["AP"] == found["permuted novel names"]["AP"]
 

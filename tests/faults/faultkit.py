@@ -101,6 +101,20 @@ def no_look_at_shared_memory():
     ezsd.pipeline.training.dataloader._require_shared_memory = lambda *_: None
 
 
+def little_memory_for_a_step(room):
+    """A training's step may take so many bytes of addresses more than it finds taken."""
+    from ezsd.pipeline.training.trainer import Trainer
+
+    step = Trainer.step
+
+    def narrow(self, batches, number):
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + room, -1))
+        return step(self, batches, number)
+
+    Trainer.step = narrow
+
+
 def save_the_proposer_at_every_step():
     """A build keeps the state of the network that it trains after every step, instead of every few minutes."""
     import ezsd.pipeline.extraction.proposer

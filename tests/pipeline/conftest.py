@@ -1,11 +1,8 @@
-"""What every test of the pipeline would make anew, and pages in a real browser."""
+"""Pages in a real browser."""
 
 import shutil
 
-import open_clip
 import pytest
-
-from ezsd.teacher.requirements import TINY_SHAPES
 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -13,23 +10,6 @@ FLAGS = (
 )
 LONG = 60_000
 """Milliseconds that a busy machine may take for a step; nothing waits that long where all is well."""
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_tokenizer():
-    # It reads 49,000 merges whenever the packaged teacher is loaded: a fourth of the time of a small build.
-    made, make = [], open_clip.get_tokenizer
-
-    def get(name="", *args, **options):
-        if name != TINY_SHAPES or args or options:
-            return make(name, *args, **options)
-        if not made:
-            made.append(make(name))
-        return made[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(open_clip, "get_tokenizer", get)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,7 @@
 """A step that does not fit the memory: one line with a cure, and the cure is accepted where the run stands."""
 
-import os
 import re
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +17,7 @@ from ezsd.pipeline.errors import OutOfMemory, RunError
 from ezsd.pipeline.inference.predictor import load_trained
 from ezsd.pipeline.runs.run import Run
 from ezsd.pipeline.training.train import TrainRequest, train
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.commandkit import ezsd
 
 
 @contextmanager
@@ -175,38 +170,14 @@ def test_detection_goes_on_with_fewer_images_at_a_time(shapes_run, shapes_root, 
         trained.detect(images, search)
 
 
-# As little room as a first step finds taken, and some more: enough for 4 images, which need 350 MiB, not for 12.
-NARROW = """
-import resource, sys
-from pathlib import Path
-import torch
-import ezsd.pipeline.training.trainer
-from ezsd import cli
-step = ezsd.pipeline.training.trainer.Trainer.step
-def narrow(self, batches, number):
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + 450 * 2**20, -1))
-    return step(self, batches, number)
-ezsd.pipeline.training.trainer.Trainer.step = narrow
-torch.set_num_threads(1)
-cli.main()
-"""
-
-
 def test_a_command_without_memory_is_one_line_and_its_advice_trains(shapes_store, tmp_path):
-    words = ["train", "--cache", str(shapes_store), "--run", str(tmp_path / "run"), "--device", "cpu"]
+    words = ["train", "--cache", shapes_store, "--run", tmp_path / "run", "--device", "cpu"]
     for setting in ("steps=1", "batch_size=12", "min_size=640", "max_size=640"):
         words += ["--set", f"train.{setting}"]
     tries = 0
     while True:
-        done = subprocess.run(
-            [sys.executable, "-c", NARROW, *words],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        # Enough for 4 images, which need 350 MiB, not for 12.
+        done = ezsd(*words, faults=[["little_memory_for_a_step", 450 * 2**20]])
         if done.returncode == 0:
             break
         assert done.returncode == 2, done.stderr

@@ -409,15 +409,17 @@ def test_a_library_that_catches_the_stop_does_not_keep_it(then):
     assert done.stdout == "130 stopped by SIGINT: nothing is lost\n"
 
 
-def test_several_processes_stop_after_the_same_step(shapes_store, tmp_path):
+def test_the_documented_command_trains_with_several_processes_and_stops_after_the_same_step(shapes_store, tmp_path):
+    documented = re.search(r"^torchrun (.*)$", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
+    assert documented is not None
     run = tmp_path / "run"
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--", "ezsd", "train"]
-    words += ["--cache", shapes_store, "--run", run, "--device", "cpu"]
-    words += settings(*ENDLESS, "train.rng=image", "train.checkpoint_minutes=0.0001")
+    words = documented[1].replace("8", "2").replace("cache/coco", str(shapes_store)).split()
+    words[words.index("runs/coco")] = str(run)
+    words += ["--device", "cpu", *settings(*ENDLESS, "train.rng=image", "train.checkpoint_minutes=0.0001")]
     process = subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
         process_group=0,
@@ -433,6 +435,7 @@ def test_several_processes_stop_after_the_same_step(shapes_store, tmp_path):
     latest = Run.open(run).latest()
     assert latest is not None
     assert latest.step == int(found[0])
+    assert [line["step"] for line in Run.open(run).read_metrics()] == list(range(1, latest.step + 1))
 
 
 def test_checkpoints_by_time_change_nothing_that_is_learned(shapes_run, shapes_store, with_settings, tmp_path):
