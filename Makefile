@@ -11,9 +11,11 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/ezsd demo
 
+# One process more than cores, as tests of killed and stopped processes wait; four at most, each takes a gigabyte.
+PROCESSES := $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
 # Tests of a file share fixtures that cost seconds, so a file goes to one process whole; in the order of their names, for the
 # files of few tests are the long ones, and would come last. Pytest keeps its form of the tests as bytecode for the next time.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder
 # Where Python writes no bytecode by itself (PYTHONDONTWRITEBYTECODE), each of hundreds of processes would compile what it loads.
 COMPILE := $(BIN)/python -m compileall -q ezsd cache pipeline cli.py tests
 

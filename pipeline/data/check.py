@@ -354,11 +354,11 @@ def _orientation_note(reading: Reading, exif: Exif) -> str:
     if exif == "ignore":
         return "have an EXIF orientation, which the dataset ignores"
     if not reading.turned:
-        return "are not turned by their EXIF orientation, since only the stored size is the stated one"
+        return "are not turned by the EXIF orientation, since only the stored size is the stated one"
     if reading.size != reading.stored:
-        return "are turned by their EXIF orientation, as the stated size says"
+        return "are turned by the EXIF orientation, as the stated size says"
     return (
-        "are turned by their EXIF orientation, as viewers show them, and the stated size fits either way. If boxes go "
+        "are turned by the EXIF orientation, as viewers show them, and the stated size fits either way. If boxes go "
         'by the stored pixels, write exif = "ignore" at the top of the dataset\'s TOML file'
     )
 

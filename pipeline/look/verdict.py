@@ -158,10 +158,9 @@ def caveats(document: Mapping[str, Any]) -> Iterator[str]:
     yield from _of_proposals(store["search"])
     if store["search"] != "run":
         used = looked - unseen
-        were, others_were = (inflected(count, "was", "were") for count in (unseen, used))
         yield (
-            f"{unseen} of the {quantity(looked, 'image')} {were} used by no training of the store (re-normalisation, "
-            f"proposal network); base boxes of the other {used} {others_were}."
+            f"{unseen} of the {quantity(looked, 'image')} {inflected(unseen, 'was', 'were')} used by no training of "
+            f"the store (re-normalisation, proposal network); base boxes of the other {used} were."
             if used
             else "No training of the store (re-normalisation, proposal network) has used "
             + inflected(looked, "this image.", f"these {looked} images.")

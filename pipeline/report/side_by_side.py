@@ -43,10 +43,11 @@ class SideBySide:
     figures: Sequence[Figure]
 
 
-def differing_images(both: tuple[Judged, Judged]) -> list[Difference]:
-    """Images in which two runs differ, most objects that one of them alone is right on first.
+def differing_images(both: tuple[Judged, Judged], most: int) -> tuple[int, list[Difference]]:
+    """The number of images in which two runs differ, and up to `most` of them.
 
-    Of images with as many, the one comes first where the numbers of wrong detections are further apart.
+    Those come first with the most objects that one of the runs alone is right on. Of images with as many, the one comes
+    first where the numbers of wrong detections are further apart.
     """
     truth = both[0].truth
     right, wrong = [one.right_objects() for one in both], [one.wrong_by_image() for one in both]
@@ -55,7 +56,8 @@ def differing_images(both: tuple[Judged, Judged]) -> list[Difference]:
     objects = np.bincount(image[alone[0] | alone[1]], minlength=len(truth.image_ids))
     apart = np.abs(wrong[0] - wrong[1])
     order = np.lexsort((-apart, -objects))
-    return [
+    differing = order[(objects + apart)[order] > 0].tolist()
+    return len(differing), [
         Difference(
             position=position,
             right_alone=(
@@ -64,7 +66,7 @@ def differing_images(both: tuple[Judged, Judged]) -> list[Difference]:
             ),
             wrong=(int(wrong[0][position]), int(wrong[1][position])),
         )
-        for position in order[(objects + apart)[order] > 0].tolist()
+        for position in differing[:most]
     ]
 
 
@@ -73,11 +75,11 @@ def side_by_side(both: tuple[Judged, Judged], labels: tuple[str, str], dataset: 
 
     A panel has the detections of a run, and the objects that it misses and the other is right on.
     """
-    found = differing_images(both)
+    differing, shown = differing_images(both, count)
     return SideBySide(
-        differing=len(found),
+        differing=differing,
         images=len(both[0].truth.image_ids),
-        figures=[_figure(both, labels, one, dataset) for one in found[:count]],
+        figures=[_figure(both, labels, one, dataset) for one in shown],
     )
 
 

@@ -44,18 +44,26 @@ class Table(NamedTuple):
     """Small print below the titles of some rows."""
 
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""First letters of what spreadsheets calculate. Names come from a dataset's file, which others may have made."""
+
+
 def percent(value: float | None) -> str:
     """A fraction in percent; a dash for none."""
     return DASH if value is None else evaluations.percent(value)
 
 
 def csv_address(content: Table) -> str:
-    """A table as the data URL of a CSV file in UTF-8: numbers without thousands separators, nothing for a dash."""
+    """A table as the data URL of a CSV file in UTF-8: numbers without thousands separators, nothing for a dash.
+
+    A title that a spreadsheet would take for a formula begins with an apostrophe.
+    """
     lines = io.StringIO()
     writer = csv.writer(lines)
     writer.writerow(content.head)
     for title, *values in content.rows:
-        writer.writerow([title, *("" if value == DASH else value.replace(",", "") for value in values)])
+        name = f"'{title}" if title.startswith(_FORMULA) else title
+        writer.writerow([name, *("" if value == DASH else value.replace(",", "") for value in values)])
     return "data:text/csv;charset=utf-8;base64," + base64.b64encode(lines.getvalue().encode()).decode()
 
 

@@ -12,6 +12,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -81,12 +82,16 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._close(_ending(kind))
+        try:
+            self._file.close()
+        finally:
+            self._close(_ending(kind))
 
     def _close(self, ending: Ending) -> None:
-        for sink in self._sinks:
-            sink.close(ending)
+        # All of them, whatever becomes of one: a full disk ends the files, and a tracker is still told of the end.
+        with ExitStack() as sinks:
+            for sink in self._sinks:
+                sinks.callback(sink.close, ending)
 
     def write(self, record: Mapping[str, float]) -> None:
         """Write the figures of a step; `step` is one of them."""
@@ -250,8 +255,11 @@ class _Tracker(ABC):
         self._handed_at = time.monotonic()
 
     def close(self, ending: Ending) -> None:
-        self.flush()
-        self.guarded(lambda: self.end(ending))
+        try:
+            self.flush()
+        finally:
+            # One that has refused figures may take this.
+            self._attempt(lambda: self.end(ending))
 
     def note(self) -> None:
         """Record the id and the last steps."""
@@ -262,12 +270,16 @@ class _Tracker(ABC):
 
     def guarded(self, work: Callable[[], object]) -> None:
         """Do some work with the tracker; whatever its library raises ends the tracking alone."""
-        if self._is_lost:
-            return
+        if not self._is_lost:
+            self._attempt(work)
+
+    def _attempt(self, work: Callable[[], object]) -> None:
         try:
             work()
         except Exception as error:
             # Each library, and those below it, have errors of their own.
+            if self._is_lost:
+                return
             self._is_lost = True
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             log.warning("%s takes no more metrics (%s): training goes on, metrics.jsonl has all", self.name, reason)

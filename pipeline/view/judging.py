@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 
 from ezsd.metrics.judging import Errors, Found, Objects, judge
 
@@ -30,7 +30,5 @@ class Judging:
 
     def errors(self, patience: float | None = None) -> Errors | None:
         """The errors; None if they are not found within so many seconds, None for any number."""
-        try:
-            return self._errors.result(patience)
-        except TimeoutError:
-            return None
+        done, _ = wait([self._errors], patience)
+        return self._errors.result() if done else None

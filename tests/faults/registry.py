@@ -227,7 +227,7 @@ FAULTS = {
         (
             "pipeline/test_train.py::test_stop_and_resume_is_bit_for_bit_an_unbroken_run",
             "pipeline/test_train.py::test_all_that_a_step_reads_is_resumed",
-            "pipeline/test_stop.py::test_several_processes_stop_after_the_same_step",
+            "pipeline/test_stop.py::test_the_documented_command_trains_with_several_processes_and_stops_after_the_same_step",
         ),
         ("trainer", "rank"),
         not_applied="a scaler of gradients: mixed precision is bf16, which has none",

@@ -174,7 +174,7 @@ CHECKED = [
         situation="an EXIF orientation that the stated size fits either way",
         prepare=upside_down,
         meet=notes,
-        message=r'are turned by their EXIF orientation, as viewers show them, .* write (exif = "ignore") at the top',
+        message=r'turned by the EXIF orientation, as viewers show them, .* write (exif = "ignore") at the top',
         cure=lambda place, found: place.replace('name = "own"', f'{found[1]}\nname = "own"'),
     ),
     Advice(

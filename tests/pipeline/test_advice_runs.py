@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ezsd.cache import Store, file_digest
+from ezsd.cache import file_digest
 from ezsd.data.coco_json import read_table
 from ezsd.metrics import Named, read_results
 from ezsd.pipeline.config.schema import load_preset
@@ -499,10 +499,10 @@ TABLE = [
     ),
     Advice(
         situation="a training with another setting of stage one",
-        meet=lambda runs: train_config(Store(runs.store), None, ["proposals.max_regions=7"]),
+        meet=lambda runs: train_config(runs.store, None, ["proposals.max_regions=7"]),
         message="build another store with it: ezsd cache build --set proposals.max_regions=7 --out STORE$",
         cure=lambda runs, _: runs.build("new", "proposals.max_regions=7"),
-        works=lambda runs: train_config(Store(runs.folder / "new"), None, []),
+        works=lambda runs: train_config(runs.folder / "new", None, []),
     ),
 ]
 

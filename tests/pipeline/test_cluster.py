@@ -277,7 +277,7 @@ def test_workers_that_vanish_while_they_are_looked_over_are_called_vanished(clus
     needs = Needs(files={}, device="cpu", code="ending")
     with connected(cluster.address) as client:
         check_workers(client, needs)
-        assert re.search(r"worker \S+: has vanished while .*; going on with 1 others", caplog.text)
+        assert re.search(r"worker \S+: has vanished while .*; going on with 1 other\n", caplog.text)
         stays.kill()
         stays.wait()
         cluster.worker(PYTHONPATH=path, ENDS="1")

@@ -412,12 +412,12 @@ def test_pseudo_labels_need_objectness(shapes_store, learned_store, shapes_datas
 
 def test_pseudo_labels_of_a_preset_are_left_out_where_regions_have_no_objectness(shapes_store, learned_store, caplog):
     caplog.set_level("INFO", logger="ezsd")
-    assert train_config(Store(learned_store), "shapes", []).train.pseudo_confidence == 0.7
+    assert train_config(learned_store, "shapes", [])[0].train.pseudo_confidence == 0.7
     assert "pseudo" not in caplog.text
-    assert train_config(Store(shapes_store), "shapes", []).train.pseudo_confidence == 0
+    assert train_config(shapes_store, "shapes", [])[0].train.pseudo_confidence == 0
     assert f"no pseudo-labels: the regions of {shapes_store} have no objectness" in caplog.text
     # What is asked for is not left out: training refuses it.
-    assert train_config(Store(shapes_store), "shapes", ["train.pseudo_confidence=0.5"]).train.pseudo_confidence == 0.5
+    assert train_config(shapes_store, "shapes", ["train.pseudo_confidence=0.5"])[0].train.pseudo_confidence == 0.5
 
 
 def test_pseudo_labels_without_novel_names_in_the_loss_are_refused():

@@ -221,7 +221,14 @@ class Refusing(loggers._Tracker):
         raise ConnectionError("no route\nto host")
 
     def end(self, ending):
-        raise AssertionError("nothing is asked of it any more")
+        with (self._run.folder / "ended").open("a") as file:
+            file.write(f"{ending} ")
+
+
+class Full(loggers._Csv):
+    def close(self, ending):
+        super().close(ending)
+        raise OSError(28, "No space left on device")
 
 
 class Told(loggers._Tracker):
@@ -252,6 +259,17 @@ def test_a_tracker_that_fails_ends_no_training(logged_twice, monkeypatch, caplog
     said = "mlflow takes no more metrics (ConnectionError: no route to host): training goes on, metrics.jsonl has all"
     # Once for each of the two starts.
     assert [one.message for one in caplog.records] == [said, said]
+    assert (run.folder / "ended").read_text() == "finished finished ", "it may be reached again at the end"
+
+
+def test_a_tracker_is_told_of_the_end_where_a_file_cannot_be_closed(logged_twice, monkeypatch):
+    monkeypatch.setitem(loggers._SINKS, "mlflow", Told)
+    run = logged_twice("mlflow")
+    (run.folder / "ended").unlink()
+    monkeypatch.setitem(loggers._SINKS, "csv", Full)
+    with pytest.raises(OSError, match="No space left"), MetricsLog(run, loggers=["mlflow", "csv"], begin=8):
+        raise FloatingPointError("a loss is not finite")
+    assert (run.folder / "ended").read_text() == "failed"
 
 
 def test_a_training_writes_its_loggers(shapes_store, shapes_root, with_settings, tmp_path):

@@ -177,7 +177,7 @@ def test_a_command_without_memory_is_one_line_and_its_advice_trains(shapes_store
     tries = 0
     while True:
         # Enough for 4 images, which need 350 MiB, not for 12.
-        done = ezsd(*words, faults=[["little_memory_for_a_step", 450 * 2**20]])
+        done = ezsd(*words, faults=[["little_memory_for_a_step", 600 * 2**20]])
         if done.returncode == 0:
             break
         assert done.returncode == 2, done.stderr

@@ -165,7 +165,7 @@ def test_a_build_says_which_names_have_no_descriptions(run, shapes_dataset, with
     build_cache(BuildRequest(dataset=shapes_dataset, config=config, out=tmp_path / "few", workers=1))
     first, second = SHAPES_SPLIT.names[:2]
     counts = f"2 of {len(SHAPES_SPLIT.names)} names have no descriptions"
-    line = f"{counts}, and their prompts come from the template: {first!r}, {second!r}"
+    line = f"{counts}, and prompts come from the template there: {first!r}, {second!r}"
     assert [r.getMessage() for r in caplog.records].count(line) == 1
 
 

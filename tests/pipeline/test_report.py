@@ -324,9 +324,9 @@ def test_tables_of_classes_can_be_had_as_csv_with_the_numbers_shown(failing):
         for title, *values in rows:
             assert page.row(title, values[0] or "\u2013") == [value or "\u2013" for value in values[1:]]
     assert [row[0] for row in csv.reader(io.StringIO(files["classes.csv"]))][1:] == list(NAMES)
-    address = csv_address(Table(["class", "objects, all"], [["cup, red", "1,234"], ["mug", "\u2013"]]))
+    address = csv_address(Table(["class", "objects, all"], [["cup, red", "1,234"], ["mug", "\u2013"], ["=1+1", "2"]]))
     text = base64.b64decode(address.partition("base64,")[2]).decode()
-    assert text.splitlines() == ['class,"objects, all"', '"cup, red",1234', "mug,"]
+    assert text.splitlines() == ['class,"objects, all"', '"cup, red",1234', "mug,", "'=1+1,2"]
 
 
 def test_stage_times_and_accuracies_are_told(home):
