@@ -39,7 +39,9 @@ def coverage(store: Store, data_root: Path | None) -> driver.Row:
     novel = truth.class_index >= len(dataset.split.base)
     objects = [truth.box[truth.rows(p)][novel[truth.rows(p)] & ~truth.crowd[truth.rows(p)]] for p in positions]
     ids = [truth.images[p].id for p in positions]
-    settings = to_tables(load_preset("photos")) | {"proposals": proposal_settings(store.manifest)}
+    settings = to_tables(load_preset("photos"))
+    # A store with proposals of a network has no grid: the preset's then.
+    settings["proposals"] |= proposal_settings(store.manifest)
     grid = from_tables(settings, where="store").proposals
     anchors = [image_anchors(grid, truth.images[p].width, truth.images[p].height).numpy() for p in positions]
     draws = []
