@@ -167,19 +167,20 @@ class Store:
         if self._mark.recorded is not None:
             raise StoreError(f"{self}: holds {', '.join(self._mark.products)}, expected a store of regions")
 
-    @cached_property
+    # Not kept: a product keeps its store, which would then wait for the garbage collector with all its maps.
+    @property
     def proposals(self) -> "Product[ProposalRows]":
         """Image id -> ProposalRows."""
         self.require_regions()
         return Product(self, "proposals", ProposalRows)
 
-    @cached_property
+    @property
     def regions(self) -> "Product[RegionRows]":
         """Image id -> RegionRows."""
         self.require_regions()
         return Product(self, "regions", RegionRows)
 
-    @cached_property
+    @property
     def ground_truth(self) -> "Product[GroundTruthRows]":
         """Image id -> GroundTruthRows."""
         self.require_regions()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ezsd.cache.errors import StoreError
 from ezsd.cache.files import FileDigest, discard, failpoint, sync, sync_together, write_atomic
 from ezsd.cache.format import zarr_bytes as encoding
 from ezsd.cache.format.checksums import ChunkSums, checksum_spec
@@ -61,9 +62,12 @@ class Shards:
         """The shards that the builder left a note of.
 
         Raises:
-            StoreError: the note is not there.
+            StoreError: the note is not there, or another one.
         """
-        found = parse_json(read_note(store, digest), f"note {digest}")
+        where = f"note {digest}"
+        found = parse_json(read_note(store, digest), where)
+        if not {"plan", "counts", "crc32"} <= found.keys():
+            raise StoreError(f"{where}: expected what goes into the shards, found {', '.join(sorted(found))}")
         crc32 = {name: unpacked(sums).tolist() for name, sums in found["crc32"].items()}
         return cls(read_plan(store), found["plan"], found["counts"], crc32)
 
@@ -340,7 +344,10 @@ def remove_journal(store: Path) -> None:
 
 
 def _remove_emptied(journal: Path) -> None:
-    """Remove entries of blocks without their data, thousands of folders; `rmtree`, which is slower, takes all else."""
+    """Remove blocks whose data are gone, thousands of folders that only have an entry.
+
+    `rmtree`, which is slower, takes all else, also the data of blocks that lose their entry here.
+    """
     with os.scandir(journal) as found:
         # Links are not followed, and left to `rmtree`.
         folders = [each.path for each in found if each.name.startswith("block-") and each.is_dir(follow_symlinks=False)]

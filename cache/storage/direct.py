@@ -179,15 +179,22 @@ class MappedArray:
             if self._unasked < _SAMPLED:
                 return
             self._unasked = 0
-            self._ask(spans[:1])
-            if self._there:
+            sample = next((span for span in spans if self._is_long(*span)), None)
+            if sample is None:
                 return
-            spans = spans[1:]
+            self._ask([sample])
+            if self._there >= _TRUSTED:
+                return
+            spans = [span for span in spans if span is not sample]
         self._ask(spans)
+
+    def _is_long(self, start: int, stop: int) -> bool:
+        """True for a range that a hint may be worth while for."""
+        return (stop - start) * self._row_bytes + _PAGE > _HINTED
 
     def _ask(self, spans: Sequence[tuple[int, int]]) -> None:
         for start, stop in spans:
-            if (stop - start) * self._row_bytes + _PAGE <= _HINTED:
+            if not self._is_long(start, stop):
                 continue
             shard, low = divmod(start, self._shard_rows)
             high = low + stop - start

@@ -3,11 +3,13 @@
 import errno
 import gc
 import json
+import mmap
 import multiprocessing
 import os
 import pickle
 import re
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -287,6 +289,21 @@ def test_few_ranges_are_asked_about_while_all_was_in_memory_and_all_again_once_o
     assert questions((0, 10)) == 1
 
 
+def test_a_range_too_short_for_a_hint_does_not_stand_for_the_others(finished, monkeypatch):
+    array, asked, there = mapped(finished / "regions/embedding"), [], [True]
+    row_bytes = array._spec.row_bytes
+    for name, number in (("_HINTED", mmap.PAGESIZE + 5 * row_bytes), ("_TRUSTED", 1), ("_SAMPLED", 1)):
+        monkeypatch.setattr(f"ezsd.cache.storage.direct.{name}", number)
+    monkeypatch.setattr(MappedArray, "_in_memory", lambda *at: (asked.append(at[2]), there[0])[1])
+    array.read(0, 200)
+    count = 2 * mmap.PAGESIZE // row_bytes
+    array.read_ahead([(0, count)])
+    there[0] = False
+    asked.clear()
+    array.read_ahead([(0, 1), (0, count), (1, count + 1)])
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("missing", ["preadv", "RWF_NOWAIT"])
 def test_a_system_that_cannot_say_what_is_in_memory_hints_at_every_range(finished, monkeypatch, missing):
     expected = Store(finished).regions.batch(storekit.IDS).rows
@@ -308,6 +325,19 @@ def test_whether_rows_are_in_memory_is_asked_of_the_system(copy):
             pytest.skip("this file system cannot tell")
     assert array._in_memory(0, 0)
     assert not array._in_memory(0, 2**40)
+
+
+def test_a_store_that_is_no_longer_used_waits_for_no_garbage_collector(finished):
+    store = Store(finished)
+    for product in (store.regions, store.proposals, store.ground_truth):
+        product.batch(storekit.IDS)
+    gone = weakref.ref(store)
+    gc.disable()
+    try:
+        del store, product
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_arrays_that_are_no_longer_used_leave_no_file_open(finished):
