@@ -6,7 +6,7 @@ import posixpath
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -42,6 +42,8 @@ class Shards:
     """Rows of each block, by per-image product."""
     crc32: Mapping[str, Sequence[int]]
     """CRC-32 of the rows of each block, by array."""
+    _records: dict[int, tuple[str, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Results of `_records_of`: blocks share their shards."""
 
     @classmethod
     def of_entries(cls, plan: Plan, entries: Sequence[Entry]) -> "Shards":
@@ -120,10 +122,6 @@ class Shards:
             if low < high:
                 yield Piece(index, low - first, high - first, sums[index])
             index += 1
-
-    @cached_property
-    def _records(self) -> dict[int, tuple[str, ...]]:
-        return {}
 
     def _records_of(self, block: int) -> tuple[str, ...]:
         """Names of the records of all shards that a block goes into."""

@@ -19,49 +19,44 @@ NOT_JUDGED = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Objects:
-    """Annotated objects, M in all, sorted by image."""
+class Boxes:
+    """Boxes of many images, sorted by image, N in all."""
 
     image: npt.NDArray[np.int64]
-    """Position of the image among all images, (M,), ascending."""
+    """Position of the image among all images, (N,), ascending."""
     row: npt.NDArray[np.int64]
-    """Position in the table that the objects were taken from, (M,)."""
+    """Position in the table that they were taken from, (N,)."""
     xywh: npt.NDArray[np.float64]
-    """Left, top, width, height in pixels, (M, 4)."""
+    """Left, top, width, height in pixels, (N, 4)."""
     class_index: npt.NDArray[np.int64]
-    """(M,)."""
+    """(N,)."""
+
+    def rows(self, position: int) -> slice:
+        """Rows of an image."""
+        start, stop = np.searchsorted(self.image, [position, position + 1])
+        return slice(int(start), int(stop))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Objects(Boxes):
+    """Annotated objects, M in all."""
+
     crowd: npt.NDArray[np.bool_]
     """True for crowd regions, (M,)."""
     ignored: npt.NDArray[np.bool_]
     """True for crowd regions, and what else counts neither as found nor as missed, (M,)."""
 
-    def rows(self, position: int) -> slice:
-        """Rows of an image."""
-        return _rows(self.image, position)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Found:
-    """Detections of a run, N in all, sorted by image and best first."""
+class Found(Boxes):
+    """Detections of a run, N in all, the best of an image first."""
 
-    image: npt.NDArray[np.int64]
-    """Position of the image among all images, (N,), ascending."""
-    row: npt.NDArray[np.int64]
-    """Position in the results, (N,)."""
-    xywh: npt.NDArray[np.float64]
-    """Left, top, width, height in pixels, (N, 4)."""
-    class_index: npt.NDArray[np.int64]
-    """(N,)."""
     score: npt.NDArray[np.float64]
     """Confidence in [0, 1], (N,)."""
     judged: npt.NDArray[np.bool_]
     """False for classes that nobody has looked for in the image, of a federated file, (N,)."""
     not_exhaustive: npt.NDArray[np.bool_]
     """True for classes whose objects do not all have a box in the image, of a federated file, (N,)."""
-
-    def rows(self, position: int) -> slice:
-        """Rows of an image."""
-        return _rows(self.image, position)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -166,8 +161,3 @@ def rows_matched(objects: Objects, found: Found, errors: Errors) -> npt.NDArray[
 def _not_found(ignored: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     """`Errors.found_at` before a detection is looked at, (M,)."""
     return np.where(ignored, np.inf, -1.0)
-
-
-def _rows(image: npt.NDArray[np.int64], position: int) -> slice:
-    start, stop = np.searchsorted(image, [position, position + 1])
-    return slice(int(start), int(stop))

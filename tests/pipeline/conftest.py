@@ -1,9 +1,17 @@
-"""Pages in a real browser."""
+"""Pages in a real browser, and the plug-in backbone of the documentation."""
 
+import importlib
+import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
+EXAMPLE = re.search(
+    r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/backbones.md").read_text(encoding="utf-8"), re.DOTALL
+)[1]
+"""A backbone of one's own, as the documentation has it."""
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -48,3 +56,27 @@ def opened(chromium):
     for context in contexts:
         context.close()
     assert wrong == []
+
+
+@pytest.fixture
+def mynet(tmp_path, monkeypatch):
+    """Puts the documented plug-in where it is found, changed or not; without a change to make, takes it away."""
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    # Two versions of one second would have the same.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def put(old="", new=""):
+        assert old in EXAMPLE
+        (folder / "mynet.py").write_text(EXAMPLE.replace(old, new) if old else EXAMPLE)
+        forget()
+
+    def forget():
+        importlib.invalidate_caches()
+        sys.modules.pop("mynet", None)
+
+    put()
+    yield put
+    (folder / "mynet.py").unlink(missing_ok=True)
+    forget()

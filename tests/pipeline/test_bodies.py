@@ -1,8 +1,6 @@
 """Runs and stores with backbones of timm and plug-ins: trained, resumed, remembered, and missed where they are gone."""
 
 import dataclasses
-import importlib
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -31,35 +29,10 @@ from ezsd.pipeline.training.train import TrainRequest, train
 from ezsd.pipeline.training.trainer import build_optimiser, learning_rate
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/backbones.md"
-EXAMPLE = re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)[1]
 PLUGIN = "plugin:mynet:Net"
 OF_TIMM = {"backbone": "timm:test_efficientnet", "fpn_channels": 16, "rpn_sizes": (24, 32, 48)}
 OF_PLUGIN = {"backbone": PLUGIN, "fpn_channels": 16, "rpn_sizes": (24, 40)}
 BODY = "backbone.body.body."
-
-
-@pytest.fixture
-def mynet(tmp_path, monkeypatch):
-    """Puts the documented plug-in where it is found, changed or not; without a change to make, takes it away."""
-    folder = tmp_path / "plugins"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    # Two versions of one second would have the same.
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-
-    def put(old="", new=""):
-        assert old in EXAMPLE
-        (folder / "mynet.py").write_text(EXAMPLE.replace(old, new) if old else EXAMPLE)
-        forget()
-
-    def forget():
-        importlib.invalidate_caches()
-        sys.modules.pop("mynet", None)
-
-    put()
-    yield put
-    (folder / "mynet.py").unlink(missing_ok=True)
-    forget()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Exported detectors: they find what the run finds, in any image and with any vocabulary, and run without ezsd."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -43,7 +42,6 @@ ALL = ["eval.max_detections=1000"]
 """Room for all detections: competitors count among them in a graph, and not in the run's own detection."""
 NO_EZSD = "import sys\nsys.modules['ezsd'] = None\n"
 PLUGIN = "plugin:mynet:Net"
-EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "docs/backbones.md").read_text(encoding="utf-8"), re.DOTALL)[1]
 RPN_SIZES = {
     "resnet18": [16, 24, 32, 48, 96],
     "mobilenet_v3_small": [24, 32, 48],
@@ -252,26 +250,6 @@ def test_what_cannot_be_translated_or_loaded_is_one_line_and_leaves_no_file(part
         export(shapes_run.folder, tmp_path / "a.onnx")
     assert "\n" not in str(said.value)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def mynet(tmp_path, monkeypatch):
-    """Puts the documented plug-in where it is found, changed or not."""
-    folder = tmp_path / "plugins"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    # Two versions of one second would have the same.
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-
-    def put(old="", new=""):
-        assert old in EXAMPLE
-        (folder / "mynet.py").write_text(EXAMPLE.replace(old, new) if old else EXAMPLE)
-        importlib.invalidate_caches()
-        sys.modules.pop("mynet", None)
-
-    put()
-    yield put
-    sys.modules.pop("mynet", None)
 
 
 @pytest.fixture
