@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Self
 
 log = logging.getLogger("ezsd")
 LINE_EVERY_SECONDS = 15.0
+RATE_OVER_SECONDS = 300.0
+"""Rate and time left are those of the last minutes: an hour that the process was suspended for is soon forgotten."""
 
 
 class Progress:
@@ -30,9 +33,11 @@ class Progress:
         self._start_done = done
         self._note = ""
         self._bar: object | None = None
+        self._recent: deque[tuple[float, int]] = deque()
 
     def __enter__(self) -> Self:
         self._began = self._last_line = time.monotonic()
+        self._recent.append((self._began, self.done))
         if sys.stderr.isatty():
             # Imported here: a log file needs no bar.
             from rich.console import Console
@@ -56,7 +61,7 @@ class Progress:
         if isinstance(self._bar, Bar):
             self._bar.stop()
         elif kind is None:
-            self._line()
+            self._line(self._mean_rate())
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Count steps; `note` is a short status such as a loss."""
@@ -66,36 +71,47 @@ class Progress:
             from rich.progress import Progress as Bar
 
             assert isinstance(self._bar, Bar)
-            self._bar.update(self._task, completed=self.done, rate=self._rate_text(), note=note)
+            self._bar.update(self._task, completed=self.done, rate=_said(self._recent_rate()), note=note)
         elif time.monotonic() - self._last_line > LINE_EVERY_SECONDS:
-            self._line()
+            self._line(self._recent_rate())
 
     def finish(self, item: object, result: object) -> None:
         """Count a finished task as one step; a stage that counts otherwise overrides this."""
         self.advance()
 
-    def _line(self) -> None:
+    def _line(self, rate: float) -> None:
         self._last_line = time.monotonic()
-        rate = self._rate()
         left = ""
         if self.total is not None and rate and self.done < self.total:
             left = f", {duration((self.total - self.done) / rate)} left"
         note = f", {self._note}" if self._note else ""
         done = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
-        log.info("%s: %s %ss, %s%s%s", self.stage, done, self.unit, self._rate_text(), left, note)
+        log.info("%s: %s %ss, %s%s%s", self.stage, done, self.unit, _said(rate), left, note)
 
     @property
     def seconds(self) -> float:
         """Since the stage began, > 0."""
         return max(time.monotonic() - self._began, 1e-9)
 
-    def _rate(self) -> float:
-        """Steps a second."""
+    def _mean_rate(self) -> float:
+        """Steps a second since the stage began."""
         return (self.done - self._start_done) / self.seconds
 
-    def _rate_text(self) -> str:
-        rate = self._rate()
-        return f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
+    def _recent_rate(self) -> float:
+        """Steps a second of the last minutes."""
+        now = time.monotonic()
+        while len(self._recent) > 1 and self._recent[1][0] <= now - RATE_OVER_SECONDS:
+            self._recent.popleft()
+        began, done = self._recent[0]
+        # Once a second: a training has thousands of steps in those minutes.
+        if now - self._recent[-1][0] >= 1:
+            self._recent.append((now, self.done))
+        return (self.done - done) / max(now - began, 1e-9)
+
+
+def _said(rate: float) -> str:
+    """Steps a second, as one says it."""
+    return f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,6 +28,20 @@ def test_lines_tell_what_is_done_how_fast_and_what_is_left(monkeypatch, caplog):
         next(clock)
         bar.advance(2)
         assert caplog.messages == ["extract: 12/100 images, 12.0/min, 7 min left"]
+
+
+def test_time_left_forgets_that_the_process_was_suspended(monkeypatch, caplog):
+    """A step takes two seconds, and one an hour more."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
+    with caplog.at_level(logging.INFO, logger="ezsd"), Progress("extract", 1000, unit="image") as bar:
+        for step in range(1000):
+            clock.now += 3602 if step == 3 else 2
+            bar.advance()
+    said = "\n".join(caplog.messages)
+    left = dict(re.findall(r"extract: (\d+)/1000 images, .*, (.*) left", said))
+    assert left["4"] == duration(996 * 3608 / 4)
+    assert left["604"] == duration(2 * 396)
 
 
 def test_a_build_counts_images_and_crops(shapes_dataset, quick_config, tmp_path, caplog):
