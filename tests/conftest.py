@@ -7,6 +7,7 @@ hands out tests, before any other process starts.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -42,6 +43,17 @@ QUICK = (
 )
 
 
+def pytest_configure() -> None:
+    """Load torch and the tests without looking for garbage, a second of each process."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage in what tests make alone: every look at all that is loaded takes a fifth of a second."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache_folder(tmp_path_factory):
     # Parsed annotations must not land in the user's own folder.
@@ -73,7 +85,7 @@ def _warm_readers(_one_thread):
 def warm_workers():
     """Dask's worker processes are forks of that server too, instead of loading all anew.
 
-    For tests of what workers make; how they are started is that of test_build.py, test_schedule.py and every command.
+    For tests of what workers make; how they are started is that of test_building_doc.py and test_schedule.py.
     """
     import dask
 

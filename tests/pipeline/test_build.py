@@ -51,6 +51,7 @@ def build_command(dataset, config, out, *, workers):
     return [*command, "--workers", str(workers), "--data-root", str(dataset.root), *overrides(config)]
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_two_workers_make_the_same_bytes_as_one(shapes_dataset, quick_config, shapes_store, tmp_path):
     build_cache(BuildRequest(dataset=shapes_dataset, config=quick_config, out=tmp_path / "two", workers=2))
     assert files(tmp_path / "two") == files(shapes_store)
