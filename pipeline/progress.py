@@ -16,6 +16,8 @@ log = logging.getLogger("ezsd")
 LINE_EVERY_SECONDS = 15.0
 RATE_OVER_SECONDS = 300.0
 """Rate and time left are those of the last minutes: an hour that the process was suspended for is soon forgotten."""
+LEAST_SAMPLES = 10
+"""Advances that a rate is over at least: those of several workers come together, and may be minutes apart."""
 
 
 class Progress:
@@ -48,7 +50,13 @@ class Progress:
             said = (TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[note]}"))
             # What a command prints meanwhile must reach whatever its output leads to, unless that is the terminal.
             own = sys.stdout is not None and sys.stdout.isatty()
-            self._bar = bar = Bar(*columns, *said, console=Console(stderr=True), redirect_stdout=own)
+            self._bar = bar = Bar(
+                *columns,
+                *said,
+                console=Console(stderr=True),
+                redirect_stdout=own,
+                speed_estimate_period=RATE_OVER_SECONDS,
+            )
             bar.start()
             self._task = bar.add_task(self.stage, total=self.total, completed=self.done, rate="", note="")
         return self
@@ -71,7 +79,7 @@ class Progress:
             from rich.progress import Progress as Bar
 
             assert isinstance(self._bar, Bar)
-            self._bar.update(self._task, completed=self.done, rate=_said(self._recent_rate()), note=note)
+            self._bar.update(self._task, completed=self.done, rate=_rate_text(self._recent_rate()), note=note)
         elif time.monotonic() - self._last_line > LINE_EVERY_SECONDS:
             self._line(self._recent_rate())
 
@@ -86,7 +94,7 @@ class Progress:
             left = f", {duration((self.total - self.done) / rate)} left"
         note = f", {self._note}" if self._note else ""
         done = f"{self.done}" if self.total is None else f"{self.done}/{self.total}"
-        log.info("%s: %s %ss, %s%s%s", self.stage, done, self.unit, _said(rate), left, note)
+        log.info("%s: %s %ss, %s%s%s", self.stage, done, self.unit, _rate_text(rate), left, note)
 
     @property
     def seconds(self) -> float:
@@ -100,16 +108,16 @@ class Progress:
     def _recent_rate(self) -> float:
         """Steps a second of the last minutes."""
         now = time.monotonic()
-        while len(self._recent) > 1 and self._recent[1][0] <= now - RATE_OVER_SECONDS:
+        while len(self._recent) > LEAST_SAMPLES and self._recent[1][0] <= now - RATE_OVER_SECONDS:
             self._recent.popleft()
         began, done = self._recent[0]
-        # Once a second: a training has thousands of steps in those minutes.
+        # At most one a second: a training has thousands of steps in those minutes.
         if now - self._recent[-1][0] >= 1:
             self._recent.append((now, self.done))
         return (self.done - done) / max(now - began, 1e-9)
 
 
-def _said(rate: float) -> str:
+def _rate_text(rate: float) -> str:
     """Steps a second, as one says it."""
     return f"{rate:.1f}/s" if rate >= 1 else f"{60 * rate:.1f}/min"
 

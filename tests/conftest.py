@@ -43,15 +43,18 @@ QUICK = (
 )
 
 
-def pytest_configure() -> None:
-    """Load torch and the tests without looking for garbage, a second of each process."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Load torch and all tests without looking for garbage, and never look through them later.
+
+    The first takes seconds of each process, and every later look a fifth of a second.
+    """
     gc.disable()
-
-
-def pytest_collection_finish() -> None:
-    """Look for garbage in what tests make alone: every look at all that is loaded takes a fifth of a second."""
-    gc.freeze()
-    gc.enable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

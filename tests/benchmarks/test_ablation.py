@@ -41,13 +41,11 @@ FEW = (
 def ablation():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        ablation = importlib.import_module("ablation")
-        # The same commands, without the seconds in which each loads torch.
-        patch.setattr(ablation, "_ezsd", run_command)
-        yield ablation
+        yield importlib.import_module("ablation")
 
 
-def run_command(*words, plan):
+def at_once(*words, plan):
+    """Run the command as `_ezsd` does, without the seconds in which it loads torch."""
     done = ezsd(*words, *(word for override in plan.overrides for word in ("--set", override)))
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -64,7 +62,9 @@ def words(tmp_path_factory):
 @pytest.fixture(scope="module")
 def place(ablation, words):
     """The folder in which the few arms have run."""
-    ablation.main(words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "_ezsd", at_once)
+        ablation.main(words)
     return Path(words[1]).parent
 
 
@@ -105,9 +105,17 @@ def test_the_gate_stops_an_arm_that_is_not_the_command_lines(ablation, place, se
     (seed / "gate.json").rename(place / "gate.json")
     other = dataclasses.replace(ablation.ARMS["ours"], train=("loss.distillation=0.1",), name="other")
     monkeypatch.setitem(ablation.ARMS, "ours", other)
+    monkeypatch.setattr(ablation, "_ezsd", at_once)
     with pytest.raises(SystemExit, match="has other losses"):
         ablation.gate(plan)
     (place / "gate.json").rename(seed / "gate.json")
+
+
+def test_a_command_that_fails_stops_the_gate(ablation):
+    plan = SimpleNamespace(overrides=())
+    assert ablation._ezsd("--version", plan=plan).startswith("ezsd ")
+    with pytest.raises(SystemExit, match="gate: nothing: .*No such command"):
+        ablation._ezsd("nothing", plan=plan)
 
 
 def plan_of(ablation, place):

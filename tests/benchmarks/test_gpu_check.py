@@ -65,6 +65,7 @@ SPEED, TABLE = "waits, speed and memory of a step", "table of the kernels"
 def test_a_pretend_gpu_is_accepted(gpu_check, check, commands, shapes_root, monkeypatch, capsys):
     stage = importlib.import_module("gpu_check_stage")
     monkeypatch.setattr(stage, "write_shapes", lambda out, **_: shutil.copytree(shapes_root, out))
+    # The shortest training whose last round is not its first.
     monkeypatch.setattr(importlib.import_module("gpu_check_step"), "ROUND", 2)
     check = dataclasses.replace(check, sizes=dataclasses.replace(check.sizes, fall=4))
     sections = named(gpu_check, "environment", KERNELS, STEP, STAGE, "demo", "several GPUs", SPEED, TABLE)

@@ -41,7 +41,24 @@ def test_time_left_forgets_that_the_process_was_suspended(monkeypatch, caplog):
     said = "\n".join(caplog.messages)
     left = dict(re.findall(r"extract: (\d+)/1000 images, .*, (.*) left", said))
     assert left["4"] == duration(996 * 3608 / 4)
-    assert left["604"] == duration(2 * 396)
+    assert left["148"] != duration(2 * 852)
+    assert left["164"] == duration(2 * 836)
+    assert caplog.messages[-1] == f"extract: 1000/1000 images, {60 * 1000 / 5600:.1f}/min"
+
+
+def test_blocks_that_come_together_are_no_burst(monkeypatch, caplog):
+    """Two workers end a block of 100 images each every 20 minutes, a second apart."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0.5)
+    with caplog.at_level(logging.INFO, logger="ezsd"), Progress("extract", 10_000, unit="image") as bar:
+        for _ in range(20):
+            for seconds in (1199, 1):
+                clock.now += seconds
+                bar.advance(100)
+    rates = [float(rate) for rate in re.findall(r"images, ([\d.]+)/min", "\n".join(caplog.messages))]
+    assert len(rates) == 41
+    assert all(rate == pytest.approx(10, rel=0.25) for rate in rates[2:])
 
 
 def test_a_build_counts_images_and_crops(shapes_dataset, quick_config, tmp_path, caplog):
