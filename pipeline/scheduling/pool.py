@@ -243,7 +243,9 @@ def _local(schedule: Schedule, workers: int) -> Iterator[Client]:
     with ExitStack() as stack:
         # A terminal sends SIGINT to workers too; this process ends them, and threads of its own start others.
         with shielded():
-            stack.enter_context(config.set({"distributed.nanny.pre-spawn-environ": variables}))
+            # Dask's profile of what workers do keeps 1,000 call trees of a second each in memory, for its pages alone.
+            profile = {"distributed.worker.profile.enabled": schedule.dashboard}
+            stack.enter_context(config.set({"distributed.nanny.pre-spawn-environ": variables, **profile}))
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="ezsd-dask-"))
             try:
                 cluster = SpecCluster(

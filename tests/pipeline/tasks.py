@@ -14,3 +14,10 @@ def fail_or_wait(item):
     if item == 0:
         raise ValueError("of the first")
     time.sleep(1000)
+
+
+def call_trees(_):
+    """Whether Dask's worker has begun to keep call trees of what it does."""
+    from distributed import get_worker
+
+    return "profile-cycle" in get_worker().periodic_callbacks

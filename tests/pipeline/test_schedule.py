@@ -68,6 +68,12 @@ def test_each_worker_process_sees_a_gpu_of_its_own(monkeypatch):
     assert [one["CUDA_VISIBLE_DEVICES"] for one in worker_environments("cuda", 3)] == ["GPU-a", "GPU-b", "GPU-a"]
 
 
+@pytest.mark.usefixtures("warm_workers")
+def test_workers_keep_no_call_trees_unless_somebody_looks():
+    """They would be 1,000, one a second, and most of what a worker's memory grows by."""
+    assert run(Schedule(workers=2), tasks.call_trees, [0, 1]) == [False, False]
+
+
 def _faults(size):
     """Page faults of a block that was allocated and freed before."""
     bytearray(size)
