@@ -17,7 +17,7 @@ LINE_EVERY_SECONDS = 15.0
 RATE_OVER_SECONDS = 300.0
 """Rate and time left are those of the last minutes: an hour that the process was suspended for is soon forgotten."""
 LEAST_SAMPLES = 10
-"""Advances that a rate is over at least: those of several workers come together, and may be minutes apart."""
+"""Samples that a rate is over at least: blocks of several workers end together, and may be minutes apart."""
 
 
 class Progress:
