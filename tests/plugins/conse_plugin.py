@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-
 CROPS = 4
 """Embedded at a time: the quickest of 2, 4, 8 and 64 on a CPU."""
 
