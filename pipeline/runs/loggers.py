@@ -12,7 +12,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -368,6 +368,10 @@ class _Mlflow(_Tracker):
                 self._client.update_run(self.id, status="RUNNING")
         except Exception as error:
             # Its own errors, and those of whatever it reaches the address by.
+            if self.id is not None:
+                # A run that no training follows must not stay at RUNNING. Who refuses this too has told why already.
+                with suppress(Exception):
+                    self.end("failed")
             reason = " ".join(str(error).split())
             raise ConfigError(f"`train.loggers`: mlflow: {address}: {reason}; set MLFLOW_TRACKING_URI") from error
         self.note()

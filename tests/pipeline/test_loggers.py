@@ -29,12 +29,18 @@ def figures(step):
 
 
 @pytest.fixture
-def logged_twice(quick_config, tmp_path):
-    """A run whose training was killed at step 6, two after its checkpoint, and resumed to step 8, by its logger."""
+def new_run(quick_config, tmp_path):
+    """A run before its first step, by the name of its folder."""
     spec = {"names": ["cat"], "text_sha256": "ab", "store": {"digest": "cd"}, "config": to_tables(quick_config)}
+    return lambda name: Run.create_or_resume(tmp_path / name, spec, {"text": torch.eye(2)})
+
+
+@pytest.fixture
+def logged_twice(new_run):
+    """A run whose training was killed at step 6, two after its checkpoint, and resumed to step 8, by its logger."""
 
     def make(logger, killed_by=None):
-        run = Run.create_or_resume(tmp_path / logger, spec, {"text": torch.eye(2)})
+        run = new_run(logger)
         first = MetricsLog(run, loggers=[logger], begin=0)
         first.__enter__()
         for step in STEPS[:6]:
@@ -126,6 +132,21 @@ def test_mlflow_knows_how_a_training_ended_and_that_it_goes_on(error, status, lo
     assert client.get_run(tracked).info.status == "RUNNING"
     third.__exit__(error and type(error), error, None)
     assert client.get_run(tracked).info.status == status
+
+
+def test_a_run_of_mlflow_that_cannot_begin_does_not_stay_running(new_run, mlflow_of, monkeypatch):
+    import mlflow
+
+    def refuse(*_):
+        raise ConnectionError("no route to host")
+
+    run = new_run("mlflow")
+    monkeypatch.setattr(mlflow.tracking.MlflowClient, "log_param", refuse)
+    with pytest.raises(ConfigError, match="no route to host; set MLFLOW_TRACKING_URI"):
+        MetricsLog(run, loggers=["mlflow"], begin=0)
+    client = mlflow_of(run)
+    (found,) = client.search_runs([client.get_experiment_by_name("ezsd").experiment_id])
+    assert found.info.status == "FAILED"
 
 
 def leveldb_log(content):
