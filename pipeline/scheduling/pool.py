@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -144,32 +145,35 @@ def _gathered(
     alone: float,
 ) -> list[U]:
     """Results of one task per item. The cluster knows of some hundred at a time, or its memory would grow with all."""
-    from distributed import CancelledError, KilledWorker, wait
+    from distributed import CancelledError, KilledWorker
 
     begun, most = 0, max(_LEAST_TASKS, 2 * len(client.nthreads()))
     left: dict[Future[U], T] = {}
     results: list[U] = []
+    # Distributed's `wait` for a first one leaves a waiter behind for each of the others, a megabyte with every block.
+    ended: SimpleQueue[Future[U]] = SimpleQueue()
     seen = time.monotonic()
     try:
         while begun < len(items) or left:
             if begun < len(items) and len(left) <= most // 2:
                 more = items[begun : begun + most - len(left)]
-                left |= dict(zip(client.map(task, more, pure=False), more, strict=True))
+                futures = client.map(task, more, pure=False)
+                left |= dict(zip(futures, more, strict=True))
+                for future in futures:
+                    future.add_done_callback(ended.put)
                 begun += len(more)
             try:
-                with client.as_current():
-                    done = wait(list(left), timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED").done
-            except TimeoutError:
+                future = ended.get(timeout=_LOOK_SECONDS)
+            except Empty:
                 seen = _workers_seen(client, seen, alone)
                 continue
-            for future in done:
-                item = left.pop(future)
-                try:
-                    # A failed task raises its own error here.
-                    results.append(future.result())
-                except KilledWorker as error:
-                    raise ClusterError(f"{named(item)}: {_died(error)}") from error
-                progress.finish(item, results[-1])
+            item = left.pop(future)
+            try:
+                # A failed task raises its own error here.
+                results.append(future.result())
+            except KilledWorker as error:
+                raise ClusterError(f"{named(item)}: {_died(error)}") from error
+            progress.finish(item, results[-1])
             seen = time.monotonic()
     except CancelledError as error:
         raise ClusterError(LOST) from error

@@ -1,5 +1,6 @@
 """Where tasks run on one machine, and how little travels to them."""
 
+import asyncio
 import importlib.util
 import os
 import pickle
@@ -80,6 +81,23 @@ def _faults(size):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     bytearray(size)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_waiting_for_tasks_leaves_nothing_behind():
+    """Not a waiter for each of the others with every task that ends: memory would grow with the tasks."""
+    waiting = []
+    with Pool(Schedule(workers=2)) as pool, Progress("x", 60, unit="task") as progress:
+        finish = progress.finish
+
+        def counted(item, result):
+            waiting.append(len(asyncio.all_tasks(pool.client.loop.asyncio_loop)))
+            finish(item, result)
+
+        progress.finish = counted
+        # Slow enough to end one by one.
+        pool.run(lambda _: time.sleep(0.02), range(60), named=str, progress=progress)
+    assert len(waiting) == 60
+    assert max(waiting) < 2 * 60
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is Linux's")
