@@ -184,7 +184,7 @@ def measure(plan: Plan, arm: Arm) -> driver.Row:
         "regions_per_image": round(sum(counts) / len(counts), 2),
         "regions": None if plan.asked.dev else quality(store, plan.dataset()),
         "crops": evaluate_crops(run, data_root=plan.asked.data_root, device="cpu") if crops else None,
-        "store": store.manifest.digest,
+        "store": store.digest,
         "seconds": run.seconds(),
     }
 

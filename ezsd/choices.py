@@ -15,7 +15,7 @@ HeadName = Literal["fast", "paper"]
 MAX_TEMPERATURE = 100.0
 """Upper limit of the logit scale: above CLIP's own 100 the softmax saturates and gradients vanish."""
 RESNETS = ("resnet18", "resnet34", "resnet50")
-MOBILENETS = ("mobilenet_v3_large", "mobilenet_v3_small")
+MOBILENETS = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
 BACKBONES = ("tiny", *RESNETS, *MOBILENETS)
 """Backbones known to `build_backbone` by a name of their own; models of timm and plug-ins have a prefix."""
 Surround = Literal["black", "context"]

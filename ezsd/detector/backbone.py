@@ -16,7 +16,7 @@ from ezsd.detector.bodies import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Body,
-    MobileNetV3,
+    MobileNet,
     freeze_norms,
     load_classifier,
     load_plugin,
@@ -210,7 +210,7 @@ def _resnet(
 
 def _load_body(name: str, weights: Mapping[str, Tensor] | None, section: str, *, frozen_norms: bool) -> Body:
     if name in MOBILENETS:
-        return MobileNetV3(name, weights)
+        return MobileNet(name, weights)
     if name.startswith(PLUGIN):
         return load_plugin(name, weights, section)
     require_backbone(name, section)

@@ -1,4 +1,4 @@
-"""Bodies of backbones, the networks below the pyramid: the Body protocol, plug-ins, torchvision's MobileNetV3."""
+"""Bodies of backbones, the networks below the pyramid: the Body protocol, plug-ins, torchvision's MobileNets."""
 
 from __future__ import annotations
 
@@ -198,8 +198,8 @@ def first_mismatch(error: Exception) -> str:
     return fault.partition(", ")[0] if "key(s) in state_dict" in fault else fault
 
 
-class MobileNetV3(nn.Module):
-    """Convolutions of torchvision's MobileNetV3, with the last map of each of the strides 8, 16 and 32.
+class MobileNet(nn.Module):
+    """Convolutions of torchvision's MobileNetV2 or V3, with the last map of each of the strides 8, 16 and 32.
 
     Args:
         name: one of `MOBILENETS`.
@@ -209,6 +209,8 @@ class MobileNetV3(nn.Module):
     strides = (8, 16, 32)
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     _ENDS: Mapping[str, tuple[int, ...]] = {
+        # Its last convolution, to 1,280 channels, is made for the classifier alone.
+        "mobilenet_v2": (1, 3, 6, 13, 17),
         "mobilenet_v3_large": (1, 3, 6, 12, 16),
         "mobilenet_v3_small": (0, 1, 3, 8, 12),
     }
@@ -219,8 +221,8 @@ class MobileNetV3(nn.Module):
         network = getattr(torchvision.models, name)(weights=None)
         if weights is not None:
             load_classifier(network, name, weights, classifier="classifier.")
-        self.features = network.features
         self._ends = self._ENDS[name]
+        self.features = network.features[: self._ends[-1] + 1]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps of normalised images (B, 3, H, W), see `Body`."""

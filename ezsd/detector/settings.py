@@ -15,7 +15,7 @@ class DetectorSettings:
     """Architecture of the detector, what its box head learns from, and whose boxes it gives at inference."""
 
     backbone: str
-    """"tiny", a ResNet or MobileNetV3 of torchvision, "timm:MODEL", or "plugin:package.module:factory"
+    """"tiny", a ResNet or MobileNet of torchvision, "timm:MODEL", or "plugin:package.module:factory"
     (docs/backbones.md)."""
     fpn_channels: Annotated[int, Interval(gt=0)]
     """Width of the pyramid."""

@@ -252,6 +252,7 @@ def _voc(name: str, root: Path) -> Dataset:
         train_annotations="train.json",
         val_images="val",
         val_annotations="val.json",
+        preset="photos",
     )
 
 
