@@ -20,6 +20,7 @@ from ezsd.cache import Store
 from ezsd.data.annotations import load_evaluation
 from ezsd.metrics.recall import recall_at
 from ezsd.pipeline.config.schema import from_tables, load_preset, to_tables
+from ezsd.pipeline.data.datasets import Dataset
 from ezsd.pipeline.extraction.anchors import image_anchors
 from ezsd.pipeline.extraction.provenance import model_inputs, proposal_settings
 from ezsd.pipeline.inference.evaluation_tables import headline
@@ -74,21 +75,34 @@ def draw(store: Store, data_root: Path | None, out: Path) -> None:
         draw_boxes(pixels, torch.from_numpy(regions.box[:10].copy()), captions).save(out / f"{image.id}.png")
 
 
+def judged(run: Run, dataset: Dataset) -> driver.Row:
+    """What a run is and was evaluated to: its AP50, the objects it had to find, and its settings."""
+    truth = load_evaluation(dataset.annotations("val"), dataset.split)
+    novel = truth.class_index[~truth.crowd] >= len(dataset.split.base)
+    preset, tables = to_tables(load_preset("photos")), to_tables(run.config)
+    changed = {
+        f"{section}.{key}": value
+        for section, table in tables.items()
+        for key, value in table.items()
+        # A path of this machine; the digests of its files are in the run.
+        if key != "weights" and value != preset[section][key]
+    }
+    return {
+        "AP50": headline(json.loads((run.folder / "eval.json").read_text())),
+        "validation_images": len(truth.images),
+        "validation_objects": {"base": int((~novel).sum()), "novel": int(novel.sum())},
+        "steps": run.read_metrics()[-1]["step"],
+        "preset": "photos",
+        "changed": changed,
+    }
+
+
 def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
     """The row of a store, and the drawn photos."""
     store = Store(arguments.cache)
     result = coverage(store, arguments.data_root)
     if arguments.run:
-        run = Run.open(arguments.run)
-        evaluated = headline(json.loads((run.folder / "eval.json").read_text()))
-        config = run.config
-        result["trained"] = {
-            "AP50": evaluated,
-            "steps": run.read_metrics()[-1]["step"],
-            "seed": config.train.seed,
-            "backbone": config.model.backbone,
-            "distillation": config.loss.distillation,
-        }
+        result["trained"] = judged(Run.open(arguments.run), store_dataset(store, arguments.data_root))
     teacher = dict(model_inputs(store.manifest))
     yield {**result, "teacher": teacher, "proposal_settings": proposal_settings(store.manifest)}
     if arguments.draw:

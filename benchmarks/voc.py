@@ -48,7 +48,8 @@ SITS = 0.5
 """IoU of a region with a novel object that it sits on."""
 FIGURES = (("AP50", "base"), ("AP50", "novel"), ("AP75", "novel"), ("AP50", "all"))
 NOVEL_HEADS = ("regions", "recall of novel objects, IoU 0.5", "0.7", "regions on one", "of these, named right")
-GRID = ("proposals.search=exhaustive",)
+GRID = ("proposals.search=exhaustive", "proposals.max_proposals=100")
+"""The preset's grid, and as many proposals as of the learned proposer."""
 STORES = {
     "ours": StoreSpec(overrides=()),
     "grid": StoreSpec(overrides=GRID, reuse="ours"),

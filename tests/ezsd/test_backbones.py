@@ -172,8 +172,10 @@ def test_the_names_of_timms_models_are_known_without_it(monkeypatch):
 # torchvision
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_large", "mobilenet_v3_small"])
-def test_a_mobilenet_takes_torchvisions_state_and_freezes_its_early_part(name):
+@pytest.mark.parametrize(
+    ("name", "layers"), [("mobilenet_v2", 18), ("mobilenet_v3_large", 17), ("mobilenet_v3_small", 13)]
+)
+def test_a_mobilenet_takes_torchvisions_state_and_freezes_its_early_part(name, layers):
     torch.manual_seed(0)
     network = getattr(torchvision.models, name)(weights=None).eval()
     backbone = build(name, network.state_dict())
@@ -181,6 +183,8 @@ def test_a_mobilenet_takes_torchvisions_state_and_freezes_its_early_part(name):
     images = torch.rand(1, 3, 64, 96)
     found = backbone.body.body(images)
     assert [m.shape[2:] for m in found] == [(64 // s, 96 // s) for s in (8, 16, 32)]
+    # Of MobileNetV2 all but its last convolution, which is the classifier's.
+    network.features = network.features[:layers]
     torch.testing.assert_close(found[-1], network.features(images))
     stride, frozen = images.shape[2], 0
     last = images

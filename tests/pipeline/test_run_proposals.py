@@ -312,7 +312,7 @@ def test_voted_proposals_are_suppressed_filtered_and_embedded(
 )
 def test_a_setting_without_an_effect_is_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        load_settings("photos", overrides)
+        load_settings("paper", overrides)
 
 
 def test_the_number_of_a_networks_boxes_is_the_smaller_of_two():
