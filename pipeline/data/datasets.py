@@ -242,6 +242,9 @@ def _standard(name: str, root: Path, split: Split, train: str, val: str, *, pres
     )
 
 
+_VOC_PRESET = "photos"
+
+
 def _voc(name: str, root: Path) -> Dataset:
     """Pascal VOC as `ezsd data voc` lays it out."""
     return Dataset(
@@ -252,7 +255,7 @@ def _voc(name: str, root: Path) -> Dataset:
         train_annotations="train.json",
         val_images="val",
         val_annotations="val.json",
-        preset="photos",
+        preset=_VOC_PRESET,
     )
 
 
@@ -347,10 +350,11 @@ def _from_toml(path: Path, root: Path | None, strict: bool) -> Dataset:
         train_annotations=tables["train"]["annotations"],
         val_images=tables["val"]["images"] if "val" in tables else None,
         val_annotations=tables["val"]["annotations"] if "val" in tables else None,
+        # The name of a built-in dataset is left to what `ezsd data voc` writes beside the data, see below.
+        preset=_VOC_PRESET if tables["name"] in VOC_SPLITS else "coco",
         prompts=prompts,
         exif=tables.get("exif", "turn"),
     )
-    # Files of VOC's splits are what `ezsd data voc` writes beside the data.
     if dataset.name in DATASETS and dataset.split != VOC_SPLITS.get(dataset.name):
         raise DatasetError(f"{path}: name: {dataset.name!r} is a built-in dataset; choose another")
     if strict:
