@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from ezsd.pipeline.data.image_source import ImageSource, image_source, needed_fi
 from ezsd.pipeline.data.images import Exif
 from ezsd.pipeline.data.single_json import find_images, path_from
 from ezsd.pipeline.data.split import frequency_split, is_names, named_split
+from ezsd.pipeline.data.toml_files import read_toml
 from ezsd.pipeline.errors import ArgumentError, DatasetError
 from ezsd.pipeline.files import as_json
 from ezsd.vocabulary import COCO_SPLIT, Split, canonical, clean_names, first_few, resolve, suggest, templates
@@ -333,7 +333,7 @@ _TOML_KEYS = {
 def _from_toml(path: Path, root: Path | None, strict: bool) -> Dataset:
     """A dataset of one's own; see docs/datasets.md."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = read_toml(path)
     except (ValueError, RecursionError) as error:
         # ValueError: also a whole number of more digits than Python converts, and a date that is none.
         raise DatasetError(f"{path}: is not valid TOML: {error}") from error

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ezsd.errors import VocabularyError
+from ezsd.pipeline.data.toml_files import read_toml
 from ezsd.pipeline.errors import ArgumentError
 from ezsd.vocabulary import COCO_SPLIT, Split, first_few, nearest, resolve, spelt_as
 
@@ -119,7 +119,7 @@ def _known(split: Split, names: Sequence[str]) -> Split:
 
 def _read_split(path: Path) -> Split:
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = read_toml(path)
     except OSError as error:
         raise ArgumentError(f"`split_file={path}`: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
