@@ -13,8 +13,8 @@ _TEXTS_AND_COMMENTS = re.compile(
     r"""|"(?:[^"\\\n]++|\\[^\n])*+"?|'[^'\n]*+'?|\#[^\n]*+""",
     re.DOTALL,
 )
-"""What may hold a dot that separates no keys. One without an end goes up to the end of its line or of the file: tomllib
-refuses it there."""
+"""Texts and comments, whose dots separate no keys. A text without an end goes up to the end of its line or of the file:
+tomllib refuses it there."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
