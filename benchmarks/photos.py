@@ -1,8 +1,9 @@
-"""What do CLIP proposals cover on photos? `python benchmarks/photos.py --cache cache/photos [--draw DIR]`.
+"""What do CLIP proposals cover on photos? `python benchmarks/photos.py --cache cache/photos [--run RUN] [--draw DIR]`.
 
 Share of NOVEL objects of the training photos with a proposal at IoU 0.5 among the best 100 and 300, against as many
 anchors drawn at random from the same grid (mean of ten draws). Evaluation: the only place that reads novel boxes of a
-training split. With --draw, the best proposals are drawn over the photos for a person to look at.
+training split. With --run, the AP50 of an evaluated run that was trained on the store goes into the row, with its
+settings. With --draw, the best proposals are drawn over the photos for a person to look at.
 """
 
 from __future__ import annotations
@@ -79,21 +80,14 @@ def judged(run: Run, dataset: Dataset) -> driver.Row:
     """What a run is and was evaluated to: its AP50, the objects it had to find, and its settings."""
     truth = load_evaluation(dataset.annotations("val"), dataset.split)
     novel = truth.class_index[~truth.crowd] >= len(dataset.split.base)
-    preset, tables = to_tables(load_preset("photos")), to_tables(run.config)
-    changed = {
-        f"{section}.{key}": value
-        for section, table in tables.items()
-        for key, value in table.items()
-        # A path of this machine; the digests of its files are in the run.
-        if key != "weights" and value != preset[section][key]
-    }
+    # Weights may be paths of this machine; the teacher's digest is in the row.
+    settings = {s: {k: v for k, v in table.items() if k != "weights"} for s, table in to_tables(run.config).items()}
     return {
         "AP50": headline(json.loads((run.folder / "eval.json").read_text())),
         "validation_images": len(truth.images),
         "validation_objects": {"base": int((~novel).sum()), "novel": int(novel.sum())},
         "steps": run.read_metrics()[-1]["step"],
-        "preset": "photos",
-        "changed": changed,
+        "settings": settings,
     }
 
 

@@ -10,6 +10,7 @@ taken up where it was: run the same command. `--table` prints the rows and does 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,12 +26,12 @@ from ablation_boxes import random_anchors, write_boxes
 from scoring import permuted, score
 from torchvision.ops import box_iou
 
-from ezsd.cache import Store
+from ezsd.cache import Store, canonical_json
 from ezsd.cache.files import file_digest
 from ezsd.data.annotations import load_evaluation
 from ezsd.data.pascal_voc import VOC_SPLITS
 from ezsd.metrics.recall import recall_at
-from ezsd.pipeline.config.schema import Config, load_preset
+from ezsd.pipeline.config.schema import STAGE_ONE, Config, load_preset, to_tables
 from ezsd.pipeline.data.dataset_toml import Places, dataset_toml
 from ezsd.pipeline.data.datasets import Dataset, find_dataset
 from ezsd.pipeline.extraction.build import build_cache
@@ -139,7 +140,7 @@ def dev_annotations(path: Path, split: Split, *, trained_on: int) -> Mapping[str
 def prepared_store(plan: Plan, name: str) -> Path:
     """A store of `STORES`, built unless it is there; what it needs is made first."""
     spec, out = STORES[name], plan.folder / "stores" / name
-    overrides = [*plan.asked.build_overrides, *spec.overrides]
+    overrides = build_overrides(plan, name)
     if spec.boxes is not None:
         boxes = plan.folder / "boxes" / f"{name}.json"
         if not boxes.is_file():
@@ -159,9 +160,19 @@ def prepared_store(plan: Plan, name: str) -> Path:
     return out
 
 
+def build_overrides(plan: Plan, name: str) -> list[str]:
+    """Settings of a store of `STORES`, but for the file of its boxes."""
+    return [*plan.asked.build_overrides, *STORES[name].overrides]
+
+
+def trained_config(plan: Plan, arm: Arm) -> Config:
+    """Settings of an arm's training."""
+    return plan.config([*plan.asked.overrides, *arm.train, f"train.seed={plan.seed}"])
+
+
 def trained_run(plan: Plan, arm: Arm) -> Run:
     """The finished run of an arm, trained or gone on with unless it is there."""
-    config = plan.config([*plan.asked.overrides, *arm.train, f"train.seed={plan.seed}"])
+    config = trained_config(plan, arm)
     label = f"{arm.name}, seed {plan.seed}" + f" ({plan.asked.tag})" * (plan.asked.tag != "photos")
     request = TrainRequest(
         cache=prepared_store(plan, arm.store),
@@ -205,9 +216,18 @@ def name_of(plan: Plan, arm: Arm) -> driver.Row:
         "backbone": asked.backbone,
         "backbone_weights": file_digest(asked.backbone_weights).sha256,
         "settings": list(arm.train),
-        "built": {"settings": [*asked.build_overrides, *spec.overrides], "boxes": spec.boxes},
+        "built": {"settings": build_overrides(plan, arm.store), "boxes": spec.boxes},
         "overrides": list(asked.overrides),
+        "settings_sha256": settings_digest(trained_config(plan, arm), plan.config(build_overrides(plan, arm.store))),
     }
+
+
+def settings_digest(training: Config, build: Config) -> str:
+    """Digest of all settings but paths of weights, whose contents a row has: overrides of another preset are others."""
+    tables = {**to_tables(training), **{name: to_tables(build)[name] for name in STAGE_ONE}}
+    paths = ("teacher", "weights"), ("proposer", "weights"), ("proposals", "boxes")
+    kept = {s: {k: v for k, v in table.items() if (s, k) not in paths} for s, table in tables.items()}
+    return hashlib.sha256(canonical_json(kept).encode()).hexdigest()
 
 
 def is_done(plan: Plan, arm: Arm) -> bool:

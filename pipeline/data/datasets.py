@@ -243,6 +243,7 @@ def _standard(name: str, root: Path, split: Split, train: str, val: str, *, pres
 
 
 _VOC_PRESET = "photos"
+"""Preset of the datasets of `VOC_SPLITS`, by name and by the file that `ezsd data voc` writes."""
 
 
 def _voc(name: str, root: Path) -> Dataset:
@@ -350,7 +351,7 @@ def _from_toml(path: Path, root: Path | None, strict: bool) -> Dataset:
         train_annotations=tables["train"]["annotations"],
         val_images=tables["val"]["images"] if "val" in tables else None,
         val_annotations=tables["val"]["annotations"] if "val" in tables else None,
-        # The name of a built-in dataset is left to what `ezsd data voc` writes beside the data, see below.
+        # Files of `ezsd data voc` alone may have these names, as is checked below.
         preset=_VOC_PRESET if tables["name"] in VOC_SPLITS else "coco",
         prompts=prompts,
         exif=tables.get("exif", "turn"),

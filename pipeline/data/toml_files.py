@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-_MOST_PARTS = 100
+_MOST_DOTS = 100
 _TEXTS_AND_COMMENTS = re.compile(
     r'''"""(?:[^"\\]++|\\.|"(?!""))*+(?:"{3,5}|\Z)|\'\'\'(?:[^']++|'(?!''))*+(?:'{3,5}|\Z)'''
     r"""|"(?:[^"\\\n]++|\\[^\n])*+"?|'[^'\n]*+'?|\#[^\n]*+""",
@@ -18,17 +18,17 @@ tomllib refuses it there."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a file of TOML in UTF-8.
+    """Read a file of TOML in UTF-8, in a time that grows with its size alone.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not TOML, or a line separates more than 100 parts of keys, for which tomllib takes time that
-            grows with the square of their number.
+        ValueError: it is not TOML, or a line has more than 100 dots outside of texts and comments: as parts of a key
+            they take tomllib a time that grows with the square of their number.
         RecursionError: it is nested too deeply.
     """
     text = path.read_text(encoding="utf-8")
     bare = _TEXTS_AND_COMMENTS.sub(lambda found: "\n" * found[0].count("\n"), text)
     for number, line in enumerate(bare.split("\n"), 1):
-        if line.count(".") > _MOST_PARTS:
-            raise ValueError(f"line {number}: a key of more than {_MOST_PARTS} parts")
+        if line.count(".") > _MOST_DOTS:
+            raise ValueError(f"line {number}: more than {_MOST_DOTS} dots outside of texts; write it as several lines")
     return tomllib.loads(text)

@@ -214,7 +214,7 @@ def trained_state(name):
     return network.state_dict()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small"])
 def test_frozen_norms_are_folded_into_convolutions_with_the_same_results_gradients_and_names(name):
     state = trained_state(name)
     folded = build(name, state, frozen_stages=0)
@@ -237,7 +237,7 @@ def test_frozen_norms_are_folded_into_convolutions_with_the_same_results_gradien
         torch.testing.assert_close(value, wanted_gradients[key], msg=key)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "plugin"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "plugin"])
 def test_under_autocast_no_map_of_a_frozen_body_is_float32(name):
     if name == "plugin":
         # A norm that is folded into nothing.

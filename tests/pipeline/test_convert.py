@@ -625,6 +625,7 @@ def test_the_photos_of_voc_are_read_by_both_splits(voc_photos):
     counts = {}
     for name in ("voc-16-4", "voc-15-5"):
         dataset = find_dataset(name, voc_photos)
+        assert dataset.preset == "photos"
         assert find_dataset(str(voc_photos / f"{name}.toml")) == dataset
         assert dataset.missing() == []
         counts[name] = [_counts(dataset, part) for part in dataset.parts]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ezsd.cache import Store
-from ezsd.pipeline.config.schema import load_preset
+from ezsd.pipeline.config.schema import load_preset, to_tables
 from ezsd.pipeline.data.datasets import find_dataset
 from ezsd.pipeline.extraction.build import build_cache
 from ezsd.pipeline.extraction.provenance import model_inputs
@@ -23,6 +25,7 @@ from ezsd.pipeline.training.train import TrainRequest, train
 from ezsd.vocabulary import COCO_SPLIT
 
 PLUGINS = Path(__file__).resolve().parent.parent / "plugins"
+BENCHMARKS = PLUGINS.parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +33,7 @@ def photo_store(photos, conse_tools, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.syspath_prepend(str(PLUGINS))
     config = load_preset("photos", ["proposer.steps=2", "proposer.max_proposals=12", "build.block_images=2"])
-    teacher = dataclasses.replace(config.teacher, name="plugin:conse_plugin:factory", weights=None)
+    teacher = dataclasses.replace(config.teacher, name="plugin:conse_plugin:factory")
     request = BuildRequest(
         dataset=find_dataset("coco", photos),
         config=dataclasses.replace(config, teacher=teacher),
@@ -60,13 +63,23 @@ def test_photos_give_a_store_of_base_objects_and_unseen_regions(photo_store, pho
         np.testing.assert_allclose(np.linalg.norm(regions.embedding.astype(np.float32), axis=1), 1, atol=1e-3)
 
 
-def test_a_detector_trains_and_is_evaluated_on_photos(photo_store, photos, tmp_path):
+def test_a_detector_trains_and_is_evaluated_on_photos(photo_store, photos, tmp_path, monkeypatch):
     config = load_preset("photos", ["train.steps=2", "train.batch_size=2", "train.min_size=160", "train.max_size=240"])
     run = train(TrainRequest(cache=photo_store, run=tmp_path / "run", config=config))
     assert [line["step"] for line in run.read_metrics()] == [1, 2]
     scores = headline(evaluate_run(run, data_root=photos, device="cpu"))
     assert scores["base"] is not None
     assert scores["novel"] is not None
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    words = ["photos.py", "--cache", str(photo_store), "--data-root", str(photos), "--run", str(run.folder)]
+    monkeypatch.setattr(sys, "argv", [*words, "--results", str(tmp_path)])
+    runpy.run_path(str(BENCHMARKS / "photos.py"), run_name="__main__")
+    row = json.loads((tmp_path / "photos.jsonl").read_text())
+    assert row["images"] == 6
+    assert row["novel_objects"] > 0
+    assert row["trained"]["AP50"] == scores
+    assert row["trained"]["validation_objects"] == {"base": 387, "novel": 77}
+    assert (row["trained"]["settings"]["loss"], row["trained"]["steps"]) == (to_tables(config)["loss"], 2)
 
 
 def test_regions_of_photos_are_looked_at(photo_store, photos, tmp_path):
