@@ -1,5 +1,6 @@
 """Array access, the same for folders and URLs, and the two checks on the way."""
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from ezsd.cache.errors import StoreError
 from ezsd.cache.files import ABSENT, system_error, unreadable
-from ezsd.cache.format.schema import array_spec
+from ezsd.cache.format.schema import SHARD_BYTES, array_spec
 from ezsd.cache.format.zarr_bytes import fill_value
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 _KEPT_BYTES = 32 * 2**20
 """Arrays up to this size are read once through zarr and kept: there a slice costs a millisecond, or a round trip."""
+
+_INDEX_ENTRY = 16
+"""Bytes of a chunk's entry in the index of its shard."""
 
 _LARGE = np.uint64(0x4000_4000_4000_4000)
 """The highest bit of the exponent of four float16: set in numbers from 2 on, infinite ones and NaN."""
@@ -58,11 +62,15 @@ class ZarrArray:
         array: the array.
         where: its folder or URL.
         errors: makes one line of what reading raises, see `RemotePlace.errors`.
+
+    Raises:
+        StoreError: its chunks, or the index of a shard, are larger than any that fit the format.
     """
 
     def __init__(
         self, array: "zarr.Array[Any]", where: str, errors: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> None:
+        _require_small_chunks(array, where)
         self._where = where
         self.shape = array.shape
         self.dtype = array.dtype
@@ -96,6 +104,18 @@ class ZarrArray:
         shards = self._array.shards or self._array.chunks
         counts = [-(-length // rows) for length, rows in zip(self.shape, shards, strict=True)]
         return map(self._array.metadata.encode_chunk_key, _places(counts))
+
+
+def _require_small_chunks(array: "zarr.Array[Any]", where: str) -> None:
+    """Refuse what zarr would allocate as a whole, whatever its file holds."""
+    chunk = math.prod(array.chunks)
+    index = 0 if array.shards is None else _INDEX_ENTRY * math.prod(array.shards) // chunk
+    for part, size in (("chunks", chunk * array.dtype.itemsize), ("index of a shard", index)):
+        if size > SHARD_BYTES:
+            raise StoreError(
+                f"{where}: {part}: expected at most {SHARD_BYTES:,} bytes, found {size:,} in its zarr.json; write the "
+                "array again in smaller chunks"
+            )
 
 
 def _places(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -98,6 +98,15 @@ def test_any_other_layout_is_read_through_zarr_with_the_same_result(finished, co
     same_record(store.regions.batch(storekit.IDS).rows, expected.regions.batch(storekit.IDS).rows)
 
 
+@pytest.mark.parametrize(
+    ("chunks", "shards", "part"), [((2**27, 1), None, "chunks"), ((1, 1), (2**25, 1), "index of a shard")]
+)
+def test_an_array_that_asks_for_more_memory_than_any_of_ours_is_refused(tmp_path, chunks, shards, part):
+    array = zarr.create_array(tmp_path / "a", shape=(2**30, 1), dtype="f4", chunks=chunks, shards=shards)
+    with pytest.raises(StoreError, match=rf"^here: {part}: expected at most 268,435,456 bytes, found 536,870,912 "):
+        ZarrArray(array, "here")
+
+
 @pytest.mark.parametrize("kept", [0, 2**30])
 def test_rows_read_through_zarr_by_slices_are_those_read_at_once(finished, monkeypatch, kept):
     monkeypatch.setattr("ezsd.cache.storage.arrays._KEPT_BYTES", kept)

@@ -5,6 +5,7 @@ limit of the address space see the rest. An audit hook cannot be taken back: it 
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import resource
@@ -166,10 +167,23 @@ def _address_space() -> int:
     return pages * resource.getpagesize()
 
 
+def _wanted_memory(error: BaseException | None) -> bool:
+    """True where an error says, or was made of one that says, that memory was refused."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _judge(error: Exception) -> None:
     """Return for an error of ezsd, or of the system about a place; raise a Finding for any other."""
     trace = "".join(traceback.format_exception(error))
     answered = is_of_a_place(error) if isinstance(error, OSError) else isinstance(error, EzsdError)
     if not answered:
         raise Finding(type(error).__name__, str(error)[:500], trace) from error
+    if _wanted_memory(error):
+        raise Finding("memory", f"more than {MEMORY} bytes were wanted: {error}"[:500], trace) from error
     _watch.refused.append(f"{type(error).__name__}: {error}")

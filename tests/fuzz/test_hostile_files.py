@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ezsd.cache.storage.arrays import zarr_errors
 from ezsd.pipeline.errors import ImageError
 from tests.fuzz.guard import MEMORY, Finding, tried, watched
 from tests.fuzz.mutate import Chance, packed, unpacked
@@ -115,6 +116,11 @@ def too_large(folder):
     np.empty(3 * MEMORY, np.uint8)
 
 
+def too_large_and_told(folder):
+    with zarr_errors("here", "mend it"):
+        too_large(folder)
+
+
 def untyped(folder):
     raise KeyError("x")
 
@@ -134,6 +140,7 @@ def overflow(folder):
         (process, "subprocess.Popen"),
         (swallowed, "os.system"),
         (too_large, "MemoryError"),
+        (too_large_and_told, "memory"),
         (untyped, "KeyError"),
         (overflow, "RuntimeWarning"),
     ],
@@ -150,7 +157,7 @@ def test_what_no_file_may_do_is_a_finding(tmp_path, does, kind):
     assert not (tmp_path / "made").exists()
     assert caught.value.signature.startswith(caught.value.kind)
     # Outside of the watch all of it is allowed.
-    if does is not too_large:
+    if does not in (too_large, too_large_and_told):
         (tmp_path / "made").write_text("x")
 
 
