@@ -48,6 +48,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.made = {"embedding": embedding} | ({"proposer": storekit.PROPOSER} if proposer else {})
         self.begun, self.blocks, self.complete = False, set(), False
         self.hurt, self.marked = None, False
+        self.faults = 0
 
     def teardown(self):
         if hasattr(self, "folder"):
@@ -64,7 +65,7 @@ class StoreMachine(RuleBasedStateMachine):
             pending = writer.pending()
             assert {block.index for block in pending} == set(range(6)) - self.blocks
             for block in pending[:count]:
-                with dying_at(point):
+                with dying_at(point, self):
                     write_block(self.path, block, storekit.block_rows(block, most=12))
                 if point is None:
                     self.blocks.add(block.index)
@@ -75,7 +76,7 @@ class StoreMachine(RuleBasedStateMachine):
         point=st.sampled_from([None, "shard.half_written", "record.before_rename", "commit.before_rename"]),
     )
     def commit(self, shards, point):
-        with self.writer() as writer, dying_at(point):
+        with self.writer() as writer, dying_at(point, self):
             assert writer.pending() == []
             storekit.write_per_store(writer)
             tasks = writer.commit_tasks()
@@ -97,6 +98,7 @@ class StoreMachine(RuleBasedStateMachine):
             content[data.draw(st.integers(0, len(content) - 1))] ^= 1
             (self.path / name).write_bytes(content if kind == "flip" else content[: len(content) // 2])
         self.hurt = name
+        self.faults += 1
 
     @precondition(lambda self: self.complete and self.hurt is not None)
     @rule()
@@ -147,10 +149,13 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 class dying_at:  # noqa: N801
-    """Inside, this process goes no further than a failpoint; outside it goes on as another one would."""
+    """Inside, this process goes no further than a failpoint; outside it goes on as another one would.
 
-    def __init__(self, point):
-        self._point = point
+    The machine counts it as a fault where it is reached.
+    """
+
+    def __init__(self, point, machine):
+        self._point, self._machine = point, machine
 
     def __enter__(self):
         if self._point:
@@ -160,6 +165,7 @@ class dying_at:  # noqa: N801
 
     def _reached(self, name):
         if name == self._point:
+            self._machine.faults += 1
             raise Killed
 
     def __exit__(self, kind, error, trace):
