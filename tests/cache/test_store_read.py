@@ -105,6 +105,8 @@ def test_an_array_that_asks_for_more_memory_than_any_of_ours_is_refused(tmp_path
     array = zarr.create_array(tmp_path / "a", shape=(2**30, 1), dtype="f4", chunks=chunks, shards=shards)
     with pytest.raises(StoreError, match=rf"^here: {part}: expected at most 268,435,456 bytes, found 536,870,912 "):
         ZarrArray(array, "here")
+    smaller = zarr.create_array(tmp_path / "b", shape=(2**30, 1), dtype="f4", chunks=(2**10, 1))
+    assert ZarrArray(smaller, "here").read(5, 7).tolist() == [[0], [0]]
 
 
 @pytest.mark.parametrize("kept", [0, 2**30])

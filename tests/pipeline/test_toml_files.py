@@ -48,3 +48,12 @@ def test_what_does_not_end_is_not_toml(text, tmp_path):
     (tmp_path / "a.toml").write_text(text)
     with pytest.raises(tomllib.TOMLDecodeError):
         read_toml(tmp_path / "a.toml")
+
+
+def test_numbers_with_a_dot_belong_on_several_lines(tmp_path):
+    numbers = ["0.5"] * 120
+    (tmp_path / "a.toml").write_text(f"x = [{', '.join(numbers)}]\n")
+    with pytest.raises(ValueError, match="^line 1: more than 100 dots outside of texts; write it as several lines$"):
+        read_toml(tmp_path / "a.toml")
+    (tmp_path / "a.toml").write_text("x = [\n" + ",\n".join(numbers) + "]\n")
+    assert read_toml(tmp_path / "a.toml") == {"x": [0.5] * 120}
