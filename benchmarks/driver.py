@@ -23,6 +23,7 @@ import mpmath
 import numpy as np
 
 from ezsd.data.shapes import DEV_SEED
+from ezsd.pipeline.config.schema import Config, to_tables
 
 T = TypeVar("T")
 Key = TypeVar("Key")
@@ -129,6 +130,12 @@ def file_system(folder: Path) -> str:
     """Name of a folder's file system, as `stat -f` has it: ext2, ext3 and ext4 have one name there."""
     done = subprocess.run(["stat", "-f", "-c", "%T", str(folder)], capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def settings(config: Config) -> dict[str, dict[str, object]]:
+    """All settings but weights, which may be paths of this machine: rows have digests of what is in them."""
+    tables = to_tables(config)
+    return {section: {key: v for key, v in table.items() if key != "weights"} for section, table in tables.items()}
 
 
 def append(name: str, row: Row, folder: Path = RESULTS) -> None:

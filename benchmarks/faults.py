@@ -604,13 +604,12 @@ def _rows(scene: Scene, part: str, wanted: int, arguments: argparse.Namespace) -
     if there:
         print(f"{part}: {done} trials are there already, in {len(there)} rows", flush=True)
     while done < wanted and not any(map(_is_bad, there)):
-        # A short walk may meet no fault.
-        size = PORTION[part] if part == "steps" else min(PORTION.get(part, 10), wanted - done)
         began, cpu = time.perf_counter(), _cpu()
         if part == "steps":
-            count = walk(int(hashlib.sha256(f"{arguments.seed}-{done}".encode()).hexdigest()[:12], 16), size)
+            # As long as any other: a short walk may meet no fault.
+            count = walk(int(hashlib.sha256(f"{arguments.seed}-{done}".encode()).hexdigest()[:12], 16), PORTION[part])
         else:
-            count = Count()
+            count, size = Count(), min(PORTION.get(part, 10), wanted - done)
             for number in range(done, done + size):
                 name = f"{part} {number} of seed {arguments.seed}"
                 chance = random.Random(name)

@@ -32,9 +32,8 @@ from ezsd.pipeline.training.train import store_dataset
 TOP = (100, 300)
 
 
-def coverage(store: Store, data_root: Path | None) -> driver.Row:
+def coverage(store: Store, dataset: Dataset) -> driver.Row:
     """Recall of novel objects by proposals, kept regions and random anchors."""
-    dataset = store_dataset(store, data_root)
     truth = load_evaluation(dataset.root / dataset.train_annotations, dataset.split)
     known = {int(i): row for row, i in enumerate(store.image_ids)}
     positions = [p for p, image in enumerate(truth.images) if image.id in known]
@@ -61,9 +60,8 @@ def coverage(store: Store, data_root: Path | None) -> driver.Row:
     }
 
 
-def draw(store: Store, data_root: Path | None, out: Path) -> None:
+def draw(store: Store, dataset: Dataset, out: Path) -> None:
     """Draw the ten best regions of every photo, with the teacher's guesses."""
-    dataset = store_dataset(store, data_root)
     names, _ = store.text
     out.mkdir(parents=True, exist_ok=True)
     truth = load_evaluation(dataset.root / dataset.train_annotations, dataset.split)
@@ -80,27 +78,26 @@ def judged(run: Run, dataset: Dataset) -> driver.Row:
     """What a run is and was evaluated to: its AP50, the objects it had to find, and its settings."""
     truth = load_evaluation(dataset.annotations("val"), dataset.split)
     novel = truth.class_index[~truth.crowd] >= len(dataset.split.base)
-    # Weights may be paths of this machine; the teacher's digest is in the row.
-    settings = {s: {k: v for k, v in table.items() if k != "weights"} for s, table in to_tables(run.config).items()}
     return {
         "AP50": headline(json.loads((run.folder / "eval.json").read_text())),
         "validation_images": len(truth.images),
         "validation_objects": {"base": int((~novel).sum()), "novel": int(novel.sum())},
         "steps": run.read_metrics()[-1]["step"],
-        "settings": settings,
+        "settings": driver.settings(run.config),
     }
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[driver.Row]:
     """The row of a store, and the drawn photos."""
     store = Store(arguments.cache)
-    result = coverage(store, arguments.data_root)
+    dataset = store_dataset(store, arguments.data_root)
+    result = coverage(store, dataset)
     if arguments.run:
-        result["trained"] = judged(Run.open(arguments.run), store_dataset(store, arguments.data_root))
+        result["trained"] = judged(Run.open(arguments.run), dataset)
     teacher = dict(model_inputs(store.manifest))
     yield {**result, "teacher": teacher, "proposal_settings": proposal_settings(store.manifest)}
     if arguments.draw:
-        draw(store, arguments.data_root, arguments.draw)
+        draw(store, dataset, arguments.draw)
 
 
 if __name__ == "__main__":

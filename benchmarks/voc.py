@@ -31,7 +31,7 @@ from ezsd.cache.files import file_digest
 from ezsd.data.annotations import load_evaluation
 from ezsd.data.pascal_voc import VOC_SPLITS
 from ezsd.metrics.recall import recall_at
-from ezsd.pipeline.config.schema import STAGE_ONE, Config, load_preset, to_tables
+from ezsd.pipeline.config.schema import Config, load_preset
 from ezsd.pipeline.data.dataset_toml import Places, dataset_toml
 from ezsd.pipeline.data.datasets import Dataset, find_dataset
 from ezsd.pipeline.extraction.build import build_cache
@@ -165,14 +165,14 @@ def build_overrides(plan: Plan, name: str) -> list[str]:
     return [*plan.asked.build_overrides, *STORES[name].overrides]
 
 
-def trained_config(plan: Plan, arm: Arm) -> Config:
+def train_overrides(plan: Plan, arm: Arm) -> list[str]:
     """Settings of an arm's training."""
-    return plan.config([*plan.asked.overrides, *arm.train, f"train.seed={plan.seed}"])
+    return [*plan.asked.overrides, *arm.train, f"train.seed={plan.seed}"]
 
 
 def trained_run(plan: Plan, arm: Arm) -> Run:
     """The finished run of an arm, trained or gone on with unless it is there."""
-    config = trained_config(plan, arm)
+    config = plan.config(train_overrides(plan, arm))
     label = f"{arm.name}, seed {plan.seed}" + f" ({plan.asked.tag})" * (plan.asked.tag != "photos")
     request = TrainRequest(
         cache=prepared_store(plan, arm.store),
@@ -204,6 +204,7 @@ def measure(plan: Plan, arm: Arm) -> driver.Row:
 def name_of(plan: Plan, arm: Arm) -> driver.Row:
     """What tells a row from all others: a row that has it already is not made again."""
     spec, asked = STORES[arm.store], plan.asked
+    config = plan.config([*train_overrides(plan, arm), *build_overrides(plan, arm.store)])
     return {
         "tag": asked.tag,
         "arm": arm.name,
@@ -218,16 +219,9 @@ def name_of(plan: Plan, arm: Arm) -> driver.Row:
         "settings": list(arm.train),
         "built": {"settings": build_overrides(plan, arm.store), "boxes": spec.boxes},
         "overrides": list(asked.overrides),
-        "settings_sha256": settings_digest(trained_config(plan, arm), plan.config(build_overrides(plan, arm.store))),
+        # The same overrides of another preset are other settings.
+        "settings_sha256": hashlib.sha256(canonical_json(driver.settings(config)).encode()).hexdigest(),
     }
-
-
-def settings_digest(training: Config, build: Config) -> str:
-    """Digest of all settings but paths of weights, whose contents a row has: overrides of another preset are others."""
-    tables = {**to_tables(training), **{name: to_tables(build)[name] for name in STAGE_ONE}}
-    paths = ("teacher", "weights"), ("proposer", "weights"), ("proposals", "boxes")
-    kept = {s: {k: v for k, v in table.items() if (s, k) not in paths} for s, table in tables.items()}
-    return hashlib.sha256(canonical_json(kept).encode()).hexdigest()
 
 
 def is_done(plan: Plan, arm: Arm) -> bool:

@@ -335,8 +335,7 @@ def _from_toml(path: Path, root: Path | None, strict: bool) -> Dataset:
     """A dataset of one's own; see docs/datasets.md."""
     try:
         tables = read_toml(path)
-    except (ValueError, RecursionError) as error:
-        # ValueError: also a whole number of more digits than Python converts, and a date that is none.
+    except ValueError as error:
         raise DatasetError(f"{path}: is not valid TOML: {error}") from error
     _check_toml(tables, path)
     folder = root or path.parent

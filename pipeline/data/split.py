@@ -122,8 +122,7 @@ def _read_split(path: Path) -> Split:
         document = read_toml(path)
     except OSError as error:
         raise ArgumentError(f"`split_file={path}`: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        # ValueError: also a whole number of more digits than Python converts, and a date that is none.
+    except ValueError as error:
         raise ArgumentError(f"`split_file={path}`: is not valid TOML: {error}") from error
     table = document.get("classes", document)
     lists = [table.get(part) if isinstance(table, dict) else None for part in ("base", "novel")]

@@ -22,13 +22,15 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is not TOML, or a line has more than 100 dots outside of texts and comments: as parts of a key
-            they take tomllib a time that grows with the square of their number.
-        RecursionError: it is nested too deeply.
+        ValueError: it is not TOML, is nested too deeply, or has a line with more than 100 dots outside of texts and
+            comments: as parts of a key they take tomllib a time that grows with the square of their number.
     """
     text = path.read_text(encoding="utf-8")
     bare = _TEXTS_AND_COMMENTS.sub(lambda found: "\n" * found[0].count("\n"), text)
     for number, line in enumerate(bare.split("\n"), 1):
         if line.count(".") > _MOST_DOTS:
             raise ValueError(f"line {number}: more than {_MOST_DOTS} dots outside of texts; write it as several lines")
-    return tomllib.loads(text)
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError(error) from error
